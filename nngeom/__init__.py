@@ -1,0 +1,40 @@
+"""``nngeom``: the matrices of deep learning as objects to compute with."""
+
+from nngeom.core.damping import Cutoff, FactoredTikhonov, Tikhonov
+from nngeom.core.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CollectionError,
+    ConvergenceError,
+    CoverageError,
+    DampingError,
+    DeviceError,
+    FileError,
+    LoaderError,
+    MemoryWarning,
+    MissingExtraError,
+    ModeError,
+    NNGeomError,
+    NonFiniteError,
+    OutputError,
+    SingularError,
+    SizeError,
+    StructureError,
+    UnsupportedError,
+)
+from nngeom.measure import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
+from nngeom.metrics.categorical import Categorical
+from nngeom.metrics.likelihood import Bernoulli, Gaussian, Likelihood, Poisson
+from nngeom.metrics.loss import CrossEntropy
+from nngeom.pmat.dense import PMatBlockDiag, PMatDense
+from nngeom.pmat.diag import PMatDiag
+from nngeom.pmat.ekfac import PMatEKFAC
+from nngeom.pmat.eye import PMatEye
+from nngeom.pmat.implicit import PMatImplicit
+from nngeom.pmat.kfac import PMatKFAC
+from nngeom.pmat.low_rank import PMatLowRank
+from nngeom.pmat.mixed import PMatMixed
+from nngeom.pmat.quasi_diag import PMatQuasiDiag
+from nngeom.space.collection import LayerCollection
+from nngeom.space.fvector import FVector
+from nngeom.space.pvector import PVector

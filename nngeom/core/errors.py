@@ -1,0 +1,83 @@
+"""Every error of the library: what was given, what was expected, what to do.
+
+All derive from :class:`NNGeomError` and from the builtin exception that fits, so that both
+``except nng.NNGeomError`` and ``except ValueError`` work.
+"""
+
+from __future__ import annotations
+
+
+class NNGeomError(Exception):
+    """Base class of every error raised by ``nngeom``."""
+
+
+class LoaderError(NNGeomError, ValueError):
+    """The loader is empty, or a batch has a form that is not understood."""
+
+
+class OutputError(NNGeomError, ValueError):
+    """The model's outputs do not fit: not a tensor ``(n, ...)``, or not what the likelihood expects."""
+
+
+class NonFiniteError(NNGeomError, ArithmeticError):
+    """Outputs, gradients or statistics contain NaN or infinity."""
+
+
+class ModeError(NNGeomError, RuntimeError):
+    """The model couples examples or is random: batch normalisation or dropout in training mode."""
+
+
+class CoverageError(NNGeomError, RuntimeError):
+    """The assembled Jacobian differs from autograd's gradient: nothing is returned rather than a wrong number."""
+
+
+class CollectionError(NNGeomError, ValueError):
+    """Parameter selections that are empty, unknown, or do not belong together."""
+
+
+class StructureError(NNGeomError, ValueError):
+    """A representation cannot hold this parameter (too large a block, or used differently in different batches)."""
+
+
+class DampingError(NNGeomError, ValueError):
+    """Negative or non-finite damping."""
+
+
+class SingularError(NNGeomError, ArithmeticError):
+    """A solve, inverse or sample of a matrix that is singular or indefinite at this damping."""
+
+
+class ConvergenceError(NNGeomError, ArithmeticError):
+    """An iterative method did not reach its tolerance."""
+
+
+class SizeError(NNGeomError, MemoryError):
+    """A dense result above the size limit."""
+
+
+class ArgumentError(NNGeomError, ValueError):
+    """An argument has a value that is not understood."""
+
+
+class ArgumentTypeError(NNGeomError, TypeError):
+    """An argument has a type that is not understood."""
+
+
+class UnsupportedError(NNGeomError, NotImplementedError):
+    """The operation is not offered by this object; the text names one that is."""
+
+
+class DeviceError(NNGeomError, RuntimeError):
+    """Tensors or parameters on different devices."""
+
+
+class FileError(NNGeomError, OSError):
+    """A file that is damaged, foreign, newer than this version, or cannot be written."""
+
+
+class MissingExtraError(NNGeomError, ImportError):
+    """An optional dependency is not installed; the text names the extra."""
+
+
+class MemoryWarning(UserWarning):
+    """The memory budget is below the smallest possible piece of work."""

@@ -1,0 +1,402 @@
+"""The waist: the Jacobian rows of one block of parameters, as a small algebra over tensors.
+
+Letters: ``k`` cotangent, ``n`` example, ``t`` position (weight sharing), ``s`` group, ``o`` out, ``i`` in. An operation
+that is affine in its parameters has rows ``J[k, n, s] = sum_t g[k, n, t, s, :] (x) a[n, t, s, :]``.
+
+Everything follows from one primitive, :meth:`LayerJacobian.matrix`; members override what their structure makes cheap.
+Where contracting positions first and forming the rows first give the same number, :mod:`nngeom.core.contract` counts
+operations and chooses.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core import contract, linalg, memory
+from nngeom.core.layout import Arrangement
+
+
+class LayerJacobian(ABC):
+    """Rows ``J[k, n]`` of one block, each a matrix ``[s, o, i]``."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """``(k, n, s, o, i)``."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """dtype of the rows."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """The rows themselves, ``[k, n, s, o, i]``."""
+
+    @abstractmethod
+    def examples(self, lo: int, hi: int) -> LayerJacobian:
+        """Rows of examples ``lo .. hi - 1``."""
+
+    @abstractmethod
+    def outputs(self, lo: int, hi: int) -> LayerJacobian:
+        """Rows of cotangents ``lo .. hi - 1``."""
+
+    # -- derived ----------------------------------------------------------------------------------------------------
+
+    def bytes_each(self) -> int:
+        """Bytes of the rows of one example."""
+        k, _, s, o, i = self.shape
+        return k * s * o * i * self.dtype.itemsize
+
+    def rows(self) -> Tensor:
+        """``[k, n, p]``: the rows, flattened."""
+        return self.matrix().flatten(2)
+
+    def blocks(self, most: int | None = None):
+        """This Jacobian cut over examples so that its explicit rows fit the memory budget."""
+        for lo, hi in memory.pieces(self.shape[1], self.bytes_each(), most=most):
+            yield self.examples(lo, hi)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """``[*b, s, o, i] -> [*b, k, n]``: ``<J[k, n], v>``."""
+        flat = v.flatten(-3)
+        return torch.cat([torch.einsum("knp,...p->...kn", j.rows(), flat) for j in self.blocks()], -1)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """``[*b, k, n] -> [*b, s, o, i]``: ``sum_kn u[k, n] J[k, n]``."""
+        _, _, s, o, i = self.shape
+        total, lo = u.new_zeros(*u.shape[:-2], s * o * i), 0
+        for j in self.blocks():
+            hi = lo + j.shape[1]
+            total, lo = total + torch.einsum("knp,...kn->...p", j.rows(), u[..., lo:hi]), hi
+        return total.unflatten(-1, (s, o, i))
+
+    def square(self) -> Tensor:
+        """``[s, o, i]``: ``sum_kn J[k, n]**2``."""
+        total = torch.zeros(self.shape[2:], dtype=linalg.accumulation_dtype(self.dtype), device=self.device)
+        for j in self.blocks(memory.CACHE_BYTES):
+            total += j.matrix().square().sum((0, 1))
+        return total
+
+    def outer(self) -> Tensor:
+        """``[p, p]``: ``sum_kn J[k, n] J[k, n]^T`` over the flattened block."""
+        _, _, s, o, i = self.shape
+        p = s * o * i
+        total = torch.zeros(p, p, dtype=linalg.accumulation_dtype(self.dtype), device=self.device)
+        for j in self.blocks():
+            total += linalg.gram(j.rows().flatten(0, 1))
+        return total
+
+    def gram(self, other: LayerJacobian) -> Tensor:
+        """``[k, n, l, m]``: ``<J[k, n], J'[l, m]>``."""
+        x, y = self.rows(), other.rows()
+        return (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
+
+    def squared_norms(self) -> Tensor:
+        """``[k, n]``: ``|J[k, n]|**2``."""
+        return torch.cat([j.rows().square().sum(-1) for j in self.blocks(memory.CACHE_BYTES)], 1)
+
+    def factors(self, sharing: str) -> tuple[Tensor, Tensor]:
+        """Kronecker factors of ``sum_kn J J^T``: inputs ``[s, i, i]`` and output gradients ``[s, o, o]``.
+
+        A factor that is exactly diagonal is returned as ``[s, i]``. Rows without Kronecker structure (``o = 1``) give
+        the exact block with a trivial second factor.
+        """
+        return self.input_factor(sharing), self.gradient_factor(sharing)
+
+    def input_factor(self, sharing: str) -> Tensor:
+        """The input side of :meth:`factors`; for rows without Kronecker structure the exact block ``[s, i, i]``."""
+        _, _, s, _, i = self.shape
+        total = torch.zeros(s, i, i, dtype=linalg.accumulation_dtype(self.dtype), device=self.device)
+        for j in self.blocks():
+            m = j.matrix().squeeze(3).flatten(0, 1).transpose(0, 1)  # [s, r, i]
+            total += linalg.gram(m[0]) if s == 1 else m.mT @ m
+        return total
+
+    def gradient_factor(self, sharing: str) -> Tensor:
+        """The gradient side of :meth:`factors`; ones for rows without Kronecker structure."""
+        return torch.ones(self.shape[2], 1, 1, dtype=self.dtype, device=self.device)
+
+    def rotate(self, ua: Tensor | None, ug: Tensor | None) -> LayerJacobian:
+        """Rows in the bases ``ua [s, i, i]`` and ``ug [s, o, o]``: ``ug^T J ua`` (``None``: the identity)."""
+        return FullJacobian(linalg.right(linalg.left(ug, self.matrix(), transpose=True), ua))
+
+    @property
+    def kronecker(self) -> bool:
+        """Whether rows are sums of outer products, so that Kronecker factors are an approximation worth having."""
+        return False
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+
+
+@dataclass(frozen=True, eq=False)
+class FullJacobian(LayerJacobian):
+    """No structure: the rows themselves."""
+
+    m: Tensor  # [k n s o i]
+
+    @property
+    def shape(self):
+        return tuple(self.m.shape)
+
+    @property
+    def dtype(self):
+        return self.m.dtype
+
+    @property
+    def device(self):
+        return self.m.device
+
+    def matrix(self):
+        return self.m
+
+    def examples(self, lo, hi):
+        return FullJacobian(self.m[:, lo:hi])
+
+    def outputs(self, lo, hi):
+        return FullJacobian(self.m[lo:hi])
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredJacobian(LayerJacobian):
+    """``J[k, n, s] = sum_t g[k, n, t, s] (x) a[n, t, s]``: every operation that is affine in its parameters."""
+
+    a: Tensor  # [n t s i]
+    g: Tensor  # [k n t s o]
+
+    @property
+    def shape(self):
+        k, n, _, s, o = self.g.shape
+        return k, n, s, o, self.a.shape[-1]
+
+    @property
+    def dtype(self):
+        return self.g.dtype
+
+    @property
+    def device(self):
+        return self.g.device
+
+    @property
+    def kronecker(self):
+        return True
+
+    @property
+    def positions(self) -> int:
+        """Number of positions ``t`` that share the parameters."""
+        return self.g.shape[2]
+
+    def examples(self, lo, hi):
+        return FactoredJacobian(self.a[lo:hi], self.g[:, lo:hi])
+
+    def outputs(self, lo, hi):
+        return FactoredJacobian(self.a, self.g[lo:hi])
+
+    def matrix(self):
+        k, n, t, s, o = self.g.shape
+        if t == 1:
+            return self.g[:, :, 0].unsqueeze(-1) * self.a[:, 0].unsqueeze(-2)
+        return contract.sum_positions(self.g, self.a)
+
+    def jvp(self, v):
+        return torch.einsum("kntso,...ntso->...kn", self.g, self.inputs_times(v))
+
+    def vjp(self, u):
+        return self.gradients_times_inputs(torch.einsum("kntso,...kn->...ntso", self.g, u))
+
+    def square(self):
+        if self.positions == 1:
+            squares = self.g.square().sum(0)[:, 0].transpose(0, 1)  # [s n o]
+            return squares.mT @ self.a[:, 0].square().transpose(0, 1)
+        if contract.pairs_are_cheaper(self.g.shape, self.a.shape[-1]):
+            return contract.square_by_pairs(self.g, self.a)
+        return super().square()
+
+    def squared_norms(self):
+        if self.positions == 1:
+            return (self.g.square().sum(-1) * self.a.square().sum(-1)).sum((2, 3))
+        if not contract.positions_are_cheaper(self.g.shape, self.a.shape[-1]):
+            return super().squared_norms()
+        parts = []
+        k, n, t, s, o = self.g.shape
+        for lo, hi in memory.pieces(n, (s * t * t + k * t * s * o) * self.dtype.itemsize):
+            j = self.examples(lo, hi)
+            h = torch.einsum("nstu,knuso->kntso", j.own_input_gram(), j.g)
+            parts.append((h * j.g).sum((2, 3, 4)))
+        return torch.cat(parts, 1)
+
+    def gram(self, other):
+        if not isinstance(other, FactoredJacobian):
+            return super().gram(other)
+        if not contract.gram_positions_are_cheaper(self.g.shape, other.g.shape, self.a_width):
+            return super().gram(other)
+        return contract.gram_by_positions(self, other)
+
+    def input_factor(self, sharing):
+        a = self.a if sharing == "expand" else self.a.mean(1, keepdim=True)
+        if a.shape[2] == 1:
+            return linalg.gram(a.flatten(0, 2)).unsqueeze(0)
+        a = a.flatten(0, 1).transpose(0, 1)
+        return a.mT @ a
+
+    def gradient_factor(self, sharing):
+        g = self.g if sharing == "expand" else self.g.sum(2, keepdim=True)
+        if g.shape[3] == 1:
+            total = linalg.gram(g.reshape(-1, g.shape[-1])).unsqueeze(0)
+        else:
+            g_s = g.flatten(0, 2).transpose(0, 1)
+            total = g_s.mT @ g_s
+        return total / g.shape[2]
+
+    def rotate(self, ua, ug):
+        a = self.a if ua is None else torch.einsum("ntsi,sij->ntsj", self.a, ua)
+        return FactoredJacobian(a, self._rotated_gradients(ug))
+
+    def _rotated_gradients(self, ug: Tensor | None) -> Tensor:
+        if ug is None:
+            return self.g
+        return self.g @ ug[0] if ug.shape[0] == 1 else torch.einsum("kntso,sop->kntsp", self.g, ug)
+
+    # -- the input side, all that a lookup changes ----------------------------------------------------------------------
+
+    @property
+    def a_width(self) -> int:
+        """Operations to compare two input positions."""
+        return self.a.shape[-1]
+
+    def inputs_times(self, v: Tensor) -> Tensor:
+        """``[*b, s, o, i] -> [*b, n, t, s, o]``."""
+        return torch.einsum("ntsi,...soi->...ntso", self.a, v)
+
+    def gradients_times_inputs(self, w: Tensor) -> Tensor:
+        """``[*b, n, t, s, o] -> [*b, s, o, i]``."""
+        return torch.einsum("...ntso,ntsi->...soi", w, self.a)
+
+    def input_gram(self, other: FactoredJacobian, s: int) -> Tensor:
+        """``[n, t, m, u]``: inner products of the input positions in group ``s``."""
+        x, y = self.a[:, :, s], other.a[:, :, s]
+        return (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
+
+    def own_input_gram(self) -> Tensor:
+        """``[n, s, t, t]``: inner products of positions of the same example."""
+        a = self.a.transpose(1, 2)
+        return a @ a.mT
+
+
+@dataclass(frozen=True, eq=False)
+class LookupJacobian(FactoredJacobian):
+    """A factored Jacobian whose inputs are one-hot, kept as indices: ``a[n, t] = e_index[n, t]``, ``s = 1``."""
+
+    a: Tensor  # [n t], integer
+    g: Tensor  # [k n t 1 o]
+    size: int = 0
+
+    @property
+    def shape(self):
+        k, n, _, s, o = self.g.shape
+        return k, n, s, o, self.size
+
+    def examples(self, lo, hi):
+        return LookupJacobian(self.a[lo:hi], self.g[:, lo:hi], self.size)
+
+    def outputs(self, lo, hi):
+        return LookupJacobian(self.a, self.g[lo:hi], self.size)
+
+    def matrix(self):
+        k, n, t, _, o = self.g.shape
+        rows = self.g.new_zeros(k, n, self.size, o)
+        rows.scatter_add_(2, self.a[None, :, :, None].expand(k, n, t, o), self.g[:, :, :, 0])
+        return rows.mT.unsqueeze(2)
+
+    def square(self):
+        n, t = self.a.shape
+        key = self.a + self.size * torch.arange(n, device=self.a.device)[:, None]
+        pairs, slot = key.flatten().unique(return_inverse=True)
+        total = torch.zeros(self.size, self.g.shape[-1], dtype=linalg.accumulation_dtype(self.dtype), device=self.device)
+        for g in self.g:
+            sums = g.new_zeros(len(pairs), g.shape[-1]).index_add_(0, slot, g.reshape(n * t, -1))
+            total.index_add_(0, pairs % self.size, sums.square().to(total.dtype))
+        return total.T.unsqueeze(0)
+
+    def squared_norms(self):
+        h = torch.einsum("nstu,knuso->kntso", self.own_input_gram(), self.g)
+        return (h * self.g).sum((2, 3, 4))
+
+    def input_factor(self, sharing):
+        n, t = self.a.shape
+        if sharing == "expand":
+            return torch.bincount(self.a.flatten(), minlength=self.size).to(self.g).unsqueeze(0)
+        mean = self.g.new_zeros(n, self.size).scatter_add_(1, self.a, self.g.new_full((n, t), 1 / t))
+        return mean.square().sum(0, keepdim=True)
+
+    def rotate(self, ua, ug):
+        if ua is not None:
+            return super(FactoredJacobian, self).rotate(ua, ug)
+        return LookupJacobian(self.a, self._rotated_gradients(ug), self.size)
+
+    @property
+    def a_width(self):
+        return 1
+
+    def inputs_times(self, v):
+        return v[..., 0, :, :].mT[..., self.a, :].unsqueeze(-2)
+
+    def gradients_times_inputs(self, w):
+        b = w.shape[:-4]
+        w = w.reshape(-1, self.a.numel(), w.shape[-1])
+        rows = w.new_zeros(w.shape[0], self.size, w.shape[-1]).index_add_(1, self.a.flatten(), w)
+        return rows.mT.reshape(*b, 1, -1, self.size)
+
+    def input_gram(self, other, s):
+        if not isinstance(other, LookupJacobian):
+            return other.a[:, :, s][..., self.a].permute(2, 3, 0, 1)
+        return (self.a[:, :, None, None] == other.a[None, None]).to(self.g)
+
+    def own_input_gram(self):
+        return (self.a[:, :, None] == self.a[:, None, :]).to(self.g).unsqueeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class SumJacobian(LayerJacobian):
+    """One parameter used in unlike ways: the sum of its uses, each in its own arrangement, as flat rows ``[1, 1, p]``."""
+
+    terms: tuple[tuple[Arrangement, LayerJacobian], ...]
+
+    @property
+    def shape(self):
+        k, n, s, o, i = self.terms[0][1].shape
+        return k, n, 1, 1, s * o * i
+
+    @property
+    def dtype(self):
+        return self.terms[0][1].dtype
+
+    @property
+    def device(self):
+        return self.terms[0][1].device
+
+    def matrix(self):
+        total: Tensor | None = None
+        for arrangement, j in self.terms:
+            rows = arrangement.write(j.matrix())
+            total = rows if total is None else total + rows
+        return total[:, :, None, None]  # type: ignore[index]
+
+    def jvp(self, v):
+        return torch.stack([j.jvp(a.read(v[..., 0, 0, :])) for a, j in self.terms]).sum(0)
+
+    def vjp(self, u):
+        return torch.stack([a.write(j.vjp(u)) for a, j in self.terms]).sum(0)[..., None, None, :]
+
+    def examples(self, lo, hi):
+        return SumJacobian(tuple((a, j.examples(lo, hi)) for a, j in self.terms))
+
+    def outputs(self, lo, hi):
+        return SumJacobian(tuple((a, j.outputs(lo, hi)) for a, j in self.terms))

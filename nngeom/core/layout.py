@@ -1,0 +1,120 @@
+"""Where the matrix ``[s, o, i]`` of a block lies in the flat parameter vector.
+
+Letters, here and everywhere: ``s`` group, ``o`` out, ``i`` in. A layout lists pieces, one a parameter, placed side by
+side along ``i``: a linear layer is its weight ``[1, out, in]`` and its bias ``[1, out, 1]``. No representation ever
+hears of biases, transposed weights or convolution kernels; it sees ``[s, o, i]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How one parameter is read as a matrix: ``w.reshape(view).permute(order).reshape(s, o, i)``."""
+
+    view: tuple[int, ...]
+    order: tuple[int, ...]
+    sizes: tuple[int, int, int]
+
+    @staticmethod
+    def plain(s: int, o: int, i: int) -> Arrangement:
+        """The parameter's own order, read as ``[s, o, i]``."""
+        return Arrangement((s, o, i), (0, 1, 2), (s, o, i))
+
+    def is_plain(self) -> bool:
+        """Whether reading is a reshape only."""
+        return self.order == tuple(range(len(self.order)))
+
+    def read(self, x: Tensor) -> Tensor:
+        """``[*b, numel] -> [*b, s, o, i]`` (a view where strides allow)."""
+        b = x.shape[:-1]
+        if not self.is_plain():
+            x = x.reshape(*b, *self.view).permute(*range(len(b)), *(len(b) + j for j in self.order))
+        return x.reshape(*b, *self.sizes)
+
+    def write(self, m: Tensor) -> Tensor:
+        """``[*b, s, o, i] -> [*b, numel]``: the inverse of :meth:`read`."""
+        b = m.shape[:-3]
+        if not self.is_plain():
+            m = m.reshape(*b, *(self.view[j] for j in self.order))
+            inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+            m = m.permute(*range(len(b)), *(len(b) + j for j in inverse))
+        return m.reshape(*b, math.prod(self.view))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter (or a run of neighbours) of a layout, starting at ``offset`` of the flat vector."""
+
+    names: tuple[str, ...]
+    offset: int
+    arrangement: Arrangement
+
+    @property
+    def stop(self) -> int:
+        """One past the last flat index."""
+        return self.offset + math.prod(self.arrangement.view)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The place of one block in the flat vector: pieces side by side along ``i``."""
+
+    pieces: tuple[Piece, ...]
+
+    @staticmethod
+    def span(named: Sequence[tuple[str, int, int]]) -> Layout:
+        """Whole parameters ``(name, offset, numel)`` one after the other as ``[1, 1, p]``; neighbours are merged."""
+        runs: list[tuple[list[str], int, int]] = []
+        for name, offset, numel in named:
+            if runs and runs[-1][2] == offset:
+                runs[-1] = (runs[-1][0] + [name], runs[-1][1], offset + numel)
+            else:
+                runs.append(([name], offset, offset + numel))
+        return Layout(tuple(Piece(tuple(n), lo, Arrangement.plain(1, 1, hi - lo)) for n, lo, hi in runs))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters of this block."""
+        return tuple(name for p in self.pieces for name in p.names)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """``(s, o, i)``."""
+        s, o, _ = self.pieces[0].arrangement.sizes
+        return s, o, sum(p.arrangement.sizes[2] for p in self.pieces)
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.sizes)
+
+    @property
+    def is_span(self) -> bool:
+        """Whether the block is plain flat parameters, ``[1, 1, p]`` in their own order."""
+        return all(p.arrangement.sizes[:2] == (1, 1) and p.arrangement.is_plain() for p in self.pieces)
+
+    def gather(self, flat: Tensor) -> Tensor:
+        """``[*b, d] -> [*b, s, o, i]``."""
+        parts = [p.arrangement.read(flat[..., p.offset : p.stop]) for p in self.pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def scatter_(self, flat: Tensor, m: Tensor) -> None:
+        """Write ``m [*b, s, o, i]`` into ``flat [*b, d]``."""
+        lo = 0
+        for p in self.pieces:
+            i = p.arrangement.sizes[2]
+            flat[..., p.offset : p.stop] = p.arrangement.write(m[..., lo : lo + i])
+            lo += i
+
+    def indices(self, device: torch.device | None = None) -> Tensor:
+        """``[s, o, i]`` flat indices, for code that needs single coordinates."""
+        stop = max(p.stop for p in self.pieces)
+        return self.gather(torch.arange(stop, device=device))

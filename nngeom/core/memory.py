@@ -1,0 +1,52 @@
+"""The memory budget of the work in progress, and how work is cut to stay within it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+from nngeom.core.errors import ArgumentError, MemoryWarning
+
+DEFAULT_BUDGET = 2**30
+CACHE_BYTES = 2**23  # temporaries that are squared or summed at once are kept about as large as a processor cache
+
+_budget: ContextVar[int] = ContextVar("nngeom_memory_budget", default=DEFAULT_BUDGET)
+
+
+def budget() -> int:
+    """Bytes that temporaries may take."""
+    return _budget.get()
+
+
+@contextlib.contextmanager
+def limit(memory_budget: int | None) -> Iterator[int]:
+    """Set the budget for the enclosed work; ``None`` keeps the one in force (1 GiB at first)."""
+    if memory_budget is not None and memory_budget <= 0:
+        raise ArgumentError(f"memory_budget is {memory_budget}; expected a positive number of bytes, or None for {DEFAULT_BUDGET}")
+    token = _budget.set(int(memory_budget) if memory_budget is not None else _budget.get())
+    try:
+        yield _budget.get()
+    finally:
+        _budget.reset(token)
+
+
+def step(total: int, bytes_each: int, what: str = "", most: int | None = None) -> int:
+    """How many of ``total`` items to take at once so that ``step * bytes_each`` stays within the budget (at least one)."""
+    allowed = min(budget(), most) if most is not None else budget()
+    fit = allowed // max(1, bytes_each)
+    if bytes_each > budget() and what:
+        warnings.warn(
+            f"memory_budget is {budget()} bytes but one {what} takes about {bytes_each}; working one {what} at a time",
+            MemoryWarning,
+            stacklevel=3,
+        )
+    return max(1, min(total, fit))
+
+
+def pieces(total: int, bytes_each: int, what: str = "", most: int | None = None) -> Iterator[tuple[int, int]]:
+    """``(lo, hi)`` ranges that cover ``range(total)`` in steps of :func:`step`."""
+    size = step(total, bytes_each, what, most)
+    for lo in range(0, total, size):
+        yield lo, min(total, lo + size)

@@ -1,0 +1,129 @@
+"""One forward pass, watched: every call that is given a selected parameter is seen where it happens.
+
+A function-call mode sees ``F.linear(x, w, b)`` and its like together with the parameter objects, whichever module they
+belong to. Views of parameters (transposes, slices, chunks) are recognised by their base, composite functions are opened,
+and what no adapter understands marks its parameters for the per-example fallback. Nothing is stored on the model.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+import nngeom.layers  # noqa: F401  (registers the adapters)
+from nngeom.generator.task import Batch, Task, gradients_on
+from nngeom.layers.adapter import ADAPTERS, Call, NotStructured, Use
+from nngeom.layers.refuse import REFUSALS
+
+
+@dataclass
+class Capture:
+    """A forward pass: its outputs, the uses of the parameters, and the parameters used in ways no adapter knows."""
+
+    outputs: Tensor
+    uses: list[Use]
+    unstructured: set[str]
+
+
+def capture(task: Task, batch: Batch, keep_graph: bool = False) -> Capture:
+    """Run the model on a batch and record how it uses the selected parameters."""
+    recorder = _Recorder(task, keep_graph)
+    with gradients_on():
+        with recorder:
+            outputs = task.run(batch)
+    return Capture(outputs, recorder.uses, recorder.unstructured)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, task: Task, keep_graph: bool):
+        super().__init__()
+        self.names = {id(p): name for name, p in task.parameters.items()}
+        self.keep_graph = keep_graph
+        self.uses: list[Use] = []
+        self.unstructured: set[str] = set()
+        self._opened: dict[Any, Any] = {}
+
+    def find(self, x: Tensor) -> tuple[str, Tensor] | None:
+        """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""
+        if id(x) in self.names:
+            return self.names[id(x)], x
+        base = x._base
+        if base is not None and id(base) in self.names and x.requires_grad:
+            return self.names[id(base)], base
+        return None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        refusal = REFUSALS.get(func)
+        if refusal is not None:
+            refusal(*args, **kwargs)
+        found = {f[0] for x in _tensors((args, kwargs)) if (f := self.find(x)) is not None}
+        if not found:
+            return func(*args, **kwargs)
+        if func not in ADAPTERS and _is_composite(func):
+            return self._open(func)(*args, **kwargs)
+        out = func(*args, **kwargs)
+        results = [t for t in _tensors(out) if t.requires_grad]
+        if not results or all(self.find(t) is not None for t in results):
+            return out  # a shape query, a detached copy, or another view of the parameter
+        use = self._adapt(func, out, args, kwargs)
+        if use is None or {s.name for s in use.slots} != found:
+            self.unstructured |= found
+        else:
+            self.uses.append(use)
+        return out
+
+    def _adapt(self, func, out, args, kwargs) -> Use | None:
+        adapter = ADAPTERS.get(func)
+        if adapter is None or not isinstance(out, Tensor):
+            return None
+        call = Call(self.find, out, self.keep_graph)
+        with torch.set_grad_enabled(self.keep_graph):
+            try:
+                use = adapter(call, *args, **kwargs)
+            except (NotStructured, TypeError):  # TypeError: a signature this adapter does not know
+                return None
+        if use is not None:
+            use.sources = tuple(call.sources)
+            use.finish(out)
+        return use
+
+    def _open(self, func):
+        """A Python function of ``torch.nn.functional`` run with this mode switched on inside."""
+        if func not in self._opened:
+            scope = {**func.__globals__, **{name: _never for name in func.__globals__ if name.startswith("has_torch_function")}}
+            opened = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+            opened.__kwdefaults__ = func.__kwdefaults__
+            self._opened[func] = opened
+
+        def run(*args, **kwargs):
+            with self:
+                return self._opened[func](*args, **kwargs)
+
+        return run
+
+
+def _never(*args: Any) -> bool:
+    return False
+
+
+def _is_composite(func: Any) -> bool:
+    return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (tuple, list)):
+        for item in x:
+            yield from _tensors(item)
+    elif isinstance(x, dict):
+        for item in x.values():
+            yield from _tensors(item)

@@ -1,0 +1,237 @@
+"""One pass over the data: batches in, LayerJacobians out, cut to the memory budget, checked against autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nngeom.core import memory
+from nngeom.core.errors import CoverageError, LoaderError, NonFiniteError
+from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.layout import Layout
+from nngeom.generator import fallback
+from nngeom.generator.axes import find_axes
+from nngeom.generator.backward import pull_back
+from nngeom.generator.capture import Capture, capture
+from nngeom.generator.task import Batch, Task, as_batches, require_finite, take
+from nngeom.generator.units import Unit, build_units
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Cotangents ``v[k, n, *out]``, made in slices: ``make(lo, hi) -> [hi - lo, n, *out]``."""
+
+    count: int
+    make: Callable[[int, int], Tensor]
+
+
+class Metric(Protocol):
+    """Axis 2: which cotangents are pulled back."""
+
+    def columns(self, outputs: Tensor, batch: Batch, start: int) -> Columns:
+        """Cotangents for the outputs ``(n, *out)`` of a batch whose first example has the running index ``start``."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a statistic sees: the LayerJacobians of one batch, for some of its cotangents."""
+
+    jacobians: dict[Layout, LayerJacobian]
+    examples: int  # n
+    start: int  # running index of the first example
+    outputs: tuple[int, int]  # which cotangents of how many: (lo, total)
+
+    @property
+    def first(self) -> bool:
+        """Whether these are the first cotangents of the batch: statistics of inputs alone are taken once."""
+        return self.outputs[0] == 0
+
+
+@dataclass
+class Sweep:
+    """The LayerJacobians of a data set, batch by batch. Remembers between passes what is the same in each."""
+
+    task: Task
+    loader: Any
+    metric: Metric
+    memory_budget: int | None = None
+    check: bool = True
+    progress: bool = False
+    part_of: Callable[[str], object] | None = None
+    reread: bool = True  # False: later passes must see the same batches and draws, so they are kept
+    keep_graph: bool = False
+    label: str = "sweep"
+    count: int = 0
+    _axes: dict = field(default_factory=dict)
+    _demoted: set[str] = field(default_factory=set)
+    _checked: bool = False
+    _kept: list | None = None
+
+    def chunks(self, keep: bool = False) -> Iterator[Chunk]:
+        """Every batch, cut over cotangents. ``keep``: hold the chunks for :meth:`again` while they fit the budget."""
+        source = as_batches(self.loader)
+        if not self.reread or iter(source) is source:
+            source = self.loader = list(source)
+        kept: list[Chunk] | None = [] if keep else None
+        room = memory.budget()
+        self.count = 0
+        total = len(source) if hasattr(source, "__len__") else None
+        bar = tqdm(self.task.batches(source), total=total, desc=self.label, disable=not self.progress)
+        for index, batch in enumerate(bar):
+            for chunk in self._batch(batch, index):
+                if kept is not None:
+                    room -= sum(_bytes(j) for j in chunk.jacobians.values())
+                    kept = None if room < 0 else [*kept, chunk]
+                yield chunk
+        self._kept = kept
+
+    def again(self) -> Iterator[Chunk]:
+        """A second pass: from memory where the first one fitted, else over the data."""
+        if self._kept is not None:
+            yield from self._kept
+        else:
+            yield from self.chunks()
+
+    # -- one batch -------------------------------------------------------------------------------------------------
+
+    def _batch(self, batch: Batch, index: int) -> Iterator[Chunk]:
+        seen = capture(self.task, batch, self.keep_graph)
+        n = seen.outputs.shape[0]
+        require_finite(seen.outputs.detach(), "outputs", index)
+        if not seen.outputs.requires_grad:
+            raise CoverageError("the outputs do not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside the model?)")
+        columns = self.metric.columns(seen.outputs.detach(), batch, self.count)
+        units, rest = self._structure(seen)
+        width = self._bytes_each_cotangent(units, seen)
+        size = memory.step(columns.count, width, "output of one batch")
+        if self.check and not self._checked:
+            units, rest = self._verify(seen, units, rest, columns.make(0, min(size, columns.count)), batch)
+        for lo in range(0, columns.count, size):
+            hi = min(columns.count, lo + size)
+            jacobians = self._pull(seen, units, rest, columns.make(lo, hi), last=hi == columns.count)
+            self._require_finite(jacobians, index)
+            yield Chunk(jacobians, n, self.count, (lo, columns.count))
+            del jacobians
+        self.count += n
+
+    def _structure(self, seen: Capture) -> tuple[list[Unit], list[str]]:
+        """Units of structured parameters, and names of the others that the outputs depend on."""
+        collection = self.task.collection
+        axes = find_axes(seen.outputs, seen.uses, self._axes)
+        barred = seen.unstructured | self._demoted
+        kept = []
+        for use in seen.uses:
+            if use.weight is not None and use.weight.name in barred:
+                use.weight = None
+            if use.bias is not None and use.bias.name in barred:
+                use.bias = None
+            kept.append(bool(use.slots))
+        uses = [u for u, k in zip(seen.uses, kept) if k]
+        seen.uses = uses
+        units, rest = build_units(uses, [a for a, k in zip(axes, kept) if k], collection, self.part_of)
+        covered = {name for unit in units for name in unit.layout.names}
+        others = [name for name in collection.names if name not in covered]
+        if others:
+            present = fallback.used(seen.outputs, [self.task.parameters[name] for name in others])
+            others = [name for name, p in zip(others, present) if p or name in rest]
+        return units, others
+
+    def _pull(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor, last: bool) -> dict[Layout, LayerJacobian]:
+        v = v.to(seen.outputs.dtype)
+        done = last and not rest and not self.keep_graph
+        edges, shapes = [u.edge for u in seen.uses], [u.shape for u in seen.uses]
+        gradients = pull_back(seen.outputs, edges, shapes, v, retain=not done, create_graph=self.keep_graph)
+        n = seen.outputs.shape[0]
+        with torch.set_grad_enabled(self.keep_graph):
+            jacobians = {unit.layout: unit.jacobian(gradients, n) for unit in units}
+            del gradients
+        if rest:
+            parameters = [self.task.parameters[name] for name in rest]
+            rows = fallback.full_jacobians(seen.outputs, parameters, v, self.keep_graph)
+            jacobians.update({self.task.collection.span([name]): j for name, j in zip(rest, rows)})
+        return jacobians
+
+    def _bytes_each_cotangent(self, units: list[Unit], seen: Capture) -> int:
+        activations = sum(use.shape.numel() for use in seen.uses)
+        return 3 * (activations + seen.outputs.numel()) * seen.outputs.element_size()
+
+    # -- guarantees ------------------------------------------------------------------------------------------------
+
+    def _verify(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor, batch: Batch) -> tuple[list[Unit], list[str]]:
+        """Compare ``sum u[k, n] J[k, n]`` with autograd; parameters that differ go to the fallback, or the call raises."""
+        collection, n = self.task.collection, seen.outputs.shape[0]
+        u = torch.randn(v.shape[:2], generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(seen.outputs)
+        v = v.to(seen.outputs.dtype)
+        combined = (u.view(*u.shape, *[1] * (v.ndim - 2)) * v).sum(0)
+        names = [name for unit in units for name in unit.layout.names]
+        parameters = [self.task.parameters[name] for name in names]
+        expected = torch.autograd.grad(seen.outputs, parameters, combined, retain_graph=True, allow_unused=True) if names else []
+        flat = torch.zeros(collection.numel, dtype=seen.outputs.dtype, device=seen.outputs.device)
+        for layout, jacobian in self._pull(seen, units, [], v, last=False).items():
+            layout.scatter_(flat, jacobian.vjp(u.to(jacobian.dtype)).to(flat.dtype).detach())
+        table = collection.offsets()
+        scale = torch.stack([e.norm() for e in expected if e is not None]).norm() if any(e is not None for e in expected) else flat.norm()
+        tolerance = 30 * torch.finfo(flat.dtype).eps ** 0.5 if flat.dtype != torch.float32 else 1e-2
+        wrong = []
+        for name, e in zip(names, expected):
+            lo, shape = table[name]
+            got = flat[lo : lo + shape.numel() if isinstance(shape, torch.Size) else lo + torch.Size(shape).numel()].view(shape)
+            reference = torch.zeros_like(got) if e is None else e
+            if not bool((got - reference).norm() <= tolerance * reference.norm() + 1e-2 * tolerance * scale):
+                wrong.append(name)
+        if wrong or rest:
+            self._require_separate(batch, seen.outputs.detach(), wrong or rest)
+        self._checked = True
+        if wrong:
+            self._demoted |= set(wrong)
+            return self._structure(seen)
+        return units, rest
+
+    def _require_separate(self, batch: Batch, outputs: Tensor, names: list[str]) -> None:
+        """Raise when an output of one example depends on the other examples of its batch."""
+        n = outputs.shape[0]
+        if n == 1:
+            return
+        try:
+            with torch.no_grad():
+                alone = self.task.run(take(batch, slice(0, 1), n))
+        except Exception:  # noqa: BLE001 - the model cannot be run on one example of this batch: nothing can be said
+            return
+        tolerance = 100 * torch.finfo(outputs.dtype).eps ** 0.5
+        if alone.shape == outputs[:1].shape and not torch.allclose(alone, outputs[:1], rtol=tolerance, atol=tolerance * float(outputs.abs().max())):
+            raise CoverageError(
+                f"the model mixes the examples of a batch: the outputs of the first example change when it is run alone "
+                f"(seen through parameters {names[:4]}); per-example derivatives do not exist, so expected a model that treats examples separately"
+            )
+
+    def _require_finite(self, jacobians: dict[Layout, LayerJacobian], index: int) -> None:
+        tensors = {layout: getattr(j, "g", getattr(j, "m", None)) for layout, j in jacobians.items()}
+        sums = [t.detach().sum() for t in tensors.values() if t is not None]
+        if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
+            return
+        for layout, t in tensors.items():
+            if t is not None and not bool(torch.isfinite(t).all()):
+                bad = (~torch.isfinite(t)).transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
+                raise NonFiniteError(
+                    f"gradients of layer {self.task.layer_of(layout.names[0])!r} contain NaN or infinity in batch {index}, examples {bad[:8]}"
+                    f"{'...' if len(bad) > 8 else ''}; check those inputs, or use a wider dtype"
+                )
+
+
+def _bytes(j: LayerJacobian) -> int:
+    tensors = [t for t in vars(j).values() if isinstance(t, Tensor)]
+    if not tensors:  # a sum of uses
+        return sum(_bytes(term) for _, term in j.terms)  # type: ignore[attr-defined]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def require_examples(count: int) -> int:
+    """``count``, or :class:`LoaderError` when nothing was seen."""
+    if count == 0:
+        raise LoaderError("no example was seen; expected a loader with at least one")
+    return count

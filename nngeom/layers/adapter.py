@@ -1,0 +1,149 @@
+"""How an operation uses its parameters: the registry of adapters, and what an adapter reports.
+
+An adapter is one function, registered for the torch functions it understands and called with their own arguments. It
+returns a :class:`Use`: which (parts of) parameters were used as which matrix, and how inputs and output gradients are
+read as ``a [*lead, s, i]`` and ``g [*lead, s, o]``. ``lead`` are the axes among which the examples lie; which of them
+it is, is found out later (:mod:`nngeom.generator.axes`), so that no adapter has to guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from nngeom.core.layout import Arrangement
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter read as a matrix ``[s, o, i]``, of which one use sees the part starting at ``(row, column)``."""
+
+    name: str
+    arrangement: Arrangement
+    row: int = 0
+    column: int = 0
+
+
+@dataclass
+class Use:
+    """One call of one operation with parameters."""
+
+    operation: str
+    weight: Slot | None
+    bias: Slot | None
+    lead: tuple[int, ...]  # sizes of the axes of the output that hold examples and positions
+    gradients: Callable[[Tensor], Tensor]  # [k, *out] -> [k, *lead, s, o]
+    inputs: Callable[[], Tensor] | None = None  # () -> [*lead, s, i]; integer [*lead] for lookups; None without weight
+    lookup: bool = False
+    elementwise: bool = False  # o = 1 by nature: rows are formed at once, blocks are exact
+    out: Tensor | None = None  # set by the recorder, released once the edge is taken
+    edge: GradientEdge | None = None
+    shape: torch.Size = field(default_factory=lambda: torch.Size(()))
+    sources: tuple[tuple[Tensor, int], ...] = ()  # inputs kept for later, with their versions
+
+    def finish(self, out: Tensor) -> Use:
+        """Take the gradient edge of the output, before anything in place overwrites it."""
+        self.edge, self.shape, self.out = get_gradient_edge(out), out.shape, None
+        return self
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The parameters used."""
+        return tuple(s for s in (self.weight, self.bias) if s is not None)
+
+
+class Call:
+    """What an adapter may ask about the call it is looking at."""
+
+    def __init__(self, find: Callable[[Tensor], tuple[str, Tensor] | None], out: Tensor, keep_graph: bool):
+        self._find, self.out, self.keep_graph = find, out, keep_graph
+        self.sources: list[tuple[Tensor, int]] = []
+
+    def is_parameter(self, x: Any) -> bool:
+        """Whether ``x`` is a selected parameter or a view of one."""
+        return isinstance(x, Tensor) and self._find(x) is not None
+
+    def keep(self, x: Tensor) -> Tensor:
+        """An input to be read later: detached unless the kernel is to be differentiated."""
+        x = x if self.keep_graph else x.detach()
+        self.sources.append((x, x._version))
+        return x
+
+    def whole(self, x: Tensor | None, arrangement: Arrangement) -> Slot | None:
+        """The slot of a parameter used whole; ``None`` where ``x`` is no selected parameter. A partial view raises."""
+        found = self._find(x) if x is not None else None
+        if found is None:
+            return None
+        name, base = found
+        if x.numel() != base.numel() or (x is not base and not _same_order(x, base)):
+            raise NotStructured
+        return Slot(name, arrangement)
+
+    def matrix(self, x: Tensor | None) -> Slot | None:
+        """The slot of a 2-D tensor ``[o, i]``: a parameter, its transpose, or a rectangular part of either."""
+        found = self._find(x) if x is not None else None
+        if found is None:
+            return None
+        name, base = found
+        o, i = x.shape
+        if x is base:
+            return Slot(name, Arrangement.plain(1, o, i))
+        if not base.is_contiguous() or x.numel() == 0:
+            raise NotStructured
+        last = base.shape[-1] if base.ndim > 1 else base.numel()
+        rs, cs = x.stride()
+        if i == 1 and cs != 1:
+            cs = 1 if rs >= last else last
+        if o == 1 and cs == 1:
+            rs = last
+        offset, total = x.storage_offset() - base.storage_offset(), base.numel()
+        if cs == 1 and rs >= i and total % rs == 0:
+            row, column = divmod(offset, rs)
+            if column + i <= rs:
+                return Slot(name, Arrangement.plain(1, total // rs, rs), row, column)
+        if (rs == 1 or o == 1) and cs >= o and total % cs == 0:
+            column, row = divmod(offset, cs)
+            if row + o <= cs:
+                return Slot(name, Arrangement((1, total // cs, cs), (0, 2, 1), (1, cs, total // cs)), row, column)
+        raise NotStructured
+
+    def vector(self, x: Tensor | None, s: int = 1) -> Slot | None:
+        """The slot of a bias ``[s * o]``: a parameter, or for ``s = 1`` a run of neighbours of one."""
+        found = self._find(x) if x is not None else None
+        if found is None:
+            return None
+        name, base = found
+        if x is base or x.numel() == base.numel():
+            return self.whole(x, Arrangement.plain(s, base.numel() // s, 1))
+        if s != 1 or x.ndim != 1 or not base.is_contiguous() or (x.stride(0) != 1 and x.numel() > 1):
+            raise NotStructured
+        return Slot(name, Arrangement.plain(1, base.numel(), 1), x.storage_offset() - base.storage_offset())
+
+
+class NotStructured(Exception):
+    """Raised inside adapters only: this use has no Kronecker structure, the fallback takes it."""
+
+
+def _same_order(x: Tensor, base: Tensor) -> bool:
+    """Whether a view that holds all of ``base`` keeps its order of elements."""
+    return x.is_contiguous() and base.is_contiguous() and x.storage_offset() == base.storage_offset()
+
+
+Adapter = Callable[..., Use | None]
+ADAPTERS: dict[Any, Adapter] = {}
+
+
+def adapts(*functions: Any) -> Callable[[Adapter], Adapter]:
+    """Register an adapter for torch functions, at its definition."""
+
+    def register(adapter: Adapter) -> Adapter:
+        for function in functions:
+            ADAPTERS[function] = adapter
+        return adapter
+
+    return register

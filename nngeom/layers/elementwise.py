@@ -1,0 +1,80 @@
+"""A bare parameter that scales or shifts: ``x * w``, ``x / w`` (by the fallback), ``x + w``, ``x - w``, and expansions of it.
+
+The axes along which the parameter is broadcast hold examples and positions; the others are its groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nngeom.core.layout import Arrangement
+from nngeom.layers.adapter import Call, NotStructured, Use, adapts
+
+
+def _split(call: Call, w: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Axes of the output along which ``w`` is broadcast, the other axes, and the sizes of the first."""
+    out = call.out.shape
+    missing = len(out) - w.ndim
+    broadcast = tuple(j for j in range(len(out)) if j < missing or (w.shape[j - missing] == 1 and out[j] != 1))
+    own = tuple(j for j in range(len(out)) if j not in broadcast)
+    return broadcast, own, tuple(out[j] for j in broadcast)
+
+
+def _rows(broadcast: tuple[int, ...], own: tuple[int, ...]):
+    """``[*b, *out] -> [*b, *lead, s]``."""
+
+    def move(x: Tensor, b: int) -> Tensor:
+        x = x.permute(*range(b), *(b + j for j in broadcast), *(b + j for j in own))
+        return x.reshape(*x.shape[: b + len(broadcast)], -1)
+
+    return move
+
+
+def _operands(call: Call, x, y) -> tuple[Tensor, Tensor]:
+    """The other operand and the parameter; both parameters, or neither a tensor, has no structure."""
+    if call.is_parameter(x) == call.is_parameter(y):
+        raise NotStructured
+    x, w = (y, x) if call.is_parameter(x) else (x, y)
+    return x, w
+
+
+@adapts(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.multiply, torch.Tensor.multiply)
+def scale(call: Call, input, other) -> Use:
+    """``input * other`` with one of them a parameter."""
+    x, w = _operands(call, input, other)
+    if not isinstance(x, Tensor):
+        raise NotStructured
+    broadcast, own, lead = _split(call, w)
+    move, shape = _rows(broadcast, own), call.out.shape
+    slot, kept = call.whole(w, Arrangement.plain(w.numel(), 1, 1)), call.keep(x)
+    return Use(
+        "scale",
+        slot,
+        None,
+        lead,
+        gradients=lambda g: move(g, 1).unsqueeze(-1),
+        inputs=lambda: move(kept.expand(shape), 0).unsqueeze(-1),
+        elementwise=True,
+    )
+
+
+def _shift(call: Call, w: Tensor, sign: float) -> Use:
+    broadcast, own, lead = _split(call, w)
+    move = _rows(broadcast, own)
+    slot = call.whole(w, Arrangement.plain(1, w.numel(), 1))
+    return Use("shift", None, slot, lead, gradients=lambda g: (move(g, 1) * sign if sign != 1 else move(g, 1)).unsqueeze(-2))
+
+
+@adapts(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_, torch.Tensor.__iadd__)
+def add(call: Call, input, other, *, alpha: float = 1) -> Use:
+    """``input + alpha * other`` with one of them a parameter."""
+    _, w = _operands(call, input, other)
+    return _shift(call, w, alpha if w is other else 1)
+
+
+@adapts(torch.sub, torch.Tensor.sub, torch.Tensor.__sub__, torch.Tensor.__rsub__, torch.Tensor.sub_, torch.Tensor.__isub__)
+def sub(call: Call, input, other, *, alpha: float = 1) -> Use:
+    """``input - alpha * other`` with one of them a parameter."""
+    _, w = _operands(call, input, other)
+    return _shift(call, w, -alpha if w is other else 1)

@@ -1,0 +1,111 @@
+"""Fisher metrics: the expectation over labels in closed form, or by draws of a stream keyed by example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.generator.sweep import Columns
+from nngeom.generator.task import targets
+from nngeom.metrics.categorical import Categorical
+from nngeom.metrics.likelihood import Bernoulli, Gaussian, Likelihood, Poisson, as_columns
+
+_NAMES: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian, "poisson": Poisson}
+
+
+def as_likelihood(likelihood: Any) -> Likelihood:
+    """A likelihood by name, class or instance."""
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if isinstance(likelihood, str) and likelihood in _NAMES:
+        return _NAMES[likelihood]()
+    if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
+        return likelihood()
+    kind = ArgumentError if isinstance(likelihood, str) else ArgumentTypeError
+    raise kind(f"likelihood is {likelihood!r}; expected one of {sorted(_NAMES)} or an instance of a Likelihood")
+
+
+@dataclass(frozen=True)
+class ExactFisher:
+    """``E_y[s s^T]`` in closed form: the square root of the Fisher information of the outputs."""
+
+    likelihood: Likelihood
+
+    def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
+        """One column of the square root a cotangent."""
+        y = targets(batch)
+        self.likelihood.check(outputs, y)
+        return as_columns(self.likelihood.square_root(outputs, y))
+
+    def times(self, outputs: Tensor, tangent: Tensor, batch: Any, start: int) -> Tensor:
+        """The metric of the outputs times a tangent."""
+        return self.likelihood.fisher_times(outputs, tangent, targets(batch))
+
+
+@dataclass(frozen=True)
+class MonteCarloFisher:
+    """``samples`` labels an example drawn from the model, keyed by (seed, running index of the example, sample)."""
+
+    likelihood: Likelihood
+    samples: int
+    seed: int
+
+    def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
+        """One score a sample, divided by ``sqrt(samples)``."""
+        y = targets(batch)
+        self.likelihood.check(outputs, y)
+        n = outputs.shape[0]
+
+        def make(lo: int, hi: int) -> Tensor:
+            scores = [
+                self.likelihood.score(outputs, self.likelihood.sample(outputs, Stream(self.seed, start, n, j, outputs.device)), y)
+                for j in range(lo, hi)
+            ]
+            return torch.stack(scores) / self.samples**0.5
+
+        return Columns(self.samples, make)
+
+
+def seed_of(generator: torch.Generator | None) -> int:
+    """One integer from a generator (the global one when ``None``)."""
+    device = generator.device if generator is not None else torch.device("cpu")
+    return int(torch.randint(2**62, (1,), generator=generator, device=device))
+
+
+class Stream:
+    """Uniform numbers in (0, 1) that depend on (seed, running index of the example, sample, draw) and nothing else.
+
+    A counter-based generator: every number is the splitmix64 hash of its own key, so neither batch size nor the number
+    of processes changes a draw.
+    """
+
+    def __init__(self, seed: int, start: int, n: int, sample: int, device: torch.device):
+        self._index = torch.arange(start, start + n, device=device)
+        self._base = _mix(_mix(torch.tensor(seed, device=device)) + sample)
+        self._drawn = 0
+
+    def __call__(self, *shape: int) -> Tensor:
+        """``(n, *shape)``, float64."""
+        size = torch.Size(shape).numel()
+        counter = torch.arange(self._drawn, self._drawn + size, device=self._index.device)
+        self._drawn += size
+        bits = _mix(_mix(self._base + self._index).unsqueeze(1) + counter)
+        uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53
+        return uniform.view(len(self._index), *shape)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64 tensors with wrap-around."""
+    x = x + -7046029254386353131
+    x = (x ^ _shift(x, 30)) * -4658895280553007687
+    x = (x ^ _shift(x, 27)) * -7723592293110705685
+    return x ^ _shift(x, 31)

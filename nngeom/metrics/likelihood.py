@@ -1,0 +1,136 @@
+"""What a likelihood has to say about outputs: the square root of their Fisher information, draws, log-probabilities.
+
+A user's own likelihood is one subclass. ``square_root`` (exact Fisher) and ``sample`` with ``log_prob`` (Monte-Carlo
+Fisher) are independent: give what you need.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError, OutputError, UnsupportedError
+from nngeom.generator.sweep import Columns
+
+
+class Likelihood(ABC):
+    """``p(y | outputs)`` for outputs ``(n, *shape)``; positions of one example are independent given the outputs."""
+
+    def check(self, outputs: Tensor, targets: Any = None) -> None:
+        """Raise :class:`OutputError` where the outputs do not fit."""
+
+    def square_root(self, outputs: Tensor, targets: Any = None) -> Columns | Tensor:
+        """Cotangents ``v [k, n, *shape]`` with ``sum_k v_k v_k^T`` the Fisher information of the outputs."""
+        raise UnsupportedError(f"{type(self).__name__} defines no square_root; use FIM_MonteCarlo, or define it for the exact Fisher")
+
+    def sample(self, outputs: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
+        """Targets drawn from the model, ``(n, ...)``; ``uniform(*shape)`` gives numbers in (0, 1) ``(n, *shape)``, a fresh stream an example."""
+        raise UnsupportedError(f"{type(self).__name__} defines no sample; use FIM, or define it for Monte-Carlo Fisher matrices")
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``log p(targets | outputs)``, ``(n,)``, summed over positions; differentiable in the outputs."""
+        raise UnsupportedError(f"{type(self).__name__} defines no log_prob; use FIM, or define it for Monte-Carlo Fisher matrices")
+
+    def score(self, outputs: Tensor, labels: Tensor, targets: Any = None) -> Tensor:
+        """``d log p(labels | outputs) / d outputs``, ``(n, *shape)``."""
+        with torch.enable_grad():
+            f = outputs.detach().requires_grad_()
+            return torch.autograd.grad(self.log_prob(f, labels).sum(), f)[0]
+
+    def fisher_times(self, outputs: Tensor, tangent: Tensor, targets: Any = None) -> Tensor:
+        """The Fisher information of the outputs times ``tangent (n, *shape)``."""
+        columns = as_columns(self.square_root(outputs, targets))
+        v = columns.make(0, columns.count)
+        inner = (v * tangent).flatten(2).sum(-1)
+        return (inner.view(*inner.shape, *[1] * (v.ndim - 2)) * v).sum(0)
+
+
+def as_columns(v: Columns | Tensor) -> Columns:
+    """Cotangents given as a tensor ``(k, n, *shape)`` or in slices."""
+    return Columns(v.shape[0], lambda lo, hi: v[lo:hi]) if isinstance(v, Tensor) else v
+
+
+def diagonal_columns(root: Tensor) -> Columns:
+    """One cotangent an output: ``root (n, *shape)`` on the diagonal."""
+    n, width = root.shape[0], root[0].numel()
+    flat = root.reshape(n, width)
+
+    def make(lo: int, hi: int) -> Tensor:
+        v = flat.new_zeros(hi - lo, n, width)
+        k = torch.arange(hi - lo, device=flat.device)
+        v[k, :, k + lo] = flat[:, lo:hi].T
+        return v.view(hi - lo, *root.shape)
+
+    return Columns(width, make)
+
+
+class Bernoulli(Likelihood):
+    """Independent binary labels; outputs are logits ``(n, *shape)``."""
+
+    def square_root(self, outputs, targets=None):
+        p = outputs.sigmoid()
+        return diagonal_columns((p * torch.sigmoid(-outputs)).sqrt())
+
+    def sample(self, outputs, uniform):
+        return (uniform(*outputs.shape[1:]) < outputs.sigmoid()).to(outputs.dtype)
+
+    def log_prob(self, outputs, targets):
+        return -torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets.to(outputs), reduction="none").flatten(1).sum(1)
+
+    def fisher_times(self, outputs, tangent, targets=None):
+        return outputs.sigmoid() * torch.sigmoid(-outputs) * tangent
+
+
+class Gaussian(Likelihood):
+    """Normal targets around the outputs, with a fixed variance: a number, or one an output (broadcast to ``shape``)."""
+
+    def __init__(self, variance: float | Tensor = 1.0):
+        self.variance = torch.as_tensor(variance, dtype=torch.float64)
+        if not bool((self.variance > 0).all()) or not bool(torch.isfinite(self.variance).all()):
+            raise ArgumentError(f"variance is {variance}; expected positive finite numbers")
+
+    def _deviation(self, outputs: Tensor) -> Tensor:
+        try:
+            return self.variance.to(outputs).sqrt().expand(outputs.shape)
+        except RuntimeError:
+            raise OutputError(f"the variance has shape {tuple(self.variance.shape)}; it does not broadcast to outputs {tuple(outputs.shape)}") from None
+
+    def square_root(self, outputs, targets=None):
+        return diagonal_columns(1 / self._deviation(outputs))
+
+    def sample(self, outputs, uniform):
+        shape = outputs.shape[1:]
+        radius = (-2 * uniform(*shape).log()).sqrt()
+        return outputs + self._deviation(outputs) * (radius * torch.cos(2 * torch.pi * uniform(*shape))).to(outputs)
+
+    def log_prob(self, outputs, targets):
+        deviation = self._deviation(outputs)
+        z = (targets.to(outputs).reshape(outputs.shape) - outputs) / deviation
+        return (-0.5 * z.square() - deviation.log() - 0.5 * torch.log(z.new_tensor(2 * torch.pi))).flatten(1).sum(1)
+
+    def fisher_times(self, outputs, tangent, targets=None):
+        return tangent / self._deviation(outputs).square()
+
+
+class Poisson(Likelihood):
+    """Counts; outputs are log-rates ``(n, *shape)``."""
+
+    def square_root(self, outputs, targets=None):
+        return diagonal_columns((0.5 * outputs).exp())
+
+    def sample(self, outputs, uniform):
+        from scipy.stats import poisson
+
+        u, rate = uniform(*outputs.shape[1:]).double().cpu().numpy(), outputs.double().exp().cpu().numpy()
+        return torch.as_tensor(poisson.ppf(u, rate)).to(outputs)
+
+    def log_prob(self, outputs, targets):
+        y = targets.to(outputs).reshape(outputs.shape)
+        return (y * outputs - outputs.exp() - torch.lgamma(y + 1)).flatten(1).sum(1)
+
+    def fisher_times(self, outputs, tangent, targets=None):
+        return outputs.exp() * tangent

@@ -1,0 +1,169 @@
+"""Losses of the outputs, one number an example: for empirical Fisher, Gauss-Newton and Hessian matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, OutputError
+from nngeom.generator.sweep import Columns
+from nngeom.generator.task import require_targets
+from nngeom.metrics.categorical import Categorical
+from nngeom.metrics.likelihood import Gaussian, as_columns
+
+
+class Loss:
+    """A per-example loss ``(outputs, targets) -> (n,)``."""
+
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
+        raise ArgumentTypeError("a Loss defines __call__(outputs, targets) -> (n,)")
+
+    def square_root(self, outputs: Tensor, targets: Any) -> Columns:
+        """Cotangents ``v [k, n, *shape]`` with ``sum_k v v^T`` the Hessian of the loss in the outputs."""
+        return _hessian_root(self, outputs, targets)
+
+
+class CrossEntropy(Loss):
+    """Softmax cross-entropy, summed over positions; axis ``dim`` of the outputs holds the classes.
+
+    ``weight`` (one number a class), ``label_smoothing`` and ``ignore_index`` mean what they mean in
+    ``torch.nn.functional.cross_entropy`` with ``reduction="none"``.
+    """
+
+    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100, dim: int = 1):
+        if not 0 <= label_smoothing <= 1:
+            raise ArgumentError(f"label_smoothing is {label_smoothing}; expected a number in [0, 1]")
+        self.weight, self.label_smoothing = weight, label_smoothing
+        self.categorical = Categorical(dim, ignore_index)
+
+    def _flat(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.categorical.logits(outputs)
+        n, p, c = logits.shape
+        if targets.is_floating_point():
+            return logits.reshape(n * p, c), self.categorical.logits(targets.to(outputs)).reshape(n * p, c)
+        if targets.numel() != n * p:
+            raise OutputError(f"targets have shape {tuple(targets.shape)}; outputs {tuple(outputs.shape)} with classes on axis {self.categorical.dim} need one a position, {n * p}")
+        return logits.reshape(n * p, c), targets.reshape(n * p)
+
+    def __call__(self, outputs, targets):
+        logits, y = self._flat(outputs, targets)
+        weight = None if self.weight is None else self.weight.to(outputs)
+        each = F.cross_entropy(logits, y, weight, ignore_index=self.categorical.ignore_index, reduction="none", label_smoothing=self.label_smoothing)
+        return each.view(outputs.shape[0], -1).sum(1)
+
+    def square_root(self, outputs, targets):
+        """The categorical root, times the root of the total weight of each position's (smoothed) label."""
+        self.categorical.check(outputs, targets)
+        columns = as_columns(self.categorical.square_root(outputs, targets))
+        if self.weight is None and not targets.is_floating_point():
+            return columns
+        logits, y = self._flat(outputs, targets)
+        c = logits.shape[-1]
+        weight = torch.ones(c, dtype=outputs.dtype, device=outputs.device) if self.weight is None else self.weight.to(outputs)
+        label = y if y.is_floating_point() else F.one_hot(y.clamp_min(0), c).to(outputs)
+        smoothed = (1 - self.label_smoothing) * label + self.label_smoothing / c
+        root = (smoothed @ weight).sqrt().view(outputs.shape[0], -1, 1).expand(-1, -1, c)
+        root = self.categorical.unmove(root, outputs)
+        return Columns(columns.count, lambda lo, hi: columns.make(lo, hi) * root)
+
+
+class SquaredError(Loss):
+    """``0.5 * (f - y)**2`` summed over outputs, so that its Gauss-Newton matrix is the Gaussian Fisher."""
+
+    def __call__(self, outputs, targets):
+        if targets.numel() != outputs.numel():
+            raise OutputError(f"targets have shape {tuple(targets.shape)}; expected that of the outputs, {tuple(outputs.shape)}")
+        return 0.5 * (outputs - targets.to(outputs).reshape(outputs.shape)).square().flatten(1).sum(1)
+
+    def square_root(self, outputs, targets):
+        return as_columns(Gaussian().square_root(outputs))
+
+
+@dataclass(frozen=True)
+class CallableLoss(Loss):
+    """A user's function ``(outputs, targets) -> (n,)``."""
+
+    function: Callable[[Tensor, Any], Tensor]
+
+    def __call__(self, outputs, targets):
+        value = self.function(outputs, targets)
+        if not isinstance(value, Tensor) or value.shape != outputs.shape[:1]:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise OutputError(f"the loss returned {given}; expected one number an example, ({outputs.shape[0]},): use reduction='none' and sum over outputs")
+        return value
+
+
+def as_loss(loss: Any) -> Loss:
+    """A loss by name, instance or function of (outputs, targets) with one number an example."""
+    if isinstance(loss, Loss):
+        return loss
+    if loss == "cross_entropy":
+        return CrossEntropy()
+    if loss == "mse":
+        return SquaredError()
+    if isinstance(loss, str):
+        raise ArgumentError(f"loss is {loss!r}; expected 'cross_entropy', 'mse', or a function (outputs, targets) -> (n,)")
+    if callable(loss):
+        return CallableLoss(loss)
+    raise ArgumentTypeError(f"loss is {type(loss).__name__}; expected 'cross_entropy', 'mse', or a function (outputs, targets) -> (n,)")
+
+
+def _hessian_root(loss: Loss, outputs: Tensor, targets: Any) -> Columns:
+    """The symmetric root of each example's Hessian in its outputs, by double backward; raises where it is not convex."""
+    with torch.enable_grad():
+        f = outputs.detach().double().requires_grad_()
+        gradient = torch.autograd.grad(loss(f, targets).sum(), f, create_graph=True)[0]
+        flat = gradient.flatten(1)
+        if not flat.requires_grad:
+            h = torch.zeros(f.shape[0], flat.shape[1], flat.shape[1], dtype=f.dtype, device=f.device)
+        else:
+            rows = [torch.autograd.grad(flat[:, j].sum(), f, retain_graph=True)[0].flatten(1) for j in range(flat.shape[1])]
+            h = torch.stack(rows, 1)
+    values, vectors = torch.linalg.eigh((h + h.mT) / 2)
+    least, most = values.min(), values.abs().max()
+    if bool(least < -1e-8 * most.clamp_min(1e-300)):
+        raise ArgumentError(
+            f"the loss is not convex in the outputs (an eigenvalue of its Hessian is {float(least):.3e}); the Gauss-Newton matrix needs a convex loss: use Hessian"
+        )
+    root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)).permute(2, 0, 1).to(outputs)  # [k n c]
+    return Columns(root.shape[0], lambda lo, hi: root[lo:hi].reshape(hi - lo, *outputs.shape))
+
+
+@dataclass(frozen=True)
+class EmpiricalFisher:
+    """Second moment of per-example loss gradients, with the targets of the batch."""
+
+    loss: Loss
+
+    def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
+        """The gradient of the loss in the outputs."""
+        y = require_targets(batch)
+        with torch.enable_grad():
+            f = outputs.detach().requires_grad_()
+            g = torch.autograd.grad(self.loss(f, y).sum(), f)[0]
+        return Columns(1, lambda lo, hi: g.unsqueeze(0))
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """``J^T (d2 loss / d outputs2) J``."""
+
+    loss: Loss
+
+    def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
+        """The square root of the Hessian of the loss in the outputs."""
+        return self.loss.square_root(outputs, require_targets(batch))
+
+
+@dataclass(frozen=True)
+class IdentityMetric:
+    """Every output by itself: the rows of the Jacobian."""
+
+    def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
+        """Unit cotangents, output by output."""
+        return as_columns(Gaussian().square_root(outputs))

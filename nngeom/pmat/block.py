@@ -1,0 +1,164 @@
+"""A symmetric matrix over one block of parameters, acting on ``x [*b, s, o, i]``. Knows nothing of networks.
+
+Primitives: ``mv, diag, squared_norm, scaled, inverse, eigh``; the rest follows from them. Blocks are frozen and hold
+tensors only; what acts is always the exact matrix, ``inverse(damping)`` is a block again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nngeom.core.damping import Cutoff, Damping, Tikhonov
+from nngeom.core.errors import SingularError
+
+
+class TensorObject:
+    """A frozen dataclass of tensors and plain values: moves and serialises field by field."""
+
+    def to(self, *args: Any, **kwargs: Any):
+        """Another dtype or device, as ``Tensor.to``."""
+        return self._map(lambda t: t.to(*args, **kwargs))
+
+    def _map(self, f):
+        fields = {name: f(t) for name, t in self.fields().items() if isinstance(t, Tensor)}
+        return dataclasses.replace(self, **fields)  # type: ignore[type-var]
+
+    def fields(self) -> dict[str, Any]:
+        """Name to value."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+class Block(TensorObject, ABC):
+    """One block ``[s, o, i] x [s, o, i]`` of a parameter-space matrix."""
+
+    kinds: ClassVar[dict[str, type[Block]]] = {}  # by name, for files
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        Block.kinds[cls.__name__] = cls
+
+    @abstractmethod
+    def mv(self, x: Tensor) -> Tensor:
+        """``M x``, ``[*b, s, o, i]``."""
+
+    @abstractmethod
+    def diag(self) -> Tensor:
+        """``[s, o, i]``."""
+
+    @abstractmethod
+    def squared_norm(self) -> Tensor:
+        """``|M|_F**2``."""
+
+    @abstractmethod
+    def scaled(self, c: float | Tensor) -> Block:
+        """``c M``."""
+
+    @abstractmethod
+    def inverse(self, damping: Damping) -> Block:
+        """``(M + damping)^-1``; raises :class:`SingularError`."""
+
+    @abstractmethod
+    def eigh(self) -> tuple[Tensor, BlockBasis]:
+        """Eigenvalues ``[s, o, i]`` in no particular order, and the orthonormal basis ``M = U diag(values) U^T``."""
+
+    def added(self, other: Block) -> Block | None:
+        """``M + other`` when it is a block of the same kind, else ``None``."""
+        return None
+
+    # -- derived -----------------------------------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> torch.Size:
+        """``(s, o, i)``."""
+        return self.diag().shape
+
+    def trace(self) -> Tensor:
+        """Sum of the diagonal."""
+        return self.diag().sum()
+
+    def solve(self, b: Tensor, damping: Damping) -> Tensor:
+        """``(M + damping)^-1 b``."""
+        return self.inverse(damping).mv(b)
+
+    def dense(self) -> Tensor:
+        """``[p, p]`` over the flattened block."""
+        d = self.diag()
+        eye = torch.eye(d.numel(), dtype=d.dtype, device=d.device)
+        return self.mv(eye.view(-1, *d.shape)).flatten(1).T.contiguous()
+
+    def logdet(self, damping: Tikhonov) -> Tensor:
+        """``log det(M + damping I)``; ``-inf`` when singular."""
+        return _logdet(self.eigh()[0] + damping.value)
+
+    def root_times(self, noise: Tensor, damping: Tikhonov) -> Tensor:
+        """``(M + damping I)^-1/2 noise`` up to a rotation, for sampling."""
+        values, basis = self.eigh()
+        return basis.mv(noise * reciprocal(values, damping, "the matrix to sample from").sqrt())
+
+
+class BlockBasis(TensorObject, ABC):
+    """An orthonormal basis of one block, ``U``."""
+
+    @abstractmethod
+    def mv(self, x: Tensor) -> Tensor:
+        """``U x``: coordinates to parameters, ``[*b, s, o, i]``."""
+
+    @abstractmethod
+    def tmv(self, x: Tensor) -> Tensor:
+        """``U^T x``: parameters to coordinates."""
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(BlockBasis):
+    """The parameters themselves."""
+
+    def mv(self, x):
+        return x
+
+    def tmv(self, x):
+        return x
+
+
+def reciprocal(values: Tensor, damping: Damping, what: str) -> Tensor:
+    """``1 / (values + damping)``, or the pseudo-inverse under :class:`Cutoff`; raises :class:`SingularError`."""
+    if isinstance(damping, Cutoff):
+        keep = values >= max(damping.value, torch.finfo(values.dtype).tiny)
+        return torch.where(keep, 1 / torch.where(keep, values, torch.ones_like(values)), torch.zeros_like(values))
+    shifted = values + damping.value
+    require_positive(shifted, values, what)
+    return 1 / shifted
+
+
+def require_positive(shifted: Tensor, values: Tensor, what: str) -> None:
+    """Raise unless all of ``shifted`` is above rounding error of ``values``."""
+    if not values.numel():
+        return
+    floor = 4 * torch.finfo(values.dtype).eps * values.abs().max()
+    least = shifted.min()
+    if bool(least <= floor):
+        need = float((shifted - values).max() - least + floor)
+        raise SingularError(
+            f"{what} is singular or indefinite at this damping: its smallest eigenvalue is {float(least):.3e}; "
+            f"use a damping above {max(need, 0.0):.3e}, or Cutoff(x) for a pseudo-inverse"
+        )
+
+
+def _logdet(shifted: Tensor) -> Tensor:
+    if bool((shifted <= 0).any()):
+        return shifted.new_tensor(-math.inf)
+    return shifted.log().sum()
+
+
+def zero_small(values: Tensor) -> Tensor:
+    """Eigenvalues within rounding error of zero set to zero, so that the log-determinant of a singular matrix is ``-inf``."""
+    floor = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+    return torch.where(values.abs() <= floor, torch.zeros_like(values), values)
+
+

@@ -1,0 +1,112 @@
+"""Dense blocks: one for the whole matrix, or one a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core import linalg
+from nngeom.core.damping import Cutoff
+from nngeom.core.layout import Layout
+from nngeom.pmat.block import Block, BlockBasis, reciprocal, zero_small
+from nngeom.pmat.pmat import PMat
+from nngeom.pmat.recipe import Scope, join_rows
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBlock(Block):
+    """``M x`` with an explicit matrix over the flattened block ``[1, 1, p]``."""
+
+    m: Tensor  # [p p]
+
+    def mv(self, x):
+        return x @ self.m
+
+    def diag(self):
+        return self.m.diagonal()[None, None]
+
+    def squared_norm(self):
+        return self.m.square().sum()
+
+    def scaled(self, c):
+        return DenseBlock(c * self.m)
+
+    def added(self, other):
+        return DenseBlock(self.m + other.m) if isinstance(other, DenseBlock) else None
+
+    def dense(self):
+        return self.m
+
+    def inverse(self, damping):
+        if isinstance(damping, Cutoff):
+            values, u = linalg.eigh(self.m)
+            return DenseBlock((u * reciprocal(values, damping, "the dense matrix")) @ u.T)
+        return DenseBlock(torch.cholesky_inverse(self._cholesky(damping.value)))
+
+    def solve(self, b, damping):
+        if isinstance(damping, Cutoff):
+            return self.inverse(damping).mv(b)
+        x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, self._cholesky(damping.value))
+        return x.T.reshape(b.shape)
+
+    def _cholesky(self, damping: float) -> Tensor:
+        shifted = self.m.clone()
+        shifted.diagonal().add_(damping)
+        return linalg.cholesky(shifted, f"the dense matrix with damping {damping:g}")
+
+    def eigh(self):
+        values, u = linalg.eigh(self.m)
+        return zero_small(values)[None, None], DenseBasis(u)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBasis(BlockBasis):
+    """Explicit eigenvectors, the columns of ``u``."""
+
+    u: Tensor  # [p p]
+
+    def mv(self, x):
+        return x @ self.u.T
+
+    def tmv(self, x):
+        return x @ self.u
+
+
+def dense_recipe(layouts: dict[Layout, tuple[str, ...]]):
+    """Second moments of the rows over the given spans of parameters."""
+
+    def statistic(chunk):
+        named = {}
+        for layout, names in layouts.items():
+            total = None
+            for rows in join_rows(chunk, layout, names):
+                part = linalg.gram(rows.flatten(0, 1))
+                total = part if total is None else total.add_(part)
+            if total is not None:
+                named[layout] = {"m": total}
+        return named
+
+    means = yield statistic
+    return {layout: DenseBlock(tensors["m"]) for layout, tensors in means.items()}
+
+
+class PMatDense(PMat):
+    """The whole matrix, ``d x d``."""
+
+    @classmethod
+    def recipe(cls, scope: Scope):
+        layout = scope.span()
+        return (yield from dense_recipe({layout: layout.names}))
+
+
+class PMatBlockDiag(PMat):
+    """One dense block a layer; covariances between layers are dropped."""
+
+    @classmethod
+    def recipe(cls, scope: Scope):
+        layers = {scope.collection.span(names): names for names in scope.by_layer().values()}
+        return (yield from dense_recipe(layers))
+
+

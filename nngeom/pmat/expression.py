@@ -1,0 +1,207 @@
+"""Sums and products of matrices of different kinds: lazy, with the same operations as any other.
+
+Products with vectors, traces, diagonals and quadratic forms of sums are exact and never form a matrix. What needs a
+factorisation is done on the dense matrix below the size limit; solves above it go by conjugate gradients.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core.damping import Damping, Tikhonov, as_damping
+from nngeom.core.errors import ArgumentError, UnsupportedError
+from nngeom.core.layout import Layout
+from nngeom.pmat.dense import DenseBlock, PMatDense
+from nngeom.pmat.pmat import DENSE_LIMIT, Basis, ParameterOperator, PMat, require_frobenius, require_tikhonov
+from nngeom.solve.cg import conjugate_gradient
+from nngeom.space.pvector import PVector
+
+
+class PMatExpression(ParameterOperator):
+    """A matrix defined by others. Everything the parts do is done by them; the rest on the dense matrix."""
+
+    @property
+    def layer_collection(self):
+        """The parameters this matrix acts on."""
+        return self.collection
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the expression is symmetric by construction."""
+        return True
+
+    @abstractmethod
+    def trace(self) -> Tensor:
+        """``tr M``."""
+
+    def diag(self) -> PVector:
+        """The diagonal."""
+        return PVector(self.collection, self.to_dense().diagonal())
+
+    def norm(self, kind: str = "fro") -> Tensor:
+        """The Frobenius norm, by products with the unit vectors in chunks."""
+        require_frobenius(kind)
+        return self.to_dense().norm()
+
+    def materialize(self, limit: int = DENSE_LIMIT) -> PMat:
+        """The same matrix as a :class:`PMatDense`; raises :class:`SizeError` above ``limit`` parameters."""
+        if not self.symmetric:
+            raise UnsupportedError("a product of matrices is not symmetric, so there is no PMatDense of it; to_dense() gives the tensor")
+        span: Layout = self.collection.span()
+        return PMatDense._make(self.collection, {span: DenseBlock(self.to_dense(limit))}, 0)
+
+    def solve(self, b: Any, damping: float | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None) -> Any:
+        """``(M + damping I)^-1 b``: dense below the size limit, conjugate gradients above it."""
+        d = as_damping(damping)
+        if self.shape[0] <= DENSE_LIMIT:
+            if self.symmetric:
+                return self.materialize().solve(b, d)
+            return self._apply(lambda x: self._solve_general(x, d), b)
+        if not self.symmetric or not isinstance(d, Tikhonov):
+            raise UnsupportedError("solving with a product, or with Cutoff or FactoredTikhonov on a sum, needs the dense matrix; this one is above the size limit")
+        return self._apply(lambda x: conjugate_gradient(lambda y: self._mv(y) + d.value * y, x, tol=tol, max_iter=max_iter), b)
+
+    def _solve_general(self, x: Tensor, damping: Damping) -> Tensor:
+        m = self.to_dense()
+        if not isinstance(damping, Tikhonov):
+            raise ArgumentError("a product of matrices takes a number as damping")
+        m = m + damping.value * torch.eye(m.shape[0], dtype=m.dtype, device=m.device)
+        return torch.linalg.solve(m, x.reshape(-1, x.shape[-1]).T).T.reshape(x.shape)
+
+    def inverse(self, damping: float | Damping = 0.0) -> PMat:
+        """``(M + damping I)^-1`` as a PMatDense."""
+        return self.materialize().inverse(damping)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """``log det(M + damping I)``."""
+        if self.symmetric:
+            return self.materialize().logdet(damping)
+        t = require_tikhonov(damping, "logdet")
+        m = self.to_dense()
+        return torch.linalg.slogdet(m + t.value * torch.eye(m.shape[0], dtype=m.dtype, device=m.device))[1]
+
+    def eigh(self) -> tuple[Tensor, Basis]:
+        """Eigenvalues, ascending, and basis, of the dense matrix."""
+        return self.materialize().eigh()
+
+    def sample(self, n: int, damping: float = 0.0, generator: torch.Generator | None = None) -> PVector:
+        """Draws of ``N(0, (M + damping I)^-1)``."""
+        return self.materialize().sample(n, damping, generator)
+
+
+@dataclass(frozen=True, eq=False)
+class PMatSum(PMatExpression):
+    """``sum_j weight_j M_j``."""
+
+    parts: tuple[ParameterOperator, ...]
+    weights: tuple[float, ...] | None = None
+
+    def _weighted(self):
+        return zip(self.weights or (1.0,) * len(self.parts), self.parts)
+
+    @property
+    def collection(self):
+        return self.parts[0].collection
+
+    @property
+    def dtype(self):
+        dtype = self.parts[0].dtype
+        for part in self.parts[1:]:
+            dtype = torch.promote_types(dtype, part.dtype)
+        return dtype
+
+    @property
+    def device(self):
+        return self.parts[0].device
+
+    @property
+    def symmetric(self):
+        return all(getattr(p, "symmetric", True) for p in self.parts)
+
+    def _mv(self, x):
+        total = None
+        for w, part in self._weighted():
+            y = w * part._mv(x.to(part.dtype)).to(self.dtype)
+            total = y if total is None else total + y
+        return total
+
+    def trace(self):
+        return torch.stack([(w * p.trace()).to(self.dtype) for w, p in self._weighted()]).sum()
+
+    def diag(self):
+        return PVector(self.collection, sum((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted()))
+
+    def _scaled(self, c):
+        return PMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
+
+    def to(self, *args: Any, **kwargs: Any) -> PMatSum:
+        """Another dtype or device, as ``Tensor.to``."""
+        return PMatSum(tuple(p.to(*args, **kwargs) for p in self.parts), self.weights)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return "PMatSum(" + " + ".join(f"{w:g} * {p!r}" for w, p in self._weighted()) + ")"
+
+
+@dataclass(frozen=True, eq=False)
+class PMatProduct(PMatExpression):
+    """``scale * left @ right``: not symmetric in general."""
+
+    left: ParameterOperator
+    right: ParameterOperator
+    scale: float = 1.0
+
+    def __post_init__(self):
+        self.left.collection.require(self.right.collection, "the right factor")
+
+    @property
+    def collection(self):
+        return self.left.collection
+
+    @property
+    def symmetric(self):
+        return False
+
+    @property
+    def dtype(self):
+        return torch.promote_types(self.left.dtype, self.right.dtype)
+
+    @property
+    def device(self):
+        return self.left.device
+
+    def _mv(self, x):
+        return self.scale * self.left._mv(self.right._mv(x.to(self.right.dtype)).to(self.left.dtype)).to(self.dtype)
+
+    def trace(self):
+        return self.to_dense().trace()
+
+    def solve(self, b, damping=0.0, tol=1e-6, max_iter=None):
+        if as_damping(damping) == Tikhonov(0.0):
+            return (1 / self.scale) * self.right.solve(self.left.solve(b, 0.0), 0.0)  # type: ignore[attr-defined]
+        return super().solve(b, damping, tol, max_iter)
+
+    def inverse(self, damping=0.0):
+        raise UnsupportedError("the inverse of a product is not offered as a matrix; use solve(b, damping)")
+
+    def eigh(self):
+        raise UnsupportedError("a product of matrices is not symmetric; use torch.linalg.eig(M.to_dense())")
+
+    def sample(self, n, damping=0.0, generator=None):
+        raise UnsupportedError("a product of matrices is not symmetric, so it is no covariance to sample from")
+
+    def _scaled(self, c):
+        return PMatProduct(self.left, self.right, c * self.scale)
+
+    def to(self, *args: Any, **kwargs: Any) -> PMatProduct:
+        """Another dtype or device, as ``Tensor.to``."""
+        return PMatProduct(self.left.to(*args, **kwargs), self.right.to(*args, **kwargs), self.scale)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"PMatProduct({self.scale:g} * {self.left!r} @ {self.right!r})"
+
+

@@ -1,0 +1,73 @@
+"""A multiple of the identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError
+from nngeom.pmat.block import Block, Identity, reciprocal
+from nngeom.pmat.pmat import PMat
+from nngeom.pmat.recipe import Scope
+from nngeom.space.collection import LayerCollection
+
+
+@dataclass(frozen=True, eq=False)
+class EyeBlock(Block):
+    """``c x``."""
+
+    c: Tensor  # []
+    s: int
+    o: int
+    i: int
+
+    @property
+    def sizes(self):
+        return torch.Size((self.s, self.o, self.i))
+
+    def mv(self, x):
+        return self.c * x
+
+    def diag(self):
+        return self.c.expand(self.sizes)
+
+    def squared_norm(self):
+        return self.c.square() * self.sizes.numel()
+
+    def scaled(self, c):
+        return EyeBlock(c * self.c, self.s, self.o, self.i)
+
+    def added(self, other):
+        return EyeBlock(self.c + other.c, self.s, self.o, self.i) if isinstance(other, EyeBlock) else None
+
+    def inverse(self, damping):
+        return EyeBlock(reciprocal(self.c.view(1), damping, "the multiple of the identity")[0], self.s, self.o, self.i)
+
+    def eigh(self):
+        return self.diag(), Identity()
+
+
+class PMatEye(PMat):
+    """``c`` times the identity; measured, ``c`` is the mean of the diagonal, so that the trace is exact."""
+
+    @staticmethod
+    def build(layer_collection: LayerCollection, scale: float = 1.0, dtype: torch.dtype | None = None, device=None) -> PMat:
+        """``scale * I`` without any data."""
+        c = torch.tensor(scale, dtype=dtype or torch.get_default_dtype(), device=device)
+        if not torch.isfinite(c):
+            raise ArgumentError(f"scale is {scale}; expected a finite number")
+        span = layer_collection.span()
+        return PMatEye._make(layer_collection, {span: EyeBlock(c, *span.sizes)}, 0)
+
+    @classmethod
+    def recipe(cls, scope: Scope):
+        span = scope.span()
+
+        def statistic(chunk):
+            traces = [j.squared_norms().sum() for j in chunk.jacobians.values()]
+            return {span: {"trace": torch.stack(traces).sum()}} if traces else {}
+
+        means = yield statistic
+        return {layout: EyeBlock(t["trace"] / layout.numel, *layout.sizes) for layout, t in means.items()}

@@ -1,0 +1,309 @@
+"""Nothing stored but the data: products by one forward-mode and one backward pass over the batches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nngeom.core import memory
+from nngeom.core.damping import Damping, Tikhonov, as_damping
+from nngeom.core.errors import ArgumentError, UnsupportedError
+from nngeom.core.linalg import accumulation_dtype
+from nngeom.generator.sweep import Columns, Sweep
+from nngeom.generator.task import Batch, Task, gradients_on
+from nngeom.pmat.expression import PMatExpression
+from nngeom.pmat.pmat import ParameterOperator, PMat, require_frobenius
+from nngeom.solve.cg import conjugate_gradient
+from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
+from nngeom.solve.lanczos import lanczos
+from nngeom.solve.slq import SpectralDensity, spectral_density
+from nngeom.space.pvector import PVector
+
+
+@dataclass(frozen=True, eq=False)
+class Linearization:
+    """Jacobian products of one task: ``J v`` in forward mode (or double backward), ``J^T u`` in reverse mode."""
+
+    task: Task
+
+    def jvp(self, batch: Batch, v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Outputs (with their graph) and ``J v``, for one tangent."""
+        with gradients_on(), math_attention():
+            try:
+                with forward_ad.dual_level():
+                    duals = {name: forward_ad.make_dual(p, v[name]) for name, p in self.task.parameters.items()}
+                    outputs = self._run(batch, duals)
+                    primal, tangent = forward_ad.unpack_dual(outputs)
+                return primal, torch.zeros_like(primal) if tangent is None else tangent.detach()
+            except (NotImplementedError, RuntimeError) as error:
+                if "forward" not in str(error) and "Forward" not in str(error):
+                    raise
+            outputs = self.task.run(batch)
+            u = torch.zeros_like(outputs, requires_grad=True)
+            params = list(self.task.parameters.values())
+            pulled = torch.autograd.grad(outputs, params, u, create_graph=True, allow_unused=True)
+            inner = sum((g * v[name]).sum() for name, g in zip(self.task.parameters, pulled) if g is not None)
+            tangent = torch.autograd.grad(inner, u, retain_graph=True)[0]
+            return outputs, tangent.detach()
+
+    def vjp(self, outputs: Tensor, u: Tensor) -> Tensor:
+        """``J^T u`` as a flat vector."""
+        params = list(self.task.parameters.values())
+        grads = torch.autograd.grad(outputs, params, u, allow_unused=True)
+        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(grads, params)])
+
+    def _run(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
+        """The outputs with other tensors in the place of the parameters; a user's function may call the model anyhow."""
+        wrapper = _Caller(self.task.model, lambda: self.task.run(batch))
+        return functional_call(wrapper, {f"model.{name}": p for name, p in parameters.items()}, ())
+
+
+class _Caller(torch.nn.Module):
+    """A module around the model whose forward calls back, so that ``functional_call`` reaches a user's function."""
+
+    def __init__(self, model: torch.nn.Module, call: Callable[[], Tensor]):
+        super().__init__()
+        self.model, self._call = model, call
+
+    def forward(self) -> Tensor:
+        """Call back."""
+        return self._call()
+
+
+@contextlib.contextmanager
+def math_attention():
+    """Attention kernels that have forward-mode and second derivatives."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class PMatImplicit(ParameterOperator):
+    """A matrix known by its products, exact and without storage; it keeps the model and the batches, and is not picklable."""
+
+    sweep: Sweep
+    scale: float = 1.0
+
+    @property
+    def task(self) -> Task:
+        """The model and its function."""
+        return self.sweep.task
+
+    @property
+    def layer_collection(self):
+        """The parameters this matrix acts on."""
+        return self.task.collection
+
+    @property
+    def collection(self):
+        return self.task.collection
+
+    @property
+    def dtype(self):
+        return accumulation_dtype(self.task.dtype)
+
+    @property
+    def device(self):
+        return self.task.device
+
+    def _scaled(self, c):
+        return replace(self, scale=c * self.scale)
+
+    def _split(self, x: Tensor) -> dict[str, Tensor]:
+        v = PVector(self.collection, x)
+        return {name: v[name].to(p.dtype) for name, p in self.task.parameters.items()}
+
+    def _mv(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        rows = [self.scale * self._product(row) for row in flat]
+        return (torch.stack(rows) if rows else flat).reshape(x.shape)
+
+    def _product(self, x: Tensor) -> Tensor:
+        raise UnsupportedError("an implicit operator defines its product")
+
+    # -- what it solves and estimates --------------------------------------------------------------------------------
+
+    def solve(
+        self,
+        b: Any,
+        damping: float | Damping = 0.0,
+        tol: float = 1e-6,
+        max_iter: int | None = None,
+        preconditioner: PMat | None = None,
+    ) -> Any:
+        """``(M + damping I)^-1 b`` by conjugate gradients to a relative residual ``tol``.
+
+        ``preconditioner``: a PMat whose ``solve`` with the same damping approximates this one. Raises
+        :class:`ConvergenceError` when ``tol`` is not reached.
+        """
+        d = as_damping(damping)
+        if not isinstance(d, Tikhonov):
+            raise ArgumentError("an implicit matrix takes a number as damping: Cutoff and FactoredTikhonov need a factorisation")
+        apply = None
+        if preconditioner is not None:
+            inverse = preconditioner.inverse(d)
+            apply = lambda r: inverse._mv(r.to(inverse.dtype)).to(r.dtype)  # noqa: E731
+        return self._apply(lambda x: conjugate_gradient(lambda y: self._mv(y) + d.value * y, x, tol, max_iter, apply), b)
+
+    def inverse(self, damping: float | Damping = 0.0, **options: Any) -> ParameterOperator:
+        """``(M + damping I)^-1`` as an operator: every product is a :meth:`solve`."""
+        return ImplicitInverse(self, as_damping(damping), options)
+
+    def _estimate(self, estimator: str, samples: int, generator: torch.Generator | None) -> Estimate:
+        estimators = {"hutchinson": hutchinson, "hutch++": hutchpp}
+        if estimator not in estimators:
+            raise ArgumentError(f"estimator is {estimator!r}; expected one of {sorted(estimators)}, or None for the exact trace")
+        like = torch.empty((), dtype=self.dtype, device=self.device)
+        return estimators[estimator](self._mv, self.shape[0], samples, like, generator)
+
+    def trace(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
+        """``tr M``: exact by default, or an :class:`Estimate` with a standard error (``"hutchinson"``, ``"hutch++"``)."""
+        if estimator is None:
+            return self._exact_trace()
+        return self._estimate(estimator, samples, generator)
+
+    def _exact_trace(self) -> Tensor:
+        return self.to_dense().trace()
+
+    def diag(self) -> PVector:
+        """The exact diagonal."""
+        return PVector(self.collection, self.to_dense().diagonal())
+
+    def norm(self, kind: str = "fro", samples: int | None = None, generator: torch.Generator | None = None) -> Any:
+        """The Frobenius norm: exact on the dense matrix, or with ``samples`` an :class:`Estimate` from products."""
+        require_frobenius(kind)
+        if samples is None:
+            return self.to_dense().norm()
+        like = torch.empty((), dtype=self.dtype, device=self.device)
+        square = hutchinson(lambda z: self._mv(self._mv(z)), self.shape[0], samples, like, generator)
+        root = square.value.clamp_min(0).sqrt()
+        return Estimate(root, square.standard_error / (2 * root))
+
+    def lanczos(self, k: int, steps: int | None = None, tol: float = 1e-6, generator: torch.Generator | None = None) -> tuple[Tensor, PVector]:
+        """The ``k`` largest eigenvalues, descending ``(k,)``, and their vectors, a batch of PVectors."""
+        start = PVector.randn(self.collection, generator=generator, dtype=self.dtype, device=self.device if generator is None else generator.device)
+        values, vectors = lanczos(self._mv, start.flat().to(self.device), k, steps, tol)
+        return values, PVector(self.collection, vectors)
+
+    def spectral_density(self, steps: int = 64, samples: int = 8, generator: torch.Generator | None = None) -> SpectralDensity:
+        """The distribution of eigenvalues by stochastic Lanczos quadrature."""
+        like = torch.empty((), dtype=self.dtype, device=self.device)
+        return spectral_density(self._mv, self.shape[0], like, steps, samples, generator)
+
+    def _refuse(self, what: str) -> UnsupportedError:
+        return UnsupportedError(f"an implicit matrix has no {what}; lanczos(k) and spectral_density() estimate its spectrum, or build a PMatDense, PMatKFAC or PMatEKFAC")
+
+    def eigh(self) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise self._refuse("eigh()")
+
+    def logdet(self, damping: float = 0.0) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise self._refuse("logdet()")
+
+    def sample(self, n: int, damping: float = 0.0, generator: torch.Generator | None = None) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise self._refuse("sample()")
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise UnsupportedError("an implicit matrix follows its model; move the model with model.to(...) and build it again")
+
+    def __reduce__(self):
+        raise UnsupportedError("an implicit matrix holds a model and data, so it is not pickled; save a PMatKFAC, PMatEKFAC, ... instead")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device='{self.device}')"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImplicitFisher(PMatImplicit):
+    """``1/n sum_i J_i^T L_i J_i`` with the metric ``L_i`` of the outputs, by ``J v``, then ``L``, then ``J^T``."""
+
+    def _product(self, x):
+        linear, v = Linearization(self.task), self._split(x)
+        total, count = torch.zeros_like(x), 0
+        for batch in self.task.batches(self.sweep.loader):
+            outputs, tangent = linear.jvp(batch, v)
+            pulled = linear.vjp(outputs, self._metric_times(outputs.detach(), tangent, batch, count))
+            total += pulled
+            count += outputs.shape[0]
+        return total / count
+
+    def _metric_times(self, outputs: Tensor, tangent: Tensor, batch: Batch, start: int) -> Tensor:
+        times = getattr(self.sweep.metric, "times", None)
+        if times is not None:
+            return times(outputs, tangent, batch, start)
+        columns: Columns = self.sweep.metric.columns(outputs, batch, start)
+        total = torch.zeros_like(tangent)
+        for lo, hi in memory.pieces(columns.count, outputs.numel() * outputs.element_size()):
+            v = columns.make(lo, hi)
+            inner = (v * tangent).flatten(2).sum(-1)
+            total += (inner.view(*inner.shape, *[1] * (v.ndim - 2)) * v).sum(0)
+        return total
+
+    def _exact_trace(self):
+        total, count = torch.zeros((), dtype=self.dtype, device=self.device), 0
+        for chunk in replace(self.sweep, _axes={}).chunks():
+            total += sum(j.squared_norms().sum() for j in chunk.jacobians.values())
+            count = chunk.start + chunk.examples
+        return self.scale * total / count
+
+    def diag(self):
+        out = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        count = 0
+        for chunk in replace(self.sweep, _axes={}).chunks():
+            part = torch.zeros_like(out)
+            for layout, j in chunk.jacobians.items():
+                layout.scatter_(part, j.square().to(out.dtype))
+            out += part
+            count = chunk.start + chunk.examples
+        return PVector(self.collection, self.scale * out / count)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImplicitInverse(PMatExpression):
+    """``(M + damping I)^-1`` of an implicit matrix: every product is a conjugate-gradient solve."""
+
+    operator: PMatImplicit
+    damping: Damping
+    options: dict[str, Any]
+    scale: float = 1.0
+
+    @property
+    def collection(self):
+        return self.operator.collection
+
+    @property
+    def dtype(self):
+        return self.operator.dtype
+
+    @property
+    def device(self):
+        return self.operator.device
+
+    def _mv(self, x):
+        return self.scale * self.operator.solve(PVector(self.collection, x), self.damping, **self.options).flat()
+
+    def _scaled(self, c):
+        return replace(self, scale=c * self.scale)
+
+    def trace(self):
+        return self.to_dense().trace()
+
+
+def implicit(sweep: Sweep) -> ImplicitFisher:
+    """The implicit matrix of a sweep, after one checked look at every batch."""
+    sweep.loader = list(sweep.task.batches(sweep.loader))
+    if sweep.check:
+        next(iter(sweep.chunks()))
+    return ImplicitFisher(sweep)
+

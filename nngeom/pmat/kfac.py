@@ -1,0 +1,189 @@
+"""Kronecker products: one factor of inputs, one of output gradients, a block (Martens & Grosse 2015)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core import linalg
+from nngeom.core.damping import FactoredTikhonov
+from nngeom.core.errors import ArgumentError, StructureError
+from nngeom.core.jacobian import LayerJacobian
+from nngeom.pmat.block import Block, BlockBasis, reciprocal
+from nngeom.pmat.pmat import PMat
+from nngeom.pmat.recipe import Scope
+
+FACTOR_LIMIT = 10_000  # a factor with a longer side is kept diagonal
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerBlock(Block):
+    """``x -> g x a`` with ``a`` over inputs and ``g`` over output gradients, both dense or diagonal."""
+
+    a: Tensor  # [s i i] or [s i]
+    g: Tensor  # [s o o] or [s o]
+
+    def mv(self, x):
+        return linalg.right(linalg.left(self.g, x), self.a)
+
+    def diag(self):
+        return linalg.factor_diag(self.g).unsqueeze(-1) * linalg.factor_diag(self.a).unsqueeze(-2)
+
+    def trace(self):
+        return (linalg.factor_diag(self.g).sum(-1) * linalg.factor_diag(self.a).sum(-1)).sum()
+
+    def squared_norm(self):
+        return (linalg.factor_norm2(self.a) * linalg.factor_norm2(self.g)).sum()
+
+    def scaled(self, c):
+        return KroneckerBlock(self.a, c * self.g)
+
+    def inverse(self, damping):
+        if isinstance(damping, FactoredTikhonov):
+            return self.factored_inverse(damping.value)
+        return self.eigen().inverse(damping)
+
+    def factored_inverse(self, x: float) -> KroneckerBlock:
+        """``(a + pi sqrt(x))^-1 (x) (g + sqrt(x) / pi)^-1``, ``pi`` the root of the ratio of mean eigenvalues."""
+        if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
+            whole = linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), self.a.new_full((self.a.shape[0],), x))
+            return KroneckerBlock(linalg.factor_inverse(whole, f"the block with damping {x:g}"), torch.ones_like(self.g))
+        means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
+        usable = (means[0] > 0) & (means[1] > 0)
+        pi = torch.where(usable, (means[0] / means[1].where(usable, torch.ones_like(means[1]))).sqrt(), torch.ones_like(means[0]))
+        root = math.sqrt(x)
+        a = linalg.factor_inverse(linalg.factor_shift(self.a, pi * root), "the input factor")
+        g = linalg.factor_inverse(linalg.factor_shift(self.g, root / pi), "the gradient factor")
+        return KroneckerBlock(a, g)
+
+    def eigen(self) -> EigenBlock:
+        """The same matrix in its eigenbasis."""
+        (sa, ua), (sg, ug) = linalg.factor_eigh(self.a), linalg.factor_eigh(self.g)
+        return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
+
+    def eigh(self):
+        block = self.eigen()
+        return block.d, KroneckerBasis(block.ua, block.ug)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerBasis(BlockBasis):
+    """``ug (x) ua``; ``None`` is the identity."""
+
+    ua: Tensor | None  # [s i i]
+    ug: Tensor | None  # [s o o]
+
+    def mv(self, x):
+        return linalg.right(linalg.left(self.ug, x), self.ua, transpose=True)
+
+    def tmv(self, x):
+        return linalg.right(linalg.left(self.ug, x, transpose=True), self.ua)
+
+
+@dataclass(frozen=True, eq=False)
+class EigenBlock(Block):
+    """Any spectrum in a Kronecker-factored eigenbasis: ``x -> ug (d * (ug^T x ua)) ua^T``."""
+
+    ua: Tensor | None  # [s i i]
+    ug: Tensor | None  # [s o o]
+    d: Tensor  # [s o i]
+    sa: Tensor | None = None  # [s i], eigenvalues of the factors the basis came from
+    sg: Tensor | None = None  # [s o]
+
+    @property
+    def basis(self) -> KroneckerBasis:
+        """The eigenvectors."""
+        return KroneckerBasis(self.ua, self.ug)
+
+    def mv(self, x):
+        return self.basis.mv(self.d * self.basis.tmv(x))
+
+    def diag(self):
+        d = self.d
+        if self.ug is not None:
+            d = self.ug.square() @ d
+        return d @ self.ua.square().mT if self.ua is not None else d
+
+    @property
+    def sizes(self):
+        return self.d.shape
+
+    def trace(self):
+        return self.d.sum()
+
+    def squared_norm(self):
+        return self.d.square().sum()
+
+    def scaled(self, c):
+        return EigenBlock(self.ua, self.ug, c * self.d, self.sa, None if self.sg is None else c * self.sg)
+
+    def inverse(self, damping):
+        if isinstance(damping, FactoredTikhonov):
+            values = self.d + self.additive(damping.value)
+            return EigenBlock(self.ua, self.ug, reciprocal(values, FactoredTikhonov(0.0), "the matrix in its eigenbasis"))
+        return EigenBlock(self.ua, self.ug, reciprocal(self.d, damping, "the matrix in its eigenbasis"))
+
+    def additive(self, x: float) -> Tensor | float:
+        """``x + sqrt(x) s_A + sqrt(x) s_B``; plain ``x`` where there are no factors or one is trivial."""
+        if self.sa is None or self.sg is None or self.sg.shape[-1] == 1:
+            return x
+        return x + math.sqrt(x) * (self.sa.unsqueeze(-2) + self.sg.unsqueeze(-1))
+
+    def eigh(self):
+        return self.d, self.basis
+
+
+def factor_statistic(sharing: str, block_limit: int):
+    """``chunk -> {layout: {"a", "g"}}``: Kronecker factors; inputs are counted once a batch, gradients for every cotangent."""
+    if sharing not in ("expand", "reduce"):
+        raise ArgumentError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'")
+
+    def statistic(chunk):
+        named = {}
+        for layout, j in chunk.jacobians.items():
+            require_room(j, layout.names, block_limit)
+            if not j.kronecker:
+                named[layout] = {"a": j.input_factor(sharing)}
+                continue
+            named[layout] = {"g": _narrow(j.gradient_factor(sharing))}
+            if chunk.first:
+                named[layout]["a"] = _narrow(j.input_factor(sharing))
+        return named
+
+    return statistic
+
+
+def _narrow(factor: Tensor) -> Tensor:
+    """A factor with a side above the limit is kept diagonal."""
+    return factor if linalg.is_diagonal(factor) or factor.shape[-1] <= FACTOR_LIMIT else linalg.factor_diag(factor).clone()
+
+
+def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> None:
+    """Raise :class:`StructureError` for a parameter without Kronecker structure whose exact block is above the limit."""
+    i = j.shape[-1]
+    if not j.kronecker and i > block_limit:
+        raise StructureError(
+            f"parameter {' and '.join(map(repr, names))} has no Kronecker structure and {i} entries; its exact block of {i}**2 numbers is above "
+            f"block_limit={block_limit}: raise block_limit, leave it out with LayerCollection.from_model(model, exclude=...), or give it "
+            f"another representation, PMatMixed({{{names[0]!r}: PMatDiag}}, default=PMatKFAC)"
+        )
+
+
+def kronecker_block(means: dict[str, Tensor]) -> KroneckerBlock:
+    """From the means of :func:`factor_statistic`; a missing gradient factor is trivial."""
+    a = means["a"]
+    return KroneckerBlock(a, means["g"] if "g" in means else a.new_ones(a.shape[0], 1, 1))
+
+
+class PMatKFAC(PMat):
+    """A Kronecker product a layer. ``sharing``: positions as independent (``"expand"``) or averaged first (``"reduce"``)."""
+
+    @classmethod
+    def recipe(cls, scope: Scope, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
+        if sua:
+            raise ArgumentError("sua=True is not available yet; use sua=False")
+        means = yield factor_statistic(sharing, block_limit)
+        return {layout: kronecker_block(t) for layout, t in means.items()}

@@ -1,0 +1,144 @@
+"""Rows whose Gram matrix is the matrix: ``R^T R`` with as many rows as examples times cotangents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core import linalg
+from nngeom.core.damping import Cutoff, Tikhonov
+from nngeom.core.errors import SingularError
+from nngeom.core.statistic import Rows
+from nngeom.pmat.block import Block, BlockBasis, reciprocal
+from nngeom.pmat.pmat import PMat
+from nngeom.pmat.recipe import Scope, join_rows
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankBlock(Block):
+    """``sign * R^T R + shift * I`` over the flattened block ``[1, 1, p]``."""
+
+    r: Tensor  # [m p]
+    sign: float = 1.0
+    shift: float = 0.0
+
+    def mv(self, x):
+        low = self.sign * (x @ self.r.T) @ self.r
+        return low + self.shift * x if self.shift else low
+
+    def diag(self):
+        return (self.sign * self.r.square().sum(0) + self.shift)[None, None]
+
+    def trace(self):
+        return self.sign * self.r.square().sum() + self.shift * self.r.shape[1]
+
+    def squared_norm(self):
+        gram = self.r @ self.r.T if self.r.shape[0] <= self.r.shape[1] else self.r.T @ self.r
+        return gram.square().sum() + 2 * self.sign * self.shift * self.r.square().sum() + self.shift**2 * self.r.shape[1]
+
+    def scaled(self, c):
+        c = float(c)
+        return LowRankBlock(self.r * abs(c) ** 0.5, self.sign if c >= 0 else -self.sign, self.shift * c)
+
+    def added(self, other):
+        if isinstance(other, LowRankBlock) and self.sign == other.sign:
+            return LowRankBlock(torch.cat([self.r, other.r]), self.sign, self.shift + other.shift)
+        return None
+
+    def solve(self, b, damping):
+        if isinstance(damping, Cutoff) or self.sign < 0:
+            return super().solve(b, damping)
+        c = self._positive_shift(damping)
+        gram = self.r @ self.r.T
+        gram.diagonal().add_(c)
+        inner = torch.cholesky_solve((b @ self.r.T).flatten(0, -2).T, linalg.cholesky(gram, "the low-rank matrix")).T
+        return (b - inner.reshape(*b.shape[:-1], -1) @ self.r) / c
+
+    def inverse(self, damping):
+        """Woodbury; with ``R = U S V^T`` the inverse is ``V (1 / (S^2 + c) - 1 / c) V^T + I / c``, low-rank again."""
+        values, v = self._spectrum()
+        if isinstance(damping, Cutoff):
+            inverse = reciprocal(values + self.shift, damping, "the low-rank matrix")
+            if self.shift > damping.value:
+                return self._signed(inverse - 1 / self.shift, v, 1 / self.shift)
+            return self._signed(inverse, v, 0.0)
+        c = self._positive_shift(damping) if v.shape[0] < self.r.shape[1] else self.shift + damping.value
+        inverse = reciprocal(values + self.shift, damping, "the low-rank matrix")
+        rest = 1 / c if c > 0 else 0.0
+        return self._signed(inverse - rest, v, rest)
+
+    def eigh(self):
+        values, v = self._spectrum()
+        d = self.r.shape[1]
+        full = torch.full((d,), self.shift, dtype=values.dtype, device=values.device)
+        full[: len(values)] += values
+        return full[None, None], HouseholderBasis(*torch.geqrf(v.T), _signs(v))
+
+    def logdet(self, damping):
+        values, v = self._spectrum()
+        c = self.shift + damping.value
+        low, rest = values + c, self.r.shape[1] - len(values)
+        if bool((low <= 0).any()) or (rest and c <= 0):
+            return low.new_tensor(float("-inf"))
+        return low.log().sum() + (rest * torch.log(low.new_tensor(c)) if rest else 0)
+
+    def _positive_shift(self, damping: Tikhonov) -> float:
+        c = self.shift + damping.value
+        if c <= 0:
+            raise SingularError(f"a low-rank matrix of rank at most {self.r.shape[0]} over {self.r.shape[1]} parameters is singular; use a damping above 0")
+        return c
+
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Non-zero eigenvalues of ``sign R^T R`` and their orthonormal vectors ``[r, p]``."""
+        _, s, v = torch.linalg.svd(self.r.double(), full_matrices=False)
+        keep = s > s.amax() * max(self.r.shape) * torch.finfo(self.r.dtype).eps if s.numel() else s > 0
+        return self.sign * s[keep].square().to(self.r), v[keep].to(self.r)
+
+    def _signed(self, values: Tensor, v: Tensor, shift: float) -> Block:
+        """``V^T diag(values) V + shift I`` with values of one sign."""
+        sign = -1.0 if bool((values <= 0).all()) else 1.0
+        return LowRankBlock((values * sign).clamp_min(0).sqrt().unsqueeze(1) * v, sign, shift)
+
+
+def _signs(v: Tensor) -> Tensor:
+    """Signs that make the first columns of the Householder basis the given vectors."""
+    return torch.geqrf(v.T)[0].diagonal().sign()
+
+
+@dataclass(frozen=True, eq=False)
+class HouseholderBasis(BlockBasis):
+    """A basis of the whole space that starts with given orthonormal vectors, as reflections: never ``p x p``."""
+
+    a: Tensor  # [p r]
+    tau: Tensor  # [r]
+    signs: Tensor  # [r]
+
+    def mv(self, x):
+        return self._apply(self._flip(x), transpose=False)
+
+    def tmv(self, x):
+        return self._flip(self._apply(x, transpose=True))
+
+    def _apply(self, x: Tensor, transpose: bool) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).T.contiguous()
+        return torch.ormqr(self.a, self.tau, flat, left=True, transpose=transpose).T.reshape(x.shape)
+
+    def _flip(self, x: Tensor) -> Tensor:
+        r = self.signs.shape[0]
+        return torch.cat([x[..., :r] * self.signs, x[..., r:]], -1)
+
+
+class PMatLowRank(PMat):
+    """``R^T R`` with ``R`` the rows ``v J / sqrt(n)``: exact, and lean while examples times outputs are fewer than parameters."""
+
+    @classmethod
+    def recipe(cls, scope: Scope):
+        layout = scope.span()
+
+        def statistic(chunk):
+            return {layout: {"r": Rows([rows.transpose(0, 1).flatten(0, 1) for rows in join_rows(chunk, layout, layout.names)])}}
+
+        means = yield statistic
+        return {lay: LowRankBlock(t["r"]) for lay, t in means.items()}

@@ -1,0 +1,85 @@
+"""Different representations for different parameters."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.pmat.pmat import PMat, Representation
+from nngeom.pmat.recipe import Scope, run_together
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture(Representation):
+    """Patterns of parameter or layer names to representations; the first that matches counts."""
+
+    parts: tuple[tuple[str, Representation], ...] = ()
+    default: Representation | None = None
+
+    def recipe(self, scope):
+        groups: dict[int, list[str]] = {}
+        for name in scope.names:
+            groups.setdefault(self._index(name), []).append(name)
+        unused = [p for j, (p, _) in enumerate(self.parts) if j not in groups and not self._matches_any(p, scope)]
+        if unused:
+            raise ArgumentError(f"patterns {unused} of PMatMixed match no parameter; the parameters are {list(scope.names)[:8]}")
+        recipes = []
+        for index, names in groups.items():
+            part = Scope(scope.collection, tuple(names))
+            recipes.append((part, self._representation(index).recipe(part)))
+        return (yield from run_together(recipes))
+
+    @property
+    def passes(self):
+        return max(r.passes for r in (*(r for _, r in self.parts), *((self.default,) if self.default is not None else ())))
+
+    def part_of(self, name):
+        return self._index(name)
+
+    def _index(self, name: str) -> int:
+        for j, (pattern, _) in enumerate(self.parts):
+            if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + "."):
+                return j
+        if self.default is None:
+            raise ArgumentError(f"no pattern of PMatMixed matches parameter {name!r} and there is no default; pass default=PMatDiag, say")
+        return -1
+
+    def _matches_any(self, pattern: str, scope: Scope) -> bool:
+        return any(fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in scope.names)
+
+    def _representation(self, index: int) -> Representation:
+        chosen = self.default if index < 0 else self.parts[index][1]
+        if chosen is None:
+            raise ArgumentError("PMatMixed has no default representation; pass default=")
+        return chosen
+
+
+class PMatMixed(PMat):
+    """``PMatMixed({pattern: representation, ...}, default=...)`` is a representation; measured with it, a matrix.
+
+    Patterns are parameter names, layer names, or globs; representations may carry options, ``PMatKFAC.options(...)``.
+    """
+
+    def __new__(cls, parts: Mapping[str, Any] | None = None, default: Any = None):  # type: ignore[misc]
+        if not isinstance(parts, Mapping):
+            raise ArgumentTypeError(f"PMatMixed takes a dict {{pattern: representation}}, got {type(parts).__name__}")
+        listed = tuple((pattern, as_representation(r)) for pattern, r in parts.items())
+        return Mixture(cls, {}, listed, None if default is None else as_representation(default))
+
+    @classmethod
+    def recipe(cls, scope: Scope):
+        raise ArgumentError("PMatMixed needs to know what to mix: PMatMixed({pattern: representation}, default=...)")
+
+
+def as_representation(r: Any, **settings: Any) -> Representation:
+    """A representation from a PMat class or one with options."""
+    if isinstance(r, Representation):
+        if settings:
+            raise ArgumentError(f"options {list(settings)} belong inside the representation: {r.kind.__name__}.options(...)")
+        return r
+    if isinstance(r, type) and issubclass(r, PMat):
+        return Representation(r, settings)
+    raise ArgumentTypeError(f"representation is {r!r}; expected one of {sorted(PMat.kinds)}, or one with options, PMatKFAC.options(...)")

@@ -1,0 +1,440 @@
+"""Parameter-space matrices: the contract, and its one implementation as blocks over a partition of the parameters.
+
+Dense, Diag, LowRank and Eye are one block over everything; BlockDiag, QuasiDiag, KFAC and EKFAC one a layer; Mixed
+any of these. Representations differ in their recipe and in their blocks' algebra, nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nngeom.core import linalg
+from nngeom.core.damping import Damping, Tikhonov, as_damping
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError, StructureError
+from nngeom.core.layout import Layout
+from nngeom.pmat.block import Block, BlockBasis
+from nngeom.space.collection import LayerCollection
+from nngeom.space.pvector import PVector
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+    from nngeom.pmat.recipe import Recipe, Scope
+
+DENSE_LIMIT = 20_000
+
+
+class ParameterOperator(ABC):
+    """Anything that maps parameter space to itself: the contract of section 3, tiers marked.
+
+    Primitives are ``layer_collection, dtype, device, mv``; every other operation has a definition in terms of them,
+    overridden where the structure makes it cheap or exact.
+    """
+
+    # -- primitives --------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def collection(self) -> LayerCollection:
+        """The parameters this matrix acts on."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """dtype of the entries."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the entries are."""
+
+    @abstractmethod
+    def _mv(self, x: Tensor) -> Tensor:
+        """``[*b, d] -> [*b, d]``."""
+
+    # -- derived -----------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d, d)``."""
+        return self.collection.numel, self.collection.numel
+
+    def _operand(self, v: Any) -> Tensor:
+        if not isinstance(v, PVector):
+            raise ArgumentTypeError(f"the operand is {type(v).__name__}; expected a PVector (PVector.from_flat(M.layer_collection, tensor) makes one)")
+        self.collection.require(v.layer_collection, "the vector")
+        if v.device != self.device:
+            raise DeviceError(f"the vector is on {v.device} and the matrix on {self.device}; move one with .to(device)")
+        return v.flat().to(self.dtype)
+
+    def _apply(self, f: Callable[[Tensor], Tensor], operand: Any) -> Any:
+        """``f`` on a PVector, or on all rows of a dense push-forward at once."""
+        if hasattr(operand, "map_rows"):
+            return operand.map_rows(lambda v: PVector(self.collection, f(self._operand(v))))
+        return PVector(self.collection, f(self._operand(operand)))
+
+    def mv(self, v: Any) -> Any:
+        """``M v`` for a PVector (batched), or for all rows of a ``PushForwardDense``."""
+        return self._apply(self._mv, v)
+
+    def vTMv(self, v: PVector) -> Tensor:
+        """``v^T M v``, ``(*batch)``."""
+        x = self._operand(v)
+        return (x * self._mv(x)).sum(-1)
+
+    def to_dense(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """``(d, d)`` in flat parameter order; raises :class:`SizeError` above ``limit`` parameters."""
+        d = self.shape[0]
+        if d > limit:
+            size = d * d * self.dtype.itemsize / 2**30
+            raise SizeError(f"the dense matrix of {d} parameters takes {size:.1f} GiB; the limit is {limit} parameters: pass to_dense(limit={d}) to have it anyway")
+        return self._dense()
+
+    def _dense(self) -> Tensor:
+        eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        return self._mv(eye).T.contiguous()
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, ParameterOperator):
+            from nngeom.pmat.expression import PMatProduct
+
+            return PMatProduct(self, other)
+        return self.mv(other)
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, (int, float)) and other == 0:
+            return self
+        if not isinstance(other, ParameterOperator):
+            raise ArgumentTypeError(f"cannot add {type(other).__name__} to a parameter-space matrix; expected another one")
+        self.collection.require(other.collection, "the other matrix")
+        closed = self._added(other)
+        if closed is not None:
+            return closed
+        from nngeom.pmat.expression import PMatSum
+
+        return PMatSum((self, other))
+
+    def __radd__(self, other: Any) -> Any:
+        return self.__add__(other)
+
+    def _added(self, other: ParameterOperator) -> ParameterOperator | None:
+        return None
+
+    def __sub__(self, other: Any) -> Any:
+        if not isinstance(other, ParameterOperator):
+            raise ArgumentTypeError(f"cannot subtract {type(other).__name__} from a parameter-space matrix; expected another one")
+        return self + (-1.0) * other
+
+    def __neg__(self) -> Any:
+        return -1.0 * self
+
+    @abstractmethod
+    def _scaled(self, c: float) -> ParameterOperator:
+        """``c M``."""
+
+    def __mul__(self, c: Any) -> Any:
+        if isinstance(c, Tensor) and c.ndim == 0:
+            c = float(c)
+        if not isinstance(c, (int, float)):
+            raise ArgumentTypeError(f"cannot scale a matrix by {type(c).__name__}; expected a number (M @ N is the product)")
+        return self._scaled(float(c))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: Any) -> Any:
+        return self * (1 / float(c))
+
+    def to_scipy(self) -> LinearOperator:
+        """A ``scipy.sparse.linalg.LinearOperator`` on flat numpy vectors."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def apply(x):
+            t = torch.as_tensor(x.copy()).to(self.dtype).to(self.device)
+            columns = t.reshape(self.shape[0], -1).T
+            out = self._mv(columns).T if t.ndim == 2 else self._mv(columns)[0]
+            return out.reshape(t.shape).detach().cpu().numpy()
+
+        dtype = torch.empty((), dtype=linalg.accumulation_dtype(self.dtype)).numpy().dtype
+        return LinearOperator(self.shape, matvec=apply, rmatvec=apply, matmat=apply, rmatmat=apply, dtype=dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Representation:
+    """A representation with its options: what is passed as ``representation``."""
+
+    kind: type[PMat]
+    settings: dict[str, Any]
+
+    def recipe(self, scope: Scope) -> Recipe:
+        """The recipe for some of the parameters; raises :class:`ArgumentError` on unknown options."""
+        known = list(inspect.signature(self.kind.recipe).parameters)[1:]
+        odd = [name for name in self.settings if name not in known]
+        if odd:
+            raise ArgumentError(f"{self.kind.__name__} has no option {odd}; it has {known or 'none'}")
+        return self.kind.recipe(scope, **self.settings)
+
+    @property
+    def passes(self) -> int:
+        """How many sweeps the recipe takes."""
+        return self.kind.passes
+
+    def part_of(self, name: str) -> object:
+        """Parameters of different parts never share a block."""
+        return None
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class PMat(ParameterOperator):
+    """A symmetric matrix over the parameters, as blocks over a partition of them. Frozen; holds tensors only."""
+
+    layer_collection: LayerCollection
+    blocks: dict[Layout, Block]
+    examples: int
+
+    passes: ClassVar[int] = 1
+    kinds: ClassVar[dict[str, type[PMat]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        PMat.kinds[cls.__name__] = cls
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        raise ArgumentTypeError(f"{type(self).__name__} is built by FIM(model, loader, {type(self).__name__}) and its like, not called")
+
+    @classmethod
+    def _make(cls, collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
+        """A checked matrix: the blocks must partition the parameters; missing ones are zero."""
+        from nngeom.pmat.eye import EyeBlock
+
+        named = [name for layout in blocks for name in layout.names]
+        twice = sorted({n for n in named if named.count(n) > 1}) if len(set(named)) < len(named) else []
+        if twice:
+            raise StructureError(
+                f"parameters {twice[:4]} are used in different ways in different batches; {cls.__name__} needs one structure: "
+                "use PMatDiag, PMatBlockDiag or PMatDense for them (PMatMixed)"
+            )
+        missing = [n for n in collection.names if n not in set(named)]
+        if missing:
+            like = next((block.diag() for block in blocks.values()), torch.zeros(()))
+            blocks = dict(blocks)
+            for name in missing:
+                span = collection.span([name])
+                blocks[span] = EyeBlock(like.new_zeros(()), *span.sizes)
+        self = object.__new__(cls)
+        for key, value in (("layer_collection", collection), ("blocks", blocks), ("examples", examples)):
+            object.__setattr__(self, key, value)
+        return self
+
+    @classmethod
+    @abstractmethod
+    def recipe(cls, scope: Scope) -> Recipe:
+        """How this representation is estimated from LayerJacobians."""
+
+    @classmethod
+    def options(cls, **settings: Any) -> Representation:
+        """This representation with options, for use inside :class:`PMatMixed`."""
+        return Representation(cls, settings)
+
+    # -- primitives --------------------------------------------------------------------------------------------------
+
+    @property
+    def collection(self):
+        return self.layer_collection
+
+    @property
+    def _tensor(self) -> Tensor:
+        return next(t for b in self.blocks.values() for t in b.fields().values() if isinstance(t, Tensor))
+
+    @property
+    def dtype(self):
+        return self._tensor.dtype
+
+    @property
+    def device(self):
+        return self._tensor.device
+
+    def _each(self, x: Tensor, f: Callable[[Block, Tensor], Tensor]) -> Tensor:
+        if len(self.blocks) == 1:
+            ((layout, block),) = self.blocks.items()
+            if layout.is_span and len(layout.pieces) == 1:
+                return f(block, layout.gather(x)).reshape(x.shape)
+        out = torch.empty_like(x)
+        for layout, block in self.blocks.items():
+            layout.scatter_(out, f(block, layout.gather(x)))
+        return out
+
+    def _collect(self, parts: dict[Layout, Tensor]) -> Tensor:
+        out = torch.empty(self.shape[0], dtype=self.dtype, device=self.device)
+        for layout, x in parts.items():
+            layout.scatter_(out, x)
+        return out
+
+    def _mv(self, x):
+        return self._each(x, lambda block, y: block.mv(y))
+
+    # -- numbers -----------------------------------------------------------------------------------------------------
+
+    def trace(self) -> Tensor:
+        """``tr M``."""
+        return torch.stack([b.trace() for b in self.blocks.values()]).sum()
+
+    def diag(self) -> PVector:
+        """The diagonal."""
+        return PVector(self.layer_collection, self._collect({lay: b.diag() for lay, b in self.blocks.items()}))
+
+    def norm(self, kind: str = "fro") -> Tensor:
+        """The Frobenius norm."""
+        require_frobenius(kind)
+        return torch.stack([b.squared_norm() for b in self.blocks.values()]).sum().sqrt()
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """``log det(M + damping I)``; ``-inf`` when that is singular."""
+        t = require_tikhonov(damping, "logdet")
+        return torch.stack([b.logdet(t) for b in self.blocks.values()]).sum()
+
+    # -- inverses ----------------------------------------------------------------------------------------------------
+
+    def solve(self, b: Any, damping: float | Damping = 0.0) -> Any:
+        """``(M + damping I)^-1 b`` for a PVector (batched) or all rows of a ``PushForwardDense``.
+
+        ``damping`` is a number, :class:`FactoredTikhonov` or :class:`Cutoff`. Raises :class:`SingularError` when the
+        damped matrix is singular or indefinite.
+        """
+        d = as_damping(damping)
+        return self._apply(lambda x: self._each(x, lambda block, y: block.solve(y, d)), b)
+
+    def inverse(self, damping: float | Damping = 0.0) -> PMat:
+        """``(M + damping I)^-1`` as a matrix; the factorisation is done here, once."""
+        d = as_damping(damping)
+        blocks = {lay: b.inverse(d) for lay, b in self.blocks.items()}
+        return self._kind_of(blocks)._make(self.layer_collection, blocks, self.examples)
+
+    def _kind_of(self, blocks: dict[Layout, Block]) -> type[PMat]:
+        """The representation of new blocks: this one's while their kinds stay, Mixed otherwise."""
+        from nngeom.pmat.kfac import EigenBlock, KroneckerBlock
+        from nngeom.pmat.mixed import PMatMixed
+
+        old, new = ({type(b) for b in bs.values()} for bs in (self.blocks, blocks))
+        if new <= old:
+            return type(self)
+        return PMat.kinds["PMatEKFAC"] if new == {EigenBlock} and old <= {KroneckerBlock, EigenBlock} else PMatMixed
+
+    def eigh(self) -> tuple[Tensor, Basis]:
+        """All eigenvalues ``(d,)``, ascending, and an orthonormal basis in the same order: ``M = U diag(values) U^T``."""
+        parts = {lay: b.eigh() for lay, b in self.blocks.items()}
+        flat = self._collect({lay: values for lay, (values, _) in parts.items()})
+        order = flat.argsort(stable=True)
+        return flat[order], Basis(self.layer_collection, {lay: basis for lay, (_, basis) in parts.items()}, order, self.dtype)
+
+    def sample(self, n: int, damping: float = 0.0, generator: torch.Generator | None = None) -> PVector:
+        """``n`` independent draws of ``N(0, (M + damping I)^-1)``, a batch of PVectors."""
+        t = require_tikhonov(damping, "sample")
+        noise = PVector.randn(self.layer_collection, n, generator=generator, dtype=self.dtype, device=self.device if generator is None else generator.device)
+        return PVector(self.layer_collection, self._each(noise.flat().to(self.device), lambda block, y: block.root_times(y, t)))
+
+    # -- algebra -----------------------------------------------------------------------------------------------------
+
+    def _dense(self):
+        if len(self.blocks) == 1:
+            ((layout, block),) = self.blocks.items()
+            if layout.is_span and len(layout.pieces) == 1:
+                return block.dense()
+        return super()._dense()
+
+    def _scaled(self, c):
+        return self._make(self.layer_collection, {lay: b.scaled(c) for lay, b in self.blocks.items()}, self.examples)
+
+    def _added(self, other):
+        if not isinstance(other, PMat) or self.blocks.keys() != other.blocks.keys():
+            return None
+        sums = {lay: b.added(other.blocks[lay]) for lay, b in self.blocks.items()}
+        if any(b is None for b in sums.values()):
+            return None
+        return self._make(self.layer_collection, sums, self.examples + other.examples)  # type: ignore[arg-type]
+
+    def to(self, *args: Any, **kwargs: Any) -> PMat:
+        """Another dtype or device, as ``Tensor.to``."""
+        return self._make(self.layer_collection, {lay: b.to(*args, **kwargs) for lay, b in self.blocks.items()}, self.examples)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        return sum(t.numel() * t.element_size() for b in self.blocks.values() for t in b.fields().values() if isinstance(t, Tensor))
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.layer_collection, self.blocks, self.examples)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={self.shape}, blocks={len(self.blocks)}, examples={self.examples}, dtype={self.dtype}, device='{self.device}')"
+
+
+def _rebuild(cls: type[PMat], collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
+    return cls._make(collection, blocks, examples)
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """An orthonormal basis of parameter space, blockwise: never ``d x d`` for structured matrices.
+
+    ``U.mv`` maps coordinates (in the order of the eigenvalues) to parameters, ``U.T.mv`` back; both take and give a
+    PVector or a flat tensor ``(*batch, d)``, as they are given.
+    """
+
+    layer_collection: LayerCollection
+    parts: dict[Layout, BlockBasis]
+    order: Tensor  # [d]: place of each ascending eigenvalue in the blocks' own order
+    dtype: torch.dtype
+    transposed: bool = False
+
+    @property
+    def T(self) -> Basis:
+        """The transpose, which is the inverse."""
+        return dataclasses.replace(self, transposed=not self.transposed)
+
+    def mv(self, x: PVector | Tensor) -> Any:
+        """``U x``, or ``U^T x`` when transposed."""
+        if isinstance(x, PVector):
+            self.layer_collection.require(x.layer_collection, "the vector")
+            return PVector(self.layer_collection, self.mv(x.flat()))
+        out = torch.empty_like(x)
+        if self.transposed:
+            for layout, basis in self.parts.items():
+                layout.scatter_(out, basis.tmv(layout.gather(x)))
+            return out[..., self.order]
+        own = torch.empty_like(x)
+        own[..., self.order] = x
+        for layout, basis in self.parts.items():
+            layout.scatter_(out, basis.mv(layout.gather(own)))
+        return out
+
+    __matmul__ = mv
+
+    def to_dense(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """``(d, d)``, eigenvectors as columns; raises :class:`SizeError` above ``limit`` parameters."""
+        d = self.layer_collection.numel
+        if d > limit:
+            raise SizeError(f"the dense basis has {d} x {d} entries; the limit is {limit} parameters: pass to_dense(limit={d}) to have it anyway")
+        eye = torch.eye(d, dtype=self.dtype, device=self.order.device)
+        return self.mv(eye).T.contiguous()
+
+
+def require_tikhonov(damping: Any, what: str) -> Tikhonov:
+    """A plain number as damping, checked."""
+    d = as_damping(damping)
+    if not isinstance(d, Tikhonov):
+        raise ArgumentError(f"{what} takes a number as damping, got {damping!r}; expected a number >= 0")
+    return d
+
+
+def require_frobenius(kind: Any) -> None:
+    """Only the Frobenius norm is offered."""
+    if kind not in ("fro", None):
+        raise ArgumentError(f"norm({kind!r}) is not offered; expected 'fro' (eigenvalues for other norms: M.eigh()[0])")
+

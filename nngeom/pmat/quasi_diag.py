@@ -1,0 +1,176 @@
+"""The diagonal, and for every output unit the covariances of its bias with its incoming weights (Ollivier 2015)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core import linalg, memory
+from nngeom.core.damping import Cutoff
+from nngeom.core.errors import SingularError
+from nngeom.pmat.block import Block, BlockBasis, reciprocal
+from nngeom.pmat.diag import DiagBlock
+from nngeom.pmat.pmat import PMat
+from nngeom.pmat.recipe import Scope
+
+
+@dataclass(frozen=True, eq=False)
+class ArrowBlock(Block):
+    """An arrow matrix a unit: diagonal ``d``, and ``c`` between the last coordinate and each of the others."""
+
+    d: Tensor  # [s o i]
+    c: Tensor  # [s o i-1]
+
+    def mv(self, x):
+        w, b = x[..., :-1], x[..., -1:]
+        return self.d * x + torch.cat([self.c * b, (self.c * w).sum(-1, keepdim=True)], -1)
+
+    def diag(self):
+        return self.d
+
+    def squared_norm(self):
+        return self.d.square().sum() + 2 * self.c.square().sum()
+
+    def scaled(self, c):
+        return ArrowBlock(c * self.d, c * self.c)
+
+    def added(self, other):
+        return ArrowBlock(self.d + other.d, self.c + other.c) if isinstance(other, ArrowBlock) else None
+
+    def inverse(self, damping):
+        """By the Schur complement of the last coordinate; the arrow need not be positive, and says what it needs."""
+        if isinstance(damping, Cutoff):
+            values, basis = self.eigh()
+            return UnitBlock((basis.u * reciprocal(values, damping, "the arrow matrix").unsqueeze(-2)) @ basis.u.mT)
+        d = self.d + damping.value
+        w, b = d[..., :-1], d[..., -1]
+        positive = bool((w > 0).all())
+        schur = b - (self.c.square() / w).sum(-1) if positive else b
+        if not positive or bool((schur <= 4 * torch.finfo(d.dtype).eps * d.abs().amax(-1)).any()):
+            least = float(self.eigh()[0].min())
+            raise SingularError(
+                f"the quasi-diagonal matrix is not positive definite with damping {damping.value:g}: its smallest eigenvalue is "
+                f"{least:.3e}; use a damping above {max(-least, 0.0):.3e} (quasi-diagonal matrices need not be positive semi-definite)"
+            )
+        ratio = torch.cat([self.c / w, -torch.ones_like(b).unsqueeze(-1)], -1)
+        return SpikeBlock(torch.cat([1 / w, torch.zeros_like(b).unsqueeze(-1)], -1), ratio / schur.sqrt().unsqueeze(-1))
+
+    def eigh(self):
+        values, u = linalg.eigh(self._units())
+        return values, UnitBasis(u)
+
+    def logdet(self, damping):
+        try:
+            inverse = self.inverse(damping)
+        except SingularError:
+            return super().logdet(damping)
+        w = (self.d[..., :-1] + damping.value).log().sum()
+        return w - 2 * inverse.u[..., -1].abs().log().sum()
+
+    def _units(self) -> Tensor:
+        m = torch.diag_embed(self.d)
+        m[..., :-1, -1] = self.c
+        m[..., -1, :-1] = self.c
+        return m
+
+
+@dataclass(frozen=True, eq=False)
+class SpikeBlock(Block):
+    """A diagonal plus a rank-one matrix a unit, ``diag(d) + u u^T``: the inverse of an arrow."""
+
+    d: Tensor  # [s o i]
+    u: Tensor  # [s o i]
+
+    def mv(self, x):
+        return self.d * x + self.u * (self.u * x).sum(-1, keepdim=True)
+
+    def diag(self):
+        return self.d + self.u.square()
+
+    def squared_norm(self):
+        cross = (self.d * self.u.square()).sum()
+        return self.d.square().sum() + 2 * cross + self.u.square().sum(-1).square().sum()
+
+    def scaled(self, c):
+        return SpikeBlock(c * self.d, c**0.5 * self.u) if c >= 0 else UnitBlock(c * self._units())
+
+    def inverse(self, damping):
+        return UnitBlock(self._units()).inverse(damping)
+
+    def eigh(self):
+        return UnitBlock(self._units()).eigh()
+
+    def _units(self) -> Tensor:
+        return torch.diag_embed(self.d) + self.u.unsqueeze(-1) * self.u.unsqueeze(-2)
+
+
+@dataclass(frozen=True, eq=False)
+class UnitBlock(Block):
+    """A dense symmetric matrix a unit, over its incoming weights and bias."""
+
+    m: Tensor  # [s o i i]
+
+    def mv(self, x):
+        return (self.m @ x.unsqueeze(-1)).squeeze(-1)
+
+    def diag(self):
+        return self.m.diagonal(dim1=-2, dim2=-1)
+
+    def squared_norm(self):
+        return self.m.square().sum()
+
+    def scaled(self, c):
+        return UnitBlock(c * self.m)
+
+    def added(self, other):
+        return UnitBlock(self.m + other.m) if isinstance(other, UnitBlock) else None
+
+    def inverse(self, damping):
+        values, basis = self.eigh()
+        return UnitBlock((basis.u * reciprocal(values, damping, "the unit-wise matrix").unsqueeze(-2)) @ basis.u.mT)
+
+    def eigh(self):
+        values, u = linalg.eigh(self.m)
+        return values, UnitBasis(u)
+
+
+@dataclass(frozen=True, eq=False)
+class UnitBasis(BlockBasis):
+    """Eigenvectors of every unit, the columns of ``u``."""
+
+    u: Tensor  # [s o i i]
+
+    def mv(self, x):
+        return (self.u @ x.unsqueeze(-1)).squeeze(-1)
+
+    def tmv(self, x):
+        return (self.u.mT @ x.unsqueeze(-1)).squeeze(-1)
+
+
+class PMatQuasiDiag(PMat):
+    """The diagonal, and each output unit's weights against its bias. Units without bias keep their diagonal."""
+
+    @classmethod
+    def recipe(cls, scope: Scope):
+        def statistic(chunk):
+            named = {}
+            for layout, j in chunk.jacobians.items():
+                named[layout] = {"d": j.square()}
+                if len(layout.pieces) == 2:  # weight and bias
+                    named[layout]["c"] = _coupling(j)
+            return named
+
+        means = yield statistic
+        return {layout: ArrowBlock(t["d"], t["c"]) if "c" in t else DiagBlock(t["d"]) for layout, t in means.items()}
+
+
+def _coupling(j) -> Tensor:
+    """``sum_kn J[..., :-1] J[..., -1:]``, ``[s, o, i-1]``."""
+    _, _, s, o, i = j.shape
+    total = torch.zeros(s, o, i - 1, dtype=linalg.accumulation_dtype(j.dtype), device=j.device)
+    for part in j.blocks(memory.CACHE_BYTES):
+        m = part.matrix()
+        total += (m[..., :-1] * m[..., -1:]).sum((0, 1))
+    return total

@@ -1,0 +1,112 @@
+"""What a representation averages: a generator that yields statistics and is sent their means.
+
+A recipe yields one statistic a sweep, a function ``chunk -> {block: {name: sum over the chunk}}``, receives the means
+over all examples, and returns ``{layout: block}``. Recipes never touch a network; they see LayerJacobians.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core import memory
+from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.layout import Layout
+from nngeom.core.statistic import Named
+from nngeom.generator.sweep import Chunk
+from nngeom.space.collection import LayerCollection
+
+Means = dict[Any, dict[str, Tensor]]
+Statistic = Callable[[Chunk], Named]
+Recipe = Generator[Statistic, Means, dict[Layout, Any]]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The parameters a recipe is responsible for."""
+
+    collection: LayerCollection
+    names: tuple[str, ...]
+
+    def span(self) -> Layout:
+        """All of them as one flat block."""
+        return self.collection.span(self.names)
+
+    def by_layer(self) -> dict[str, tuple[str, ...]]:
+        """``layer -> its parameters`` within the scope."""
+        mine = set(self.names)
+        table = {layer: tuple(n for n in names if n in mine) for layer, names in self.collection.by_layer().items()}
+        return {layer: names for layer, names in table.items() if names}
+
+    def restrict(self, chunk: Chunk) -> Chunk:
+        """The LayerJacobians of these parameters only."""
+        if len(self.names) == len(self.collection):
+            return chunk
+        mine = set(self.names)
+        return replace(chunk, jacobians={lay: j for lay, j in chunk.jacobians.items() if mine.issuperset(lay.names)})
+
+
+def join_rows(chunk: Chunk, layout: Layout, names: tuple[str, ...]) -> Iterator[Tensor]:
+    """Explicit rows ``[k, n, p]`` over a span of whole parameters, in pieces of examples that fit the memory budget."""
+    mine = set(names)
+    members = [(lay, j) for lay, j in chunk.jacobians.items() if mine.intersection(lay.names)]
+    if not members:
+        return
+    k, n = members[0][1].shape[:2]
+    dtype = members[0][1].dtype
+    place: dict[str, int] = {}
+    at = 0
+    for piece in layout.pieces:
+        for name in piece.names:
+            place.setdefault(name, at - piece.offset)
+        at += piece.stop - piece.offset
+    for lo, hi in memory.pieces(n, 2 * k * layout.numel * dtype.itemsize, "example and all its outputs"):
+        rows = torch.zeros(k, hi - lo, layout.numel, dtype=dtype, device=members[0][1].device)
+        for lay, j in members:
+            write_rows(rows, j.examples(lo, hi), lay, place)
+        yield rows
+
+
+def write_rows(out: Tensor, j: LayerJacobian, layout: Layout, shift: dict[str, int] | None = None) -> None:
+    """Write the rows of one block at their places in ``out [k, n, d]``; ``shift`` moves each parameter's offset."""
+    m, column = j.matrix(), 0
+    for piece in layout.pieces:
+        i = piece.arrangement.sizes[2]
+        move = shift[piece.names[0]] if shift is not None else 0
+        part = m[..., column : column + i]
+        target = out[..., piece.offset + move : piece.stop + move]
+        if piece.arrangement.is_plain() and target.is_contiguous():
+            target.copy_(part.reshape(target.shape))
+        else:
+            target.copy_(piece.arrangement.write(part))
+        column += i
+
+
+def run_together(recipes: list[tuple[Scope, Recipe]]) -> Recipe:
+    """Several recipes over disjoint scopes in the same sweeps."""
+    waiting: dict[int, Statistic] = {}
+    done: dict[Layout, Any] = {}
+    for j, (_, recipe) in enumerate(recipes):
+        try:
+            waiting[j] = next(recipe)
+        except StopIteration as end:
+            done.update(end.value)
+    while waiting:
+        current = dict(waiting)
+
+        def statistic(chunk: Chunk, current=current) -> Named:
+            return {(j, block): t for j, f in current.items() for block, t in f(recipes[j][0].restrict(chunk)).items()}
+
+        means = yield statistic
+        waiting = {}
+        for j in current:
+            mine = {block: t for (owner, block), t in means.items() if owner == j}
+            try:
+                waiting[j] = recipes[j][1].send(mine)
+            except StopIteration as end:
+                done.update(end.value)
+    return done

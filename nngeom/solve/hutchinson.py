@@ -1,0 +1,58 @@
+"""Stochastic estimates of traces and diagonals from products with random vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its standard error."""
+
+    value: Tensor
+    standard_error: Tensor
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+
+def rademacher(*shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Independent random signs, in the dtype and on the device of ``like``."""
+    device = generator.device if generator is not None else like.device
+    return (2 * torch.randint(0, 2, shape, generator=generator, device=device) - 1).to(like)
+
+
+def hutchinson(matrix: Callable[[Tensor], Tensor], d: int, samples: int, like: Tensor, generator: torch.Generator | None = None) -> Estimate:
+    """``tr M`` as the mean of ``z^T M z`` over random signs ``z`` (Hutchinson 1989)."""
+    _require(samples)
+    z = rademacher(samples, d, like=like, generator=generator)
+    return _mean((z * matrix(z)).sum(-1))
+
+
+def hutchpp(matrix: Callable[[Tensor], Tensor], d: int, samples: int, like: Tensor, generator: torch.Generator | None = None) -> Estimate:
+    """``tr M`` by Hutch++ (Meyer et al. 2021): exact on a sketched range, Hutchinson on the rest; ``samples`` products."""
+    _require(samples)
+    third = max(1, min(samples // 3, d))
+    sketch = rademacher(third, d, like=like, generator=generator)
+    q, _ = torch.linalg.qr(matrix(sketch).T)
+    exact = (q.T * matrix(q.T.contiguous())).sum()
+    g = rademacher(max(1, samples - 2 * third), d, like=like, generator=generator)
+    g = g - (g @ q) @ q.T
+    rest = _mean((g * matrix(g)).sum(-1))
+    return Estimate(exact + rest.value, rest.standard_error)
+
+
+def _mean(x: Tensor) -> Estimate:
+    error = x.std() / x.numel() ** 0.5 if x.numel() > 1 else x.new_tensor(float("inf"))
+    return Estimate(x.mean(), error)
+
+
+def _require(samples: int) -> None:
+    if samples < 1:
+        raise ArgumentError(f"samples is {samples}; expected at least 1")

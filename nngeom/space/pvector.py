@@ -1,0 +1,205 @@
+"""Vectors of parameter space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, CollectionError
+from nngeom.space.collection import LayerCollection, unwrap
+
+
+@dataclass(frozen=True, eq=False)
+class PVector:
+    """A vector (or batch of vectors) over the parameters of a :class:`LayerCollection`.
+
+    One internal form: the flat tensor ``(*batch, d)``, in the order of the collection.
+    """
+
+    layer_collection: LayerCollection
+    tensor: Tensor
+
+    def __post_init__(self):
+        d = self.layer_collection.numel
+        if not isinstance(self.tensor, Tensor) or self.tensor.ndim == 0 or self.tensor.shape[-1] != d:
+            given = tuple(self.tensor.shape) if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
+            raise ArgumentError(f"a PVector of this collection has shape (*batch, {d}); got {given}")
+
+    # -- construction ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def from_model(model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
+        """A detached copy of the parameters."""
+        lc = layer_collection or LayerCollection.from_model(model)
+        return PVector.from_dict(lc, {n: p.detach() for n, p in lc.parameters(model).items()})
+
+    @staticmethod
+    def from_grad(model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
+        """A detached copy of the ``.grad`` of the parameters; raises :class:`ArgumentError` where one is ``None``."""
+        lc = layer_collection or LayerCollection.from_model(model)
+        params = lc.parameters(model)
+        missing = [n for n, p in params.items() if p.grad is None]
+        if missing:
+            raise ArgumentError(f"parameters {missing[:4]} have no gradient; call loss.backward() first, or exclude them from the collection")
+        return PVector.from_dict(lc, {n: p.grad.detach() for n, p in params.items() if p.grad is not None})
+
+    @staticmethod
+    def from_flat(layer_collection: LayerCollection, tensor: Tensor) -> PVector:
+        """From a flat tensor ``(*batch, d)``, in the order of the collection; not copied."""
+        return PVector(layer_collection, tensor)
+
+    @staticmethod
+    def from_dict(layer_collection: LayerCollection, tensors: Mapping[str, Tensor]) -> PVector:
+        """From one tensor ``(*batch, *shape)`` a parameter; copied."""
+        parts = []
+        for name, shape in zip(layer_collection.names, layer_collection.shapes):
+            if name not in tensors:
+                raise CollectionError(f"no tensor for parameter {name!r}; got {list(tensors)[:6]}")
+            t = tensors[name]
+            batch = t.shape[: t.ndim - len(shape)]
+            if tuple(t.shape[len(batch) :]) != shape:
+                raise ArgumentError(f"the tensor for {name!r} has shape {tuple(t.shape)}; expected (*batch, {', '.join(map(str, shape))})")
+            parts.append(t.reshape(*batch, math.prod(shape)))
+        extra = [n for n in tensors if n not in layer_collection]
+        if extra:
+            raise CollectionError(f"{extra[:6]} are not in the collection")
+        flat = torch.cat(parts, -1)
+        return PVector(layer_collection, flat.clone() if len(parts) == 1 else flat)
+
+    @staticmethod
+    def zeros(layer_collection: LayerCollection, *batch: int, dtype: torch.dtype | None = None, device: Any = None) -> PVector:
+        """All zeros."""
+        return PVector(layer_collection, torch.zeros(*batch, layer_collection.numel, dtype=dtype, device=device))
+
+    @staticmethod
+    def randn(
+        layer_collection: LayerCollection,
+        *batch: int,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> PVector:
+        """Independent standard normal entries."""
+        device = device if device is not None else (generator.device if generator is not None else None)
+        return PVector(layer_collection, torch.randn(*batch, layer_collection.numel, generator=generator, dtype=dtype, device=device))
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def flat(self) -> Tensor:
+        """``(*batch, d)``."""
+        return self.tensor
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """``{name: (*batch, *shape)}``, views of the flat tensor."""
+        return {name: self[name] for name in self.layer_collection.names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        table = self.layer_collection.offsets()
+        if name not in table:
+            raise CollectionError(f"no parameter {name!r} in this vector; it has {list(table)[:8]}")
+        lo, shape = table[name]
+        return self.tensor[..., lo : lo + math.prod(shape)].reshape(*self.batch_shape, *shape)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The leading dimensions."""
+        return self.tensor.shape[:-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(*batch, d)``."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the entries."""
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return self.tensor.device
+
+    def __repr__(self) -> str:
+        return f"PVector(shape={tuple(self.shape)}, parameters={len(self.layer_collection)}, dtype={self.dtype}, device='{self.device}')"
+
+    # -- algebra -----------------------------------------------------------------------------------------------------
+
+    def _with(self, other: Any, f: Callable[[Tensor, Any], Tensor]) -> PVector:
+        if isinstance(other, PVector):
+            self.layer_collection.require(other.layer_collection, "the other vector")
+            return PVector(self.layer_collection, f(self.tensor, other.tensor))
+        if isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.ndim == 0):
+            return PVector(self.layer_collection, f(self.tensor, other))
+        if isinstance(other, Tensor):  # one number a vector of the batch
+            return PVector(self.layer_collection, f(self.tensor, other.unsqueeze(-1)))
+        raise ArgumentTypeError(f"cannot combine a PVector with {type(other).__name__}; expected a PVector, a number or a tensor of numbers (*batch)")
+
+    def _same(self, other: Any, f: Callable[[Tensor, Any], Tensor]) -> PVector:
+        if isinstance(other, (int, float)) and other == 0:  # so that sum() works
+            return self
+        if not isinstance(other, PVector):
+            raise ArgumentTypeError(f"cannot add {type(other).__name__} to a PVector; expected a PVector")
+        return self._with(other, f)
+
+    def __add__(self, other: PVector) -> PVector:
+        return self._same(other, torch.add)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: PVector) -> PVector:
+        return self._same(other, torch.sub)
+
+    def __mul__(self, other: Any) -> PVector:
+        return self._with(other, torch.mul)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> PVector:
+        return self._with(other, torch.div)
+
+    def __neg__(self) -> PVector:
+        return PVector(self.layer_collection, -self.tensor)
+
+    def dot(self, other: PVector) -> Tensor:
+        """Inner product, ``(*batch)``."""
+        self.layer_collection.require(other.layer_collection, "the other vector")
+        return (self.tensor * other.tensor).sum(-1)
+
+    def norm(self, p: float = 2) -> Tensor:
+        """The ``p``-norm of the whole vector, ``(*batch)``."""
+        return torch.linalg.vector_norm(self.tensor, p, dim=-1)
+
+    def clone(self) -> PVector:
+        """A copy."""
+        return PVector(self.layer_collection, self.tensor.clone())
+
+    def detach(self) -> PVector:
+        """Without its graph."""
+        return PVector(self.layer_collection, self.tensor.detach())
+
+    def to(self, *args: Any, **kwargs: Any) -> PVector:
+        """Another dtype or device, as ``Tensor.to``."""
+        return PVector(self.layer_collection, self.tensor.to(*args, **kwargs))
+
+    # -- writing to a model ------------------------------------------------------------------------------------------
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the parameters of ``model`` by this vector."""
+        self._write(model, lambda p, v: p.copy_(v))
+
+    def add_to(self, model: nn.Module, alpha: float = 1) -> None:
+        """Add ``alpha`` times this vector to the parameters of ``model``."""
+        self._write(model, lambda p, v: p.add_(v.to(p), alpha=alpha))
+
+    def _write(self, model: nn.Module, f: Callable[[Tensor, Tensor], Any]) -> None:
+        if self.batch_shape:
+            raise ArgumentError(f"cannot write a batch of vectors {tuple(self.batch_shape)} to a model; index one of them first")
+        with torch.no_grad():
+            for name, p in self.layer_collection.parameters(unwrap(model)).items():
+                f(p, self[name])
