@@ -69,7 +69,7 @@ class Sweep:
     count: int = 0
     _axes: dict = field(default_factory=dict)
     _demoted: set[str] = field(default_factory=set)
-    _checked: bool = False
+    _checked: set = field(default_factory=set)
     _kept: list | None = None
 
     def chunks(self, keep: bool = False) -> Iterator[Chunk]:
@@ -109,7 +109,10 @@ class Sweep:
         units, rest = self._structure(seen)
         width = self._bytes_each_cotangent(units, seen)
         size = memory.step(columns.count, width, "output of one batch")
-        if self.check and not self._checked:
+        self._demoted |= set(rest)  # once in the fallback, always: one structure for all batches
+        signature = (n, *(use.lead for use in seen.uses))
+        if self.check and signature not in self._checked:
+            self._checked.add(signature)
             units, rest = self._verify(seen, units, rest, columns.make(0, min(size, columns.count)), batch)
         for lo in range(0, columns.count, size):
             hi = min(columns.count, lo + size)
@@ -186,7 +189,6 @@ class Sweep:
                 wrong.append(name)
         if wrong or rest:
             self._require_separate(batch, seen.outputs.detach(), wrong or rest)
-        self._checked = True
         if wrong:
             self._demoted |= set(wrong)
             return self._structure(seen)
@@ -200,7 +202,7 @@ class Sweep:
         try:
             with torch.no_grad():
                 alone = self.task.run(take(batch, slice(0, 1), n))
-        except Exception:  # noqa: BLE001 - the model cannot be run on one example of this batch: nothing can be said
+        except Exception:
             return
         tolerance = 100 * torch.finfo(outputs.dtype).eps ** 0.5
         if alone.shape == outputs[:1].shape and not torch.allclose(alone, outputs[:1], rtol=tolerance, atol=tolerance * float(outputs.abs().max())):

@@ -27,7 +27,7 @@ def embedding(
     size, width = weight.shape
     w = call.whole(weight, Arrangement((1, size, width), (0, 2, 1), (1, width, size)))
     index = call.keep(input).long()
-    padding = None if padding_idx is None or padding_idx == -1 and weight.shape[0] == 0 else padding_idx % size
+    padding = None if padding_idx is None or (padding_idx == -1 and weight.shape[0] == 0) else padding_idx % size
 
     def gradients(g: Tensor) -> Tensor:
         if padding is not None:

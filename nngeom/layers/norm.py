@@ -48,7 +48,7 @@ def _channel_lead(out: Tensor) -> tuple[int, ...]:
 def layer_norm(call: Call, input: Tensor, normalized_shape, weight=None, bias=None, eps: float = 1e-5, cudnn_enable=True) -> Use:
     """Over the last axes."""
     x, d = call.keep(input), len(normalized_shape)
-    normalised = lambda: F.layer_norm(x, normalized_shape, eps=eps)  # noqa: E731
+    normalised = lambda: F.layer_norm(x, normalized_shape, eps=eps)
     return _use(call, "layer_norm", weight, bias, tuple(input.shape[:-d]), normalised, _last(d))
 
 
@@ -56,7 +56,7 @@ def layer_norm(call: Call, input: Tensor, normalized_shape, weight=None, bias=No
 def rms_norm(call: Call, input: Tensor, normalized_shape, weight=None, eps: float | None = None) -> Use:
     """Over the last axes, without centring."""
     x, d = call.keep(input), len(normalized_shape)
-    normalised = lambda: F.rms_norm(x, normalized_shape, eps=eps)  # noqa: E731
+    normalised = lambda: F.rms_norm(x, normalized_shape, eps=eps)
     return _use(call, "rms_norm", weight, None, tuple(input.shape[:-d]), normalised, _last(d))
 
 
@@ -64,7 +64,7 @@ def rms_norm(call: Call, input: Tensor, normalized_shape, weight=None, eps: floa
 def group_norm(call: Call, input: Tensor, num_groups: int, weight=None, bias=None, eps: float = 1e-5, cudnn_enabled=True) -> Use:
     """Over groups of channels and all positions of one example."""
     x = call.keep(input)
-    normalised = lambda: F.group_norm(x, num_groups, eps=eps)  # noqa: E731
+    normalised = lambda: F.group_norm(x, num_groups, eps=eps)
     return _use(call, "group_norm", weight, bias, _channel_lead(call.out), normalised, _channels)
 
 
@@ -74,7 +74,7 @@ def batch_norm(call: Call, input: Tensor, running_mean, running_var, weight=None
     if training:
         raise ModeError("batch normalisation in training mode mixes the examples of a batch; call model.eval()")
     x = call.keep(input)
-    normalised = lambda: F.batch_norm(x, running_mean, running_var, eps=eps)  # noqa: E731
+    normalised = lambda: F.batch_norm(x, running_mean, running_var, eps=eps)
     return _use(call, "batch_norm", weight, bias, _channel_lead(call.out), normalised, _channels)
 
 
@@ -84,5 +84,5 @@ def instance_norm(
 ) -> Use:
     """Over the positions of one channel of one example."""
     x = call.keep(input)
-    normalised = lambda: F.instance_norm(x, running_mean, running_var, None, None, use_input_stats, 0.0, eps)  # noqa: E731
+    normalised = lambda: F.instance_norm(x, running_mean, running_var, None, None, use_input_stats, 0.0, eps)
     return _use(call, "instance_norm", weight, bias, _channel_lead(call.out), normalised, _channels)

@@ -146,7 +146,8 @@ def require_positive(shifted: Tensor, values: Tensor, what: str) -> None:
         need = float((shifted - values).max() - least + floor)
         raise SingularError(
             f"{what} is singular or indefinite at this damping: its smallest eigenvalue is {float(least):.3e}; "
-            f"use a damping above {max(need, 0.0):.3e}, or Cutoff(x) for a pseudo-inverse"
+            f"use a damping above {max(need, 0.0):.3e}, or Cutoff(x) for a pseudo-inverse",
+            max(need, 0.0),
         )
 
 

@@ -11,7 +11,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from nngeom.core import memory
 from nngeom.core.damping import Damping, Tikhonov, as_damping
@@ -38,7 +40,7 @@ class Linearization:
         """Outputs (with their graph) and ``J v``, for one tangent."""
         with gradients_on(), math_attention():
             try:
-                with forward_ad.dual_level():
+                with forward_ad.dual_level(), _ReverseConventions():
                     duals = {name: forward_ad.make_dual(p, v[name]) for name, p in self.task.parameters.items()}
                     outputs = self._run(batch, duals)
                     primal, tangent = forward_ad.unpack_dual(outputs)
@@ -76,6 +78,20 @@ class _Caller(torch.nn.Module):
     def forward(self) -> Tensor:
         """Call back."""
         return self._call()
+
+
+class _ReverseConventions(TorchFunctionMode):
+    """Forward mode ignores ``padding_idx`` of embeddings, whose row gets no gradient in reverse mode: made the same."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is F.embedding:
+            named = dict(zip(("input", "weight", "padding_idx"), args)) | kwargs
+            if named.get("padding_idx") is not None:
+                padding = named["input"] == named["padding_idx"] % named["weight"].shape[0]
+                out = torch.where(padding.unsqueeze(-1), out.detach(), out)
+        return out
 
 
 @contextlib.contextmanager
@@ -150,7 +166,7 @@ class PMatImplicit(ParameterOperator):
         apply = None
         if preconditioner is not None:
             inverse = preconditioner.inverse(d)
-            apply = lambda r: inverse._mv(r.to(inverse.dtype)).to(r.dtype)  # noqa: E731
+            apply = lambda r: inverse._mv(r.to(inverse.dtype)).to(r.dtype)
         return self._apply(lambda x: conjugate_gradient(lambda y: self._mv(y) + d.value * y, x, tol, max_iter, apply), b)
 
     def inverse(self, damping: float | Damping = 0.0, **options: Any) -> ParameterOperator:

@@ -6,10 +6,11 @@ any of these. Representations differ in their recipe and in their blocks' algebr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from nngeom.core import linalg
 from nngeom.core.damping import Damping, Tikhonov, as_damping
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError, StructureError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SingularError, SizeError, StructureError
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block, BlockBasis
 from nngeom.space.collection import LayerCollection
@@ -309,13 +310,29 @@ class PMat(ParameterOperator):
         damped matrix is singular or indefinite.
         """
         d = as_damping(damping)
-        return self._apply(lambda x: self._each(x, lambda block, y: block.solve(y, d)), b)
+        with self._worst_block(d):
+            return self._apply(lambda x: self._each(x, lambda block, y: block.solve(y, d)), b)
 
     def inverse(self, damping: float | Damping = 0.0) -> PMat:
         """``(M + damping I)^-1`` as a matrix; the factorisation is done here, once."""
         d = as_damping(damping)
-        blocks = {lay: b.inverse(d) for lay, b in self.blocks.items()}
+        with self._worst_block(d):
+            blocks = {lay: b.inverse(d) for lay, b in self.blocks.items()}
         return self._kind_of(blocks)._make(self.layer_collection, blocks, self.examples)
+
+    @contextlib.contextmanager
+    def _worst_block(self, damping: Damping) -> Iterator[None]:
+        """Where one block is singular, the error of the block that needs the largest damping."""
+        try:
+            yield
+        except SingularError as first:
+            worst = first
+            for block in self.blocks.values():
+                try:
+                    block.inverse(damping)
+                except SingularError as error:
+                    worst = max(worst, error, key=lambda e: e.needed or 0.0)
+            raise worst from None
 
     def _kind_of(self, blocks: dict[Layout, Block]) -> type[PMat]:
         """The representation of new blocks: this one's while their kinds stay, Mixed otherwise."""

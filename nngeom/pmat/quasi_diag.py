@@ -52,7 +52,8 @@ class ArrowBlock(Block):
             least = float(self.eigh()[0].min())
             raise SingularError(
                 f"the quasi-diagonal matrix is not positive definite with damping {damping.value:g}: its smallest eigenvalue is "
-                f"{least:.3e}; use a damping above {max(-least, 0.0):.3e} (quasi-diagonal matrices need not be positive semi-definite)"
+                f"{least:.3e}; use a damping above {max(-least, 0.0):.3e} (quasi-diagonal matrices need not be positive semi-definite)",
+                max(-least, 0.0),
             )
         ratio = torch.cat([self.c / w, -torch.ones_like(b).unsqueeze(-1)], -1)
         return SpikeBlock(torch.cat([1 / w, torch.zeros_like(b).unsqueeze(-1)], -1), ratio / schur.sqrt().unsqueeze(-1))

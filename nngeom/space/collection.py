@@ -138,10 +138,10 @@ def _select(model: nn.Module, every: dict[str, nn.Parameter], aliases: dict[int,
         return set().union(*(_select(model, every, aliases, p, role) for p in pattern)) if pattern else set()
     test: Callable[[str, torch.Tensor], bool]
     if isinstance(pattern, str):
-        test = lambda name, p: fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")  # noqa: E731
+        test = lambda name, p: fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
     elif isinstance(pattern, nn.Module):
         inside = {id(p) for p in pattern.parameters()}
-        test = lambda name, p: id(p) in inside  # noqa: E731
+        test = lambda name, p: id(p) in inside
     elif callable(pattern):
         test = pattern
     else:
