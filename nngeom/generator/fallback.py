@@ -27,17 +27,13 @@ def full_jacobians(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, cre
     """``v [k, n, *out]`` -> the rows ``[k, n, 1, 1, p]`` of each parameter."""
     k, n = v.shape[:2]
     sizes = [p.numel() for p in parameters]
-    rows = [v.new_empty(k * n, size) if not create_graph else [] for size in sizes]
+    pieces: list[list[Tensor]] = [[] for _ in parameters]
     each = (sum(sizes) + 4 * math.prod(v.shape[1:])) * v.element_size() * 2
     for lo, hi in memory.pieces(k * n, each):
         index = torch.arange(lo, hi, device=v.device)
         masked = v.new_zeros(hi - lo, *v.shape[1:])
         masked[torch.arange(hi - lo, device=v.device), index % n] = v[index // n, index % n]
         grads = pull_back(outputs, parameters, [p.shape for p in parameters], masked, retain=True, create_graph=create_graph)
-        for row, g in zip(rows, grads):
-            if create_graph:
-                row.append(g.flatten(1))
-            else:
-                row[lo:hi] = g.flatten(1)
-    full = [torch.cat(r) if create_graph else r for r in rows]
-    return [FullJacobian(r.view(k, n, 1, 1, -1)) for r in full]
+        for rows, g in zip(pieces, grads):
+            rows.append(g.flatten(1))
+    return [FullJacobian(torch.cat(rows).view(k, n, 1, 1, -1)) for rows in pieces]

@@ -135,7 +135,8 @@ def as_batches(loader: Any) -> Iterable[Batch]:
         return [loader]
     if not hasattr(loader, "__iter__"):
         raise ArgumentTypeError(f"loader is {type(loader).__name__}; expected a DataLoader, an iterable of batches, or one batch (a tuple, tensor or dict)")
-    if isinstance(loader, list) and loader and all(isinstance(x, Tensor) for x in loader) and len(loader) == 2 and not loader[1].is_floating_point() and loader[1].ndim == 1 and loader[0].ndim > 1:
+    pair = isinstance(loader, list) and len(loader) == 2 and all(isinstance(x, Tensor) for x in loader)
+    if pair and loader[0].ndim > 1 and loader[1].ndim == 1 and not loader[1].is_floating_point():
         raise ArgumentError("loader is a list [inputs, targets]; a list is an iterable of batches: pass the tuple (inputs, targets), or [(inputs, targets)]")
     return loader
 

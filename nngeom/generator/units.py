@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nngeom.core.jacobian import FactoredJacobian, FullJacobian, LayerJacobian, LookupJacobian, SumJacobian
 from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.generator.axes import ExampleAxis
-from nngeom.layers.adapter import Use
+from nngeom.layers.adapter import Slot, Use
 from nngeom.space.collection import LayerCollection
 
 
@@ -35,17 +35,15 @@ class Unit:
         return self._join([self._part(j, u, a, gradients, n, main) for j, u, a in self.uses])
 
     def _part(self, j: int, use: Use, axis: ExampleAxis, gradients: list[Tensor], n: int, full: Arrangement):
-        for x, version in use.sources:
-            if x._version != version:
-                raise RuntimeError(f"the input of {use.operation} was overwritten in place after it was used")
         lead = len(use.lead)
         g = axis.split(use.gradients(gradients[j]), n, 1, lead)
+        slot = use.weight if self.with_weight else use.bias
+        if slot is None:
+            raise RuntimeError(f"a unit of {use.operation} was built from a use without its parameter")
         if not self.with_weight:
-            slot = use.bias
             return None, _pad(g.sum(2, keepdim=True), slot.row, slot.arrangement.sizes[1]), use
-        slot = use.weight
         g = _pad(g, slot.row, full.sizes[1])
-        a = axis.split(use.inputs(), n, 0, lead)
+        a = axis.split(use.read_inputs(), n, 0, lead)
         if use.lookup:
             return a, g, use
         width = full.sizes[2]
@@ -61,17 +59,13 @@ class Unit:
             g = g0 if len(parts) == 1 else torch.stack([g for _, g, _ in parts]).sum(0)
             return FullJacobian(g[:, :, 0].flatten(2)[:, :, None, None])  # [k n 1 1 p]
         if use.elementwise:
-            rows = sum(torch.einsum("knts,ntsi->knsi", g[..., 0], a) if g.shape[2] > 1 else g[:, :, 0] * a[:, 0] for a, g, _ in parts)
-            return FullJacobian(rows.unsqueeze(3))
+            rows = [torch.einsum("knts,ntsi->knsi", g[..., 0], a) if g.shape[2] > 1 else g[:, :, 0] * a[:, 0] for a, g, _ in parts]
+            return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)).unsqueeze(3))
         a = a0 if len(parts) == 1 else torch.cat([a for a, _, _ in parts], 1)
         g = g0 if len(parts) == 1 else torch.cat([g for _, g, _ in parts], 2)
         if use.lookup:
-            return LookupJacobian(a, g, self._lookup_size(use))
+            return LookupJacobian(a, g, self.layout.sizes[2] if self.arrangements is None else use.size)
         return FactoredJacobian(a, g)
-
-    @staticmethod
-    def _lookup_size(use: Use) -> int:
-        return use.weight.arrangement.sizes[2]
 
 
 def _pad(x: Tensor, start: int, size: int) -> Tensor:
@@ -100,49 +94,44 @@ def build_units(
     representation (``part_of``); else each is a unit of its own.
     """
     rest = {s.name for use, axis in zip(uses, axes) if axis is None for s in use.slots}
-    by_weight: dict[str, list[int]] = {}
-    by_bias: dict[str, list[int]] = {}
+    weights: dict[str, list[tuple[int, Slot]]] = {}
+    biases: dict[str, list[tuple[int, Slot]]] = {}
     for j, use in enumerate(uses):
-        if use.weight is not None and use.weight.name not in rest:
-            by_weight.setdefault(use.weight.name, []).append(j)
-        if use.bias is not None and use.bias.name not in rest:
-            by_bias.setdefault(use.bias.name, []).append(j)
-    both = set(by_weight) & set(by_bias)  # a parameter that scales here and shifts there
-    rest |= both
-    table, layer = collection.offsets(), dict(zip(collection.names, collection.layers))
+        for slot, table in ((use.weight, weights), (use.bias, biases)):
+            if slot is not None and slot.name not in rest:
+                table.setdefault(slot.name, []).append((j, slot))
+    rest |= set(weights) & set(biases)  # a parameter that scales here and shifts there
+    offset = {name: lo for name, (lo, _) in collection.offsets().items()}
+    layer = dict(zip(collection.names, collection.layers))
+
+    def uses_of(slots: list[tuple[int, Slot]]) -> list[tuple[int, Use, ExampleAxis]]:
+        return [(j, uses[j], axis) for j, _ in slots if (axis := axes[j]) is not None]
+
+    def partner(name: str, slots: list[tuple[int, Slot]]) -> tuple[str, Slot] | None:
+        """The bias that is always and only used with this weight, in the same rows."""
+        pairs = [(slot, uses[j].bias) for j, slot in slots]
+        bias = pairs[0][1]
+        if bias is None or bias.name in rest or [j for j, _ in biases[bias.name]] != [j for j, _ in slots]:
+            return None
+        if layer[bias.name] != layer[name] or (part_of is not None and part_of(bias.name) != part_of(name)):
+            return None
+        fits = all(b is not None and b.row == w.row and b.arrangement.sizes[:2] == w.arrangement.sizes[:2] for w, b in pairs)
+        return (bias.name, bias) if fits else None
+
     units: list[Unit] = []
-
-    def uses_of(indices: list[int]) -> list[tuple[int, Use, ExampleAxis]]:
-        return [(j, uses[j], axes[j]) for j in indices]  # type: ignore[misc]
-
-    paired: set[str] = set()
-    for name, indices in by_weight.items():
+    for name, slots in weights.items():
         if name in rest:
             continue
-        slots = [uses[j].weight for j in indices]
-        partner = {uses[j].bias.name if uses[j].bias is not None else None for j in indices}
-        bias = next(iter(partner)) if len(partner) == 1 else None
-        if bias is not None and (
-            bias in rest
-            or by_bias[bias] != indices
-            or layer[bias] != layer[name]
-            or (part_of is not None and part_of(bias) != part_of(name))
-            or any(uses[j].bias.arrangement.sizes[:2] != uses[j].weight.arrangement.sizes[:2] for j in indices)
-            or any(uses[j].bias.row != uses[j].weight.row for j in indices)
-        ):
-            bias = None
-        kinds = {(s.arrangement, uses[j].lookup, uses[j].elementwise) for s, j in zip(slots, indices)}
-        if len(kinds) > 1:
-            numel = collection.span([name])
-            units.append(Unit(numel, uses_of(indices), True, False, tuple(s.arrangement for s in slots)))
+        if len({(slot.arrangement, uses[j].lookup, uses[j].elementwise) for j, slot in slots}) > 1:
+            units.append(Unit(collection.span([name]), uses_of(slots), True, False, tuple(slot.arrangement for _, slot in slots)))
             continue
-        pieces = [Piece((name,), table[name][0], slots[0].arrangement)]
-        if bias is not None:
-            pieces.append(Piece((bias,), table[bias][0], uses[indices[0]].bias.arrangement))
-            paired.add(bias)
-        units.append(Unit(Layout(tuple(pieces)), uses_of(indices), True, bias is not None))
-    for name, indices in by_bias.items():
-        if name in rest or name in paired:
-            continue
-        units.append(Unit(collection.span([name]), uses_of(indices), False, True))
+        pieces = [Piece((name,), offset[name], slots[0][1].arrangement)]
+        found = partner(name, slots)
+        if found is not None:
+            pieces.append(Piece((found[0],), offset[found[0]], found[1].arrangement))
+            del biases[found[0]]
+        units.append(Unit(Layout(tuple(pieces)), uses_of(slots), True, found is not None))
+    for name, slots in biases.items():
+        if name not in rest:
+            units.append(Unit(collection.span([name]), uses_of(slots), False, True))
     return units, rest

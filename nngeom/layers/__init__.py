@@ -1,3 +1,3 @@
 """Axis 1: how an operation uses its parameters, one file an operation family."""
 
-from nngeom.layers import conv, conv_transpose, elementwise, embedding, linear, norm  # noqa: F401  (register themselves)
+from nngeom.layers import conv, conv_transpose, elementwise, embedding, linear, norm

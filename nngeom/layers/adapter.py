@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from nngeom.core.errors import CoverageError
 from nngeom.core.layout import Arrangement
 
 
@@ -41,15 +42,28 @@ class Use:
     inputs: Callable[[], Tensor] | None = None  # () -> [*lead, s, i]; integer [*lead] for lookups; None without weight
     lookup: bool = False
     elementwise: bool = False  # o = 1 by nature: rows are formed at once, blocks are exact
-    out: Tensor | None = None  # set by the recorder, released once the edge is taken
     edge: GradientEdge | None = None
     shape: torch.Size = field(default_factory=lambda: torch.Size(()))
     sources: tuple[tuple[Tensor, int], ...] = ()  # inputs kept for later, with their versions
 
     def finish(self, out: Tensor) -> Use:
         """Take the gradient edge of the output, before anything in place overwrites it."""
-        self.edge, self.shape, self.out = get_gradient_edge(out), out.shape, None
+        self.edge, self.shape = get_gradient_edge(out), out.shape
         return self
+
+    def read_inputs(self) -> Tensor:
+        """``[*lead, s, i]`` (integer ``[*lead]`` for lookups); raises where the input was overwritten since."""
+        for x, version in self.sources:
+            if x._version != version:
+                raise CoverageError(f"the input of {self.operation} was overwritten in place after it was used; use an out-of-place operation there")
+        if self.inputs is None:
+            raise CoverageError(f"{self.operation} was recorded without its input")
+        return self.inputs()
+
+    @property
+    def size(self) -> int:
+        """Number of rows of the table of a lookup."""
+        return self.weight.arrangement.sizes[2] if self.weight is not None else 0
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -77,7 +91,7 @@ class Call:
     def whole(self, x: Tensor | None, arrangement: Arrangement) -> Slot | None:
         """The slot of a parameter used whole; ``None`` where ``x`` is no selected parameter. A partial view raises."""
         found = self._find(x) if x is not None else None
-        if found is None:
+        if x is None or found is None:
             return None
         name, base = found
         if x.numel() != base.numel() or (x is not base and not _same_order(x, base)):
@@ -87,7 +101,7 @@ class Call:
     def matrix(self, x: Tensor | None) -> Slot | None:
         """The slot of a 2-D tensor ``[o, i]``: a parameter, its transpose, or a rectangular part of either."""
         found = self._find(x) if x is not None else None
-        if found is None:
+        if x is None or found is None:
             return None
         name, base = found
         o, i = x.shape
@@ -101,7 +115,7 @@ class Call:
             cs = 1 if rs >= last else last
         if o == 1 and cs == 1:
             rs = last
-        offset, total = x.storage_offset() - base.storage_offset(), base.numel()
+        offset, total = int(x.storage_offset() - base.storage_offset()), base.numel()
         if cs == 1 and rs >= i and total % rs == 0:
             row, column = divmod(offset, rs)
             if column + i <= rs:
@@ -115,14 +129,14 @@ class Call:
     def vector(self, x: Tensor | None, s: int = 1) -> Slot | None:
         """The slot of a bias ``[s * o]``: a parameter, or for ``s = 1`` a run of neighbours of one."""
         found = self._find(x) if x is not None else None
-        if found is None:
+        if x is None or found is None:
             return None
         name, base = found
         if x is base or x.numel() == base.numel():
             return self.whole(x, Arrangement.plain(s, base.numel() // s, 1))
         if s != 1 or x.ndim != 1 or not base.is_contiguous() or (x.stride(0) != 1 and x.numel() > 1):
             raise NotStructured
-        return Slot(name, Arrangement.plain(1, base.numel(), 1), x.storage_offset() - base.storage_offset())
+        return Slot(name, Arrangement.plain(1, base.numel(), 1), int(x.storage_offset() - base.storage_offset()))
 
 
 class NotStructured(Exception):

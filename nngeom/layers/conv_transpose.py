@@ -47,12 +47,12 @@ def conv_transpose(
     arrangement = Arrangement((groups, rows, out, size), (0, 2, 1, 3), (groups, out, rows * size))
     w, b = call.whole(weight, arrangement), call.vector(bias, groups)
     x = call.keep(input) if w is not None else None
-    numbers = [as_tuple(v, d) for v in (stride, padding, output_padding, dilation)]
+    strides, pads, extra, dilations = (as_tuple(v, d) for v in (stride, padding, output_padding, dilation))
     return Use(
         f"conv_transpose{d}d",
         w,
         b,
         (call.out.shape[0], *call.out.shape[2:]),
         gradients=lambda g: channels_last(g, groups),
-        inputs=None if x is None else lambda: transposed_patches(x, kernel, *numbers, groups),
+        inputs=None if x is None else lambda: transposed_patches(x, kernel, strides, pads, extra, dilations, groups),
     )

@@ -52,7 +52,7 @@ class Linearization:
             u = torch.zeros_like(outputs, requires_grad=True)
             params = list(self.task.parameters.values())
             pulled = torch.autograd.grad(outputs, params, u, create_graph=True, allow_unused=True)
-            inner = sum((g * v[name]).sum() for name, g in zip(self.task.parameters, pulled) if g is not None)
+            inner = torch.stack([(g * v[name]).sum() for name, g in zip(self.task.parameters, pulled) if g is not None]).sum()
             tangent = torch.autograd.grad(inner, u, retain_graph=True)[0]
             return outputs, tangent.detach()
 

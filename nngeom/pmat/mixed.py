@@ -9,7 +9,7 @@ from typing import Any
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.pmat.pmat import PMat, Representation
-from nngeom.pmat.recipe import Scope, run_together
+from nngeom.pmat.recipe import Recipe, Scope, run_together
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,7 @@ class Mixture(Representation):
     parts: tuple[tuple[str, Representation], ...] = ()
     default: Representation | None = None
 
-    def recipe(self, scope):
+    def recipe(self, scope: Scope) -> Recipe:
         groups: dict[int, list[str]] = {}
         for name in scope.names:
             groups.setdefault(self._index(name), []).append(name)

@@ -57,7 +57,7 @@ class LayerCollection:
         for name, p in chosen.items():
             if not p.is_floating_point():
                 raise CollectionError(f"parameter {name!r} is {p.dtype}; expected a real floating-point parameter, exclude it")
-            if isinstance(p, nn.parameter.UninitializedTensorMixin):
+            if nn.parameter.is_lazy(p):
                 raise CollectionError(f"parameter {name!r} is not initialised yet; run the model once on a batch first")
         return LayerCollection(
             tuple(chosen), tuple(tuple(p.shape) for p in chosen.values()), tuple(name.rpartition(".")[0] or name for name in chosen)
