@@ -35,6 +35,7 @@ from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
+from nngeom.report import approximation_report
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
