@@ -38,7 +38,7 @@ def capture(task: Task, batch: Batch, keep_graph: bool = False) -> Capture:
     with gradients_on():
         with recorder:
             outputs = task.run(batch)
-    return Capture(outputs, recorder.uses, recorder.unstructured)
+    return Capture(outputs, [use for use in recorder.uses if not use.moved], recorder.unstructured)
 
 
 class _Recorder(TorchFunctionMode):
@@ -49,9 +49,13 @@ class _Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.unstructured: set[str] = set()
         self._opened: dict[Any, Any] = {}
+        self._copies: dict[int, Tensor] = {}  # broadcast parameters, by id; held so that ids stay theirs
+        self._tables: dict[int, tuple[Tensor, Use]] = {}  # outputs of uses, by id
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""
+        if id(x) in self._copies:
+            return None
         if id(x) in self.names:
             return self.names[id(x)], x
         base = x._base
@@ -66,19 +70,43 @@ class _Recorder(TorchFunctionMode):
             refusal(*args, **kwargs)
         found = {f[0] for x in _tensors((args, kwargs)) if (f := self.find(x)) is not None}
         if not found:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if func in _ADDITIONS:
+                self._broadcast(out, *args, **kwargs)
+            return out
         if func not in ADAPTERS and _is_composite(func):
             return self._open(func)(*args, **kwargs)
         out = func(*args, **kwargs)
         results = [t for t in _tensors(out) if t.requires_grad]
-        if not results or all(self.find(t) is not None for t in results):
-            return out  # a shape query, a detached copy, or another view of the parameter
+        if not results:
+            return out  # a shape query or a detached copy
+        if all(self.find(t) is not None for t in results):
+            if not (func in ADAPTERS and isinstance(out, Tensor) and out.numel() > args[0].numel()):
+                return out  # another view of the parameter, seen again where it is used
+            self._copies[id(out)] = out  # copies along new axes: a use, and what is done with them is none
         use = self._adapt(func, out, args, kwargs)
         if use is None or {s.name for s in use.slots} != found:
             self.unstructured |= found
         else:
             self.uses.append(use)
+            self._tables[id(out)] = (out, use)
         return out
+
+    def _broadcast(self, out: Tensor, input: Any, other: Any, **options: Any) -> None:
+        """``x + y`` with ``y`` the output of a use, copied along the first axis: the use moves behind the addition.
+
+        A table of positions is looked up once for the whole batch and then added to every example. The gradient of the
+        sum, unlike that of the table, has an axis of examples.
+        """
+        for y in (input, other):
+            held = self._tables.get(id(y)) if isinstance(y, Tensor) else None
+            if held is None or options or out.ndim < y.ndim or out.shape == y.shape or not out.requires_grad:
+                continue
+            use, extra = held[1], out.ndim - y.ndim
+            if extra == 0 and (y.shape[0] != 1 or y.shape[1:] != out.shape[1:]) or extra and y.shape != out.shape[extra:]:
+                continue
+            self.uses.append(use.copied(out, extra))
+            use.moved = True
 
     def _adapt(self, func, out, args, kwargs) -> Use | None:
         adapter = ADAPTERS.get(func)
@@ -108,6 +136,9 @@ class _Recorder(TorchFunctionMode):
                 return self._opened[func](*args, **kwargs)
 
         return run
+
+
+_ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_, torch.Tensor.__iadd__}
 
 
 def _never(*args: Any) -> bool:

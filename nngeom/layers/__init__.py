@@ -1,3 +1,3 @@
 """Axis 1: how an operation uses its parameters, one file an operation family."""
 
-from nngeom.layers import conv, conv_transpose, elementwise, embedding, linear, norm
+from nngeom.layers import bilinear, conv, conv_transpose, einsum, elementwise, embedding, linear, norm

@@ -8,6 +8,8 @@ it is, is found out later (:mod:`nngeom.generator.axes`), so that no adapter has
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,11 +47,33 @@ class Use:
     edge: GradientEdge | None = None
     shape: torch.Size = field(default_factory=lambda: torch.Size(()))
     sources: tuple[tuple[Tensor, int], ...] = ()  # inputs kept for later, with their versions
+    moved: bool = False  # replaced by copies behind a broadcast addition
 
     def finish(self, out: Tensor) -> Use:
         """Take the gradient edge of the output, before anything in place overwrites it."""
         self.edge, self.shape = get_gradient_edge(out), out.shape
         return self
+
+    def copied(self, out: Tensor, extra: int) -> Use:
+        """This use as seen through an addition that copies its output along ``extra`` new axes (or a first axis of one)."""
+        added = tuple(out.shape[: max(extra, 1)])
+        lead = added + (self.lead if extra else self.lead[1:])
+        inputs = self.inputs
+
+        def expanded() -> Tensor:
+            x = inputs() if inputs is not None else None
+            if x is None:
+                raise CoverageError(f"{self.operation} was recorded without its input")
+            return x.expand(*added, *(x.shape if extra else x.shape[1:]))
+
+        def gradients(g: Tensor) -> Tensor:
+            k, shape = g.shape[0], g.shape[1 + len(added) :]
+            unit = () if extra else (1,)
+            out = self.gradients(g.reshape(k * math.prod(added), *unit, *shape))
+            return out.reshape(k, *added, *out.shape[1 + len(unit) :])
+
+        copy = dataclasses.replace(self, lead=lead, gradients=gradients, inputs=None if inputs is None else expanded)
+        return copy.finish(out)
 
     def read_inputs(self) -> Tensor:
         """``[*lead, s, i]`` (integer ``[*lead]`` for lookups); raises where the input was overwritten since."""

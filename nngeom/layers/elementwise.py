@@ -78,3 +78,11 @@ def sub(call: Call, input, other, *, alpha: float = 1) -> Use:
     """``input - alpha * other`` with one of them a parameter."""
     _, w = _operands(call, input, other)
     return _shift(call, w, -alpha if w is other else 1)
+
+
+@adapts(torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to, torch.Tensor.repeat, torch.tile, torch.Tensor.tile)
+def expand(call: Call, input: Tensor, *sizes) -> Use:
+    """Copies of a parameter along new or unit axes, a class token for every example: the gradient of each copy is a row."""
+    if any(a not in (1, b) for a, b in zip(reversed(input.shape), reversed(call.out.shape))):
+        raise NotStructured  # repeated along an axis of its own
+    return _shift(call, input, 1)
