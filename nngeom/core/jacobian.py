@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from nngeom.core import contract, linalg, memory
-from nngeom.core.layout import Arrangement
 
 
 class LayerJacobian(ABC):
@@ -100,26 +99,23 @@ class LayerJacobian(ABC):
         """``[k, n]``: ``|J[k, n]|**2``."""
         return torch.cat([j.rows().square().sum(-1) for j in self.blocks(memory.CACHE_BYTES)], 1)
 
-    def factors(self, sharing: str) -> tuple[Tensor, Tensor]:
-        """Kronecker factors of ``sum_kn J J^T``: inputs ``[s, i, i]`` and output gradients ``[s, o, o]``.
+    def kronecker_sums(self, sharing: str, limit: int, first: bool) -> dict[str, Tensor]:
+        """Sums over ``k, n`` from which :func:`nngeom.pmat.kfac.kronecker_block` makes the factors of ``sum J J^T``.
 
-        A factor that is exactly diagonal is returned as ``[s, i]``. Rows without Kronecker structure (``o = 1``) give
-        the exact block with a trivial second factor.
+        ``"a" [s, i, i]`` of inputs (only with the ``first`` cotangents of a batch: it does not depend on them) and
+        ``"g" [s, o, o]`` of gradients; a factor that is exactly diagonal, or longer than ``limit``, as its diagonal.
+        Rows without Kronecker structure (``o = 1``) give the exact block as ``"a"`` and no ``"g"``.
         """
-        return self.input_factor(sharing), self.gradient_factor(sharing)
+        return {"a": self.input_factor(sharing, limit)}
 
-    def input_factor(self, sharing: str) -> Tensor:
-        """The input side of :meth:`factors`; for rows without Kronecker structure the exact block ``[s, i, i]``."""
+    def input_factor(self, sharing: str, limit: int) -> Tensor:
+        """``"a"`` of :meth:`kronecker_sums`; for rows without Kronecker structure the exact block ``[s, i, i]``."""
         _, _, s, _, i = self.shape
         total = torch.zeros(s, i, i, dtype=linalg.accumulation_dtype(self.dtype), device=self.device)
         for j in self.blocks():
             m = j.matrix().squeeze(3).flatten(0, 1).transpose(0, 1)  # [s, r, i]
             total += linalg.gram(m[0]) if s == 1 else m.mT @ m
         return total
-
-    def gradient_factor(self, sharing: str) -> Tensor:
-        """The gradient side of :meth:`factors`; ones for rows without Kronecker structure."""
-        return torch.ones(self.shape[2], 1, 1, dtype=self.dtype, device=self.device)
 
     def rotate(self, ua: Tensor | None, ug: Tensor | None) -> LayerJacobian:
         """Rows in the bases ``ua [s, i, i]`` and ``ug [s, o, o]``: ``ug^T J ua`` (``None``: the identity)."""
@@ -239,16 +235,25 @@ class FactoredJacobian(LayerJacobian):
             return super().gram(other)
         return contract.gram_by_positions(self, other)
 
-    def input_factor(self, sharing):
+    def kronecker_sums(self, sharing, limit, first):
+        sums = {"g": self.gradient_factor(sharing, limit)}
+        return sums | {"a": self.input_factor(sharing, limit)} if first else sums
+
+    def input_factor(self, sharing, limit):
         a = self.a if sharing == "expand" else self.a.mean(1, keepdim=True)
+        if a.shape[-1] > limit:
+            return a.square().sum((0, 1))
         if a.shape[2] == 1:
             return linalg.gram(a.flatten(0, 2)).unsqueeze(0)
         a = a.flatten(0, 1).transpose(0, 1)
         return a.mT @ a
 
-    def gradient_factor(self, sharing):
+    def gradient_factor(self, sharing: str, limit: int) -> Tensor:
+        """``"g"`` of :meth:`kronecker_sums`: divided by the number of positions that are counted as examples."""
         g = self.g if sharing == "expand" else self.g.sum(2, keepdim=True)
-        if g.shape[3] == 1:
+        if g.shape[-1] > limit:
+            total = g.square().sum((0, 1, 2))
+        elif g.shape[3] == 1:
             total = linalg.gram(g.reshape(-1, g.shape[-1])).unsqueeze(0)
         else:
             g_s = g.flatten(0, 2).transpose(0, 1)
@@ -329,7 +334,7 @@ class LookupJacobian(FactoredJacobian):
         h = torch.einsum("nstu,knuso->kntso", self.own_input_gram(), self.g)
         return (h * self.g).sum((2, 3, 4))
 
-    def input_factor(self, sharing):
+    def input_factor(self, sharing, limit):
         n, t = self.a.shape
         if sharing == "expand":
             return torch.bincount(self.a.flatten(), minlength=self.size).to(self.g).unsqueeze(0)
@@ -338,7 +343,7 @@ class LookupJacobian(FactoredJacobian):
 
     def rotate(self, ua, ug):
         if ua is not None:
-            return super(FactoredJacobian, self).rotate(ua, ug)
+            return FactoredJacobian(ua[0][self.a].unsqueeze(2), self._rotated_gradients(ug))
         return LookupJacobian(self.a, self._rotated_gradients(ug), self.size)
 
     @property
@@ -361,42 +366,3 @@ class LookupJacobian(FactoredJacobian):
 
     def own_input_gram(self):
         return (self.a[:, :, None] == self.a[:, None, :]).to(self.g).unsqueeze(1)
-
-
-@dataclass(frozen=True, eq=False)
-class SumJacobian(LayerJacobian):
-    """One parameter used in unlike ways: the sum of its uses, each in its own arrangement, as flat rows ``[1, 1, p]``."""
-
-    terms: tuple[tuple[Arrangement, LayerJacobian], ...]
-
-    @property
-    def shape(self):
-        k, n, s, o, i = self.terms[0][1].shape
-        return k, n, 1, 1, s * o * i
-
-    @property
-    def dtype(self):
-        return self.terms[0][1].dtype
-
-    @property
-    def device(self):
-        return self.terms[0][1].device
-
-    def matrix(self):
-        total: Tensor | None = None
-        for arrangement, j in self.terms:
-            rows = arrangement.write(j.matrix())
-            total = rows if total is None else total + rows
-        return total[:, :, None, None]  # type: ignore[index]
-
-    def jvp(self, v):
-        return torch.stack([j.jvp(a.read(v[..., 0, 0, :])) for a, j in self.terms]).sum(0)
-
-    def vjp(self, u):
-        return torch.stack([a.write(j.vjp(u)) for a, j in self.terms]).sum(0)[..., None, None, :]
-
-    def examples(self, lo, hi):
-        return SumJacobian(tuple((a, j.examples(lo, hi)) for a, j in self.terms))
-
-    def outputs(self, lo, hi):
-        return SumJacobian(tuple((a, j.outputs(lo, hi)) for a, j in self.terms))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nngeom.core.jacobian import FactoredJacobian, FullJacobian, LayerJacobian, LookupJacobian, SumJacobian
+from nngeom.core.jacobian import FactoredJacobian, FullJacobian, LayerJacobian, LookupJacobian
 from nngeom.core.layout import Arrangement, Layout, Piece
+from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.generator.axes import ExampleAxis
 from nngeom.layers.adapter import Slot, Use
 from nngeom.space.collection import LayerCollection
@@ -29,10 +30,20 @@ class Unit:
     def jacobian(self, gradients: list[Tensor], n: int) -> LayerJacobian:
         """The rows for output gradients ``[k, *out]`` of all uses."""
         if self.arrangements is not None:
-            parts = [self._join([self._part(j, u, a, gradients, n, arr)]) for (j, u, a), arr in zip(self.uses, self.arrangements)]
-            return SumJacobian(tuple(zip(self.arrangements, parts)))
+            return self._unlike(gradients, n)
         main = self.layout.pieces[0].arrangement
         return self._join([self._part(j, u, a, gradients, n, main) for j, u, a in self.uses])
+
+    def _unlike(self, gradients: list[Tensor], n: int) -> LayerJacobian:
+        """Like uses joined, unlike ones summed."""
+        groups: dict[tuple[Arrangement, bool], list] = {}
+        for (j, use, axis), arrangement in zip(self.uses, self.arrangements or ()):
+            groups.setdefault((arrangement, use.lookup), []).append(self._part(j, use, axis, gradients, n, arrangement))
+        terms = [(arrangement, self._join(parts)) for (arrangement, _), parts in groups.items()]
+        if not self.layout.is_span:
+            main = self.layout.pieces[0].arrangement
+            return TiedJacobian(tuple((a != main, j) for a, j in terms if isinstance(j, FactoredJacobian)))
+        return SumJacobian(tuple(terms))
 
     def _part(self, j: int, use: Use, axis: ExampleAxis, gradients: list[Tensor], n: int, full: Arrangement):
         lead = len(use.lead)
@@ -123,7 +134,8 @@ def build_units(
         if name in rest:
             continue
         if len({(slot.arrangement, uses[j].lookup, uses[j].elementwise) for j, slot in slots}) > 1:
-            units.append(Unit(collection.span([name]), uses_of(slots), True, False, tuple(slot.arrangement for _, slot in slots)))
+            layout = _tied_layout(name, offset[name], [(slot, uses[j]) for j, slot in slots]) or collection.span([name])
+            units.append(Unit(layout, uses_of(slots), True, False, tuple(slot.arrangement for _, slot in slots)))
             continue
         pieces = [Piece((name,), offset[name], slots[0][1].arrangement)]
         found = partner(name, slots)
@@ -135,3 +147,12 @@ def build_units(
         if name not in rest:
             units.append(Unit(collection.span([name]), uses_of(slots), False, True))
     return units, rest
+
+
+def _tied_layout(name: str, offset: int, slots: list[tuple[Slot, Use]]) -> Layout | None:
+    """The layout of a matrix that is used only as itself and transposed; the orientation of a product rather than a lookup."""
+    main = next((slot.arrangement for slot, use in slots if not use.lookup), slots[0][0].arrangement)
+    s, o, i = main.sizes
+    turned = Arrangement(main.view, (0, 2, 1) if main.is_plain() else (0, 1, 2), (s, i, o))
+    fits = all(slot.arrangement in (main, turned) and not use.elementwise for slot, use in slots)
+    return Layout((Piece((name,), offset, main),)) if fits and len(main.view) == 3 and main.view[0] == 1 and (o, i) != (1, 1) else None

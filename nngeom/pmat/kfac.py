@@ -12,6 +12,7 @@ from nngeom.core import linalg
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.tied import product_of_marginals
 from nngeom.pmat.block import Block, BlockBasis, reciprocal
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope
@@ -40,6 +41,12 @@ class KroneckerBlock(Block):
 
     def scaled(self, c):
         return KroneckerBlock(self.a, c * self.g)
+
+    def merged(self, other, mine, theirs):
+        """The means of the factors: what one sweep over both data sets gives."""
+        if not isinstance(other, KroneckerBlock) or self.a.shape != other.a.shape or self.g.shape != other.g.shape:
+            return None
+        return KroneckerBlock(mine * self.a + theirs * other.a, mine * self.g + theirs * other.g)
 
     def inverse(self, damping):
         if isinstance(damping, FactoredTikhonov):
@@ -120,6 +127,12 @@ class EigenBlock(Block):
     def scaled(self, c):
         return EigenBlock(self.ua, self.ug, c * self.d, self.sa, None if self.sg is None else c * self.sg)
 
+    def merged(self, other, mine, theirs):
+        """Mean eigenvalues in the same basis; ``None`` in different ones, where they are not comparable."""
+        if not isinstance(other, EigenBlock) or not (_equal(self.ua, other.ua) and _equal(self.ug, other.ug)):
+            return None
+        return EigenBlock(self.ua, self.ug, mine * self.d + theirs * other.d, self.sa, self.sg)
+
     def inverse(self, damping):
         if isinstance(damping, FactoredTikhonov):
             values = self.d + self.additive(damping.value)
@@ -136,6 +149,10 @@ class EigenBlock(Block):
         return self.d, self.basis
 
 
+def _equal(x: Tensor | None, y: Tensor | None) -> bool:
+    return x is y if x is None or y is None else torch.equal(x, y)
+
+
 def factor_statistic(sharing: str, block_limit: int):
     """``chunk -> {layout: {"a", "g"}}``: Kronecker factors; inputs are counted once a batch, gradients for every cotangent."""
     if sharing not in ("expand", "reduce"):
@@ -145,20 +162,10 @@ def factor_statistic(sharing: str, block_limit: int):
         named = {}
         for layout, j in chunk.jacobians.items():
             require_room(j, layout.names, block_limit)
-            if not j.kronecker:
-                named[layout] = {"a": j.input_factor(sharing)}
-                continue
-            named[layout] = {"g": _narrow(j.gradient_factor(sharing))}
-            if chunk.first:
-                named[layout]["a"] = _narrow(j.input_factor(sharing))
+            named[layout] = j.kronecker_sums(sharing, FACTOR_LIMIT, chunk.first)
         return named
 
     return statistic
-
-
-def _narrow(factor: Tensor) -> Tensor:
-    """A factor with a side above the limit is kept diagonal."""
-    return factor if linalg.is_diagonal(factor) or factor.shape[-1] <= FACTOR_LIMIT else linalg.factor_diag(factor).clone()
 
 
 def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> None:
@@ -173,7 +180,9 @@ def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> 
 
 
 def kronecker_block(means: dict[str, Tensor]) -> KroneckerBlock:
-    """From the means of :func:`factor_statistic`; a missing gradient factor is trivial."""
+    """From the means of :func:`factor_statistic`: a missing gradient factor is trivial, unlike uses are joined."""
+    if "a0" in means:
+        return KroneckerBlock(*product_of_marginals([(means[f"a{q}"], means[f"g{q}"]) for q in range(len(means) // 2)]))
     a = means["a"]
     return KroneckerBlock(a, means["g"] if "g" in means else a.new_ones(a.shape[0], 1, 1))
 
