@@ -1,0 +1,112 @@
+"""``python -m benchmarks``: one cell or the whole table of workloads and jobs, as multiples of one forward and backward pass."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks import report, truth
+from benchmarks.ours import JOBS as OURS
+from benchmarks.peers import peers
+from benchmarks.timing import interleaved, peak_memory
+from benchmarks.workloads import MODELS, for_job, workload
+
+ALL_JOBS = [f"J{j}" for j in range(1, 12)]
+TOLERANCE = 1e-3
+
+
+def cell(name: str, job: str, device: str, repeats: int, only: str = "", check: bool = True, memory: bool = True) -> dict[str, Any]:
+    """One workload and job: who agrees, then how fast, then how much memory."""
+    contenders = {k: f for k, f in {**OURS.get(job, {}), **peers(job)}.items() if only in k}
+    skipped, setups = {}, {}
+    if check:
+        small = workload(name, 6, 3 if job not in ("J6", "J9", "J11") else 6, dtype=torch.float64)
+        expected = truth.TRUTHS[job](small)
+    for label, setup in contenders.items():
+        try:
+            if check and label not in truth.RANDOM:
+                run, canonical = setup(small)
+                error = truth.disagreement(job, small, canonical(run()), expected)
+                if not error <= TOLERANCE:
+                    skipped[label] = f"disagrees with the slow reference by {error:.1e}"
+                    continue
+            setups[label] = setup(for_job(name, job, device=device))[0]
+        except Exception as error:
+            skipped[label] = f"{type(error).__name__}: {str(error)[:160]}"
+    floor = for_job(name, job, device=device).floor
+    series = interleaved(floor, setups, repeats, device)
+    result = {"workload": name, "job": job, "floor": series.pop("floor").summary(), "contenders": {k: s.summary() for k, s in series.items()}, "skipped": skipped}
+    if memory:
+        for label in setups:
+            result["contenders"][label]["peak_bytes"] = _peak_in_fresh_process(name, job, label, device)
+    return result
+
+
+def _peak_in_fresh_process(name: str, job: str, label: str, device: str) -> int | None:
+    arguments = [sys.executable, "-m", "benchmarks", "--peak-of", label, "--workload", name, "--job", job, "--device", device, "--threads", str(torch.get_num_threads())]
+    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"})
+    return int(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.split()[-1:] != ["None"] else None
+
+
+def _print_peak(name: str, job: str, label: str, device: str) -> None:
+    w = for_job(name, job, device=device)
+    run, _ = {**OURS.get(job, {}), **peers(job)}[label](w)
+    w.floor()
+    for module in ("scipy.linalg", "opt_einsum"):  # imports are not the job's memory
+        __import__(module)
+    run_small = {**OURS.get(job, {})}.get(label)
+    if run_small is not None:
+        run_small(workload(name, 2, 2, device=device))[0]()
+    print(peak_memory(run, device))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the options, run, print the table, write JSON and PNG where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--workload", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--job", nargs="*", default=ALL_JOBS, choices=ALL_JOBS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="contenders whose name contains this")
+    parser.add_argument("--no-check", action="store_true", help="skip the comparison with the slow reference")
+    parser.add_argument("--no-memory", action="store_true", help="skip the measurement of peak memory")
+    parser.add_argument("--scaling", action="store_true", help="time and memory against n, c, d, t and the batch size instead")
+    parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--plot", help="write a figure here")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    if options.peak_of:
+        _print_peak(options.workload[0], options.job[0], options.peak_of, options.device)
+        return
+    results: dict[str, Any] = {"environment": report.environment(options.device)}
+    if options.scaling:
+        from benchmarks.scaling import studies
+
+        results["scaling"] = studies(options.repeats)
+    else:
+        results["cells"] = []
+        for job in options.job:
+            for name in options.workload:
+                if job not in OURS:
+                    print(f"{job} {name}: not offered by the installed version")
+                    continue
+                found = cell(name, job, options.device, options.repeats, options.only, not options.no_check, not options.no_memory)
+                results["cells"].append(found)
+                print(report.line(found), flush=True)
+    if options.json:
+        with open(options.json, "w") as f:
+            json.dump(results, f, indent=1)
+    if options.plot:
+        report.plot(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The jobs in this library. A contender is ``(workload) -> (run, canonical)``; ``canonical`` makes results comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import nngeom as nng
+from benchmarks.workloads import Workload
+
+Contender = Callable[[Workload], tuple[Callable[[], Any], Callable[[Any], Tensor]]]
+
+
+def vector(w: Workload, lc: Any) -> nng.PVector:
+    """The workload's direction as a PVector."""
+    return nng.PVector.from_flat(lc, w.vector())
+
+
+def fisher(representation: Any, canonical: Callable[[Any, Workload], Tensor], measure: Callable[..., Any] = nng.FIM, **options: Any) -> Contender:
+    """A build of a Fisher matrix."""
+
+    def setup(w: Workload):
+        return lambda: measure(w.model, w.batches, representation, **options), lambda m: canonical(m, w)
+
+    return setup
+
+
+def _times(m: Any, w: Workload) -> Tensor:
+    return m.mv(vector(w, m.layer_collection)).flat()
+
+
+def _input_factors(m: Any, w: Workload) -> Tensor:
+    return torch.cat([b.a.flatten() / b.a.norm() for b in m.blocks.values() if b.g.shape[-1] > 1])
+
+
+def monte_carlo_kfac(check: bool) -> Contender:
+    """One drawn label an example; the gradient factors are random, so the input factors are compared."""
+
+    def setup(w: Workload):
+        generator = torch.Generator().manual_seed(0)
+        run = lambda: nng.FIM_MonteCarlo(w.model, w.batches, nng.PMatKFAC, generator=generator, check=check)
+        return run, lambda m: _input_factors(m, w)
+
+    return setup
+
+
+def fisher_vector(w: Workload):
+    """Matrix-free; the operator is built once."""
+    m = nng.FIM(w.model, w.batches, nng.PMatImplicit)
+    v = vector(w, m.layer_collection)
+    return lambda: m.mv(v), lambda out: out.flat()
+
+
+def kfac_solve(w: Workload):
+    """Factors given, factorised at every call, with the factored damping that the peers have."""
+    m = nng.FIM(w.model, w.batches, nng.PMatKFAC)
+    v = vector(w, m.layer_collection)
+    return lambda: m.solve(v, nng.FactoredTikhonov(1e-2)), lambda out: out.flat()
+
+
+def gram(representation: str, canonical: Callable[[Any], Tensor]) -> Contender:
+    """The tangent kernel."""
+
+    def setup(w: Workload):
+        return lambda: nng.GramMatrix(w.model, w.batches, getattr(nng, representation)), canonical
+
+    return setup
+
+
+def rows(w: Workload):
+    """Explicit Jacobian rows."""
+    return lambda: nng.Jacobian(w.model, w.batches), lambda j: j.tensor.flatten()
+
+
+def loss_gradients(w: Workload):
+    """Per-example gradients of the loss, as rows of a Jacobian of one output."""
+    def loss(x, y):
+        return F.cross_entropy(w.model(x), y, reduction="none").unsqueeze(1)
+
+    return lambda: nng.Jacobian(w.model, w.batches, function=loss), lambda j: j.tensor.flatten()
+
+
+def penalty_step(estimator: str) -> Contender:
+    """Gradient of the loss plus 1e-3 times the mean kernel trace."""
+
+    def setup(w: Workload):
+        parameters = list(w.model.parameters())
+        x, y = w.batches[0]
+
+        def run():
+            trace = nng.mgs.trace_penalty(w.model, x, estimator=estimator, reduction="mean")
+            loss = F.cross_entropy(w.model(x), y) + 1e-3 * trace
+            return torch.autograd.grad(loss, parameters, materialize_grads=True)
+
+        return run, lambda g: torch.cat([t.flatten() for t in g])
+
+    return setup
+
+
+JOBS: dict[str, dict[str, Contender]] = {
+    "J1": {"nngeom": fisher(nng.PMatDiag, lambda m, w: m.diag().flat()), "nngeom (check=False)": fisher(nng.PMatDiag, lambda m, w: m.diag().flat(), check=False)},
+    "J2": {"nngeom": fisher(nng.PMatKFAC, _times), "nngeom (check=False)": fisher(nng.PMatKFAC, _times, check=False)},
+    "J3": {"nngeom": monte_carlo_kfac(True), "nngeom (check=False)": monte_carlo_kfac(False)},
+    "J4": {"nngeom": fisher(nng.PMatEKFAC, _times), "nngeom (check=False)": fisher(nng.PMatEKFAC, _times, check=False)},
+    "J8": {"nngeom": fisher_vector},
+    "J10": {"nngeom": kfac_solve},
+}
+if hasattr(nng, "Jacobian"):
+    JOBS |= {"J5": {"nngeom": rows}, "J9": {"nngeom": loss_gradients}}
+if hasattr(nng, "GramMatrix"):
+    JOBS["J6"] = {"nngeom": gram("FMatDense", lambda k: k.to_dense().flatten())}
+    JOBS["J7"] = {"nngeom": gram("FMatDiag", lambda k: k.trace().reshape(1))}
+if hasattr(nng, "mgs"):
+    JOBS["J11"] = {"nngeom": penalty_step("exact"), "nngeom (one random probe)": penalty_step("rademacher")}
