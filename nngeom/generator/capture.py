@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import nngeom.layers  # noqa: F401  (registers the adapters)
+from nngeom.core.errors import ModeError
 from nngeom.generator.task import Batch, Task, gradients_on
 from nngeom.layers.adapter import ADAPTERS, Call, NotStructured, Use
 from nngeom.layers.refuse import REFUSALS
@@ -34,16 +35,20 @@ class Capture:
 
 def capture(task: Task, batch: Batch, keep_graph: bool = False) -> Capture:
     """Run the model on a batch and record how it uses the selected parameters."""
-    recorder = _Recorder(task, keep_graph)
+    recorder = Recorder(task, keep_graph)
     with gradients_on():
         with recorder:
             outputs = task.run(batch)
-    return Capture(outputs, [use for use in recorder.uses if not use.moved], recorder.unstructured)
+    return recorder.capture(outputs)
 
 
-class _Recorder(TorchFunctionMode):
-    def __init__(self, task: Task, keep_graph: bool):
+class Recorder(TorchFunctionMode):
+    """The mode that sees the uses. ``refuse=False`` lets active dropout and batch normalisation pass: a training step is no measure."""
+
+    def __init__(self, task: Task, keep_graph: bool = False, refuse: bool = True):
         super().__init__()
+        self.refuse = refuse
+        self.mixing = False  # batch normalisation in training mode was seen
         self.names = {id(p): name for name, p in task.parameters.items()}
         self.keep_graph = keep_graph
         self.uses: list[Use] = []
@@ -51,6 +56,10 @@ class _Recorder(TorchFunctionMode):
         self._opened: dict[Any, Any] = {}
         self._copies: dict[int, Tensor] = {}  # broadcast parameters, by id; held so that ids stay theirs
         self._tables: dict[int, tuple[Tensor, Use]] = {}  # outputs of uses, by id
+
+    def capture(self, outputs: Tensor) -> Capture:
+        """What was seen until ``outputs`` were there."""
+        return Capture(outputs, [use for use in self.uses if not use.moved], self.unstructured)
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""
@@ -67,7 +76,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         refusal = REFUSALS.get(func)
         if refusal is not None:
-            refusal(*args, **kwargs)
+            self._consider(refusal, func, args, kwargs)
         found = {f[0] for x in _tensors((args, kwargs)) if (f := self.find(x)) is not None}
         if not found:
             out = func(*args, **kwargs)
@@ -108,6 +117,14 @@ class _Recorder(TorchFunctionMode):
             self.uses.append(use.copied(out, extra))
             use.moved = True
 
+    def _consider(self, refusal, func, args, kwargs) -> None:
+        try:
+            refusal(*args, **kwargs)
+        except ModeError:
+            if self.refuse:
+                raise
+            self.mixing |= func is F.batch_norm
+
     def _adapt(self, func, out, args, kwargs) -> Use | None:
         adapter = ADAPTERS.get(func)
         if adapter is None or not isinstance(out, Tensor):
@@ -117,6 +134,10 @@ class _Recorder(TorchFunctionMode):
             try:
                 use = adapter(call, *args, **kwargs)
             except (NotStructured, TypeError):  # TypeError: a signature this adapter does not know
+                return None
+            except ModeError:  # its affine parameters are used together with statistics of the batch
+                if self.refuse:
+                    raise
                 return None
         if use is not None:
             use.sources = tuple(call.sources)
