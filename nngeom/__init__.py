@@ -23,6 +23,7 @@ from nngeom.core.errors import (
     StructureError,
     UnsupportedError,
 )
+from nngeom.io import load, merge, save
 from nngeom.measure import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
 from nngeom.metrics.categorical import Categorical
 from nngeom.metrics.likelihood import Bernoulli, Gaussian, Likelihood, Poisson

@@ -27,7 +27,8 @@ class TensorObject:
         return self._map(lambda t: t.to(*args, **kwargs))
 
     def _map(self, f):
-        fields = {name: f(t) for name, t in self.fields().items() if isinstance(t, Tensor)}
+        fields: dict[str, Any] = {name: f(t) for name, t in self.fields().items() if isinstance(t, Tensor)}
+        fields |= {name: tuple(map(f, ts)) for name, ts in self.fields().items() if isinstance(ts, tuple)}
         return dataclasses.replace(self, **fields)  # type: ignore[type-var]
 
     def fields(self) -> dict[str, Any]:
@@ -73,6 +74,10 @@ class Block(TensorObject, ABC):
         return None
 
     # -- derived -----------------------------------------------------------------------------------------------------
+
+    def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
+        """The block of two data sets together, whose shares of the examples are ``mine`` and ``theirs``; ``None`` where that is not known."""
+        return self.scaled(mine).added(other.scaled(theirs))
 
     @property
     def sizes(self) -> torch.Size:

@@ -26,6 +26,7 @@ class KroneckerBlock(Block):
 
     a: Tensor  # [s i i] or [s i]
     g: Tensor  # [s o o] or [s o]
+    uses: tuple[Tensor, ...] = ()  # of a parameter used in unlike ways, the factors a, g of every use: their means merge, the joined ones' do not
 
     def mv(self, x):
         return linalg.right(linalg.left(self.g, x), self.a)
@@ -40,13 +41,24 @@ class KroneckerBlock(Block):
         return (linalg.factor_norm2(self.a) * linalg.factor_norm2(self.g)).sum()
 
     def scaled(self, c):
-        return KroneckerBlock(self.a, c * self.g)
+        return KroneckerBlock(self.a, c * self.g, tuple(c * f if q % 2 else f for q, f in enumerate(self.uses)))
 
     def merged(self, other, mine, theirs):
         """The means of the factors: what one sweep over both data sets gives."""
-        if not isinstance(other, KroneckerBlock) or self.a.shape != other.a.shape or self.g.shape != other.g.shape:
+        if not isinstance(other, KroneckerBlock) or [f.shape for f in self._factors] != [f.shape for f in other._factors]:
             return None
-        return KroneckerBlock(mine * self.a + theirs * other.a, mine * self.g + theirs * other.g)
+        return KroneckerBlock.of(*(mine * x + theirs * y for x, y in zip(self._factors, other._factors)))
+
+    @staticmethod
+    def of(*factors: Tensor) -> KroneckerBlock:
+        """From the factors ``a, g`` of one use, or ``a0, g0, a1, g1, ...`` of several unlike ones."""
+        if len(factors) == 2:
+            return KroneckerBlock(*factors)
+        return KroneckerBlock(*product_of_marginals(list(zip(factors[::2], factors[1::2]))), factors)
+
+    @property
+    def _factors(self) -> tuple[Tensor, ...]:
+        return self.uses or (self.a, self.g)
 
     def inverse(self, damping):
         if isinstance(damping, FactoredTikhonov):
@@ -182,7 +194,7 @@ def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> 
 def kronecker_block(means: dict[str, Tensor]) -> KroneckerBlock:
     """From the means of :func:`factor_statistic`: a missing gradient factor is trivial, unlike uses are joined."""
     if "a0" in means:
-        return KroneckerBlock(*product_of_marginals([(means[f"a{q}"], means[f"g{q}"]) for q in range(len(means) // 2)]))
+        return KroneckerBlock.of(*(means[f"{side}{q}"] for q in range(len(means) // 2) for side in "ag"))
     a = means["a"]
     return KroneckerBlock(a, means["g"] if "g" in means else a.new_ones(a.shape[0], 1, 1))
 
