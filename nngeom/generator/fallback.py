@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nngeom.core import memory
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
+from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.backward import pull_back
 
 
@@ -35,5 +36,5 @@ def full_jacobians(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, cre
         masked[torch.arange(hi - lo, device=v.device), index % n] = v[index // n, index % n]
         grads = pull_back(outputs, parameters, [p.shape for p in parameters], masked, retain=True, create_graph=create_graph)
         for rows, g in zip(pieces, grads):
-            rows.append(g.flatten(1))
+            rows.append(g.flatten(1).to(accumulation_dtype(g.dtype)))
     return [FullJacobian(torch.cat(rows).view(k, n, 1, 1, -1)) for rows in pieces]

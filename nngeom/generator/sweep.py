@@ -14,6 +14,7 @@ from nngeom.core import memory
 from nngeom.core.errors import CoverageError, LoaderError, NonFiniteError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator import fallback
 from nngeom.generator.axes import find_axes
 from nngeom.generator.backward import pull_back
@@ -174,17 +175,17 @@ class Sweep:
         names = [name for unit in units for name in unit.layout.names]
         parameters = [self.task.parameters[name] for name in names]
         expected = torch.autograd.grad(seen.outputs, parameters, combined, retain_graph=True, allow_unused=True) if names else []
-        flat = torch.zeros(collection.numel, dtype=seen.outputs.dtype, device=seen.outputs.device)
+        flat = torch.zeros(collection.numel, dtype=accumulation_dtype(self.task.dtype), device=seen.outputs.device)
         for layout, jacobian in self._pull(seen, units, [], v, last=False).items():
             layout.scatter_(flat, jacobian.vjp(u.to(jacobian.dtype)).to(flat.dtype).detach())
         table = collection.offsets()
         scale = torch.stack([e.norm() for e in expected if e is not None]).norm() if any(e is not None for e in expected) else flat.norm()
-        tolerance = 30 * torch.finfo(flat.dtype).eps ** 0.5 if flat.dtype != torch.float32 else 1e-2
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(seen.outputs.dtype, 0.1)
         wrong = []
         for name, e in zip(names, expected):
             lo, shape = table[name]
-            got = flat[lo : lo + shape.numel() if isinstance(shape, torch.Size) else lo + torch.Size(shape).numel()].view(shape)
-            reference = torch.zeros_like(got) if e is None else e
+            got = flat[lo : lo + torch.Size(shape).numel()].view(shape)
+            reference = torch.zeros_like(got) if e is None else e.to(got.dtype)
             if not bool((got - reference).norm() <= tolerance * reference.norm() + 1e-2 * tolerance * scale):
                 wrong.append(name)
         if wrong or rest:
@@ -204,7 +205,7 @@ class Sweep:
                 alone = self.task.run(take(batch, slice(0, 1), n))
         except Exception:
             return
-        tolerance = 100 * torch.finfo(outputs.dtype).eps ** 0.5
+        tolerance = {torch.float64: 1e-8, torch.float32: 1e-4}.get(outputs.dtype, 0.1)
         if alone.shape == outputs[:1].shape and not torch.allclose(alone, outputs[:1], rtol=tolerance, atol=tolerance * float(outputs.abs().max())):
             raise CoverageError(
                 f"the model mixes the examples of a batch: the outputs of the first example change when it is run alone "

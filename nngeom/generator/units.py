@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nngeom.core import linalg
 from nngeom.core.jacobian import FactoredJacobian, FullJacobian, LayerJacobian, LookupJacobian
 from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.core.tied import SumJacobian, TiedJacobian
@@ -47,7 +48,7 @@ class Unit:
 
     def _part(self, j: int, use: Use, axis: ExampleAxis, gradients: list[Tensor], n: int, full: Arrangement):
         lead = len(use.lead)
-        g = axis.split(use.gradients(gradients[j]), n, 1, lead)
+        g = wide(axis.split(use.gradients(gradients[j]), n, 1, lead))
         slot = use.weight if self.with_weight else use.bias
         if slot is None:
             raise RuntimeError(f"a unit of {use.operation} was built from a use without its parameter")
@@ -57,6 +58,7 @@ class Unit:
         a = axis.split(use.read_inputs(), n, 0, lead)
         if use.lookup:
             return a, g, use
+        a = a.to(g.dtype)
         width = full.sizes[2]
         if self.with_bias:
             a = _with_ones(a, slot.column, width)
@@ -77,6 +79,11 @@ class Unit:
         if use.lookup:
             return LookupJacobian(a, g, self.layout.sizes[2] if self.arrangements is None else use.size)
         return FactoredJacobian(a, g)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision (a half model, autocast) becomes float32, so that statistics are accumulated in it."""
+    return x.to(linalg.accumulation_dtype(x.dtype))
 
 
 def _pad(x: Tensor, start: int, size: int) -> Tensor:
