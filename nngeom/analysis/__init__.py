@@ -1,0 +1,28 @@
+"""Quantities of training geometry, one file each: tangent kernels, gradient statistics, complexity."""
+
+from nngeom.analysis.coherence import (
+    Coherence,
+    batch_coherence,
+    coherence,
+    coherence_from_batch_gradients,
+    generalization_gap_bound,
+    gradient_coherence,
+)
+from nngeom.analysis.complexity import ComplexityMeasure
+from nngeom.analysis.geometric_complexity import geometric_complexity
+from nngeom.analysis.kernel import center, kernel_pca, normalised_gram
+from nngeom.analysis.rademacher import (
+    flow_bound,
+    generalization_bound,
+    interpolation_bound,
+    interpolation_norm,
+    margin_bound,
+    margins,
+    rademacher_bound,
+    rademacher_complexity,
+    ramp_loss,
+    rescaled_bound,
+)
+from nngeom.analysis.spectrum import SpectrumSummary, effective_rank, spectrum, spectrum_summary, trace_ratios
+from nngeom.analysis.stiffness import Stiffness, gradient_stiffness, stiffness
+from nngeom.analysis.supernat import SuperNat

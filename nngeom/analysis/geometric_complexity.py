@@ -1,0 +1,97 @@
+"""Geometric complexity: how fast the outputs change with the inputs, on average over the data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.analysis.rows import Function
+from nngeom.core import memory
+from nngeom.core.errors import ArgumentError
+from nngeom.generator.backward import pull_back
+from nngeom.generator.capture import capture
+from nngeom.generator.sweep import require_examples
+from nngeom.generator.task import Batch, Task, require_finite
+from nngeom.metrics.loss import IdentityMetric
+from nngeom.pmat.implicit import math_attention
+from nngeom.solve.hutchinson import rademacher
+from nngeom.space.collection import LayerCollection
+
+
+def geometric_complexity(
+    model: nn.Module,
+    loader: Any,
+    *,
+    differentiable: bool = False,
+    estimator: str = "exact",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    function: Function = None,
+    layer_collection: LayerCollection | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """``1/n sum_i |d f(x_i) / d x_i|_F^2`` of the outputs before any softmax: a scalar.
+
+    ``estimator="exact"``: one backward pass an output (all at once); ``"rademacher"``: unbiased, one a sample.
+    ``differentiable``: the result carries its graph, to be added to a loss. The inputs are the first item of a batch
+    (or every floating-point tensor in it but the labels); token indices raise :class:`ArgumentError`: pass embeddings.
+    Examples must not mix: training-mode batch normalisation or dropout raises :class:`ModeError`.
+
+    Source: Dherin et al. 2022, definition of geometric complexity.
+    """
+    if estimator not in ("exact", "rademacher"):
+        raise ArgumentError(f"estimator is {estimator!r}; expected 'exact' or 'rademacher'")
+    task = Task.build(model, function, layer_collection)
+    total, count = torch.zeros((), dtype=task.dtype, device=task.device), 0
+    with memory.limit(memory_budget):
+        for index, batch in enumerate(task.batches(loader)):
+            part, n = _batch(task, batch, index, differentiable, estimator, samples, generator)
+            total, count = total + part, count + n
+    return total / require_examples(count)
+
+
+def _batch(task: Task, batch: Batch, index: int, graph: bool, estimator: str, samples: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    batch, inputs = with_input_gradients(batch)
+    with math_attention() if graph else contextlib.nullcontext():
+        outputs = capture(replace(task, parameters={}), batch).outputs  # watched for what mixes examples; no parameter followed
+    require_finite(outputs.detach(), "outputs", index)
+    n = outputs.shape[0]
+    total = torch.zeros((), dtype=outputs.dtype, device=outputs.device)
+    if not outputs.requires_grad:  # the outputs do not depend on the inputs
+        return total, n
+    each = 3 * sum(x.numel() for x in inputs) * outputs.element_size() + outputs.numel() * outputs.element_size()
+    columns = IdentityMetric().columns(outputs.detach(), batch, 0)
+    signs = rademacher(samples, *outputs.shape, like=outputs, generator=generator) / samples**0.5 if estimator == "rademacher" else None
+    number = columns.count if signs is None else samples
+    for lo, hi in memory.pieces(number, each):
+        v = columns.make(lo, hi) if signs is None else signs[lo:hi]
+        for g in pull_back(outputs, inputs, [x.shape for x in inputs], v, retain=hi < number, create_graph=graph):
+            total = total + g.square().sum()
+    return (total if graph else total.detach()), n
+
+
+def with_input_gradients(batch: Batch) -> tuple[Batch, list[Tensor]]:
+    """A batch whose floating-point inputs record gradients, and these inputs; raises :class:`ArgumentError` without any."""
+    found: list[Tensor] = []
+
+    def mark(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            if not x.is_floating_point():
+                return x
+            with torch.inference_mode(False):
+                x = x.detach().clone() if x.is_inference() else x.detach()
+                found.append(x.requires_grad_())
+            return x
+        if isinstance(x, Mapping):
+            return {k: v if k == "labels" else mark(v) for k, v in x.items()}
+        return type(x)(mark(v) for v in x) if isinstance(x, (tuple, list)) and not hasattr(x, "_fields") else x
+
+    marked = (mark(batch[0]), *batch[1:]) if isinstance(batch, (tuple, list)) and batch else mark(batch)
+    if not found:
+        raise ArgumentError("the inputs hold no floating-point tensor to differentiate by (tokens? pass embeddings)")
+    return marked, found

@@ -1,0 +1,83 @@
+"""Kernels as tensors: what the quantities of function space take, centring, and pictures of one class against another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core import linalg
+from nngeom.core.errors import ArgumentError
+
+
+def kernel_tensor(K: Any) -> Tensor:
+    """``(c, n, c, m)`` of an FMat, of such a tensor, or of an ``(n, m)`` matrix (one output)."""
+    t = K if isinstance(K, Tensor) else getattr(K, "tensor", None)
+    if isinstance(t, Tensor) and t.ndim == 2 and isinstance(K, Tensor):
+        t = t[None, :, None, :]
+    if isinstance(t, Tensor) and t.ndim == 3 and not isinstance(K, Tensor):  # one n x n block an output
+        return torch.diag_embed(t.permute(1, 2, 0)).permute(2, 0, 3, 1)
+    if isinstance(t, Tensor) and t.ndim == 2 and not isinstance(K, Tensor):  # a diagonal kernel
+        return torch.diag(t.flatten()).view(*t.shape, *t.shape)
+    if not isinstance(t, Tensor) or t.ndim != 4 or t.shape[0] != t.shape[2]:
+        given = tuple(t.shape) if isinstance(t, Tensor) else type(K).__name__
+        raise ArgumentError(f"the kernel is {given}; expected an FMat, a tensor (c, n, c, m) or a matrix (n, m)")
+    return t
+
+
+def square_kernel(K: Any) -> Tensor:
+    """The ``(c n, c n)`` matrix of a kernel on one set of points, rows ``output * n + example``."""
+    t = kernel_tensor(K)
+    c, n, _, m = t.shape
+    if n != m:
+        raise ArgumentError(f"the kernel compares {n} points with {m} others; expected one set of points")
+    return t.reshape(c * n, c * n)
+
+
+def center(K: Any, how: bool | str = True) -> Tensor:
+    """The kernel of centred features, ``(c, n, c, m)``.
+
+    ``True`` or ``"features"``: the mean over examples is subtracted output by output; ``"global"``: over examples and
+    outputs together; ``False``: as it is.
+    """
+    t = kernel_tensor(K)
+    if how is False:
+        return t
+    if how is not True and how not in ("features", "global"):
+        raise ArgumentError(f"centered is {how!r}; expected True, 'features', 'global' or False")
+    left, right = ((1,), (3,)) if how != "global" else ((0, 1), (2, 3))
+    t = t - t.mean(left, keepdim=True)
+    return t - t.mean(right, keepdim=True)
+
+
+def require_symmetric(K: Any) -> Tensor:
+    """The ``(c n, c n)`` matrix, symmetrised against rounding."""
+    m = square_kernel(K)
+    return (m + m.T) / 2
+
+
+def normalised_gram(K: Any) -> Tensor:
+    """``K_ij / sqrt(K_ii K_jj)`` of a kernel, ``(c n, c n)``: cosines of the features; zero features give 0."""
+    m = square_kernel(K)
+    scale = m.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale.clamp_min(torch.finfo(m.dtype).tiny), torch.zeros_like(scale))
+    return inverse[:, None] * m * inverse[None, :]
+
+
+def kernel_pca(K: Any, k: int = 2) -> Tensor:
+    """``(c n, k)``: the points in the ``k`` leading principal directions of their centred features.
+
+    Centring is output by output; a column is an eigenvector times the root of its eigenvalue, its largest entry positive.
+    """
+    values, vectors = linalg.eigh(require_symmetric(center(K)))
+    if not 1 <= k <= len(values):
+        raise ArgumentError(f"k is {k}; expected between 1 and {len(values)}")
+    return fix_signs(vectors[:, -k:].flip(1)) * values[-k:].flip(0).clamp_min(0).sqrt()
+
+
+def fix_signs(vectors: Tensor) -> Tensor:
+    """Columns ``(n, k)`` with the sign that makes the entry of largest modulus positive."""
+    index = vectors.abs().argmax(0, keepdim=True)
+    sign = vectors.gather(0, index).sign()
+    return vectors * torch.where(sign == 0, torch.ones_like(sign), sign)

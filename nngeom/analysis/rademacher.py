@@ -1,0 +1,126 @@
+"""Rademacher complexity of linear classes of tangent features, and what the best rescaling of their singular values gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.analysis.kernel import kernel_tensor, require_symmetric
+from nngeom.analysis.spectrum import THRESHOLD
+from nngeom.core import linalg
+from nngeom.core.errors import ArgumentError
+from nngeom.solve.hutchinson import Estimate, rademacher
+
+EXACT_LIMIT = 16
+
+
+def rademacher_bound(K: Any, norm: float | Tensor) -> Tensor:
+    """``(M / n) sqrt(tr K)``: bounds the empirical Rademacher complexity of ``{<w, phi> : |w| <= M}`` on ``n`` points.
+
+    ``K``: an FMat, a kernel ``(c, n, c, n)`` or a matrix ``(n, n)``; ``norm`` is ``M``. The complexity is at least
+    ``1 / sqrt(2)`` of it. Source: Baratin et al. 2021, eq. 9; Bartlett and Mendelson 2002.
+    """
+    t = kernel_tensor(K)
+    return torch.as_tensor(norm) * t.diagonal(dim1=1, dim2=3).diagonal(dim1=0, dim2=1).sum().clamp_min(0).sqrt() / t.shape[1]
+
+
+def rademacher_complexity(
+    K: Any, norm: float | Tensor, method: str = "exact", samples: int = 1000, generator: torch.Generator | None = None
+) -> Tensor | Estimate:
+    """``(M / n) E_s sqrt(s^T K s)`` over random signs: the complexity itself, of a class of scalar functions.
+
+    ``"exact"`` sums over all signs (at most 16 points), ``"monte_carlo"`` gives an :class:`Estimate` with its standard
+    error. No absolute value of the correlation is taken (for symmetric classes it would not matter).
+    """
+    m = require_symmetric(K)
+    n = m.shape[0]
+    if kernel_tensor(K).shape[0] != 1:
+        raise ArgumentError("the kernel has several outputs; expected one: pass K.tensor[y, :, y] and see margin_bound")
+    if method == "exact":
+        if n > EXACT_LIMIT:
+            raise ArgumentError(f"{n} points have 2**{n} sign vectors; expected at most {EXACT_LIMIT}, or method='monte_carlo'")
+        codes = torch.arange(2 ** (n - 1) if n else 1, device=m.device)  # s and -s give the same
+        signs = 1 - 2 * ((codes[:, None] >> torch.arange(n, device=m.device)) & 1).to(m)
+    elif method == "monte_carlo":
+        signs = rademacher(samples, n, like=m, generator=generator)
+    else:
+        raise ArgumentError(f"method is {method!r}; expected 'exact' or 'monte_carlo'")
+    roots = ((signs @ m) * signs).sum(1).clamp_min(0).sqrt() * norm / n
+    return roots.mean() if method == "exact" else Estimate(roots.mean(), roots.std() / samples**0.5)
+
+
+def flow_bound(norms: Sequence[float] | Tensor, traces: Sequence[float] | Tensor, examples: int) -> Tensor:
+    """``sum_t (m_t / n) sqrt(tr K_t)``: the bound for functions reached by steps of norm ``m_t`` with kernels ``K_t``."""
+    m, k = torch.as_tensor(norms, dtype=torch.float64), torch.as_tensor(traces, dtype=torch.float64)
+    if m.shape != k.shape:
+        raise ArgumentError(f"got {tuple(m.shape)} norms and {tuple(k.shape)} traces; expected one of each a step")
+    return (m * k.clamp_min(0).sqrt()).sum() / examples
+
+
+def margins(outputs: Tensor, targets: Tensor) -> Tensor:
+    """``(n,)``: ``f[y] - max_{y' != y} f[y']``, or ``f y`` for one output and labels of -1 and 1 (or 0 and 1)."""
+    if outputs.ndim == 1 or outputs.shape[1] == 1:
+        y = targets.to(outputs).flatten()
+        return outputs.flatten() * torch.where(y > 0, torch.ones_like(y), -torch.ones_like(y))
+    own = outputs.gather(1, targets[:, None])
+    rest = outputs.scatter(1, targets[:, None], float("-inf"))
+    return (own - rest.max(1, keepdim=True).values)[:, 0]
+
+
+def ramp_loss(margin: Tensor, gamma: float) -> Tensor:
+    """1 up to margin 0, 0 from ``gamma`` on, linear between."""
+    if gamma <= 0:
+        raise ArgumentError(f"gamma is {gamma}; expected a positive margin")
+    return (1 - margin / gamma).clamp(0, 1)
+
+
+def margin_bound(K: Any, norm: float, gamma: float) -> Tensor:
+    """``(c^(3/2) M / (gamma n)) sqrt(tr K)``: the complexity of the ramp loss of a multiclass linear class, ``K (c, n, c, n)``."""
+    if gamma <= 0:
+        raise ArgumentError(f"gamma is {gamma}; expected a positive margin")
+    return kernel_tensor(K).shape[0] ** 1.5 / gamma * rademacher_bound(K, norm)
+
+
+def generalization_bound(empirical: float, complexity: float, examples: int, delta: float = 0.05, data_dependent: bool = True) -> float:
+    """``emp + 2 R + 3 sqrt(log(2/delta) / 2n)`` with the empirical complexity, or ``emp + 2 R_n + sqrt(log(1/delta) / 2n)``."""
+    if not 0 < delta < 1:
+        raise ArgumentError(f"delta is {delta}; expected a number in (0, 1)")
+    slack = 3 * math.sqrt(math.log(2 / delta) / (2 * examples)) if data_dependent else math.sqrt(math.log(1 / delta) / (2 * examples))
+    return float(empirical) + 2 * float(complexity) + slack
+
+
+def interpolation_norm(K: Any, y: Tensor) -> Tensor:
+    """``sqrt(y^T K^+ y)``: the norm of the least-norm interpolator."""
+    values, coefficients = _modes(K, y)
+    return (coefficients.square() / values).sum().sqrt()
+
+
+def interpolation_bound(K: Any, y: Tensor) -> Tensor:
+    """``(1/n) sqrt(sum_j (u_j^T y)^2 / lambda_j * sum_j lambda_j)``: :func:`rademacher_bound` at the least norm that fits ``y``."""
+    values, coefficients = _modes(K, y)
+    return ((coefficients.square() / values).sum() * values.sum()).sqrt() / kernel_tensor(K).shape[1]
+
+
+def rescaled_bound(K: Any, y: Tensor) -> Tensor:
+    """``(1/n) sum_j |u_j^T y|``: :func:`interpolation_bound` after the best rescaling of the singular values of the features.
+
+    The scales ``nu_j = lambda_j / |u_j^T y|`` (up to a factor) reach it, whatever the eigenvalues were; modes of zero
+    eigenvalue are left out. Source: Baratin et al. 2021, proposition on the optimal norm.
+    """
+    _, coefficients = _modes(K, y)
+    return coefficients.abs().sum() / kernel_tensor(K).shape[1]
+
+
+def _modes(K: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive eigenvalues and the coefficients ``u_j^T y`` of labels ``(n,)``, ``(c, n)`` or an FVector."""
+    m = require_symmetric(K)
+    flat = (y if isinstance(y, Tensor) else y.tensor).to(m).flatten()
+    if flat.numel() != m.shape[0]:
+        raise ArgumentError(f"y has {flat.numel()} entries; the kernel has {m.shape[0]}: expected labels (c, n)")
+    values, vectors = linalg.eigh(m)
+    keep = values > max(THRESHOLD, len(values) * torch.finfo(values.dtype).eps) * values.abs().max()
+    return values[keep], vectors[:, keep].T @ flat

@@ -1,0 +1,111 @@
+"""Stiffness: does a step on one example help another? Signs and cosines of per-example loss gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.analysis.rows import Function, Probe, compact, gradient_gram
+from nngeom.core import memory
+from nngeom.core.errors import ArgumentError
+from nngeom.metrics.loss import EmpiricalFisher, as_loss
+from nngeom.space.collection import LayerCollection
+
+
+@dataclass(frozen=True)
+class Stiffness:
+    """Pairwise stiffness of two sets of examples (or of one with itself).
+
+    ``matrix`` ``(n, m)``: sign or cosine of ``g_i . g_j``; pairs with a zero gradient count 0. ``distance`` ``(n, m)``:
+    ``1 - cosine``, in [0, 2]. ``mean``: over pairs of distinct points. ``classes``: the labels present, ascending;
+    ``by_class`` ``(classes, classes)``: means over pairs of distinct points, NaN where there is none (a class with one
+    point; no integer labels: an empty matrix). ``within`` and ``between``: means of its diagonal and of the rest,
+    ignoring NaN (NaN where nothing is left).
+    """
+
+    matrix: Tensor
+    distance: Tensor
+    mean: Tensor
+    classes: Tensor
+    by_class: Tensor
+    within: Tensor
+    between: Tensor
+
+
+def stiffness(
+    model: nn.Module,
+    loader: Any,
+    kind: str = "cosine",
+    loss: Any = "cross_entropy",
+    other: Any = None,
+    *,
+    function: Function = None,
+    layer_collection: LayerCollection | None = None,
+    memory_budget: int | None = None,
+    check: bool = True,
+) -> Stiffness:
+    """Stiffness of the examples of ``loader`` with each other, or with those of ``other`` (train against validation).
+
+    ``kind``: ``"cosine"`` (suits pairs within a class) or ``"sign"`` (between classes). A step ``-e g_1`` changes the
+    loss of example 2 by ``-e g_1 . g_2``: positive stiffness helps. Per-example gradients stay in factored form, ``n x d``
+    numbers are formed only where that is cheaper. Equal examples in ``loader`` and ``other`` are not recognised: leave
+    ``other`` out to compare a set with itself.
+
+    Raises :class:`ArgumentError` for another ``kind``, :class:`LoaderError` without targets, and what the sweep raises.
+    Source: Fort et al. 2019, definitions of sign, cosine and class stiffness.
+    """
+    require_kind(kind)
+    metric = EmpiricalFisher(as_loss(loss))
+    sides, labels = [], []
+    with memory.limit(memory_budget), torch.no_grad():
+        for data in (loader,) if other is None else (loader, other):
+            probe = Probe.build(model, data, function, layer_collection)
+            sides.append([compact(c) for c in probe.sweep(metric, check, memory_budget).chunks()])
+            labels.append(probe.targets())
+        collection = probe.task.collection
+        gram = gradient_gram(sides[0], sides[1] if other is not None else None, collection)
+        norms = [torch.cat([sum(j.squared_norms()[0] for j in c.jacobians.values()) for c in side]) for side in sides]
+    return _summary(gram, norms[0], norms[-1], labels[0], labels[-1], kind, other is None)
+
+
+def gradient_stiffness(
+    gradients: Tensor, other: Tensor | None = None, kind: str = "cosine", labels: Tensor | None = None, other_labels: Tensor | None = None
+) -> Stiffness:
+    """:func:`stiffness` of gradients at hand, ``(n, d)`` (and ``other`` ``(m, d)``), with class labels where given."""
+    require_kind(kind)
+    right = gradients if other is None else other
+    gram = gradients @ right.T
+    return _summary(
+        gram, gradients.square().sum(-1), right.square().sum(-1), labels, labels if other is None else other_labels, kind, other is None
+    )
+
+
+def require_kind(kind: str) -> None:
+    """Raise :class:`ArgumentError` for an unknown kind."""
+    if kind not in ("cosine", "sign"):
+        raise ArgumentError(f"kind is {kind!r}; expected 'cosine' or 'sign'")
+
+
+def _summary(gram: Tensor, left: Tensor, right: Tensor, a: Tensor | None, b: Tensor | None, kind: str, same: bool) -> Stiffness:
+    scale = left.sqrt()[:, None] * right.sqrt()[None, :]
+    live = scale > 0
+    cosine = torch.where(live, gram / torch.where(live, scale, torch.ones_like(scale)), torch.zeros_like(gram)).clamp(-1, 1)
+    matrix = cosine if kind == "cosine" else cosine.sign()
+    distinct = torch.ones_like(matrix)
+    if same:
+        distinct.fill_diagonal_(0)
+    mean = (matrix * distinct).sum() / distinct.sum()  # 0/0: NaN for a single example
+    classes, by_class = _by_class(matrix, distinct, a, b)
+    off = ~torch.eye(len(classes), dtype=torch.bool, device=matrix.device)
+    return Stiffness(matrix, 1 - cosine, mean, classes, by_class, by_class.diagonal().nanmean(), by_class[off].nanmean())
+
+
+def _by_class(matrix: Tensor, distinct: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    if a is None or b is None or a.ndim != 1 or b.ndim != 1 or a.is_floating_point() or b.is_floating_point():
+        return torch.zeros(0, dtype=torch.long, device=matrix.device), matrix.new_zeros(0, 0)
+    classes = torch.cat([a, b]).unique()
+    x, y = ((labels[:, None] == classes[None, :]).to(matrix) for labels in (a, b))
+    return classes, (x.T @ (matrix * distinct) @ y) / (x.T @ distinct @ y)

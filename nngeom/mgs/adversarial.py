@@ -1,0 +1,77 @@
+"""Scores of single inputs by the size of their model gradients, and the attacks they are tried on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.analysis.rows import Function, Probe, squared_norms
+from nngeom.generator.task import gradients_on
+from nngeom.metrics.fisher import ExactFisher, as_likelihood
+from nngeom.metrics.loss import IdentityMetric, as_loss
+from nngeom.space.collection import LayerCollection
+
+
+def sample_trace(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    function: Function = None,
+    layer_collection: LayerCollection | None = None,
+    memory_budget: int | None = None,
+    check: bool = True,
+) -> Tensor:
+    """``(n,)``: ``sum_y |d f_y(x_i) / d w|^2``, the trace of each input's own kernel block.
+
+    Large for confident adversarial inputs (and for plain noise); near a decision boundary see :func:`sample_fisher_trace`.
+    ``inputs``: one batch, or an iterable of batches. Source: Szolnoky et al. 2022, appendix C.
+    """
+    return squared_norms(Probe.build(model, inputs, function, layer_collection), IdentityMetric(), check, memory_budget)
+
+
+def sample_fisher_trace(
+    model: nn.Module,
+    inputs: Any,
+    likelihood: Any = "categorical",
+    *,
+    function: Function = None,
+    layer_collection: LayerCollection | None = None,
+    memory_budget: int | None = None,
+    check: bool = True,
+) -> Tensor:
+    """``(n,)``: ``sum_y p_y |d log p_y(x_i) / d w|^2``, the trace of each input's own Fisher matrix.
+
+    Large near the decision boundary, small for confident inputs. Source: Martin and Elster 2019.
+    """
+    metric = ExactFisher(as_likelihood(likelihood))
+    return squared_norms(Probe.build(model, inputs, function, layer_collection), metric, check, memory_budget)
+
+
+def fgsm(model: nn.Module, inputs: Tensor, targets: Tensor, epsilon: float, loss: Any = "cross_entropy") -> Tensor:
+    """Inputs moved by ``epsilon`` along the sign of the loss gradient (Goodfellow et al. 2015)."""
+    return inputs + epsilon * _ascent(model, inputs, targets, loss).sign()
+
+
+def pgd(
+    model: nn.Module, inputs: Tensor, targets: Tensor, epsilon: float, steps: int = 20, rate: float | None = None, loss: Any = "cross_entropy"
+) -> Tensor:
+    """Projected sign ascent of the loss within ``|x' - x|_inf <= epsilon`` (Madry et al. 2018); steps of ``2.5 epsilon / steps``."""
+    rate = 2.5 * epsilon / steps if rate is None else rate
+    x = inputs
+    for _ in range(steps):
+        x = inputs + (x + rate * _ascent(model, x, targets, loss).sign() - inputs).clamp(-epsilon, epsilon)
+    return x
+
+
+def auroc(negatives: Tensor, positives: Tensor) -> float:
+    """The probability that a positive scores above a negative, ties counted by half."""
+    order = positives[:, None] - negatives[None, :]
+    return float((order > 0).double().mean() + 0.5 * (order == 0).double().mean())
+
+
+def _ascent(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Any) -> Tensor:
+    with gradients_on():
+        x = inputs.detach().clone().requires_grad_()
+        return torch.autograd.grad(as_loss(loss)(model(x), targets).sum(), x)[0]

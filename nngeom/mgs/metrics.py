@@ -1,0 +1,100 @@
+"""Model Gradient Similarity along training: trace and log-determinant of each batch's kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.analysis.rows import Function
+from nngeom.analysis.spectrum import effective_rank
+from nngeom.core import linalg, memory
+from nngeom.core.errors import ArgumentError
+from nngeom.generator.task import Task
+from nngeom.mgs.penalties import batch_kernel
+from nngeom.space.collection import LayerCollection
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One entry a batch, for its ``(n c, n c)`` kernel of raw outputs (never divided by ``n``).
+
+    ``trace``; ``logdet`` (``-inf`` where the kernel is singular to rounding, see ``rank``); ``logdet_jittered``, of
+    ``K + jitter I``; ``eigenvalues``, descending, a tensor a batch; ``size = n c``; ``mean_trace = trace / size`` and
+    ``mean_log = logdet_jittered / size``, comparable between batch sizes; ``effective_rank``; ``cosine``, the mean cosine of
+    different rows: a small trace says "small gradients", a large cosine and a low effective rank say "similar" ones.
+    """
+
+    trace: Tensor
+    logdet: Tensor
+    eigenvalues: tuple[Tensor, ...]
+    rank: Tensor
+    logdet_jittered: Tensor
+    size: Tensor
+    effective_rank: Tensor
+    cosine: Tensor
+    jitter: float
+
+    @property
+    def mean_trace(self) -> Tensor:
+        """``trace / size``."""
+        return self.trace / self.size
+
+    @property
+    def mean_log(self) -> Tensor:
+        """``logdet_jittered / size``: the logarithm of the geometric mean eigenvalue."""
+        return self.logdet_jittered / self.size
+
+
+def metrics(
+    model: nn.Module,
+    loader: Any,
+    jitter: float = 1e-6,
+    *,
+    function: Function = None,
+    layer_collection: LayerCollection | None = None,
+    memory_budget: int | None = None,
+) -> Metrics:
+    """The metrics of Model Gradient Similarity, one entry a batch of ``loader``; smaller is more similar.
+
+    A singular kernel is no error: its ``logdet`` is ``-inf``. Raises :class:`LoaderError` on an empty loader.
+    Source: Szolnoky et al. 2022, section on metrics; what they call the determinant is its logarithm.
+    """
+    if not jitter > 0:
+        raise ArgumentError(f"jitter is {jitter}; expected a positive number")
+    task = Task.build(model, function, layer_collection)
+    with memory.limit(memory_budget):
+        entries = [_entry(batch_kernel(task, batch, graph=False).detach(), jitter) for batch in task.batches(loader)]
+    columns = {name: torch.stack([e[name] for e in entries]) for name in entries[0] if name != "eigenvalues"}
+    return Metrics(eigenvalues=tuple(e["eigenvalues"] for e in entries), jitter=jitter, **columns)
+
+
+def kernel_metrics(K: Tensor, jitter: float = 1e-6) -> Metrics:
+    """:func:`metrics` of one kernel at hand, ``(N, N)``."""
+    entry = _entry(K, jitter)
+    columns = {name: t.unsqueeze(0) for name, t in entry.items() if name != "eigenvalues"}
+    return Metrics(eigenvalues=(entry["eigenvalues"],), jitter=jitter, **columns)
+
+
+def _entry(k: Tensor, jitter: float) -> dict[str, Tensor]:
+    values = linalg.eigh((k + k.T) / 2)[0].flip(0)
+    size = len(values)
+    live = values > size * torch.finfo(values.dtype).eps * values[0].clamp_min(0)
+    rank = live.sum()
+    positive = torch.where(live, values, torch.zeros_like(values))
+    norm = k.diagonal().clamp_min(0).sqrt()
+    unit = torch.where(norm > 0, 1 / torch.where(norm > 0, norm, torch.ones_like(norm)), torch.zeros_like(norm))
+    cosines = unit[:, None] * k * unit[None, :]
+    pairs = size * (size - 1)
+    return {
+        "trace": k.trace(),
+        "logdet": positive.log().sum(),
+        "eigenvalues": positive,
+        "rank": rank,
+        "logdet_jittered": (positive + jitter).log().sum(),
+        "size": torch.tensor(size, device=k.device),
+        "effective_rank": effective_rank(positive),
+        "cosine": (cosines.sum() - cosines.diagonal().sum()) / pairs if pairs else k.new_tensor(float("nan")),
+    }
