@@ -1,0 +1,1 @@
+"""Runnable examples: ``python examples/fisher_of_digits.py``."""
