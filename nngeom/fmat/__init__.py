@@ -1,0 +1,1 @@
+"""Function-space matrices: kernels over outputs and examples."""

@@ -1,0 +1,1 @@
+"""The maps between parameter space and function space: Jacobians and their transposes."""

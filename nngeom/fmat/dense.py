@@ -1,0 +1,157 @@
+"""The whole kernel, and one block an output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError
+from nngeom.core.jacobian import LayerJacobian
+from nngeom.fmat.fmat import FMat
+from nngeom.space.fvector import FVector
+
+
+def require_ndim(tensor: Tensor, kind: str, shape: str, ndim: int) -> None:
+    """Raise unless ``tensor`` has ``ndim`` axes."""
+    if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
+        given = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ArgumentError(f"a {kind} has shape {shape}; got {given}")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FMatDense(FMat):
+    """All entries: ``tensor[k, n, l, m]``, the product of the gradients of output ``k`` at ``n`` and ``l`` at ``m``."""
+
+    tensor: Tensor  # [c n c m]
+
+    @staticmethod
+    def sizes(c: int, n: int, m: int) -> tuple[int, ...]:
+        """The shape of ``tensor``."""
+        return c, n, c, m
+
+    @staticmethod
+    def place(k: slice, n: slice, l: slice, m: slice) -> tuple[slice, ...]:
+        """Where the tile of outputs ``k``, ``l`` and examples ``n``, ``m`` lies in ``tensor``."""
+        return k, n, l, m
+
+    @staticmethod
+    def product(x: LayerJacobian, y: LayerJacobian, k: slice, l: slice) -> Tensor:
+        """The contribution of one block to a tile; ``k``, ``l``: the outputs of its rows."""
+        return x.gram(y)
+
+    @staticmethod
+    def mirror(tile: Tensor) -> Tensor:
+        """The tile on the other side of the diagonal."""
+        return tile.permute(2, 3, 0, 1)
+
+    def __post_init__(self):
+        require_ndim(self.tensor, "FMatDense", "(c, n, c, m)", 4)
+        if self.tensor.shape[0] != self.tensor.shape[2]:
+            raise ArgumentError(f"an FMatDense has as many outputs on both sides; got {tuple(self.tensor.shape)}")
+
+    @property
+    def outputs(self):
+        return self.tensor.shape[0]
+
+    @property
+    def rows(self):
+        return self.tensor.shape[1]
+
+    @property
+    def columns(self):
+        return self.tensor.shape[3]
+
+    def _mv(self, f):
+        return (f.flatten(-2) @ self._dense().T).unflatten(-1, (self.outputs, self.rows))
+
+    def _dense(self):
+        return self.tensor.reshape(self.shape)
+
+    @property
+    def T(self):
+        return FMatDense(self.tensor.permute(2, 3, 0, 1))
+
+    def _added(self, other):
+        if isinstance(other, FMat):
+            dense = other.to_dense(max(other.shape)).to(self.dtype if other.dtype == self.dtype else torch.promote_types(self.dtype, other.dtype))
+            return FMatDense(self.tensor + dense.view(self.tensor.shape))
+        return super()._added(other)
+
+    def diag(self):
+        self._require_square("diag")
+        return FVector(self._dense().diagonal().view(self.outputs, self.rows))
+
+    def _symmetric_parts(self):
+        return self._dense().unsqueeze(0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FMatBlockDiag(FMat):
+    """One block an output: ``tensor[k, n, m]``; products of gradients of different outputs are dropped."""
+
+    tensor: Tensor  # [c n m]
+
+    @staticmethod
+    def sizes(c: int, n: int, m: int) -> tuple[int, ...]:
+        """The shape of ``tensor``."""
+        return c, n, m
+
+    @staticmethod
+    def place(k: slice, n: slice, l: slice, m: slice) -> tuple[slice, ...]:
+        """Where the tile lies in ``tensor``: the outputs common to both sides."""
+        return slice(max(k.start, l.start), min(k.stop, l.stop)), n, m
+
+    @staticmethod
+    def product(x: LayerJacobian, y: LayerJacobian, k: slice, l: slice) -> Tensor:
+        """The contribution of one block to a tile, output by output."""
+        both = range(max(k.start, l.start), min(k.stop, l.stop))
+        one = [x.outputs(j - k.start, j - k.start + 1).gram(y.outputs(j - l.start, j - l.start + 1))[0, :, 0] for j in both]
+        return torch.stack(one)
+
+    @staticmethod
+    def mirror(tile: Tensor) -> Tensor:
+        """The tile on the other side of the diagonal."""
+        return tile.mT
+
+    def __post_init__(self):
+        require_ndim(self.tensor, "FMatBlockDiag", "(c, n, m)", 3)
+
+    @property
+    def outputs(self):
+        return self.tensor.shape[0]
+
+    @property
+    def rows(self):
+        return self.tensor.shape[1]
+
+    @property
+    def columns(self):
+        return self.tensor.shape[2]
+
+    def _mv(self, f):
+        return (self.tensor @ f.unsqueeze(-1)).squeeze(-1)
+
+    def _dense(self):
+        return torch.block_diag(*self.tensor)
+
+    @property
+    def T(self):
+        return FMatBlockDiag(self.tensor.mT)
+
+    def _added(self, other):
+        from nngeom.fmat.diag import FMatDiag
+
+        if isinstance(other, FMatBlockDiag):
+            return FMatBlockDiag(self.tensor + other.tensor)
+        if isinstance(other, FMatDiag):
+            return FMatBlockDiag(self.tensor + torch.diag_embed(other.tensor))
+        return other._added(self) if isinstance(other, FMatDense) else super()._added(other)
+
+    def diag(self):
+        self._require_square("diag")
+        return FVector(self.tensor.diagonal(dim1=1, dim2=2))
+
+    def _symmetric_parts(self):
+        return self.tensor

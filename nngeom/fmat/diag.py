@@ -1,0 +1,67 @@
+"""The diagonal of a kernel: squared norms of the gradients, without any kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core.damping import Cutoff, as_damping
+from nngeom.fmat.dense import FMatBlockDiag, FMatDense, require_ndim
+from nngeom.fmat.fmat import FMat
+from nngeom.pmat.block import reciprocal
+from nngeom.space.fvector import FVector
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FMatDiag(FMat):
+    """``tensor[k, n]``: the squared norm of the gradient of output ``k`` at example ``n``."""
+
+    tensor: Tensor  # [c n]
+
+    def __post_init__(self):
+        require_ndim(self.tensor, "FMatDiag", "(c, n)", 2)
+
+    @property
+    def outputs(self):
+        return self.tensor.shape[0]
+
+    @property
+    def rows(self):
+        return self.tensor.shape[1]
+
+    @property
+    def columns(self):
+        return self.tensor.shape[1]
+
+    def _mv(self, f):
+        return self.tensor * f
+
+    def _dense(self):
+        return torch.diag(self.tensor.flatten())
+
+    @property
+    def T(self):
+        return self
+
+    def _added(self, other):
+        if isinstance(other, FMatDiag):
+            return FMatDiag(self.tensor + other.tensor)
+        return other._added(self) if isinstance(other, (FMatDense, FMatBlockDiag)) else super()._added(other)
+
+    def diag(self):
+        return FVector(self.tensor)
+
+    def _symmetric_parts(self):
+        return self.tensor.flatten()[:, None, None]
+
+    def solve(self, f, damping=0.0):
+        d = as_damping(damping)
+        if not isinstance(d, Cutoff):
+            self._number(d)
+        return FVector(reciprocal(self.tensor, d, "the diagonal kernel") * self._operand(f, self.columns))
+
+    def eigh(self):
+        values, order = self.tensor.flatten().sort(stable=True)
+        return values, torch.eye(len(values), dtype=self.dtype, device=self.device)[:, order].contiguous()

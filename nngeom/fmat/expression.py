@@ -1,0 +1,84 @@
+"""Sums of kernels that are not held in memory: lazy, with the operations their parts allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nngeom.core.damping import Damping
+from nngeom.fmat.dense import FMatDense
+from nngeom.fmat.fmat import DENSE_LIMIT, FunctionOperator
+from nngeom.space.fvector import FVector
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FMatSum(FunctionOperator):
+    """``sum_j weight_j K_j``."""
+
+    parts: tuple[FunctionOperator, ...]
+    weights: tuple[float, ...] | None = None
+
+    def _weighted(self):
+        return zip(self.weights or (1.0,) * len(self.parts), self.parts)
+
+    @property
+    def outputs(self):
+        return self.parts[0].outputs
+
+    @property
+    def rows(self):
+        return self.parts[0].rows
+
+    @property
+    def columns(self):
+        return self.parts[0].columns
+
+    @property
+    def dtype(self):
+        dtype = self.parts[0].dtype
+        for part in self.parts[1:]:
+            dtype = torch.promote_types(dtype, part.dtype)
+        return dtype
+
+    @property
+    def device(self):
+        return self.parts[0].device
+
+    def _mv(self, f):
+        return torch.stack([(w * p._mv(f.to(p.dtype))).to(self.dtype) for w, p in self._weighted()]).sum(0)
+
+    @property
+    def T(self):
+        return FMatSum(tuple(p.T for p in self.parts), self.weights)
+
+    def _scaled(self, c):
+        return FMatSum(self.parts, tuple(float(c) * w for w, _ in self._weighted()))
+
+    def trace(self):
+        """``tr K``."""
+        return torch.stack([(w * p.trace()).to(self.dtype) for w, p in self._weighted()]).sum()  # type: ignore[attr-defined]
+
+    def diag(self) -> FVector:
+        """The diagonal."""
+        return FVector(torch.stack([(w * p.diag().tensor).to(self.dtype) for w, p in self._weighted()]).sum(0))  # type: ignore[attr-defined]
+
+    def materialize(self, limit: int = DENSE_LIMIT) -> FMatDense:
+        """The same kernel as an :class:`FMatDense`."""
+        return FMatDense(self.to_dense(limit).view(self.outputs, self.rows, self.outputs, self.columns))
+
+    def norm(self, kind: str = "fro"):
+        """The Frobenius norm of the dense kernel."""
+        return self.materialize().norm(kind)
+
+    def solve(self, f: FVector, damping: float | Damping = 0.0) -> FVector:
+        """``(K + damping I)^-1 f`` with the dense kernel."""
+        return self.materialize().solve(f, damping)
+
+    def logdet(self, damping: float = 0.0):
+        """``log det(K + damping I)`` of the dense kernel."""
+        return self.materialize().logdet(damping)
+
+    def eigh(self):
+        """Eigenvalues and eigenvectors of the dense kernel."""
+        return self.materialize().eigh()
