@@ -19,7 +19,8 @@ from nngeom.generator import fallback
 from nngeom.generator.axes import find_axes
 from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import Capture, capture
-from nngeom.generator.task import Batch, Task, as_batches, require_finite, take
+from nngeom.generator.separate import require_separate
+from nngeom.generator.task import Batch, Task, as_batches, require_finite
 from nngeom.generator.units import Unit, build_units
 
 
@@ -76,12 +77,12 @@ class Sweep:
     def chunks(self, keep: bool = False) -> Iterator[Chunk]:
         """Every batch, cut over cotangents. ``keep``: hold the chunks for :meth:`again` while they fit the budget."""
         source = as_batches(self.loader)
-        if not self.reread or iter(source) is source:
+        if not self.reread or isinstance(source, Iterator):
             source = self.loader = list(source)
         kept: list[Chunk] | None = [] if keep else None
         room = memory.budget()
         self.count = 0
-        total = len(source) if hasattr(source, "__len__") else None
+        total = _length(source)
         bar = tqdm(self.task.batches(source), total=total, desc=self.label, disable=not self.progress)
         for index, batch in enumerate(bar):
             for chunk in self._batch(batch, index):
@@ -113,8 +114,10 @@ class Sweep:
         self._demoted |= set(rest)  # once in the fallback, always: one structure for all batches
         signature = (n, *(use.lead for use in seen.uses))
         if self.check and signature not in self._checked:
+            if not self._checked:
+                require_separate(self.task, batch, seen.outputs.detach())
             self._checked.add(signature)
-            units, rest = self._verify(seen, units, rest, columns.make(0, min(size, columns.count)), batch)
+            units, rest = self._verify(seen, units, rest, columns.make(0, min(size, columns.count)))
         for lo in range(0, columns.count, size):
             hi = min(columns.count, lo + size)
             jacobians = self._pull(seen, units, rest, columns.make(lo, hi), last=hi == columns.count)
@@ -166,7 +169,7 @@ class Sweep:
 
     # -- guarantees ------------------------------------------------------------------------------------------------
 
-    def _verify(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor, batch: Batch) -> tuple[list[Unit], list[str]]:
+    def _verify(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor) -> tuple[list[Unit], list[str]]:
         """Compare ``sum u[k, n] J[k, n]`` with autograd; parameters that differ go to the fallback, or the call raises."""
         collection, n = self.task.collection, seen.outputs.shape[0]
         u = torch.randn(v.shape[:2], generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(seen.outputs)
@@ -188,29 +191,10 @@ class Sweep:
             reference = torch.zeros_like(got) if e is None else e.to(got.dtype)
             if not bool((got - reference).norm() <= tolerance * reference.norm() + 1e-2 * tolerance * scale):
                 wrong.append(name)
-        if wrong or rest:
-            self._require_separate(batch, seen.outputs.detach(), wrong or rest)
         if wrong:
             self._demoted |= set(wrong)
             return self._structure(seen)
         return units, rest
-
-    def _require_separate(self, batch: Batch, outputs: Tensor, names: list[str]) -> None:
-        """Raise when an output of one example depends on the other examples of its batch."""
-        n = outputs.shape[0]
-        if n == 1:
-            return
-        try:
-            with torch.no_grad():
-                alone = self.task.run(take(batch, slice(0, 1), n))
-        except Exception:
-            return
-        tolerance = {torch.float64: 1e-8, torch.float32: 1e-4}.get(outputs.dtype, 0.1)
-        if alone.shape == outputs[:1].shape and not torch.allclose(alone, outputs[:1], rtol=tolerance, atol=tolerance * float(outputs.abs().max())):
-            raise CoverageError(
-                f"the model mixes the examples of a batch: the outputs of the first example change when it is run alone "
-                f"(seen through parameters {names[:4]}); per-example derivatives do not exist, so expected a model that treats examples separately"
-            )
 
     def _require_finite(self, jacobians: dict[Layout, LayerJacobian], index: int) -> None:
         tensors = {layout: getattr(j, "g", getattr(j, "m", None)) for layout, j in jacobians.items()}
@@ -224,6 +208,13 @@ class Sweep:
                     f"gradients of layer {self.task.layer_of(layout.names[0])!r} contain NaN or infinity in batch {index}, examples {bad[:8]}"
                     f"{'...' if len(bad) > 8 else ''}; check those inputs, or use a wider dtype"
                 )
+
+
+def _length(source: Any) -> int | None:
+    try:
+        return len(source)
+    except TypeError:  # a generator, or an iterable data set
+        return None
 
 
 def _bytes(j: LayerJacobian) -> int:

@@ -73,3 +73,9 @@ def _rrelu(input, lower=1 / 8, upper=1 / 3, training: bool = False, inplace: boo
 def _recurrent(input, hx, params, has_biases, num_layers, dropout=0.0, train=False, *args) -> None:
     if isinstance(train, bool) and train and isinstance(dropout, float) and dropout > 0:
         raise ModeError(_DROPOUT)
+
+
+@_refuses(F.embedding, torch.embedding)
+def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq: bool = False, sparse: bool = False) -> None:
+    if scale_grad_by_freq:
+        raise ModeError("scale_grad_by_freq divides gradients by counts over the batch, so examples are mixed; set it to False")

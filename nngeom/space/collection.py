@@ -22,7 +22,8 @@ class LayerCollection:
     """An ordered, model-free description of the selected parameters.
 
     Two collections are equal when names, shapes and order are: a vector of one instance of a model fits a matrix of
-    another. A *layer* is the module that owns a parameter under its first name.
+    another. A *layer* is the module that owns a parameter under its first name; a bare parameter of
+    the root is a layer by itself, unless the model is a single layer of ``torch.nn``.
     """
 
     names: tuple[str, ...]
@@ -59,9 +60,9 @@ class LayerCollection:
                 raise CollectionError(f"parameter {name!r} is {p.dtype}; expected a real floating-point parameter, exclude it")
             if nn.parameter.is_lazy(p):
                 raise CollectionError(f"parameter {name!r} is not initialised yet; run the model once on a batch first")
-        return LayerCollection(
-            tuple(chosen), tuple(tuple(p.shape) for p in chosen.values()), tuple(name.rpartition(".")[0] or name for name in chosen)
-        )
+        root = type(model).__name__ if type(model).__module__.startswith("torch.nn") else None  # a single layer as the model
+        layers = tuple(name.rpartition(".")[0] or root or name for name in chosen)
+        return LayerCollection(tuple(chosen), tuple(tuple(p.shape) for p in chosen.values()), layers)
 
     # -- sizes -------------------------------------------------------------------------------------------------------
 

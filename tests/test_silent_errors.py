@@ -1,0 +1,583 @@
+"""Wrong numbers without an error, as found in other libraries: each must be right here, or raise.
+
+Ids are those of the list the project keeps of such defects: D for any library, S for silent ones of the closest peer.
+"""
+
+import pickle
+
+import pytest
+import reference
+import torch
+from cases import Attention, Head, build
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import nngeom as nng
+
+f64 = torch.float64
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=f64)
+
+
+def model_of(*layers):
+    torch.manual_seed(3)
+    m = nn.Sequential(*layers).double()
+    for p in m.parameters():
+        p.data.copy_(0.5 * torch.randn(p.shape, dtype=f64))
+    return m.eval()
+
+
+def exact(model, inputs, **options):
+    """The dense Fisher, and the diagonal by its own path, against autograd loops."""
+    f = reference.fisher(model, inputs)
+    loader = [inputs[: len(inputs) // 2], inputs[len(inputs) // 2 :]]
+    torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDense, **options).to_dense(), f, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDiag, **options).diag().flat(), f.diagonal(), rtol=1e-8, atol=1e-12)
+
+
+class Function(nn.Module):
+    """A model written as a function of its own parameters."""
+
+    def __init__(self, f, **parameters):
+        super().__init__()
+        self.f = f
+        for name, value in parameters.items():
+            setattr(self, name, value if isinstance(value, nn.Module) else nn.Parameter(value))
+
+    def forward(self, *x, **k):
+        return self.f(self, *x, **k)
+
+
+# -- coverage: which parameters are seen -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["reused", "tied", "language-model", "bare", "transformer", "sequence", "weight-norm", "embedding"])
+def test_d1_d2_d3_d5_d7_d9_d14_d16_every_use_counts(name):
+    case = build(name)
+    exact(case.model, case.inputs)
+
+
+def test_d2_s6_tied_weights_count_once():
+    case = build("language-model")
+    lc = nng.LayerCollection.from_model(case.model)
+    assert "head.weight" not in lc and lc.numel == sum(p.numel() for p in case.model.parameters())
+    by_alias = nng.LayerCollection.from_model(case.model, include="head.weight")
+    assert by_alias.names == ("embed.weight",)
+
+
+def test_s3_layers_behind_constants_and_second_inputs():
+    def f(m, x):
+        return m.out(torch.tanh(m.first(x) + m.constant(torch.ones(len(x), 2, dtype=x.dtype)) + m.table(torch.arange(len(x)) % 3)))
+
+    model = Function(f, first=nn.Linear(4, 3), constant=nn.Linear(2, 3), table=nn.Embedding(3, 3), out=nn.Linear(3, 3)).double()
+    x = normal(6, 4)
+    j = torch.cat([reference.jacobian(model, x[:1])] * 1, 1)
+    assert j.shape[1] == 1
+    lc = nng.LayerCollection.from_model(model)
+    v = nng.PVector.randn(lc, dtype=f64)
+    dense = nng.FIM(model, [x], nng.PMatDense, likelihood="gaussian")
+    h = 1e-5
+    before, minus = nng.PVector.from_model(model), None
+    (before + h * v).copy_to(model)
+    plus = model(x).detach()
+    (before - h * v).copy_to(model)
+    minus = model(x).detach()
+    before.copy_to(model)
+    torch.testing.assert_close(dense.vTMv(v), ((plus - minus) / (2 * h)).square().sum() / 6, rtol=1e-6, atol=1e-9)
+
+
+def test_s4_functional_use_and_functions_without_the_model():
+    inner = nn.Linear(4, 3).double()
+    model = Function(lambda m, x: F.linear(torch.tanh(x), m.inner.weight, m.inner.bias), inner=inner)
+    exact(model, normal(6, 4))
+    x = normal(6, 4)
+    outside = nng.FIM(model, [x], nng.PMatDense, function=lambda x: x @ inner.weight.T)
+    assert outside.trace() > 0
+
+
+def test_s5_parameters_of_containers_and_parametrizations():
+    class Container(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.inner = nn.Parameter(torch.randn(3)), nn.Sequential(nn.Linear(4, 3))
+
+        def forward(self, x):
+            return torch.tanh(self.inner(x)) * self.own
+
+    exact(Container().double(), normal(6, 4))
+
+    class Linear(nn.Module):  # another forward under a familiar name
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(normal(3, 4)), nn.Parameter(normal(3))
+
+        def forward(self, x):
+            return torch.sin(x @ self.weight.exp().T) + self.bias
+
+    exact(Linear(), normal(6, 4))
+
+
+def test_spectral_norm_differentiates_its_own_parameter():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 3)).double().eval()
+    exact(model, normal(6, 4))
+
+
+def test_s34_frozen_parameters_are_left_out():
+    case = build("frozen")
+    lc = nng.LayerCollection.from_model(case.model)
+    assert lc.names == ("2.weight", "2.bias") and lc.numel == 15
+
+
+# -- operations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv2d-same", "conv2d-circular", "conv2d-reflect", "depthwise", "deconv2d"])
+def test_d8_s7_s8_convolutions_as_they_are(name):
+    case = build(name)
+    exact(case.model, case.inputs)
+
+
+def test_d8_the_input_factor_of_a_dilated_convolution():
+    conv = nn.Conv2d(2, 3, 3, dilation=2, padding=1, bias=False).double()
+    x = normal(5, 2, 7, 7)
+    m = nng.FIM(nn.Sequential(conv, nn.Flatten(), nn.Linear(75, 3).double()), [x], nng.PMatKFAC)
+    patches = F.unfold(x, 3, dilation=2, padding=1)
+    expected = torch.einsum("nit,njt->ij", patches, patches) / 5
+    factor = next(b.a for lay, b in m.blocks.items() if lay.names == ("0.weight",))
+    torch.testing.assert_close(factor[0], expected)
+
+
+def test_s9_epsilon_of_batch_norm():
+    model = model_of(nn.Linear(4, 3), nn.BatchNorm1d(3, eps=0.5))
+    exact(model, normal(6, 4))
+
+
+def test_s10_padding_index_and_unusual_embeddings():
+    case = build("embedding")
+    exact(case.model, case.inputs)
+    ids = torch.randint(0, 6, (6, 4))
+    limited = Head(nn.Embedding(6, 3, max_norm=0.5)).double()
+    limited(ids)  # renormalises its table in place
+    exact(limited, ids)
+    by_frequency = Head(nn.Embedding(6, 3, scale_grad_by_freq=True)).double()
+    with pytest.raises(nng.NNGeomError):  # its gradient depends on the other examples of the batch
+        nng.FIM(by_frequency, [ids], nng.PMatDense)
+
+
+def test_s11_linear_on_images():
+    case = build("image-of-vectors")
+    exact(case.model, case.inputs)
+    m = nng.FIM(case.model, [case.inputs], nng.PMatImplicit)
+    torch.testing.assert_close(m.to_dense(), reference.fisher(case.model, case.inputs), rtol=1e-8, atol=1e-12)
+
+
+def test_s12_kfac_of_a_sequence_is_that_of_the_equivalent_convolution():
+    linear, conv = nn.Linear(3, 2).double(), nn.Conv1d(3, 2, 1).double()
+    conv.weight.data, conv.bias.data = linear.weight.data.unsqueeze(-1).clone(), linear.bias.data.clone()
+    x = normal(5, 7, 3)
+    a = nng.FIM(Function(lambda m, x: m.l(x).sin().sum(1), l=linear), [x], nng.PMatKFAC, likelihood="gaussian")
+    b = nng.FIM(Function(lambda m, x: m.c(x.transpose(1, 2)).sin().sum(2), c=conv), [x], nng.PMatKFAC, likelihood="gaussian")
+    torch.testing.assert_close(a.to_dense(), b.to_dense())
+
+
+def test_s12_expand_and_reduce_are_exact_where_they_should_be():
+    """Deep linear networks: expand when every position has its own loss, reduce when positions are averaged (Eschenhagen et al. 2023)."""
+    layer = nn.Linear(3, 2).double()
+    x = normal(5, 4, 3)
+    every = Function(lambda m, x: m.l(x).flatten(1), l=layer)
+    f = nng.FIM(every, [x], nng.PMatDense, likelihood="gaussian").to_dense()
+    torch.testing.assert_close(nng.FIM(every, [x], nng.PMatKFAC, likelihood="gaussian", sharing="expand").to_dense(), f)
+    mean = Function(lambda m, x: m.l(x).mean(1), l=layer)
+    f = nng.FIM(mean, [x], nng.PMatDense, likelihood="gaussian").to_dense()
+    torch.testing.assert_close(nng.FIM(mean, [x], nng.PMatKFAC, likelihood="gaussian", sharing="reduce").to_dense(), f)
+
+
+def test_d11_kfac_of_a_reused_module_counts_both_calls():
+    layer = nn.Linear(3, 3, bias=False).double()
+    twice = Function(lambda m, x: torch.cat([m.l(x[:, :3]), m.l(x[:, 3:])], 1), l=layer)
+    x = normal(5, 6)
+    folded = Function(lambda m, x: m.l(x.view(-1, 2, 3)).flatten(1), l=layer)
+    a, b = (nng.FIM(m, [x], nng.PMatKFAC, likelihood="gaussian") for m in (twice, folded))
+    torch.testing.assert_close(a.to_dense(), b.to_dense())
+
+
+def test_d13_products_through_attention_kernels():
+    class Flash(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 3)
+
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (2, 2)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)).mean(1)
+
+    model = Flash().double()
+    x = normal(4, 5, 4)
+    exact(model, x)
+    f = reference.fisher(model, x)
+    torch.testing.assert_close(nng.FIM(model, [x], nng.PMatImplicit).to_dense(), f, rtol=1e-8, atol=1e-12)
+
+
+# -- losses and likelihoods ------------------------------------------------------------------------------------------
+
+
+def test_d10_class_weights_and_ignore_index_reach_kfac():
+    layer = nn.Linear(4, 3).double()
+    x, y = normal(1, 4), torch.tensor([2])
+    loss = nng.CrossEntropy(weight=torch.tensor([0.2, 3.0, 5.0]))
+    dense, kfac = (nng.GGN(layer, [(x, y)], r, loss=loss).to_dense() for r in (nng.PMatDense, nng.PMatKFAC))
+    plain = nng.GGN(layer, [(x, y)], nng.PMatDense, loss="cross_entropy").to_dense()
+    torch.testing.assert_close(kfac, dense)
+    torch.testing.assert_close(dense, 5 * plain)
+    ignored = nng.GGN(layer, [(x, torch.tensor([-100]))], nng.PMatKFAC, loss="cross_entropy")
+    assert ignored.trace() == 0
+
+
+def test_d12_s16_token_outputs_normalise_over_classes():
+    model = nn.Linear(4, 5).double()
+    x, y = normal(3, 6, 4), torch.randint(0, 5, (3, 6))
+    y[0, 2:] = -100
+    m = nng.FIM(model, [(x, y)], nng.PMatEKFAC, likelihood=nng.Categorical(dim=-1))
+    dense = nng.FIM(model, [(x, y)], nng.PMatDense, likelihood=nng.Categorical(dim=-1)).to_dense()
+    total = 0
+    for i in range(3):
+        j = reference.jacobian(model, x[i : i + 1])[:, 0].view(6, 5, -1)
+        for t in range(6):
+            if y[i, t] != -100:
+                total = total + reference.sandwich(j[t].unsqueeze(1), reference.softmax_metric(model(x[i, t][None])))
+    torch.testing.assert_close(dense, total / 3)
+    torch.testing.assert_close(m.trace(), dense.trace())
+    with pytest.raises(nng.OutputError, match="Categorical"):
+        nng.FIM(model, [(x, y)], nng.PMatDiag)
+
+
+def test_s17_monte_carlo_gaussian_scales_with_the_inverse_variance():
+    case = build("mlp")
+    loader = [case.inputs] * 1
+    exact_f = nng.FIM(case.model, loader, nng.PMatDense, likelihood=nng.Gaussian(4.0)).to_dense()
+    draws = nng.FIM_MonteCarlo(case.model, loader, nng.PMatDense, likelihood=nng.Gaussian(4.0), samples=4000, generator=torch.Generator().manual_seed(0))
+    assert (draws.to_dense() - exact_f).norm() / exact_f.norm() < 0.1
+
+
+def test_s18_s19_monte_carlo_is_one_matrix():
+    case = build("mlp")
+    m = nng.FIM_MonteCarlo(case.model, case.loader, nng.PMatImplicit, samples=2)
+    v = nng.PVector.randn(m.layer_collection, dtype=f64)
+    assert torch.equal(m.mv(v).flat(), m.mv(v).flat())
+    torch.testing.assert_close(m.vTMv(v), v.dot(m.mv(v)))
+    seed = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+    one = nng.FIM_MonteCarlo(case.model, [case.inputs], nng.PMatDense, samples=3, generator=seed()).to_dense()
+    many = nng.FIM_MonteCarlo(case.model, [(x,) for x in case.inputs.split(2)], nng.PMatDense, samples=3, generator=seed()).to_dense()
+    implicit = nng.FIM_MonteCarlo(case.model, case.loader, nng.PMatImplicit, samples=3, generator=seed()).to_dense()
+    torch.testing.assert_close(one, many)
+    torch.testing.assert_close(one, implicit)
+
+
+# -- loaders ---------------------------------------------------------------------------------------------------------
+
+
+def test_s13_the_count_is_of_examples_seen():
+    case = build("mlp")
+    data = TensorDataset(case.inputs, case.targets)
+    loader = DataLoader(data, batch_size=3, drop_last=True)
+    m = nng.FIM(case.model, loader, nng.PMatDense)
+    assert m.examples == 6
+    torch.testing.assert_close(m.to_dense(), reference.fisher(case.model, case.inputs[:6]))
+    sampler = DataLoader(data, batch_sampler=[[0, 1], [4]])
+    torch.testing.assert_close(nng.FIM(case.model, sampler, nng.PMatDense).to_dense(), reference.fisher(case.model, case.inputs[[0, 1, 4]]))
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "iterable", "dict", "tensors", "pair", "shuffled"])
+@pytest.mark.parametrize("representation", [nng.PMatDense, nng.PMatEKFAC])
+def test_loaders_of_every_kind(kind, representation):
+    case = build("mlp")
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(zip(case.inputs, case.targets))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = case.model
+
+        def forward(self, pixels):
+            return self.net(pixels)
+
+    loaders = {
+        "list": case.loader,
+        "generator": (b for b in case.loader),
+        "iterable": DataLoader(Stream(), batch_size=4),
+        "dict": [{"pixels": x, "labels": y} for x, y in case.loader],
+        "tensors": [x for x, _ in case.loader],
+        "pair": (case.inputs, case.targets),
+        "shuffled": DataLoader(TensorDataset(case.inputs, case.targets), batch_size=3, shuffle=True),
+    }
+    model = Net() if kind == "dict" else case.model
+    want = nng.FIM(case.model, [case.inputs], representation).to_dense()
+    torch.testing.assert_close(nng.FIM(model, loaders[kind], representation).to_dense(), want)
+
+
+def test_s14_an_exception_leaves_nothing_behind():
+    case = build("mlp")
+    calls = []
+
+    def fails_once(x, y):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("the user's own")
+        return case.model(x)
+
+    with pytest.raises(ValueError, match="own"):
+        nng.FIM(case.model, case.loader, nng.PMatDense, function=fails_once)
+    torch.testing.assert_close(nng.FIM(case.model, case.loader, nng.PMatDense).to_dense(), reference.fisher(case.model, case.inputs))
+
+
+def test_s36_inputs_are_left_alone():
+    case = build("mlp")
+    x = case.inputs
+    nng.FIM(case.model, [x], nng.PMatKFAC)
+    assert not x.requires_grad and x.grad is None
+
+
+# -- modes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(4), nn.AlphaDropout(0.1), nn.BatchNorm1d(4, track_running_stats=False)])
+def test_s19_s20_random_and_mixing_modes_raise(layer):
+    model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3)).train()
+    for p in layer.parameters():
+        p.requires_grad_(False)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(nng.ModeError, match=r"model\.eval\(\)"):
+        nng.FIM(model, [torch.randn(5, 4)], nng.PMatDiag)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if "num_batches" not in k and "running" not in k)
+
+
+def test_attention_dropout_raises_and_training_mode_without_dropout_is_fine():
+    with pytest.raises(nng.ModeError, match="dropout"):
+        nng.FIM(Attention(dropout=0.1).train(), [torch.randn(3, 4, 4)], nng.PMatDiag)
+    model = Attention().double().train()
+    exact(model, normal(4, 3, 4))
+
+
+def test_mixing_examples_raises():
+    model = Function(lambda m, x: m.l(x - x.mean(0)), l=nn.Linear(4, 3).double())
+    with pytest.raises(nng.CoverageError, match="mixes"):
+        nng.FIM(model, [normal(5, 4)], nng.PMatDense)
+    cell = Function(lambda m, x: m.c(x)[0][:, -1] + x.mean(), c=nn.GRU(3, 3, batch_first=True).double())
+    with pytest.raises(nng.CoverageError, match="mixes"):
+        nng.FIM(cell, [normal(5, 2, 3)], nng.PMatDense)
+
+
+# -- algebra ---------------------------------------------------------------------------------------------------------
+
+
+def test_s21_low_rank_solve_off_its_range():
+    case = build("mlp")
+    m, f = nng.FIM(case.model, case.loader, nng.PMatLowRank), reference.fisher(case.model, case.inputs)
+    v = nng.PVector.randn(m.layer_collection, dtype=f64)
+    want = torch.linalg.solve(f + 0.3 * torch.eye(len(f), dtype=f64), v.flat())
+    torch.testing.assert_close(m.solve(v, 0.3).flat(), want)
+
+
+def test_s22_norm_of_a_negative_matrix():
+    m = nng.FIM(build("mlp").model, build("mlp").loader, nng.PMatEKFAC)
+    torch.testing.assert_close((-1 * m).norm(), m.norm())
+
+
+def test_s23_sums_and_products_of_different_kinds():
+    case = build("mlp")
+    a, b = (nng.FIM(case.model, case.loader, r) for r in (nng.PMatDense, nng.PMatDiag))
+    da, db = a.to_dense(), b.to_dense()
+    torch.testing.assert_close((a + b).to_dense(), da + db)
+    torch.testing.assert_close((b - a).to_dense(), db - da)
+    torch.testing.assert_close((b @ a).to_dense(), db @ da)
+    total = 2 * (a + b)
+    v = nng.PVector.randn(a.layer_collection, dtype=f64)
+    torch.testing.assert_close(total.solve(v, 0.1).flat(), torch.linalg.solve(2 * (da + db) + 0.1 * torch.eye(len(da), dtype=f64), v.flat()))
+    torch.testing.assert_close(total.trace(), 2 * (da + db).trace())
+    torch.testing.assert_close(total.diag().flat(), 2 * (da + db).diagonal())
+    torch.testing.assert_close(total.norm(), 2 * (da + db).norm())
+    torch.testing.assert_close((b @ a).solve(v, 0.2).flat(), torch.linalg.solve(db @ da + 0.2 * torch.eye(len(da), dtype=f64), v.flat()))
+
+
+def test_s26_norms_of_vectors():
+    lc = nng.LayerCollection.from_model(build("mlp").model)
+    v = nng.PVector.randn(lc, dtype=f64)
+    for p in (1, 2, 3, float("inf")):
+        torch.testing.assert_close(v.norm(p), torch.linalg.vector_norm(v.flat(), p))
+
+
+def test_s27_s37_collections_differ_by_order_and_content():
+    model = build("mlp").model
+    whole = nng.LayerCollection.from_model(model)
+    part = nng.LayerCollection.from_model(model, include="0")
+    turned = nng.LayerCollection(whole.names[::-1], whole.shapes[::-1], whole.layers[::-1])
+    assert whole != part and whole != turned and whole != None and hash(whole) == hash(nng.LayerCollection.from_model(model))  # noqa: E711
+    m = nng.FIM(model, build("mlp").loader, nng.PMatKFAC, layer_collection=part)
+    with pytest.raises(nng.CollectionError, match="another collection"):
+        m.mv(nng.PVector.randn(whole, dtype=f64))
+    with pytest.raises(nng.CollectionError, match="order"):
+        nng.PVector.randn(whole) + nng.PVector.randn(turned)
+    with pytest.raises(nng.CollectionError):
+        nng.PVector.randn(part) + nng.PVector.randn(whole)
+
+
+def test_s28_float64_models_under_the_float32_default():
+    case = build("layer-norm")
+    for r in (nng.PMatDiag, nng.PMatBlockDiag, nng.PMatEKFAC, nng.PMatImplicit):
+        m = nng.FIM(case.model, case.loader, r)
+        assert m.dtype == f64 and m.mv(nng.PVector.randn(m.layer_collection)).dtype == f64 and m.to_dense().dtype == f64
+
+
+def test_s29_half_precision_accumulates_in_float32():
+    model = nn.Linear(1, 2, bias=False).to(torch.bfloat16)
+    model.weight.data.zero_()
+    x = torch.ones(3000, 1, dtype=torch.bfloat16)
+    for r in (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatDense):
+        m = nng.FIM(model, list(x.split(30)), r)
+        assert m.dtype == torch.float32
+        torch.testing.assert_close(m.trace(), torch.tensor(0.5), rtol=1e-2, atol=0)
+    half = nn.Linear(4, 2).half()
+    big = nng.FIM(half, [300 * torch.ones(5, 4, dtype=torch.float16)], nng.PMatDiag, likelihood="gaussian")
+    torch.testing.assert_close(big.diag().flat()[0], torch.tensor(300.0**2))
+
+
+def test_s32_vectors_are_copies():
+    model = build("mlp").model
+    before = model[0].weight.detach().clone()
+    v = nng.PVector.from_model(model)
+    v.flat().add_(1)
+    assert torch.equal(model[0].weight, before)
+    only = nn.Linear(3, 1, bias=False)
+    before = only.weight.detach().clone()
+    nng.PVector.from_model(only).flat().add_(1)
+    assert torch.equal(only.weight, before)
+
+
+def test_s33_unconverged_solves_raise():
+    case = build("mlp")
+    m = nng.FIM(case.model, case.loader, nng.PMatImplicit)
+    with pytest.raises(nng.ConvergenceError, match="residual"):
+        m.solve(nng.PVector.randn(m.layer_collection, dtype=f64), 1e-6, max_iter=1)
+
+
+@pytest.mark.parametrize("representation", [nng.PMatDense, nng.PMatKFAC, nng.PMatImplicit])
+def test_s35_empty_loaders_raise(representation):
+    with pytest.raises(nng.LoaderError, match="empty"):
+        nng.FIM(build("mlp").model, [], representation)
+
+
+def test_d17_eigenvectors_are_contiguous():
+    from nngeom.core import linalg
+
+    x = normal(5, 5)
+    assert linalg.eigh(x @ x.T)[1].is_contiguous()
+
+
+# -- crashes that should work ----------------------------------------------------------------------------------------
+
+
+def test_channels_last_and_strided_tensors():
+    model = model_of(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 3)).to(memory_format=torch.channels_last)
+    x = normal(6, 2, 4, 4).to(memory_format=torch.channels_last)
+    exact(model, x)
+    v = nng.PVector.from_model(model)
+    assert torch.equal(v["0.weight"], model[0].weight)
+    transposed = Function(lambda m, x: m.l(x).T.contiguous().T, l=nn.Linear(4, 3).double())
+    exact(transposed, normal(4, 6).T)
+
+
+def test_norms_without_affine_and_scalars():
+    exact(model_of(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 3)), normal(6, 4))
+    exact(model_of(nn.Linear(4, 4), nn.GroupNorm(2, 4), nn.PReLU(), nn.Linear(4, 3)), normal(6, 4))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 2, 2)])
+def test_embeddings_of_several_index_shapes(shape):
+    model = Function(lambda m, x: m.h(m.e(x).reshape(len(x), -1, 3).sin().sum(1)), e=nn.Embedding(5, 3), h=nn.Linear(3, 3)).double()
+    exact(model, torch.randint(0, 5, shape))
+
+
+def test_integer_inputs_and_keyword_arguments():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(4, 3)
+
+        def forward(self, ids, scale=1.0):
+            return torch.nn.functional.linear(input=ids.to(self.l.weight.dtype) * scale, weight=self.l.weight, bias=self.l.bias)
+
+    exact(Net().double(), torch.randint(0, 3, (6, 4)))
+
+
+def test_head_only_on_a_frozen_backbone():
+    def f(m, x):
+        with torch.no_grad():
+            h = torch.tanh(m.body(x))
+        return m.head(h)
+
+    model = Function(f, body=nn.Linear(4, 3), head=nn.Linear(3, 3)).double()
+    lc = nng.LayerCollection.from_model(model, include="head")
+    m = nng.FIM(model, [normal(5, 4)], nng.PMatEKFAC, layer_collection=lc)
+    assert m.shape == (12, 12) and m.trace() > 0
+    whole = nng.FIM(model, [normal(5, 4)], nng.PMatDense)  # the body has zero gradient
+    assert whole.diag()["body.weight"].abs().sum() == 0
+
+
+def test_dead_units_have_finite_inverses():
+    model = model_of(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))
+    model[0].bias.data.fill_(-100)
+    m = nng.FIM(model, [normal(6, 4)], nng.PMatKFAC)
+    v = nng.PVector.randn(m.layer_collection, dtype=f64)
+    for damping in (1e-3, nng.FactoredTikhonov(1e-3), nng.Cutoff(1e-6)):
+        assert bool(torch.isfinite(m.solve(v, damping).flat()).all())
+    assert m.logdet() == -torch.inf
+    with pytest.raises(nng.SingularError, match="damping"):
+        m.solve(v)
+
+
+def test_saturated_softmax_is_finite():
+    model = model_of(nn.Linear(4, 3))
+    m = nng.FIM(model, [1e4 * normal(6, 4)], nng.PMatDense)
+    assert bool(torch.isfinite(m.to_dense()).all())
+
+
+def test_non_finite_inputs_name_the_examples():
+    x = normal(6, 4)
+    x[4] = float("nan")
+    with pytest.raises(nng.NonFiniteError, match=r"batch 0 .*examples \[4\]"):
+        nng.FIM(build("mlp").model, [x], nng.PMatDiag)
+
+
+def test_the_model_may_be_compiled_or_wrapped():
+    case = build("mlp")
+    f = reference.fisher(case.model, case.inputs)
+    for wrapped in (torch.compile(case.model, backend="eager"), nn.DataParallel(case.model)):
+        m = nng.FIM(wrapped, case.loader, nng.PMatDense)
+        torch.testing.assert_close(m.to_dense(), f)
+        assert m.layer_collection.names[0] == "0.weight"
+
+
+def test_gradients_may_be_switched_off_and_inputs_may_carry_a_graph():
+    case = build("mlp")
+    f = reference.fisher(case.model, case.inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(nng.FIM(case.model, case.loader, nng.PMatDense).to_dense(), f)
+    with torch.inference_mode():
+        torch.testing.assert_close(nng.FIM(case.model, case.loader, nng.PMatDense).to_dense(), f)
+    x = case.inputs.clone().requires_grad_() * 1
+    torch.testing.assert_close(nng.FIM(case.model, [x], nng.PMatDense).to_dense(), f)
+
+
+def test_every_matrix_pickles_and_outlives_the_model():
+    case = build("conv2d")
+    for r in (nng.PMatDense, nng.PMatEKFAC, nng.PMatMixed({"*bias": nng.PMatDiag}, default=nng.PMatKFAC), nng.PMatEye):
+        m = nng.FIM(case.model, case.loader, r)
+        copy = pickle.loads(pickle.dumps(m))
+        v = nng.PVector.randn(m.layer_collection, dtype=f64)
+        assert torch.equal(copy.solve(v, 0.1).flat(), m.solve(v, 0.1).flat())
