@@ -44,12 +44,13 @@ class Probe:
             return None
         return torch.cat([y.detach() for y in parts])
 
-    def require_targets(self) -> Tensor:
-        """The targets; raises :class:`LoaderError` where batches have none."""
-        y = self.targets()
-        if y is None:
-            raise LoaderError("this quantity needs labels but a batch has none; expected batches (inputs, targets) or dicts with 'labels'")
-        return y
+
+def require_labels(probe: Probe) -> Tensor:
+    """The targets of a probe; raises :class:`LoaderError` where batches have none."""
+    y = probe.targets()
+    if y is None:
+        raise LoaderError("this quantity needs labels but a batch has none; expected batches (inputs, targets) or dicts with 'labels'")
+    return y
 
 
 def compact(chunk: Chunk) -> Chunk:
@@ -64,15 +65,19 @@ def _compact(j: LayerJacobian) -> LayerJacobian:
     return FullJacobian(j.matrix()) if k * n * s * o * i < j.a.numel() + j.g.numel() else j
 
 
-def chunk_gram(x: Chunk, y: Chunk, collection: LayerCollection) -> Tensor:
-    """``[k, n, l, m]``: inner products of the rows of two chunks, block by block without forming rows where that is cheaper."""
-    shared = [layout for layout in x.jacobians if layout in y.jacobians]
+def chunk_gram(x: Chunk, y: Chunk, collection: LayerCollection, names: tuple[str, ...] | None = None) -> Tensor:
+    """``[k, n, l, m]``: inner products of the rows of two chunks over ``names`` (all parameters by default).
+
+    Block by block, without forming rows where that is cheaper.
+    """
+    mine = set(collection.names if names is None else names)
+    shared = [layout for layout in x.jacobians if layout in y.jacobians and mine.issuperset(layout.names)]
     total: Tensor | None = None
     for layout in shared:
         block = x.jacobians[layout].gram(y.jacobians[layout])
         total = block if total is None else total + block
     done = {name for layout in shared for name in layout.names}
-    rest = tuple(n for n in collection.names if n not in done and _has(x, n) and _has(y, n))
+    rest = tuple(n for n in collection.names if n in mine and n not in done and _has(x, n) and _has(y, n))
     if rest:  # parameters that one batch treats by structure and the other by explicit rows
         span = collection.span(rest)
         rows = [torch.cat(list(join_rows(c, span, rest)), 1) for c in (x, y)]
@@ -86,6 +91,21 @@ def chunk_gram(x: Chunk, y: Chunk, collection: LayerCollection) -> Tensor:
 
 def _has(chunk: Chunk, name: str) -> bool:
     return any(name in layout.names for layout in chunk.jacobians)
+
+
+def kernel_of(chunks: list[Chunk], collection: LayerCollection, names: tuple[str, ...] | None = None) -> Tensor:
+    """``(c, n, c, n)``: the kernel of the rows of held chunks over ``names`` (all parameters by default)."""
+    c, n = chunks[0].outputs[1], sum(x.examples for x in chunks if x.first)
+    some = next(iter(chunks[0].jacobians.values()))
+    out = torch.zeros(c, n, c, n, dtype=some.dtype, device=some.device)
+    for index, x in enumerate(chunks):
+        for y in chunks[: index + 1]:
+            block = chunk_gram(x, y, collection, names)
+            k, m, l, o = block.shape
+            rows, columns = (slice(z.outputs[0], z.outputs[0] + w) for z, w in ((x, k), (y, l)))
+            out[rows, x.start : x.start + m, columns, y.start : y.start + o] = block
+            out[columns, y.start : y.start + o, rows, x.start : x.start + m] = block.permute(2, 3, 0, 1)
+    return out
 
 
 def gradient_gram(x: list[Chunk], y: list[Chunk] | None, collection: LayerCollection) -> Tensor:
