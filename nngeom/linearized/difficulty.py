@@ -1,0 +1,71 @@
+"""Groups of examples by difficulty: wrong labels, a spurious attribute, or anybody's scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Named sets of example indices, ``{name: (members,)}``; they may overlap and need not cover everything."""
+
+    members: dict[str, Tensor]
+
+    def means(self, values: Tensor) -> dict[str, Tensor]:
+        """The mean of ``values (n, ...)`` over each group; NaN for an empty one. Ready for ``run.record(**means)``."""
+        return {name: values[index.to(values.device)].to(torch.float64).mean(0) for name, index in self.members.items()}
+
+    def sizes(self) -> dict[str, int]:
+        """How many examples each group has."""
+        return {name: len(index) for name, index in self.members.items()}
+
+
+def groups_by_flag(flag: Tensor, names: tuple[str, str] = ("clean", "noisy")) -> Groups:
+    """Two groups from a boolean ``(n,)``: those where it is false, then those where it is true (wrong label, rare attribute)."""
+    if flag.ndim != 1 or flag.dtype != torch.bool:
+        raise ArgumentError(f"flag is a {flag.dtype} tensor of shape {tuple(flag.shape)}; expected booleans (n,)")
+    return Groups({names[0]: (~flag).nonzero().flatten(), names[1]: flag.nonzero().flatten()})
+
+
+def groups_by_score(scores: Tensor, count: int = 10, names: Sequence[str] | None = None) -> Groups:
+    """``count`` groups of nearly equal size by descending score (C-scores: the first group is the easiest).
+
+    Ties are broken by index. Raises :class:`ArgumentError` for scores that are not finite or fewer than groups.
+    """
+    if scores.ndim != 1 or not 1 <= count <= len(scores) or not bool(torch.isfinite(scores).all()):
+        raise ArgumentError(f"scores have shape {tuple(scores.shape)} for {count} groups; expected at least that many finite numbers (n,)")
+    if names is None:
+        names = [f"q{i + 1}" for i in range(count)]
+    if len(names) != count:
+        raise ArgumentError(f"{len(names)} names for {count} groups; expected one each")
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return Groups(dict(zip(names, order.tensor_split(count))))
+
+
+def groups_by_attribute(label: Tensor, attribute: Tensor) -> Groups:
+    """Two groups: ``"with"``, where the spurious attribute agrees with the label, and ``"without"``, where it does not."""
+    if label.shape != attribute.shape or label.ndim != 1:
+        raise ArgumentError(f"label has shape {tuple(label.shape)} and attribute {tuple(attribute.shape)}; expected the same (n,)")
+    return groups_by_flag(label.long() != attribute.long(), ("with", "without"))
+
+
+def flip_labels(labels: Tensor, share: float, classes: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """``(noisy labels, flag)``: a share of the labels replaced by another class each, drawn uniformly; the flag marks them.
+
+    Exactly ``round(share * n)`` labels are wrong. Raises :class:`ArgumentError`.
+    """
+    if not 0 <= share <= 1 or classes < 2:
+        raise ArgumentError(f"share is {share!r} and classes {classes!r}; expected a share in [0, 1] and at least 2 classes")
+    n = len(labels)
+    chosen = torch.randperm(n, generator=generator)[: round(share * n)].to(labels.device)
+    shift = torch.randint(1, classes, (len(chosen),), generator=generator).to(labels)
+    noisy, flag = labels.clone(), torch.zeros(n, dtype=torch.bool, device=labels.device)
+    noisy[chosen] = (noisy[chosen] + shift) % classes
+    flag[chosen] = True
+    return noisy, flag

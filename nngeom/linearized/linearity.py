@@ -1,0 +1,106 @@
+"""How linear a training run has been: activation signs, tangent kernel and representation compared with the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.core.errors import ArgumentError, StructureError
+from nngeom.generator.task import Task, as_batches
+from nngeom.linearized.expansion import Expansion, Refusing
+from nngeom.linearized.watch import Watch
+from nngeom.space.collection import LayerCollection
+
+
+@dataclass(frozen=True)
+class Linearity:
+    """Three measures in [0, 1] (representations of mixed signs included: Gram matrices are positive); all 1 at the start.
+
+    ``units``: the number of (example, unit) pairs behind ``sign_similarity``, which is 1 where there are none.
+    """
+
+    sign_similarity: float
+    kernel_alignment: float
+    representation_alignment: float
+    units: int
+
+
+def linearity(
+    model: nn.Module,
+    reference: nn.Module | None,
+    loader: Any,
+    *,
+    layer: str | None = None,
+    function: Callable[..., Tensor] | None = None,
+    layer_collection: LayerCollection | None = None,
+) -> Linearity:
+    """Compare a model in training with ``reference``, a copy from the start of the run, on the examples of ``loader``.
+
+    ``sign_similarity``: share of (example, unit) pairs of all ReLU-like activations whose state, input > 0, is the same.
+    ``kernel_alignment``: ``<K, K0> / |K| |K0|``, uncentred, of the tangent kernels (``nc x nc``: pass a few hundred
+    examples). ``representation_alignment``: the same of the Gram matrices ``(n, n)`` of the inputs of the last linear
+    map with parameters, or of the module named ``layer``. A :class:`Scaled` or :class:`Linearized` model stands for the
+    network inside it, and its start may be given as ``reference=None``. Other arguments as in ``GramMatrix``.
+
+    Raises :class:`ArgumentError` for a missing reference, :class:`StructureError` where the layer is not found or the
+    models differ. Source: George 2021, thesis, section 5.2.
+    """
+    if reference is None:
+        if not isinstance(model, Expansion):
+            raise ArgumentError(f"reference is None and model is {type(model).__name__}; expected a copy of the model from the start of the run")
+        reference = model.reference()
+    now, start = _network(model), _network(reference)
+    batches = list(as_batches(loader))
+    collection = layer_collection or LayerCollection.from_model(now)
+    signs, units, representations = _forward(now, start, batches, layer, function, collection)
+    return Linearity(
+        signs / units if units else 1.0,
+        _cosine(_kernel(now, batches, function, collection), _kernel(start, batches, function, collection)),
+        _cosine(*(r @ r.T for r in representations)),
+        units,
+    )
+
+
+def _network(model: nn.Module) -> nn.Module:
+    return model.model if isinstance(model, Expansion) else model
+
+
+def _forward(now, start, batches, layer, function, collection) -> tuple[int, int, list[Tensor]]:
+    """Equal signs, their number, and the representations ``(n, p)`` of both models."""
+    same, units = 0, 0
+    tasks = [Task.build(m, function, collection) for m in (now, start)]
+    kept: list[list[Tensor]] = [[], []]
+    pairs = zip(*(task.batches(batches) for task in tasks))
+    for pair in pairs:
+        seen = [_watched(task, batch, layer) for task, batch in zip(tasks, pair)]
+        masks, others = (watch.signs for watch in seen)
+        if [m.shape for m in masks] != [m.shape for m in others]:
+            raise StructureError(f"model and reference call different activations ({len(masks)} and {len(others)}); expected two copies of one model")
+        for mask, other in zip(masks, others):
+            same += int((mask == other.to(mask.device)).sum())
+            units += mask.numel()
+        for rows, watch in zip(kept, seen):
+            rows.append(watch.representation())
+    return same, units, [torch.cat(rows).double() for rows in kept]
+
+
+def _watched(task: Task, batch: Any, layer: str | None) -> Watch:
+    watch = Watch(task.model, layer)
+    with torch.no_grad(), watch, Refusing():
+        watch.examples = task.run(batch).shape[0]
+    return watch
+
+
+def _kernel(model: nn.Module, batches: list, function: Any, collection: LayerCollection) -> Tensor:
+    from nngeom.gram import GramMatrix
+
+    return GramMatrix(model, batches, function=function, layer_collection=collection).to_dense().double()
+
+
+def _cosine(k: Tensor, l: Tensor) -> float:
+    l = l.to(k.device)
+    return float((k * l).sum() / (k.norm() * l.norm()))

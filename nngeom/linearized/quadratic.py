@@ -1,0 +1,156 @@
+"""Two-layer quadratic regression, ``f = X theta`` with ``theta = 1/2 w^2`` in the singular basis of ``X``: closed forms.
+
+``X = U diag(sqrt(mu)) V^T``, with signs such that ``y_k = u_k^T y >= 0``; ``theta = sum_k 1/2 w_k^2 v_k``; the loss is
+``1/2 |X theta - y|^2`` (a sum) and ``w`` follows its gradient flow. Modes do not interact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Modes:
+    """The singular basis of a data set: ``mu (d,)`` squared singular values, descending (zeros in the null space),
+    ``target (d,) = u^T y >= 0``, ``directions (d, d)`` with the ``v`` as columns."""
+
+    mu: Tensor
+    target: Tensor
+    directions: Tensor
+
+    @property
+    def limit(self) -> Tensor:
+        """``theta* = y / sqrt(mu)``, what gradient flow converges to; NaN in the null space, where nothing moves."""
+        return torch.where(self.mu > 0, self.target / self.mu.sqrt(), torch.nan)
+
+    def predict(self, X: Tensor, theta: Tensor) -> Tensor:
+        """Predictions ``(..., n)`` on inputs ``X (n, d)`` of ``theta (..., d)`` in the singular basis."""
+        return theta @ (X @ self.directions).T
+
+
+def singular_modes(X: Tensor, y: Tensor) -> Modes:
+    """The singular basis of ``X (n, d)`` with signs such that ``u^T y >= 0``.
+
+    Where singular values coincide the basis is chosen, not found by chance: ``y`` has a component along the first
+    vector of the eigenspace only, and the others follow by Gram-Schmidt from the coordinate axes. Raises
+    :class:`ArgumentError` for shapes that do not fit. Source: George 2021, thesis, section 5.4.
+    """
+    if X.ndim != 2 or y.shape != X.shape[:1]:
+        raise ArgumentError(f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}; expected (n, d) and (n,)")
+    s, v = torch.linalg.svd(X, full_matrices=True)[1:]
+    d = X.shape[1]
+    v = v.T.contiguous()
+    s = torch.cat([s, s.new_zeros(d - len(s))])
+    s = torch.where(s > 1e-10 * s[0].clamp_min(1e-300), s, 0.0)
+    lo = 0
+    while lo < d and s[lo] > 0:
+        hi = lo + 1
+        while hi < d and s[hi] > s[lo] * (1 - 1e-7):
+            hi += 1
+        v[:, lo:hi] = _canonical(v[:, lo:hi], X.T @ y)
+        lo = hi
+    target = (X @ v).T @ y / torch.where(s > 0, s, 1.0)
+    target = torch.where((s > 0) & (target.abs() > 1e-12 * y.norm()), target, 0.0)  # rounding must not choose signs
+    sign = torch.where(target < 0, -1.0, 1.0).to(v)
+    return Modes(s**2, target * sign, v * sign)
+
+
+def _canonical(v: Tensor, pull: Tensor) -> Tensor:
+    """An orthonormal basis of the span of ``v``: first along the projection of ``pull``, then from the coordinate axes."""
+    if v.shape[1] == 1:
+        return v
+    inside = v.T @ pull
+    first = [v @ (inside / inside.norm())] if inside.norm() > 1e-12 * pull.norm().clamp_min(1e-300) else []
+    basis: list[Tensor] = []
+    for candidate in [*first, *(v @ v.T)]:
+        rest = candidate.clone()
+        for _ in range(2):  # twice is enough
+            for b in basis:
+                rest = rest - (b @ rest) * b
+        if rest.norm() > 1e-6:
+            basis.append(rest / rest.norm())
+        if len(basis) == v.shape[1]:
+            break
+    return torch.stack(basis, 1)
+
+
+def quadratic_modes(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str = "linear") -> Tensor:
+    """``theta(t)`` in the singular basis of ``X``, ``(times, d)``, under gradient flow from ``w0 (d,)``.
+
+    ``w0`` is in that basis too (:func:`singular_modes`: singular values descending, ``u^T y >= 0``). ``"nonlinear"``:
+    ``theta = 1/2 w^2``, logistic growth with rate ``2 sqrt(mu) u^T y``, so modes are learned one after the other.
+    ``"linear"``: ``theta = w w0 - 1/2 w0^2``, exponential approach with rate ``2 mu theta0``. Null directions stay.
+
+    Raises :class:`ArgumentError`. Source: George 2021, thesis, Proposition 5.4.1 and eq. 5.4.6, with the exponent of the
+    linear regime as its own dynamics give it.
+    """
+    _require_regime(regime)
+    modes = singular_modes(X, y)
+    if w0.shape != modes.mu.shape:
+        raise ArgumentError(f"w0 has shape {tuple(w0.shape)}; expected ({len(modes.mu)},), one number a singular direction of X")
+    t = torch.as_tensor(times, dtype=X.dtype, device=X.device).reshape(-1, 1)
+    theta0, mu = 0.5 * w0.to(X) ** 2, modes.mu
+    if regime == "nonlinear":
+        z = 2 * mu.sqrt() * modes.target * t
+        growth = torch.where(z > 0, -torch.expm1(-z) / torch.where(z > 0, z, 1.0), 1.0)
+        return theta0 / (torch.exp(-z) + 2 * mu * theta0 * t * growth)
+    limit = torch.where(mu > 0, modes.limit, theta0)
+    return limit + torch.exp(-2 * mu * theta0 * t) * (theta0 - limit)
+
+
+def gradient_flow(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str = "linear") -> Tensor:
+    """The same ``(times, d)`` by integrating the gradient of the loss in ``w`` numerically: a check of the closed forms.
+
+    The gradient is taken by autograd through the model in data space; explicit Runge-Kutta of order 8 to 1e-11.
+    """
+    from scipy.integrate import solve_ivp
+
+    _require_regime(regime)
+    basis = singular_modes(X, y).directions
+    w0 = w0.to(X)
+
+    def theta(w: Tensor) -> Tensor:
+        return 0.5 * w**2 if regime == "nonlinear" else w * w0 - 0.5 * w0**2
+
+    def velocity(_, w):
+        w = torch.as_tensor(w, dtype=X.dtype).requires_grad_()
+        loss = 0.5 * (X @ (basis @ theta(w)) - y).square().sum()
+        return -torch.autograd.grad(loss, w)[0].numpy()
+
+    t = torch.as_tensor(times, dtype=torch.float64).reshape(-1)
+    solution = solve_ivp(velocity, (0.0, float(t.max())), w0.numpy(), "DOP853", t_eval=t.numpy(), rtol=1e-11, atol=1e-13)
+    return theta(torch.as_tensor(solution.y.T, dtype=X.dtype))
+
+
+def convergence_times(X: Tensor, y: Tensor, w0: Tensor, tolerance: float, regime: str = "linear") -> Tensor:
+    """When each mode comes within ``tolerance`` of its limit, ``(d,)``; 0 where it starts there, infinity where it never does.
+
+    Exact: ``log[(theta* - theta0)(theta* - e) / (e theta0)] / (2 sqrt(mu) u^T y)`` in the non-linear regime,
+    ``log[(theta* - theta0) / e] / (2 mu theta0)`` in the linear one, for modes that grow. Null directions: 0. Source:
+    George 2021, thesis, section 5.4.3, repaired.
+    """
+    _require_regime(regime)
+    if not tolerance > 0:
+        raise ArgumentError(f"tolerance is {tolerance!r}; expected a positive distance to the limit")
+    modes = singular_modes(X, y)
+    theta0, mu = 0.5 * w0.to(X) ** 2, modes.mu
+    limit = torch.where(mu > 0, modes.limit, theta0)
+    gap = (theta0 - limit).abs()
+    if regime == "linear":
+        t = torch.log(gap / tolerance) / (2 * mu * theta0)
+    else:
+        end = limit + (theta0 - limit).sign() * tolerance
+        rate = 2 * mu.sqrt() * modes.target
+        to_zero = (1 / end - 1 / theta0) / (2 * mu)  # where the limit is 0: theta0 / (1 + 2 mu theta0 t)
+        t = torch.where(rate > 0, torch.log((theta0 - limit) * end / (theta0 * (end - limit))) / rate, to_zero)
+    return torch.where(gap <= tolerance, 0.0, torch.where(theta0 > 0, t, torch.inf))
+
+
+def _require_regime(regime: str) -> None:
+    if regime not in ("linear", "nonlinear"):
+        raise ArgumentError(f"regime is {regime!r}; expected 'linear' or 'nonlinear'")
