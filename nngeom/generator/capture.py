@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Capture:
     outputs: Tensor
     uses: list[Use]
     unstructured: set[str]
+    guessed: list = field(default_factory=list)  # example axes taken without proof (nngeom.generator.axes)
 
 
 def capture(task: Task, batch: Batch, keep_graph: bool = False) -> Capture:

@@ -108,7 +108,7 @@ class Sweep:
         if not seen.outputs.requires_grad:
             raise CoverageError("the outputs do not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside the model?)")
         columns = self.metric.columns(seen.outputs.detach(), batch, self.count)
-        units, rest = self._structure(seen)
+        units, rest = self._structure(seen, probe=not self.check)
         width = self._bytes_each_cotangent(units, seen)
         size = memory.step(columns.count, width, "output of one batch")
         self._demoted |= set(rest)  # once in the fallback, always: one structure for all batches
@@ -116,20 +116,27 @@ class Sweep:
         if self.check and signature not in self._checked:
             if not self._checked:
                 require_separate(self.task, batch, seen.outputs.detach())
-            self._checked.add(signature)
-            units, rest = self._verify(seen, units, rest, columns.make(0, min(size, columns.count)))
+        checking = self.check and (signature not in self._checked or seen.guessed)
+        self._checked.add(signature)
         for lo in range(0, columns.count, size):
             hi = min(columns.count, lo + size)
-            jacobians = self._pull(seen, units, rest, columns.make(lo, hi), last=hi == columns.count)
+            v, last = columns.make(lo, hi), hi == columns.count
+            if checking and lo == 0:
+                units, rest, jacobians = self._pull_verified(seen, units, rest, v)
+            else:
+                jacobians = self._pull(seen, units, rest, v, last)
             self._require_finite(jacobians, index)
             yield Chunk(jacobians, n, self.count, (lo, columns.count))
             del jacobians
         self.count += n
 
-    def _structure(self, seen: Capture) -> tuple[list[Unit], list[str]]:
-        """Units of structured parameters, and names of the others that the outputs depend on."""
+    def _structure(self, seen: Capture, probe: bool = True) -> tuple[list[Unit], list[str]]:
+        """Units of structured parameters, and names of the others that the outputs depend on.
+
+        Without ``probe`` an example axis that shapes leave open is guessed, for :meth:`_pull_verified` to confirm.
+        """
         collection = self.task.collection
-        axes = find_axes(seen.outputs, seen.uses, self._axes)
+        axes, seen.guessed = find_axes(seen.outputs, seen.uses, self._axes, probe)
         barred = seen.unstructured | self._demoted
         kept = []
         for use in seen.uses:
@@ -169,9 +176,29 @@ class Sweep:
 
     # -- guarantees ------------------------------------------------------------------------------------------------
 
+    def _pull_verified(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor) -> tuple[list[Unit], list[str], dict[Layout, LayerJacobian]]:
+        """The rows of some cotangents, compared with autograd: a wrong guess is replaced by a probe, what still differs goes to the fallback."""
+        jacobians = self._pull(seen, units, rest, v, last=False)
+        wrong = self._mismatches(seen, units, jacobians, v)
+        if wrong and seen.guessed:
+            units, rest = self._structure(seen)
+            jacobians = self._pull(seen, units, rest, v, last=False)
+            wrong = self._mismatches(seen, units, jacobians, v)
+        if wrong:
+            self._demoted |= set(wrong)
+            units, rest = self._structure(seen)
+            jacobians = self._pull(seen, units, rest, v, last=False)
+        self._demoted |= set(rest)
+        return units, rest, jacobians
+
     def _verify(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor) -> tuple[list[Unit], list[str]]:
-        """Compare ``sum u[k, n] J[k, n]`` with autograd; parameters that differ go to the fallback, or the call raises."""
-        collection, n = self.task.collection, seen.outputs.shape[0]
+        """Units that agree with autograd on the cotangents ``v``, and the parameters left to the fallback."""
+        units, rest, _ = self._pull_verified(seen, units, rest, v)
+        return units, rest
+
+    def _mismatches(self, seen: Capture, units: list[Unit], jacobians: dict[Layout, LayerJacobian], v: Tensor) -> list[str]:
+        """Parameters of units whose ``sum u[k, n] J[k, n]`` is not autograd's gradient of ``sum u v f``, ``u`` random."""
+        collection = self.task.collection
         u = torch.randn(v.shape[:2], generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(seen.outputs)
         v = v.to(seen.outputs.dtype)
         combined = (u.view(*u.shape, *[1] * (v.ndim - 2)) * v).sum(0)
@@ -179,22 +206,27 @@ class Sweep:
         parameters = [self.task.parameters[name] for name in names]
         expected = torch.autograd.grad(seen.outputs, parameters, combined, retain_graph=True, allow_unused=True) if names else []
         flat = torch.zeros(collection.numel, dtype=accumulation_dtype(self.task.dtype), device=seen.outputs.device)
-        for layout, jacobian in self._pull(seen, units, [], v, last=False).items():
-            layout.scatter_(flat, jacobian.vjp(u.to(jacobian.dtype)).to(flat.dtype).detach())
+        for unit in units:
+            jacobian = jacobians[unit.layout]
+            unit.layout.scatter_(flat, jacobian.vjp(u.to(jacobian.dtype)).to(flat.dtype).detach())
         table = collection.offsets()
         scale = torch.stack([e.norm() for e in expected if e is not None]).norm() if any(e is not None for e in expected) else flat.norm()
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(seen.outputs.dtype, 0.1)
-        wrong = []
+        wrong, alive = [], set()
         for name, e in zip(names, expected):
             lo, shape = table[name]
             got = flat[lo : lo + torch.Size(shape).numel()].view(shape)
             reference = torch.zeros_like(got) if e is None else e.to(got.dtype)
-            if not bool((got - reference).norm() <= tolerance * reference.norm() + 1e-2 * tolerance * scale):
+            size = reference.norm()
+            if not bool((got - reference).norm() <= tolerance * size + 1e-2 * tolerance * scale):
                 wrong.append(name)
-        if wrong:
-            self._demoted |= set(wrong)
-            return self._structure(seen)
-        return units, rest
+            elif bool(size > 0.1 * tolerance * scale):
+                alive.add(name)
+        if not wrong:
+            for key, axis, owners in seen.guessed:  # confirmed where a gradient was there to tell
+                if owners <= alive:
+                    self._axes[key] = axis
+        return wrong
 
     def _require_finite(self, jacobians: dict[Layout, LayerJacobian], index: int) -> None:
         tensors = {layout: getattr(j, "g", getattr(j, "m", None)) for layout, j in jacobians.items()}
