@@ -1,0 +1,6 @@
+"""Optimizers that use the geometry: natural gradient with any representation, and robust averages of gradients."""
+
+from nngeom.optim.ekfac import EKFAC
+from nngeom.optim.kfac import KFAC
+from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
+from nngeom.optim.natural_gradient import NaturalGradient, SkippedStepWarning

@@ -1,0 +1,91 @@
+"""Running averages of statistics, and their plain form for ``state_dict``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError
+from nngeom.core.layout import Arrangement, Layout, Piece
+from nngeom.core.statistic import Rows, Sums
+from nngeom.pmat.block import Block
+
+
+@dataclass
+class Averages:
+    """``m <- decay m + (1 - decay) x`` a block, divided on reading by the weight of what was seen (bias correction)."""
+
+    entries: dict[Layout, tuple[float, dict[str, Tensor]]] = field(default_factory=dict)
+
+    def update(self, means: dict[Layout, dict[str, Tensor]], decay: float) -> None:
+        """One more step; blocks that were not seen stay as they are."""
+        for layout, tensors in means.items():
+            weight, held = self.entries.get(layout, (0.0, {}))
+            if decay == 0 or not held:
+                self.entries[layout] = (1 - decay, {name: (1 - decay) * t for name, t in tensors.items()})
+                continue
+            for name, t in tensors.items():
+                if held[name].shape != t.shape:
+                    raise ArgumentError(
+                        f"the statistic {name!r} of {list(layout.names)[:2]} changed its shape from {tuple(held[name].shape)} to {tuple(t.shape)} and has no "
+                        "running average; use statistics_decay=0, or another representation"
+                    )
+                held[name].mul_(decay).add_(t, alpha=1 - decay)
+            self.entries[layout] = (decay * weight + 1 - decay, held)
+
+    def read(self) -> dict[Layout, dict[str, Tensor]]:
+        """The averages, unbiased."""
+        return {layout: {name: t / weight for name, t in tensors.items()} for layout, (weight, tensors) in self.entries.items()}
+
+    def plain(self) -> list[Any]:
+        """Tensors, numbers, strings and lists only."""
+        return [[plain_layout(layout), weight, dict(tensors)] for layout, (weight, tensors) in self.entries.items()]
+
+    @staticmethod
+    def restored(plain: list[Any]) -> Averages:
+        """The inverse of :meth:`plain`; copies."""
+        return Averages({restored_layout(lay): (w, {k: t.clone() for k, t in ts.items()}) for lay, w, ts in plain})
+
+
+def scaled_means(sums: Sums, examples: int, c: float) -> dict[Layout, dict[str, Tensor]]:
+    """Means over ``examples``, as if every gradient had been ``c`` times as large. Second moments of inputs alone do not change."""
+    means: dict[Layout, dict[str, Tensor]] = {}
+    for layout, tensors in sums.sums.items():
+        means[layout] = {}
+        for name, t in tensors.items():
+            if isinstance(t, Rows):
+                means[layout][name] = torch.cat(t.parts) * (c / examples**0.5)
+            else:
+                inputs_alone = name.startswith("a") and "g" + name[1:] in tensors
+                means[layout][name] = t * ((1.0 if inputs_alone else c * c) / examples)
+    return means
+
+
+def all_finite(sums: Sums) -> bool:
+    """Whether no sum is NaN or infinite."""
+    parts = [p.sum() for tensors in sums.sums.values() for t in tensors.values() for p in (t.parts if isinstance(t, Rows) else [t])]
+    return not parts or bool(torch.isfinite(torch.stack(parts)).all())
+
+
+def plain_layout(layout: Layout) -> list[Any]:
+    """A layout as nested lists."""
+    return [[list(p.names), p.offset, list(p.arrangement.view), list(p.arrangement.order), list(p.arrangement.sizes)] for p in layout.pieces]
+
+
+def restored_layout(plain: list[Any]) -> Layout:
+    """The inverse of :func:`plain_layout`."""
+    return Layout(tuple(Piece(tuple(n), at, Arrangement(tuple(view), tuple(order), tuple(sizes))) for n, at, view, order, sizes in plain))
+
+
+def plain_blocks(blocks: dict[Layout, Block]) -> list[Any]:
+    """Blocks as nested lists of names, tensors and numbers."""
+    return [[plain_layout(layout), type(b).__name__, b.fields()] for layout, b in blocks.items()]
+
+
+def restored_blocks(plain: list[Any]) -> dict[Layout, Any]:
+    """The inverse of :func:`plain_blocks`; copies."""
+    copied = lambda x: x.clone() if isinstance(x, Tensor) else tuple(map(copied, x)) if isinstance(x, (tuple, list)) else x
+    return {restored_layout(lay): Block.kinds[kind](**{k: copied(v) for k, v in fields.items()}) for lay, kind, fields in plain}

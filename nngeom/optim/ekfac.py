@@ -1,0 +1,46 @@
+"""EKFAC and EKFAC-ra as optimizers (George et al. 2018)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nngeom.optim.natural_gradient import NaturalGradient
+from nngeom.pmat.ekfac import PMatEKFAC
+from nngeom.space.collection import LayerCollection
+
+
+class EKFAC(NaturalGradient):
+    """Natural gradient in the Kronecker-factored eigenbasis, computed anew every ``basis_every`` steps; its spectrum follows every step.
+
+    ``scalings="running"`` (EKFAC-ra): a running average of the squared gradient of the batch in the basis, with weight
+    ``scalings_decay`` of the past, starting from KFAC's spectrum at every new basis; costs no more than the gradient.
+    ``"batch"``: the second moments of the batch's examples in the basis (Algorithm 1). ``async_basis=True`` computes the
+    eigendecompositions in a background thread and goes on with the old basis meanwhile: then runs are not
+    reproducible bit by bit. The default damping is the additive form ``s + x + sqrt(x) (s_A + s_B)``,
+    ``FactoredTikhonov(1e-3)``. Other arguments and errors as :class:`NaturalGradient`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: Any = 0.1,
+        momentum: Any = 0.9,
+        damping: Any = None,
+        weight_decay: Any = 0.0,
+        statistics_decay: Any = 0.95,
+        kl_clip: Any = None,
+        fisher: str = "empirical",
+        likelihood: Any = None,
+        layer_collection: LayerCollection | None = None,
+        basis_every: Any = 50,
+        scalings: str = "running",
+        sharing: str = "expand",
+        sua: bool = False,
+        **options: Any,
+    ):
+        super().__init__(
+            model, PMatEKFAC.options(sharing=sharing, sua=sua), lr, momentum, damping, weight_decay, statistics_decay, kl_clip,
+            fisher, likelihood, layer_collection, every=basis_every, scalings=scalings, **options,
+        )  # fmt: skip

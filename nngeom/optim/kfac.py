@@ -1,0 +1,42 @@
+"""KFAC as an optimizer (Martens & Grosse 2015; Grosse & Martens 2016 for convolutions)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nngeom.optim.natural_gradient import NaturalGradient
+from nngeom.pmat.kfac import PMatKFAC
+from nngeom.space.collection import LayerCollection
+
+
+class KFAC(NaturalGradient):
+    """Natural gradient with a Kronecker product a layer; its inverse is computed anew every ``inverse_every`` steps.
+
+    A number as ``damping`` is exact, ``(A (x) G + damping I)^-1`` by eigendecomposition; ``FactoredTikhonov(x)`` damps the
+    factors and takes two Cholesky factorisations. A new damping takes effect at the next inversion. Other arguments and
+    errors as :class:`NaturalGradient`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: Any = 0.1,
+        momentum: Any = 0.9,
+        damping: Any = None,
+        weight_decay: Any = 0.0,
+        statistics_decay: Any = 0.95,
+        kl_clip: Any = None,
+        fisher: str = "empirical",
+        likelihood: Any = None,
+        layer_collection: LayerCollection | None = None,
+        inverse_every: Any = 10,
+        sharing: str = "expand",
+        sua: bool = False,
+        **options: Any,
+    ):
+        super().__init__(
+            model, PMatKFAC.options(sharing=sharing, sua=sua), lr, momentum, damping, weight_decay, statistics_decay, kl_clip,
+            fisher, likelihood, layer_collection, every=inverse_every, **options,
+        )  # fmt: skip
