@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.kernel import center, kernel_tensor
-from nngeom.analysis.rows import Function, Probe, compact, kernel_of, require_labels
+from nngeom.analysis.rows import Function, Probe, layer_kernel, require_labels, row_products
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.fmat.dense import FMatDense
-from nngeom.generator.sweep import Chunk
+from nngeom.fmat.tiles import Side
 from nngeom.metrics.loss import IdentityMetric
 from nngeom.pmat.recipe import join_rows
 from nngeom.space.collection import LayerCollection
@@ -112,24 +112,32 @@ def label_alignment(
     collection, y = probe.task.collection, require_labels(probe)
     parts = collection.by_layer() if by_layer else {"": collection.names}
     with memory.limit(memory_budget), torch.no_grad():
-        chunks = [compact(c) for c in probe.sweep(IdentityMetric(), check, memory_budget).chunks()]
-        v = _centered(label_vector(y, chunks[0].outputs[1], next(iter(chunks[0].jacobians.values())).dtype), centered)
-        values = {name: _aligned(chunks, collection, names, v, centered) for name, names in parts.items()}
+        side = probe.side(IdentityMetric(), check, memory_budget)
+        side.held = _held(side)
+        first = next(side.chunks())
+        v = _centered(label_vector(y, first.outputs[1], side.dtype), centered)
+        values = {name: _aligned(side, name, names, v, centered) for name, names in parts.items()}
     return values if by_layer else values[""]
 
 
-def _aligned(chunks: list[Chunk], collection: LayerCollection, names: tuple[str, ...], v: Tensor, centered: bool) -> Tensor:
-    span = collection.span(names)
-    if span.numel >= v.numel():
-        k = kernel_of(chunks, collection, names)
-        if centered:
-            k = center(k)
+def _held(side: Side) -> Any:
+    """All chunks, where they fit the memory budget: every layer is read from the same ones."""
+    for _ in side.groups():
+        if side.held is None:
+            break
+    return side.held
+
+
+def _aligned(side: Side, layer: str, names: tuple[str, ...], v: Tensor, centered: bool) -> Tensor:
+    layout = side.sweep.task.collection.span(names)
+    if layout.numel >= v.numel():
+        k = center(layer_kernel(side, layer, len(v)) if layer else row_products(side), centered)
         return _ratio(torch.einsum("cn,cndm,dm->", v, k, v), k.norm() * v.square().sum())
-    second, signal = v.new_zeros(span.numel, span.numel), v.new_zeros(span.numel)
-    sums = v.new_zeros(v.shape[0], span.numel)
-    for chunk in chunks:
+    second, signal = v.new_zeros(layout.numel, layout.numel), v.new_zeros(layout.numel)
+    sums = v.new_zeros(v.shape[0], layout.numel)
+    for chunk in side.chunks():
         y, n = chunk.outputs[0], chunk.start
-        for rows in join_rows(chunk, span, names):
+        for rows in join_rows(chunk, layout, names):
             k, m, _ = rows.shape
             second += rows.flatten(0, 1).T @ rows.flatten(0, 1)
             sums[y : y + k] += rows.sum(1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.rows import Function, Probe, compact, gradient_gram
+from nngeom.analysis.rows import Function, Probe, row_norms, row_products
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError
 from nngeom.metrics.loss import EmpiricalFisher, as_loss
@@ -59,15 +59,12 @@ def stiffness(
     """
     require_kind(kind)
     metric = EmpiricalFisher(as_loss(loss))
-    sides, labels = [], []
     with memory.limit(memory_budget), torch.no_grad():
-        for data in (loader,) if other is None else (loader, other):
-            probe = Probe.build(model, data, function, layer_collection)
-            sides.append([compact(c) for c in probe.sweep(metric, check, memory_budget).chunks()])
-            labels.append(probe.targets())
-        collection = probe.task.collection
-        gram = gradient_gram(sides[0], sides[1] if other is not None else None, collection)
-        norms = [torch.cat([sum(j.squared_norms()[0] for j in c.jacobians.values()) for c in side]) for side in sides]
+        probes = [Probe.build(model, data, function, layer_collection) for data in ((loader,) if other is None else (loader, other))]
+        sides = [probe.side(metric, check, memory_budget) for probe in probes]
+        gram = row_products(sides[0], None if other is None else sides[1])[0, :, 0]
+        norms = [gram.diagonal()] if other is None else [row_norms(side) for side in sides]
+    labels = [probe.targets() for probe in probes]
     return _summary(gram, norms[0], norms[-1], labels[0], labels[-1], kind, other is None)
 
 

@@ -13,7 +13,7 @@ from nngeom.analysis.spectrum import effective_rank
 from nngeom.core import linalg, memory
 from nngeom.core.errors import ArgumentError
 from nngeom.generator.task import Task
-from nngeom.mgs.penalties import batch_kernel
+from nngeom.gram import GramMatrix
 from nngeom.space.collection import LayerCollection
 
 
@@ -66,7 +66,8 @@ def metrics(
         raise ArgumentError(f"jitter is {jitter}; expected a positive number")
     task = Task.build(model, function, layer_collection)
     with memory.limit(memory_budget):
-        entries = [_entry(batch_kernel(task, batch, graph=False).detach(), jitter) for batch in task.batches(loader)]
+        kernels = (GramMatrix(model, [batch], function=function, layer_collection=layer_collection) for batch in task.batches(loader))
+        entries = [_entry(k.to_dense(limit=max(k.shape)), jitter) for k in kernels]
     columns = {name: torch.stack([e[name] for e in entries]) for name in entries[0] if name != "eigenvalues"}
     return Metrics(eigenvalues=tuple(e["eigenvalues"] for e in entries), jitter=jitter, **columns)
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.core.errors import ArgumentError, CoverageError
+from nngeom.fmat.diag import FMatDiag
 from nngeom.generator.capture import capture
-from nngeom.generator.sweep import Sweep
 from nngeom.generator.task import Task, gradients_on
-from nngeom.metrics.loss import IdentityMetric, as_loss
+from nngeom.gram import GramMatrix
+from nngeom.metrics.loss import as_loss
 from nngeom.pmat.implicit import math_attention
 from nngeom.solve.hutchinson import rademacher
 from nngeom.space.collection import LayerCollection
@@ -40,12 +41,11 @@ def trace_penalty(
     normalisation or dropout. Source: Szolnoky et al. 2022, Model Gradient Similarity, section on the trace.
     """
     require_reduction(reduction)
-    task = Task.build(model, function, layer_collection)
-    batch = _one(task, inputs)
     if estimator == "exact":
-        total, n = _exact_trace(task, batch)
+        kernel = GramMatrix(model, [inputs], FMatDiag, function=function, layer_collection=layer_collection, differentiable=True, check=False)
+        total, n = kernel.trace(), kernel.rows
     elif estimator == "rademacher":
-        total, n = _random_trace(task, batch, samples, generator)
+        total, n = _random_trace(Task.build(model, function, layer_collection), inputs, samples, generator)
     else:
         raise ArgumentError(f"estimator is {estimator!r}; expected 'exact' or 'rademacher'")
     return total if reduction == "sum" else total / n
@@ -69,10 +69,9 @@ def logdet_penalty(
     require_reduction(reduction)
     if not jitter > 0:
         raise ArgumentError(f"jitter is {jitter}; expected a positive number: the kernel may be singular")
-    task = Task.build(model, function, layer_collection)
-    k = batch_kernel(task, _one(task, inputs))
-    value = 2 * torch.linalg.cholesky(k + jitter * torch.eye(len(k), dtype=k.dtype, device=k.device)).diagonal().log().sum()
-    return value if reduction == "sum" else value / len(k)
+    kernel = GramMatrix(model, [inputs], function=function, layer_collection=layer_collection, differentiable=True, check=False)
+    value = kernel.logdet(jitter)
+    return value if reduction == "sum" else value / kernel.shape[0]
 
 
 def loss_gradient_penalty(
@@ -114,37 +113,11 @@ def loss_gradient_penalty(
         return torch.where(live, torch.where(live, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
 
 
-def batch_kernel(task: Task, batch: Any, graph: bool = True) -> Tensor:
-    """``(c n, c n)``: the kernel of one batch, rows ``output * n + example``."""
-    with math_attention():
-        chunks = list(_sweep(task, batch, graph).chunks())
-        rows = []
-        for x in chunks:
-            columns = [sum(x.jacobians[layout].gram(y.jacobians[layout]) for layout in x.jacobians) for y in chunks]
-            rows.append(torch.cat(columns, 2))
-        k = torch.cat(rows, 0)
-    c, n = k.shape[:2]
-    m = k.reshape(c * n, c * n)
-    return (m + m.T) / 2
-
-
-def _sweep(task: Task, batch: Any, graph: bool) -> Sweep:
-    return Sweep(task, [batch], IdentityMetric(), check=False, keep_graph=graph)
-
-
-def _exact_trace(task: Task, batch: Any) -> tuple[Tensor, int]:
-    total: Any = 0.0
-    with math_attention():
-        for chunk in _sweep(task, batch, True).chunks():
-            total, n = total + sum(j.squared_norms().sum() for j in chunk.jacobians.values()), chunk.examples
-    return total, n
-
-
-def _random_trace(task: Task, batch: Any, samples: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
+def _random_trace(task: Task, inputs: Any, samples: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
     if samples < 1:
         raise ArgumentError(f"samples is {samples}; expected a whole number of at least 1")
     with gradients_on(), math_attention():
-        outputs = capture(task, batch).outputs
+        outputs = capture(task, next(task.batches([inputs]))).outputs
         if not outputs.requires_grad:
             raise CoverageError("the outputs do not depend on any selected parameter (torch.no_grad or .detach() inside the model?)")
         total = outputs.new_zeros(())
@@ -154,10 +127,6 @@ def _random_trace(task: Task, batch: Any, samples: int, generator: torch.Generat
             grads = torch.autograd.grad(outputs, parameters, signs, create_graph=True, allow_unused=True)
             total = total + sum(g.square().sum() for g in grads if g is not None)
     return total / samples, outputs.shape[0]
-
-
-def _one(task: Task, inputs: Any) -> Any:
-    return next(task.batches([inputs]))
 
 
 def require_reduction(reduction: str) -> None:
