@@ -10,6 +10,7 @@ from nngeom.analysis.coherence import (
     gradient_coherence,
 )
 from nngeom.analysis.complexity import ComplexityMeasure
+from nngeom.analysis.eigenfunctions import Eigenfunctions, StepModes, eigenfunctions, linear_dynamics, step_modes
 from nngeom.analysis.geometric_complexity import geometric_complexity
 from nngeom.analysis.kernel import center, kernel_pca, normalised_gram
 from nngeom.analysis.rademacher import (
@@ -24,6 +25,7 @@ from nngeom.analysis.rademacher import (
     ramp_loss,
     rescaled_bound,
 )
+from nngeom.analysis.sharpness import Stability, non_uniformity, sgd_stability, sharpness, stability_eigenvalue
 from nngeom.analysis.spectrum import SpectrumSummary, effective_rank, spectrum, spectrum_summary, trace_ratios
 from nngeom.analysis.stiffness import Stiffness, gradient_stiffness, stiffness
 from nngeom.analysis.supernat import SuperNat

@@ -1,0 +1,173 @@
+"""Eigenfunctions of the tangent kernel, on a sample and off it, and what a gradient step does to each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.analysis.kernel import fix_signs, require_symmetric
+from nngeom.analysis.rows import Function, Probe, require_labels
+from nngeom.analysis.spectrum import THRESHOLD
+from nngeom.core import linalg
+from nngeom.core.errors import ArgumentError, SingularError
+from nngeom.generator.task import gradients_on
+from nngeom.gram import GramMatrix
+from nngeom.metrics.loss import as_loss
+from nngeom.space.collection import LayerCollection
+from nngeom.space.pvector import PVector
+
+
+@dataclass(frozen=True)
+class Eigenfunctions:
+    """``eigenvalues`` ``(k,)``, descending, of ``K`` (not divided by ``n``), and ``functions`` ``(k, c, n)`` on the points asked for.
+
+    On the sample the functions are orthonormal for ``sum_i`` and are eigenvectors of ``K``; elsewhere they are their
+    Nystrom extensions. Signs: the entry of largest modulus *on the sample* is positive. ``sample``: the same on the sample.
+    """
+
+    eigenvalues: Tensor
+    functions: Tensor
+    sample: Tensor
+
+
+def eigenfunctions(
+    model: nn.Module,
+    grid: Any,
+    k: int = 6,
+    *,
+    at: Any = None,
+    centered: bool = False,
+    function: Function = None,
+    layer_collection: LayerCollection | None = None,
+    memory_budget: int | None = None,
+    check: bool = True,
+) -> Eigenfunctions:
+    """The ``k`` leading eigenvalues and eigenfunctions of the tangent kernel sampled on ``grid``, evaluated there or at ``at``.
+
+    ``u_J(x) = sum_i K(x, x_i) u_J(x_i) / lambda_J``. ``grid`` and ``at`` are loaders or batches. ``centered``: features less
+    their mean over ``grid``, output by output; at initialisation the uncentred kernel hides everything behind its first
+    eigenvalue. Raises :class:`ArgumentError` for ``k`` out of range, :class:`SingularError` where one of the ``k`` eigenvalues is
+    zero and an extension is asked for. Source: Baratin et al. 2021, eq. 3 and 47.
+    """
+    options = {"function": function, "layer_collection": layer_collection, "centered": centered, "memory_budget": memory_budget, "check": check}
+    grid = Probe.build(model, grid, function, layer_collection).batches
+    kernel = GramMatrix(model, grid, **options)
+    values, vectors = _leading(require_symmetric(kernel), k)
+    sample = vectors.T.reshape(k, kernel.outputs, kernel.rows)
+    if at is None:
+        return Eigenfunctions(values, sample, sample)
+    if bool(values[-1] <= THRESHOLD * values[0]):
+        raise SingularError(f"eigenvalue {k} of the kernel is zero ({float(values[-1]):.3g}); its function has no extension: use a smaller k")
+    cross = GramMatrix(model, grid, other=at, **options).tensor
+    return Eigenfunctions(values, torch.einsum("kcn,cndm->kdm", sample, cross) / values[:, None, None], sample)
+
+
+@dataclass(frozen=True)
+class StepModes:
+    """A gradient step seen in the eigenbasis of the kernel: one entry a mode, eigenvalues descending.
+
+    ``predicted``: ``-lr lambda_J u_J^T dL/df``, to first order in ``lr``; ``actual``: the change of the outputs projected on
+    ``u_J``; ``residual``: what the first order misses, ``|df - predicted| / |df|``. ``functions`` ``(k, c, n)``. ``change`` and
+    ``predicted_change``: the changes of the outputs themselves ``(c, n)``; ``elsewhere``, ``predicted_elsewhere``: at other points.
+    """
+
+    eigenvalues: Tensor
+    functions: Tensor
+    predicted: Tensor
+    actual: Tensor
+    residual: Tensor
+    change: Tensor
+    predicted_change: Tensor
+    elsewhere: Tensor | None = None
+    predicted_elsewhere: Tensor | None = None
+
+
+def step_modes(
+    model: nn.Module,
+    loader: Any,
+    lr: float,
+    loss: Any = "cross_entropy",
+    k: int | None = None,
+    *,
+    at: Any = None,
+    function: Function = None,
+    layer_collection: LayerCollection | None = None,
+    memory_budget: int | None = None,
+    check: bool = True,
+) -> StepModes:
+    """What a step ``-lr dL/dw`` on the mean loss of ``loader`` does to the outputs, mode by mode: the local spectral bias.
+
+    The parameters are moved, the outputs read, and the parameters put back exactly. ``k``: that many leading modes (all by
+    default). ``at``: a second loader, where the change is predicted by Nystrom extension, ``-lr K(x, .) dL/df``.
+
+    Source: Baratin et al. 2021, lemma 1 and propositions 5 and 6.
+    """
+    options = {"function": function, "layer_collection": layer_collection, "memory_budget": memory_budget, "check": check}
+    probe = Probe.build(model, loader, function, layer_collection)
+    other = None if at is None else Probe.build(model, at, function, layer_collection)
+    y = require_labels(probe)
+    kernel = GramMatrix(model, probe.batches, **options)
+    count = kernel.outputs * kernel.rows if k is None else k
+    values, vectors = _leading(require_symmetric(kernel), count)
+    before = _outputs(probe)
+    with gradients_on():
+        f = before.detach().requires_grad_()
+        gradient = torch.autograd.grad(as_loss(loss)(f, y).mean(), f)[0]
+    pulled = _columns(gradient)
+    weights = PVector.from_model(model, probe.task.collection)
+    elsewhere = None if other is None else _outputs(other)
+    step = _pull_back(probe, gradient)
+    try:
+        (weights - lr * step).copy_to(model)
+        change = _columns(_outputs(probe) - before)
+        moved = None if other is None or elsewhere is None else _columns(_outputs(other) - elsewhere)
+    finally:
+        weights.copy_to(model)
+    predicted = -lr * values * (vectors.T @ pulled.flatten())
+    expected = -lr * torch.einsum("cn,cndm->dm", pulled, kernel.tensor)
+    cross = None if at is None else -lr * torch.einsum("cn,cndm->dm", pulled, GramMatrix(model, probe.batches, other=at, **options).tensor)
+    residual = (change - expected).norm() / change.norm()
+    functions = vectors.T.reshape(count, kernel.outputs, kernel.rows)
+    return StepModes(values, functions, predicted, vectors.T @ change.flatten(), residual, change, expected, moved, cross)
+
+
+def linear_dynamics(K: Any, start: Tensor, targets: Tensor, lr: float, steps: int) -> Tensor:
+    """``f_t = y + (I - lr K)^t (f_0 - y)``: outputs ``(c, n)`` after gradient descent on ``1/2 |f - y|^2`` with a fixed kernel."""
+    m = require_symmetric(K)
+    values, vectors = linalg.eigh(m)
+    residual = vectors.T @ (start - targets).to(m).flatten()
+    return targets.to(m) + (vectors @ ((1 - lr * values) ** steps * residual)).view(start.shape)
+
+
+def _leading(m: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if not 1 <= k <= len(m):
+        raise ArgumentError(f"k is {k}; expected between 1 and {len(m)}, the size of the kernel")
+    values, vectors = linalg.eigh(m)
+    return values[-k:].flip(0).clamp_min(0), fix_signs(vectors[:, -k:].flip(1)).contiguous()
+
+
+@torch.no_grad()
+def _outputs(probe: Probe) -> Tensor:
+    return torch.cat([probe.task.run(batch) for batch in probe.batches])
+
+
+def _columns(outputs: Tensor) -> Tensor:
+    """``(n, *shape) -> (c, n)``."""
+    return outputs.flatten(1).T
+
+
+def _pull_back(probe: Probe, gradient: Tensor) -> PVector:
+    """``sum_i J_i^T g_i``, one backward pass a batch."""
+    total, at = None, 0
+    parameters = list(probe.task.parameters.values())
+    for batch in probe.batches:
+        with gradients_on():
+            outputs = probe.task.run(batch)
+            grads = torch.autograd.grad(outputs, parameters, gradient[at : at + len(outputs)], allow_unused=True)
+        at += len(outputs)
+        flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters)])
+        total = flat if total is None else total + flat
+    return PVector(probe.task.collection, total)  # type: ignore[arg-type]

@@ -1,0 +1,132 @@
+"""Sharpness, non-uniformity, and when stochastic gradient descent can stay at a minimum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.analysis.rows import Function, Probe
+from nngeom.core.errors import ArgumentError
+from nngeom.generator.task import leading_size, take
+from nngeom.hessian import Hessian
+from nngeom.solve.lanczos import lanczos
+from nngeom.space.collection import LayerCollection
+from nngeom.space.pvector import PVector
+
+
+def sharpness(
+    model: nn.Module,
+    loader: Any,
+    loss: Any = "cross_entropy",
+    *,
+    tol: float = 1e-6,
+    generator: torch.Generator | None = None,
+    function: Function = None,
+    layer_collection: LayerCollection | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """The largest eigenvalue of the Hessian of the mean loss, by Lanczos on Hessian-vector products; no matrix is formed.
+
+    ``tol``: the residual relative to the largest eigenvalue. ``generator``: of the starting vector (seeded by default).
+    """
+    hessian = Hessian(model, loader, loss=loss, function=function, layer_collection=layer_collection, memory_budget=memory_budget)
+    values, _ = hessian.lanczos(1, tol=tol, generator=_seeded(generator))
+    return values[0]
+
+
+def non_uniformity(
+    model: nn.Module,
+    loader: Any,
+    loss: Any = "cross_entropy",
+    *,
+    tol: float = 1e-6,
+    generator: torch.Generator | None = None,
+    function: Function = None,
+    layer_collection: LayerCollection | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """``sqrt(lambda_max(1/n sum_i H_i^2 - H^2))`` of the per-example Hessians ``H_i``, matrix-free.
+
+    Every Lanczos step takes two Hessian-vector products of every example by itself: for probe sets, not whole data sets.
+    Source: Wu, Ma and E 2018, definition of non-uniformity.
+    """
+    probe = Probe.build(model, loader, function, layer_collection)
+    options = {"loss": loss, "function": function, "layer_collection": probe.task.collection, "memory_budget": memory_budget}
+    single = [Hessian(model, [example], **options) for batch in probe.batches for example in _examples(batch)]
+    whole = Hessian(model, probe.batches, **options)
+    collection, n = probe.task.collection, len(single)
+
+    def covariance(v: Tensor) -> Tensor:
+        x = PVector(collection, v)
+        first = whole.mv(x)
+        total = sum(h.mv(h.mv(x)).flat() for h in single)
+        return total / n - whole.mv(first).flat()
+
+    start = PVector.randn(collection, generator=_seeded(generator), dtype=whole.dtype).flat().to(whole.device)
+    values, _ = lanczos(covariance, start, 1, tol=tol)
+    return values[0].clamp_min(0).sqrt()
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Whether stochastic gradient descent can be linearly stable at an interpolating minimum.
+
+    ``stable``: both necessary conditions hold, ``sharpness <= 2 / lr`` and ``non_uniformity <= sqrt(B (n - 1) / (n - B)) / lr``
+    (no bound for full batches).
+    """
+
+    stable: bool
+    sharpness: float
+    non_uniformity: float
+    largest_sharpness: float
+    largest_non_uniformity: float
+
+    def __bool__(self) -> bool:
+        return self.stable
+
+
+def sgd_stability(a: float | Tensor, s: float | Tensor, lr: float, batch_size: int, n: int) -> Stability:
+    """The necessary condition for linear stability from sharpness ``a`` and non-uniformity ``s``; the result is true or false.
+
+    Source: Wu, Ma and E 2018, theorem on linear stability.
+    """
+    _require(lr, batch_size, n)
+    largest_a = 2 / lr
+    largest_s = math.inf if batch_size == n else math.sqrt(batch_size * (n - 1) / (n - batch_size)) / lr
+    a, s = float(a), float(s)
+    return Stability(a <= largest_a and s <= largest_s, a, s, largest_a, largest_s)
+
+
+def stability_eigenvalue(hessians: Tensor, lr: float, batch_size: int) -> Tensor:
+    """``lambda_max((I - lr H)^2 + lr^2 (n - B) / (B (n - 1)) S)``: stable if at most 1 (and only if, in one dimension).
+
+    ``hessians`` ``(n, d, d)``, one an example; ``H`` their mean and ``S = mean(H_i^2) - H^2``; batches drawn without replacement.
+    For least squares at zero residual ``H_i = x_i x_i^T``.
+    """
+    if hessians.ndim != 3 or hessians.shape[1] != hessians.shape[2]:
+        raise ArgumentError(f"hessians have shape {tuple(hessians.shape)}; expected (n, d, d)")
+    n = len(hessians)
+    _require(lr, batch_size, n)
+    h = hessians.mean(0)
+    s = (hessians @ hessians).mean(0) - h @ h
+    step = torch.eye(len(h), dtype=h.dtype, device=h.device) - lr * h
+    noise = 0.0 if batch_size == n else lr**2 * (n - batch_size) / (batch_size * (n - 1))
+    return torch.linalg.eigvalsh(step @ step + noise * s)[-1]
+
+
+def _require(lr: float, batch_size: int, n: int) -> None:
+    if lr <= 0 or not 1 <= batch_size <= n:
+        raise ArgumentError(f"got lr={lr}, batch_size={batch_size}, n={n}; expected a positive rate and 1 <= batch_size <= n")
+
+
+def _examples(batch: Any) -> list[Any]:
+    n = leading_size(batch) or 0
+    return [take(batch, slice(i, i + 1), n) if n > 1 else batch for i in range(n)]
+
+
+def _seeded(generator: torch.Generator | None) -> torch.Generator:
+    return generator if generator is not None else torch.Generator().manual_seed(0)
