@@ -12,13 +12,13 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from nngeom.core import memory
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.linalg import accumulation_dtype
+from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.sweep import Columns, Sweep
 from nngeom.generator.task import Batch, Task, gradients_on
 from nngeom.pmat.expression import PMatExpression
@@ -96,8 +96,8 @@ class _ReverseConventions(TorchFunctionMode):
 
 @contextlib.contextmanager
 def math_attention():
-    """Attention kernels that have forward-mode and second derivatives."""
-    with sdpa_kernel(SDPBackend.MATH):
+    """Attention kernels that have forward-mode and second derivatives, and other operations that need it likewise."""
+    with twice_differentiable():
         yield
 
 
