@@ -213,6 +213,56 @@ class Shared(nn.Module):
         return self.head(torch.tanh(x + torch.tanh(self.map(self.table.to(x.dtype)))).sum(1))
 
 
+class Decoder(nn.Module):
+    """Tokens and positions looked up, positions once for the whole batch; the head is the table of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions, self.norm = nn.Embedding(5, 3), nn.Embedding(4, 3), nn.LayerNorm(3)
+
+    def forward(self, x):
+        h = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
+        return F.linear(self.norm(h).tanh().mean(1), self.tokens.weight)[:, 1:4]
+
+
+class VisionTokens(nn.Module):
+    """Two learned tokens, one expanded and one repeated, and a table of positions added to all."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.empty(1, 1, 3)), nn.Parameter(torch.empty(1, 1, 3))
+        self.positions, self.head = nn.Parameter(torch.empty(1, 4, 3)), nn.Linear(3, 3)
+
+    def forward(self, x):
+        h = torch.cat([self.first.expand(len(x), -1, -1), x, self.second.repeat(len(x), 1, 1)], 1) + self.positions
+        return self.head(torch.tanh(h)).cumsum(1)[:, -1]
+
+
+class Einsum(nn.Module):
+    """Heads written as einsums, batched over a group axis in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.mix, self.down = (nn.Parameter(torch.empty(s)) for s in ((3, 2, 2), (2, 2, 3), (2, 3, 3)))
+
+    def forward(self, x):
+        h = torch.einsum("...i,ihd->...hd", x, self.up).tanh()
+        h = torch.einsum("nthd,hde->nthe", h, self.mix).tanh()
+        return torch.einsum("bthd,hdo->bo", h, self.down)
+
+
+class Experts(nn.Module):
+    """Slices of one stacked parameter used as matrices, and a convolution whose weight is a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.gate = nn.Parameter(torch.empty(2, 3, 4)), nn.Linear(4, 2)
+
+    def forward(self, x):
+        p = self.gate(x).softmax(-1)
+        return p[:, :1] * F.linear(x, self.experts[0]) + p[:, 1:] * torch.tanh(x @ self.experts[1].T)
+
+
 def weight_norm() -> nn.Module:
     """A parametrised weight."""
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 3))
@@ -260,6 +310,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "cross-attention": (CrossAttention, normal(3, 4)),
     "transformer": (lambda: Head(transformer()), normal(3, 4)),
     "class-token": (ClassToken, normal(2, 4)),
+    "decoder": (Decoder, tokens(5, 4)),
+    "vision-tokens": (VisionTokens, normal(2, 3)),
+    "einsum": (Einsum, normal(2, 3)),
+    "experts": (Experts, normal(4)),
+    "prelu": (lambda: nn.Sequential(nn.Linear(4, 3), nn.PReLU(3), nn.Linear(3, 3)), normal(4)),
     "gru": (Recurrent, normal(3, 3)),
     "lstm": (lambda: Recurrent(nn.LSTM), normal(3, 3)),
     "bare": (Bare, normal(4)),
