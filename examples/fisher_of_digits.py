@@ -21,9 +21,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from fisher_of_digits_figure import draw
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,12 +60,13 @@ EXACT = ("Dense", "LowRank", "Implicit")  # equal to the Fisher matrix up to rou
 class ConvNet(nn.Module):
     """Three convolutions and a linear read-out: 3114 parameters, 64, 16 and 4 positions sharing each kernel."""
 
-    def __init__(self):
+    def __init__(self, widths: tuple[int, int, int] = (6, 12, 16)):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 6, 3, padding=1)
-        self.conv2 = nn.Conv2d(6, 12, 3, stride=2, padding=1)
-        self.conv3 = nn.Conv2d(12, 16, 3, stride=2, padding=1)
-        self.head = nn.Linear(64, 10)
+        a, b, c = widths
+        self.conv1 = nn.Conv2d(1, a, 3, padding=1)
+        self.conv2 = nn.Conv2d(a, b, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(b, c, 3, stride=2, padding=1)
+        self.head = nn.Linear(4 * c, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(n, 1, 8, 8) -> (n, 10)``."""
@@ -168,10 +171,10 @@ def assess(matrices: dict[str, Any], gradients: nng.PVector) -> dict[str, Accura
     return out
 
 
-def seconds(f: Callable[[], Any], most: float = 0.5) -> float:
-    """The fastest of up to five runs, within about ``most`` seconds."""
+def seconds(f: Callable[[], Any], most: float = 1.0) -> float:
+    """The fastest of up to ten runs, within about ``most`` seconds."""
     runs: list[float] = []
-    while not runs or (len(runs) < 5 and sum(runs) < most):
+    while not runs or (len(runs) < 10 and sum(runs) < most):
         start = time.perf_counter()
         f()
         runs.append(time.perf_counter() - start)
@@ -202,30 +205,27 @@ def costs(model: nn.Module, loader: list, matrices: dict[str, Any]) -> dict[str,
 Run = dict[str, dict[str, Accuracy]]  # {checkpoint: {representation: accuracy}}
 
 
-def mean(x: list[float]) -> float:
-    """The mean over draws; NaN where there is none."""
-    return sum(x) / len(x) if x else math.nan
+def moments(x: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation over draws; NaN where there are none."""
+    return (fmean(x), stdev(x)) if x else (math.nan, math.nan)
 
 
-def spread(x: list[float]) -> float:
-    """The standard deviation over draws."""
-    return float(torch.tensor(x).std()) if len(x) > 1 else math.nan
-
-
-def cell(x: list[float]) -> str:
-    """``mean ± standard deviation``."""
-    return f"{mean(x):.3f} ±{spread(x):.3f}" if x else "indefinite"
+def size(megabytes: float) -> str:
+    """Bytes for people."""
+    if megabytes == 0:
+        return "data only"
+    return f"{megabytes:.1f} MB" if megabytes >= 1 else f"{1000 * megabytes:.0f} kB" if megabytes >= 1e-3 else f"{1e6 * megabytes:.0f} B"
 
 
 def table(accuracy: dict[str, Accuracy], cost: dict[str, Cost]) -> str:
     """The table of one checkpoint, as text."""
-    lines = [("representation", "memory", "build", "/gradient", "Frobenius", "trace", "cos F v", "cos nat. gradient")]
     small = lambda x: "0" if x < 1e-9 else f"{x:.3f}"
+    cell = lambda x: "{:.3f} ± {:.3f}".format(*moments(x)) if x else "indefinite"
+    lines = [("representation", "memory", "build", "gradients", "Frobenius", "trace", "cos F v", "cos natural grad")]
     for name, a in accuracy.items():
         c = cost[name]
-        memory = "data only" if c.megabytes == 0 else f"{1000 * c.megabytes:.3g} kB" if c.megabytes < 1 else f"{c.megabytes:.1f} MB"
-        build = f"{1000 * c.seconds:.0f} ms"
-        lines.append((name, memory, build, f"{c.gradients:.1f}", small(a.frobenius), small(a.trace), cell(a.forward), cell(a.natural.get(TABLE_DAMPING, []))))
+        spent = size(c.megabytes), f"{1000 * c.seconds:.0f} ms", f"{c.gradients:.0f}"
+        lines.append((name, *spent, small(a.frobenius), small(a.trace), cell(a.forward), cell(a.natural.get(TABLE_DAMPING, []))))
     widths = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
     text = ["  ".join(x.ljust(w) if j == 0 else x.rjust(w) for j, (x, w) in enumerate(zip(line, widths))) for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
@@ -233,94 +233,24 @@ def table(accuracy: dict[str, Accuracy], cost: dict[str, Cost]) -> str:
 
 def write_csv(path: Path, run: Run, cost: dict[str, Cost]) -> None:
     """One line a checkpoint, representation and damping."""
-    header = ["checkpoint", "representation", "megabytes", "build seconds", "build gradients", "frobenius error", "trace error", "forward cos", "forward cos std"]
-    header += ["damping", "natural gradient cos", "natural gradient cos std", "solve cos", "solve cos std"]
+    header = ["checkpoint", "representation", "megabytes", "build seconds", "build gradients", "frobenius error", "trace error"]
+    header += ["forward cos", "forward cos std", "damping", "natural gradient cos", "natural gradient cos std", "solve cos", "solve cos std"]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for checkpoint, accuracy in run.items():
             for name, a in accuracy.items():
                 c = cost[name]
-                first = [checkpoint, name, c.megabytes, c.seconds, c.gradients, a.frobenius, a.trace, mean(a.forward), spread(a.forward)]
+                first = [checkpoint, name, c.megabytes, c.seconds, c.gradients, a.frobenius, a.trace, *moments(a.forward)]
                 for x in [TABLE_DAMPING] if name in EXACT else DAMPINGS:
-                    step, back = a.natural.get(x, []), a.solve.get(x, [])
-                    writer.writerow([*first, x, mean(step), spread(step), mean(back), spread(back)])
+                    writer.writerow([*first, x, *moments(a.natural.get(x, [])), *moments(a.solve.get(x, []))])
 
 
-def draw(path: Path, run: Run, cost: dict[str, Cost]) -> None:
-    """The figure: accuracy against memory, products and traces through training, natural gradients against damping."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "legend.frameon": False})
-    names = [name for name in REPRESENTATIONS if name not in EXACT]
-    fig, axes = plt.subplots(2, 3, figsize=(11, 6.6), constrained_layout=True)
-    _accuracy_against_memory(axes[0, 0], run["trained"], cost)
-    _through_training(axes[0, 1], run, names, lambda a: (mean(a.forward), spread(a.forward)), "(b) products: cos(F v, M v)")
-    _through_training(axes[0, 2], run, names, lambda a: (a.trace, 0.0), "(c) trace: |tr M - tr F| / tr F", labels=False)
-    for j, checkpoint in enumerate(run):
-        _against_damping(axes[1, j], run[checkpoint], names, f"({'def'[j]}) natural gradient, {checkpoint}")
-        axes[1, j].set_ylabel("cos with the exact one" if j == 0 else "")
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=1.8, columnspacing=1.3)
-    for kind in ("png", "pdf"):
-        fig.savefig(path.with_suffix(f".{kind}"), dpi=180)
-    plt.close(fig)
-
-
-# Okabe & Ito's colours, distinguishable with any colour vision; one marker a family, dashes for the "reduce" variants.
-COLOURS = {"BlockDiag": "#000000", "Mixed": "#CC79A7", "EKFAC": "#0072B2", "KFAC": "#56B4E9", "QuasiDiag": "#009E73", "Diag": "#E69F00", "Eye": "#999999"}
-MARKERS = {"BlockDiag": "s", "Mixed": "P", "EKFAC": "o", "KFAC": "^", "QuasiDiag": "v", "Diag": "D", "Eye": "X"}
-
-
-def _style(name: str) -> dict[str, Any]:
-    family = name.split()[0]
-    reduce = name.endswith("reduce")
-    return {"color": COLOURS[family], "marker": MARKERS[family], "linestyle": "--" if reduce else "-", "markerfacecolor": "white" if reduce else COLOURS[family]}
-
-
-def _accuracy_against_memory(ax: Any, accuracy: dict[str, Accuracy], cost: dict[str, Cost]) -> None:
-    for name, a in accuracy.items():
-        if name == "Implicit":
-            continue
-        style = {"color": "#D55E00", "marker": "*", "markersize": 9} if name in EXACT else {**_style(name), "markersize": 6.5}
-        ax.plot(cost[name].megabytes, a.frobenius, **{**style, "linestyle": "none"})
-        ax.annotate(name, (cost[name].megabytes, a.frobenius), textcoords="offset points", xytext=(0, -11), ha="center", fontsize=7.5)
-    ax.set(xscale="log", ylim=(-0.1, 1.1), xlabel="memory (MB)", title="(a) |M - F| / |F| against memory, trained")
-
-
-def _through_training(ax: Any, run: Run, names: list[str], value: Callable[[Accuracy], tuple[float, float]], title: str, labels: bool = True) -> None:
-    places = {name: len(names) - j for j, name in enumerate(names)}
-    for checkpoint, shade, shift in zip(run, ("#56B4E9", "#009E73", "#D55E00"), (0.2, 0.0, -0.2)):
-        points = {name: value(run[checkpoint][name]) for name in names}
-        ax.errorbar(
-            [p[0] for p in points.values()], [places[n] + shift for n in points], xerr=[p[1] for p in points.values()],
-            fmt="o", color=shade, markersize=4.5, elinewidth=1.2, label=checkpoint,
-        )  # fmt: skip
-    ax.set(title=title, yticks=list(places.values()), yticklabels=list(places) if labels else [])
-    ax.grid(axis="y", color="#eeeeee", zorder=0)
-    if labels:
-        ax.legend(loc="lower right", fontsize=8)
-
-
-def _against_damping(ax: Any, accuracy: dict[str, Accuracy], names: list[str], title: str) -> None:
-    for name in names:
-        x = [d for d in DAMPINGS if accuracy[name].natural.get(d)]
-        y = torch.tensor([mean(accuracy[name].natural[d]) for d in x])
-        s = torch.tensor([spread(accuracy[name].natural[d]) for d in x])
-        ax.plot(x, y, label=name, linewidth=1.4, markersize=4, **_style(name))
-        if not name.endswith("reduce"):
-            ax.fill_between(x, y - s, y + s, color=COLOURS[name], alpha=0.08, linewidth=0)
-    ax.set(xscale="log", ylim=(0, 1.02), xlabel="damping", title=title)
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Train, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the CSV file and the figure (default: out)")
-    out = parser.parse_args().out
+    out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     torch.manual_seed(SEED)
@@ -340,10 +270,12 @@ def main() -> None:
     train(model, images, labels, visit)
     cost = costs(model, loader, matrices)
     print(f"\nTrained net, damping {TABLE_DAMPING:g}:\n\n{table(run['trained'], cost)}\n")
-    print("memory: tensors kept. build: fastest run; /gradient: over one forward and backward pass on the same images.")
-    print(f"Frobenius, trace: relative errors (0: below 1e-9). cosines with the exact ones: mean ± standard deviation over {DRAWS} draws (Implicit: 2 solves).")
+    print("memory: tensors kept. build: fastest of several runs; gradients: the same in forward and backward passes over these images.")
+    print(f"Frobenius, trace: relative errors (0: below 1e-9). cosines with the exact vectors: mean ± standard deviation over {DRAWS} draws")
+    print("(2 for the solves of Implicit); indefinite: no natural gradient at this damping.")
     write_csv(out / "fisher_of_digits.csv", run, cost)
-    draw(out / "fisher_of_digits", run, cost)
+    names = [name for name in REPRESENTATIONS if name not in EXACT]
+    draw(out / "fisher_of_digits", run, {name: size(c.megabytes) for name, c in cost.items()}, names, DAMPINGS)
     print(f"wrote {out}/fisher_of_digits.csv, .png and .pdf; {time.perf_counter() - start:.0f} s in all")
 
 
