@@ -105,9 +105,9 @@ class SecondDerivatives:
                 with twice_differentiable(self.task.model):
                     pulled = pull_back(flat, parameters, [p.shape for p in parameters], v, retain=True)
             except RuntimeError as error:
-                if "not implemented" not in str(error) and "differentiate twice" not in str(error) and "ouble backward" not in str(error):
+                if "not implemented" not in str(error) and "ouble backward" not in str(error):
                     raise
-                raise UnsupportedError(f"the model has an operation without second derivative ({error}); use GGN, or another operation") from error
+                raise once_only(str(error)) from error
             yield lo, hi, torch.cat([x.detach().flatten(1) for x in pulled], 1)
 
 
@@ -122,8 +122,28 @@ def batchwise(sweep: Sweep) -> Iterator[SecondDerivatives]:
             del seen
         second = _differentiated(task, loss, batch, index, width)
         if index == 0 and sweep.check:
+            _require_connected(second)
             _require_symmetric(second)
         yield second
+
+
+def once_only(what: str) -> UnsupportedError:
+    """The error of a model with an operation that can be differentiated only once."""
+    return UnsupportedError(f"the model or the loss has an operation without second derivative ({what}); use GGN, or another operation")
+
+
+def _require_connected(second: SecondDerivatives) -> None:
+    """Raise for functions marked ``once_differentiable``: autograd would take their gradient for a constant."""
+    seen: set[Any] = set()
+    waiting = [g.grad_fn for g in second.gradients.values() if g is not None and g.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("::Error"):
+            raise once_only("a torch.autograd.Function marked once_differentiable")
+        waiting.extend(n for n, _ in node.next_functions if n is not None)
 
 
 def _require_symmetric(second: SecondDerivatives) -> None:

@@ -169,7 +169,7 @@ class Once(torch.autograd.Function):
 
 
 class Wrong(torch.autograd.Function):
-    """``exp(cumsum(x))`` whose backward hides that it depends on the input."""
+    """``exp(cumsum(x))`` whose backward hides that it depends on the first input."""
 
     @staticmethod
     def forward(ctx, x):
@@ -178,8 +178,9 @@ class Wrong(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        scaled = g * ctx.saved_tensors[0].detach().cumsum(1).exp()
-        return scaled.flip(1).cumsum(1).flip(1)
+        x = ctx.saved_tensors[0]
+        x = torch.cat([x[:, :1].detach(), x[:, 1:]], 1)
+        return (g * x.cumsum(1).exp()).flip(1).cumsum(1).flip(1)
 
 
 def test_refusals():
