@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, CoverageError
-from nngeom.fmat.diag import FMatDiag
-from nngeom.generator.capture import capture
+from nngeom.core.jacobian import LayerJacobian
+from nngeom.generator.capture import Capture, capture
+from nngeom.generator.sweep import Columns, Sweep
 from nngeom.generator.task import Task, gradients_on
 from nngeom.gram import GramMatrix
-from nngeom.metrics.loss import as_loss
+from nngeom.metrics.loss import IdentityMetric, as_loss
 from nngeom.pmat.implicit import math_attention
 from nngeom.solve.hutchinson import rademacher
 from nngeom.space.collection import LayerCollection
@@ -28,27 +30,39 @@ def trace_penalty(
     *,
     samples: int = 1,
     generator: torch.Generator | None = None,
+    return_outputs: bool = False,
     function: Function = None,
     layer_collection: LayerCollection | None = None,
-) -> Tensor:
+) -> Any:
     """``tr K = sum_i sum_y |d f_y(x_i) / d w|^2`` of one batch, with its graph: add ``strength * trace_penalty(...)`` to a loss.
 
     ``estimator="exact"``: by squared norms of the factored rows, one double backward an output. ``"rademacher"``:
     ``|d/dw sum_iy e_iy f_y(x_i)|^2`` with random signs, unbiased, one double backward a sample. ``reduction="sum"`` is the trace
     of the batch kernel, as in the paper; ``"mean"`` divides by the batch size. ``inputs``: what the model takes, or a batch.
+    ``return_outputs``: also the outputs, with their graph: a loss computed from them shares the forward and backward pass.
 
     Zero gradient where the model is linear in its parameters. Raises :class:`ModeError` for training-mode batch
     normalisation or dropout. Source: Szolnoky et al. 2022, Model Gradient Similarity, section on the trace.
     """
     require_reduction(reduction)
-    if estimator == "exact":
-        kernel = GramMatrix(model, [inputs], FMatDiag, function=function, layer_collection=layer_collection, differentiable=True, check=False)
-        total, n = kernel.trace(), kernel.rows
-    elif estimator == "rademacher":
-        total, n = _random_trace(Task.build(model, function, layer_collection), inputs, samples, generator)
-    else:
+    if estimator not in ("exact", "rademacher"):
         raise ArgumentError(f"estimator is {estimator!r}; expected 'exact' or 'rademacher'")
-    return total if reduction == "sum" else total / n
+    if samples < 1:
+        raise ArgumentError(f"samples is {samples}; expected a whole number of at least 1")
+    task = Task.build(model, function, layer_collection)
+    with math_attention():
+        seen = capture(task, next(task.batches([inputs])), keep_graph=True)
+        f = seen.outputs
+        if not f.requires_grad:
+            raise CoverageError("the outputs do not depend on any selected parameter (torch.no_grad or .detach() inside the model?)")
+        with gradients_on():
+            if estimator == "exact":
+                total = _trace(task, seen, IdentityMetric().columns(f.detach(), None, 0))
+            else:
+                signs = rademacher(samples, *f.shape, like=f, generator=generator)
+                total = _squared_sums(task, seen, signs) / samples
+    value = total if reduction == "sum" else total / f.shape[0]
+    return (value, f) if return_outputs else value
 
 
 def logdet_penalty(
@@ -113,20 +127,40 @@ def loss_gradient_penalty(
         return torch.where(live, torch.where(live, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
 
 
-def _random_trace(task: Task, inputs: Any, samples: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
-    if samples < 1:
-        raise ArgumentError(f"samples is {samples}; expected a whole number of at least 1")
-    with gradients_on(), math_attention():
-        outputs = capture(task, next(task.batches([inputs]))).outputs
-        if not outputs.requires_grad:
-            raise CoverageError("the outputs do not depend on any selected parameter (torch.no_grad or .detach() inside the model?)")
-        total = outputs.new_zeros(())
-        parameters = list(task.parameters.values())
-        for _ in range(samples):
-            signs = rademacher(*outputs.shape, like=outputs, generator=generator)
-            grads = torch.autograd.grad(outputs, parameters, signs, create_graph=True, allow_unused=True)
+def _trace(task: Task, seen: Capture, columns: Columns) -> Tensor:
+    """``sum_kn |J[k, n]|^2``."""
+    sweep = Sweep(task, (), IdentityMetric(), check=False, keep_graph=True)
+    units, rest = sweep._structure(seen)
+    total = seen.outputs.new_zeros(())
+    width = sweep._bytes_each_cotangent(units, seen)
+    for lo, hi in memory.pieces(columns.count, width):
+        for j in sweep._pull(seen, units, rest, columns.make(lo, hi), last=False).values():
+            total = total + j.squared_norms().sum()
+    return total
+
+
+def _squared_sums(task: Task, seen: Capture, signs: Tensor) -> Tensor:
+    """``sum_k |sum_n J[k, n]|^2`` for rows pulled back from ``signs [k, n, *out]``, one at a time."""
+    sweep = Sweep(task, (), IdentityMetric(), check=False, keep_graph=True)
+    units, rest = sweep._structure(seen)
+    total = seen.outputs.new_zeros(())
+    parameters = [task.parameters[name] for name in rest]
+    for v in signs:
+        for j in sweep._pull(seen, units, [], v.unsqueeze(0), last=False).values():
+            total = total + _squared_sum(j)
+        if rest:  # no structure: the gradient itself
+            grads = torch.autograd.grad(seen.outputs, parameters, v, create_graph=True, allow_unused=True)
             total = total + sum(g.square().sum() for g in grads if g is not None)
-    return total / samples, outputs.shape[0]
+    return total
+
+
+def _squared_sum(j: LayerJacobian) -> Tensor:
+    """``|sum_n J[0, n]|^2``: over pairs of positions where these are few, else by the summed rows themselves."""
+    _, n, s, o, i = j.shape
+    rows = n * getattr(j, "positions", 1)
+    if j.kronecker and s == 1 and rows * (o + i) < o * i:
+        return j.gram(j).sum()
+    return j.vjp(torch.ones(1, n, dtype=j.dtype, device=j.device)).square().sum()
 
 
 def require_reduction(reduction: str) -> None:
