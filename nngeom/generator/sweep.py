@@ -17,10 +17,10 @@ from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator import fallback
 from nngeom.generator.axes import find_axes
-from nngeom.generator.backward import pull_back
+from nngeom.generator.backward import Buffers, pull_back
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.separate import require_separate
-from nngeom.generator.task import Batch, Task, as_batches, require_finite
+from nngeom.generator.task import Batch, Task, as_batches, require_finite, take
 from nngeom.generator.units import Unit, build_units
 
 
@@ -73,9 +73,14 @@ class Sweep:
     _demoted: set[str] = field(default_factory=set)
     _checked: set = field(default_factory=set)
     _kept: list | None = None
+    _buffers: Buffers | None = None
 
-    def chunks(self, keep: bool = False) -> Iterator[Chunk]:
-        """Every batch, cut over cotangents. ``keep``: hold the chunks for :meth:`again` while they fit the budget."""
+    def chunks(self, keep: bool = False, reuse: bool = False) -> Iterator[Chunk]:
+        """Every batch, cut over cotangents. ``keep``: hold the chunks for :meth:`again` while they fit the budget.
+
+        ``reuse``: the caller is done with a chunk when it asks for the next, which may overwrite it.
+        """
+        self._buffers = Buffers() if reuse and not keep else None
         source = as_batches(self.loader)
         if not self.reread or isinstance(source, Iterator):
             source = self.loader = list(source)
@@ -90,14 +95,14 @@ class Sweep:
                     room -= sum(_bytes(j) for j in chunk.jacobians.values())
                     kept = None if room < 0 else [*kept, chunk]
                 yield chunk
-        self._kept = kept
+        self._kept, self._buffers = kept, None
 
     def again(self) -> Iterator[Chunk]:
-        """A second pass: from memory where the first one fitted, else over the data."""
+        """A second pass: from memory where the first one fitted, else over the data, each chunk overwriting the one before."""
         if self._kept is not None:
             yield from self._kept
         else:
-            yield from self.chunks()
+            yield from self.chunks(reuse=True)
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
@@ -108,6 +113,8 @@ class Sweep:
         if not seen.outputs.requires_grad:
             raise CoverageError("the outputs do not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside the model?)")
         columns = self.metric.columns(seen.outputs.detach(), batch, self.count)
+        if n == 1 and index == 0:
+            self._learn_from_a_pair(batch)
         units, rest = self._structure(seen, probe=not self.check)
         width = self._bytes_each_cotangent(units, seen)
         size = memory.step(columns.count, width, "output of one batch")
@@ -129,6 +136,15 @@ class Sweep:
             yield Chunk(jacobians, n, self.count, (lo, columns.count))
             del jacobians
         self.count += n
+
+    def _learn_from_a_pair(self, batch: Batch) -> None:
+        """One example alone hides which uses are shared by all examples; two copies of it show them."""
+        try:
+            seen = capture(self.task, take(batch, [0, 0], 1))
+        except Exception:  # a model for one example at a time
+            return
+        if seen.outputs.shape[0] == 2:
+            self._demoted |= set(self._structure(seen, probe=True)[1])
 
     def _structure(self, seen: Capture, probe: bool = True) -> tuple[list[Unit], list[str]]:
         """Units of structured parameters, and names of the others that the outputs depend on.
@@ -159,7 +175,7 @@ class Sweep:
         v = v.to(seen.outputs.dtype)
         done = last and not rest and not self.keep_graph
         edges, shapes = [u.edge for u in seen.uses], [u.shape for u in seen.uses]
-        gradients = pull_back(seen.outputs, edges, shapes, v, retain=not done, create_graph=self.keep_graph)
+        gradients = pull_back(seen.outputs, edges, shapes, v, retain=not done, create_graph=self.keep_graph, buffers=self._buffers)
         n = seen.outputs.shape[0]
         with torch.set_grad_enabled(self.keep_graph):
             jacobians = {unit.layout: unit.jacobian(gradients, n) for unit in units}

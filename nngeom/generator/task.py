@@ -165,8 +165,8 @@ def leading_size(batch: Batch) -> int | None:
     return None
 
 
-def take(batch: Batch, index: slice, n: int) -> Batch:
-    """The examples ``index`` of a batch: every tensor with ``n`` rows is cut."""
+def take(batch: Batch, index: slice | list[int], n: int) -> Batch:
+    """The examples ``index`` of a batch, taken from every tensor with ``n`` rows."""
     if isinstance(batch, Tensor):
         return batch[index] if batch.ndim and batch.shape[0] == n else batch
     if isinstance(batch, Mapping):
