@@ -113,19 +113,9 @@ def label_alignment(
     parts = collection.by_layer() if by_layer else {"": collection.names}
     with memory.limit(memory_budget), torch.no_grad():
         side = probe.side(IdentityMetric(), check, memory_budget)
-        side.held = _held(side)
-        first = next(side.chunks())
-        v = _centered(label_vector(y, first.outputs[1], side.dtype), centered)
+        v = _centered(label_vector(y, side.outputs, side.dtype), centered)
         values = {name: _aligned(side, name, names, v, centered) for name, names in parts.items()}
     return values if by_layer else values[""]
-
-
-def _held(side: Side) -> Any:
-    """All chunks, where they fit the memory budget: every layer is read from the same ones."""
-    for _ in side.groups():
-        if side.held is None:
-            break
-    return side.held
 
 
 def _aligned(side: Side, layer: str, names: tuple[str, ...], v: Tensor, centered: bool) -> Tensor:
@@ -135,7 +125,7 @@ def _aligned(side: Side, layer: str, names: tuple[str, ...], v: Tensor, centered
         return _ratio(torch.einsum("cn,cndm,dm->", v, k, v), k.norm() * v.square().sum())
     second, signal = v.new_zeros(layout.numel, layout.numel), v.new_zeros(layout.numel)
     sums = v.new_zeros(v.shape[0], layout.numel)
-    for chunk in side.chunks():
+    for chunk in (c for group in side.groups() for c in group.chunks):
         y, n = chunk.outputs[0], chunk.start
         for rows in join_rows(chunk, layout, names):
             k, m, _ = rows.shape

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from nngeom.core import memory
 from nngeom.core.errors import LoaderError
 from nngeom.fmat.dense import FMatDense
+from nngeom.fmat.products import EVERYTHING, build
+from nngeom.fmat.products import squared_norms as norms_by_group
 from nngeom.fmat.tiles import Side, matched, pairs, span
 from nngeom.generator.sweep import Metric, Sweep
 from nngeom.generator.task import Batch, Task, targets
-from nngeom.gram import products
-from nngeom.gram import squared_norms as norms_by_layer
 from nngeom.space.collection import LayerCollection
 
 Function = Callable[..., Tensor] | None
-WHOLE = ("",)
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def require_labels(probe: Probe) -> Tensor:
 
 def row_products(rows: Side, columns: Side | None = None) -> Tensor:
     """``(k, n, k, m)``: inner products of the rows of two sides, or of one with itself, tile by tile."""
-    return products(FMatDense, rows, columns, WHOLE, lambda name: "", False)[""]
+    return build(FMatDense, rows, columns, EVERYTHING)[""].tensor
 
 
 def layer_kernel(rows: Side, layer: str, outputs: int) -> Tensor:
@@ -81,7 +80,7 @@ def layer_kernel(rows: Side, layer: str, outputs: int) -> Tensor:
 
 def row_norms(side: Side) -> Tensor:
     """``(n,)``: squared norms of the rows summed over cotangents; rows are not formed where a factored form is cheaper."""
-    return norms_by_layer(side, WHOLE, lambda name: "")[""].sum(0)
+    return norms_by_group(side, EVERYTHING)[""].sum(0)
 
 
 @torch.no_grad()
