@@ -170,7 +170,7 @@ def drive(recipe: Any, sweep: Sweep, passes: int) -> dict[Any, Any]:
     statistic, first = next(recipe), True
     while True:
         sums, examples = Sums(), 0
-        for chunk in sweep.chunks(keep=passes > 1) if first else sweep.again():
+        for chunk in sweep.chunks(keep=passes > 1, reuse=True) if first else sweep.again():
             with torch.no_grad():
                 sums.add(statistic(chunk), chunk.examples if chunk.first else 0)
             examples = sums.count

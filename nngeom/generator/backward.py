@@ -1,7 +1,8 @@
-"""Pulling cotangents of the outputs back to gradient edges, all at once where ``vmap`` goes through, else one by one."""
+"""Pulling cotangents of the outputs back to gradient edges, all at once or one by one, whichever is cheaper."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -9,25 +10,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LOOP_BYTES = 2**18  # gradients of one cotangent above which, on a CPU, a pass a cotangent costs no more than a batched one
+
+
+class Buffers:
+    """Memory of gradients that the next pass overwrites: fresh pages cost more than the arithmetic that fills them."""
+
+    def __init__(self):
+        self._held: dict[int, Tensor] = {}
+
+    def take(self, place: int, like: Tensor, k: int) -> Tensor:
+        """``[k, *like.shape]``, uninitialised."""
+        held = self._held.get(place)
+        if held is None or held.shape[1:] != like.shape or held.shape[0] < k or held.dtype != like.dtype or held.device != like.device:
+            held = self._held[place] = like.new_empty(k, *like.shape)
+        return held[:k]
+
 
 def pull_back(
-    outputs: Tensor, inputs: Sequence[Any], shapes: Sequence[torch.Size], v: Tensor, retain: bool, create_graph: bool = False
+    outputs: Tensor,
+    inputs: Sequence[Any],
+    shapes: Sequence[torch.Size],
+    v: Tensor,
+    retain: bool,
+    create_graph: bool = False,
+    buffers: Buffers | None = None,
 ) -> list[Tensor]:
-    """``v [k, *outputs.shape] -> [k, *shape]`` for each of ``inputs`` (tensors or gradient edges); zeros where unused."""
+    """``v [k, *outputs.shape] -> [k, *shape]`` for each of ``inputs`` (tensors or gradient edges); zeros where unused.
+
+    With ``buffers`` the results live in memory that the next call with the same buffers overwrites.
+    """
     if not inputs:
         return []
-    if v.shape[0] == 1:
-        grads = _grad(outputs, inputs, v[0], retain, create_graph)
-        grads = [None if g is None else g.unsqueeze(0) for g in grads]
-    else:
+    k = v.shape[0]
+    if k == 1:
+        grads = [None if g is None else g.unsqueeze(0) for g in _grad(outputs, inputs, v[0], retain, create_graph)]
+    elif create_graph:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                grads = _grad(outputs, inputs, v, True, create_graph, is_grads_batched=True)
+                grads = _grad(outputs, inputs, v, True, True, is_grads_batched=True)
         except RuntimeError:  # vmap has no rule for some operation (recurrent cells, custom functions)
-            rows = [_grad(outputs, inputs, v[j], True, create_graph) for j in range(v.shape[0])]
+            rows = [_grad(outputs, inputs, v[j], True, True) for j in range(k)]
             grads = [None if c[0] is None else torch.stack(c) for c in zip(*rows)]
-    return [v.new_zeros(1).expand(v.shape[0], *shape) if g is None else g for g, shape in zip(grads, shapes)]
+    elif v.device.type == "cpu" and v.element_size() * sum(math.prod(s) for s in shapes) > LOOP_BYTES:
+        grads = _one_by_one(outputs, inputs, v, retain, buffers)
+    else:
+        try:
+            grads = _batched(outputs, inputs, v)
+        except RuntimeError:
+            grads = _one_by_one(outputs, inputs, v, retain, buffers)
+    return [v.new_zeros(1).expand(k, *shape) if g is None else g for g, shape in zip(grads, shapes)]
+
+
+def _batched(outputs: Tensor, inputs: Sequence[Any], v: Tensor) -> list[Tensor | None]:
+    used: list[bool] = []
+
+    def pull(c: Tensor) -> tuple[Tensor, ...]:
+        grads = _grad(outputs, inputs, c, True, False)
+        used[:] = [g is not None for g in grads]
+        return tuple(g for g in grads if g is not None)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = iter(torch.func.vmap(pull)(v))
+    return [next(found) if u else None for u in used]
+
+
+def _one_by_one(outputs: Tensor, inputs: Sequence[Any], v: Tensor, retain: bool, buffers: Buffers | None) -> list[Tensor | None]:
+    buffers, out = buffers or Buffers(), []
+    for j, c in enumerate(v):
+        grads = _grad(outputs, inputs, c, retain or j + 1 < len(v), False)
+        if not out:
+            out = [None if g is None else buffers.take(place, g, len(v)) for place, g in enumerate(grads)]
+        for row, g in zip(out, grads):
+            if row is not None:
+                row[j] = g
+    return out
 
 
 def _grad(outputs, inputs, v, retain, create_graph, **options):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Unit:
     with_weight: bool
     with_bias: bool
     arrangements: tuple[Arrangement, ...] | None = None  # unlike uses: one arrangement a use
+    inputs: dict[int, Tensor] = field(default_factory=dict)  # read once, for all cotangents of the batch
 
     def jacobian(self, gradients: list[Tensor], n: int) -> LayerJacobian:
         """The rows for output gradients ``[k, *out]`` of all uses."""
@@ -55,16 +56,20 @@ class Unit:
         if not self.with_weight:
             return None, _pad(g.sum(2, keepdim=True), slot.row, slot.arrangement.sizes[1]), use
         g = _pad(g, slot.row, full.sizes[1])
+        if j not in self.inputs:
+            self.inputs[j] = self._read(use, axis, n, full.sizes[2], g.dtype)
+        return self.inputs[j], g, use
+
+    def _read(self, use: Use, axis: ExampleAxis, n: int, width: int, dtype: torch.dtype) -> Tensor:
+        """``a [n, t, s, i]``, the ones of the bias included; ``[n, t]`` for lookups."""
+        lead, column = len(use.lead), use.weight.column  # type: ignore[union-attr]
+        if self.with_bias and use.inputs_and_ones is not None:
+            return axis.split(use.read_inputs(ones=True), n, 0, lead).to(dtype)
         a = axis.split(use.read_inputs(), n, 0, lead)
         if use.lookup:
-            return a, g, use
-        a = a.to(g.dtype)
-        width = full.sizes[2]
-        if self.with_bias:
-            a = _with_ones(a, slot.column, width)
-        else:
-            a = _pad(a, slot.column, width)
-        return a, g, use
+            return a
+        a = a.to(dtype)
+        return _with_ones(a, column, width) if self.with_bias else _pad(a, column, width)
 
     def _join(self, parts) -> LayerJacobian:
         a0, g0, use = parts[0]

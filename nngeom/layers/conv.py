@@ -20,20 +20,29 @@ def as_tuple(x: int | Sequence[int], d: int) -> tuple[int, ...]:
     return tuple(x) * d if len(x) == 1 else tuple(x)
 
 
-def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int]) -> Tensor:
-    """The windows a convolution sees, ``[n, c, *space] -> [n, *out_space, c, *kernel]`` (a view of the padded input)."""
+def patches(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int], groups: int, ones: bool
+) -> Tensor:
+    """The windows a convolution sees, and ones: ``[n, c, *space] -> [n, *out_space, s, i]``, one copy of the input's windows.
+
+    In memory the positions of all examples lie side by side, one row an entry of the window: that is how the input has
+    them, and what products over examples and positions want.
+    """
     if any(p != (0, 0) for p in padding):
         x = F.pad(x, [side for pair in reversed(padding) for side in pair])
-    d = len(kernel)
+    d, n = len(kernel), x.shape[0]
     for axis, (k, s, r) in enumerate(zip(kernel, stride, dilation), start=2):
         x = x.unfold(axis, (k - 1) * r + 1, s)[..., ::r]
-    return x.permute(0, *range(2, 2 + d), 1, *range(2 + d, 2 + 2 * d))
-
-
-def grouped_patches(x: Tensor, groups: int) -> Tensor:
-    """``[n, *space, c, *kernel] -> [n, *space, s, i]``: one copy of the windows."""
-    d = (x.ndim - 2) // 2
-    return x.reshape(*x.shape[: 1 + d], groups, -1)
+    windows = x.unflatten(1, (groups, -1)).permute(1, 2, *range(3 + d, 3 + 2 * d), 0, *range(3, 3 + d))  # [s c *kernel n *out]
+    space, i = windows.shape[-d:], math.prod(windows.shape[1 : 2 + d])
+    if x.requires_grad:
+        rows = windows.reshape(groups, i, n, *space)
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if ones else rows
+    else:
+        rows = x.new_empty(groups, i + ones, n, *space)
+        rows[:, :i].view(windows.shape).copy_(windows)
+        rows[:, i:] = 1
+    return rows.permute(2, *range(3, 3 + d), 0, 1)
 
 
 def channels_last(g: Tensor, groups: int) -> Tensor:
@@ -64,5 +73,6 @@ def conv(call: Call, input: Tensor, weight: Tensor, bias=None, stride=1, padding
         b,
         (call.out.shape[0], *call.out.shape[2:]),
         gradients=lambda g: channels_last(g, groups),
-        inputs=None if x is None else lambda: grouped_patches(patches(x, kernel, strides, pads, dilations), groups),
+        inputs=None if x is None else lambda: patches(x, kernel, strides, pads, dilations, groups, False),
+        inputs_and_ones=None if x is None else lambda: patches(x, kernel, strides, pads, dilations, groups, True),
     )
