@@ -58,7 +58,8 @@ def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "legend.frameon": False, "lines.linewidth": 1.6})
+    spines = {"axes.spines.top": False, "axes.spines.right": False}
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "legend.frameon": False, "lines.linewidth": 1.6, **spines})
     return plt.subplots(rows, columns, figsize=(width, height), constrained_layout=True, squeeze=False)
 
 

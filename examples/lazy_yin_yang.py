@@ -83,7 +83,7 @@ def saved_seed(seed: int) -> dict[str, np.ndarray]:
 
 def draw(path: Path, runs: dict[str, np.ndarray]) -> None:
     """Data, curves, linearity, regions above; the four maps below."""
-    fig, axes = figure(2, 4, 11.5, 5.8)
+    fig, axes = figure(2, 4, 12, 6)
     seeds = len(runs["difference"])
     points, names = GRID.points, {1.0: "alpha = 1", 100.0: "alpha = 100"}
     x, y = yin_yang(100, torch.Generator().manual_seed(0))
@@ -92,7 +92,7 @@ def draw(path: Path, runs: dict[str, np.ndarray]) -> None:
     top[0].imshow(GRID.image(yin_yang_label(points)), extent=box, origin="lower", cmap="Greys", vmax=3)
     for c, marker, colour in ((0, "o", "#ffffff"), (1, "s", "#000000")):
         top[0].scatter(*x[y == c].T, s=12, marker=marker, c=colour, edgecolors="#000000", linewidths=0.6)
-    top[0].set(title="(a) classes, and the data of seed 0", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+    top[0].set(title="(a) classes and one data set", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
     steps = np.unique(np.geomspace(1, 12000, 80).astype(int))
     for i, (alpha, name) in enumerate(names.items()):
         curves = runs["curves"][:, i]
@@ -100,7 +100,7 @@ def draw(path: Path, runs: dict[str, np.ndarray]) -> None:
         low, middle, high = np.nanquantile(curves[:, inside], [0.1, 0.5, 0.9], axis=0)
         top[1].plot(steps[inside], middle, color=COLOURS[alpha], label=name)
         top[1].fill_between(steps[inside], low, high, color=COLOURS[alpha], alpha=0.2, linewidth=0)
-    top[1].set(xscale="log", title="(b) training loss, median and 80 % band", xlabel="step")
+    top[1].set(xscale="log", title="(b) training loss (median, 80 %)", xlabel="step")
     top[1].legend(loc="lower left")
     for style, kind in (("-", "kernel"), ("--", "signs"), (":", "representation")):
         for i, alpha in enumerate(names):
@@ -117,15 +117,15 @@ def draw(path: Path, runs: dict[str, np.ndarray]) -> None:
         top[3].errorbar(np.array(LEVELS) + shift, mean, 2 * error, fmt="o-", color=colour, label=region, capsize=2)
     top[3].axhline(0, color="#888888", linewidth=0.8)
     top[3].invert_xaxis()
-    top[3].set(title="(d) mean difference, two standard errors", xlabel="training loss")
+    top[3].set(title="(d) loss difference by region", xlabel="training loss")
     top[3].legend(loc="upper left")
     maps = np.nanmean(runs["difference"], 0)
     bound = np.quantile(np.abs(maps), 0.99)
-    for ax, level, values in zip(axes[1], LEVELS, maps):
+    for ax, letter, level, values in zip(axes[1], "efgh", LEVELS, maps):
         shown = ax.imshow(GRID.image(torch.as_tensor(values)), extent=box, origin="lower", cmap="RdBu_r", vmin=-bound, vmax=bound)
         ax.contour(*[GRID.image(points[:, k]) for k in (0, 1)], GRID.image(yin_yang_label(points)).double(), [0.5], colors="#000000", linewidths=0.8)
-        ax.set(title=f"(e) loss difference at training loss {level}", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
-    fig.colorbar(shown, ax=axes[1], label=f"alpha = 1 minus 100, {seeds} seeds", shrink=0.9)
+        ax.set(title=f"({letter}) at training loss {level}", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+    fig.colorbar(shown, ax=axes[1], label=f"loss at alpha = 1 minus 100\nmean of {seeds} seeds", shrink=0.9)
     save(fig, path)
 
 
