@@ -26,11 +26,13 @@ from nngeom.core.errors import (
 from nngeom.covariance import GradientCovariance
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
+from nngeom.fmat.implicit import FMatImplicit
 from nngeom.gram import GramMatrices, GramMatrix, Jacobian
 from nngeom.hessian import Hessian
 from nngeom.io import load, merge, save
-from nngeom.maps.pull_back import PullBackDense
-from nngeom.maps.push_forward import PushForwardDense
+from nngeom.maps.pull_back import PullBackDense, PullBackImplicit
+from nngeom.maps.push_forward import PushForwardDense, PushForwardImplicit
+from nngeom.explain import explain
 from nngeom.measure import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
 from nngeom.metrics.categorical import Categorical
 from nngeom.metrics.likelihood import Bernoulli, Gaussian, Likelihood, Poisson

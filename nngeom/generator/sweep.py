@@ -104,6 +104,11 @@ class Sweep:
         else:
             yield from self.chunks(reuse=True)
 
+    @property
+    def fallback_names(self) -> set[str]:
+        """Parameters whose rows came from the per-example fallback so far."""
+        return set(self._demoted)
+
     # -- one batch -------------------------------------------------------------------------------------------------
 
     def _batch(self, batch: Batch, index: int) -> Iterator[Chunk]:

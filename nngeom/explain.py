@@ -1,0 +1,118 @@
+"""What the engine sees in a model: for each parameter the operation, the structure, and what representations would hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from nngeom.core.jacobian import LayerJacobian, LookupJacobian
+from nngeom.core.layout import Layout
+from nngeom.core.tied import SumJacobian, TiedJacobian
+from nngeom.generator.capture import capture
+from nngeom.generator.sweep import Sweep
+from nngeom.generator.task import Task
+from nngeom.metrics.loss import IdentityMetric
+from nngeom.pmat.kfac import FACTOR_LIMIT
+from nngeom.space.collection import LayerCollection
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: where it is used and what its Jacobian rows look like."""
+
+    name: str
+    shape: tuple[int, ...]
+    operations: tuple[str, ...]  # every use, in order
+    structure: str
+    block: tuple[int, int, int]  # (s, o, i) of the block it belongs to
+    numbers: dict[str, int]  # entries held by each representation for its whole block
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A table, one row a parameter; print it."""
+
+    rows: tuple[Row, ...]
+    outputs: tuple[int, ...]
+
+    def __str__(self) -> str:
+        kinds = list(self.rows[0].numbers)
+        head = ["parameter", "shape", "used in", "structure", "block s x o x i", *kinds]
+        body = [
+            [r.name, "x".join(map(str, r.shape)), _counted(r.operations), r.structure, "x".join(map(str, r.block)), *(f"{r.numbers[k]:,}" for k in kinds)]
+            for r in self.rows
+        ]
+        widths = [max(len(line[j]) for line in [head, *body]) for j in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) if j < 5 else cell.rjust(w) for j, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in [head, *body]]
+        slow = [r.name for r in self.rows if r.structure == "fallback"]
+        note = f"{len(slow)} of {len(self.rows)} parameters take one backward pass an example and output: {', '.join(slow[:6])}" if slow else ""
+        return "\n".join([*lines, *([note] if note else [])])
+
+    def __getitem__(self, name: str) -> Row:
+        return {r.name: r for r in self.rows}[name]
+
+
+def explain(
+    model: nn.Module, batch: Any, *, function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None
+) -> Explanation:
+    """Look at one forward and backward pass of ``model`` on one batch (as a loader would give it) and report.
+
+    Structures: ``kronecker`` (rows are sums of outer products), ``lookup`` (the same with one-hot inputs), ``tied`` (a
+    matrix used as itself and transposed), ``exact`` (small blocks, exact under KFAC), ``unlike uses`` and ``fallback``
+    (rows by one backward pass an example and output), ``unused``. The numbers are entries held for the whole block that
+    the parameter shares with its bias. Raises as :func:`FIM` does.
+    """
+    task = Task.build(model, function, layer_collection)
+    sweep = Sweep(task, [batch], IdentityMetric())
+    chunk = next(sweep.chunks())
+    used: dict[str, list[str]] = {}
+    for use in capture(task, next(iter(task.batches([batch])))).uses:
+        for slot in use.slots:
+            used.setdefault(slot.name, []).append(use.operation)
+    rows = {}
+    for layout, jacobian in chunk.jacobians.items():
+        for name in layout.names:
+            operations = tuple(used.get(name, ()))
+            rows[name] = _row(task.collection, name, layout, operations, _structure(jacobian, name in sweep.fallback_names, operations))
+    missing = [name for name in task.collection.names if name not in rows]
+    for name in missing:
+        rows[name] = _row(task.collection, name, task.collection.span([name]), (), "unused")
+    return Explanation(tuple(rows[name] for name in task.collection.names), (chunk.outputs[1], chunk.examples))
+
+
+def _structure(j: LayerJacobian, fallen: bool, operations: tuple[str, ...]) -> str:
+    if fallen:
+        return "fallback"
+    if isinstance(j, TiedJacobian):
+        return "tied"
+    if isinstance(j, SumJacobian):
+        return "unlike uses"
+    if isinstance(j, LookupJacobian):
+        return "lookup"
+    return "kronecker" if j.kronecker else "exact"
+
+
+def _row(collection: LayerCollection, name: str, layout: Layout, operations: tuple[str, ...], structure: str) -> Row:
+    s, o, i = layout.sizes
+    kronecker = structure in ("kronecker", "lookup", "tied")
+    side = lambda p, diagonal=False: p if diagonal or p > FACTOR_LIMIT else p * p
+    factors = s * (side(i, structure == "lookup") + side(o)) if kronecker else s * i * i
+    numbers = {
+        "Diag": layout.numel,
+        "QuasiDiag": layout.numel + (s * o * (i - 1) if len(layout.pieces) == 2 else 0),
+        "KFAC": factors,
+        "EKFAC": factors + layout.numel,
+        "Dense block": layout.numel**2,
+    }
+    shape = collection.shapes[collection.names.index(name)]
+    return Row(name, shape, operations, structure, (s, o, i), numbers)
+
+
+def _counted(operations: tuple[str, ...]) -> str:
+    """``linear x2, embedding``."""
+    if not operations:
+        return "-"
+    return ", ".join(f"{op} x{n}" if (n := operations.count(op)) > 1 else op for op in dict.fromkeys(operations))
