@@ -1,0 +1,151 @@
+"""What a tracker can measure: one function a quantity, from a look at the probe set to named numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.analysis.alignment import kernel_label_alignment
+from nngeom.analysis.coherence import coherence
+from nngeom.analysis.geometric_complexity import geometric_complexity
+from nngeom.analysis.rows import Function, Probe, require_labels
+from nngeom.analysis.spectrum import effective_rank, spectrum, trace_ratios
+from nngeom.analysis.stiffness import stiffness
+from nngeom.gram import GramMatrices
+from nngeom.metrics.loss import as_loss
+from nngeom.mgs.metrics import kernel_metrics
+from nngeom.space.collection import LayerCollection
+
+Numbers = dict[str, float]
+QUANTITIES: dict[str, Callable[[Look], Numbers]] = {}
+
+
+@dataclass
+class Look:
+    """The model on the probe set at one moment; what several quantities need is computed once."""
+
+    model: nn.Module
+    batches: list[Any]
+    loss: Any
+    function: Function
+    layer_collection: LayerCollection | None
+
+    @functools.cached_property
+    def probe(self) -> Probe:
+        """Task and batches."""
+        return Probe.build(self.model, self.batches, self.function, self.layer_collection)
+
+    @functools.cached_property
+    def labels(self) -> Tensor:
+        """The targets."""
+        return require_labels(self.probe)
+
+    @functools.cached_property
+    def outputs(self) -> Tensor:
+        """``(n, c)``."""
+        with torch.no_grad():
+            return torch.cat([self.probe.task.run(batch) for batch in self.probe.batches])
+
+    @functools.cached_property
+    def kernels(self) -> dict[str, Tensor]:
+        """``{layer: (c, n, c, n)}``."""
+        found = GramMatrices(self.model, self.probe.batches, function=self.function, layer_collection=self.layer_collection, check=False)
+        return {layer: k.tensor for layer, k in found.items()}
+
+    @functools.cached_property
+    def kernel(self) -> Tensor:
+        """``(c, n, c, n)``: their sum."""
+        return torch.stack(list(self.kernels.values())).sum(0)
+
+    @functools.cached_property
+    def eigenvalues(self) -> Tensor:
+        """Of the centred kernel, descending."""
+        from nngeom.analysis.kernel import center
+
+        return spectrum(center(self.kernel))
+
+
+def quantity(name: str) -> Callable[[Callable[[Look], Numbers]], Callable[[Look], Numbers]]:
+    """Register a function ``look -> {column: number}`` under a name for ``Tracker(metrics=[name, ...])``."""
+
+    def register(f: Callable[[Look], Numbers]) -> Callable[[Look], Numbers]:
+        QUANTITIES[name] = f
+        return f
+
+    return register
+
+
+@quantity("loss")
+def _loss(look: Look) -> Numbers:
+    with torch.no_grad():
+        return {"probe_loss": float(as_loss(look.loss)(look.outputs, look.labels).mean())}
+
+
+@quantity("accuracy")
+def _accuracy(look: Look) -> Numbers:
+    f, y = look.outputs, look.labels
+    guess = f.argmax(1) if f.shape[1] > 1 else (f[:, 0] > 0).to(y.dtype)
+    return {"probe_accuracy": float((guess == y.view(guess.shape)).double().mean())}
+
+
+@quantity("spectrum")
+def _spectrum(look: Look) -> Numbers:
+    values = look.eigenvalues
+    ranks = [r for r in (1, 2, 5, 10, 20, 50, 100) if r <= len(values)]
+    return {f"eigenvalue_{r}": float(values[r - 1]) for r in ranks}
+
+
+@quantity("effective_rank")
+def _effective_rank(look: Look) -> Numbers:
+    return {"effective_rank": float(effective_rank(look.eigenvalues))}
+
+
+@quantity("trace_ratios")
+def _trace_ratios(look: Look) -> Numbers:
+    ks = [10, 40, 80]
+    return {f"trace_ratio_{k}": float(t) for k, t in zip(ks, trace_ratios(look.eigenvalues, ks))}
+
+
+@quantity("alignment")
+def _alignment(look: Look) -> Numbers:
+    return {"alignment": float(kernel_label_alignment(look.kernel, look.labels))}
+
+
+@quantity("alignment_by_layer")
+def _alignment_by_layer(look: Look) -> Numbers:
+    return {f"alignment/{layer}": float(kernel_label_alignment(k, look.labels)) for layer, k in look.kernels.items()}
+
+
+@quantity("mgs")
+def _mgs(look: Look) -> Numbers:
+    c, n = look.kernel.shape[:2]
+    m = kernel_metrics(look.kernel.reshape(c * n, c * n))
+    return {"mgs_trace": float(m.mean_trace), "mgs_logdet": float(m.mean_log), "mgs_cosine": float(m.cosine)}
+
+
+@quantity("coherence")
+def _coherence(look: Look) -> Numbers:
+    found = coherence(look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection, check=False)
+    return {"coherence": float(found.alpha), "coherence_ratio": float(found.ratio)}
+
+
+@quantity("stiffness")
+def _stiffness(look: Look) -> Numbers:
+    found = stiffness(look.model, look.probe.batches, loss=look.loss, function=look.function, layer_collection=look.layer_collection, check=False)
+    return {"stiffness": float(found.mean), "stiffness_within": float(found.within), "stiffness_between": float(found.between)}
+
+
+@quantity("geometric_complexity")
+def _geometric_complexity(look: Look) -> Numbers:
+    return {"geometric_complexity": float(geometric_complexity(look.model, look.probe.batches, function=look.function))}
+
+
+@quantity("parameter_norm")
+def _parameter_norm(look: Look) -> Numbers:
+    squares = [p.detach().double().square().sum() for p in look.probe.task.parameters.values()]
+    return {"parameter_norm": float(torch.stack(squares).sum().sqrt())}

@@ -1,0 +1,200 @@
+"""A tracker: quantities of training geometry on a probe set every so many steps, kept as columns of numbers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nngeom.analysis.complexity import evaluating
+from nngeom.analysis.rows import Function
+from nngeom.core.errors import ArgumentError, FileError
+from nngeom.generator.task import Task
+from nngeom.space.collection import LayerCollection
+from nngeom.track.quantities import QUANTITIES, Look
+from nngeom.track.tensorboard import Writer
+
+DEFAULT = ("loss", "accuracy", "spectrum", "effective_rank", "alignment", "alignment_by_layer", "mgs", "coherence")
+FORMAT = "nngeom-track-1"
+
+
+class geometric:
+    """A schedule: steps 0, 1, 2, ... each at least ``factor`` times the last, for plots against ``log(step)``."""
+
+    def __init__(self, factor: float = 1.15):
+        if factor <= 1:
+            raise ArgumentError(f"factor is {factor}; expected a number above 1")
+        self.factor, self.last = factor, -1
+
+    def __call__(self, step: int) -> bool:
+        """Whether a step is due."""
+        due = self.last < 0 or step >= max(self.last + 1, math.ceil(self.last * self.factor))
+        if due:
+            self.last = step
+        return due
+
+
+class Tracker:
+    """Measures ``metrics`` of ``model`` on the batches of ``probe_loader``; call :meth:`step` after every optimiser step.
+
+    ``metrics``: names (``nngeom.track.QUANTITIES``) and functions ``(model, batches) -> number or {column: number}``.
+    ``every``: a number of steps, or a function ``step -> bool`` (``nngeom.track.geometric(1.15)``). The probe batches are read
+    once and kept. The model is measured in evaluation mode and put back; global random state is not touched.
+
+    ``csv``, ``tensorboard``: a file and a log directory that are written to as measurements come (the latter needs the extra
+    ``tensorboard``). ``history`` maps columns to lists of numbers of equal length, NaN where a number was not given.
+    ``overhead`` is the share of wall time since the first :meth:`step` that went into measuring.
+
+    Raises :class:`ArgumentError` for an unknown metric, :class:`LoaderError` for an empty probe loader.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe_loader: Any,
+        metrics: Sequence[str | Callable[..., Any]] = DEFAULT,
+        every: int | Callable[[int], bool] = 100,
+        *,
+        loss: Any = "cross_entropy",
+        function: Function = None,
+        layer_collection: LayerCollection | None = None,
+        csv: str | os.PathLike[str] | None = None,
+        tensorboard: str | os.PathLike[str] | None = None,
+    ):
+        unknown = [m for m in metrics if isinstance(m, str) and m not in QUANTITIES]
+        if unknown:
+            raise ArgumentError(f"metrics {unknown} are not known; expected some of {sorted(QUANTITIES)}, or functions (model, batches) -> number")
+        if not callable(every) and (not isinstance(every, int) or every < 1):
+            raise ArgumentError(f"every is {every!r}; expected a whole number of at least 1, or a function of the step")
+        self.model, self.metrics = model, tuple(metrics)
+        self.every, self.loss, self.function, self.layer_collection = every, loss, function, layer_collection
+        self.batches = list(Task.build(model, function, layer_collection).batches(probe_loader))
+        self.history: dict[str, list[float]] = {"step": []}
+        self.csv = None if csv is None else Path(csv)
+        self._writer = None if tensorboard is None else Writer(tensorboard)
+        self._begun: float | None = None
+        self._elapsed = self._spent = 0.0
+
+    # -- measuring ---------------------------------------------------------------------------------------------------
+
+    def step(self, step: int, **scalars: float) -> dict[str, float] | None:
+        """Measure if ``step`` is due: the new row, else ``None``. ``scalars`` (a running loss) are kept in the row."""
+        begin = time.perf_counter()
+        if self._begun is None:
+            self._begun = begin
+        due = self.every(step) if callable(self.every) else step % self.every == 0
+        return self.measure(step, **scalars) if due else None
+
+    def measure(self, step: int, **scalars: float) -> dict[str, float]:
+        """Measure now, due or not: the new row."""
+        begin = time.perf_counter()
+        if self._begun is None:
+            self._begun = begin
+        row: dict[str, float] = {"step": step, **{name: float(v) for name, v in scalars.items()}}
+        with evaluating(self.model):
+            look = Look(self.model, self.batches, self.loss, self.function, self.layer_collection)
+            for metric in self.metrics:
+                row.update(QUANTITIES[metric](look) if isinstance(metric, str) else _named(metric, self.model, self.batches))
+        self._append(row)
+        if self._writer is not None:
+            self._writer.add(step, row)
+        if self.csv is not None:
+            self.to_csv(self.csv)
+        self._spent += time.perf_counter() - begin
+        return row
+
+    def _append(self, row: dict[str, float]) -> None:
+        count = len(self.history["step"])
+        for name in row:
+            self.history.setdefault(name, [math.nan] * count)
+        for name, column in self.history.items():
+            column.append(row.get(name, math.nan))
+
+    @property
+    def overhead(self) -> float:
+        """Seconds spent measuring divided by all seconds since the first step, over resumed runs too; 0 before any."""
+        running = 0.0 if self._begun is None else time.perf_counter() - self._begun
+        total = self._elapsed + running
+        return self._spent / total if total > 0 else 0.0
+
+    # -- keeping -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """The history as a JSON file, written whole or not at all; raises :class:`FileError`."""
+        running = 0.0 if self._begun is None else time.perf_counter() - self._begun
+        last = getattr(self.every, "last", None)
+        state = {"format": FORMAT, "elapsed": self._elapsed + running, "spent": self._spent, "last": last, "history": self.history}
+        write_whole(Path(path), json.dumps(state))
+
+    def load(self, path: str | os.PathLike[str]) -> Tracker:
+        """Go on from a file of :meth:`save`: history, schedule and overhead; rows are appended. Raises :class:`FileError`."""
+        try:
+            state = json.loads(Path(path).read_text())
+            if not isinstance(state, dict) or state.get("format") != FORMAT:
+                raise FileError(f"{path} is no tracker file of this version (format {FORMAT!r})")
+            history = {str(name): [float(x) for x in column] for name, column in state["history"].items()}
+            elapsed, spent, last = float(state["elapsed"]), float(state["spent"]), state["last"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, FileError):
+                raise
+            raise FileError(f"{path} cannot be read as a tracker file: {error}") from error
+        if "step" not in history or len({len(column) for column in history.values()}) != 1:
+            raise FileError(f"{path} is damaged: its columns have different lengths")
+        self.history, self._elapsed, self._spent, self._begun = history, elapsed, spent, None
+        if last is not None and hasattr(self.every, "last"):
+            self.every.last = int(last)
+        return self
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """One row a measurement, one column a number; raises :class:`FileError`."""
+        import io
+
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([list(self.history), *zip(*self.history.values())])
+        write_whole(Path(path), text.getvalue())
+
+    def to_tensorboard(self, directory: str | os.PathLike[str]) -> None:
+        """The whole history as TensorBoard scalars; raises :class:`MissingExtraError` without the extra ``tensorboard``."""
+        writer = Writer(directory)
+        for values in zip(*self.history.values()):
+            row = dict(zip(self.history, values))
+            writer.add(int(row["step"]), row)
+        writer.close()
+
+    def plot(self, path: str | os.PathLike[str] | None = None, title: str = "") -> Any:
+        """The dashboard, written to ``path`` where given; the figure. Raises :class:`MissingExtraError` without the extra ``plot``."""
+        from nngeom.track.plots import dashboard
+
+        return dashboard(self.history, path, title)
+
+
+def _named(metric: Callable[..., Any], model: nn.Module, batches: list[Any]) -> dict[str, float]:
+    value = metric(model, batches)
+    if isinstance(value, dict):
+        return {str(name): float(v) for name, v in value.items()}
+    if not isinstance(value, (int, float)) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+        raise ArgumentError(f"the metric {_name(metric)!r} returned {type(value).__name__}; expected a number or a dict of numbers")
+    return {_name(metric): float(value)}
+
+
+def _name(metric: Callable[..., Any]) -> str:
+    return getattr(metric, "__name__", type(metric).__name__)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by a text, atomically; raises :class:`FileError` and leaves nothing half-written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise FileError(f"{path} cannot be written: {error.strerror or error}") from error
