@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import secrets
+import stat
 import zlib
 from typing import Any
 
@@ -51,7 +52,12 @@ def save(M: Any, path: str | os.PathLike[str]) -> None:
     target = os.path.abspath(os.fspath(path))
     part = f"{target}.{secrets.token_hex(6)}.part"
     try:
+        with open(part, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # the permissions of any new file here
         safetensors.torch.save_file(tensors, part, metadata)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(part, stat.S_IMODE(mode))
         os.replace(part, target)
     except (OSError, safetensors.SafetensorError) as error:
         raise FileError(f"cannot write {target!r}: {error}; expected a path in an existing folder that can be written") from error

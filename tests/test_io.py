@@ -52,6 +52,8 @@ def test_round_trip(name, kind, tmp_path):
     nng.save(m, path)
     same(m, nng.load(path))
     assert os.listdir(tmp_path) == ["m.safetensors"]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     v = nng.PVector.randn(m.layer_collection, dtype=torch.float64)
     torch.testing.assert_close(nng.load(str(path)).solve(v, 10.0).flat(), m.solve(v, 10.0).flat())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,11 +22,20 @@ class Arrangement:
     view: tuple[int, ...]
     order: tuple[int, ...]
     sizes: tuple[int, int, int]
+    window: int = field(default=1, compare=False)  # i is (channel, place in a window) with so many places
 
     @staticmethod
-    def plain(s: int, o: int, i: int) -> Arrangement:
+    def plain(s: int, o: int, i: int, window: int = 1) -> Arrangement:
         """The parameter's own order, read as ``[s, o, i]``."""
-        return Arrangement((s, o, i), (0, 1, 2), (s, o, i))
+        return Arrangement((s, o, i), (0, 1, 2), (s, o, i), window)
+
+    def by_place(self) -> Arrangement:
+        """The places of the window as groups of their own, ``[(s w), o, c]`` for ``i = (c w)``."""
+        s, o, i = self.sizes
+        view, order, w = self.view, self.order, self.window
+        if self.is_plain():
+            view, order = (s, o, i // w, w), (0, 1, 2, 3)
+        return Arrangement(view, (order[0], order[-1], *order[1:-1]), (s * w, o, i // w))
 
     def is_plain(self) -> bool:
         """Whether reading is a reshape only."""

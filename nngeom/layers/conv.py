@@ -65,7 +65,7 @@ def conv(call: Call, input: Tensor, weight: Tensor, bias=None, stride=1, padding
     else:
         pads = [(p, p) for p in as_tuple(padding, d)]
     sizes = (groups, weight.shape[0] // groups, math.prod(weight.shape[1:]))
-    w, b = call.whole(weight, Arrangement.plain(*sizes)), call.vector(bias, groups)
+    w, b = call.whole(weight, Arrangement.plain(*sizes, window=math.prod(kernel))), call.vector(bias, groups)
     x = call.keep(input) if w is not None else None
     return Use(
         f"conv{d}d",

@@ -44,7 +44,7 @@ def conv_transpose(
         raise NotStructured
     kernel = tuple(weight.shape[2:])
     rows, out, size = weight.shape[0] // groups, weight.shape[1], math.prod(kernel)
-    arrangement = Arrangement((groups, rows, out, size), (0, 2, 1, 3), (groups, out, rows * size))
+    arrangement = Arrangement((groups, rows, out, size), (0, 2, 1, 3), (groups, out, rows * size), window=size)
     w, b = call.whole(weight, arrangement), call.vector(bias, groups)
     x = call.keep(input) if w is not None else None
     strides, pads, extra, dilations = (as_tuple(v, d) for v in (stride, padding, output_padding, dilation))

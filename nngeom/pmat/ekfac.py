@@ -2,37 +2,100 @@
 
 from __future__ import annotations
 
-from nngeom.core.errors import ArgumentError
-from nngeom.pmat.kfac import EigenBlock, factor_statistic, kronecker_block
-from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Scope
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nngeom.core.errors import DeviceError, StructureError
+from nngeom.core.layout import Layout
+from nngeom.pmat.block import Block
+from nngeom.pmat.kfac import factor_statistic, kronecker_blocks
+from nngeom.pmat.kronecker import EigenBlock
+from nngeom.pmat.pmat import PMat, Representation
+from nngeom.pmat.recipe import Recipe, Scope
+from nngeom.pmat.sua import has_window, parts, sua_squares
 
 
-def scaling_statistic(bases: dict):
+def scaling_statistic(bases: dict[Layout, Any]):
     """``chunk -> {layout: {"d"}}``: squares of the rows in the kept eigenbases."""
 
     def statistic(chunk):
-        return {
-            layout: {"d": j.rotate(bases[layout].ua, bases[layout].ug).square()}
-            for layout, j in chunk.jacobians.items()
-        }
+        named = {}
+        for layout, j in chunk.jacobians.items():
+            if layout in bases:
+                named[layout] = {"d": j.rotate(bases[layout].ua, bases[layout].ug).square()}
+            elif has_window(layout, j) and parts(layout)[0] in bases:
+                named |= sua_squares(layout, j, bases)
+            else:
+                raise StructureError(
+                    f"parameters {list(layout.names)[:4]} have no eigenbasis of this structure: they are used differently here than in the data "
+                    "the basis came from; measure a new PMatEKFAC"
+                )
+        return named
 
     return statistic
 
 
 class PMatEKFAC(PMat):
-    """KFAC's eigenvectors, and the mean squares of the rows along them: never farther from the exact block than KFAC."""
+    """KFAC's eigenvectors, and the mean squares of the rows along them: never farther from the exact block than KFAC.
+
+    Options as :class:`PMatKFAC`.
+    """
 
     passes = 2
 
     @classmethod
     def recipe(cls, scope: Scope, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
-        if sua:
-            raise ArgumentError("sua=True is not available yet; use sua=False")
-        means = yield factor_statistic(sharing, block_limit)
-        bases = {layout: kronecker_block(t).eigen() for layout, t in means.items()}
-        means = yield scaling_statistic(bases)
-        return {layout: _with_spectrum(bases[layout], t["d"]) for layout, t in means.items()}
+        means = yield factor_statistic(sharing, block_limit, sua)
+        bases = {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}
+        return (yield from rescale(bases))
+
+    def rescaled(self, model: Any, loader: Any, measure: Callable[..., Any] | None = None, **options: Any) -> PMatEKFAC:
+        """New eigenvalues in the kept eigenbasis: the mean squares of the rows of ``model`` now, in one sweep, as a new PMatEKFAC.
+
+        ``measure``: :func:`FIM` (the default), :func:`GGN`, ...; ``options`` are its own (``likelihood=``, ``loss=``,
+        ``samples=``, ...). The eigenvalues of the factors, which :class:`FactoredTikhonov` adds, stay those of the basis.
+        Raises :class:`StructureError` where the model uses its parameters differently than when the basis was made, and
+        what the measure raises. Source: George et al. 2018, algorithm 1.
+        """
+        from nngeom.measure import FIM
+
+        return (measure or FIM)(model, loader, Rescaling(PMatEKFAC, {}, self.blocks), layer_collection=self.layer_collection, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class Rescaling(Representation):
+    """EKFAC with its bases given: one sweep."""
+
+    bases: dict[Layout, Block] = field(default_factory=dict)
+
+    def recipe(self, scope: Scope) -> Recipe:
+        """The recipe for the whole collection."""
+        return (yield from rescale({layout: b for layout, b in self.bases.items() if isinstance(b, EigenBlock)}))
+
+    @property
+    def passes(self):
+        return 1
+
+
+def rescale(bases: dict[Layout, EigenBlock]) -> Recipe:
+    """The mean squares of the rows in given bases; zero for parameters that the data does not use."""
+
+    def statistic(chunk):
+        j = next(iter(chunk.jacobians.values()), None)
+        here = bases
+        if j is not None:
+            first = next(iter(bases.values()))
+            if first.d.device != j.device:
+                raise DeviceError(f"the eigenbasis is on {first.d.device} and the model on {j.device}; move one with .to(device)")
+            if first.d.dtype != j.dtype:
+                here = {layout: b.to(j.dtype) for layout, b in bases.items()}
+        return scaling_statistic(here)(chunk)
+
+    means = yield statistic
+    return {layout: _with_spectrum(b, means[layout]["d"] if layout in means else torch.zeros_like(b.d)) for layout, b in bases.items()}
 
 
 def _with_spectrum(basis: EigenBlock, d) -> EigenBlock:

@@ -1,0 +1,159 @@
+"""Blocks with Kronecker structure: a product of two factors, and any spectrum in the eigenbasis of one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core import linalg
+from nngeom.core.damping import FactoredTikhonov
+from nngeom.core.tied import product_of_marginals
+from nngeom.pmat.block import Block, BlockBasis, reciprocal
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerBlock(Block):
+    """``x -> g x a`` with ``a`` over inputs and ``g`` over output gradients, both dense or diagonal."""
+
+    a: Tensor  # [s i i] or [s i]
+    g: Tensor  # [s o o] or [s o]
+    uses: tuple[Tensor, ...] = ()  # of a parameter used in unlike ways, the factors a, g of every use: their means merge, the joined ones' do not
+
+    def mv(self, x):
+        return linalg.right(linalg.left(self.g, x), self.a)
+
+    def diag(self):
+        return linalg.factor_diag(self.g).unsqueeze(-1) * linalg.factor_diag(self.a).unsqueeze(-2)
+
+    def trace(self):
+        return (linalg.factor_diag(self.g).sum(-1) * linalg.factor_diag(self.a).sum(-1)).sum()
+
+    def squared_norm(self):
+        return (linalg.factor_norm2(self.a) * linalg.factor_norm2(self.g)).sum()
+
+    def scaled(self, c):
+        return KroneckerBlock(self.a, c * self.g, tuple(c * f if q % 2 else f for q, f in enumerate(self.uses)))
+
+    def merged(self, other, mine, theirs):
+        """The means of the factors: what one sweep over both data sets gives."""
+        if not isinstance(other, KroneckerBlock) or [f.shape for f in self._factors] != [f.shape for f in other._factors]:
+            return None
+        return KroneckerBlock.of(*(mine * x + theirs * y for x, y in zip(self._factors, other._factors)))
+
+    @staticmethod
+    def of(*factors: Tensor) -> KroneckerBlock:
+        """From the factors ``a, g`` of one use, or ``a0, g0, a1, g1, ...`` of several unlike ones."""
+        if len(factors) == 2:
+            return KroneckerBlock(*factors)
+        return KroneckerBlock(*product_of_marginals(list(zip(factors[::2], factors[1::2]))), factors)
+
+    @property
+    def _factors(self) -> tuple[Tensor, ...]:
+        return self.uses or (self.a, self.g)
+
+    def inverse(self, damping):
+        if isinstance(damping, FactoredTikhonov):
+            return self.factored_inverse(damping.value)
+        return self.eigen().inverse(damping)
+
+    def factored_inverse(self, x: float) -> KroneckerBlock:
+        """``(a + pi sqrt(x))^-1 (x) (g + sqrt(x) / pi)^-1``, ``pi`` the root of the ratio of mean eigenvalues."""
+        if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
+            whole = linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), self.a.new_full((self.a.shape[0],), x))
+            return KroneckerBlock(linalg.factor_inverse(whole, f"the block with damping {x:g}"), torch.ones_like(self.g))
+        means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
+        usable = (means[0] > 0) & (means[1] > 0)
+        pi = torch.where(usable, (means[0] / means[1].where(usable, torch.ones_like(means[1]))).sqrt(), torch.ones_like(means[0]))
+        root = math.sqrt(x)
+        a = linalg.factor_inverse(linalg.factor_shift(self.a, pi * root), "the input factor")
+        g = linalg.factor_inverse(linalg.factor_shift(self.g, root / pi), "the gradient factor")
+        return KroneckerBlock(a, g)
+
+    def eigen(self) -> EigenBlock:
+        """The same matrix in its eigenbasis."""
+        (sa, ua), (sg, ug) = linalg.factor_eigh(self.a), linalg.factor_eigh(self.g)
+        return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
+
+    def eigh(self):
+        block = self.eigen()
+        return block.d, KroneckerBasis(block.ua, block.ug)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerBasis(BlockBasis):
+    """``ug (x) ua``; ``None`` is the identity."""
+
+    ua: Tensor | None  # [s i i]
+    ug: Tensor | None  # [s o o]
+
+    def mv(self, x):
+        return linalg.right(linalg.left(self.ug, x), self.ua, transpose=True)
+
+    def tmv(self, x):
+        return linalg.right(linalg.left(self.ug, x, transpose=True), self.ua)
+
+
+@dataclass(frozen=True, eq=False)
+class EigenBlock(Block):
+    """Any spectrum in a Kronecker-factored eigenbasis: ``x -> ug (d * (ug^T x ua)) ua^T``."""
+
+    ua: Tensor | None  # [s i i]
+    ug: Tensor | None  # [s o o]
+    d: Tensor  # [s o i]
+    sa: Tensor | None = None  # [s i], eigenvalues of the factors the basis came from
+    sg: Tensor | None = None  # [s o]
+
+    @property
+    def basis(self) -> KroneckerBasis:
+        """The eigenvectors."""
+        return KroneckerBasis(self.ua, self.ug)
+
+    def mv(self, x):
+        return self.basis.mv(self.d * self.basis.tmv(x))
+
+    def diag(self):
+        d = self.d
+        if self.ug is not None:
+            d = self.ug.square() @ d
+        return d @ self.ua.square().mT if self.ua is not None else d
+
+    @property
+    def sizes(self):
+        return self.d.shape
+
+    def trace(self):
+        return self.d.sum()
+
+    def squared_norm(self):
+        return self.d.square().sum()
+
+    def scaled(self, c):
+        return EigenBlock(self.ua, self.ug, c * self.d, self.sa, None if self.sg is None else c * self.sg)
+
+    def merged(self, other, mine, theirs):
+        """Mean eigenvalues in the same basis; ``None`` in different ones, where they are not comparable."""
+        if not isinstance(other, EigenBlock) or not (_equal(self.ua, other.ua) and _equal(self.ug, other.ug)):
+            return None
+        return EigenBlock(self.ua, self.ug, mine * self.d + theirs * other.d, self.sa, self.sg)
+
+    def inverse(self, damping):
+        if isinstance(damping, FactoredTikhonov):
+            values = self.d + self.additive(damping.value)
+            return EigenBlock(self.ua, self.ug, reciprocal(values, FactoredTikhonov(0.0), "the matrix in its eigenbasis"))
+        return EigenBlock(self.ua, self.ug, reciprocal(self.d, damping, "the matrix in its eigenbasis"))
+
+    def additive(self, x: float) -> Tensor | float:
+        """``x + sqrt(x) s_A + sqrt(x) s_B``; plain ``x`` where there are no factors or one is trivial."""
+        if self.sa is None or self.sg is None or self.sg.shape[-1] == 1:
+            return x
+        return x + math.sqrt(x) * (self.sa.unsqueeze(-2) + self.sg.unsqueeze(-1))
+
+    def eigh(self):
+        return self.d, self.basis
+
+
+def _equal(x: Tensor | None, y: Tensor | None) -> bool:
+    return x is y if x is None or y is None else torch.equal(x, y)
