@@ -1,0 +1,39 @@
+"""Sphinx: markdown by MyST, the furo theme, API by autodoc; built with warnings as errors."""
+
+from pathlib import Path
+
+project = "nngeom"
+author = "the nngeom authors"
+copyright = "the nngeom authors"
+release = version = "0.1.0"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+autodoc_class_signature = "separated"
+python_maximum_signature_line_length = 100
+
+html_theme = "furo"
+html_title = "nngeom"
+html_show_sphinx = False
+
+PLACED = {"index", "quickstart", "concepts", "models", "errors", "measures", "representations", "extending", "api"}
+
+
+def setup(app):
+    """Pages of the parts built on top of the core join the table of contents by being there."""
+    order = ["function_space", "analysis", "linearized", "optimizers", "tracking", "distributed", "benchmarks"]
+    rank = lambda name: next((j for j, first in enumerate(order) if name.startswith(first)), len(order))
+    found = sorted((p.stem for p in Path(app.srcdir).glob("*.md") if p.stem not in PLACED), key=lambda name: (rank(name), name))
+
+    def insert(app, name, source):
+        if name == "index":
+            source[0] = source[0].replace("@more@", "\n".join(found))
+
+    app.connect("source-read", insert)
+    app.connect("env-get-outdated", lambda *args: ["index"])
