@@ -47,7 +47,7 @@ LEVELS = torch.linspace(0.98, 0.02, 49, dtype=torch.float64)
 def problems() -> dict[str, tuple[QuadraticData, Groups]]:
     """The data and the groups followed in each."""
     one = reversed_modes(torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0], dtype=torch.float64))
-    two, three = label_noise(20, 5, 2.0, 200), spurious_feature(20, 5, 1.0, 10.0, 200)
+    two, three = label_noise(20, 5, 2.0, 200), spurious_feature(20, 5, 0.5, 2.0, 200)
     return {
         "1: opposite correlations": (one, Groups({f"example {i + 1}": torch.tensor([i]) for i in (0, 2, 4)})),
         "2: label noise": (two, groups_by_flag(~two.typical)),
@@ -135,7 +135,7 @@ def main() -> None:
                     runs = [at_levels(network(data, groups, regime, activation, seed)) for seed in range(args.seeds)]
                     curves = {name: torch.stack([r[name] for r in runs]).nanmean(0) for name in groups.members}
                 for name, style in zip(groups.members, ("-", "--", ":")):
-                    ax.plot(LEVELS, curves[name], style, color=colour, label=f"{regime}, {name}")
+                    ax.plot(LEVELS, curves[name], style, color=colour, label=name if regime == "linear" else None)
                     if row == 0:
                         ax.plot(dots["loss"], dots[name], ".", color=colour, markersize=4)
                 found = ", ".join(f"{name} {float(curves[name][half]):.2f}" for name in groups.members)
@@ -145,9 +145,12 @@ def main() -> None:
             if column == 0:
                 ax.set_ylabel(f"{what}\nerror of the group / its start")
             if row == 0:
-                ax.legend(fontsize=7, loc="best", handlelength=2.4, framealpha=0.85, frameon=True, edgecolor="none")
+                for line in ax.legend(handlelength=2.4, loc="lower left" if column == 0 else "upper right").get_lines():
+                    line.set_color("#555555")
             if row == 2:
                 ax.set_xlabel("training loss / its start")
+    lines = [axes[0, 0].plot([], [], color=colour, label=regime)[0] for regime, colour in REGIMES.items()]
+    fig.legend(handles=lines, loc="outside upper center", ncols=2)
     save(fig, args.figure)
 
 

@@ -46,7 +46,7 @@ def label_noise(n: int = 20, flipped: int = 5, eta: float = 2.0, d: int = 200) -
     return QuadraticData(X, y, k > 0)
 
 
-def spurious_feature(n: int = 20, minority: int = 5, strength: float = 1.0, eta: float = 10.0, d: int = 200) -> QuadraticData:
+def spurious_feature(n: int = 20, minority: int = 5, strength: float = 0.5, eta: float = 2.0, d: int = 200) -> QuadraticData:
     """Example 3: ``x_i = k_i y_i e_1 + strength y_i e_2 + eta e_{i+2}``: a spurious feature that fails (``k_i = -1``) for a
     minority, and a core feature that is always right but weaker (``strength <= 1``). Raises :class:`ArgumentError`."""
     _require(n, minority, d, n + 2)
