@@ -1,8 +1,9 @@
-"""Gram matrices of the gradients (empirical tangent kernels): the same sweeps as the parameter space, read the other way."""
+"""Kernels and Jacobians of a model: the same sweeps as the parameter space, read the other way."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.core import memory
-from nngeom.core.errors import UnsupportedError
-from nngeom.fmat.dense import FMatDense
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
-from nngeom.fmat.tiles import Side, matched, pairs, span
-from nngeom.generator.sweep import Sweep
+from nngeom.fmat.estimate import RandomSigns, TraceEstimate, kernel_estimate
+from nngeom.fmat.fmat import FMat
+from nngeom.fmat.implicit import FMatImplicit
+from nngeom.fmat.products import EVERYTHING, Grouping, build
+from nngeom.fmat.store import FileStore, fingerprint
+from nngeom.fmat.tiles import Side
+from nngeom.generator.sweep import Metric, Sweep
 from nngeom.generator.task import Task
-from nngeom.maps.push_forward import PushForwardDense
+from nngeom.maps.pull_back import PullBackDense, PullBackImplicit
+from nngeom.maps.push_forward import PushForwardDense, PushForwardImplicit, dense_rows
+from nngeom.metrics.fisher import seed_of
 from nngeom.metrics.loss import IdentityMetric
 from nngeom.pmat.implicit import math_attention
-from nngeom.pmat.recipe import write_rows
 from nngeom.space.collection import LayerCollection
 
 
@@ -33,20 +40,56 @@ def GramMatrix(
     layer_collection: LayerCollection | None = None,
     centered: bool = False,
     differentiable: bool = False,
+    estimator: str | None = None,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    out: str | os.PathLike[str] | None = None,
     progress: bool = False,
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
 ) -> Any:
-    """The Gram matrix of the gradients of all outputs, ``K[k, n, l, m] = <d f_k(x_n)/dw, d f_l(x_m)/dw>``, not normalised.
+    """The Gram matrix of the gradients of all outputs (the empirical neural tangent kernel), not normalised: ``K = J J^T``.
 
-    ``other``: a second loader, whose examples are the columns. ``centered``: the mean gradient of each output over the
-    examples of the first loader is subtracted on both sides. ``differentiable``: the kernel keeps its graph.
+    ``K.tensor[k, n, l, m] = <d f_k(x_n) / dw, d f_l(x_m) / dw>``, ``(c, n, c, m)``; rows keep the order of the loader.
+
+    ``representation``: ``FMatDense``; ``FMatBlockDiag``, one block ``(n, m)`` an output; ``FMatDiag``, squared norms
+    ``(c, n)`` without any kernel; ``FMatImplicit``, products only. ``other``: a second loader, whose examples are the
+    columns. ``centered``: the mean gradient of each output over the examples of the first loader is subtracted on both
+    sides. ``differentiable``: the kernel keeps its graph, so that ``K.trace().backward()`` reaches the parameters.
+
+    ``estimator="rademacher"`` replaces the sum over outputs by ``samples`` draws of random output signs, one backward
+    pass each: with ``FMatDiag`` a :class:`TraceEstimate`, whose ``trace()`` has a standard error; with ``FMatDense`` a
+    :class:`KernelEstimate` of ``sum_k K[k, n, k, m]``, for models with very many outputs.
+
+    ``out``: a path; an ``FMatDense`` is written to a memory-mapped ``.npy`` tile by tile, and an interrupted run is resumed
+    by the same call (``ArgumentError`` where inputs, parameters or options differ). ``memory_budget`` in bytes cuts the
+    work into tiles and does not change the result.
+
+    Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError`,
+    :class:`ArgumentError`. Source: Jacot et al. 2018; Baratin et al. 2021, eq. 1; George 2021, thesis, section 3.2.3.
     """
-    groups = _kernels(
-        model, loader, representation, other, function, layer_collection, centered, differentiable, progress, memory_budget, check, process_group, False
-    )  # fmt: skip
-    return groups[""]
+    _require_alone(process_group)
+    kind = _representation(representation)
+    with _settings(memory_budget, differentiable):
+        task = Task.build(model, function, layer_collection)
+        if estimator is not None:
+            return _estimate(task, loader, other, kind, estimator, samples, generator, centered, differentiable, out, progress, check)
+        side = lambda data: _side(task, data, IdentityMetric(), differentiable, progress, check)
+        rows, columns = side(loader), None if other is None else side(other)
+        if kind is FMatImplicit:
+            _refuse_with_implicit(differentiable, out)
+            _first_look(rows, columns)
+            return FMatImplicit(rows, columns or rows, centered)
+        if kind is FMatDiag and columns is not None:
+            raise ArgumentError("a kernel between two sets of examples has no diagonal; use FMatDense or FMatBlockDiag with other=")
+        store = None
+        if out is not None:
+            if kind is not FMatDense or differentiable:
+                raise ArgumentError(f"out= writes an FMatDense without graph; got {kind.__name__} with differentiable={differentiable}")
+            batches = [*rows.sweep.loader, "|", *(columns.sweep.loader if columns is not None else ())]
+            store = FileStore(out, fingerprint(batches, task.model.state_dict(), task.collection.names, centered))
+        return build(kind, rows, columns, EVERYTHING, centered, store, progress)[""]
 
 
 def GramMatrices(
@@ -64,10 +107,19 @@ def GramMatrices(
     check: bool = True,
     process_group: Any = None,
 ) -> dict[str, Any]:
-    """One Gram matrix a layer, in the same sweep, summing to :func:`GramMatrix`: ``{layer: kernel}``."""
-    return _kernels(
-        model, loader, representation, other, function, layer_collection, centered, differentiable, progress, memory_budget, check, process_group, True
-    )  # fmt: skip
+    """One Gram matrix a layer, ``{layer: kernel}``, in the same sweep; they sum to :func:`GramMatrix`.
+
+    A layer is the module that owns a parameter under its first name. Arguments and errors as :func:`GramMatrix`.
+    """
+    _require_alone(process_group)
+    kind = _representation(representation)
+    if kind is FMatImplicit:
+        raise ArgumentError("GramMatrices holds its kernels; expected FMatDense, FMatBlockDiag or FMatDiag (FMatImplicit: GramMatrix with a layer_collection)")
+    with _settings(memory_budget, differentiable):
+        task = Task.build(model, function, layer_collection)
+        side = lambda data: _side(task, data, IdentityMetric(), differentiable, progress, check)
+        grouping = Grouping(tuple(task.collection.by_layer()), task.layer_of)
+        return build(kind, side(loader), None if other is None else side(other), grouping, centered, None, progress)
 
 
 def Jacobian(
@@ -82,75 +134,69 @@ def Jacobian(
     check: bool = True,
     process_group: Any = None,
 ) -> Any:
-    """The Jacobian of all outputs at all examples, ``(c, n, d)``, as a map between parameter and function space."""
-    if process_group is not None:
-        raise UnsupportedError("process_group is not available yet; pass process_group=None and merge shards afterwards")
-    task = Task.build(model, function, layer_collection)
-    with memory.limit(memory_budget), torch.no_grad():
-        side = Side(Sweep(task, loader, IdentityMetric(), memory_budget, check, progress, label="Jacobian"))
-        out: Tensor | None = None
-        for chunk in side.chunks():
-            k, n = span(chunk)
-            if out is None:
-                out = torch.zeros(chunk.outputs[1], side.examples, task.collection.numel, dtype=side.dtype, device=side.device)
-            for layout, j in chunk.jacobians.items():
-                write_rows(out[k, n], j, layout)
-    return representation(task.collection, out)
+    """The Jacobian of all outputs at all examples, ``(c, n, d)``, as a map between parameter and function space.
+
+    ``representation``: ``PushForwardDense`` or ``PushForwardImplicit`` (``J v``), ``PullBackDense`` or
+    ``PullBackImplicit`` (``J^T u``); ``.T`` links them. ``J @ J.T`` is a kernel, ``J.T @ J`` a matrix over the
+    parameters. Other arguments and errors as :func:`GramMatrix`.
+    """
+    _require_alone(process_group)
+    with memory.limit(memory_budget):
+        task = Task.build(model, function, layer_collection)
+        side = _side(task, loader, IdentityMetric(), False, progress, check, "Jacobian")
+        if representation in (PushForwardImplicit, PullBackImplicit):
+            _first_look(side, None)
+            return representation(side)
+        if representation not in (PushForwardDense, PullBackDense):
+            raise ArgumentTypeError(f"representation is {representation!r}; expected PushForwardDense, PushForwardImplicit, PullBackDense or PullBackImplicit")
+        return representation(task.collection, dense_rows(side))
 
 
-def _kernels(
-    model, loader, representation, other, function, layer_collection, centered, differentiable, progress, memory_budget, check, process_group, by_layer
-) -> dict[str, Any]:
-    if process_group is not None:
-        raise UnsupportedError("process_group is not available yet; pass process_group=None and merge shards afterwards")
-    task = Task.build(model, function, layer_collection)
+@contextlib.contextmanager
+def _settings(memory_budget: int | None, differentiable: bool):
+    """The budget, gradients only where asked for, and attention kernels that have second derivatives where they are needed."""
     attention = math_attention() if differentiable else contextlib.nullcontext()
     with memory.limit(memory_budget), attention, torch.set_grad_enabled(differentiable):
-        side = lambda data: Side(Sweep(task, data, IdentityMetric(), memory_budget, check, progress, keep_graph=differentiable, label="GramMatrix"))
-        rows, columns = side(loader), None if other is None else side(other)
-        layers = tuple(task.collection.by_layer()) if by_layer else ("",)
-        layer_of = task.layer_of if by_layer else lambda name: ""
-        if representation is FMatDiag:
-            tensors = squared_norms(rows, layers, layer_of)
-        else:
-            tensors = products(representation, rows, columns, layers, layer_of, differentiable)
-    return {layer: representation(t) for layer, t in tensors.items()}
+        yield
 
 
-def squared_norms(rows: Side, layers: tuple[str, ...], layer_of: Callable[[str], str]) -> dict[str, Tensor]:
-    """``{layer: (c, n)}``: the squared norms of the gradients; no kernel is formed."""
-    parts: dict[str, dict[int, list[Tensor]]] = {layer: {} for layer in layers}
-    for chunk in rows.chunks():
-        k, _ = span(chunk)
-        totals = {layer: torch.zeros(k.stop - k.start, chunk.examples, dtype=rows.dtype, device=rows.device) for layer in layers}
-        for layout, j in chunk.jacobians.items():
-            layer = layer_of(layout.names[0])
-            totals[layer] = totals[layer] + j.squared_norms()
-        for layer, t in totals.items():
-            parts[layer].setdefault(chunk.start, []).append(t)
-    return {layer: torch.cat([torch.cat(outputs) for outputs in examples.values()], 1) for layer, examples in parts.items()}
+def _side(task: Task, data: Any, metric: Metric, differentiable: bool, progress: bool, check: bool, label: str = "GramMatrix") -> Side:
+    return Side(Sweep(task, data, metric, check=check, progress=progress and label != "GramMatrix", keep_graph=differentiable, label=label))
 
 
-def products(
-    kind: Any, rows: Side, columns: Side | None, layers: tuple[str, ...], layer_of: Callable[[str], str], differentiable: bool
-) -> dict[str, Tensor]:
-    """``{layer: tensor}`` of a kernel representation, tile by tile; the lower half of a square kernel is mirrored."""
-    out: dict[str, Tensor] = {}
-    m = (columns or rows).examples
-    for x, y in pairs(rows, columns):
-        (k, n), (l, q) = span(x), span(y)
-        place = kind.place(k, n, l, q)
-        if any(s.stop <= s.start for s in place):
-            continue
-        tiles: dict[str, Tensor] = {}
-        for layer, jx, jy in matched(x, y, layer_of):
-            part = kind.product(jx, jy, k, l)
-            tiles[layer] = part if layer not in tiles else tiles[layer] + part if differentiable else tiles[layer].add_(part)
-        if not out:
-            shape = kind.sizes(x.outputs[1], rows.examples, m)
-            out = {layer: torch.zeros(shape, dtype=rows.dtype, device=rows.device) for layer in layers}
-        for layer, tile in tiles.items():
-            out[layer][place] = tile
-            if columns is None and x is not y:
-                out[layer][kind.place(l, q, k, n)] = kind.mirror(tile)
-    return out
+def _first_look(rows: Side, columns: Side | None) -> None:
+    """Refuse now what products would only meet later: models that mix examples, non-finite outputs, odd batches."""
+    for side in (rows, columns):
+        if side is not None and side.sweep.check:
+            next(iter(side.chunks()))
+
+
+def _estimate(task, loader, other, kind, estimator, samples, generator, centered, differentiable, out, progress, check) -> Any:
+    if estimator != "rademacher":
+        raise ArgumentError(f"estimator is {estimator!r}; expected 'rademacher', or None for all outputs")
+    if not isinstance(samples, int) or samples < 1:
+        raise ArgumentError(f"samples is {samples!r}; expected a whole number of at least 1")
+    if kind not in (FMatDiag, FMatDense) or centered or out is not None or (kind is FMatDiag and other is not None):
+        raise ArgumentError("estimator='rademacher' goes with FMatDiag (the trace) or FMatDense (the kernel summed over outputs), without centered= or out=")
+    metric = RandomSigns(samples, seed_of(generator), shared=kind is FMatDense)
+    side = lambda data: _side(task, data, metric, differentiable, progress, check)
+    if kind is FMatDiag:
+        return TraceEstimate(build(FMatDiag, side(loader), None, EVERYTHING)[""].tensor)
+    draws = build(FMatBlockDiag, side(loader), None if other is None else side(other), EVERYTHING, progress=progress)[""]
+    return kernel_estimate(draws.tensor)
+
+
+def _refuse_with_implicit(differentiable: bool, out: Any) -> None:
+    if differentiable or out is not None:
+        raise ArgumentError("FMatImplicit takes neither differentiable= nor out=; use FMatDense")
+
+
+def _representation(representation: Any) -> Any:
+    if representation is FMatImplicit or (isinstance(representation, type) and issubclass(representation, FMat) and representation is not FMat):
+        return representation
+    raise ArgumentTypeError(f"representation is {representation!r}; expected FMatDense, FMatBlockDiag, FMatDiag or FMatImplicit")
+
+
+def _require_alone(process_group: Any) -> None:
+    if process_group is not None:
+        raise UnsupportedError("process_group is not available yet; pass process_group=None and merge shards afterwards")

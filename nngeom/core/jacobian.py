@@ -11,12 +11,14 @@ operations and chooses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nngeom.core import contract, linalg, memory
+from nngeom.core.errors import UnsupportedError
 
 
 class LayerJacobian(ABC):
@@ -45,6 +47,14 @@ class LayerJacobian(ABC):
         """Rows of cotangents ``lo .. hi - 1``."""
 
     # -- derived ----------------------------------------------------------------------------------------------------
+
+    def joins(self, other: LayerJacobian) -> bool:
+        """Whether the examples of ``other`` can follow these in one Jacobian."""
+        return False
+
+    def joined(self, others: Sequence[LayerJacobian]) -> LayerJacobian:
+        """These examples followed by those of ``others``, all of which it :meth:`joins`."""
+        raise UnsupportedError(f"{type(self).__name__} keeps batches apart")
 
     def bytes_each(self) -> int:
         """Bytes of the rows of one example."""
@@ -156,6 +166,12 @@ class FullJacobian(LayerJacobian):
     def examples(self, lo, hi):
         return FullJacobian(self.m[:, lo:hi])
 
+    def joins(self, other):
+        return type(other) is FullJacobian
+
+    def joined(self, others):
+        return FullJacobian(torch.cat([self.m, *(j.m for j in others)], 1))
+
     def outputs(self, lo, hi):
         return FullJacobian(self.m[lo:hi])
 
@@ -192,6 +208,13 @@ class FactoredJacobian(LayerJacobian):
     def examples(self, lo, hi):
         return FactoredJacobian(self.a[lo:hi], self.g[:, lo:hi])
 
+    def joins(self, other):
+        return type(other) is type(self) and self.a.shape[1:] == other.a.shape[1:]
+
+    def joined(self, others):
+        a, g = torch.cat([self.a, *(j.a for j in others)]), torch.cat([self.g, *(j.g for j in others)], 1)
+        return replace(self, a=a, g=g)
+
     def outputs(self, lo, hi):
         return FactoredJacobian(self.a, self.g[lo:hi])
 
@@ -213,7 +236,7 @@ class FactoredJacobian(LayerJacobian):
             return squares.mT @ self.a[:, 0].square().transpose(0, 1)
         if contract.pairs_are_cheaper(self.g.shape, self.a.shape[-1]):
             return contract.square_by_pairs(self.g, self.a)
-        return super().square()
+        return contract.square_by_rows(self.g, self.a)
 
     def squared_norms(self):
         if self.positions == 1:
@@ -243,31 +266,25 @@ class FactoredJacobian(LayerJacobian):
         a = self.a if sharing == "expand" else self.a.mean(1, keepdim=True)
         if a.shape[-1] > limit:
             return a.square().sum((0, 1))
-        if a.shape[2] == 1:
-            return linalg.gram(a.flatten(0, 2)).unsqueeze(0)
-        a = a.flatten(0, 1).transpose(0, 1)
-        return a.mT @ a
+        return contract.second_moment(a)
 
     def gradient_factor(self, sharing: str, limit: int) -> Tensor:
         """``"g"`` of :meth:`kronecker_sums`: divided by the number of positions that are counted as examples."""
         g = self.g if sharing == "expand" else self.g.sum(2, keepdim=True)
         if g.shape[-1] > limit:
             total = g.square().sum((0, 1, 2))
-        elif g.shape[3] == 1:
-            total = linalg.gram(g.reshape(-1, g.shape[-1])).unsqueeze(0)
         else:
-            g_s = g.flatten(0, 2).transpose(0, 1)
-            total = g_s.mT @ g_s
+            total = contract.second_moment(g)
         return total / g.shape[2]
 
     def rotate(self, ua, ug):
-        a = self.a if ua is None else torch.einsum("ntsi,sij->ntsj", self.a, ua)
+        a = self.a if ua is None else contract.times(self.a, ua)
         return FactoredJacobian(a, self._rotated_gradients(ug))
 
     def _rotated_gradients(self, ug: Tensor | None) -> Tensor:
         if ug is None:
             return self.g
-        return self.g @ ug[0] if ug.shape[0] == 1 else torch.einsum("kntso,sop->kntsp", self.g, ug)
+        return contract.times(self.g, ug)
 
     # -- the input side, all that a lookup changes ----------------------------------------------------------------------
 

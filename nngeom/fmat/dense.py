@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ class FMatDense(FMat):
 
     tensor: Tensor  # [c n c m]
 
+    diagonal: ClassVar[bool] = False
+
+    @staticmethod
+    def doubly_centred(tensor: Tensor) -> Tensor:
+        """A square kernel with the mean over examples subtracted on both sides."""
+        tensor = tensor - tensor.mean(1, keepdim=True)
+        return tensor - tensor.mean(3, keepdim=True)
+
     @staticmethod
     def sizes(c: int, n: int, m: int) -> tuple[int, ...]:
         """The shape of ``tensor``."""
@@ -40,6 +49,11 @@ class FMatDense(FMat):
     def product(x: LayerJacobian, y: LayerJacobian, k: slice, l: slice) -> Tensor:
         """The contribution of one block to a tile; ``k``, ``l``: the outputs of its rows."""
         return x.gram(y)
+
+    @staticmethod
+    def centred(tile: Tensor, ax: Tensor, ay: Tensor, squares: Tensor, k: slice, l: slice) -> Tensor:
+        """The tile of centred gradients, from products with the mean gradients ``ax [k, n, c]``, ``ay [l, m, c]``, ``squares [c, c]``."""
+        return tile - ax[..., l].unsqueeze(-1) - ay[..., k].permute(2, 0, 1).unsqueeze(1) + squares[k, l][:, None, :, None]
 
     @staticmethod
     def mirror(tile: Tensor) -> Tensor:
@@ -93,6 +107,14 @@ class FMatBlockDiag(FMat):
 
     tensor: Tensor  # [c n m]
 
+    diagonal: ClassVar[bool] = False
+
+    @staticmethod
+    def doubly_centred(tensor: Tensor) -> Tensor:
+        """A square kernel with the mean over examples subtracted on both sides."""
+        tensor = tensor - tensor.mean(1, keepdim=True)
+        return tensor - tensor.mean(2, keepdim=True)
+
     @staticmethod
     def sizes(c: int, n: int, m: int) -> tuple[int, ...]:
         """The shape of ``tensor``."""
@@ -109,6 +131,13 @@ class FMatBlockDiag(FMat):
         both = range(max(k.start, l.start), min(k.stop, l.stop))
         one = [x.outputs(j - k.start, j - k.start + 1).gram(y.outputs(j - l.start, j - l.start + 1))[0, :, 0] for j in both]
         return torch.stack(one)
+
+    @staticmethod
+    def centred(tile: Tensor, ax: Tensor, ay: Tensor, squares: Tensor, k: slice, l: slice) -> Tensor:
+        """The tile of centred gradients, as for :class:`FMatDense`."""
+        both = torch.arange(max(k.start, l.start), min(k.stop, l.stop), device=tile.device)
+        left, right = ax[both - k.start, :, both], ay[both - l.start, :, both]
+        return tile - left.unsqueeze(-1) - right.unsqueeze(1) + squares[both, both][:, None, None]
 
     @staticmethod
     def mirror(tile: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ class FMatDiag(FMat):
     """``tensor[k, n]``: the squared norm of the gradient of output ``k`` at example ``n``."""
 
     tensor: Tensor  # [c n]
+
+    diagonal: ClassVar[bool] = True
 
     def __post_init__(self):
         require_ndim(self.tensor, "FMatDiag", "(c, n)", 2)

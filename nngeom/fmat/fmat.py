@@ -105,7 +105,9 @@ class FunctionOperator(ABC):
         """``(c n, c m)``, output-major; raises :class:`SizeError` where a side is above ``limit``."""
         if max(self.shape) > limit:
             size = self.shape[0] * self.shape[1] * self.dtype.itemsize / 2**30
-            raise SizeError(f"the dense kernel {self.shape} takes {size:.1f} GiB; the limit is {limit} rows: pass to_dense(limit={max(self.shape)}) to have it anyway")
+            raise SizeError(
+                f"the dense kernel {self.shape} takes {size:.1f} GiB; the limit is {limit} rows: pass to_dense(limit={max(self.shape)}) to have it anyway"
+            )
         return self._dense()
 
     def _dense(self) -> Tensor:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nngeom.core import memory
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
-from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.sweep import Chunk, Sweep, _bytes
 from nngeom.generator.task import leading_size
-from nngeom.pmat.recipe import join_rows
 
-Key = tuple[int, int]  # (first example, first output) of a chunk
-Pair = Callable[[LayerJacobian, LayerJacobian], Tensor]  # a contribution of one block to a tile
+Key = tuple[int, int]  # (first example, first output) of a chunk: the order in which chunks are captured
+START: Key = (-1, -1)
 
 
 def key(chunk: Chunk) -> Key:
@@ -33,8 +31,16 @@ def size(chunk: Chunk) -> int:
 
 def span(chunk: Chunk) -> tuple[slice, slice]:
     """Its outputs and its examples, as slices of the whole kernel."""
-    k = next(iter(chunk.jacobians.values())).shape[0]
-    return slice(chunk.outputs[0], chunk.outputs[0] + k), slice(chunk.start, chunk.start + chunk.examples)
+    width = next((j.shape[0] for j in chunk.jacobians.values()), chunk.outputs[1])
+    return slice(chunk.outputs[0], chunk.outputs[0] + width), slice(chunk.start, chunk.start + chunk.examples)
+
+
+@dataclass
+class Group:
+    """Chunks held in memory together; neighbours of the same structure are joined."""
+
+    chunks: list[Chunk]
+    last: Key
 
 
 @dataclass
@@ -42,7 +48,7 @@ class Side:
     """The examples along one axis of a kernel. Batches are read once and kept, so that every visit sees the same."""
 
     sweep: Sweep
-    held: list[Chunk] | None = None
+    held: Group | None = None
 
     def __post_init__(self):
         self.sweep.loader = list(self.sweep.task.batches(self.sweep.loader))
@@ -50,7 +56,7 @@ class Side:
 
     def _count(self, batch: Any) -> int:
         n = leading_size(batch)
-        if n is None:
+        if n is None or self.sweep.task.function is not None:
             with torch.no_grad():
                 n = self.sweep.task.run(batch).shape[0]
         return n
@@ -59,6 +65,12 @@ class Side:
     def examples(self) -> int:
         """How many there are."""
         return sum(self.sizes)
+
+    @functools.cached_property
+    def outputs(self) -> int:
+        """``c``: how many outputs an example has; raises what a first, checked look at the data raises."""
+        with torch.no_grad():
+            return self.sweep.task.run(self.sweep.loader[0])[0].numel()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,48 +82,79 @@ class Side:
         """Where the kernel is."""
         return self.sweep.task.device
 
-    def chunks(self, after: Key = (-1, -1)) -> Iterator[Chunk]:
-        """The chunks behind ``after``, from memory where they are held, else captured anew."""
-        if self.held is not None:
-            yield from (c for c in self.held if key(c) > after)
-            return
+    def chunks(self, after: Key = START) -> Iterator[Chunk]:
+        """The chunks behind ``after``, captured anew."""
         first, start = 0, 0
         while first < len(self.sizes) and start + self.sizes[first] <= after[0]:
             start += self.sizes[first]
             first += 1
-        sweep = replace(self.sweep, loader=self.sweep.loader[first:], progress=False)
-        for chunk in sweep.chunks() if sweep.loader else ():
+        if first == len(self.sizes):
+            return
+        sweep = replace(self.sweep, loader=self.sweep.loader[first:])
+        for chunk in sweep.chunks():
             chunk = replace(chunk, start=chunk.start + start)
             if key(chunk) > after:
                 yield chunk
 
-    def groups(self) -> Iterator[list[Chunk]]:
-        """Runs of chunks that together take half the budget; all of them stay in memory where they are one run."""
-        group: list[Chunk] = []
-        room, runs = memory.budget() // 2, 0
-        for chunk in self.chunks():
-            if group and room < size(chunk) and not self.sweep.keep_graph:
-                yield group
-                group, room, runs = [], memory.budget() // 2, runs + 1
-            group.append(chunk)
+    def groups(self, after: Key = START) -> Iterator[Group]:
+        """Runs of chunks that together take a quarter of the budget; where one run holds all, it stays in memory."""
+        if self.held is not None:
+            if self.held.last > after:
+                yield self.held
+            return
+        chunks: list[Chunk] = []
+        room, runs = memory.budget() // 4, 0
+        for chunk in self.chunks(after):
+            if chunks and room < size(chunk) and not self.sweep.keep_graph:
+                yield Group(joined(chunks), key(chunks[-1]))
+                chunks, room, runs = [], memory.budget() // 4, runs + 1
+            chunks.append(chunk)
             room -= size(chunk)
-        if runs == 0:
-            self.held = group
-        yield group
+        if chunks:
+            group = Group(joined(chunks), key(chunks[-1]))
+            if runs == 0 and after == START:
+                self.held = group
+            yield group
+
+
+def joined(chunks: list[Chunk]) -> list[Chunk]:
+    """Chunks of neighbouring examples, with the same outputs and structure, as one: small batches cost nothing extra."""
+    by_outputs: dict[tuple[int, int], list[Chunk]] = {}
+    for chunk in chunks:
+        k, _ = span(chunk)
+        by_outputs.setdefault((k.start, k.stop), []).append(chunk)
+    out = []
+    for same in by_outputs.values():
+        run = [same[0]]
+        for chunk in same[1:]:
+            if chunk.start == run[-1].start + run[-1].examples and _fits(run[-1], chunk):
+                run.append(chunk)
+            else:
+                out.append(_join(run))
+                run = [chunk]
+        out.append(_join(run))
+    return out
+
+
+def _fits(x: Chunk, y: Chunk) -> bool:
+    return x.jacobians.keys() == y.jacobians.keys() and all(j.joins(y.jacobians[lay]) for lay, j in x.jacobians.items())
+
+
+def _join(run: list[Chunk]) -> Chunk:
+    if len(run) == 1:
+        return run[0]
+    jacobians = {lay: j.joined([c.jacobians[lay] for c in run[1:]]) for lay, j in run[0].jacobians.items()}
+    return replace(run[0], jacobians=jacobians, examples=sum(c.examples for c in run))
 
 
 def pairs(rows: Side, columns: Side | None) -> Iterator[tuple[Chunk, Chunk]]:
     """All pairs of chunks; with ``columns=None`` those on and above the diagonal of a square kernel."""
-    if columns is not None and columns.held is None:
-        for _ in columns.groups():  # held from now on, if they fit
-            if columns.held is None:
-                break
     for group in rows.groups():
         if columns is None:
-            for j, x in enumerate(group):
-                yield from ((x, y) for y in group[j:])
-        for y in columns.chunks() if columns is not None else rows.chunks(after=key(group[-1])):
-            yield from ((x, y) for x in group)
+            for j, x in enumerate(group.chunks):
+                yield from ((x, y) for y in group.chunks[j:])
+        for right in columns.groups() if columns is not None else rows.groups(after=group.last):
+            yield from ((x, y) for x in group.chunks for y in right.chunks)
 
 
 def matched(x: Chunk, y: Chunk, layer_of: Callable[[str], str]) -> Iterator[tuple[str, LayerJacobian, LayerJacobian]]:
@@ -121,17 +164,18 @@ def matched(x: Chunk, y: Chunk, layer_of: Callable[[str], str]) -> Iterator[tupl
         yield layer_of(layout.names[0]), x.jacobians[layout], y.jacobians[layout]
     left, right = ({lay: j for lay, j in c.jacobians.items() if lay not in common} for c in (x, y))
     both = {name for lay in left for name in lay.names} & {name for lay in right for name in lay.names}
-    layers: dict[str, list] = {}
-    for layout in left:
-        for piece in layout.pieces:
-            for name in piece.names:
-                if name in both:
-                    layers.setdefault(layer_of(name), []).append(name)
-    for layer, names in layers.items():
-        yield layer, *(_explicit(replace(c, jacobians=js), names) for c, js in ((x, left), (y, right)))
+    for name in sorted(both):
+        yield layer_of(name), *(_explicit(replace(c, jacobians=js), name) for c, js in ((x, left), (y, right)))
 
 
-def _explicit(chunk: Chunk, names: list[str]) -> FullJacobian:
-    table = {name: piece for lay in chunk.jacobians for piece in lay.pieces for name in piece.names}
-    layout = Layout(tuple(table[name] for name in sorted(names, key=lambda n: table[n].offset)))
-    return FullJacobian(torch.cat(list(join_rows(chunk, layout, tuple(names))), 1)[:, :, None, None])
+def _explicit(chunk: Chunk, name: str) -> FullJacobian:
+    """The rows of one parameter, in its own order."""
+    layout = next(lay for lay in chunk.jacobians if name in lay.names)
+    column = 0
+    for piece in layout.pieces:
+        i = piece.arrangement.sizes[2]
+        if name in piece.names:
+            break
+        column += i
+    rows = piece.arrangement.write(chunk.jacobians[layout].matrix()[..., column : column + i])
+    return FullJacobian(rows[:, :, None, None])

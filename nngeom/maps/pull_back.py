@@ -1,55 +1,137 @@
-"""From function space to parameter space: ``u -> J^T u``."""
+"""From function space to parameter space: ``u -> J^T u``, and the matrix ``J^T J`` over the parameters."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError
-from nngeom.maps.push_forward import PushForwardDense
-from nngeom.pmat.block import TensorObject
-from nngeom.space.collection import LayerCollection
+from nngeom.core.jacobian import FullJacobian
+from nngeom.fmat.implicit import pull
+from nngeom.fmat.products import EVERYTHING, squared_norms
+from nngeom.generator.sweep import Chunk
+from nngeom.maps.push_forward import DenseMap, ImplicitMap, PushForwardDense, PushForwardImplicit
+from nngeom.pmat.dense import PMatDense
+from nngeom.pmat.expression import PMatExpression
+from nngeom.pmat.mixed import as_representation
+from nngeom.pmat.recipe import Scope
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class PullBackDense(TensorObject):
-    """``J^T``; holds the same ``tensor`` ``(c, n, d)`` as the push-forward it transposes."""
-
-    layer_collection: LayerCollection
-    tensor: Tensor  # [c n d]
-
-    @property
-    def shape(self):
-        """``(c, n, d)``."""
-        return self.tensor.shape
-
-    @property
-    def dtype(self):
-        """dtype of the entries."""
-        return self.tensor.dtype
-
-    @property
-    def device(self):
-        """Where the entries are."""
-        return self.tensor.device
+class PullBackDense(DenseMap):
+    """``J^T``; holds the same tensor ``(c, n, d)`` as the push-forward it transposes."""
 
     def mv(self, u: FVector) -> PVector:
         """``J^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""
-        if not isinstance(u, FVector):
-            raise ArgumentTypeError(f"the operand is {type(u).__name__}; expected an FVector")
-        if u.shape[-2:] != self.shape[:2]:
-            raise ArgumentError(f"the FVector has shape {tuple(u.shape)}; expected (*batch, {self.shape[0]}, {self.shape[1]})")
-        return PVector(self.layer_collection, u.flat().to(self.dtype) @ self.tensor.flatten(0, 1))
-
-    __matmul__ = mv
+        return PVector(self.layer_collection, self._function(u).flatten(-2) @ self.rows())
 
     @property
     def T(self) -> PushForwardDense:
         """``J``."""
         return PushForwardDense(self.layer_collection, self.tensor)
 
+    def __matmul__(self, other: Any) -> Any:
+        """``J^T u``, or the matrix ``J^T J'`` over the parameters (lazy)."""
+        return _metric(self, other) if isinstance(other, PushForwardDense) else self.mv(other)
+
+
+class PullBackImplicit(ImplicitMap):
+    """``J^T``, by one forward and one backward pass over the data a product."""
+
+    def mv(self, u: FVector) -> PVector:
+        """``J^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""
+        return PVector(self.collection, pull(self.side, self._function(u)))
+
+    @property
+    def T(self) -> PushForwardImplicit:
+        """``J``."""
+        return PushForwardImplicit(self.side)
+
+    def __matmul__(self, other: Any) -> Any:
+        """``J^T u``, or the matrix ``J^T J`` over the parameters (lazy)."""
+        return _metric(self, other) if isinstance(other, PushForwardImplicit) else self.mv(other)
+
+    def materialize(self) -> PullBackDense:
+        """The same map with all its entries."""
+        return self.T.materialize().T
+
+
+Push = PushForwardDense | PushForwardImplicit
+Pull = PullBackDense | PullBackImplicit
+
+
+def _metric(pull_back: Pull, push_forward: Push) -> PMatPullPush:
+    pull_back.collection.require(push_forward.collection, "the push-forward")
+    return PMatPullPush(pull_back, push_forward)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PMatPullPush(PMatExpression):
+    """``scale * J^T J'``, not divided by the number of examples: lazy, by products of the maps."""
+
+    left: Pull
+    right: Push
+    scale: float = 1.0
+
+    @property
+    def collection(self):
+        return self.right.collection
+
+    @property
+    def dtype(self):
+        return self.right.dtype
+
+    @property
+    def device(self):
+        return self.right.device
+
+    @property
+    def symmetric(self):
+        mine, theirs = (getattr(x, "tensor", getattr(x, "side", None)) for x in (self.left, self.right))
+        return mine is theirs
+
+    def _mv(self, x):
+        return self.scale * self.left.mv(self.right.mv(PVector(self.collection, x))).flat()
+
+    def _scaled(self, c):
+        return replace(self, scale=c * self.scale)
+
+    def trace(self):
+        if isinstance(self.right, PushForwardDense) and isinstance(self.left, PullBackDense):
+            return self.scale * (self.left.tensor * self.right.tensor).sum()
+        return self.scale * squared_norms(self.right.side, EVERYTHING)[""].sum() if self.symmetric else self.to_dense().trace()  # type: ignore[union-attr]
+
+    def materialize(self, representation: Any = PMatDense, **options: Any) -> Any:
+        """The same matrix in a representation (``PMatDense``, ``PMatDiag``, ``PMatLowRank``, ...)."""
+        if not self.symmetric:
+            return super().materialize()
+        from nngeom.measure import drive
+
+        source: Any = _Rows(self.right.tensor, self.collection) if isinstance(self.right, PushForwardDense) else self.right.side.sweep
+        chosen = as_representation(representation, **options)
+        blocks = drive(chosen.recipe(Scope(self.collection, self.collection.names)), source, chosen.passes)
+        return source.count * self.scale * chosen.kind._make(self.collection, blocks, source.count)
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+        return f"PMatPullPush({self.scale:g} * {self.left!r} @ {self.right!r})"
+
+
+class _Rows:
+    """Explicit rows as a sweep of one chunk, one block a parameter."""
+
+    def __init__(self, tensor: Tensor, collection: Any):
+        self.count = tensor.shape[1]
+        jacobians = {}
+        for name in collection.names:
+            layout = collection.span([name])
+            jacobians[layout] = FullJacobian(layout.gather(tensor))
+        self._chunk = Chunk(jacobians, self.count, 0, (0, tensor.shape[0]))
+
+    def chunks(self, **options: Any) -> Iterator[Chunk]:
+        """The chunk, whatever a sweep would do to make it."""
+        yield self._chunk
+
+    again = chunks

@@ -1,0 +1,192 @@
+"""A kernel known by its products, ``K f = J (J'^T f)``: nothing stored but the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core import memory
+from nngeom.core.damping import Damping, Tikhonov, as_damping
+from nngeom.core.errors import ArgumentError, UnsupportedError
+from nngeom.fmat.dense import FMatDense
+from nngeom.fmat.fmat import FunctionOperator
+from nngeom.fmat.products import EVERYTHING, Mean, build, squared_norms
+from nngeom.fmat.tiles import Side
+from nngeom.generator.backward import pull_back
+from nngeom.generator.task import gradients_on
+from nngeom.pmat.implicit import Linearization
+from nngeom.solve.cg import conjugate_gradient
+from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
+from nngeom.solve.lanczos import lanczos
+from nngeom.space.fvector import FVector
+from nngeom.space.pvector import PVector
+
+
+def push(side: Side, v: Tensor) -> Tensor:
+    """``J v``: ``[*b, d] -> [*b, c, n]``, one forward-mode pass a vector and batch."""
+    task = side.sweep.task
+    linear, flat = Linearization(task), v.reshape(-1, v.shape[-1])
+    rows = []
+    for x in flat:
+        named = PVector(task.collection, x)
+        tangents = {name: named[name].to(p.dtype) for name, p in task.parameters.items()}
+        pushed = [linear.jvp(batch, tangents)[1].flatten(1).T for batch in side.sweep.loader]
+        rows.append(torch.cat(pushed, 1).to(v.dtype))
+    return torch.stack(rows).view(*v.shape[:-1], *rows[0].shape) if rows else v.new_zeros(*v.shape[:-1], side.outputs, side.examples)
+
+
+def pull(side: Side, u: Tensor) -> Tensor:
+    """``J^T u``: ``[*b, c, n] -> [*b, d]``, one forward pass a batch and one backward pass for all vectors that fit the budget."""
+    task, flat = side.sweep.task, u.reshape(-1, *u.shape[-2:])
+    total = torch.zeros(flat.shape[0], task.collection.numel, dtype=u.dtype, device=u.device)
+    parameters = list(task.parameters.values())
+    shapes, at = [p.shape for p in parameters], 0
+    for batch, n in zip(side.sweep.loader, side.sizes):
+        with gradients_on():
+            outputs = task.run(batch)
+        cotangents = flat[..., at : at + n].transpose(1, 2).reshape(-1, *outputs.shape).to(outputs.dtype)
+        for lo, hi in memory.pieces(len(flat), 2 * total[0].numel() * u.element_size()):
+            grads = pull_back(outputs, parameters, shapes, cotangents[lo:hi], retain=hi < len(flat))
+            total[lo:hi] += torch.cat([g.flatten(1) for g in grads], 1).to(u.dtype)
+        at += n
+    return total.view(*u.shape[:-2], -1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FMatImplicit(FunctionOperator):
+    """``scale * J J'^T`` by products; keeps the model and the batches, and is not picklable."""
+
+    left: Side
+    right: Side
+    centered: bool = False
+    scale: float | Tensor = 1.0
+    reference: Side | None = None  # whose mean gradient is subtracted; the left side by default
+
+    @property
+    def outputs(self):
+        return self.left.outputs
+
+    @property
+    def rows(self):
+        return self.left.examples
+
+    @property
+    def columns(self):
+        return self.right.examples
+
+    @property
+    def dtype(self):
+        return self.left.dtype
+
+    @property
+    def device(self):
+        return self.left.device
+
+    @property
+    def T(self):
+        return FMatImplicit(self.right, self.left, self.centered, self.scale, self._reference)
+
+    @property
+    def _reference(self) -> Side:
+        return self.reference or self.left
+
+    def _scaled(self, c):
+        return FMatImplicit(self.left, self.right, self.centered, c * self.scale, self.reference)
+
+    def _mv(self, f):
+        """With centring, ``(J - 1 mu)(J' - 1 mu)^T f``, the mean gradient by one more product with the reference examples."""
+        pulled = pull(self.right, f)
+        if not self.centered:
+            return self.scale * push(self.left, pulled)
+        base = self._reference
+        mean = f.sum(-1, keepdim=True).expand(*f.shape[:-1], base.examples) / base.examples
+        pulled = pulled - pull(base, mean)
+        pushed = push(self.left, pulled)
+        over = pushed if base is self.left else push(base, pulled)
+        return self.scale * (pushed - over.mean(-1, keepdim=True))
+
+    # -- exact numbers -----------------------------------------------------------------------------------------------
+
+    def vTMv(self, f: FVector) -> Tensor:
+        """``f^T K f = |J^T f|**2``, by the pull-back alone."""
+        if self.left is not self.right or self.centered:
+            return super().vTMv(f)
+        return self.scale * pull(self.left, self._operand(f, self.columns)).square().sum(-1)
+
+    def diag(self) -> FVector:
+        """The exact diagonal, without products."""
+        self._require_square("diag")
+        if self.left is not self.right:
+            return FVector(self.materialize().diag().tensor)
+        with torch.no_grad():
+            mean = Mean.over(self._reference) if self.centered else None
+            return FVector(self.scale * squared_norms(self.left, EVERYTHING, mean)[""])
+
+    def trace(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
+        """``tr K``: exact by default, or an :class:`Estimate` with a standard error (``"hutchinson"``, ``"hutch++"``)."""
+        if estimator is None:
+            return self.diag().tensor.sum()
+        estimators = {"hutchinson": hutchinson, "hutch++": hutchpp}
+        if estimator not in estimators:
+            raise ArgumentError(f"estimator is {estimator!r}; expected one of {sorted(estimators)}, or None for the exact trace")
+        self._require_square("trace")
+        return estimators[estimator](self._flat(), self.shape[0], samples, torch.empty((), dtype=self.dtype, device=self.device), generator)
+
+    def norm(self, kind: str = "fro", samples: int | None = None, generator: torch.Generator | None = None) -> Any:
+        """The Frobenius norm: of the dense kernel, or with ``samples`` an :class:`Estimate` from products."""
+        if samples is None:
+            return self.materialize().norm(kind)
+        self._require_square("an estimated norm")
+        act = self._flat()
+        square = hutchinson(lambda z: act(act(z)), self.shape[0], samples, torch.empty((), dtype=self.dtype, device=self.device), generator)
+        root = square.value.clamp_min(0).sqrt()
+        return Estimate(root, square.standard_error / (2 * root))
+
+    def materialize(self, representation: Any = FMatDense) -> Any:
+        """The same kernel in a representation that holds its entries."""
+        with torch.no_grad():
+            right = None if self.left is self.right else self.right
+            if self.centered and self._reference is not self.left:
+                return self.T.materialize(representation).T
+            return self.scale * build(representation, self.left, right, EVERYTHING, self.centered)[""]
+
+    # -- what it solves and estimates --------------------------------------------------------------------------------
+
+    def _flat(self) -> Callable[[Tensor], Tensor]:
+        return lambda z: self._mv(z.unflatten(-1, (self.outputs, self.columns))).flatten(-2)
+
+    def solve(self, f: FVector, damping: float | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None) -> FVector:
+        """``(K + damping I)^-1 f`` by conjugate gradients to a relative residual ``tol``; raises :class:`ConvergenceError`."""
+        self._require_square("solve")
+        d = as_damping(damping)
+        if not isinstance(d, Tikhonov):
+            raise ArgumentError("an implicit kernel takes a number as damping: Cutoff needs a factorisation, materialize() first")
+        act = self._flat()
+        x = conjugate_gradient(lambda y: act(y) + d.value * y, self._operand(f, self.columns).flatten(-2), tol, max_iter)
+        return FVector(x.view(f.shape))
+
+    def lanczos(self, k: int, steps: int | None = None, tol: float = 1e-6, generator: torch.Generator | None = None) -> tuple[Tensor, FVector]:
+        """The ``k`` largest eigenvalues, descending ``(k,)``, and their vectors, a batch of FVectors."""
+        self._require_square("lanczos")
+        device = generator.device if generator is not None else self.device
+        start = torch.randn(self.shape[0], generator=generator, dtype=self.dtype, device=device).to(self.device)
+        values, vectors = lanczos(self._flat(), start, k, steps, tol)
+        return values, FVector(vectors.view(-1, self.outputs, self.rows))
+
+    def eigh(self) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise self._refuse("eigh()")
+
+    def logdet(self, damping: float = 0.0) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise self._refuse("logdet()")
+
+    def _refuse(self, what: str) -> UnsupportedError:
+        return UnsupportedError(f"an implicit kernel has no {what}; lanczos(k) gives leading eigenpairs, materialize() an FMatDense")
+
+    def __reduce__(self):
+        raise UnsupportedError("an implicit kernel holds a model and data, so it is not pickled; materialize() it first")

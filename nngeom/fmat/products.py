@@ -1,0 +1,136 @@
+"""What kernels are made of: products and squared norms of gradients over tiles, and mean gradients to centre them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nngeom.core.layout import Layout
+from nngeom.fmat.store import Store
+from nngeom.fmat.tiles import Side, matched, pairs, span
+from nngeom.generator.sweep import Chunk
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which kernel a block contributes to: one for all parameters (``""``), or one a layer."""
+
+    names: tuple[str, ...]
+    of: Callable[[str], str]
+
+    def layout(self, layout: Layout) -> str:
+        """The group of a block."""
+        return self.of(layout.names[0])
+
+
+EVERYTHING = Grouping(("",), lambda name: "")
+
+
+def build(
+    kind: Any, rows: Side, columns: Side | None, grouping: Grouping, centered: bool = False, store: Store | None = None, progress: bool = False
+) -> dict[str, Any]:
+    """``{group: kernel}`` in a representation. Square kernels in memory are centred at the end, others tile by tile."""
+    if kind.diagonal:
+        return {name: kind(t) for name, t in squared_norms(rows, grouping, Mean.over(rows) if centered else None).items()}
+    late = centered and columns is None and store is None
+    store = store or Store(grouping.names, rows.sweep.keep_graph)
+    mean = Mean.over(rows) if centered and not late else None
+    tensors = products(kind, rows, columns, grouping, store, mean, progress)
+    return {name: kind(kind.doubly_centred(t) if late else t) for name, t in tensors.items()}
+
+
+def squared_norms(rows: Side, grouping: Grouping, mean: Mean | None = None) -> dict[str, Tensor]:
+    """``{group: (c, n)}``: the squared norms of the (centred) gradients; no kernel is formed."""
+    parts: dict[str, dict[int, list[Tensor]]] = {name: {} for name in grouping.names}
+    for chunk in rows.chunks():
+        k, _ = span(chunk)
+        zero = torch.zeros(k.stop - k.start, chunk.examples, dtype=rows.dtype, device=rows.device)
+        totals = dict.fromkeys(grouping.names, zero)
+        for layout, j in chunk.jacobians.items():
+            part = j.squared_norms()
+            if mean is not None:
+                own = [j.outputs(i, i + 1).jvp(layout.gather(mean.flat[k.start + i]))[0] for i in range(j.shape[0])]
+                part = part - 2 * torch.stack(own) + layout.gather(mean.flat[k]).square().flatten(1).sum(1, keepdim=True)
+            totals[grouping.layout(layout)] = totals[grouping.layout(layout)] + part
+        for name, t in totals.items():
+            parts[name].setdefault(chunk.start, []).append(t)
+    return {name: torch.cat([torch.cat(outputs) for outputs in examples.values()], 1) for name, examples in parts.items()}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean gradient of every output over the examples of one side, ``flat (c, d)``."""
+
+    flat: Tensor
+
+    @staticmethod
+    def over(side: Side) -> Mean:
+        """One sweep over the examples."""
+        total: Tensor | None = None
+        d = side.sweep.task.collection.numel
+        for group in side.groups():
+            for chunk in group.chunks:
+                k, _ = span(chunk)
+                if total is None:
+                    total = torch.zeros(chunk.outputs[1], d, dtype=side.dtype, device=side.device)
+                part = torch.zeros(k.stop - k.start, d, dtype=side.dtype, device=side.device)
+                for layout, j in chunk.jacobians.items():
+                    ones = torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)
+                    layout.scatter_(part, torch.stack([j.outputs(i, i + 1).vjp(ones) for i in range(j.shape[0])]).to(part))
+                total[k] += part
+        return Mean((total if total is not None else torch.zeros(0, d)) / side.examples)
+
+    def products(self, chunk: Chunk, grouping: Grouping) -> dict[str, Tensor]:
+        """``{group: [k, n, l]}``: every gradient of the chunk times the mean gradient of every output ``l``."""
+        out: dict[str, Tensor] = {}
+        for layout, j in chunk.jacobians.items():
+            part = j.jvp(layout.gather(self.flat).to(j.dtype)).permute(1, 2, 0)
+            name = grouping.layout(layout)
+            out[name] = out[name] + part if name in out else part
+        return out
+
+    def squares(self, side: Side, grouping: Grouping) -> dict[str, Tensor]:
+        """``{group: [k, l]}``: the products of the mean gradients with each other."""
+        c = self.flat.shape[0]
+        out = {name: self.flat.new_zeros(c, c) for name in grouping.names}
+        for name, (lo, shape) in side.sweep.task.collection.offsets().items():
+            m = self.flat[:, lo : lo + torch.Size(shape).numel()]
+            out[grouping.of(name)] = out[grouping.of(name)] + m @ m.T
+        return out
+
+
+def products(kind: Any, rows: Side, columns: Side | None, grouping: Grouping, store: Store, mean: Mean | None, progress: bool) -> dict[str, Tensor]:
+    """``{group: tensor}`` of a kernel representation, tile by tile; the lower half of a square kernel is mirrored.
+
+    ``mean``: these gradients are subtracted on both sides, ``<x - mu_k, y - mu_l> = K - <x, mu_l> - <mu_k, y> + <mu_k, mu_l>``.
+    """
+    m = (columns or rows).examples
+    squares = mean.squares(rows, grouping) if mean is not None else {}
+    bar = tqdm(total=rows.examples * m, desc="GramMatrix", unit="pair", disable=not progress)
+    for x, y in pairs(rows, columns):
+        (k, n), (l, q) = span(x), span(y)
+        place = kind.place(k, n, l, q)
+        store.open(kind.sizes(x.outputs[1], rows.examples, m), rows.dtype, rows.device)
+        if all(s.stop > s.start for s in place) and not store.has(place):
+            tiles: dict[str, Tensor] = {}
+            for name, jx, jy in matched(x, y, grouping.of):
+                part = kind.product(jx, jy, k, l)
+                tiles[name] = store.add(tiles[name], part) if name in tiles else part
+            if mean is not None:
+                left, right = mean.products(x, grouping), mean.products(y, grouping)
+                zero = torch.zeros([s.stop - s.start for s in place], dtype=rows.dtype, device=rows.device)
+                none = mean.flat.new_zeros(1, 1, 1)
+                for name in grouping.names:
+                    ax, ay = (a.get(name, none.expand(s.stop - s.start, e.stop - e.start, x.outputs[1])) for a, s, e in ((left, k, n), (right, l, q)))
+                    tiles[name] = kind.centred(tiles.get(name, zero), ax, ay, squares[name], k, l)
+            mirror = kind.place(l, q, k, n) if columns is None and x is not y else None
+            store.write(place, tiles, mirror, kind.mirror)
+        share = (k.stop - k.start) * (l.stop - l.start) / x.outputs[1] ** 2
+        bar.update(share * (n.stop - n.start) * (q.stop - q.start) * (2 if columns is None and x is not y else 1))
+    bar.close()
+    return store.result()
