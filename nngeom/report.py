@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nngeom.core.damping import Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, ConvergenceError, FileError, SingularError
-from nngeom.pmat.pmat import ParameterOperator
+from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.pvector import PVector
 
 

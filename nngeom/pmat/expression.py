@@ -16,8 +16,10 @@ from torch import Tensor
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.layout import Layout
+from nngeom.pmat.basis import Basis
 from nngeom.pmat.dense import DenseBlock, PMatDense
-from nngeom.pmat.pmat import DENSE_LIMIT, Basis, ParameterOperator, PMat, require_frobenius, require_tikhonov
+from nngeom.pmat.operator import DENSE_LIMIT, ParameterOperator, require_frobenius, require_tikhonov
+from nngeom.pmat.pmat import PMat
 from nngeom.solve.cg import conjugate_gradient
 from nngeom.space.pvector import PVector
 

@@ -22,7 +22,8 @@ from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.sweep import Columns, Sweep
 from nngeom.generator.task import Batch, Task, gradients_on
 from nngeom.pmat.expression import PMatExpression
-from nngeom.pmat.pmat import ParameterOperator, PMat, require_frobenius
+from nngeom.pmat.operator import ParameterOperator, require_frobenius
+from nngeom.pmat.pmat import PMat
 from nngeom.solve.cg import conjugate_gradient
 from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos
