@@ -48,6 +48,8 @@ def test_equals_the_taylor_expansion(name):
     j = reference.jacobian(case.model, x)
     expected = f0 + (j @ delta).T.view_as(f0)
     out = lin(x)
+    pushed = nng.Jacobian(case.model, case.loader, nng.PushForwardDense).mv(lin.delta)
+    assert (out - f0 - pushed.tensor.T.view_as(f0)).abs().max() < 1e-10 * (1 + expected.abs().max())
     assert (out - expected).abs().max() < 1e-10 * (1 + expected.abs().max())
     assert torch.allclose(lin.delta.flat(), delta, rtol=0, atol=1e-13)
     with torch.no_grad():
@@ -166,6 +168,21 @@ def test_alpha_one_is_the_model_and_f0_can_be_dropped():
     move(two)
     expected = 5 * (two.model(case.inputs) - case.model(case.inputs))
     assert torch.allclose(two(case.inputs), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp", "gru"])
+def test_gradients_in_the_inputs(name):
+    case = cases.build(name)
+    x = case.inputs.requires_grad_()
+    u = torch.randn_like(case.model(x))
+    for wrapped in (Linearized(case.model), Scaled(case.model, 7.0)):
+        move(wrapped)
+        eps = 1e-6
+        direction = torch.randn_like(x)
+        with torch.no_grad():
+            slope = ((wrapped(x + eps * direction) - wrapped(x - eps * direction)) / (2 * eps) * u).sum()
+        gradient = torch.autograd.grad((wrapped(x) * u).sum(), x)[0]
+        assert torch.allclose((gradient * direction).sum(), slope, rtol=1e-6)
 
 
 def test_the_tangent_kernel_of_a_linearized_model_stays():

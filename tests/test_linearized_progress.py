@@ -68,6 +68,8 @@ def test_an_object_with_a_history_is_a_run():
         history = {"train_loss": torch.tensor([2.0, 1.0]), "z": torch.tensor([0.0, 1.0])}
 
     assert equal_progress(Tracker(), Tracker(), [1.5]).a["z"].item() == 0.5
+    records = [{"loss": 2.0, "z": 0.0}, {"loss": 1.0, "z": 1.0}]
+    assert equal_progress(records, records, [1.25]).a["z"].item() == 0.75
 
 
 def test_run_errors():

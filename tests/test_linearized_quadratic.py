@@ -26,6 +26,8 @@ def test_closed_forms_solve_the_gradient_flow(regime, shape):
     assert theta.shape == (len(TIMES), shape[1]) and theta.dtype == torch.float64
     assert torch.allclose(theta[0], 0.5 * w0**2, atol=1e-12)
     assert (theta - gradient_flow(X, y, w0, TIMES, regime)).abs().max() < 1e-8
+    single = quadratic_modes(X.float(), y.float(), w0.float(), TIMES, regime)
+    assert single.dtype == torch.float32 and torch.allclose(single.double(), theta, rtol=1e-4, atol=1e-5)
 
 
 def test_conventions_of_the_basis():

@@ -53,8 +53,8 @@ class Expansion(nn.Module):
         return {name: self.origin.get_buffer(name.replace(".", "/")) for name in self.layer_collection.names}
 
     def _at_start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """``f0``: the network at ``w0``, without a graph."""
-        with torch.no_grad(), Refusing():
+        """``f0``: the network at ``w0``; differentiable in the inputs only."""
+        with Refusing():
             return as_outputs(functional_call(self.model, self._start(), args, kwargs))
 
     @property

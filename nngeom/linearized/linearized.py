@@ -35,7 +35,7 @@ class Linearized(Expansion):
                 if "forward" not in str(error).lower():
                     raise
                 f0, change = self._double_backward(delta, args, kwargs)
-        out = f0.detach() + change if change is not None else f0.detach()
+        out = f0 if change is None else f0 + change
         return out if recording else out.detach()
 
     def _forward_mode(self, delta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

@@ -69,7 +69,8 @@ def equal_progress(
 ) -> EqualProgress:
     """Resample the curves of two runs where their progress first crosses each threshold.
 
-    A run is a :class:`Run`, any mapping of names to columns ``(records, ...)``, or an object with such a ``.history``.
+    A run is a :class:`Run`, any mapping of names to columns ``(records, ...)``, a list of mappings (one a record), or an
+    object with such a ``.history``.
     ``progress`` names the column, by default the first of ``loss``, ``train_loss``, ``progress``; ``falling=False``
     where it grows, as an accuracy. ``smoothing`` in [0, 1) is the weight of the past in a moving average of the progress
     that decides on crossings. ``interpolate``: linear between the records around the crossing, else the first one
@@ -122,6 +123,8 @@ def read_at(curve: Tensor, index: Tensor) -> Tensor:
 
 def _columns(run: Any, which: str) -> dict[str, Tensor]:
     run = getattr(run, "history", run)
+    if isinstance(run, (list, tuple)) and run and all(isinstance(record, Mapping) for record in run):
+        run = {name: [record[name] for record in run] for name in run[0]}
     if not isinstance(run, Mapping):
         raise ArgumentTypeError(f"{which} is {type(run).__name__}; expected a Run, or a mapping of names to columns of equal length")
     columns = {name: torch.as_tensor(run[name], dtype=torch.float64).detach().cpu() for name in run}

@@ -40,6 +40,7 @@ def singular_modes(X: Tensor, y: Tensor) -> Modes:
     vector of the eigenspace only, and the others follow by Gram-Schmidt from the coordinate axes. Raises
     :class:`ArgumentError` for shapes that do not fit. Source: George 2021, thesis, section 5.4.
     """
+    X, y = torch.as_tensor(X), torch.as_tensor(y)
     if X.ndim != 2 or y.shape != X.shape[:1]:
         raise ArgumentError(f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}; expected (n, d) and (n,)")
     s, v = torch.linalg.svd(X, full_matrices=True)[1:]
@@ -90,17 +91,20 @@ def quadratic_modes(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str
     linear regime as its own dynamics give it.
     """
     _require_regime(regime)
-    modes = singular_modes(X, y)
+    X, y, w0, times = (torch.as_tensor(a) for a in (X, y, w0, times))
+    modes = singular_modes(X.double(), y.double())
     if w0.shape != modes.mu.shape:
         raise ArgumentError(f"w0 has shape {tuple(w0.shape)}; expected ({len(modes.mu)},), one number a singular direction of X")
-    t = torch.as_tensor(times, dtype=X.dtype, device=X.device).reshape(-1, 1)
-    theta0, mu = 0.5 * w0.to(X) ** 2, modes.mu
+    t = times.to(modes.mu).reshape(-1, 1)
+    theta0, mu = 0.5 * w0.to(modes.mu) ** 2, modes.mu
     if regime == "nonlinear":
         z = 2 * mu.sqrt() * modes.target * t
         growth = torch.where(z > 0, -torch.expm1(-z) / torch.where(z > 0, z, 1.0), 1.0)
-        return theta0 / (torch.exp(-z) + 2 * mu * theta0 * t * growth)
-    limit = torch.where(mu > 0, modes.limit, theta0)
-    return limit + torch.exp(-2 * mu * theta0 * t) * (theta0 - limit)
+        theta = theta0 / (torch.exp(-z) + 2 * mu * theta0 * t * growth)
+    else:
+        limit = torch.where(mu > 0, modes.limit, theta0)
+        theta = limit + torch.exp(-2 * mu * theta0 * t) * (theta0 - limit)
+    return theta.to(X.dtype)
 
 
 def gradient_flow(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str = "linear") -> Tensor:
