@@ -23,28 +23,32 @@ from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, FileError, NNGeomError, StructureError, UnsupportedError
 from nngeom.core.layout import Arrangement, Layout, Piece
+from nngeom.fmat.expression import FMatSum
+from nngeom.fmat.fmat import FMat, FunctionOperator
+from nngeom.maps.pull_back import PullBackDense
+from nngeom.maps.push_forward import JacobianMap, PushForwardDense
 from nngeom.pmat.block import Block
 from nngeom.pmat.expression import PMatProduct, PMatSum
-from nngeom.pmat.implicit import PMatImplicit
-from nngeom.pmat.pmat import ParameterOperator, PMat
+from nngeom.pmat.operator import ParameterOperator
+from nngeom.pmat.pmat import PMat
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
 
 FORMAT = 1
 VALUES: list[type] = [LayerCollection, Layout, Piece, Arrangement]  # parts of what is saved
-SAVED: list[type] = [PVector, FVector, PMatSum, PMatProduct]  # what is saved, besides every PMat
+SAVED: list[type] = [PVector, FVector, PMatSum, PMatProduct, FMatSum, PushForwardDense, PullBackDense]  # what is saved, besides PMats and FMats
 
 
 def save(M: Any, path: str | os.PathLike[str]) -> None:
     """Write a matrix or vector to ``path``, whole or not at all.
 
-    Takes every PMat but the implicit ones, sums and products of them, FMats, PVectors and FVectors. Raises
+    Takes every PMat, FMat and Jacobian but the implicit ones, their sums and products, PVectors and FVectors. Raises
     :class:`FileError` where the path cannot be written, :class:`UnsupportedError` for what holds a model.
     """
     if type(M).__name__ not in _classes(SAVED):
-        if isinstance(M, ParameterOperator):
-            raise UnsupportedError(f"{type(M).__name__} holds a model and data, so it is not saved; save a PMatKFAC, PMatEKFAC, ... instead")
+        if isinstance(M, (ParameterOperator, FunctionOperator, JacobianMap)):
+            raise _holds_model(M)
         raise ArgumentTypeError(f"cannot save {type(M).__name__}; expected one of {sorted(_classes(SAVED))}")
     tensors: dict[str, Tensor] = {}
     header = json.dumps({"format": FORMAT, "object": _encode(M, "", tensors)})
@@ -79,7 +83,7 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
     try:
         out = _decode(*_read(name), name)
         if type(out).__name__ not in _classes(SAVED):
-            raise FileError(f"{name!r} holds a {type(out).__name__}; expected a matrix or a vector")
+            raise FileError(f"{name!r} holds a {type(out).__name__}; expected a matrix, map or vector")
     except FileError:
         raise
     except (NNGeomError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -123,7 +127,12 @@ def merge(a: PMat, b: PMat) -> PMat:
 
 
 def _classes(listed: list[type]) -> dict[str, type]:
-    return {cls.__name__: cls for cls in (*listed, *(PMat.kinds.values() if listed is SAVED else Block.kinds.values()))}
+    more = (*PMat.kinds.values(), *FMat.kinds.values()) if listed is SAVED else (*Block.kinds.values(),)
+    return {cls.__name__: cls for cls in (*listed, *more)}
+
+
+def _holds_model(x: Any) -> UnsupportedError:
+    return UnsupportedError(f"{type(x).__name__} holds a model and data, so it is not saved; save a PMatKFAC, PMatEKFAC, FMatDense, ... instead")
 
 
 def _encode(x: Any, key: str, tensors: dict[str, Tensor]) -> Any:
@@ -132,11 +141,9 @@ def _encode(x: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         shared = t.numel() and any(t.untyped_storage().data_ptr() == s.untyped_storage().data_ptr() for s in tensors.values())
         tensors[key] = t.clone() if shared or t.untyped_storage().nbytes() != t.nbytes else t
         return {"tensor": key}
-    if isinstance(x, PMatImplicit):
-        raise UnsupportedError(f"{type(x).__name__} holds a model and data, so it is not saved; save a PMatKFAC, PMatEKFAC, ... instead")
     if dataclasses.is_dataclass(x):
         if type(x).__name__ not in {**_classes(VALUES), **_classes(SAVED)}:
-            raise UnsupportedError(f"cannot save a {type(x).__name__}")
+            raise _holds_model(x)
         dot = f"{key}." if key else ""
         fields = {f.name: _encode(getattr(x, f.name), dot + f.name, tensors) for f in dataclasses.fields(x)}
         return {"class": type(x).__name__, "fields": fields}

@@ -76,6 +76,27 @@ def test_inverses_sums_and_vectors(tmp_path):
     assert torch.equal(nng.load(path, map_location=torch.device("cpu")).tensor, v.flat())
 
 
+def test_function_space_and_maps(tmp_path):
+    c, path = build("mlp"), tmp_path / "x"
+    for kind in (nng.FMatDense, nng.FMatDiag, nng.FMatBlockDiag):
+        k = nng.GramMatrix(c.model, c.loader, kind)
+        nng.save(k, path)
+        copy = nng.load(path)
+        assert type(copy) is kind and torch.equal(copy.tensor, k.tensor)
+    rectangular = nng.GramMatrix(c.model, c.loader, other=c.loader[:1])
+    nng.save(rectangular, path)
+    assert torch.equal(nng.load(path).tensor, rectangular.tensor)
+    for kind in (nng.PushForwardDense, nng.PullBackDense):
+        j = nng.Jacobian(c.model, c.loader, nng.PushForwardDense)
+        j = j if kind is nng.PushForwardDense else j.T
+        nng.save(j, path)
+        copy = nng.load(path)
+        assert type(copy) is kind and torch.equal(copy.tensor, j.tensor) and copy.layer_collection == j.layer_collection
+    for implicit in (nng.GramMatrix(c.model, c.loader, nng.FMatImplicit), nng.Jacobian(c.model, c.loader, nng.PushForwardImplicit)):
+        with pytest.raises(nng.UnsupportedError, match="holds a model"):
+            nng.save(implicit, path)
+
+
 def test_half_precision_and_views(tmp_path):
     v = nng.PVector.randn(nng.LayerCollection.from_model(nn.Linear(2, 2)), 4)
     nng.save(nng.PVector(v.layer_collection, v.flat().to(torch.bfloat16)[::2]), tmp_path / "v")
