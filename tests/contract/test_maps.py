@@ -56,6 +56,8 @@ def test_first_order(case):
     """Halving the step quarters the residual of the linearisation, where the model is smooth."""
     if any(isinstance(m, torch.nn.ReLU) for m in case.model.modules()) or "Residual" in type(case.model).__name__:
         pytest.skip("kinks")
+    if any(getattr(m, "padding_idx", None) is not None for m in case.model.modules()):
+        pytest.skip("a row of the table has no gradient by convention")
     j = nng.Jacobian(case.model, case.loader)
     v = nng.PVector.randn(j.layer_collection, dtype=torch.float64)
     f0, residual = case.model(case.inputs).detach(), []
