@@ -14,13 +14,14 @@ from nngeom.core.errors import UnsupportedError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
+from nngeom.generator.linearization import Linearization
 from nngeom.generator.sweep import Chunk, Sweep, require_examples
 from nngeom.generator.task import Batch, Task
 from nngeom.measure import drive
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.dense import PMatBlockDiag, PMatDense
 from nngeom.pmat.diag import PMatDiag
-from nngeom.pmat.implicit import ImplicitFisher, Linearization, PMatImplicit
+from nngeom.pmat.implicit import ImplicitFisher, PMatImplicit
 from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.mixed import as_representation
 from nngeom.pmat.quasi_diag import PMatQuasiDiag

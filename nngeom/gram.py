@@ -20,13 +20,13 @@ from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.products import EVERYTHING, Grouping, build
 from nngeom.fmat.store import FileStore, fingerprint
 from nngeom.fmat.tiles import Side
+from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.sweep import Metric, Sweep
 from nngeom.generator.task import Task
 from nngeom.maps.pull_back import PullBackDense, PullBackImplicit
 from nngeom.maps.push_forward import PushForwardDense, PushForwardImplicit, dense_rows
 from nngeom.metrics.fisher import seed_of
 from nngeom.metrics.loss import IdentityMetric
-from nngeom.pmat.implicit import math_attention
 from nngeom.space.collection import LayerCollection
 
 
@@ -155,7 +155,7 @@ def Jacobian(
 @contextlib.contextmanager
 def _settings(memory_budget: int | None, differentiable: bool):
     """The budget, gradients only where asked for, and attention kernels that have second derivatives where they are needed."""
-    attention = math_attention() if differentiable else contextlib.nullcontext()
+    attention = twice_differentiable() if differentiable else contextlib.nullcontext()
     with memory.limit(memory_budget), attention, torch.set_grad_enabled(differentiable):
         yield
 

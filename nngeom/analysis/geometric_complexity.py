@@ -15,10 +15,10 @@ from nngeom.core import memory
 from nngeom.core.errors import ArgumentError
 from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import capture
+from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.sweep import require_examples
 from nngeom.generator.task import Batch, Task, require_finite
 from nngeom.metrics.loss import IdentityMetric
-from nngeom.pmat.implicit import math_attention
 from nngeom.solve.hutchinson import rademacher
 from nngeom.space.collection import LayerCollection
 
@@ -57,7 +57,7 @@ def geometric_complexity(
 
 def _batch(task: Task, batch: Batch, index: int, graph: bool, estimator: str, samples: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
     batch, inputs = with_input_gradients(batch)
-    with math_attention() if graph else contextlib.nullcontext():
+    with twice_differentiable() if graph else contextlib.nullcontext():
         outputs = capture(replace(task, parameters={}), batch).outputs  # watched for what mixes examples; no parameter followed
     require_finite(outputs.detach(), "outputs", index)
     n = outputs.shape[0]

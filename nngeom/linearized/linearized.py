@@ -9,9 +9,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import functional_call
 
+from nngeom.generator.kernels import twice_differentiable
+from nngeom.generator.linearization import ReverseConventions
 from nngeom.generator.task import gradients_on
 from nngeom.linearized.expansion import Expansion, Refusing, as_outputs
-from nngeom.pmat.implicit import _ReverseConventions, math_attention
 
 
 class Linearized(Expansion):
@@ -21,13 +22,13 @@ class Linearized(Expansion):
     outputs is convex in them, and the tangent kernel never changes. One pass costs about two of the model: the product
     with the Jacobian ``J0`` is a forward-mode derivative, or two backward passes for operations that have none
     (recurrent cells). The gradients are exact, for any optimizer. ``model``, ``delta``, ``reference()`` and errors:
-    see :class:`Expansion`. Source: George 2021, thesis, eq. 5.2.3.
+    see :class:`Expansion`. Source: George 2023, thesis, eq. 5.2.3.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The outputs of the linearised model."""
         recording = torch.is_grad_enabled()
-        with gradients_on(), math_attention(), Refusing():
+        with gradients_on(), twice_differentiable(), Refusing():
             delta = self._displacement(detach=not recording)
             try:
                 f0, change = self._forward_mode(delta, args, kwargs)
@@ -39,7 +40,7 @@ class Linearized(Expansion):
         return out if recording else out.detach()
 
     def _forward_mode(self, delta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        with forward_ad.dual_level(), _ReverseConventions():
+        with forward_ad.dual_level(), ReverseConventions():
             duals = {name: forward_ad.make_dual(w0, delta[name]) for name, w0 in self._start().items()}
             outputs = as_outputs(functional_call(self.model, duals, args, kwargs))
             return tuple(forward_ad.unpack_dual(outputs))

@@ -11,11 +11,11 @@ from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, CoverageError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.generator.capture import Capture, capture
+from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.sweep import Columns, Sweep
 from nngeom.generator.task import Task, gradients_on
 from nngeom.gram import GramMatrix
 from nngeom.metrics.loss import IdentityMetric, as_loss
-from nngeom.pmat.implicit import math_attention
 from nngeom.solve.hutchinson import rademacher
 from nngeom.space.collection import LayerCollection
 
@@ -50,7 +50,7 @@ def trace_penalty(
     if samples < 1:
         raise ArgumentError(f"samples is {samples}; expected a whole number of at least 1")
     task = Task.build(model, function, layer_collection)
-    with math_attention():
+    with twice_differentiable():
         seen = capture(task, next(task.batches([inputs])), keep_graph=True)
         f = seen.outputs
         if not f.requires_grad:
@@ -117,7 +117,7 @@ def loss_gradient_penalty(
     if wrt == "inputs":
         batch, variables = with_input_gradients(batch)  # type: ignore[assignment]
     moved = batch["labels"] if isinstance(batch, dict) else batch[1]
-    with gradients_on(), math_attention():
+    with gradients_on(), twice_differentiable():
         value = as_loss(loss)(task.run(batch), moved).mean()
         grads = torch.autograd.grad(value, variables, create_graph=True, allow_unused=True)
         square = sum((g.square().sum() for g in grads if g is not None), start=value.new_zeros(()))

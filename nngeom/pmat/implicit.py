@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.func import functional_call
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from nngeom.core import memory
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.linalg import accumulation_dtype
-from nngeom.generator.kernels import twice_differentiable
+from nngeom.generator.linearization import Linearization
 from nngeom.generator.sweep import Columns, Sweep
-from nngeom.generator.task import Batch, Task, gradients_on
+from nngeom.generator.task import Batch, Task
 from nngeom.pmat.expression import PMatExpression
 from nngeom.pmat.operator import ParameterOperator, require_frobenius
 from nngeom.pmat.pmat import PMat
@@ -29,77 +23,6 @@ from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos
 from nngeom.solve.slq import SpectralDensity, spectral_density
 from nngeom.space.pvector import PVector
-
-
-@dataclass(frozen=True, eq=False)
-class Linearization:
-    """Jacobian products of one task: ``J v`` in forward mode (or double backward), ``J^T u`` in reverse mode."""
-
-    task: Task
-
-    def jvp(self, batch: Batch, v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Outputs (with their graph) and ``J v``, for one tangent."""
-        with gradients_on(), math_attention():
-            try:
-                with forward_ad.dual_level(), _ReverseConventions():
-                    duals = {name: forward_ad.make_dual(p, v[name]) for name, p in self.task.parameters.items()}
-                    outputs = self._run(batch, duals)
-                    primal, tangent = forward_ad.unpack_dual(outputs)
-                return primal, torch.zeros_like(primal) if tangent is None else tangent.detach()
-            except (NotImplementedError, RuntimeError) as error:
-                if "forward" not in str(error) and "Forward" not in str(error):
-                    raise
-            outputs = self.task.run(batch)
-            u = torch.zeros_like(outputs, requires_grad=True)
-            params = list(self.task.parameters.values())
-            pulled = torch.autograd.grad(outputs, params, u, create_graph=True, allow_unused=True)
-            inner = torch.stack([(g * v[name]).sum() for name, g in zip(self.task.parameters, pulled) if g is not None]).sum()
-            tangent = torch.autograd.grad(inner, u, retain_graph=True)[0]
-            return outputs, tangent.detach()
-
-    def vjp(self, outputs: Tensor, u: Tensor) -> Tensor:
-        """``J^T u`` as a flat vector."""
-        params = list(self.task.parameters.values())
-        grads = torch.autograd.grad(outputs, params, u, allow_unused=True)
-        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(grads, params)])
-
-    def _run(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
-        """The outputs with other tensors in the place of the parameters; a user's function may call the model anyhow."""
-        wrapper = _Caller(self.task.model, lambda: self.task.run(batch))
-        return functional_call(wrapper, {f"model.{name}": p for name, p in parameters.items()}, ())
-
-
-class _Caller(torch.nn.Module):
-    """A module around the model whose forward calls back, so that ``functional_call`` reaches a user's function."""
-
-    def __init__(self, model: torch.nn.Module, call: Callable[[], Tensor]):
-        super().__init__()
-        self.model, self._call = model, call
-
-    def forward(self) -> Tensor:
-        """Call back."""
-        return self._call()
-
-
-class _ReverseConventions(TorchFunctionMode):
-    """Forward mode ignores ``padding_idx`` of embeddings, whose row gets no gradient in reverse mode: made the same."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func is F.embedding:
-            named = dict(zip(("input", "weight", "padding_idx"), args)) | kwargs
-            if named.get("padding_idx") is not None:
-                padding = named["input"] == named["padding_idx"] % named["weight"].shape[0]
-                out = torch.where(padding.unsqueeze(-1), out.detach(), out)
-        return out
-
-
-@contextlib.contextmanager
-def math_attention():
-    """Attention kernels that have forward-mode and second derivatives, and other operations that need it likewise."""
-    with twice_differentiable():
-        yield
 
 
 @dataclass(frozen=True, eq=False)
