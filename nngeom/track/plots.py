@@ -88,7 +88,7 @@ def _progress(ax: Any, history: History) -> None:
         twin.set_ylabel("accuracy", color=COLOURS[1])
     handles = [h for a in ax.figure.axes if a.bbox.bounds == ax.bbox.bounds for h in a.get_lines()]
     if len(losses) + len(scores) > 2:
-        ax.legend(handles=handles, loc="center right")
+        ax.legend(handles=handles, loc="center left")
     return None
 
 
@@ -158,7 +158,7 @@ def _coherence(ax: Any, history: History) -> None:
     ax.set_title("Coherence of the gradients")
     _line(ax, history, "coherence_ratio", "m alpha", COLOURS[3])
     ax.axhline(1, color="#999999", lw=1, ls=":")
-    ax.text(0.99, 1, "orthogonal ", ha="right", va="bottom", color="#777777", fontsize=7.5, transform=ax.get_yaxis_transform())
+    ax.text(0.01, 1, "orthogonal", ha="left", va="bottom", color="#777777", fontsize=7.5, transform=ax.get_yaxis_transform())
     ax.set_ylabel(r"$m\,\alpha$: examples that agree")
     ax.set_ylim(bottom=0)
     return None
