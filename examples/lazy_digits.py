@@ -12,7 +12,7 @@ descent (learning rate 0.05, momentum 0.9), from one start with alpha = 0.5, 1 a
     spurious   600 digits, class "5 or more", one more column +-0.1 + N(0, 0.3^2) that agrees with the label for 95 %;
                accuracy where it does and where it does not, in training and on a balanced test set
 
-Finished runs are kept in out/lazy_digits/. Writes out/lazy_digits.png. Protocol: George 2021, thesis, section 5.3.2-5.3.3.
+Finished runs are kept in out/lazy_digits/. Writes out/lazy_digits.png. Protocol: George 2023, thesis, section 5.3.2-5.3.3.
 """
 
 from __future__ import annotations

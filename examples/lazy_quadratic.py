@@ -11,7 +11,7 @@ numerically as dots) and, below, two-layer networks without constraint (100 unit
     3  n = 20 examples, 5 of a minority against a spurious feature: the minority comes later
 
 Curves are squared errors of groups against the training loss, both relative to the start. Writes out/lazy_quadratic.png.
-Source: George 2021, thesis, section 5.4 and C.7.
+Source: George 2023, thesis, section 5.4 and C.7.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ gradient descent (learning rate 0.05, momentum 0.9, logistic loss, float64) with
 alpha = 100. Both runs are read where their training loss first reaches 0.6, 0.5, 0.4 and 0.3; the map shows the loss of
 alpha = 1 minus that of alpha = 100 on a grid, averaged over the seeds. Finished seeds are kept in out/lazy_yin_yang/.
 
-Writes out/lazy_yin_yang.png. Protocol: George 2021, thesis, section 5.3.1 and fig. 5.1.
+Writes out/lazy_yin_yang.png. Protocol: George 2023, thesis, section 5.3.1 and fig. 5.1.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def c_scores(
     an interrupted estimate goes on where it stopped.
 
     Raises :class:`ArgumentError`, and :class:`FileError` for a file of other data or settings. Source: Jiang et al. 2021;
-    George 2021, thesis, eq. 5.3.2.
+    George 2023, thesis, eq. 5.3.2.
     """
     n = len(inputs)
     if labels.shape != (n,):

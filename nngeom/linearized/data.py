@@ -17,7 +17,7 @@ def yin_yang(n: int, generator: torch.Generator | None = None, radius: float = 0
 def yin_yang_label(x: Tensor, radius: float = 0.3) -> Tensor:
     """Class 0 in the upper half of the plane and 1 below, flipped in two disks around (0.5, -0.5) and (-0.5, 0.5).
 
-    The large uniform regions are easy, the disks difficult. Source: George 2021, thesis, fig. 5.1.
+    The large uniform regions are easy, the disks difficult. Source: George 2023, thesis, fig. 5.1.
     """
     return (x[:, 1] <= 0).long() ^ in_disks(x, radius).long()
 

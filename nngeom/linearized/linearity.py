@@ -47,7 +47,7 @@ def linearity(
     network inside it, and its start may be given as ``reference=None``. Other arguments as in ``GramMatrix``.
 
     Raises :class:`ArgumentError` for a missing reference, :class:`StructureError` where the layer is not found or the
-    models differ. Source: George 2021, thesis, section 5.2.
+    models differ. Source: George 2023, thesis, section 5.2.
     """
     if reference is None:
         if not isinstance(model, Expansion):

@@ -76,7 +76,7 @@ def equal_progress(
     that decides on crossings. ``interpolate``: linear between the records around the crossing, else the first one
     past it. A run that starts past a threshold counts as there at its first record.
 
-    Raises :class:`ArgumentError`. Source: George 2021, thesis, section 5.3.1.
+    Raises :class:`ArgumentError`. Source: George 2023, thesis, section 5.3.1.
     """
     if not 0 <= smoothing < 1:
         raise ArgumentError(f"smoothing is {smoothing!r}; expected the weight of the past, in [0, 1)")

@@ -38,7 +38,7 @@ def singular_modes(X: Tensor, y: Tensor) -> Modes:
 
     Where singular values coincide the basis is chosen, not found by chance: ``y`` has a component along the first
     vector of the eigenspace only, and the others follow by Gram-Schmidt from the coordinate axes. Raises
-    :class:`ArgumentError` for shapes that do not fit. Source: George 2021, thesis, section 5.4.
+    :class:`ArgumentError` for shapes that do not fit. Source: George 2023, thesis, section 5.4.
     """
     X, y = torch.as_tensor(X), torch.as_tensor(y)
     if X.ndim != 2 or y.shape != X.shape[:1]:
@@ -87,7 +87,7 @@ def quadratic_modes(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str
     ``theta = 1/2 w^2``, logistic growth with rate ``2 sqrt(mu) u^T y``, so modes are learned one after the other.
     ``"linear"``: ``theta = w w0 - 1/2 w0^2``, exponential approach with rate ``2 mu theta0``. Null directions stay.
 
-    Raises :class:`ArgumentError`. Source: George 2021, thesis, Proposition 5.4.1 and eq. 5.4.6, with the exponent of the
+    Raises :class:`ArgumentError`. Source: George 2023, thesis, Proposition 5.4.1 and eq. 5.4.6, with the exponent of the
     linear regime as its own dynamics give it.
     """
     _require_regime(regime)
@@ -136,7 +136,7 @@ def convergence_times(X: Tensor, y: Tensor, w0: Tensor, tolerance: float, regime
 
     Exact: ``log[(theta* - theta0)(theta* - e) / (e theta0)] / (2 sqrt(mu) u^T y)`` in the non-linear regime,
     ``log[(theta* - theta0) / e] / (2 mu theta0)`` in the linear one, for modes that grow. Null directions: 0. Source:
-    George 2021, thesis, section 5.4.3, repaired.
+    George 2023, thesis, section 5.4.3, repaired.
     """
     _require_regime(regime)
     if not tolerance > 0:

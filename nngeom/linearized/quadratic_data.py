@@ -23,7 +23,7 @@ def reversed_modes(mu: Tensor) -> QuadraticData:
     """Example 1: ``x_i = sqrt(mu_i) e_i``, ``y_i = mu_{n+1-i} / sqrt(mu_i)``; the two regimes learn in opposite orders.
 
     ``mu (n,)`` positive and descending. From ``w0 = sqrt(sigma) 1`` the linear rate of mode ``i`` is ``sigma mu_i`` and
-    the non-linear one ``2 mu_{n+1-i}``. Source: George 2021, thesis, section 5.4.4.
+    the non-linear one ``2 mu_{n+1-i}``. Source: George 2023, thesis, section 5.4.4.
     """
     if mu.ndim != 1 or not bool((mu > 0).all()) or not bool((mu.diff() < 0).all()):
         raise ArgumentError(f"mu is {mu.tolist()}; expected positive numbers in descending order")

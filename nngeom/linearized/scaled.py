@@ -20,7 +20,7 @@ class Scaled(Expansion):
     linearised training is ``O(1/alpha)``. The rule holds for gradient descent with or without momentum.
 
     ``alpha (f - f0)`` loses ``log10(alpha)`` digits: use float64 from ``alpha = 100`` on. Batch normalisation in
-    training mode raises :class:`ModeError`, see :class:`Expansion`. Source: Chizat, Oyallon & Bach 2019; George 2021,
+    training mode raises :class:`ModeError`, see :class:`Expansion`. Source: Chizat, Oyallon & Bach 2019; George 2023,
     thesis, eq. 5.2.4 and C.4.
     """
 
@@ -51,7 +51,7 @@ def scaled_lr(lr: float, alpha: float, scale_free: bool = False) -> float:
 
     ``lr / alpha**2`` for steps proportional to the gradient (gradient descent, momentum). ``scale_free=True``: ``lr /
     alpha`` for steps that do not depend on its size (Adam and its like; multiply their ``eps`` by ``alpha`` too).
-    Raises :class:`ArgumentError` for ``alpha <= 0``. Source: George 2021, thesis, section 5.2.
+    Raises :class:`ArgumentError` for ``alpha <= 0``. Source: George 2023, thesis, section 5.2.
     """
     _require_positive(alpha)
     return lr / alpha if scale_free else lr / alpha**2
