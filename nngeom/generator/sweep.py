@@ -116,7 +116,9 @@ class Sweep:
         n = seen.outputs.shape[0]
         require_finite(seen.outputs.detach(), "outputs", index)
         if not seen.outputs.requires_grad:
-            raise CoverageError("the outputs do not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside the model?)")
+            raise CoverageError(
+                "the outputs do not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside the model?)"
+            )
         columns = self.metric.columns(seen.outputs.detach(), batch, self.count)
         if n == 1 and index == 0:
             self._learn_from_a_pair(batch)

@@ -41,7 +41,9 @@ class Task:
         parameters = lc.parameters(model)
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
-            raise DeviceError(f"the selected parameters are on several devices, {sorted(map(str, devices))}; expected one: move the model with model.to(device)")
+            raise DeviceError(
+                f"the selected parameters are on several devices, {sorted(map(str, devices))}; expected one: move the model with model.to(device)"
+            )
         dtypes = {p.dtype for p in parameters.values()}
         dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.promote_types(*list(dtypes)[:2])
         return Task(model, lc, function, parameters, next(iter(devices)), dtype)

@@ -26,7 +26,9 @@ class Categorical(Likelihood):
     def _axis(self, outputs: Tensor) -> int:
         axis = self.dim if self.dim >= 0 else outputs.ndim + self.dim
         if not 1 <= axis < outputs.ndim:
-            raise OutputError(f"Categorical(dim={self.dim}) does not fit outputs of shape {tuple(outputs.shape)}; expected an axis of classes behind the examples")
+            raise OutputError(
+                f"Categorical(dim={self.dim}) does not fit outputs of shape {tuple(outputs.shape)}; expected an axis of classes behind the examples"
+            )
         return axis
 
     def check(self, outputs, targets=None):

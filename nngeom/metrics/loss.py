@@ -47,7 +47,10 @@ class CrossEntropy(Loss):
         if targets.is_floating_point():
             return logits.reshape(n * p, c), self.categorical.logits(targets.to(outputs)).reshape(n * p, c)
         if targets.numel() != n * p:
-            raise OutputError(f"targets have shape {tuple(targets.shape)}; outputs {tuple(outputs.shape)} with classes on axis {self.categorical.dim} need one a position, {n * p}")
+            raise OutputError(
+                f"targets have shape {tuple(targets.shape)}; outputs {tuple(outputs.shape)} with classes on axis {self.categorical.dim} "
+                f"need one a position, {n * p}"
+            )
         return logits.reshape(n * p, c), targets.reshape(n * p)
 
     def __call__(self, outputs, targets):
@@ -128,7 +131,8 @@ def _hessian_root(loss: Loss, outputs: Tensor, targets: Any) -> Columns:
     least, most = values.min(), values.abs().max()
     if bool(least < -1e-8 * most.clamp_min(1e-300)):
         raise ArgumentError(
-            f"the loss is not convex in the outputs (an eigenvalue of its Hessian is {float(least):.3e}); the Gauss-Newton matrix needs a convex loss: use Hessian"
+            f"the loss is not convex in the outputs (an eigenvalue of its Hessian is {float(least):.3e}); "
+            "the Gauss-Newton matrix needs a convex loss: use Hessian"
         )
     root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)).permute(2, 0, 1).to(outputs)  # [k n c]
     return Columns(root.shape[0], lambda lo, hi: root[lo:hi].reshape(hi - lo, *outputs.shape))

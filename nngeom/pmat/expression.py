@@ -65,7 +65,9 @@ class PMatExpression(ParameterOperator):
                 return self.materialize().solve(b, d)
             return self._apply(lambda x: self._solve_general(x, d), b)
         if not self.symmetric or not isinstance(d, Tikhonov):
-            raise UnsupportedError("solving with a product, or with Cutoff or FactoredTikhonov on a sum, needs the dense matrix; this one is above the size limit")
+            raise UnsupportedError(
+                "solving with a product, or with Cutoff or FactoredTikhonov on a sum, needs the dense matrix; this one is above the size limit"
+            )
         return self._apply(lambda x: conjugate_gradient(lambda y: self._mv(y) + d.value * y, x, tol=tol, max_iter=max_iter), b)
 
     def _solve_general(self, x: Tensor, damping: Damping) -> Tensor:

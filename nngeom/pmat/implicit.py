@@ -139,7 +139,9 @@ class PMatImplicit(ParameterOperator):
         return spectral_density(self._mv, self.shape[0], like, steps, samples, generator)
 
     def _refuse(self, what: str) -> UnsupportedError:
-        return UnsupportedError(f"an implicit matrix has no {what}; lanczos(k) and spectral_density() estimate its spectrum, or build a PMatDense, PMatKFAC or PMatEKFAC")
+        return UnsupportedError(
+            f"an implicit matrix has no {what}; lanczos(k) and spectral_density() estimate its spectrum, or build a PMatDense, PMatKFAC or PMatEKFAC"
+        )
 
     def eigh(self) -> Any:
         """Not offered; raises :class:`UnsupportedError`."""

@@ -84,7 +84,9 @@ class ParameterOperator(ABC):
         d = self.shape[0]
         if d > limit:
             size = d * d * self.dtype.itemsize / 2**30
-            raise SizeError(f"the dense matrix of {d} parameters takes {size:.1f} GiB; the limit is {limit} parameters: pass to_dense(limit={d}) to have it anyway")
+            raise SizeError(
+                f"the dense matrix of {d} parameters takes {size:.1f} GiB; the limit is {limit} parameters: pass to_dense(limit={d}) to have it anyway"
+            )
         return self._dense()
 
     def _dense(self) -> Tensor:
