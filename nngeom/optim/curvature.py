@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.core.damping import Damping
+from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov
+from nngeom.core.errors import SingularError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.generator.sweep import Chunk
@@ -41,7 +42,8 @@ class Seen:
 
     examples: int
     scale: float
-    gradient: Tensor  # [d], of the mean loss
+    gradient: Tensor  # [d], as it stands in .grad
+    mean: float  # what makes it that of the mean loss
 
 
 class Curvature(ABC):
@@ -108,7 +110,7 @@ class Averaged(Curvature):
             try:
                 recipe.send(self.averages.read())
             except StopIteration as end:
-                self.blocks = {layout: block.inverse(schedule.damping) for layout, block in end.value.items()}
+                self.blocks = {layout: inverse(block, schedule.damping) for layout, block in end.value.items()}
 
     def precondition(self, flat, out, damping):
         for layout, inverse in self.blocks.items():
@@ -129,6 +131,8 @@ class Eigenbasis(Curvature):
         self.statistic: Callable = next(representation.recipe(scope))
         self.running, self.from_gradient, self.worker = scalings == "running", scalings == "running" and not own_rows, worker
         self.future: Future | None = None
+        self._coordinates: dict[Layout, Tensor] = {}  # of this step's gradient
+        self._shifts: dict[Layout, tuple[Damping, Tensor | float]] = {}  # the damping of each coordinate, while basis and damping stay
 
     def forget(self):
         super().forget()
@@ -139,7 +143,8 @@ class Eigenbasis(Curvature):
         return super().finite() and all_finite(self.squares)
 
     def observe(self, chunk, schedule):
-        self._adopt()
+        if not self.from_gradient and not self.squares.sums:
+            self._adopt()
         chunk = self.scope.restrict(chunk)
         if schedule.statistics:
             self.pending.add(self.statistic(chunk), chunk.examples if chunk.first else 0)
@@ -158,6 +163,8 @@ class Eigenbasis(Curvature):
         self.squares.add(scaling_statistic(self.blocks)(dataclasses.replace(chunk, jacobians=known)), chunk.examples if chunk.first else 0)
 
     def update(self, seen, schedule):
+        if self.from_gradient:
+            self._adopt()
         if self.pending.sums:
             self.averages.update(scaled_means(self.pending, seen.examples, seen.scale), schedule.decay)
         self._refresh(schedule)
@@ -166,8 +173,8 @@ class Eigenbasis(Curvature):
         past = schedule.scalings_decay if self.running else 0.0
         if self.from_gradient:
             for layout, block in self.blocks.items():
-                v = block.basis.tmv(layout.gather(seen.gradient))
-                self._follow(layout, seen.examples * v.square(), past)
+                v = self._coordinates[layout] = block.basis.tmv(layout.gather(seen.gradient))
+                self._follow(layout, (seen.examples * seen.mean**2) * v.square(), past)
         else:
             for layout, t in scaled_means(self.squares, max(seen.examples, 1), seen.scale).items():
                 self._follow(layout, t["d"], past)
@@ -183,17 +190,41 @@ class Eigenbasis(Curvature):
             return
         if self.worker is None or fresh:
             self.blocks = eigenbases(self.averages.read())
+            self._shifts.clear()
         elif self.future is None:
             self.future = self.worker.submit(eigenbases, self.averages.read())
 
     def _adopt(self) -> None:
-        """Take over bases that a background thread has finished."""
+        """Take over bases that a background thread has finished, before anything is projected on them."""
         if self.future is not None and self.future.done():
             self.blocks, self.future = self.future.result(), None
+            self._shifts.clear()
 
     def precondition(self, flat, out, damping):
         for layout, block in self.blocks.items():
-            layout.scatter_(out, block.inverse(damping).mv(layout.gather(flat)))
+            v = self._coordinates.pop(layout, None)
+            v = block.basis.tmv(layout.gather(flat)) if v is None else v
+            layout.scatter_(out, block.basis.mv(v * self._reciprocals(layout, block, damping)))
+
+    def _reciprocals(self, layout: Layout, block: EigenBlock, damping: Damping) -> Tensor:
+        """``1 / (d + damping)``; where damping is positive the sum needs no check, and its constant part is kept."""
+        if isinstance(damping, Cutoff) or damping.value == 0:
+            return block.inverse(damping).d
+        kept = self._shifts.get(layout)
+        if kept is None or kept[0] != damping:
+            shift = block.additive(damping.value) if isinstance(damping, FactoredTikhonov) else damping.value
+            kept = self._shifts[layout] = (damping, shift)
+        return (block.d + kept[1]).reciprocal_()
+
+
+def inverse(block: Block, damping: Damping) -> Block:
+    """``(block + damping)^-1``, in float64 where float32 finds it singular."""
+    try:
+        return block.inverse(damping)
+    except SingularError:
+        if block.diag().dtype != torch.float32:
+            raise
+        return block.to(torch.float64).inverse(damping).to(torch.float32)
 
 
 def eigenbases(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, EigenBlock]:

@@ -35,6 +35,7 @@ class EKFAC(NaturalGradient):
         likelihood: Any = None,
         layer_collection: LayerCollection | None = None,
         basis_every: Any = 50,
+        statistics_every: Any = 10,
         scalings: str = "running",
         sharing: str = "expand",
         sua: bool = False,
@@ -42,5 +43,6 @@ class EKFAC(NaturalGradient):
     ):
         super().__init__(
             model, PMatEKFAC.options(sharing=sharing, sua=sua), lr, momentum, damping, weight_decay, statistics_decay, kl_clip,
-            fisher, likelihood, layer_collection, every=basis_every, scalings=scalings, **options,
+            fisher, likelihood, layer_collection, every=basis_every,
+            statistics_every=statistics_every, scalings=scalings, **options,
         )  # fmt: skip

@@ -32,11 +32,12 @@ class KFAC(NaturalGradient):
         likelihood: Any = None,
         layer_collection: LayerCollection | None = None,
         inverse_every: Any = 10,
+        statistics_every: Any = 10,
         sharing: str = "expand",
         sua: bool = False,
         **options: Any,
     ):
         super().__init__(
             model, PMatKFAC.options(sharing=sharing, sua=sua), lr, momentum, damping, weight_decay, statistics_decay, kl_clip,
-            fisher, likelihood, layer_collection, every=inverse_every, **options,
+            fisher, likelihood, layer_collection, every=inverse_every, statistics_every=statistics_every, **options,
         )  # fmt: skip

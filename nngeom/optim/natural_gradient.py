@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.core.damping import Damping, FactoredTikhonov, as_damping
-from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularError
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.observe import Observation, Observer
 from nngeom.generator.sweep import Chunk, Metric
@@ -273,19 +273,24 @@ class NaturalGradient(torch.optim.Optimizer):
         """The factor of clipping; ``None`` when the step is skipped."""
         schedule, flat = self._schedule(), self._gradient()
         if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self._parts.values()):
-            return self._skip("gradients or statistics")
+            return self._skip("gradients or statistics are not finite")
         mean = self.reduction == "mean"
         own = self.observer.metric is None
         scale = (self._examples if mean else 1) / self._loss_scale if own else 1.0
-        seen = Seen(self._examples, scale, flat if mean or not self._examples else flat / self._examples)
+        seen = Seen(self._examples, scale, flat, 1.0 if mean or not self._examples else 1 / self._examples)
         out = flat.clone()
-        for part in self._parts.values():
-            part.update(seen, schedule)
-            part.precondition(flat, out, schedule.damping)
+        try:
+            for part in self._parts.values():
+                part.update(seen, schedule)
+                part.precondition(flat, out, schedule.damping)
+        except (SingularError, NonFiniteError) as error:
+            if self.steps == 0:
+                raise
+            return self._skip(str(error))
         if not any(part.blocks for part in self._parts.values()):
             raise ArgumentError("step() before anything was observed; expected the forward and backward pass inside `with opt.observe():`")
         if not bool(torch.isfinite(out.sum())):
-            return self._skip("preconditioned gradients")
+            return self._skip("the preconditioned gradient is not finite")
         clip = self._clip(flat, out)
         self._write(out * clip if clip != 1.0 else out)
         if schedule.refresh:
@@ -294,10 +299,10 @@ class NaturalGradient(torch.optim.Optimizer):
         self._examples, self._loss_scale = 0, 1.0
         return clip
 
-    def _skip(self, what: str) -> None:
+    def _skip(self, why: str) -> None:
         self.skipped += 1
         self._forget()
-        warnings.warn(f"a step was skipped: {what} are not finite ({self.skipped} skipped so far)", SkippedStepWarning, stacklevel=4)
+        warnings.warn(f"a step was skipped ({self.skipped} so far): {why}", SkippedStepWarning, stacklevel=4)
 
     def _clip(self, flat: Tensor, out: Tensor) -> float:
         bound = _number("kl_clip", self.numbers["kl_clip"], self.steps)
