@@ -118,7 +118,8 @@ def main() -> None:
         axes[0, j].set(title=f"CKA with the labels, depth {depth}", ylim=(0, 0.5))
         ratio = (easy / hard).mean(0)
         at = x[int(ratio.argmax())]
-        print(f"depth {depth}: CKA highest easy {easy.mean(0).max():.3f}, difficult {hard.mean(0).max():.3f}; ratio highest {ratio.max():.1f} at step {at:.0f}", flush=True)
+        print(f"depth {depth}: CKA highest easy {easy.mean(0).max():.3f}, difficult {hard.mean(0).max():.3f}", end="; ")
+        print(f"ratio highest {ratio.max():.1f} at step {at:.0f}", flush=True)
     axes[0, 3].set(title="easy / difficult")
     for ax in axes[0]:
         ax.set(xlabel="step", xscale="symlog", xlim=(0, None))
