@@ -34,7 +34,9 @@ CASES = {
     "unknown option": (lambda c: nng.FIM(c.model, c.loader, nng.PMatKFAC, share="reduce"), nng.ArgumentError, ValueError, "share.*sharing"),
     "bad sharing": (lambda c: nng.FIM(c.model, c.loader, nng.PMatKFAC, sharing="sum"), nng.ArgumentError, ValueError, "expand.*reduce"),
     "mixture misses": (lambda c: nng.FIM(c.model, c.loader, nng.PMatMixed({"0": nng.PMatDiag})), nng.ArgumentError, ValueError, "default"),
-    "mixture matches nothing": (lambda c: nng.FIM(c.model, c.loader, nng.PMatMixed({"z*": nng.PMatDiag}, default=nng.PMatKFAC)), nng.ArgumentError, ValueError, "z"),
+    "mixture matches nothing": (
+        lambda c: nng.FIM(c.model, c.loader, nng.PMatMixed({"z*": nng.PMatDiag}, default=nng.PMatKFAC)), nng.ArgumentError, ValueError, "z",
+    ),
     "mixture of nothing": (lambda c: nng.PMatMixed(nng.PMatKFAC), nng.ArgumentTypeError, TypeError, "dict"),
     "no parameter": (lambda c: nng.LayerCollection.from_model(c.model.requires_grad_(False)), nng.CollectionError, ValueError, "frozen"),
     "pattern matches nothing": (lambda c: nng.LayerCollection.from_model(c.model, include="head.*"), nng.CollectionError, ValueError, r"head\.\*.*0\.weight"),

@@ -26,7 +26,7 @@ def test_the_numbers_are_those_held():
             m = nng.FIM(c.model, c.loader, r)
             seen, total = set(), 0
             for row in report.rows:
-                block = next((lay for lay in nng.FIM(c.model, c.loader, nng.PMatKFAC).blocks if row.name in lay.names))
+                block = next(lay for lay in nng.FIM(c.model, c.loader, nng.PMatKFAC).blocks if row.name in lay.names)
                 if block not in seen:
                     seen.add(block)
                     total += row.numbers[kind]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "nngeom"
-ORDER = ["core", "solve", "layers", "space", "generator", "metrics", "pmat", "fmat", "maps", "top", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
+ORDER = ["core", "solve", "layers", "space", "generator", "metrics", "pmat", "fmat", "maps", "top"]
+ORDER += ["optim", "analysis", "mgs", "linearized", "track", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -268,7 +268,7 @@ def test_s18_s19_monte_carlo_is_one_matrix():
     v = nng.PVector.randn(m.layer_collection, dtype=f64)
     assert torch.equal(m.mv(v).flat(), m.mv(v).flat())
     torch.testing.assert_close(m.vTMv(v), v.dot(m.mv(v)))
-    seed = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+    seed = lambda: torch.Generator().manual_seed(5)
     one = nng.FIM_MonteCarlo(case.model, [case.inputs], nng.PMatDense, samples=3, generator=seed()).to_dense()
     many = nng.FIM_MonteCarlo(case.model, [(x,) for x in case.inputs.split(2)], nng.PMatDense, samples=3, generator=seed()).to_dense()
     implicit = nng.FIM_MonteCarlo(case.model, case.loader, nng.PMatImplicit, samples=3, generator=seed()).to_dense()
@@ -581,3 +581,58 @@ def test_every_matrix_pickles_and_outlives_the_model():
         copy = pickle.loads(pickle.dumps(m))
         v = nng.PVector.randn(m.layer_collection, dtype=f64)
         assert torch.equal(copy.solve(v, 0.1).flat(), m.solve(v, 0.1).flat())
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_table_of_positions_keeps_its_structure():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Parameter(0.1 * normal(1, 70, 60)), nn.Linear(60, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(x + self.table).mean(1))
+
+    model, x = Model().double(), normal(3, 70, 60)
+    assert nng.explain(model, x)["table"].structure == "lookup"
+    f = reference.fisher(model, x)
+    torch.testing.assert_close(nng.FIM(model, [x], nng.PMatDiag).diag().flat(), f.diagonal(), rtol=1e-8, atol=1e-14)
+    kfac, ekfac = (nng.FIM(model, [x], r) for r in (nng.PMatKFAC, nng.PMatEKFAC))
+    torch.testing.assert_close(ekfac.trace(), f.trace())
+    assert kfac.nbytes() < 8 * 70 * 60 * 60
+
+
+def test_a_factor_above_the_limit_is_kept_diagonal():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 10_050, bias=False)).double()
+    x = normal(4, 3)
+    kfac = nng.FIM_MonteCarlo(model, [x], nng.PMatKFAC, samples=2, generator=torch.Generator().manual_seed(0))
+    big = next(b for lay, b in kfac.blocks.items() if lay.names == ("2.weight",))
+    assert big.g.shape == (1, 10_050)
+    diag = nng.FIM_MonteCarlo(model, [x], nng.PMatDiag, samples=2, generator=torch.Generator().manual_seed(0))
+    ekfac = nng.FIM_MonteCarlo(model, [x], nng.PMatEKFAC, samples=2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ekfac.trace(), diag.trace())
+    v = nng.PVector.randn(kfac.layer_collection, dtype=f64)
+    torch.testing.assert_close(kfac.solve(kfac.mv(v) + 0.1 * v, 0.1).flat(), v.flat())
+
+
+def test_eigendecompositions_survive_a_failure_of_lapack(monkeypatch):
+    from nngeom.core import linalg
+
+    x = normal(6, 6)
+    m, calls, fails, eigh = x @ x.T, [], [0], torch.linalg.eigh
+
+    def failing(a):
+        calls.append(1)
+        if len(calls) <= fails[0]:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return eigh(a)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    for count in (1, 2):
+        fails[0] = count
+        calls.clear()
+        values, vectors = linalg.eigh(m)
+        torch.testing.assert_close((vectors * values) @ vectors.T, m, rtol=1e-8, atol=1e-8)
+        assert bool((values.diff() >= 0).all())

@@ -59,11 +59,34 @@ def scale(call: Call, input, other) -> Use:
     )
 
 
+TABLE_SIZE = 4096  # a shift of several axes with more entries is a table of positions, looked up; a smaller one is one exact block
+
+
 def _shift(call: Call, w: Tensor, sign: float) -> Use:
     broadcast, own, lead = _split(call, w)
     move = _rows(broadcast, own)
+    if w.numel() > TABLE_SIZE and len(own) > 1 and len(broadcast) > 0:
+        return _table(call, w, sign, broadcast, own, lead)
     slot = call.whole(w, Arrangement.plain(1, w.numel(), 1))
     return Use("shift", None, slot, lead, gradients=lambda g: (move(g, 1) * sign if sign != 1 else move(g, 1)).unsqueeze(-2))
+
+
+def _table(call: Call, w: Tensor, sign: float, broadcast: tuple[int, ...], own: tuple[int, ...], lead: tuple[int, ...]) -> Use:
+    """``w [rows, o]`` added to every example: each row of it is looked up once."""
+    out = call.out.shape
+    width, rows = out[own[-1]], w.numel() // out[own[-1]]
+    move = _rows(broadcast, own)
+    slot = call.whole(w, Arrangement((1, rows, width), (0, 2, 1), (1, width, rows)))
+    device = w.device
+    return Use(
+        "shift",
+        slot,
+        None,
+        (*lead, rows),
+        gradients=lambda g: (sign * move(g, 1)).unflatten(-1, (rows, 1, width)),
+        inputs=lambda: torch.arange(rows, device=device).expand(*lead, rows),
+        lookup=True,
+    )
 
 
 @adapts(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_, torch.Tensor.__iadd__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class LayerCollection:
         """The trainable parameters of ``model``, in the order of ``model.named_parameters()``.
 
         ``include`` and ``exclude`` take names, glob patterns (``"blocks.*.mlp.*"``), names of modules, modules,
-        predicates ``(name, parameter) -> bool``, or lists of these. Frozen parameters (``requires_grad=False``) are
+        predicates ``(name) -> bool`` or ``(name, parameter) -> bool``, or lists of these. Frozen parameters (``requires_grad=False``) are
         left out; tied parameters count once, under their first name, and match by any of their names.
 
         Raises :class:`CollectionError` when a pattern matches nothing or no parameter is left.
@@ -134,6 +135,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def _takes_two(predicate: Callable[..., Any]) -> bool:
+    """Whether a predicate wants the parameter beside its name."""
+    try:
+        inspect.signature(predicate).bind("", None)
+    except (TypeError, ValueError):  # one argument, or a built-in without a signature
+        return False
+    return True
+
+
 def _select(model: nn.Module, every: dict[str, nn.Parameter], aliases: dict[int, list[str]], pattern: Pattern, role: str) -> set[str]:
     if isinstance(pattern, (list, tuple, set)):
         return set().union(*(_select(model, every, aliases, p, role) for p in pattern)) if pattern else set()
@@ -144,7 +154,7 @@ def _select(model: nn.Module, every: dict[str, nn.Parameter], aliases: dict[int,
         inside = {id(p) for p in pattern.parameters()}
         test = lambda name, p: id(p) in inside
     elif callable(pattern):
-        test = pattern
+        test = pattern if _takes_two(pattern) else lambda name, p: pattern(name)
     else:
         raise ArgumentTypeError(f"{role} got {pattern!r}; expected a name, a glob, a module, a predicate (name, parameter) -> bool, or a list of these")
     found = {name for name, p in every.items() if any(test(alias, p) for alias in aliases[id(p)])}
