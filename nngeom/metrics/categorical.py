@@ -50,6 +50,11 @@ class Categorical(Likelihood):
         elif outputs.ndim > 2 and self.dim == 1 and targets is None:
             return
 
+    @staticmethod
+    def labels(targets: Tensor) -> Tensor:
+        """Labels of any integer type as int64, in which ``ignore_index`` is itself."""
+        return targets.long()
+
     def logits(self, outputs: Tensor) -> Tensor:
         """``[n, positions, c]``."""
         return outputs.movedim(self._axis(outputs), -1).flatten(1, -2) if outputs.ndim > 2 else outputs.unsqueeze(1)
@@ -68,7 +73,7 @@ class Categorical(Likelihood):
         n, p = self.logits(outputs).shape[:2]
         if targets.numel() != n * p:
             return None
-        keep = targets.reshape(n, p) != self.ignore_index
+        keep = self.labels(targets).reshape(n, p) != self.ignore_index
         return None if bool(keep.all()) else keep.to(outputs)
 
     def square_root(self, outputs, targets=None):
@@ -110,9 +115,9 @@ class Categorical(Likelihood):
 
     def log_prob(self, outputs, targets):
         logp = F.log_softmax(self.logits(outputs), -1)
-        y = targets.reshape(logp.shape[:2])
+        y = self.labels(targets).reshape(logp.shape[:2])
         keep = y != self.ignore_index
-        return (logp.gather(-1, y.clamp_min(0).unsqueeze(-1)).squeeze(-1) * keep).sum(1)
+        return (logp.gather(-1, y.where(keep, torch.zeros_like(y)).unsqueeze(-1)).squeeze(-1) * keep).sum(1)
 
     def score(self, outputs, labels, targets=None):
         p = self.logits(outputs).softmax(-1)

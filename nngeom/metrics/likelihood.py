@@ -54,6 +54,13 @@ def as_columns(v: Columns | Tensor) -> Columns:
     return Columns(v.shape[0], lambda lo, hi: v[lo:hi]) if isinstance(v, Tensor) else v
 
 
+def _like(targets: Tensor, outputs: Tensor) -> Tensor:
+    """Targets in the shape and dtype of the outputs; raises :class:`OutputError` where there are not as many."""
+    if targets.numel() != outputs.numel():
+        raise OutputError(f"targets have shape {tuple(targets.shape)}; expected that of the outputs, {tuple(outputs.shape)}")
+    return targets.to(outputs).reshape(outputs.shape)
+
+
 def diagonal_columns(root: Tensor) -> Columns:
     """One cotangent an output: ``root (n, *shape)`` on the diagonal."""
     n, width = root.shape[0], root[0].numel()
@@ -79,7 +86,11 @@ class Bernoulli(Likelihood):
         return (uniform(*outputs.shape[1:]) < outputs.sigmoid()).to(outputs.dtype)
 
     def log_prob(self, outputs, targets):
-        return -torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets.to(outputs), reduction="none").flatten(1).sum(1)
+        y = _like(targets, outputs)
+        return -torch.nn.functional.binary_cross_entropy_with_logits(outputs, y, reduction="none").flatten(1).sum(1)
+
+    def score(self, outputs, labels, targets=None):
+        return _like(labels, outputs) - outputs.sigmoid()
 
     def fisher_times(self, outputs, tangent, targets=None):
         return outputs.sigmoid() * torch.sigmoid(-outputs) * tangent
@@ -109,8 +120,11 @@ class Gaussian(Likelihood):
 
     def log_prob(self, outputs, targets):
         deviation = self._deviation(outputs)
-        z = (targets.to(outputs).reshape(outputs.shape) - outputs) / deviation
+        z = (_like(targets, outputs) - outputs) / deviation
         return (-0.5 * z.square() - deviation.log() - 0.5 * torch.log(z.new_tensor(2 * torch.pi))).flatten(1).sum(1)
+
+    def score(self, outputs, labels, targets=None):
+        return (_like(labels, outputs) - outputs) / self._deviation(outputs).square()
 
     def fisher_times(self, outputs, tangent, targets=None):
         return tangent / self._deviation(outputs).square()
@@ -129,8 +143,11 @@ class Poisson(Likelihood):
         return torch.as_tensor(poisson.ppf(u, rate)).to(outputs)
 
     def log_prob(self, outputs, targets):
-        y = targets.to(outputs).reshape(outputs.shape)
+        y = _like(targets, outputs)
         return (y * outputs - outputs.exp() - torch.lgamma(y + 1)).flatten(1).sum(1)
+
+    def score(self, outputs, labels, targets=None):
+        return _like(labels, outputs) - outputs.exp()
 
     def fisher_times(self, outputs, tangent, targets=None):
         return outputs.exp() * tangent

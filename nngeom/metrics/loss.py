@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, OutputError
+from nngeom.core import linalg
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, OutputError, SizeError
 from nngeom.generator.sweep import Columns
 from nngeom.generator.task import require_targets
 from nngeom.metrics.categorical import Categorical
 from nngeom.metrics.likelihood import Gaussian, as_columns
+
+OUTPUT_LIMIT = 4096  # outputs an example whose Hessian in them is formed
 
 
 class Loss:
@@ -51,7 +54,17 @@ class CrossEntropy(Loss):
                 f"targets have shape {tuple(targets.shape)}; outputs {tuple(outputs.shape)} with classes on axis {self.categorical.dim} "
                 f"need one a position, {n * p}"
             )
-        return logits.reshape(n * p, c), targets.reshape(n * p)
+        if self.weight is not None and self.weight.shape != (c,):
+            raise OutputError(
+                f"the class weight has {self.weight.numel()} entries; outputs {tuple(outputs.shape)} have {c} classes on axis {self.categorical.dim}"
+            )
+        y, ignored = self.categorical.labels(targets).reshape(n * p), self.categorical.ignore_index
+        counted = y[y != ignored]
+        if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= c):
+            raise OutputError(
+                f"targets hold labels from {int(counted.min())} to {int(counted.max())}; expected from 0 to {c - 1}, or ignore_index={ignored}"
+            )
+        return logits.reshape(n * p, c), y
 
     def __call__(self, outputs, targets):
         logits, y = self._flat(outputs, targets)
@@ -63,12 +76,12 @@ class CrossEntropy(Loss):
         """The categorical root, times the root of the total weight of each position's (smoothed) label."""
         self.categorical.check(outputs, targets)
         columns = as_columns(self.categorical.square_root(outputs, targets))
+        logits, y = self._flat(outputs, targets)
         if self.weight is None and not targets.is_floating_point():
             return columns
-        logits, y = self._flat(outputs, targets)
         c = logits.shape[-1]
         weight = torch.ones(c, dtype=outputs.dtype, device=outputs.device) if self.weight is None else self.weight.to(outputs)
-        label = y if y.is_floating_point() else F.one_hot(y.clamp_min(0), c).to(outputs)
+        label = y if y.is_floating_point() else F.one_hot(y.where(y != self.categorical.ignore_index, torch.zeros_like(y)), c).to(outputs)
         smoothed = (1 - self.label_smoothing) * label + self.label_smoothing / c
         root = (smoothed @ weight).sqrt().view(outputs.shape[0], -1, 1).expand(-1, -1, c)
         root = self.categorical.unmove(root, outputs)
@@ -118,24 +131,36 @@ def as_loss(loss: Any) -> Loss:
 
 def _hessian_root(loss: Loss, outputs: Tensor, targets: Any) -> Columns:
     """The symmetric root of each example's Hessian in its outputs, by double backward; raises where it is not convex."""
-    with torch.enable_grad():
-        f = outputs.detach().double().requires_grad_()
-        gradient = torch.autograd.grad(loss(f, targets).sum(), f, create_graph=True)[0]
-        flat = gradient.flatten(1)
-        if not flat.requires_grad:
-            h = torch.zeros(f.shape[0], flat.shape[1], flat.shape[1], dtype=f.dtype, device=f.device)
-        else:
-            rows = [torch.autograd.grad(flat[:, j].sum(), f, retain_graph=True)[0].flatten(1) for j in range(flat.shape[1])]
-            h = torch.stack(rows, 1)
-    values, vectors = torch.linalg.eigh((h + h.mT) / 2)
+    width = outputs[0].numel()
+    if width > OUTPUT_LIMIT:
+        raise SizeError(
+            f"the outputs have {width} numbers an example; the Gauss-Newton matrix of a function of them takes {width} x {width} an example, the limit "
+            f"is {OUTPUT_LIMIT}: use 'cross_entropy', 'mse' or CrossEntropy(...), whose curvature is known, or a Loss with a square_root of its own"
+        )
+    try:
+        h, rounding = _output_hessian(loss, outputs.double(), targets), 1e-8
+    except RuntimeError:  # a function with tensors of its own, in the dtype of the outputs
+        h, rounding = _output_hessian(loss, outputs, targets).double(), max(1e-8, 10 * torch.finfo(outputs.dtype).eps)
+    values, vectors = linalg.eigh((h + h.mT) / 2)
     least, most = values.min(), values.abs().max()
-    if bool(least < -1e-8 * most.clamp_min(1e-300)):
+    if bool(least < -rounding * most.clamp_min(1e-300)):
         raise ArgumentError(
-            f"the loss is not convex in the outputs (an eigenvalue of its Hessian is {float(least):.3e}); "
-            "the Gauss-Newton matrix needs a convex loss: use Hessian"
+            f"the loss is not convex in the outputs (an eigenvalue of its Hessian is {float(least):.3e}); the Gauss-Newton matrix needs a convex loss: "
+            "use Hessian"
         )
     root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)).permute(2, 0, 1).to(outputs)  # [k n c]
     return Columns(root.shape[0], lambda lo, hi: root[lo:hi].reshape(hi - lo, *outputs.shape))
+
+
+def _output_hessian(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
+    """``[n, c, c]`` over the flattened outputs of every example."""
+    with torch.enable_grad():
+        f = outputs.detach().requires_grad_()
+        gradient = torch.autograd.grad(loss(f, targets).sum(), f, create_graph=True)[0].flatten(1)
+        if not gradient.requires_grad:
+            return torch.zeros(len(f), gradient.shape[1], gradient.shape[1], dtype=f.dtype, device=f.device)
+        rows = [torch.autograd.grad(gradient[:, j].sum(), f, retain_graph=True)[0].flatten(1) for j in range(gradient.shape[1])]
+    return torch.stack(rows, 1)
 
 
 @dataclass(frozen=True)
