@@ -55,7 +55,7 @@ def draw(path: Path, runs: Runs) -> None:
     """Noise and the spurious feature above, deciles and linearity below."""
     fig, axes = figure(2, 4, 12.5, 6)
     (noise, test, train, balanced), (hasty, lazy, spread, likeness) = axes
-    levels = {"noise": np.geomspace(2.2, 0.03, 60), "scores": np.geomspace(2.2, 0.045, 60), "spurious": np.geomspace(0.66, 0.035, 40)}
+    levels = {"noise": np.geomspace(2.2, 0.03, 60), "scores": np.geomspace(2.2, 0.045, 60), "spurious": np.geomspace(0.55, 0.04, 12)}
     for alpha, colour in COLOURS.items():
         label = f"alpha = {alpha:g}"
         at = resampled(runs, "noise", alpha, levels["noise"])
@@ -65,8 +65,7 @@ def draw(path: Path, runs: Runs) -> None:
             _curve(likeness, levels["noise"], at[kind], colour, style, band=False, label=kind if alpha == 0.5 else None)
         at = resampled(runs, "spurious", alpha, levels["spurious"])
         for ax, prefix in ((train, ""), (balanced, "test_")):
-            _curve(ax, levels["spurious"], at[f"{prefix}without"], colour, label=label)
-            _curve(ax, levels["spurious"], at[f"{prefix}with"], colour, "--", band=False)
+            _curve(ax, levels["spurious"], at[f"{prefix}with"] - at[f"{prefix}without"], colour, label=label, marker="o", markersize=3)
         at = resampled(runs, "scores", alpha, levels["scores"])
         _curve(spread, levels["scores"], at["q10"] / at["q1"], colour, label=label)
     for ax, alpha in ((hasty, 1.0), (lazy, 100.0)):
@@ -75,8 +74,10 @@ def draw(path: Path, runs: Runs) -> None:
     seeds = {name: len({s for n, s, _ in runs if n == name}) for name in PROGRESS}
     noise.set(title=f"(a) loss of wrong labels, {seeds['noise']} seeds", xlabel="loss of the clean examples")
     test.set(title="(b) test loss, 15 % wrong labels", xlabel="loss of the clean examples", ylim=(0.3, 1.5))
-    train.set(title=f"(c) accuracy with (- -), without, {seeds['spurious']} seeds", xlabel="training loss")
-    balanced.set(title="(d) the same, balanced test set", xlabel="training loss")
+    train.set(title=f"(c) spurious: accuracy with - without, {seeds['spurious']} seeds", xlabel="training loss")
+    balanced.set(title="(d) the same on a balanced test set", xlabel="training loss")
+    for ax in (train, balanced):
+        ax.axhline(0, color="#888888", linewidth=0.8)
     hasty.set(title=f"(e) difficulty deciles, alpha = 1, {seeds['scores']} seeds", xlabel="training loss", ylabel="loss of the decile")
     lazy.set(title="(f) difficulty deciles, alpha = 100", xlabel="training loss")
     spread.set(title="(g) hardest over easiest decile", xlabel="training loss", yscale="log")

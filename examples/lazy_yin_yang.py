@@ -120,7 +120,7 @@ def draw(path: Path, runs: dict[str, np.ndarray]) -> None:
     top[3].set(title="(d) loss difference by region", xlabel="training loss")
     top[3].legend(loc="upper left")
     maps = np.nanmean(runs["difference"], 0)
-    bound = np.quantile(np.abs(maps), 0.99)
+    bound = np.quantile(np.abs(maps), 0.998)
     for ax, letter, level, values in zip(axes[1], "efgh", LEVELS, maps):
         shown = ax.imshow(GRID.image(torch.as_tensor(values)), extent=box, origin="lower", cmap="RdBu_r", vmin=-bound, vmax=bound)
         ax.contour(*[GRID.image(points[:, k]) for k in (0, 1)], GRID.image(yin_yang_label(points)).double(), [0.5], colors="#000000", linewidths=0.8)

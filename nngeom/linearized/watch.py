@@ -26,7 +26,7 @@ LINEAR_MAPS = {
 
 
 class Watch(TorchFunctionMode):
-    """Records ``signs``, one boolean tensor an activation, and the input of the last linear map or of ``layer``."""
+    """Records ``signs``, one boolean tensor an activation, and the input of the last linear map, or of ``layer``'s first call."""
 
     def __init__(self, model: nn.Module, layer: str | None = None):
         super().__init__()
@@ -42,7 +42,7 @@ class Watch(TorchFunctionMode):
         if _is_rectifier(func, args, kwargs):
             x = args[0] if args else kwargs["input"]
             self.signs.append(x.detach() > 0)
-        if self.layer is not None or func in LINEAR_MAPS:
+        if (func in LINEAR_MAPS) if self.layer is None else (self.input is None):
             tensors = _tensors((args, kwargs))
             if any(self._among(t, self.wanted) for t in tensors):
                 inputs = [t for t in tensors if not self._among(t, self.parameters) and t.ndim]
