@@ -333,8 +333,7 @@ def test_training_mode_and_penalties_on_weights():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)).train()
     opt, x = EKFAC(model, lr=0.05), torch.randn(64, 4)
-    y, before, losses = x[:, :3].argmax(1), [p.clone() for p in model.parameters()]
-    losses = []
+    y, before, losses = x[:, :3].argmax(1), [p.clone() for p in model.parameters()], []
     for _ in range(40):
         opt.zero_grad()
         with opt.observe():

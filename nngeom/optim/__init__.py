@@ -4,3 +4,4 @@ from nngeom.optim.ekfac import EKFAC
 from nngeom.optim.kfac import KFAC
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.natural_gradient import NaturalGradient, SkippedStepWarning
+from nngeom.optim.robust import WinsorizedSGD, median_of_means_gradient, winsorized_gradient
