@@ -13,7 +13,7 @@ from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.linearization import Linearization
-from nngeom.generator.sweep import Columns, Sweep
+from nngeom.generator.sweep import Columns, Metric, Sweep
 from nngeom.generator.task import Batch, Task
 from nngeom.pmat.expression import PMatExpression
 from nngeom.pmat.operator import ParameterOperator, require_frobenius
@@ -194,20 +194,22 @@ class ImplicitFisher(PMatImplicit):
 
     def _exact_trace(self):
         total, count = torch.zeros((), dtype=self.dtype, device=self.device), 0
-        for chunk in replace(self.sweep, _axes={}).chunks():
-            total += sum(j.squared_norms().sum() for j in chunk.jacobians.values())
-            count = chunk.start + chunk.examples
+        with memory.limit(self.sweep.memory_budget):
+            for chunk in replace(self.sweep, _axes={}).chunks():
+                total += sum(j.squared_norms().sum() for j in chunk.jacobians.values())
+                count = chunk.start + chunk.examples
         return self.scale * total / count
 
     def diag(self):
         out = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         count = 0
-        for chunk in replace(self.sweep, _axes={}).chunks():
-            part = torch.zeros_like(out)
-            for layout, j in chunk.jacobians.items():
-                layout.scatter_(part, j.square().to(out.dtype))
-            out += part
-            count = chunk.start + chunk.examples
+        with memory.limit(self.sweep.memory_budget):
+            for chunk in replace(self.sweep, _axes={}).chunks():
+                part = torch.zeros_like(out)
+                for layout, j in chunk.jacobians.items():
+                    layout.scatter_(part, j.square().to(out.dtype))
+                out += part
+                count = chunk.start + chunk.examples
         return PVector(self.collection, self.scale * out / count)
 
 
@@ -243,9 +245,21 @@ class ImplicitInverse(PMatExpression):
 
 
 def implicit(sweep: Sweep) -> ImplicitFisher:
-    """The implicit matrix of a sweep, after one checked look at every batch."""
+    """The implicit matrix of a sweep, after a look at some cotangents of the first batch, checked."""
     sweep.loader = list(sweep.task.batches(sweep.loader))
     if sweep.check:
-        next(iter(sweep.chunks()))
+        next(iter(replace(sweep, metric=_Few(sweep.metric)).chunks()))
     return ImplicitFisher(sweep)
+
+
+@dataclass(frozen=True)
+class _Few:
+    """The first cotangents of a metric: what uses the parameters does not depend on how many there are."""
+
+    metric: Metric
+
+    def columns(self, outputs: Tensor, batch: Batch, start: int) -> Columns:
+        """At most four."""
+        columns = self.metric.columns(outputs, batch, start)
+        return Columns(min(4, columns.count), columns.make)
 
