@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nngeom.core import memory
+from nngeom.core import linalg, memory
 
 if TYPE_CHECKING:
     from nngeom.core.jacobian import FactoredJacobian
+
+WIDE = 32  # rows of a matrix product below which it runs well under the speed of the machine
 
 
 def sum_positions(g: Tensor, a: Tensor) -> Tensor:
@@ -23,6 +25,67 @@ def sum_positions(g: Tensor, a: Tensor) -> Tensor:
     left = g.permute(1, 3, 0, 4, 2).reshape(n * s, k * o, t)
     right = a.permute(0, 2, 1, 3).reshape(n * s, t, -1)
     return torch.bmm(left, right).reshape(n, s, k, o, -1).permute(2, 0, 1, 3, 4)
+
+
+def square_by_rows(g: Tensor, a: Tensor) -> Tensor:
+    """``sum_kn (sum_t g a)**2`` as ``[s, o, i]``: rows of a few examples at a time, squared where they lie in the cache."""
+    k, n, t, s, o = g.shape
+    i = a.shape[-1]
+    total = g.new_zeros(s, o, i)
+    if o >= WIDE:  # products of one cotangent are large enough
+        for lo, hi in memory.pieces(n, s * o * i * g.element_size(), most=memory.CACHE_BYTES // 2):
+            right = a[lo:hi].permute(2, 0, 1, 3)  # [s n t i]
+            for row in g[:, lo:hi]:
+                rows = torch.matmul(row.permute(2, 0, 3, 1), right)  # [s n o i]
+                total = total + _squared(rows).sum(1)
+        return total
+    for lo, hi in memory.pieces(n, k * s * o * i * g.element_size(), most=memory.CACHE_BYTES // 2):
+        left = g[:, lo:hi].permute(3, 1, 0, 4, 2).reshape(s, hi - lo, k * o, t)
+        rows = torch.matmul(left, a[lo:hi].permute(2, 0, 1, 3))  # [s n (k o) i]
+        total = total + _squared(rows).view(s, -1, o * i).sum(1).view(s, o, i)
+    return total
+
+
+def _squared(x: Tensor) -> Tensor:
+    return x.square() if x.requires_grad else x.square_()
+
+
+def weighted_sum(u: Tensor, g: Tensor) -> Tensor:
+    """``sum_k u[k, n] g[k, n]`` for ``u [*b, k, n]``, ``g [k, n, t, s, o]``: ``[*b, n, t, s, o]``."""
+    if u.ndim > 2 or g.requires_grad or u.requires_grad:
+        return torch.einsum("kntso,...kn->...ntso", g, u)
+    total = g[0] * u[0, :, None, None, None]
+    for row, weight in zip(g[1:], u[1:]):
+        total.addcmul_(row, weight[:, None, None, None])
+    return total
+
+
+def weight_gradient(w: Tensor, a: Tensor) -> Tensor:
+    """``[*b, n, t, s, o], [n, t, s, i] -> [*b, s, o, i]``."""
+    if w.ndim > 4 or w.shape[2] > 1:
+        return torch.einsum("...ntso,ntsi->...soi", w, a)
+    rows = w.movedim(-1, 0).reshape(w.shape[-1], -1) if w.stride(-1) != 1 else w.reshape(-1, w.shape[-1]).T
+    columns = a.movedim(-1, 0).reshape(a.shape[-1], -1).T if a.stride(-1) != 1 else a.reshape(-1, a.shape[-1])
+    return (rows @ columns).unsqueeze(0)
+
+
+def second_moment(x: Tensor) -> Tensor:
+    """``[*lead, s, p] -> [s, p, p]``: sums of outer products, in the memory order that the data has."""
+    s, p = x.shape[-2:]
+    if s == 1 and x.stride(-1) == 1:
+        return linalg.gram(x.reshape(-1, p)).unsqueeze(0)
+    rows = x.movedim((-2, -1), (0, 1)).reshape(s, p, -1)  # [s p r], without a copy of any order where r is contiguous
+    return linalg.gram(rows[0].T).unsqueeze(0) if s == 1 else rows @ rows.mT
+
+
+def times(x: Tensor, u: Tensor) -> Tensor:
+    """``[*lead, s, p], [s, p, q] -> [*lead, s, q]``."""
+    lead, (s, p) = x.shape[:-2], x.shape[-2:]
+    if s > 1:
+        return torch.einsum("...sp,spq->...sq", x, u)
+    if x.stride(-1) == 1:
+        return (x.reshape(-1, p) @ u[0]).view(*lead, 1, -1)
+    return (u[0].T @ x.movedim(-1, 0).reshape(p, -1)).view(-1, *lead, 1).movedim(0, -1)
 
 
 def pairs_are_cheaper(g_shape: torch.Size, i: int) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nngeom.core import contract, linalg, memory
+from nngeom.core import contract, gram, linalg, memory
 from nngeom.core.errors import UnsupportedError
 
 
@@ -104,6 +104,19 @@ class LayerJacobian(ABC):
         """``[k, n, l, m]``: ``<J[k, n], J'[l, m]>``."""
         x, y = self.rows(), other.rows()
         return (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
+
+    def add_gram(self, out: Tensor, other: LayerJacobian) -> None:
+        """``out[n, k, m, l] += <J[k, n], J'[l, m]>`` in place; where ``other`` is this one, only ``m >= n`` is promised."""
+        gram.by_rows(out, self, other)
+
+    def features(self, lo: int, hi: int) -> LayerJacobian:
+        """The part of the block in groups ``lo .. hi - 1``, or for one group in rows ``lo .. hi - 1`` of ``o``."""
+        m = self.matrix()
+        return FullJacobian(m[:, :, lo:hi] if m.shape[2] > 1 else m[:, :, :, lo:hi])
+
+    def example_rows(self) -> Tensor:
+        """``[n k, p]``: the rows, examples first."""
+        return self.matrix().transpose(0, 1).flatten(2).flatten(0, 1)
 
     def squared_norms(self) -> Tensor:
         """``[k, n]``: ``|J[k, n]|**2``."""
@@ -228,7 +241,7 @@ class FactoredJacobian(LayerJacobian):
         return torch.einsum("kntso,...ntso->...kn", self.g, self.inputs_times(v))
 
     def vjp(self, u):
-        return self.gradients_times_inputs(torch.einsum("kntso,...kn->...ntso", self.g, u))
+        return self.gradients_times_inputs(contract.weighted_sum(u, self.g))
 
     def square(self):
         if self.positions == 1:
@@ -250,6 +263,24 @@ class FactoredJacobian(LayerJacobian):
             h = torch.einsum("nstu,knuso->kntso", j.own_input_gram(), j.g)
             parts.append((h * j.g).sum((2, 3, 4)))
         return torch.cat(parts, 1)
+
+    def add_gram(self, out, other):
+        if not isinstance(other, FactoredJacobian):
+            return super().add_gram(out, other)
+        x = gram.one_position(self)
+        gram.add_factored(out, x, x if other is self else gram.one_position(other))
+
+    def features(self, lo, hi):
+        if self.g.shape[3] > 1:
+            return FactoredJacobian(self.a[:, :, lo:hi], self.g[:, :, :, lo:hi])
+        return replace(self, g=self.g[..., lo:hi])
+
+    def example_rows(self):
+        k, n, t, s, o = self.g.shape
+        if s > 1 or t == 1:
+            return super().example_rows()
+        left = self.g[:, :, :, 0].permute(1, 0, 3, 2).reshape(n, k * o, t)
+        return torch.bmm(left, self.a[:, :, 0]).view(n * k, -1)
 
     def gram(self, other):
         if not isinstance(other, FactoredJacobian):
@@ -299,7 +330,7 @@ class FactoredJacobian(LayerJacobian):
 
     def gradients_times_inputs(self, w: Tensor) -> Tensor:
         """``[*b, n, t, s, o] -> [*b, s, o, i]``."""
-        return torch.einsum("...ntso,ntsi->...soi", w, self.a)
+        return contract.weight_gradient(w, self.a)
 
     def input_gram(self, other: FactoredJacobian, s: int) -> Tensor:
         """``[n, t, m, u]``: inner products of the input positions in group ``s``."""
