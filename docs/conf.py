@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
+
 project = "nngeom"
 author = "the nngeom authors"
 copyright = "the nngeom authors"
 release = version = "0.1.0"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -21,8 +24,23 @@ python_maximum_signature_line_length = 100
 html_theme = "furo"
 html_title = "nngeom"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+html_math_renderer = "mathml"  # formulas are part of the page: nothing is loaded from elsewhere
 
 PLACED = {"index", "quickstart", "concepts", "models", "errors", "measures", "representations", "extending", "api"}
+
+
+def inline_math(self, node):
+    """MathML, which browsers render themselves."""
+    self.body.append(tex2mathml(node.astext()))
+    raise SkipNode
+
+
+def block_math(self, node):
+    """The same on a line of its own."""
+    self.body.append(tex2mathml(node.astext(), as_block=True))
+    raise SkipNode
 
 
 def setup(app):
@@ -35,5 +53,6 @@ def setup(app):
         if name == "index":
             source[0] = source[0].replace("@more@", "\n".join(found))
 
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("source-read", insert)
     app.connect("env-get-outdated", lambda *args: ["index"])

@@ -21,7 +21,8 @@ def draw(path: Path, run: dict[str, dict[str, Any]], memory: dict[str, str], nam
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "legend.frameon": False})
-    fig, axes = plt.subplots(2, 3, figsize=(10.5, 6.8), constrained_layout=True)
+    fig, axes = plt.subplots(2, 3, figsize=(10.5, 7.0), constrained_layout=True)
+    fig.get_layout_engine().set(hspace=0.06)
     top = axes[0]
     _through_training(top[0], run, names, lambda a: (a.frobenius, 0.0), r"(a) Frobenius error $\|M - F\| \,/\, \|F\|$")
     _through_training(top[1], run, names, lambda a: (fmean(a.forward), stdev(a.forward)), r"(b) products: $\cos(Fv,\, Mv)$")
