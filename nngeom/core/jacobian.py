@@ -267,8 +267,15 @@ class FactoredJacobian(LayerJacobian):
     def add_gram(self, out, other):
         if not isinstance(other, FactoredJacobian):
             return super().add_gram(out, other)
-        x = gram.one_position(self)
-        gram.add_factored(out, x, x if other is self else gram.one_position(other))
+        x = self.one_position()
+        gram.add_factored(out, x, x if other is self else other.one_position())
+
+    def one_position(self) -> FactoredJacobian:
+        """Where all positions have the same gradient (a mean over positions follows), their inputs summed: the same rows."""
+        g = self.g
+        if g.shape[2] == 1 or not bool((g[:1, :1] == g[:1, :1, :1]).all()) or not bool((g == g[:, :, :1]).all()):
+            return self
+        return FactoredJacobian(self.a.sum(1, keepdim=True), g[:, :, :1])
 
     def features(self, lo, hi):
         if self.g.shape[3] > 1:
@@ -334,6 +341,8 @@ class FactoredJacobian(LayerJacobian):
 
     def input_gram(self, other: FactoredJacobian, s: int) -> Tensor:
         """``[n, t, m, u]``: inner products of the input positions in group ``s``."""
+        if isinstance(other, LookupJacobian):
+            return other.input_gram(self, s).permute(2, 3, 0, 1)
         x, y = self.a[:, :, s], other.a[:, :, s]
         return (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
 
@@ -361,6 +370,12 @@ class LookupJacobian(FactoredJacobian):
 
     def outputs(self, lo, hi):
         return LookupJacobian(self.a, self.g[lo:hi], self.size)
+
+    def one_position(self):
+        return self
+
+    def example_rows(self):
+        return LayerJacobian.example_rows(self)
 
     def matrix(self):
         k, n, t, _, o = self.g.shape

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from nngeom.core import gram, linalg
 from nngeom.core.errors import ArgumentError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.fmat.fmat import FMat
 from nngeom.space.fvector import FVector
+
+Blocks = Iterable[tuple[str, LayerJacobian, LayerJacobian]]  # group, rows of the left examples, rows of the right
 
 
 def require_ndim(tensor: Tensor, kind: str, shape: str, ndim: int) -> None:
@@ -19,6 +23,14 @@ def require_ndim(tensor: Tensor, kind: str, shape: str, ndim: int) -> None:
     if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
         given = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ArgumentError(f"a {kind} has shape {shape}; got {given}")
+
+
+def summed(parts: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The sum of the parts of each name."""
+    totals: dict[str, Tensor] = {}
+    for name, part in parts:
+        totals[name] = totals[name] + part if name in totals else part
+    return totals
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,9 +58,19 @@ class FMatDense(FMat):
         return k, n, l, m
 
     @staticmethod
-    def product(x: LayerJacobian, y: LayerJacobian, k: slice, l: slice) -> Tensor:
-        """The contribution of one block to a tile; ``k``, ``l``: the outputs of its rows."""
-        return x.gram(y)
+    def tiles(blocks: Blocks, k: slice, l: slice, graph: bool) -> dict[str, Tensor]:
+        """``{group: tile}``, summed over blocks; ``k``, ``l``: the outputs of their rows. With ``graph`` nothing is overwritten."""
+        if graph:
+            return summed((name, x.gram(y)) for name, x, y in blocks)
+        totals: dict[str, Tensor] = {}
+        square = False
+        for name, x, y in blocks:
+            if name not in totals:
+                sizes = x.shape[1], x.shape[0], y.shape[1], y.shape[0]
+                totals[name] = torch.zeros(sizes, dtype=linalg.accumulation_dtype(x.dtype), device=x.device)
+            x.add_gram(totals[name], y)
+            square = x is y
+        return {name: gram.mirrored(t) if square else t.permute(1, 0, 3, 2).contiguous() for name, t in totals.items()}
 
     @staticmethod
     def centred(tile: Tensor, ax: Tensor, ay: Tensor, squares: Tensor, k: slice, l: slice) -> Tensor:
@@ -126,11 +148,14 @@ class FMatBlockDiag(FMat):
         return slice(max(k.start, l.start), min(k.stop, l.stop)), n, m
 
     @staticmethod
-    def product(x: LayerJacobian, y: LayerJacobian, k: slice, l: slice) -> Tensor:
-        """The contribution of one block to a tile, output by output."""
+    def tiles(blocks: Blocks, k: slice, l: slice, graph: bool) -> dict[str, Tensor]:
+        """``{group: tile}``, summed over blocks, output by output; ``k``, ``l``: the outputs of their rows."""
         both = range(max(k.start, l.start), min(k.stop, l.stop))
-        one = [x.outputs(j - k.start, j - k.start + 1).gram(y.outputs(j - l.start, j - l.start + 1))[0, :, 0] for j in both]
-        return torch.stack(one)
+
+        def product(x: LayerJacobian, y: LayerJacobian) -> Tensor:
+            return torch.stack([x.outputs(j - k.start, j - k.start + 1).gram(y.outputs(j - l.start, j - l.start + 1))[0, :, 0] for j in both])
+
+        return summed((name, product(x, y)) for name, x, y in blocks)
 
     @staticmethod
     def centred(tile: Tensor, ax: Tensor, ay: Tensor, squares: Tensor, k: slice, l: slice) -> Tensor:

@@ -17,8 +17,8 @@ from nngeom.fmat.fmat import FunctionOperator
 from nngeom.fmat.products import EVERYTHING, Mean, build, squared_norms
 from nngeom.fmat.tiles import Side
 from nngeom.generator.backward import pull_back
+from nngeom.generator.linearization import Linearization
 from nngeom.generator.task import gradients_on
-from nngeom.pmat.implicit import Linearization
 from nngeom.solve.cg import conjugate_gradient
 from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos

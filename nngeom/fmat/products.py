@@ -117,10 +117,7 @@ def products(kind: Any, rows: Side, columns: Side | None, grouping: Grouping, st
         place = kind.place(k, n, l, q)
         store.open(kind.sizes(x.outputs[1], rows.examples, m), rows.dtype, rows.device)
         if all(s.stop > s.start for s in place) and not store.has(place):
-            tiles: dict[str, Tensor] = {}
-            for name, jx, jy in matched(x, y, grouping.of):
-                part = kind.product(jx, jy, k, l)
-                tiles[name] = store.add(tiles[name], part) if name in tiles else part
+            tiles = kind.tiles(matched(x, y, grouping.of), k, l, store.graph)
             if mean is not None:
                 left, right = mean.products(x, grouping), mean.products(y, grouping)
                 zero = torch.zeros([s.stop - s.start for s in place], dtype=rows.dtype, device=rows.device)

@@ -33,10 +33,6 @@ class Store:
         """Whether the tile is there already."""
         return False
 
-    def add(self, total: Tensor, part: Tensor) -> Tensor:
-        """``total + part``, in place where nobody needs ``total``."""
-        return total + part if self.graph else total.add_(part)
-
     def write(self, place: Place, tiles: Mapping[str, Tensor], mirror: Place | None, flip: Callable[[Tensor], Tensor]) -> None:
         """Keep a tile, and its mirror image where it has one. A tile that is the whole kernel is kept as it is."""
         for name, tile in tiles.items():
