@@ -77,6 +77,13 @@ def test_every_representation(case, request):
     assert all(p.grad is None for p in case.model.parameters())
 
 
+@pytest.mark.parametrize("name", ["attention", "layer-norm", "group-norm", "rms-norm", "lstm", "bilinear", "batch-norm"])
+def test_against_differences_of_gradients(name):
+    """Fused operations may have a wrong second derivative that double backward would repeat."""
+    c = build(name, sizes=(2,))
+    close(nng.Hessian(c.model, c.loader, nng.PMatDense, loss="cross_entropy").to_dense(), differences(c), 1e-6)
+
+
 def test_implicit_solves_and_estimates():
     c = build("mlp")
     h = reference.hessian(c.model, c.inputs, c.targets, cubic)
