@@ -24,6 +24,7 @@ from nngeom.core.errors import (
     UnsupportedError,
 )
 from nngeom.covariance import GradientCovariance
+from nngeom.explain import explain
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.implicit import FMatImplicit
@@ -32,7 +33,6 @@ from nngeom.hessian import Hessian
 from nngeom.io import load, merge, save
 from nngeom.maps.pull_back import PullBackDense, PullBackImplicit
 from nngeom.maps.push_forward import PushForwardDense, PushForwardImplicit
-from nngeom.explain import explain
 from nngeom.measure import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
 from nngeom.metrics.categorical import Categorical
 from nngeom.metrics.likelihood import Bernoulli, Gaussian, Likelihood, Poisson
@@ -46,6 +46,7 @@ from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
+from nngeom.regression import gradient_flow_mse, kernel_regression
 from nngeom.report import approximation_report
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
