@@ -127,7 +127,7 @@ class _Visit:
         outputs = self.observer.pick(returned)
         if not isinstance(outputs, Tensor) or outputs.ndim == 0:
             given = "a single number" if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise OutputError(f"the model returned {given}; expected a tensor (n, ...) with examples along the first axis: pass outputs=lambda returned: ... to choose it")
+            raise OutputError(f"the model returned {given}; expected outputs (n, ...), examples along the first axis: pass outputs=lambda returned: ...")
         if not outputs.requires_grad:
             return
         self.called = True

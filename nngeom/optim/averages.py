@@ -87,5 +87,8 @@ def plain_blocks(blocks: dict[Layout, Block]) -> list[Any]:
 
 def restored_blocks(plain: list[Any]) -> dict[Layout, Any]:
     """The inverse of :func:`plain_blocks`; copies."""
-    copied = lambda x: x.clone() if isinstance(x, Tensor) else tuple(map(copied, x)) if isinstance(x, (tuple, list)) else x
-    return {restored_layout(lay): Block.kinds[kind](**{k: copied(v) for k, v in fields.items()}) for lay, kind, fields in plain}
+    return {restored_layout(lay): Block.kinds[kind](**{k: _copied(v) for k, v in fields.items()}) for lay, kind, fields in plain}
+
+
+def _copied(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else tuple(map(_copied, x)) if isinstance(x, (tuple, list)) else x

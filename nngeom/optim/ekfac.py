@@ -25,7 +25,7 @@ class EKFAC(NaturalGradient):
     def __init__(
         self,
         model: nn.Module,
-        lr: Any = 0.1,
+        lr: Any = 0.01,
         momentum: Any = 0.9,
         damping: Any = None,
         weight_decay: Any = 0.0,

@@ -7,30 +7,23 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nngeom.core.damping import Damping, FactoredTikhonov, as_damping
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularError
+from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.observe import Observation, Observer
-from nngeom.generator.sweep import Chunk, Metric
-from nngeom.metrics.fisher import ExactFisher, MonteCarloFisher, as_likelihood
-from nngeom.optim.curvature import Averaged, Curvature, Eigenbasis, Schedule, Seen
+from nngeom.optim.arguments import as_metric, as_reduction, as_rest, number
+from nngeom.optim.curvature import Eigenbasis, Schedule, Seen
+from nngeom.optim.descent import descend
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
-from nngeom.pmat.diag import PMatDiag
-from nngeom.pmat.ekfac import PMatEKFAC
-from nngeom.pmat.eye import PMatEye
+from nngeom.optim.partition import Partition
 from nngeom.pmat.kfac import PMatKFAC
-from nngeom.pmat.mixed import Mixture, as_representation
-from nngeom.pmat.pmat import Representation
-from nngeom.pmat.recipe import Scope
+from nngeom.pmat.mixed import as_representation
 from nngeom.space.collection import LayerCollection
-
-REST = -2  # index of the representation of parameters that the chosen one cannot hold
 
 
 class SkippedStepWarning(UserWarning):
@@ -71,7 +64,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self,
         model: nn.Module,
         representation: Any = PMatKFAC,
-        lr: Any = 0.1,
+        lr: Any = 0.01,
         momentum: Any = 0.9,
         damping: Any = None,
         weight_decay: Any = 0.0,
@@ -100,13 +93,13 @@ class NaturalGradient(torch.optim.Optimizer):
         self.numbers = {
             "statistics_decay": statistics_decay, "scalings_decay": scalings_decay, "kl_clip": kl_clip, "every": every, "statistics_every": statistics_every,
         }  # fmt: skip
-        self.reduction, self.scalings, self.rest = _reduction(reduction), scalings, _rest(rest)
+        self.reduction = as_reduction(reduction)
         self.steps, self.skipped, self._refreshed = 0, 0, -1
-        self.observer = Observer(model, self.collection, _metric(fisher, likelihood, seed), outputs, self.representation.part_of)
-        self._worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
-        self._parts: dict[int, Curvature] = {}
-        self._place: dict[str, int] = {}
-        self._examples, self._observed, self._loss_scale = 0, False, 1.0
+        self.observer = Observer(model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of)
+        worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
+        basis = lambda representation, scope: Eigenbasis(representation, scope, scalings, self.observer.metric is not None, worker)
+        self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, basis)
+        self._examples, self._loss_scale = 0, 1.0
         parameters = self.observer.task.parameters
         self._mine = {id(p): name for name, p in parameters.items()}
         super().__init__(list(parameters.values()) if params is None else params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -117,7 +110,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._schedule()  # checks the numbers
         for group in self.param_groups:
             for key in ("lr", "momentum", "weight_decay"):
-                _number(key, group[key], self.steps)
+                number(key, group[key], self.steps)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimizer; raises :class:`ArgumentError` for a parameter outside the collection."""
@@ -125,7 +118,7 @@ class NaturalGradient(torch.optim.Optimizer):
         odd = [tuple(p.shape) for p in self.param_groups[-1]["params"] if id(p) not in self._mine]
         if odd:
             self.param_groups.pop()
-            raise ArgumentError(f"params holds parameters of shapes {odd[:4]} that are not trainable parameters of the model's collection; give those to another optimizer")
+            raise ArgumentError(f"params holds parameters of shapes {odd[:4]} outside the model's collection; give those to another optimizer")
 
     # -- observing ---------------------------------------------------------------------------------------------------
 
@@ -139,68 +132,27 @@ class NaturalGradient(torch.optim.Optimizer):
         before the step: then pass it as ``scaler``.
         """
         schedule = self._schedule()
-        self.reduction = self.reduction if reduction is None else _reduction(reduction)
-        with self.observer.watch(self._record(schedule)) as seen:
+        self.reduction = self.reduction if reduction is None else as_reduction(reduction)
+        with self.observer.watch(schedule.statistics or self.partition.wants_every_batch) as seen:
             yield seen
         if scaler is not None:
             self._loss_scale = scaler.get_scale()
         with torch.no_grad():
             for chunk in seen.chunks:
-                self._assign(chunk)
-                for part in self._parts.values():
-                    part.observe(chunk, schedule)
+                self.partition.observe(chunk, schedule)
         seen.chunks.clear()
         self._examples += seen.examples
 
     def _schedule(self) -> Schedule:
-        number = {name: _number(name, x, self.steps) for name, x in self.numbers.items()}
-        refresh = self._refreshed < 0 or self.steps - self._refreshed >= number["every"]
-        statistics = refresh or (number["statistics_decay"] > 0 and self.steps % int(number["statistics_every"]) == 0)
-        return Schedule(statistics, refresh, number["statistics_decay"], number["scalings_decay"], self._damping())
+        now = {name: number(name, x, self.steps) for name, x in self.numbers.items()}
+        refresh = self._refreshed < 0 or self.steps - self._refreshed >= now["every"]
+        statistics = refresh or (now["statistics_decay"] > 0 and self.steps % int(now["statistics_every"]) == 0)
+        return Schedule(statistics, refresh, now["statistics_decay"], now["scalings_decay"], self._damping())
 
     def _damping(self) -> Damping:
         if isinstance(self.damping, LevenbergMarquardt):
             return self.damping.damping()
         return as_damping(self.damping(self.steps) if callable(self.damping) else self.damping)
-
-    def _record(self, schedule: Schedule) -> bool:
-        return schedule.statistics or any(isinstance(part, Eigenbasis) and not part.from_gradient for part in self._parts.values())
-
-    def _assign(self, chunk: Chunk) -> None:
-        """Which part each parameter belongs to; parts whose parameters change start anew."""
-        place = {name: self._index(name) for name in self.collection.names}
-        for layout, j in chunk.jacobians.items():
-            representation = self._representation(place[layout.names[0]])
-            limit = representation.settings.get("block_limit", _default_limit(representation))
-            if not self.observer.batchwise.isdisjoint(layout.names) or (limit is not None and not j.kronecker and j.shape[-1] > limit):
-                place.update(dict.fromkeys(layout.names, REST))
-        place |= {name: REST for name, index in self._place.items() if index == REST}
-        if place != self._place:
-            self._build(place)
-
-    def _build(self, place: dict[str, int]) -> None:
-        members: dict[int, list[str]] = {}
-        for name in self.collection.names:
-            members.setdefault(place[name], []).append(name)
-        parts = {}
-        for index, names in members.items():
-            old = self._parts.get(index)
-            parts[index] = old if old is not None and list(old.scope.names) == names else self._part(index, Scope(self.collection, tuple(names)))
-        self._parts, self._place = parts, place
-
-    def _part(self, index: int, scope: Scope) -> Curvature:
-        representation = self._representation(index)
-        if representation.kind is PMatEKFAC:
-            return Eigenbasis(representation, scope, self.scalings, self.observer.metric is not None, self._worker)
-        return Averaged(representation, scope, eager=index == REST)
-
-    def _index(self, name: str) -> int:
-        return self.representation._index(name) if isinstance(self.representation, Mixture) else 0
-
-    def _representation(self, index: int) -> Representation:
-        if index == REST:
-            return self.rest
-        return self.representation._representation(index) if isinstance(self.representation, Mixture) else self.representation
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also drops what was observed since the last step."""
@@ -208,8 +160,7 @@ class NaturalGradient(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def _forget(self) -> None:
-        for part in self._parts.values():
-            part.forget()
+        self.partition.forget()
         self._examples, self._loss_scale = 0, 1.0
 
     # -- stepping ----------------------------------------------------------------------------------------------------
@@ -227,18 +178,19 @@ class NaturalGradient(torch.optim.Optimizer):
         if not self._unscale():
             self._forget()
             return loss
-        compare = isinstance(self.damping, LevenbergMarquardt) and self.damping.due(self.steps)
+        rule = self.damping if isinstance(self.damping, LevenbergMarquardt) else None
+        compare = rule is not None and rule.due(self.steps)
         if compare and evaluate is None:
             raise ArgumentError("damping is LevenbergMarquardt: pass the loss of the batch as a function, step(evaluate=lambda: criterion(model(x), y))")
-        following = isinstance(self.damping, LevenbergMarquardt)
-        gradient = self._gradient() if following else None
-        before = float(evaluate()) if compare else 0.0  # type: ignore[misc]
+        gradient = None if rule is None else self._by_parameter(self._gradient())
+        before = float(evaluate()) if compare and evaluate is not None else 0.0
         clip = self._precondition()
         if clip is None:
             return loss
-        predicted = self._move(None if gradient is None else gradient, clip)
-        if compare:
-            self.damping.update(float(evaluate()) - before, predicted)  # type: ignore[misc]
+        curved = None if gradient is None else {p: clip * g for p, g in gradient.items()}
+        predicted = descend(self.param_groups, self.state, self.steps - 1, curved, gradient)
+        if rule is not None and compare and evaluate is not None:
+            rule.update(float(evaluate()) - before, predicted)
         return loss
 
     def precondition_(self) -> bool:
@@ -260,7 +212,7 @@ class NaturalGradient(torch.optim.Optimizer):
                     if p.grad is not None:
                         p.grad.mul_(1 / self._loss_scale)
         elif self._loss_scale == 1.0 and self._examples and self.observer.metric is None:
-            raise ArgumentError("the gradients were unscaled before the step, scaler.unscale_(opt), and the observed ones were not: pass observe(scaler=scaler)")
+            raise ArgumentError("scaler.unscale_(opt) unscaled the gradients and not what was observed: pass observe(scaler=scaler)")
         return True
 
     def _gradient(self) -> Tensor:
@@ -272,7 +224,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _precondition(self) -> float | None:
         """The factor of clipping; ``None`` when the step is skipped."""
         schedule, flat = self._schedule(), self._gradient()
-        if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self._parts.values()):
+        if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self.partition):
             return self._skip("gradients or statistics are not finite")
         mean = self.reduction == "mean"
         own = self.observer.metric is None
@@ -280,81 +232,46 @@ class NaturalGradient(torch.optim.Optimizer):
         seen = Seen(self._examples, scale, flat, 1.0 if mean or not self._examples else 1 / self._examples)
         out = flat.clone()
         try:
-            for part in self._parts.values():
+            for part in self.partition:
                 part.update(seen, schedule)
                 part.precondition(flat, out, schedule.damping)
         except (SingularError, NonFiniteError) as error:
             if self.steps == 0:
                 raise
             return self._skip(str(error))
-        if not any(part.blocks for part in self._parts.values()):
+        if not any(part.blocks for part in self.partition):
             raise ArgumentError("step() before anything was observed; expected the forward and backward pass inside `with opt.observe():`")
         if not bool(torch.isfinite(out.sum())):
             return self._skip("the preconditioned gradient is not finite")
         clip = self._clip(flat, out)
-        self._write(out * clip if clip != 1.0 else out)
+        for p, x in self._by_parameter(out * clip if clip != 1.0 else out).items():
+            if p.grad is not None:
+                p.grad.copy_(x)
         if schedule.refresh:
             self._refreshed = self.steps
         self.steps += 1
         self._examples, self._loss_scale = 0, 1.0
         return clip
 
-    def _skip(self, why: str) -> None:
+    def _skip(self, why: str) -> float | None:
         self.skipped += 1
         self._forget()
         warnings.warn(f"a step was skipped ({self.skipped} so far): {why}", SkippedStepWarning, stacklevel=4)
+        return None
 
     def _clip(self, flat: Tensor, out: Tensor) -> float:
-        bound = _number("kl_clip", self.numbers["kl_clip"], self.steps)
+        bound = number("kl_clip", self.numbers["kl_clip"], self.steps)
         if bound is None:
             return 1.0
-        rate = {id(p): _number("lr", group["lr"], self.steps) for group in self.param_groups for p in group["params"]}
-        sizes = [p.numel() for p in self.observer.task.parameters.values()]
-        inner = torch.stack([x.sum() for x in (flat * out).split(sizes)]).tolist()
-        divergence = sum(0.5 * rate[id(p)] ** 2 * x for p, x in zip(self.observer.task.parameters.values(), inner))
+        rate = {p: number("lr", group["lr"], self.steps) for group in self.param_groups for p in group["params"]}
+        inner = {p: float(x.sum()) for p, x in self._by_parameter(flat * out).items()}
+        divergence = sum(0.5 * rate[p] ** 2 * x for p, x in inner.items())
         return min(1.0, math.sqrt(bound / divergence)) if divergence > 0 else 1.0
 
-    def _write(self, flat: Tensor) -> None:
-        lo = 0
-        for p in self.observer.task.parameters.values():
-            if p.grad is not None:
-                p.grad.copy_(flat[lo : lo + p.numel()].view(p.shape))
-            lo += p.numel()
-
-    def _move(self, gradient: Tensor | None, clip: float) -> float:
-        """Momentum, weight decay and the step. Returns the change of the loss that the quadratic model predicts, given the gradient."""
-        step, predicted, lo = self.steps - 1, 0.0, 0
-        places = {}
-        for p in self.observer.task.parameters.values():
-            places[id(p)], lo = (lo, lo + p.numel()), lo + p.numel()
-        for group in self.param_groups:
-            lr, momentum, decay = (_number(key, group[key], step) for key in ("lr", "momentum", "weight_decay"))
-            moved = [p for p in group["params"] if p.grad is not None]
-            if not moved:
-                continue
-            directions = [p.grad for p in moved]
-            curved: list[Tensor] = []  # (F + damping) times the directions
-            if gradient is not None:
-                curved = [clip * gradient[slice(*places[id(p)])].view(p.shape) for p in moved]
-            if momentum:
-                directions = self._average("momentum_buffer", moved, directions, momentum)
-                curved = self._average("curved_buffer", moved, curved, momentum) if curved else []
-            for p, v, fv in zip(moved, directions, curved):
-                g = gradient[slice(*places[id(p)])].view(p.shape)  # type: ignore[index]
-                predicted += float(0.5 * lr * lr * (v * fv).sum() - lr * (g * v).sum())
-            if decay:
-                torch._foreach_mul_(moved, 1 - lr * decay)
-            torch._foreach_add_(moved, directions, alpha=-lr)
-        return predicted
-
-    def _average(self, key: str, moved: list[Tensor], x: list[Tensor], momentum: float) -> list[Tensor]:
-        fresh = [p for p in moved if key not in self.state[p]]
-        for p in fresh:
-            self.state[p][key] = torch.zeros_like(p)
-        buffers = [self.state[p][key] for p in moved]
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, x)
-        return buffers
+    def _by_parameter(self, flat: Tensor) -> dict[Tensor, Tensor]:
+        """The pieces of a flat vector, in the shapes of the parameters."""
+        parameters = list(self.observer.task.parameters.values())
+        return {p: x.view(p.shape) for p, x in zip(parameters, flat.split([p.numel() for p in parameters]))}
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -369,7 +286,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "steps": self.steps, "skipped": self.skipped, "refreshed": self._refreshed, "drawn": self.observer.drawn, "reduction": self.reduction,
             "damping": self.damping.value if isinstance(self.damping, LevenbergMarquardt) else None,
             "batchwise": sorted(self.observer.batchwise),
-            "parts": {index: part.state() for index, part in self._parts.items()},
+            "parts": self.partition.state(),
         }  # fmt: skip
         return state
 
@@ -385,59 +302,4 @@ class NaturalGradient(torch.optim.Optimizer):
         self.observer.batchwise.update(saved["batchwise"])
         if saved["damping"] is not None and isinstance(self.damping, LevenbergMarquardt):
             self.damping.value = saved["damping"]
-        place = {name: index for index, part in saved["parts"].items() for name in part["names"]}
-        self._parts, self._place = {}, {}
-        if place:
-            if set(place) != set(self.collection.names):
-                odd = sorted(set(place) ^ set(self.collection.names))
-                raise ArgumentError(f"the state belongs to other parameters; they differ in {odd[:4]}")
-            self._build(place)
-            for index, part in saved["parts"].items():
-                self._parts[index].load(part)
-
-
-def _number(name: str, x: Any, step: int) -> Any:
-    """A number, or a callable of the step; raises :class:`ArgumentError` out of range."""
-    value = x(step) if callable(x) else x
-    if name == "kl_clip" and value is None:
-        return None
-    if isinstance(value, Tensor) and value.ndim == 0:
-        value = value.item()
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ArgumentTypeError(f"{name} is {value!r}; expected a finite number, or a callable of the step")
-    low, high, strict = {"lr": (0, math.inf, False), "weight_decay": (0, math.inf, False), "kl_clip": (0, math.inf, True)}.get(name, (0, 1, False))
-    if name in ("every", "statistics_every"):
-        low, high = 1, math.inf
-    if value < low or (strict and value <= low) or (high == 1 and value >= 1):
-        raise ArgumentError(f"{name} is {value}; expected a number {'in [0, 1)' if high == 1 else f'above {low}' if strict else f'of at least {low}'}")
-    return value
-
-
-def _reduction(reduction: str) -> str:
-    if reduction not in ("mean", "sum"):
-        raise ArgumentError(f"reduction is {reduction!r}; expected 'mean' or 'sum', how the loss is reduced over examples")
-    return reduction
-
-
-def _rest(rest: Any) -> Representation:
-    named = {"diag": PMatDiag, "eye": PMatEye}
-    if isinstance(rest, str) and rest not in named:
-        raise ArgumentError(f"rest is {rest!r}; expected {sorted(named)} or a representation")
-    return as_representation(named.get(rest, rest) if isinstance(rest, str) else rest)
-
-
-def _metric(fisher: str, likelihood: Any, seed: int) -> Metric | None:
-    if fisher not in ("empirical", "monte_carlo", "exact"):
-        raise ArgumentError(f"fisher is {fisher!r}; expected 'empirical', 'monte_carlo' or 'exact'")
-    if fisher == "empirical":
-        if likelihood is not None:
-            raise ArgumentError("likelihood is for fisher='monte_carlo' or 'exact'; the empirical one comes from your own loss")
-        return None
-    if likelihood is None:
-        raise ArgumentError(f"fisher={fisher!r} needs a likelihood, such as 'categorical' or 'gaussian'")
-    return ExactFisher(as_likelihood(likelihood)) if fisher == "exact" else MonteCarloFisher(as_likelihood(likelihood), 1, seed)
-
-
-def _default_limit(representation: Representation) -> int | None:
-    parameter = signature(representation.kind.recipe).parameters.get("block_limit")
-    return None if parameter is None else parameter.default
+        self.partition.load(saved["parts"])

@@ -1,0 +1,61 @@
+"""What optimizers are given, checked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.generator.sweep import Metric
+from nngeom.metrics.fisher import ExactFisher, MonteCarloFisher, as_likelihood
+from nngeom.pmat.diag import PMatDiag
+from nngeom.pmat.eye import PMatEye
+from nngeom.pmat.mixed import as_representation
+from nngeom.pmat.pmat import Representation
+
+
+def number(name: str, x: Any, step: int) -> Any:
+    """A number, or a callable of the step; raises :class:`ArgumentError` out of range."""
+    value = x(step) if callable(x) else x
+    if name == "kl_clip" and value is None:
+        return None
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ArgumentTypeError(f"{name} is {value!r}; expected a finite number, or a callable of the step")
+    low, high, strict = {"lr": (0, math.inf, False), "weight_decay": (0, math.inf, False), "kl_clip": (0, math.inf, True)}.get(name, (0, 1, False))
+    if name in ("every", "statistics_every"):
+        low, high = 1, math.inf
+    if value < low or (strict and value <= low) or (high == 1 and value >= 1):
+        raise ArgumentError(f"{name} is {value}; expected a number {'in [0, 1)' if high == 1 else f'above {low}' if strict else f'of at least {low}'}")
+    return value
+
+
+def as_reduction(reduction: str) -> str:
+    """How the loss is reduced over examples, checked."""
+    if reduction not in ("mean", "sum"):
+        raise ArgumentError(f"reduction is {reduction!r}; expected 'mean' or 'sum', how the loss is reduced over examples")
+    return reduction
+
+
+def as_rest(rest: Any) -> Representation:
+    """The representation of parameters that the chosen one cannot hold."""
+    named = {"diag": PMatDiag, "eye": PMatEye}
+    if isinstance(rest, str) and rest not in named:
+        raise ArgumentError(f"rest is {rest!r}; expected {sorted(named)} or a representation")
+    return as_representation(named.get(rest, rest) if isinstance(rest, str) else rest)
+
+
+def as_metric(fisher: str, likelihood: Any, seed: int) -> Metric | None:
+    """Which cotangents are pulled back; ``None``: those of the user's own loss."""
+    if fisher not in ("empirical", "monte_carlo", "exact"):
+        raise ArgumentError(f"fisher is {fisher!r}; expected 'empirical', 'monte_carlo' or 'exact'")
+    if fisher == "empirical":
+        if likelihood is not None:
+            raise ArgumentError("likelihood is for fisher='monte_carlo' or 'exact'; the empirical one comes from your own loss")
+        return None
+    if likelihood is None:
+        raise ArgumentError(f"fisher={fisher!r} needs a likelihood, such as 'categorical' or 'gaussian'")
+    return ExactFisher(as_likelihood(likelihood)) if fisher == "exact" else MonteCarloFisher(as_likelihood(likelihood), 1, seed)

@@ -1,0 +1,105 @@
+"""Which representation keeps the curvature of which parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+from nngeom.core.errors import ArgumentError
+from nngeom.generator.observe import Observer
+from nngeom.generator.sweep import Chunk
+from nngeom.optim.curvature import Averaged, Curvature, Eigenbasis, Schedule
+from nngeom.pmat.ekfac import PMatEKFAC
+from nngeom.pmat.mixed import Mixture
+from nngeom.pmat.pmat import Representation
+from nngeom.pmat.recipe import Scope
+from nngeom.space.collection import LayerCollection
+
+REST = -2  # the part of parameters that the chosen representation cannot hold
+
+
+class Partition:
+    """The parts of the parameters, made when their structure is first seen."""
+
+    def __init__(self, collection: LayerCollection, representation: Representation, rest: Representation, observer: Observer, make_basis: Callable):
+        self.collection, self.representation, self.rest, self.observer = collection, representation, rest, observer
+        self.make_basis = make_basis  # (representation, scope) -> Eigenbasis
+        self.parts: dict[int, Curvature] = {}
+        self._place: dict[str, int] = {}
+
+    def __iter__(self):
+        return iter(self.parts.values())
+
+    @property
+    def wants_every_batch(self) -> bool:
+        """Whether some part follows the rows of every batch."""
+        return any(isinstance(part, Eigenbasis) and not part.from_gradient for part in self)
+
+    def observe(self, chunk: Chunk, schedule: Schedule) -> None:
+        """Hand the rows of some examples to the parts they belong to."""
+        self._assign(chunk)
+        for part in self:
+            part.observe(chunk, schedule)
+
+    def forget(self) -> None:
+        """Drop what was observed since the last step."""
+        for part in self:
+            part.forget()
+
+    def _assign(self, chunk: Chunk) -> None:
+        """Which part each parameter belongs to; parts whose parameters change start anew."""
+        place = {name: self._index(name) for name in self.collection.names}
+        for layout, j in chunk.jacobians.items():
+            limit = _block_limit(self._representation(place[layout.names[0]]))
+            if not self.observer.batchwise.isdisjoint(layout.names) or (limit is not None and not j.kronecker and j.shape[-1] > limit):
+                place.update(dict.fromkeys(layout.names, REST))
+        place |= {name: REST for name, index in self._place.items() if index == REST}
+        if place != self._place:
+            self._build(place)
+
+    def _build(self, place: dict[str, int]) -> None:
+        members: dict[int, list[str]] = {}
+        for name in self.collection.names:
+            members.setdefault(place[name], []).append(name)
+        parts = {}
+        for index, names in members.items():
+            old = self.parts.get(index)
+            parts[index] = old if old is not None and list(old.scope.names) == names else self._part(index, Scope(self.collection, tuple(names)))
+        self.parts, self._place = parts, place
+
+    def _part(self, index: int, scope: Scope) -> Curvature:
+        representation = self._representation(index)
+        if representation.kind is PMatEKFAC:
+            return self.make_basis(representation, scope)
+        return Averaged(representation, scope, eager=index == REST)
+
+    def _index(self, name: str) -> int:
+        return self.representation._index(name) if isinstance(self.representation, Mixture) else 0
+
+    def _representation(self, index: int) -> Representation:
+        if index == REST:
+            return self.rest
+        return self.representation._representation(index) if isinstance(self.representation, Mixture) else self.representation
+
+    def state(self) -> dict[int, Any]:
+        """Plain values and tensors of every part."""
+        return {index: part.state() for index, part in self.parts.items()}
+
+    def load(self, state: dict[int, Any]) -> None:
+        """The inverse of :meth:`state`; raises :class:`ArgumentError` for other parameters."""
+        place = {name: index for index, part in state.items() for name in part["names"]}
+        odd = sorted(set(place) ^ set(self.collection.names)) if place else []
+        if odd:
+            raise ArgumentError(f"the state belongs to other parameters; they differ in {odd[:4]}")
+        self.parts, self._place = {}, {}
+        if place:
+            self._build(place)
+            for index, part in state.items():
+                self.parts[index].load(part)
+
+
+def _block_limit(representation: Representation) -> int | None:
+    """Above how many entries a block without Kronecker structure is not held; ``None``: no limit."""
+    parameter = signature(representation.kind.recipe).parameters.get("block_limit")
+    return None if parameter is None else representation.settings.get("block_limit", parameter.default)
