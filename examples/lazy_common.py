@@ -64,7 +64,11 @@ def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
 
 
 def save(fig: Any, path: Path) -> None:
-    """Write a PNG."""
+    """Write a PNG of 256 colours."""
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(256).save(path, optimize=True)
     print(f"wrote {path}")

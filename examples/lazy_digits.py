@@ -1,12 +1,12 @@
 """Easy groups first, and more so in feature learning: wrong labels, difficulty deciles and a spurious feature on digits.
 
-    python examples/lazy_digits.py [--seeds 3] [--workers 2] [--only noise]
+    python examples/lazy_digits.py [--seeds 3] [--workers 2] [--only scores]
 
 A small residual network (64-64, two residual ReLU blocks, 10 outputs, 13 000 parameters, float64), full-batch gradient
 descent (learning rate 0.05, momentum 0.9), from one start with alpha = 0.5, 1 and 100:
 
     noise      500 digits, 15 % of the labels wrong; loss of clean and of noisy examples and of 1000 test digits,
-               compared at equal loss of the clean examples
+               compared at equal loss of the clean examples; again at alpha = 1 with learning rates 0.01 and 0.003
     scores     600 digits in ten groups by C-scores (ridge classifiers, 5 subset sizes, 40 models each),
                compared at equal training loss
     spurious   600 digits, class "5 or more", one more column +-0.1 + N(0, 0.3^2) that agrees with the label for 95 %;
@@ -33,9 +33,11 @@ from torch.nn import functional as F
 
 from nngeom.linearized import add_spurious_feature, c_scores, flip_labels, groups_by_attribute, groups_by_flag, groups_by_score, linearity
 
-ALPHAS = (0.5, 1.0, 100.0)
+LEARNING_RATE = 0.05
+SLOW = {"noise at 0.01": 0.01, "noise at 0.003": 0.003}  # controls at alpha = 1: is it the size of the steps?
 # Where a run may stop: a training loss, or a number of steps.
-LIMITS = {"noise": (0.03, 15000), "scores": (0.04, 6000), "spurious": (0.03, 6000)}
+LIMITS = {"noise": (0.03, 15000), "scores": (0.04, 6000), "spurious": (0.03, 6000), **dict.fromkeys(SLOW, (0.03, 15000))}
+ALPHAS = {name: (1.0,) if name in SLOW else (0.5, 1.0, 100.0) for name in LIMITS}
 OUT = Path("out/lazy_digits")
 
 
@@ -71,10 +73,10 @@ def experiment(name: str, seed: int):
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=g)
     x, y = torch.tensor(digits.data)[order] / 16, torch.tensor(digits.target)[order]
-    n = 500 if name == "noise" else 600
+    n = 500 if name.startswith("noise") else 600
     x, test_x, y, test_y = x[:n], x[n : n + 1000], y[:n], y[n : n + 1000]
     outputs = 10
-    if name == "noise":
+    if name.startswith("noise"):
         y, flag = flip_labels(y, 0.15, 10, g)
         groups = groups_by_flag(flag)
         measure = lambda scaled, each: {
@@ -102,7 +104,7 @@ def experiment(name: str, seed: int):
 def one_run(job: tuple[str, int, float]) -> tuple[tuple[str, int, float], dict[str, np.ndarray]]:
     """The curves of one run, from its file where it is finished."""
     name, seed, alpha = job
-    path = OUT / f"{name}-{seed}-{alpha:g}.npz"
+    path = OUT / f"{name}-{seed}-{alpha:g}.npz".replace(" ", "_")
     if not path.exists():
         torch.set_num_threads(1)
         x, y, outputs, measure = experiment(name, seed)
@@ -116,7 +118,8 @@ def one_run(job: tuple[str, int, float]) -> tuple[tuple[str, int, float], dict[s
             return {**measure(scaled, each), **likeness}
 
         until, steps = LIMITS[name]
-        run = descend(model, alpha, x, y, cross_entropy, everything, lr=0.05, every=0.05, until=until, steps=steps)
+        lr = SLOW.get(name, LEARNING_RATE)
+        run = descend(model, alpha, x, y, cross_entropy, everything, lr=lr, every=0.05, until=until, steps=steps)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **{k: v.numpy() for k, v in run.items()})
         print(f"{name} seed {seed} alpha {alpha:g}: {int(run['step'][-1])} steps, training loss {float(run['loss'][-1]):.3f}", flush=True)
@@ -132,7 +135,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=Path("out/lazy_digits.png"))
     args = parser.parse_args()
     names = [args.only] if args.only else list(LIMITS)
-    jobs = list(product(names, range(args.seeds), ALPHAS))
+    jobs = [(name, seed, alpha) for name, seed in product(names, range(args.seeds)) for alpha in ALPHAS[name]]
     if args.workers > 1:
         with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             runs = dict(pool.map(one_run, jobs))
