@@ -78,7 +78,7 @@ def main() -> None:
         ax = fig.add_subplot(grid[2, 2 * j : 2 * j + 2])
         for seed, seen in enumerate(runs):
             ax.plot([e["step"] for e in seen], [e[key] for e in seen], color=COLOURS[seed % len(COLOURS)], marker="o", ms=3, label=f"seed {seed}")
-        ax.set(title=title, xlabel="step", yscale=scale, xscale="symlog")
+        ax.set(title=title, xlabel="step", yscale=scale, xscale="symlog", xlim=(0, None))
     save(fig, args.out / "disk_eigenfunctions.png")
 
 

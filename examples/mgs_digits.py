@@ -202,7 +202,7 @@ def circles(args: Any) -> None:
         trace = float(mgs.metrics(model, [inputs]).mean_trace[0])
         ax.contourf(*grid.T.reshape(2, 120, 120), z, levels=np.linspace(0, 1, 11), cmap="RdBu_r", alpha=0.8)
         ax.scatter(*x.T, c=labels, cmap="RdBu_r", edgecolors=np.where(flip, "black", "white"), s=16, linewidths=0.7)
-        ax.set(title=f"{method}: clean test {score:.3f}, tr K/n = {trace:.3g}", xticks=[], yticks=[])
+        ax.set(title=f"{method}\nclean test {score:.3f}, tr K/n = {trace:.3g}", xticks=[], yticks=[])
         print(f"circles {method:14s} clean test {score:.3f} tr K / n {trace:.3g}", flush=True)
     save(fig, args.out / "mgs_circles.png")
 

@@ -80,7 +80,7 @@ def depth_run(data: Data, depth: int, steps: int, seed: int) -> dict[str, list[f
 
 def main() -> None:
     """All runs, three figures."""
-    args = arguments(__doc__, seeds=3, steps=2000)
+    args = arguments(__doc__, seeds=3, steps=4000)
     torch.set_num_threads(1)
     steps = args.steps // 5 if args.quick else args.steps
     data = load(args.data, 1000, 300)
@@ -109,7 +109,7 @@ def main() -> None:
     data = load(args.data, 1400, 300)
     fig, axes = figure(1, 4, 12, 3)
     for j, depth in enumerate((2, 4, 6)):
-        runs = [depth_run(data, depth, steps, seed) for seed in range(args.seeds)]
+        runs = [depth_run(data, depth, steps // 2, seed) for seed in range(args.seeds)]
         x = runs[0]["step"]
         easy, hard = (np.array([r[key] for r in runs]) for key in ("easy", "difficult"))
         band(axes[0, j], x, easy, "easy", COLOURS[2])

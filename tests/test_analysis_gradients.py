@@ -103,7 +103,7 @@ def test_coherence_against_its_definition(case):
     close(found.by_batch, [alpha(g[:3]), alpha(g[3:])])
     lc = nng.LayerCollection.from_model(case.model)
     at, places = 0, {}
-    for name, shape, layer in zip(lc.names, lc.shapes, lc.layers):
+    for shape, layer in zip(lc.shapes, lc.layers):
         size = math.prod(shape)
         places.setdefault(layer, []).extend(range(at, at + size))
         at += size

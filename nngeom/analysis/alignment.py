@@ -128,10 +128,10 @@ def _aligned(side: Side, layer: str, names: tuple[str, ...], v: Tensor, centered
     for chunk in (c for group in side.groups() for c in group.chunks):
         y, n = chunk.outputs[0], chunk.start
         for rows in join_rows(chunk, layout, names):
-            k, m, _ = rows.shape
+            c, m, _ = rows.shape
             second += rows.flatten(0, 1).T @ rows.flatten(0, 1)
-            sums[y : y + k] += rows.sum(1)
-            signal += torch.einsum("knp,kn->p", rows, v[y : y + k, n : n + m])
+            sums[y : y + c] += rows.sum(1)
+            signal += torch.einsum("knp,kn->p", rows, v[y : y + c, n : n + m])
             n += m
     if centered:
         second -= sums.T @ sums / v.shape[1]

@@ -51,7 +51,7 @@ def coherence(
     """
     probe = Probe.build(model, loader, function, layer_collection)
     layers = {layer: torch.zeros((), dtype=torch.float64) for layer in probe.task.collection.by_layer()}
-    total: Tensor | None = None
+    total = torch.zeros(probe.task.collection.numel, dtype=torch.float64, device=probe.task.device)
     batches, count = [], 0
     with memory.limit(memory_budget), torch.no_grad():
         for chunk in probe.sweep(EmpiricalFisher(as_loss(loss)), check, memory_budget).chunks():
@@ -64,7 +64,7 @@ def coherence(
                 layers[probe.task.layer_of(layout.names[0])] += squares
                 batch_squares += squares
             batches.append(_alpha(sum_g.double().square().sum(), batch_squares, chunk.examples))
-            total = sum_g.double() if total is None else total + sum_g
+            total += sum_g
             count += chunk.examples
     assembled = _split(probe.task.collection, total)
     by_layer = {layer: _result(_alpha(v, float(layers[layer]), count), count) for layer, v in assembled.items()}

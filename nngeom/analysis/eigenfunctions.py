@@ -52,7 +52,7 @@ def eigenfunctions(
     eigenvalue. Raises :class:`ArgumentError` for ``k`` out of range, :class:`SingularError` where one of the ``k`` eigenvalues is
     zero and an extension is asked for. Source: Baratin et al. 2021, eq. 3 and 47.
     """
-    options = {"function": function, "layer_collection": layer_collection, "centered": centered, "memory_budget": memory_budget, "check": check}
+    options: dict[str, Any] = {"function": function, "layer_collection": layer_collection, "centered": centered, "memory_budget": memory_budget, "check": check}
     grid = Probe.build(model, grid, function, layer_collection).batches
     kernel = GramMatrix(model, grid, **options)
     values, vectors = _leading(require_symmetric(kernel), k)
@@ -105,7 +105,7 @@ def step_modes(
 
     Source: Baratin et al. 2021, lemma 1 and propositions 5 and 6.
     """
-    options = {"function": function, "layer_collection": layer_collection, "memory_budget": memory_budget, "check": check}
+    options: dict[str, Any] = {"function": function, "layer_collection": layer_collection, "memory_budget": memory_budget, "check": check}
     probe = Probe.build(model, loader, function, layer_collection)
     other = None if at is None else Probe.build(model, at, function, layer_collection)
     y = require_labels(probe)

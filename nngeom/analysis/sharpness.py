@@ -55,7 +55,7 @@ def non_uniformity(
     Source: Wu, Ma and E 2018, definition of non-uniformity.
     """
     probe = Probe.build(model, loader, function, layer_collection)
-    options = {"loss": loss, "function": function, "layer_collection": probe.task.collection, "memory_budget": memory_budget}
+    options: dict[str, Any] = {"loss": loss, "function": function, "layer_collection": probe.task.collection, "memory_budget": memory_budget}
     single = [Hessian(model, [example], **options) for batch in probe.batches for example in _examples(batch)]
     whole = Hessian(model, probe.batches, **options)
     collection, n = probe.task.collection, len(single)
