@@ -1,5 +1,7 @@
 """Sphinx: markdown by MyST, the furo theme, API by autodoc; built with warnings as errors."""
 
+import inspect
+import re
 from pathlib import Path
 
 from docutils.nodes import SkipNode
@@ -31,6 +33,16 @@ html_math_renderer = "mathml"  # formulas are part of the page: nothing is loade
 PLACED = {"index", "quickstart", "concepts", "models", "errors", "measures", "representations", "extending", "api"}
 
 
+def others(page):
+    """Public names that have no place on the page yet."""
+    import nngeom
+
+    placed = set(re.findall(r"^\.\. auto\w+:: nngeom\.(\w+)$", page, re.M))
+    names = [n for n, x in vars(nngeom).items() if not n.startswith("_") and not inspect.ismodule(x) and n not in placed]
+    lines = [f".. auto{'class' if inspect.isclass(getattr(nngeom, n)) else 'function'}:: nngeom.{n}" for n in sorted(names)]
+    return "\n".join(["## Others", "", "```{eval-rst}", *lines, "```"]) if names else ""
+
+
 def inline_math(self, node):
     """MathML, which browsers render themselves."""
     self.body.append(tex2mathml(node.astext()))
@@ -52,7 +64,9 @@ def setup(app):
     def insert(app, name, source):
         if name == "index":
             source[0] = source[0].replace("@more@", "\n".join(found))
+        if name == "api":
+            source[0] = source[0].replace("@others@", others(source[0]))
 
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("source-read", insert)
-    app.connect("env-get-outdated", lambda *args: ["index"])
+    app.connect("env-get-outdated", lambda *args: ["index", "api"])

@@ -31,8 +31,8 @@ def test_examples_run(page, tmp_path, monkeypatch):
 def test_public_names_are_documented():
     public = {n for n, x in vars(nng).items() if not n.startswith("_") and not isinstance(x, type(sys))}
     listed = set(re.findall(r"^\.\. auto\w+:: nngeom\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M))
-    assert public - listed == set(), "add these to docs/api.md"
-    assert listed - public == set()
+    assert listed - public == set(), "these are gone: take them out of docs/api.md"
+    assert [n for n in sorted(public) if not (getattr(nng, n).__doc__ or "").strip()] == []  # the page adds what it does not place
 
 
 def test_links_between_pages_resolve():
