@@ -250,8 +250,11 @@ def test_d12_s16_token_outputs_normalise_over_classes():
                 total = total + reference.sandwich(j[t].unsqueeze(1), reference.softmax_metric(model(x[i, t][None])))
     torch.testing.assert_close(dense, total / 3)
     torch.testing.assert_close(m.trace(), dense.trace())
-    with pytest.raises(nng.OutputError, match="Categorical"):
-        nng.FIM(model, [(x, y)], nng.PMatDiag)
+    inferred = nng.FIM(model, [(x, y)], nng.PMatDense).to_dense()  # labels (n, t) leave one axis for the classes
+    torch.testing.assert_close(inferred, dense)
+    for batch in (x, (x[:, :5], y[:, :5])):  # no labels; as many positions as classes
+        with pytest.raises(nng.OutputError, match="Categorical"):
+            nng.FIM(model, [batch], nng.PMatDiag)
 
 
 def test_s17_monte_carlo_gaussian_scales_with_the_inverse_variance():

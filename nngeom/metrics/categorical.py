@@ -16,15 +16,30 @@ from nngeom.metrics.likelihood import Likelihood
 class Categorical(Likelihood):
     """Outputs are logits; axis ``dim`` holds the classes, every other axis but the first is a position.
 
-    ``dim=1`` for ``(n, c)`` and segmentation ``(n, c, h, w)``, ``dim=-1`` for tokens ``(n, t, V)``. Positions whose
+    ``dim=1`` for segmentation ``(n, c, h, w)``, ``dim=-1`` for tokens ``(n, t, V)``. Without ``dim`` it is the axis that
+    labels ``(n, *positions)`` lack; where there are no labels, or two axes would do, it must be said. Positions whose
     target is ``ignore_index`` count for nothing.
     """
 
-    def __init__(self, dim: int = 1, ignore_index: int = -100):
+    def __init__(self, dim: int | None = None, ignore_index: int = -100):
         self.dim, self.ignore_index = dim, ignore_index
 
+    def fit(self, outputs, targets=None):
+        if self.dim is not None or outputs.ndim == 2:
+            return self
+        shape = targets.shape if isinstance(targets, Tensor) else None
+        lacking = [j for j in range(1, outputs.ndim) if shape == (*outputs.shape[:j], *outputs.shape[j + 1 :])]
+        if len(lacking) == 1:
+            return Categorical(lacking[0], self.ignore_index)
+        given = "no targets" if shape is None else f"targets {tuple(shape)}"
+        raise OutputError(
+            f"outputs have shape {tuple(outputs.shape)} with {given}; say which axis holds the classes, the others are positions: "
+            "Categorical(dim=1) or CrossEntropy(dim=1) for (n, c, ...), dim=-1 for (n, ..., c)"
+        )
+
     def _axis(self, outputs: Tensor) -> int:
-        axis = self.dim if self.dim >= 0 else outputs.ndim + self.dim
+        dim = 1 if self.dim is None else self.dim
+        axis = dim if dim >= 0 else outputs.ndim + dim
         if not 1 <= axis < outputs.ndim:
             raise OutputError(
                 f"Categorical(dim={self.dim}) does not fit outputs of shape {tuple(outputs.shape)}; expected an axis of classes behind the examples"
@@ -47,8 +62,6 @@ class Categorical(Likelihood):
                     f"targets have shape {tuple(targets.shape)} but outputs {tuple(outputs.shape)} with classes on axis {axis} have positions {positions}; "
                     "say which axis holds the classes: likelihood=Categorical(dim=...)"
                 )
-        elif outputs.ndim > 2 and self.dim == 1 and targets is None:
-            return
 
     @staticmethod
     def labels(targets: Tensor) -> Tensor:

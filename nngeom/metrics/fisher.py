@@ -38,12 +38,14 @@ class ExactFisher:
     def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
         """One column of the square root a cotangent."""
         y = targets(batch)
-        self.likelihood.check(outputs, y)
-        return as_columns(self.likelihood.square_root(outputs, y))
+        likelihood = self.likelihood.fit(outputs, y)
+        likelihood.check(outputs, y)
+        return as_columns(likelihood.square_root(outputs, y))
 
     def times(self, outputs: Tensor, tangent: Tensor, batch: Any, start: int) -> Tensor:
         """The metric of the outputs times a tangent."""
-        return self.likelihood.fisher_times(outputs, tangent, targets(batch))
+        y = targets(batch)
+        return self.likelihood.fit(outputs, y).fisher_times(outputs, tangent, y)
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ class MonteCarloFisher:
     def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
         """One score a sample, divided by ``sqrt(samples)``."""
         y = targets(batch)
-        self.likelihood.check(outputs, y)
+        likelihood = self.likelihood.fit(outputs, y)
+        likelihood.check(outputs, y)
         n = outputs.shape[0]
 
         def make(lo: int, hi: int) -> Tensor:
             scores = [
-                self.likelihood.score(outputs, self.likelihood.sample(outputs, Stream(self.seed, start, n, j, outputs.device)), y)
-                for j in range(lo, hi)
+                likelihood.score(outputs, likelihood.sample(outputs, Stream(self.seed, start, n, j, outputs.device)), y) for j in range(lo, hi)
             ]
             return torch.stack(scores) / self.samples**0.5
 

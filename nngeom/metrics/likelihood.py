@@ -20,6 +20,10 @@ from nngeom.generator.sweep import Columns
 class Likelihood(ABC):
     """``p(y | outputs)`` for outputs ``(n, *shape)``; positions of one example are independent given the outputs."""
 
+    def fit(self, outputs: Tensor, targets: Any = None) -> Likelihood:
+        """This likelihood with what it left open (an axis) read off the shapes; raises :class:`OutputError` where they do not tell."""
+        return self
+
     def check(self, outputs: Tensor, targets: Any = None) -> None:
         """Raise :class:`OutputError` where the outputs do not fit."""
 

@@ -34,31 +34,33 @@ class Loss:
 class CrossEntropy(Loss):
     """Softmax cross-entropy, summed over positions; axis ``dim`` of the outputs holds the classes.
 
+    Without ``dim`` it is the axis that labels ``(n, *positions)`` lack; where two would do, it must be said.
     ``weight`` (one number a class), ``label_smoothing`` and ``ignore_index`` mean what they mean in
     ``torch.nn.functional.cross_entropy`` with ``reduction="none"``.
     """
 
-    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100, dim: int = 1):
+    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100, dim: int | None = None):
         if not 0 <= label_smoothing <= 1:
             raise ArgumentError(f"label_smoothing is {label_smoothing}; expected a number in [0, 1]")
         self.weight, self.label_smoothing = weight, label_smoothing
         self.categorical = Categorical(dim, ignore_index)
 
     def _flat(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.categorical.logits(outputs)
+        categorical = self.categorical.fit(outputs, targets)
+        logits = categorical.logits(outputs)
         n, p, c = logits.shape
         if targets.is_floating_point():
-            return logits.reshape(n * p, c), self.categorical.logits(targets.to(outputs)).reshape(n * p, c)
+            return logits.reshape(n * p, c), categorical.logits(targets.to(outputs)).reshape(n * p, c)
         if targets.numel() != n * p:
             raise OutputError(
-                f"targets have shape {tuple(targets.shape)}; outputs {tuple(outputs.shape)} with classes on axis {self.categorical.dim} "
+                f"targets have shape {tuple(targets.shape)}; outputs {tuple(outputs.shape)} with classes on axis {categorical.dim} "
                 f"need one a position, {n * p}"
             )
         if self.weight is not None and self.weight.shape != (c,):
             raise OutputError(
-                f"the class weight has {self.weight.numel()} entries; outputs {tuple(outputs.shape)} have {c} classes on axis {self.categorical.dim}"
+                f"the class weight has {self.weight.numel()} entries; outputs {tuple(outputs.shape)} have {c} classes on axis {categorical.dim}"
             )
-        y, ignored = self.categorical.labels(targets).reshape(n * p), self.categorical.ignore_index
+        y, ignored = categorical.labels(targets).reshape(n * p), self.categorical.ignore_index
         counted = y[y != ignored]
         if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= c):
             raise OutputError(
@@ -74,8 +76,9 @@ class CrossEntropy(Loss):
 
     def square_root(self, outputs, targets):
         """The categorical root, times the root of the total weight of each position's (smoothed) label."""
-        self.categorical.check(outputs, targets)
-        columns = as_columns(self.categorical.square_root(outputs, targets))
+        categorical = self.categorical.fit(outputs, targets)
+        categorical.check(outputs, targets)
+        columns = as_columns(categorical.square_root(outputs, targets))
         logits, y = self._flat(outputs, targets)
         if self.weight is None and not targets.is_floating_point():
             return columns
@@ -84,7 +87,7 @@ class CrossEntropy(Loss):
         label = y if y.is_floating_point() else F.one_hot(y.where(y != self.categorical.ignore_index, torch.zeros_like(y)), c).to(outputs)
         smoothed = (1 - self.label_smoothing) * label + self.label_smoothing / c
         root = (smoothed @ weight).sqrt().view(outputs.shape[0], -1, 1).expand(-1, -1, c)
-        root = self.categorical.unmove(root, outputs)
+        root = categorical.unmove(root, outputs)
         return Columns(columns.count, lambda lo, hi: columns.make(lo, hi) * root)
 
 
