@@ -14,8 +14,11 @@ from torch import Tensor
 
 from nngeom.core.damping import Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, ConvergenceError, FileError, SingularError
+from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.pvector import PVector
+
+EXPLICIT_LIMIT, IMPLICIT_LIMIT = 4000, 400  # parameters up to which dense matrices are compared by default
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +75,7 @@ def approximation_report(
     dampings: Sequence[float] | None = None,
     draws: int = 10,
     seed: int = 0,
-    dense_limit: int = 4000,
+    dense_limit: int | None = None,
 ) -> Table:
     """The accuracy of one or several matrices (``{name: matrix}``) against a reference ``F``, as a :class:`Table`.
 
@@ -80,7 +83,8 @@ def approximation_report(
     ``trace`` ``|tr M - tr F| / |tr F|``; ``quadratic`` ``|v^T M v - v^T F v| / |v^T F v|``; ``forward cos`` and
     ``forward residual``, ``cos(F v, M v)`` and ``|F v - M v| / |F v|``; for every damping ``x``, with
     ``u = (M + x I)^-1 (F + x I) v``, ``solve cos x`` and ``solve residual x``, ``cos(v, u)`` and ``|v - u| / |u|``;
-    ``frobenius`` ``|M - F| / |F|`` where there are at most ``dense_limit`` parameters, else NaN. The default dampings
+    ``frobenius`` ``|M - F| / |F|`` where there are at most ``dense_limit`` parameters (by default 4000, or 400 where a
+    matrix is implicit and its columns are products), else NaN. The default dampings
     are 0.01, 0.1, 1 and 10 times the mean eigenvalue of ``F``. A matrix that cannot be solved with at some damping
     (singular, indefinite, no convergence) has NaN there.
 
@@ -104,6 +108,8 @@ def approximation_report(
     v = torch.randn(draws, reference.shape[0], generator=generator, dtype=torch.float64).to(reference.device)
     v = (v / v.norm(dim=1, keepdim=True)).to(reference.dtype)
     fv = reference._mv(v)
+    if dense_limit is None:
+        dense_limit = IMPLICIT_LIMIT if any(isinstance(m, PMatImplicit) for m in (reference, *matrices.values())) else EXPLICIT_LIMIT
     dense = reference.to_dense() if reference.shape[0] <= dense_limit else None
     lines = [_measures(m, v, fv, trace, [x.value for x in checked], dense) for m in matrices.values()]
     cells = [[_mean(x) for x in line.values()] for line in lines]

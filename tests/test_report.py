@@ -74,6 +74,14 @@ def test_implicit_reference(matrices):
     torch.testing.assert_close(a.values, b.values)
 
 
+def test_the_columns_of_a_large_implicit_reference_are_not_formed(matrices, monkeypatch):
+    case = build("mlp")
+    implicit = nng.FIM(case.model, case.loader, nng.PMatImplicit)
+    monkeypatch.setattr("nngeom.report.IMPLICIT_LIMIT", 10)
+    table = nng.approximation_report(matrices["kfac"], implicit, dampings=[0.1])
+    assert str(table).endswith(" -") and nng.approximation_report(matrices["kfac"], implicit, dampings=[0.1], dense_limit=50)["PMatKFAC", "frobenius"] > 0
+
+
 def test_refusals(matrices):
     other = nng.PMatEye.build(nng.LayerCollection.from_model(torch.nn.Linear(2, 2)))
     with pytest.raises(nng.CollectionError, match="'PMatEye'"):
