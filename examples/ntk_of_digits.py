@@ -115,7 +115,7 @@ def main() -> None:
         band(axes[0, j], x, easy, "easy", COLOURS[2])
         band(axes[0, j], x, hard, "random labels", COLOURS[3])
         band(axes[0, 3], x, easy / hard, f"depth {depth}", COLOURS[j])
-        axes[0, j].set(title=f"CKA with the labels, depth {depth}", ylim=(0, 0.5))
+        axes[0, j].set(title=f"CKA with the labels, depth {depth}", ylim=(0, 0.16))
         ratio = (easy / hard).mean(0)
         at = x[int(ratio.argmax())]
         print(f"depth {depth}: CKA highest easy {easy.mean(0).max():.3f}, difficult {hard.mean(0).max():.3f}", end="; ")

@@ -39,10 +39,11 @@ def main() -> None:
         x, y, xt, yt = problem(seed)
         for name, kappa in METHODS.items():
             model, track = SuperNat(x, y, 0.5, kappa), []
+            first = model.singular_values.square().max()
             for step in range(STEPS):
                 model.step()
                 errors[name][seed, step] = float((xt @ model.weights - yt).square().mean())
-                track.append(model.singular_values.square() / model.singular_values.square().max())
+                track.append(model.singular_values.square() / first)
             if seed == 0:
                 values[name] = torch.stack(track)
     fig, axes = figure(1, 3, 11, 3.2)
@@ -54,7 +55,7 @@ def main() -> None:
     for ax, name in zip(axes[0, 1:], ("gradient descent", "SuperNat, kappa = max")):
         ax.plot(range(1, STEPS + 1), values[name].clamp_min(1e-12), color="#999999", lw=1)
         ax.plot(range(1, STEPS + 1), values[name][:, 0], color=COLOURS[1], lw=2, label="signal")
-        ax.set(title=f"squared singular values: {name}", xlabel="step", xscale="log", yscale="log", ylim=(1e-8, 2))
+        ax.set(title=f"squared singular values\n{name}", xlabel="step", xscale="log", yscale="log", ylim=(1e-8, 2))
     save(fig, args.out / "supernat.png")
 
 
