@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SLICE_BYTES = 2**22
 BLOCKS = 8  # blocks of examples in which the half of a symmetric product is computed
+LOOPED = 16  # output features from which products of one cotangent at a time run well
 
 
 def add_product(out: Tensor, x: Tensor, y: Tensor, symmetric: bool) -> None:
@@ -114,3 +115,32 @@ def mirrored(out: Tensor) -> Tensor:
         later = torch.ones(hi - lo, hi - lo, dtype=torch.bool, device=out.device).triu()[:, None, :, None]
         square.copy_(torch.where(later, square, square.permute(2, 3, 0, 1)))
     return out.permute(1, 0, 3, 2).contiguous()
+
+
+def squared_norms(g: Tensor, a: Tensor) -> Tensor:
+    """``sum_s |sum_t g_t (x) a_t|**2`` as ``[k, n]``: by pairs of positions ``sum_tu (a_t . a_u) (g_t . g_u)``, or by rows."""
+    k, n, t, s, o = g.shape
+    i = a.shape[-1]
+    by_pairs = t * t * (k * (o + 4) + i) < k * o * i * (t + 4)
+    each = s * (t * t if by_pairs else o * i) * g.element_size()
+    parts = []
+    for lo, hi in memory.pieces(n, (k if o < LOOPED else 1) * each, most=memory.CACHE_BYTES // 2):
+        inputs = a[lo:hi].transpose(1, 2)  # [n s t i]
+        inner = inputs @ inputs.mT if by_pairs else None
+        rows = []
+        for h in g[:, lo:hi].split(k if o < LOOPED else 1):
+            h = h.transpose(2, 3)  # [k n s t o]
+            rows.append(((h @ h.mT) * inner).sum((2, 3, 4)) if inner is not None else _norms(h, inputs))
+        parts.append(torch.cat(rows))
+    return torch.cat(parts, 1)
+
+
+def _norms(h: Tensor, inputs: Tensor) -> Tensor:
+    """``|h^T a|**2`` for ``h [k, n, s, t, o]``, ``a [n, s, t, i]``: all cotangents of an example in one product."""
+    k, n, s, t, o = h.shape
+    if k == 1:
+        rows = (h[0].mT @ inputs).flatten(1)  # [n, s o i]
+        return torch.linalg.vecdot(rows, rows).unsqueeze(0)
+    rows = h.permute(1, 2, 0, 4, 3).reshape(n, s, k * o, t) @ inputs
+    rows = rows.view(n, s, k, -1)
+    return torch.linalg.vecdot(rows, rows).sum(1).T

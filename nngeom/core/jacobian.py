@@ -254,15 +254,7 @@ class FactoredJacobian(LayerJacobian):
     def squared_norms(self):
         if self.positions == 1:
             return (self.g.square().sum(-1) * self.a.square().sum(-1)).sum((2, 3))
-        if not contract.positions_are_cheaper(self.g.shape, self.a.shape[-1]):
-            return super().squared_norms()
-        parts = []
-        k, n, t, s, o = self.g.shape
-        for lo, hi in memory.pieces(n, (s * t * t + k * t * s * o) * self.dtype.itemsize):
-            j = self.examples(lo, hi)
-            h = torch.einsum("nstu,knuso->kntso", j.own_input_gram(), j.g)
-            parts.append((h * j.g).sum((2, 3, 4)))
-        return torch.cat(parts, 1)
+        return gram.squared_norms(self.g, self.a)
 
     def add_gram(self, out, other):
         if not isinstance(other, FactoredJacobian):

@@ -47,7 +47,7 @@ def build(
 def squared_norms(rows: Side, grouping: Grouping, mean: Mean | None = None) -> dict[str, Tensor]:
     """``{group: (c, n)}``: the squared norms of the (centred) gradients; no kernel is formed."""
     parts: dict[str, dict[int, list[Tensor]]] = {name: {} for name in grouping.names}
-    for chunk in rows.chunks():
+    for chunk in rows.chunks(reuse=True):
         k, _ = span(chunk)
         zero = torch.zeros(k.stop - k.start, chunk.examples, dtype=rows.dtype, device=rows.device)
         totals = dict.fromkeys(grouping.names, zero)

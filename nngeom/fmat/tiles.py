@@ -82,8 +82,8 @@ class Side:
         """Where the kernel is."""
         return self.sweep.task.device
 
-    def chunks(self, after: Key = START) -> Iterator[Chunk]:
-        """The chunks behind ``after``, captured anew."""
+    def chunks(self, after: Key = START, reuse: bool = False) -> Iterator[Chunk]:
+        """The chunks behind ``after``, captured anew; with ``reuse`` each may overwrite the one before."""
         first, start = 0, 0
         while first < len(self.sizes) and start + self.sizes[first] <= after[0]:
             start += self.sizes[first]
@@ -91,7 +91,7 @@ class Side:
         if first == len(self.sizes):
             return
         sweep = replace(self.sweep, loader=self.sweep.loader[first:])
-        for chunk in sweep.chunks():
+        for chunk in sweep.chunks(reuse=reuse and not sweep.keep_graph):
             chunk = replace(chunk, start=chunk.start + start)
             if key(chunk) > after:
                 yield chunk

@@ -202,7 +202,7 @@ def dense_rows(side: Side) -> Tensor:
     out: Tensor | None = None
     d = side.sweep.task.collection.numel
     with torch.no_grad():
-        for chunk in side.chunks():
+        for chunk in side.chunks(reuse=True):
             k, n = span(chunk)
             if out is None:
                 out = torch.zeros(chunk.outputs[1], side.examples, d, dtype=side.dtype, device=side.device)
