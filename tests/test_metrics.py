@@ -254,6 +254,24 @@ def test_gauss_newton(name):
         close(nng.GGN(model, ragged(x, y), rep, loss=loss).to_dense(), expected)
 
 
+def test_implicit_products_form_no_columns(monkeypatch):
+    """A vocabulary of columns a position would never end: products use the metric of the outputs itself."""
+    model, x, y = problem("tokens")
+    made = []
+    plain = nng.Categorical.square_root
+
+    def counted(self, outputs, targets=None):
+        columns = plain(self, outputs, targets)
+        return type(columns)(columns.count, lambda lo, hi: made.append(hi - lo) or columns.make(lo, hi))
+
+    monkeypatch.setattr(nng.Categorical, "square_root", counted)
+    for measure, how in ((nng.FIM, {"likelihood": nng.Categorical(-1)}), (nng.GGN, {"loss": nng.CrossEntropy(WEIGHT, 0.1, dim=-1)})):
+        made.clear()
+        m = measure(model, (x, y), nng.PMatImplicit, **how)
+        m.mv(nng.PVector.randn(m.layer_collection, dtype=torch.float64))
+        assert sum(made) <= 8  # the check's few
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_empirical_fisher(name):
     kind, loss, plain = LOSSES[name]

@@ -30,6 +30,13 @@ class Loss:
         """Cotangents ``v [k, n, *shape]`` with ``sum_k v v^T`` the Hessian of the loss in the outputs."""
         return _hessian_root(self, outputs, targets)
 
+    def times(self, outputs: Tensor, tangent: Tensor, targets: Any) -> Tensor:
+        """The Hessian of the loss in the outputs times ``tangent (n, *shape)``."""
+        with torch.enable_grad():
+            f = outputs.detach().requires_grad_()
+            gradient = torch.autograd.grad(self(f, targets).sum(), f, create_graph=True)[0]
+            return torch.autograd.grad(gradient, f, tangent)[0] if gradient.requires_grad else torch.zeros_like(tangent)
+
 
 class CrossEntropy(Loss):
     """Softmax cross-entropy, summed over positions; axis ``dim`` of the outputs holds the classes.
@@ -76,19 +83,30 @@ class CrossEntropy(Loss):
 
     def square_root(self, outputs, targets):
         """The categorical root, times the root of the total weight of each position's (smoothed) label."""
+        categorical, totals = self.categorical.fit(outputs, targets), self._totals(outputs, targets)
+        columns = as_columns(categorical.square_root(outputs, targets))
+        if totals is None:
+            return columns
+        root = totals.sqrt()
+        return Columns(columns.count, lambda lo, hi: columns.make(lo, hi) * root)
+
+    def times(self, outputs, tangent, targets):
+        totals = self._totals(outputs, targets)
+        product = self.categorical.fit(outputs, targets).fisher_times(outputs, tangent, targets)
+        return product if totals is None else product * totals
+
+    def _totals(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """The total weight of each position's (smoothed) label, in the shape of the outputs; ``None`` where it is always one."""
         categorical = self.categorical.fit(outputs, targets)
         categorical.check(outputs, targets)
-        columns = as_columns(categorical.square_root(outputs, targets))
         logits, y = self._flat(outputs, targets)
-        if self.weight is None and not targets.is_floating_point():
-            return columns
+        if self.weight is None and not y.is_floating_point():
+            return None
         c = logits.shape[-1]
         weight = torch.ones(c, dtype=outputs.dtype, device=outputs.device) if self.weight is None else self.weight.to(outputs)
-        label = y if y.is_floating_point() else F.one_hot(y.where(y != self.categorical.ignore_index, torch.zeros_like(y)), c).to(outputs)
-        smoothed = (1 - self.label_smoothing) * label + self.label_smoothing / c
-        root = (smoothed @ weight).sqrt().view(outputs.shape[0], -1, 1).expand(-1, -1, c)
-        root = categorical.unmove(root, outputs)
-        return Columns(columns.count, lambda lo, hi: columns.make(lo, hi) * root)
+        label = y @ weight if y.is_floating_point() else weight[y.where(y != categorical.ignore_index, torch.zeros_like(y))]
+        smoothed = (1 - self.label_smoothing) * label + self.label_smoothing * weight.mean()
+        return categorical.unmove(smoothed.view(outputs.shape[0], -1, 1).expand(-1, -1, c), outputs)
 
 
 class SquaredError(Loss):
@@ -101,6 +119,9 @@ class SquaredError(Loss):
 
     def square_root(self, outputs, targets):
         return as_columns(Gaussian().square_root(outputs))
+
+    def times(self, outputs, tangent, targets):
+        return tangent
 
 
 @dataclass(frozen=True)
@@ -190,6 +211,10 @@ class GaussNewton:
     def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
         """The square root of the Hessian of the loss in the outputs."""
         return self.loss.square_root(outputs, require_targets(batch))
+
+    def times(self, outputs: Tensor, tangent: Tensor, batch: Any, start: int) -> Tensor:
+        """The Hessian of the loss in the outputs times a tangent."""
+        return self.loss.times(outputs, tangent, require_targets(batch))
 
 
 @dataclass(frozen=True)
