@@ -73,7 +73,7 @@ def main() -> None:
             band(ax, values, table, title, colour, marker="o", ms=3)
             gaps = [np.mean([line[j]["gap"] for line in runs]) for j in range(len(values))]
             correlation = spearmanr(table.mean(0), gaps).statistic if np.ptp(table) else float("nan")
-            label = f"{title}: {correlation:+.2f}" if key != "gap" else title
+            label = title if key == "gap" or np.isnan(correlation) else f"{title}: {correlation:+.2f}"
             ax.set(title=label, xlabel=name, xscale="log" if row == 0 else "linear")
             numbers = " ".join(f"{v:.3g}" for v in table.mean(0))
             print(f"{name:13s} {title:24s} {numbers}   rank correlation with the gap {correlation:+.2f}", flush=True)

@@ -51,3 +51,12 @@ from nngeom.report import approximation_report
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
+
+
+def __getattr__(name: str):
+    """The subpackages, imported when they are first asked for: ``nng.analysis.coherence(...)``."""
+    if name in ("analysis", "linearized", "mgs", "optim", "solve", "track"):
+        import importlib
+
+        return importlib.import_module(f"nngeom.{name}")
+    raise AttributeError(f"module 'nngeom' has no attribute {name!r}")

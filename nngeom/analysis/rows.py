@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +88,3 @@ def squared_norms(probe: Probe, metric: Metric, check: bool = True, memory_budge
     """:func:`row_norms` of a metric on a probe."""
     with memory.limit(memory_budget):
         return row_norms(probe.side(metric, check, memory_budget))
-
-
-def subset(collection: LayerCollection, names: Iterable[str]) -> LayerCollection:
-    """The collection of some of the parameters, in order."""
-    keep = set(names)
-    kept = [entry for entry in zip(collection.names, collection.shapes, collection.layers) if entry[0] in keep]
-    return LayerCollection(*(tuple(column) for column in zip(*kept)))  # type: ignore[arg-type]
