@@ -70,8 +70,8 @@ def Hessian(
         batches = list(task.batches(loader)) if kind is PMatImplicit else loader
         sweep = Sweep(task, batches, EmpiricalFisher(as_loss(loss)), memory_budget, check, progress, label="Hessian")
         if kind is PMatImplicit:
-            next(batchwise(sweep))
-            return ImplicitHessian(replace(sweep, check=False))
+            first = next(batchwise(sweep))
+            return ImplicitHessian(replace(sweep, check=False, progress=False), width=first.width // first.examples)
         collection, span = task.collection, task.collection.span()
         if kind is PMatDiag:
             values, count = diagonal(sweep)
@@ -111,17 +111,19 @@ class SecondDerivatives:
             yield lo, hi, torch.cat([x.detach().flatten(1) for x in pulled], 1)
 
 
-def batchwise(sweep: Sweep) -> Iterator[SecondDerivatives]:
-    """The second derivatives of every batch; the first one is looked at for modes that mix examples or draw at random, and checked."""
+def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivatives]:
+    """The second derivatives of every batch. Without the ``width`` of an example, its bytes, the first batch is looked at:
+    modes that mix examples or draw at random are refused, and the derivatives checked."""
     task, loss = sweep.task, sweep.metric.loss  # type: ignore[attr-defined]
-    width = 0
+    looked = width is not None
     for index, batch in enumerate(tqdm(task.batches(sweep.loader), desc=sweep.label, disable=not sweep.progress)):
-        if index == 0:
+        if width is None:
             seen = capture(task, batch)
-            width = sum(use.shape.numel() for use in seen.uses) // max(1, seen.outputs.shape[0])
+            activations = sum(use.shape.numel() for use in seen.uses) + seen.outputs.numel()
+            width = 4 * activations * seen.outputs.element_size() // max(1, seen.outputs.shape[0])
             del seen
         second = _differentiated(task, loss, batch, index, width)
-        if index == 0 and sweep.check:
+        if index == 0 and sweep.check and not looked:
             _require_connected(second)
             _require_symmetric(second)
         yield second
@@ -170,7 +172,7 @@ def _differentiated(task: Task, loss: Loss, batch: Batch, index: int, width: int
             raise CoverageError("the loss does not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside?)")
         gradients = torch.autograd.grad(value, list(task.parameters.values()), create_graph=True, allow_unused=True)
     n = outputs.shape[0]
-    return SecondDerivatives(task, dict(zip(task.parameters, gradients)), n, 4 * (n * width + outputs.numel()) * outputs.element_size())
+    return SecondDerivatives(task, dict(zip(task.parameters, gradients)), n, n * width)
 
 
 def squares(sweep: Sweep, groups: dict[Layout, tuple[str, ...]]) -> tuple[dict[Layout, Block], int]:
@@ -187,13 +189,13 @@ def squares(sweep: Sweep, groups: dict[Layout, tuple[str, ...]]) -> tuple[dict[L
     return {layout: DenseBlock(_finite((m + m.T) / (2 * count), layout.names)) for layout, m in sums.items()}, count
 
 
-def diagonal(sweep: Sweep) -> tuple[Tensor, int]:
+def diagonal(sweep: Sweep, width: int | None = None) -> tuple[Tensor, int]:
     """The diagonal ``(d,)``, a layer at a time, and the number of examples."""
     collection = sweep.task.collection
     layers = {collection.span(names): names for names in collection.by_layer().values()}
     total = torch.zeros(collection.numel, dtype=accumulation_dtype(sweep.task.dtype), device=sweep.task.device)
     count = 0
-    for batch in batchwise(sweep):
+    for batch in batchwise(sweep, width):
         for layout, names in layers.items():
             part = total.new_empty(layout.numel)
             for lo, hi, rows in batch.times(names, _units(layout.numel, total), layout.numel):
@@ -226,11 +228,13 @@ def _finite(m: Tensor, names: tuple[str, ...]) -> Tensor:
 class ImplicitHessian(PMatImplicit):
     """The Hessian by its products: one differentiated gradient a batch, pulled back for all vectors at once."""
 
+    width: int = 0  # bytes of the activations of an example, roughly
+
     def _mv(self, x):
         flat = x.reshape(-1, x.shape[-1])
         total, count = torch.zeros_like(flat), 0
         with memory.limit(self.sweep.memory_budget):
-            for batch in batchwise(replace(self.sweep, progress=False)):
+            for batch in batchwise(self.sweep, self.width):
                 for lo, hi, rows in batch.times(self.collection.names, lambda lo, hi: flat[lo:hi], len(flat)):
                     total[lo:hi] += rows
                 count += batch.examples
@@ -241,4 +245,4 @@ class ImplicitHessian(PMatImplicit):
 
     def diag(self):
         with memory.limit(self.sweep.memory_budget):
-            return PVector(self.collection, self.scale * diagonal(self.sweep)[0])
+            return PVector(self.collection, self.scale * diagonal(self.sweep, self.width)[0])
