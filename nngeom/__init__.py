@@ -1,6 +1,5 @@
 """``nngeom``: the matrices of deep learning as objects to compute with."""
 
-from nngeom import linearized, optim
 from nngeom.core.damping import Cutoff, FactoredTikhonov, Tikhonov
 from nngeom.core.errors import (
     ArgumentError,

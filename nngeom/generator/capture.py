@@ -7,6 +7,7 @@ and what no adapter understands marks its parameters for the per-example fallbac
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class Capture:
     uses: list[Use]
     unstructured: set[str]
     guessed: list = field(default_factory=list)  # example axes taken without proof (nngeom.generator.axes)
+    batch: Batch = None
 
 
 def capture(task: Task, batch: Batch, keep_graph: bool = False) -> Capture:
@@ -40,7 +42,7 @@ def capture(task: Task, batch: Batch, keep_graph: bool = False) -> Capture:
     with gradients_on():
         with recorder:
             outputs = task.run(batch)
-    return recorder.capture(outputs)
+    return dataclasses.replace(recorder.capture(outputs), batch=batch)
 
 
 class Recorder(TorchFunctionMode):
@@ -113,7 +115,7 @@ class Recorder(TorchFunctionMode):
             if held is None or options or out.ndim < y.ndim or out.shape == y.shape or not out.requires_grad:
                 continue
             use, extra = held[1], out.ndim - y.ndim
-            if extra == 0 and (y.shape[0] != 1 or y.shape[1:] != out.shape[1:]) or extra and y.shape != out.shape[extra:]:
+            if (extra == 0 and (y.shape[0] != 1 or y.shape[1:] != out.shape[1:])) or (extra and y.shape != out.shape[extra:]):
                 continue
             self.uses.append(use.copied(out, extra))
             use.moved = True

@@ -1,7 +1,8 @@
-"""Exact rows for parameters used in ways no adapter knows: one cotangent and example at a time.
+"""Exact rows for parameters used in ways no adapter knows: one example at a time.
 
-A cotangent that is zero for all but one example pulls back to that example's row, whatever the model does with its
-parameters. Slow (one backward pass a row) and always right.
+Each example is run by itself; where its outputs are those it has in the batch, so are its rows. A model that cannot run
+on one example of a batch is pulled back from cotangents that are zero for all but one example, at the cost of a
+backward pass over the batch a row: always right, whatever the model does with its parameters.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from nngeom.core import memory
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.backward import pull_back
+from nngeom.generator.task import Batch, Task, gradients_on, take
 
 
 def used(outputs: Tensor, parameters: Sequence[Tensor]) -> list[bool]:
@@ -24,17 +26,44 @@ def used(outputs: Tensor, parameters: Sequence[Tensor]) -> list[bool]:
     return [g is not None for g in grads]
 
 
-def full_jacobians(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, create_graph: bool = False) -> list[LayerJacobian]:
+def full_jacobians(
+    task: Task, batch: Batch, outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, create_graph: bool = False
+) -> list[LayerJacobian]:
     """``v [k, n, *out]`` -> the rows ``[k, n, 1, 1, p]`` of each parameter."""
-    k, n = v.shape[:2]
-    sizes = [p.numel() for p in parameters]
+    rows = _alone(task, batch, outputs, parameters, v, create_graph) if outputs.shape[0] > 1 else None
+    rows = rows or _masked(outputs, parameters, v, create_graph)
+    return [FullJacobian(r.to(accumulation_dtype(r.dtype))[:, :, None, None]) for r in rows]
+
+
+def _alone(task: Task, batch: Batch, outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, create_graph: bool) -> list[Tensor] | None:
+    """``[k, n, p]`` a parameter, every example by itself; ``None`` where an example's outputs are not those in the batch."""
+    n, shapes = outputs.shape[0], [p.shape for p in parameters]
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(outputs.dtype, 2e-2)
+    scale = tolerance * float(outputs.detach().abs().max())
     pieces: list[list[Tensor]] = [[] for _ in parameters]
-    each = (sum(sizes) + 4 * math.prod(v.shape[1:])) * v.element_size() * 2
+    for i in range(n):
+        try:
+            with gradients_on():
+                out = task.run(take(batch, slice(i, i + 1), n))
+        except Exception:  # a model that cannot run on one example of this batch
+            return None
+        if out.shape != outputs[i : i + 1].shape or not torch.allclose(out, outputs[i : i + 1], rtol=tolerance, atol=scale):
+            return None
+        for rows, g in zip(pieces, pull_back(out, parameters, shapes, v[:, i : i + 1], retain=False, create_graph=create_graph)):
+            rows.append(g.flatten(1))
+    return [torch.stack(rows, 1) for rows in pieces]
+
+
+def _masked(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, create_graph: bool) -> list[Tensor]:
+    """``[k, n, p]`` a parameter, by cotangents of one example each."""
+    k, n = v.shape[:2]
+    pieces: list[list[Tensor]] = [[] for _ in parameters]
+    each = (sum(p.numel() for p in parameters) + 4 * math.prod(v.shape[1:])) * v.element_size() * 2
     for lo, hi in memory.pieces(k * n, each):
         index = torch.arange(lo, hi, device=v.device)
         masked = v.new_zeros(hi - lo, *v.shape[1:])
         masked[torch.arange(hi - lo, device=v.device), index % n] = v[index // n, index % n]
         grads = pull_back(outputs, parameters, [p.shape for p in parameters], masked, retain=True, create_graph=create_graph)
         for rows, g in zip(pieces, grads):
-            rows.append(g.flatten(1).to(accumulation_dtype(g.dtype)))
-    return [FullJacobian(torch.cat(rows).view(k, n, 1, 1, -1)) for rows in pieces]
+            rows.append(g.flatten(1))
+    return [torch.cat(rows).view(k, n, -1) for rows in pieces]

@@ -189,7 +189,7 @@ class Sweep:
             del gradients
         if rest:
             parameters = [self.task.parameters[name] for name in rest]
-            rows = fallback.full_jacobians(seen.outputs, parameters, v, self.keep_graph)
+            rows = fallback.full_jacobians(self.task, seen.batch, seen.outputs, parameters, v, self.keep_graph)
             jacobians.update({self.task.collection.span([name]): j for name, j in zip(rest, rows)})
         return jacobians
 

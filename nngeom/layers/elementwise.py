@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nngeom.core.layout import Arrangement
 from nngeom.layers.adapter import Call, NotStructured, Use, adapts
@@ -101,6 +102,24 @@ def sub(call: Call, input, other, *, alpha: float = 1) -> Use:
     """``input - alpha * other`` with one of them a parameter."""
     _, w = _operands(call, input, other)
     return _shift(call, w, -alpha if w is other else 1)
+
+
+@adapts(F.prelu, torch.prelu)
+def prelu(call: Call, input: Tensor, weight: Tensor) -> Use:
+    """``max(input, 0) + weight * min(input, 0)``, one weight or one a channel (axis 1)."""
+    shape = call.out.shape
+    along = (1,) if weight.numel() > 1 else ()
+    broadcast = tuple(j for j in range(len(shape)) if j not in along)
+    move, kept = _rows(broadcast, along), call.keep(input)
+    return Use(
+        "prelu",
+        call.whole(weight, Arrangement.plain(weight.numel(), 1, 1)),
+        None,
+        tuple(shape[j] for j in broadcast),
+        gradients=lambda g: move(g, 1).unsqueeze(-1),
+        inputs=lambda: move(kept.clamp_max(0), 0).unsqueeze(-1),
+        elementwise=True,
+    )
 
 
 @adapts(torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to, torch.Tensor.repeat, torch.tile, torch.Tensor.tile)
