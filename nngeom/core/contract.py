@@ -85,7 +85,11 @@ def times(x: Tensor, u: Tensor) -> Tensor:
         return torch.einsum("...sp,spq->...sq", x, u)
     if x.stride(-1) == 1:
         return (x.reshape(-1, p) @ u[0]).view(*lead, 1, -1)
-    return (u[0].T @ x.movedim(-1, 0).reshape(p, -1)).view(-1, *lead, 1).movedim(0, -1)
+    across = x.movedim(-1, 0)
+    if across.is_contiguous():
+        return (u[0].T @ across.reshape(p, -1)).view(-1, *lead, 1).movedim(0, -1)
+    y = x[..., 0, :].mT.reshape(-1, p, lead[-1])  # positions innermost, as convolutions have them
+    return torch.bmm(u[0].T.expand(len(y), -1, -1), y).view(*lead[:-1], -1, lead[-1]).mT.unsqueeze(-2)
 
 
 def pairs_are_cheaper(g_shape: torch.Size, i: int) -> bool:

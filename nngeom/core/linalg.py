@@ -42,11 +42,12 @@ def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(m), vectors.to(m).contiguous()
 
 
-def gram(x: Tensor, blocks: int = 4) -> Tensor:
+def gram(x: Tensor, blocks: int | None = None) -> Tensor:
     """``x^T x`` for ``x [r, p]``, computing the upper blocks only and mirroring them."""
     p = x.shape[-1]
-    if p < 512 or x.shape[0] < 64:
+    if p < 96 or x.shape[0] < 64:
         return x.T @ x
+    blocks = blocks or (4 if p < 1024 else 8)
     cuts = [p * j // blocks for j in range(blocks + 1)]
     out = x.new_empty(p, p)
     for lo, hi in zip(cuts[:-1], cuts[1:]):
@@ -88,17 +89,40 @@ def factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues ``[s, p]``, those within rounding error of zero set to zero, and eigenvectors ``[s, p, p]`` (``None``: the identity)."""
     if is_diagonal(factor):
         return factor.clamp_min(0), None
-    values, vectors = eigh(factor)
+    values, vectors = _eigh_of_sums(factor)
     floor = values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
     return torch.where(values > floor, values, torch.zeros_like(values)), vectors
+
+
+def _eigh_of_sums(m: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`eigh` of sums that carry the rounding of their dtype: in float32 where that decides no digit, at half the time.
+
+    What float32 loses lies below the floor under which :func:`factor_eigh` takes eigenvalues for zero. A shift of the
+    diagonal of that size parts repeated eigenvalues, over which the float32 routine can fail; a product with random
+    vectors tells whether the result is a decomposition, and float64 has the last word where it is not.
+    """
+    if m.dtype != torch.float32 or m.shape[-1] < 96 or m.device.type == "mps":
+        return eigh(m)
+    scale = m.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)
+    jitter = scale * torch.finfo(m.dtype).eps * torch.linspace(0.5, 1.5, m.shape[-1], dtype=m.dtype, device=m.device)
+    try:
+        values, vectors = torch.linalg.eigh(m + torch.diag_embed(jitter))
+    except RuntimeError:
+        return eigh(m)
+    x = torch.randn(m.shape[-1], 4, generator=torch.Generator().manual_seed(0)).to(m)
+    turned = vectors.mT @ x
+    residual = (vectors @ (values.unsqueeze(-1) * turned) - m @ x).norm() <= 1e-4 * scale.max() * x.norm()
+    orthonormal = (vectors @ turned - x).norm() <= 1e-4 * x.norm()
+    return (values, vectors.contiguous()) if bool(residual & orthonormal) else eigh(m)
 
 
 def factor_shift(factor: Tensor, shift: Tensor) -> Tensor:
     """``factor + shift * I`` with one shift a group, ``[s]``."""
     if is_diagonal(factor):
         return factor + shift[:, None]
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return factor + shift[:, None, None] * eye
+    shifted = factor.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    return shifted
 
 
 def factor_inverse(factor: Tensor, what: str) -> Tensor:
@@ -108,6 +132,13 @@ def factor_inverse(factor: Tensor, what: str) -> Tensor:
             raise SingularError(f"{what} is singular; use a larger damping")
         return 1 / factor
     return torch.cholesky_inverse(cholesky(factor, what))
+
+
+def factor_solve(factor: Tensor, x: Tensor, what: str) -> Tensor:
+    """``factor^-1 @ x`` over the rows of ``x [..., s, o, i]``; raises :class:`SingularError`."""
+    if is_diagonal(factor):
+        return left(factor_inverse(factor, what), x)
+    return torch.cholesky_solve(x, cholesky(factor, what).expand(*x.shape[:-2], -1, -1))
 
 
 def left(factor: Tensor | None, x: Tensor, transpose: bool = False) -> Tensor:

@@ -59,18 +59,28 @@ class KroneckerBlock(Block):
             return self.factored_inverse(damping.value)
         return self.eigen().inverse(damping)
 
+    def solve(self, b, damping):
+        if not isinstance(damping, FactoredTikhonov) or b.ndim > 3:
+            return super().solve(b, damping)
+        a, g = self.damped(damping.value)
+        b = linalg.factor_solve(g, b, "the damped gradient factor")
+        return linalg.factor_solve(a, b.mT, "the damped input factor").mT
+
     def factored_inverse(self, x: float) -> KroneckerBlock:
-        """``(a + pi sqrt(x))^-1 (x) (g + sqrt(x) / pi)^-1``, ``pi`` the root of the ratio of mean eigenvalues."""
+        """The inverse of :meth:`damped`, factor by factor."""
+        a, g = self.damped(x)
+        return KroneckerBlock(linalg.factor_inverse(a, "the damped input factor"), linalg.factor_inverse(g, "the damped gradient factor"))
+
+    def damped(self, x: float) -> tuple[Tensor, Tensor]:
+        """``a + pi sqrt(x)`` and ``g + sqrt(x) / pi``, ``pi`` the root of the ratio of mean eigenvalues."""
         if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
             whole = linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), self.a.new_full((self.a.shape[0],), x))
-            return KroneckerBlock(linalg.factor_inverse(whole, f"the block with damping {x:g}"), torch.ones_like(self.g))
+            return whole, torch.ones_like(self.g)
         means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
         usable = (means[0] > 0) & (means[1] > 0)
         pi = torch.where(usable, (means[0] / means[1].where(usable, torch.ones_like(means[1]))).sqrt(), torch.ones_like(means[0]))
         root = math.sqrt(x)
-        a = linalg.factor_inverse(linalg.factor_shift(self.a, pi * root), "the input factor")
-        g = linalg.factor_inverse(linalg.factor_shift(self.g, root / pi), "the gradient factor")
-        return KroneckerBlock(a, g)
+        return linalg.factor_shift(self.a, pi * root), linalg.factor_shift(self.g, root / pi)
 
     def eigen(self) -> EigenBlock:
         """The same matrix in its eigenbasis."""
