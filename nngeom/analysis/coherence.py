@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.rows import Function, Probe
+from nngeom.analysis.rows import Function
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError
+from nngeom.generator.sweep import Sweep
+from nngeom.generator.task import Task
 from nngeom.metrics.loss import EmpiricalFisher, as_loss
 from nngeom.space.collection import LayerCollection
 
@@ -49,26 +51,27 @@ def coherence(
 
     Raises :class:`LoaderError` without targets, and what the sweep raises. Source: Chatterjee and Zielinski 2020.
     """
-    probe = Probe.build(model, loader, function, layer_collection)
-    layers = {layer: torch.zeros((), dtype=torch.float64) for layer in probe.task.collection.by_layer()}
-    total = torch.zeros(probe.task.collection.numel, dtype=torch.float64, device=probe.task.device)
+    task = Task.build(model, function, layer_collection)
+    collection = task.collection
+    layers = dict.fromkeys(collection.by_layer(), 0.0)
+    total = torch.zeros(collection.numel, dtype=torch.float64, device=task.device)
     batches, count = [], 0
     with memory.limit(memory_budget), torch.no_grad():
-        for chunk in probe.sweep(EmpiricalFisher(as_loss(loss)), check, memory_budget).chunks():
+        for chunk in Sweep(task, loader, EmpiricalFisher(as_loss(loss)), memory_budget, check, label="coherence").chunks():
             some = next(iter(chunk.jacobians.values()))
-            sum_g = torch.zeros(probe.task.collection.numel, dtype=some.dtype, device=some.device)
+            sum_g = torch.zeros(collection.numel, dtype=some.dtype, device=some.device)
             batch_squares = 0.0
             for layout, j in chunk.jacobians.items():
                 layout.scatter_(sum_g, j.vjp(torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)))
                 squares = float(j.squared_norms().double().sum())
-                layers[probe.task.layer_of(layout.names[0])] += squares
+                layers[task.layer_of(layout.names[0])] += squares
                 batch_squares += squares
             batches.append(_alpha(sum_g.double().square().sum(), batch_squares, chunk.examples))
             total += sum_g
             count += chunk.examples
-    assembled = _split(probe.task.collection, total)
-    by_layer = {layer: _result(_alpha(v, float(layers[layer]), count), count) for layer, v in assembled.items()}
-    whole = _alpha(sum(assembled.values()), float(sum(layers.values())), count)
+    assembled = _split(collection, total)
+    by_layer = {layer: _result(_alpha(v, layers[layer], count), count) for layer, v in assembled.items()}
+    whole = _alpha(sum(assembled.values()), sum(layers.values()), count)
     return Coherence(whole, count * whole, count, by_layer, torch.stack(batches))
 
 
