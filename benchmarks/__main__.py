@@ -41,7 +41,8 @@ def cell(name: str, job: str, device: str, repeats: int, only: str = "", check: 
             skipped[label] = f"{type(error).__name__}: {str(error)[:160]}"
     floor = for_job(name, job, device=device).floor
     series = interleaved(floor, setups, repeats, device)
-    result = {"workload": name, "job": job, "floor": series.pop("floor").summary(), "contenders": {k: s.summary() for k, s in series.items()}, "skipped": skipped}
+    timed = {k: s.summary() for k, s in series.items()}
+    result: dict[str, Any] = {"workload": name, "job": job, "floor": timed.pop("floor"), "contenders": timed, "skipped": skipped}
     if memory:
         for label in setups:
             result["contenders"][label]["peak_bytes"] = _peak_in_fresh_process(name, job, label, device)
@@ -49,9 +50,12 @@ def cell(name: str, job: str, device: str, repeats: int, only: str = "", check: 
 
 
 def _peak_in_fresh_process(name: str, job: str, label: str, device: str) -> int | None:
-    arguments = [sys.executable, "-m", "benchmarks", "--peak-of", label, "--workload", name, "--job", job, "--device", device, "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"})
-    return int(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.split()[-1:] != ["None"] else None
+    cell_of = ["--workload", name, "--job", job, "--device", device, "--threads", str(torch.get_num_threads())]
+    # every block of a megabyte is given back when it is freed, so that the mark shows what is in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "--peak-of", label, *cell_of], capture_output=True, text=True, env=environment)
+    last = done.stdout.split()[-1:]
+    return int(last[0]) if done.returncode == 0 and last and last != ["None"] else None
 
 
 def _print_peak(name: str, job: str, label: str, device: str) -> None:

@@ -101,11 +101,20 @@ def penalty_step(estimator: str) -> Contender:
     return setup
 
 
+def _diagonal(m: Any, w: Workload) -> Tensor:
+    return m.diag().flat()
+
+
+def both(representation: Any, canonical: Callable[[Any, Workload], Tensor]) -> dict[str, Contender]:
+    """With the comparison with autograd that is on by default, and without."""
+    return {"nngeom": fisher(representation, canonical), "nngeom (check=False)": fisher(representation, canonical, check=False)}
+
+
 JOBS: dict[str, dict[str, Contender]] = {
-    "J1": {"nngeom": fisher(nng.PMatDiag, lambda m, w: m.diag().flat()), "nngeom (check=False)": fisher(nng.PMatDiag, lambda m, w: m.diag().flat(), check=False)},
-    "J2": {"nngeom": fisher(nng.PMatKFAC, _times), "nngeom (check=False)": fisher(nng.PMatKFAC, _times, check=False)},
+    "J1": both(nng.PMatDiag, _diagonal),
+    "J2": both(nng.PMatKFAC, _times),
     "J3": {"nngeom": monte_carlo_kfac(True), "nngeom (check=False)": monte_carlo_kfac(False)},
-    "J4": {"nngeom": fisher(nng.PMatEKFAC, _times), "nngeom (check=False)": fisher(nng.PMatEKFAC, _times, check=False)},
+    "J4": both(nng.PMatEKFAC, _times),
     "J8": {"nngeom": fisher_vector},
     "J10": {"nngeom": kfac_solve},
 }

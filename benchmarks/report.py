@@ -70,7 +70,8 @@ def line(found: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table of the documentation."""
-    rows = ["| job | workload | floor ms | nngeom | without the check | peak MiB | written by hand | best peer, as published with it | peers in this run |", "|" + "---|" * 9]
+    head = ["job", "workload", "floor ms", "nngeom (quartiles)", "no check, or one probe", "peak MiB", "by hand*", "best peer*", "peers in this run"]
+    rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for found in results["cells"]:
         job, name, timed = found["job"], found["workload"], found["contenders"]
         ours = timed.get("nngeom", {})

@@ -31,22 +31,28 @@ class Series:
 
 
 def clock(run: Callable[[], Any], device: str, least: float = 0.0) -> float:
-    """Seconds of one call; short calls are repeated for at least ``least`` seconds."""
+    """Seconds of one call; short calls are repeated for at least ``least`` seconds.
+
+    On one thread of a CPU these are seconds of the processor, which other processes on the machine disturb least.
+    """
+    now = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     _synchronize(device)
-    start, calls = time.process_time(), 0
+    start, calls = now(), 0
     while True:
         run()
         calls += 1
         _synchronize(device)
-        spent = time.process_time() - start
+        spent = now() - start
         if spent >= least:
             return spent / calls
 
 
-def interleaved(floor: Callable[[], Any], contenders: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu", least: float = 0.03) -> dict[str, Series]:
+def interleaved(
+    floor: Callable[[], Any], contenders: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu", least: float = 0.03
+) -> dict[str, Series]:
     """Rounds of floor and every contender in turn, after one round to warm up; disturbances hit all alike."""
     series = {name: Series() for name in ("floor", *contenders)}
-    for name, run in contenders.items():
+    for run in contenders.values():
         run()
     floor()
     for _ in range(repeats):

@@ -1,0 +1,116 @@
+"""Memory of builds, watched from outside: each runs in a process of its own, whose high-water mark is read."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import nngeom as nng
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="high-water marks are read from /proc")
+MIB = 2**20
+
+PRELUDE = """
+import json, resource, torch, nngeom as nng
+from torch import nn
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+def peak(run):
+    "MiB above the start that a call takes at its peak, its result included."
+    status = lambda key: next(int(x.split()[1]) / 1024 for x in open("/proc/self/status") if x.startswith(key + ":"))
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    kept = run()
+    return status("VmHWM") - before
+
+def batches(n, size, *shape):
+    "Batches made as they are asked for, so that the data take no memory."
+    class Batches:
+        def __iter__(self):
+            g = torch.Generator().manual_seed(0)
+            return ((torch.randn(size, *shape, generator=g), torch.zeros(size, dtype=torch.long)) for _ in range(n // size))
+    return Batches()
+"""
+
+
+def measured(code):
+    """What a fresh process prints as JSON."""
+    done = subprocess.run([sys.executable, "-c", PRELUDE + textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@LINUX
+@pytest.mark.slow
+def test_a_jacobian_of_forty_gigabytes_in_two():
+    """690 010 parameters, 10 outputs, 1536 examples: rows of 42 GB; the process stays under 2 GB, everything in it counted."""
+    result = measured(
+        """
+        sizes = [784] + [300] * 6
+        model = nn.Sequential(*[m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())], nn.Linear(300, 10))
+        d, n = sum(p.numel() for p in model.parameters()), 1536
+        data = batches(n, 128, 784)
+        for kind in (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatQuasiDiag):
+            m = nng.FIM(model, data, kind)
+            assert m.examples == n
+        nng.FIM(model, data, nng.PMatImplicit).mv(nng.PVector.from_model(model))
+        print(json.dumps([4 * 10 * n * d, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+        """
+    )
+    explicit, process = result
+    assert explicit > 40e9
+    assert process < 2e9
+
+
+@LINUX
+def test_peaks_are_flat_in_the_number_of_examples():
+    """Eight times the data, the same peak; the second sweep of EKFAC reads the data again once rows no longer fit the budget."""
+    few, many = measured(
+        """
+        model = nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1152, 64), nn.ReLU(), nn.Linear(64, 10))
+        def peaks(n):
+            data = batches(n, 32, 1, 28, 28)
+            return [peak(lambda k=k: nng.FIM(model, data, k, memory_budget=2**24)) for k in (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC)]
+        peaks(32)
+        print(json.dumps([peaks(64), peaks(512)]))
+        """
+    )
+    for a, b in zip(few, many):
+        assert b < a + 24, (few, many)
+
+
+@LINUX
+@pytest.mark.slow
+def test_budget_bounds_the_peak():
+    """Many outputs of one large batch: unlimited work takes several times what a budget of 32 MiB allows."""
+    free, bound = measured(
+        """
+        model = nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(400, 100))
+        data = [(torch.randn(64, 1, 28, 28), torch.zeros(64, dtype=torch.long))]
+        nng.FIM(model, [(data[0][0][:2], data[0][1][:2])], nng.PMatKFAC)
+        kinds = (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC)
+        bound = [peak(lambda k=k: nng.FIM(model, data, k, memory_budget=2**25)) for k in kinds]
+        free = [peak(lambda k=k: nng.FIM(model, data, k, memory_budget=2**33)) for k in kinds]
+        print(json.dumps([free, bound]))
+        """
+    )
+    for a, b in zip(free, bound):
+        assert b < 0.5 * a and b < 150, (free, bound)
+
+
+@pytest.mark.filterwarnings("ignore::nngeom.MemoryWarning")
+@pytest.mark.parametrize("kind", [nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatDense])
+def test_numbers_do_not_depend_on_the_budget(kind):
+    """Cut over outputs and examples down to one at a time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(18, 4)).double()
+    data = [(torch.randn(n, 1, 5, 5, dtype=torch.float64), torch.zeros(n, dtype=torch.long)) for n in (4, 4, 3)]
+    whole = nng.FIM(model, data, kind).to_dense()
+    for budget in (10_000, 1):
+        torch.testing.assert_close(nng.FIM(model, data, kind, memory_budget=budget).to_dense(), whole, rtol=1e-9, atol=1e-12)
