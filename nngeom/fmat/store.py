@@ -23,11 +23,12 @@ class Store:
     def __init__(self, names: tuple[str, ...], graph: bool = False):
         self.names, self.graph = names, graph
         self.tensors: dict[str, Tensor] = {}
-        self._like: tuple[tuple[int, ...], torch.dtype, torch.device] | None = None
+        self.shape: tuple[int, ...] = ()
+        self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """Say what the whole kernel looks like; again and again is fine."""
-        self._like = (shape, dtype, device)
+        self.shape, self.dtype, self.device = shape, dtype, device
 
     def has(self, place: Place) -> bool:
         """Whether the tile is there already."""
@@ -36,18 +37,17 @@ class Store:
     def write(self, place: Place, tiles: Mapping[str, Tensor], mirror: Place | None, flip: Callable[[Tensor], Tensor]) -> None:
         """Keep a tile, and its mirror image where it has one. A tile that is the whole kernel is kept as it is."""
         for name, tile in tiles.items():
-            if tile.shape == self._like[0]:
-                self.tensors[name] = tile.to(self._like[1])
+            if tile.shape == self.shape:
+                self.tensors[name] = tile.to(self.dtype)
                 continue
             if name not in self.tensors:
                 self.tensors[name] = self._zeros()
-            self.tensors[name][place] = tile.to(self._like[1])
+            self.tensors[name][place] = tile.to(self.dtype)
             if mirror is not None:
-                self.tensors[name][mirror] = flip(tile).to(self._like[1])
+                self.tensors[name][mirror] = flip(tile).to(self.dtype)
 
     def _zeros(self) -> Tensor:
-        shape, dtype, device = self._like
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def result(self) -> dict[str, Tensor]:
         """``{name: kernel}``; zeros for a name without any tile."""
@@ -67,7 +67,7 @@ class FileStore(Store):
         self.journal = self.path + ".tiles"
         self.fingerprint = fingerprint
         self.done: list[list[list[int]]] = []
-        self.map: np.memmap | None = None
+        self.map: Any = None
 
     def open(self, shape, dtype, device):
         if self.map is not None:
@@ -96,7 +96,7 @@ class FileStore(Store):
         return os.path.exists(self.path)
 
     def _record(self) -> None:
-        state = {"fingerprint": self.fingerprint, "shape": list(self._like[0]), "dtype": self.map.dtype.str, "done": self.done}
+        state = {"fingerprint": self.fingerprint, "shape": list(self.shape), "dtype": self.map.dtype.str, "done": self.done}
         part = self.journal + ".part"
         with open(part, "w") as f:
             json.dump(state, f)
@@ -106,10 +106,10 @@ class FileStore(Store):
         return _listed(place) in self.done
 
     def write(self, place, tiles, mirror, flip):
-        tile = tiles[""].detach().to(self._like[1]).cpu().numpy() if tiles else 0
+        tile = tiles[""].detach().to(self.dtype).cpu().numpy() if tiles else 0
         self.map[place] = tile
         if mirror is not None:
-            self.map[mirror] = flip(tiles[""].detach().to(self._like[1])).cpu().numpy() if tiles else 0
+            self.map[mirror] = flip(tiles[""].detach().to(self.dtype)).cpu().numpy() if tiles else 0
         self.map.flush()
         self.done.append(_listed(place))
         self._record()

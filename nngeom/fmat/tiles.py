@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from nngeom.core import memory
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
+from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.sweep import Chunk, Sweep, _bytes
 from nngeom.generator.task import leading_size
@@ -165,17 +166,17 @@ def matched(x: Chunk, y: Chunk, layer_of: Callable[[str], str]) -> Iterator[tupl
     left, right = ({lay: j for lay, j in c.jacobians.items() if lay not in common} for c in (x, y))
     both = {name for lay in left for name in lay.names} & {name for lay in right for name in lay.names}
     for name in sorted(both):
-        yield layer_of(name), *(_explicit(replace(c, jacobians=js), name) for c, js in ((x, left), (y, right)))
+        yield layer_of(name), _explicit(left, name), _explicit(right, name)
 
 
-def _explicit(chunk: Chunk, name: str) -> FullJacobian:
+def _explicit(jacobians: Mapping[Layout, LayerJacobian], name: str) -> FullJacobian:
     """The rows of one parameter, in its own order."""
-    layout = next(lay for lay in chunk.jacobians if name in lay.names)
+    layout = next(lay for lay in jacobians if name in lay.names)
     column = 0
     for piece in layout.pieces:
         i = piece.arrangement.sizes[2]
         if name in piece.names:
             break
         column += i
-    rows = piece.arrangement.write(chunk.jacobians[layout].matrix()[..., column : column + i])
+    rows = piece.arrangement.write(jacobians[layout].matrix()[..., column : column + i])
     return FullJacobian(rows[:, :, None, None])

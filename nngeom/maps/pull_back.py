@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nngeom.core.jacobian import FullJacobian
+from nngeom.core.jacobian import FullJacobian, LayerJacobian
+from nngeom.core.layout import Layout
 from nngeom.fmat.implicit import pull
 from nngeom.fmat.products import EVERYTHING, squared_norms
 from nngeom.generator.sweep import Chunk
@@ -124,7 +125,7 @@ class _Rows:
 
     def __init__(self, tensor: Tensor, collection: Any):
         self.count = tensor.shape[1]
-        jacobians = {}
+        jacobians: dict[Layout, LayerJacobian] = {}
         for name in collection.names:
             layout = collection.span([name])
             jacobians[layout] = FullJacobian(layout.gather(tensor))
