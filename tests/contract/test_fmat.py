@@ -346,3 +346,49 @@ def test_batches_of_other_lengths():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nng.MemoryWarning)
         close(nng.GramMatrix(case.model, loader, memory_budget=4000).tensor, truth)
+
+
+class Moody(nn.Module):
+    """A weight that is used plainly on short inputs and through an unusual operation on long ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.head = nn.Linear(2, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        w = self.map.weight if x.shape[1] < 4 else torch.exp(self.map.weight)
+        return self.head(torch.tanh(nn.functional.linear(x, w, self.map.bias)).sum(1))
+
+
+def test_batches_that_use_a_parameter_differently():
+    """Chunks of different structure are paired parameter by parameter, for kernels, layers and centring alike."""
+    torch.manual_seed(4)
+    model = Moody().double()
+    loader = [(torch.randn(n, t, 2, dtype=torch.float64),) for n, t in ((2, 3), (3, 5), (2, 3))]
+    j = torch.cat([reference.jacobian(model, x) for (x,) in loader], 1)
+    jc = centre(j, j)
+    product = lambda x, y: torch.einsum("knd,lmd->knlm", x, y)
+    close(nng.GramMatrix(model, loader).tensor, product(j, j))
+    close(nng.GramMatrix(model, loader, centered=True).tensor, product(jc, jc))
+    close(nng.GramMatrix(model, loader, other=loader[:1], centered=True).tensor, product(jc, jc[:, :2]))
+    layers = nng.GramMatrices(model, loader)
+    close(sum(layers.values()).tensor, product(j, j))
+    close(layers["map"].tensor, product(j[..., :9], j[..., :9]))
+
+
+def test_many_examples_and_pooled_positions():
+    """More examples than blocks of the symmetric half, groups, pairs of positions, and positions with equal gradients."""
+    torch.manual_seed(5)
+    body = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(8, 16, 2), nn.ReLU(), nn.Flatten(2)).double()
+    head = nn.Linear(16, 3).double()
+    model = nn.ModuleList([body, head])
+    function = lambda x: head(body(x).transpose(1, 2)).mean(1)
+    x = torch.randn(19, 4, 3, 3, dtype=torch.float64)
+    params = [p for p in model.parameters()]
+    rows = [[torch.cat([g.flatten() for g in torch.autograd.grad(f, params, retain_graph=True)]) for f in function(one[None])[0]] for one in x]
+    j = torch.stack([torch.stack(r) for r in rows], 1)
+    truth = torch.einsum("knd,lmd->knlm", j, j)
+    for data in ([(x,)], list(zip(x.split(4)))):
+        close(nng.GramMatrix(model, data, function=function).tensor, truth)
+    close(nng.GramMatrix(model, [(x[:12],)], function=function, other=[(x[7:],)]).tensor, truth[:, :12, :, 7:])
+    close(nng.GramMatrix(model, [(x,)], nng.FMatDiag, function=function).tensor, torch.einsum("knkn->kn", truth))
