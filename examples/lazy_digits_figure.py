@@ -78,7 +78,7 @@ def draw(path: Path, runs: Runs) -> None:
     for name, style in SLOW.items():
         if any(n == name for n, _, _ in runs):
             at = resampled(runs, name, 1.0, levels["noise"])
-            _curve(noise, levels["noise"], at["noisy"], COLOURS[1.0], style, band=False, label=f"the same, rate {name.split()[-1]}")
+            _curve(noise, levels["noise"], at["noisy"], COLOURS[1.0], style, band=False, label=f"alpha = 1, rate {name.split()[-1]}")
     for ax, alpha in ((hasty, 1.0), (lazy, 100.0)):
         at = resampled(runs, "scores", alpha, levels["scores"])
         _deciles(ax, levels["scores"], at)
@@ -92,9 +92,9 @@ def draw(path: Path, runs: Runs) -> None:
     lazy.set(title="(f) difficulty deciles, alpha = 100", xlabel="training loss")
     spread.set(title="(g) hardest over easiest decile", xlabel="training loss", yscale="log")
     likeness.set(title="(h) likeness to the start, run of (a)", xlabel="loss of the clean examples", ylim=(0, 1.03))
+    of = {noise: "noise", test: "noise", likeness: "noise", train: "spurious", balanced: "spurious"}
     for ax in axes.flat:
-        ax.set_xscale("log")
-        ax.invert_xaxis()
+        ax.set(xscale="log", xlim=levels[of.get(ax, "scores")][[0, -1]])
         ticks = [t for t in (2, 1, 0.5, 0.2, 0.1, 0.05) if min(ax.get_xlim()) <= t <= max(ax.get_xlim())]
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
