@@ -92,8 +92,8 @@ def penalty_step(estimator: str) -> Contender:
         x, y = w.batches[0]
 
         def run():
-            trace = nng.mgs.trace_penalty(w.model, x, estimator=estimator, reduction="mean")
-            loss = F.cross_entropy(w.model(x), y) + 1e-3 * trace
+            trace, outputs = nng.mgs.trace_penalty(w.model, x, estimator=estimator, reduction="mean", return_outputs=True)
+            loss = F.cross_entropy(outputs, y) + 1e-3 * trace
             return torch.autograd.grad(loss, parameters, materialize_grads=True)
 
         return run, lambda g: torch.cat([t.flatten() for t in g])
