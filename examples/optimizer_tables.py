@@ -72,7 +72,7 @@ def main() -> None:
     for name, made in {
         "autoencoder": race("autoencoder"), "residual": race("residual"), "defaults": defaults(), "cost": cost(), "curvature": curvature(),
     }.items():  # fmt: skip
-        text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m, made=made: m.group(1) + made + m.group(2), text, flags=re.S)
+        text = re.sub(rf"(<!-- {name} -->\n)(.*?)(<!-- end -->)", lambda m, made=made: m.group(1) + made + "\n" + m.group(3), text, flags=re.S)
     page.write_text(text)
 
 
