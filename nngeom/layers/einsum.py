@@ -41,7 +41,7 @@ def einsum(call: Call, equation: str, *operands) -> Use:
         raise NotStructured  # a letter summed on one side only
     lead = [c for c in own if c in result and c not in groups]
     size = dict(zip(letters, w.shape)) | dict(zip(own, x_shape))
-    total = lambda part: math.prod(size[c] for c in part)  # noqa: E731
+    total = lambda part: math.prod(size[c] for c in part)
     order = tuple(letters.index(c) for c in (*groups, *outs, *ins))
     arrangement = Arrangement(tuple(w.shape), order, (total(groups), total(outs), total(ins)))
     slot, kept = call.whole(w, arrangement), call.keep(x)
