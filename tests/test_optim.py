@@ -20,6 +20,8 @@ PRESETS = {
     "kfac": (nng.PMatKFAC, 1e-2, lambda m, **k: KFAC(m, damping=1e-2, inverse_every=1, **EXACT, **k)),
     "kfac-factored": (nng.PMatKFAC, nng.FactoredTikhonov(1e-3), lambda m, **k: KFAC(m, inverse_every=1, **EXACT, **k)),
     "kfac-reduce": (nng.PMatKFAC.options(sharing="reduce"), 1e-2, lambda m, **k: KFAC(m, damping=1e-2, sharing="reduce", inverse_every=1, **EXACT, **k)),
+    "ekfac-sua": (nng.PMatEKFAC.options(sua=True), 1e-2, lambda m, **k: EKFAC(m, damping=1e-2, sua=True, basis_every=1, scalings="batch", **EXACT, **k)),
+    "kfac-sua": (nng.PMatKFAC.options(sua=True), 1e-2, lambda m, **k: KFAC(m, damping=1e-2, sua=True, inverse_every=1, **EXACT, **k)),
     "diag": (nng.PMatDiag, 1e-2, lambda m, **k: NaturalGradient(m, nng.PMatDiag, damping=1e-2, **EXACT, **k)),
     "block-diag": (nng.PMatBlockDiag, 1e-2, lambda m, **k: NaturalGradient(m, nng.PMatBlockDiag, damping=1e-2, **EXACT, **k)),
     "dense": (nng.PMatDense, 1e-2, lambda m, **k: NaturalGradient(m, nng.PMatDense, damping=1e-2, **EXACT, **k)),

@@ -59,7 +59,7 @@ def scaled_means(sums: Sums, examples: int, c: float) -> dict[Layout, dict[str, 
             if isinstance(t, Rows):
                 means[layout][name] = torch.cat(t.parts) * (c / examples**0.5)
             else:
-                inputs_alone = name.startswith("a") and "g" + name[1:] in tensors
+                inputs_alone = not name.startswith("g") and any(other.startswith("g") for other in tensors)  # the input side of a Kronecker product
                 means[layout][name] = t * ((1.0 if inputs_alone else c * c) / examples)
     return means
 

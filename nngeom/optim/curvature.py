@@ -20,7 +20,7 @@ from nngeom.generator.sweep import Chunk
 from nngeom.optim.averages import Averages, all_finite, plain_blocks, restored_blocks, scaled_means
 from nngeom.pmat.block import Block
 from nngeom.pmat.ekfac import scaling_statistic
-from nngeom.pmat.kfac import EigenBlock, kronecker_block
+from nngeom.pmat.kfac import EigenBlock, kronecker_blocks
 from nngeom.pmat.pmat import Representation
 from nngeom.pmat.recipe import Scope
 
@@ -130,6 +130,7 @@ class Eigenbasis(Curvature):
         super().__init__(representation, scope)
         self.statistic: Callable = next(representation.recipe(scope))
         self.running, self.from_gradient, self.worker = scalings == "running", scalings == "running" and not own_rows, worker
+        self.sources: set[Layout] = set()  # layers that have a basis
         self.future: Future | None = None
         self._coordinates: dict[Layout, Tensor] = {}  # of this step's gradient
         self._shifts: dict[Layout, tuple[Damping, Tensor | float]] = {}  # the damping of each coordinate, while basis and damping stay
@@ -159,7 +160,7 @@ class Eigenbasis(Curvature):
         return not self.blocks or (schedule.refresh and self.worker is None)
 
     def _square(self, chunk: Chunk) -> None:
-        known = {lay: j for lay, j in chunk.jacobians.items() if lay in self.blocks}
+        known = {lay: j for lay, j in chunk.jacobians.items() if lay in self.sources}
         self.squares.add(scaling_statistic(self.blocks)(dataclasses.replace(chunk, jacobians=known)), chunk.examples if chunk.first else 0)
 
     def update(self, seen, schedule):
@@ -185,11 +186,11 @@ class Eigenbasis(Curvature):
         self.blocks[layout] = dataclasses.replace(block, d=torch.lerp(d, block.d, past) if past else d.to(block.d.dtype))
 
     def _refresh(self, schedule: Schedule) -> None:
-        fresh = self.averages.entries.keys() - self.blocks.keys()
+        fresh = self.averages.entries.keys() - self.sources
         if not self.averages.entries or not (schedule.refresh or fresh):
             return
         if self.worker is None or fresh:
-            self.blocks = eigenbases(self.averages.read())
+            self.blocks, self.sources = eigenbases(self.averages.read()), set(self.averages.entries)
             self._shifts.clear()
         elif self.future is None:
             self.future = self.worker.submit(eigenbases, self.averages.read())
@@ -199,6 +200,10 @@ class Eigenbasis(Curvature):
         if self.future is not None and self.future.done():
             self.blocks, self.future = self.future.result(), None
             self._shifts.clear()
+
+    def load(self, state):
+        super().load(state)
+        self.sources = set(self.averages.entries)
 
     def precondition(self, flat, out, damping):
         for layout, block in self.blocks.items():
@@ -229,4 +234,4 @@ def inverse(block: Block, damping: Damping) -> Block:
 
 def eigenbases(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, EigenBlock]:
     """The eigenbases of Kronecker factors, with the spectrum of their product."""
-    return {layout: kronecker_block(t).eigen() for layout, t in means.items()}
+    return {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}
