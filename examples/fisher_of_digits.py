@@ -9,7 +9,7 @@ random directions, and in the damped natural gradients of minibatches. Prints on
     out/fisher_of_digits.csv    every number, for every point in training and every damping, mean and standard deviation
     out/fisher_of_digits.png    the figure (and .pdf)
 
-Protocol: George 2021, thesis, section 3.4.1, on a net small enough that the dense matrix is the judge.
+Protocol: George 2023, thesis, section 3.4.1, on a net small enough that the dense matrix is the judge.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def GramMatrix(
     work into tiles and does not change the result.
 
     Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError`,
-    :class:`ArgumentError`. Source: Jacot et al. 2018; Baratin et al. 2021, eq. 1; George 2021, thesis, section 3.2.3.
+    :class:`ArgumentError`. Source: Jacot et al. 2018; Baratin et al. 2021, eq. 1; George 2023, thesis, section 3.2.3.
     """
     _require_alone(process_group)
     kind = _representation(representation)

@@ -45,7 +45,7 @@ def FIM(
     with a likelihood that says what the axes are.
 
     Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`,
-    :class:`NonFiniteError` and what the representation raises. Source: George 2021, thesis, sections 2.4, 3.2.2.
+    :class:`NonFiniteError` and what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
     return measure(
         model, loader, representation, ExactFisher(as_likelihood(likelihood)), "FIM", True,

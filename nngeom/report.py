@@ -89,7 +89,7 @@ def approximation_report(
     (singular, indefinite, no convergence) has NaN there.
 
     Raises :class:`CollectionError` for matrices over different parameters, :class:`ArgumentError` for bad options.
-    Source: George 2021, thesis, section 3.4.1.
+    Source: George 2023, thesis, section 3.4.1.
     """
     matrices = dict(M) if isinstance(M, Mapping) else {type(M).__name__: M}
     for name, m in (*matrices.items(), ("reference", reference)):

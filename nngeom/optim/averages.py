@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -72,12 +72,13 @@ def all_finite(sums: Sums) -> bool:
 
 def plain_layout(layout: Layout) -> list[Any]:
     """A layout as nested lists."""
-    return [[list(p.names), p.offset, list(p.arrangement.view), list(p.arrangement.order), list(p.arrangement.sizes)] for p in layout.pieces]
+    return [[list(p.names), p.offset, [list(x) if isinstance(x, tuple) else x for x in astuple(p.arrangement)]] for p in layout.pieces]
 
 
 def restored_layout(plain: list[Any]) -> Layout:
     """The inverse of :func:`plain_layout`."""
-    return Layout(tuple(Piece(tuple(n), at, Arrangement(tuple(view), tuple(order), tuple(sizes))) for n, at, view, order, sizes in plain))
+    frozen = lambda x: tuple(x) if isinstance(x, list) else x
+    return Layout(tuple(Piece(tuple(names), at, Arrangement(*map(frozen, arrangement))) for names, at, arrangement in plain))
 
 
 def plain_blocks(blocks: dict[Layout, Block]) -> list[Any]:
