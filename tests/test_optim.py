@@ -164,13 +164,14 @@ MAKERS = {
     "kfac-exact": lambda m: KFAC(m, lr=0.05, damping=0.1, weight_decay=0.01, kl_clip=1e-3),
     "ekfac-ra": lambda m: EKFAC(m, lr=0.05, basis_every=3),
     "ekfac": lambda m: EKFAC(m, lr=lambda t: 0.1 / (1 + t), basis_every=3, scalings="batch", statistics_decay=0.5),
+    "ekfac-sua": lambda m: EKFAC(m, lr=0.05, basis_every=3, sua=True, scalings="batch"),
     "monte-carlo": lambda m: EKFAC(m, lr=0.05, basis_every=3, fisher="monte_carlo", likelihood="categorical"),
     "mixed": lambda m: NaturalGradient(m, nng.PMatMixed({"*bias*": nng.PMatDiag}, default=nng.PMatEKFAC), lr=0.05, every=2),
     "quasi-diag": lambda m: NaturalGradient(m, nng.PMatQuasiDiag, lr=0.01, damping=0.1),
 }
 
 
-@pytest.mark.parametrize("name", ["mlp", "transformer", "gru", "bare"])
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "transformer", "gru", "bare"])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_resuming_is_bitwise(kind, name):
     case = build(name, sizes=(4, 6))
