@@ -278,7 +278,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the coming steps, as tensors, numbers, strings, lists and dicts; callables are not part of it.
 
-        What was observed since the last step is not saved.
+        What was observed since the last step is not saved; damping (but that of :class:`LevenbergMarquardt`), decays and
+        intervals are those of the constructor.
         """
         state = super().state_dict()
         state["param_groups"] = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]
