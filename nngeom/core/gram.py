@@ -21,7 +21,7 @@ from nngeom.core import memory
 if TYPE_CHECKING:
     from nngeom.core.jacobian import FactoredJacobian, LayerJacobian
 
-SLICE_BYTES = 2**22
+SLICE_BYTES = 2**23
 BLOCKS = 8  # blocks of examples in which the half of a symmetric product is computed
 LOOPED = 16  # output features from which products of one cotangent at a time run well
 
@@ -73,7 +73,7 @@ def by_positions(out: Tensor, x: FactoredJacobian, y: FactoredJacobian) -> None:
     for s in range(groups):
         g = x.g[:, :, :, s].permute(1, 0, 3, 2).reshape(n, k, o * t)
         h = (g if x is y else y.g[:, :, :, s].permute(1, 0, 3, 2)).reshape(m, l * o, u)
-        size = memory.step(m, l * o * t * g.element_size(), most=min(SLICE_BYTES // 2, memory.budget() // 4))
+        size = memory.step(m, l * o * t * g.element_size(), most=min(SLICE_BYTES // 4, memory.budget() // 4))
         buffer = g.new_empty(size, l * o, t)
         for j in range(n):
             one = x.examples(j, j + 1)
@@ -122,13 +122,14 @@ def squared_norms(g: Tensor, a: Tensor) -> Tensor:
     k, n, t, s, o = g.shape
     i = a.shape[-1]
     by_pairs = t * t * (k * (o + 4) + i) < k * o * i * (t + 4)
-    each = s * (t * t if by_pairs else o * i) * g.element_size()
+    together = k if o < LOOPED or g.requires_grad else 1  # with a graph, every slice costs a gradient of the whole
+    each = together * s * (t * t if by_pairs else o * i) * g.element_size()
     parts = []
-    for lo, hi in memory.pieces(n, (k if o < LOOPED else 1) * each, most=memory.CACHE_BYTES // 2):
+    for lo, hi in memory.pieces(n, each, most=None if g.requires_grad else memory.CACHE_BYTES // 2):
         inputs = a[lo:hi].transpose(1, 2)  # [n s t i]
         inner = inputs @ inputs.mT if by_pairs else None
         rows = []
-        for h in g[:, lo:hi].split(k if o < LOOPED else 1):
+        for h in g[:, lo:hi].split(together):
             h = h.transpose(2, 3)  # [k n s t o]
             rows.append(((h @ h.mT) * inner).sum((2, 3, 4)) if inner is not None else _norms(h, inputs))
         parts.append(torch.cat(rows))
