@@ -116,12 +116,6 @@ def square_by_pairs(g: Tensor, a: Tensor) -> Tensor:
     return total.unsqueeze(0)
 
 
-def positions_are_cheaper(g_shape: torch.Size, i: int) -> bool:
-    """Whether ``|J|**2`` is cheaper by inner products of positions than by rows."""
-    k, _, t, _, o = g_shape
-    return t * (k * o + i) < k * o * i
-
-
 def gram_positions_are_cheaper(g: torch.Size, h: torch.Size, i: int) -> bool:
     """Whether a Gram block is cheaper by inner products of positions than by rows, for one pair of rows."""
     (k, n, t, _, o), (l, m, u, _, _) = g, h

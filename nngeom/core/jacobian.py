@@ -338,11 +338,6 @@ class FactoredJacobian(LayerJacobian):
         x, y = self.a[:, :, s], other.a[:, :, s]
         return (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
 
-    def own_input_gram(self) -> Tensor:
-        """``[n, s, t, t]``: inner products of positions of the same example."""
-        a = self.a.transpose(1, 2)
-        return a @ a.mT
-
 
 @dataclass(frozen=True, eq=False)
 class LookupJacobian(FactoredJacobian):
