@@ -23,6 +23,7 @@ def _loader(w: Workload) -> DataLoader:
 
 def _nngeometry(kind: str, canonical: str):
     def setup(w: Workload):
+        from nngeometry.layercollection import LayerCollection
         from nngeometry.metrics import FIM
         from nngeometry.object import pspace
         from nngeometry.object.vector import PVector
@@ -38,7 +39,7 @@ def _nngeometry(kind: str, canonical: str):
         def result(m: Any) -> Tensor:
             if canonical == "diag":
                 return m.get_diag()
-            v = PVector(m.layer_collection, vector_repr=w.vector())
+            v = PVector(LayerCollection.from_model(w.model), vector_repr=w.vector())
             return m.mv(v).get_flat_representation()
 
         return run, result

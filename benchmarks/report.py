@@ -76,7 +76,7 @@ def markdown(results: dict[str, Any]) -> str:
         job, name, timed = found["job"], found["workload"], found["contenders"]
         ours = timed.get("nngeom", {})
         bare = timed.get("nngeom (check=False)") or timed.get("nngeom (one random probe)")
-        others = ", ".join(f"{s['ratio']:.3g} {label}" for label, s in sorted(timed.items(), key=lambda i: i[1]["ratio"]) if not label.startswith("nngeom"))
+        others = ", ".join(f"{s['ratio']:.3g} {label}" for label, s in sorted(timed.items(), key=lambda i: i[1]["ratio"]) if label.split(" ")[0] != "nngeom")
         spread = f"{ours['ratio']:.2f} ({ours['ratio_q1']:.2f}-{ours['ratio_q3']:.2f})" if ours else "-"
         without = f"{bare['ratio']:.2f}" if bare else "-"
         peak = f"{ours['peak_bytes'] / 2**20:.0f}" if ours.get("peak_bytes") is not None else "-"
