@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nngeom.core.jacobian import LayerJacobian, LookupJacobian
+from nngeom.core.factored import LookupJacobian
+from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.generator.capture import capture

@@ -14,7 +14,7 @@ from torch import Tensor
 from nngeom.core import linalg, memory
 
 if TYPE_CHECKING:
-    from nngeom.core.jacobian import FactoredJacobian
+    from nngeom.core.factored import FactoredJacobian
 
 WIDE = 32  # rows of a matrix product below which it runs well under the speed of the machine
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from nngeom.core import memory
 
 if TYPE_CHECKING:
-    from nngeom.core.jacobian import FactoredJacobian, LayerJacobian
+    from nngeom.core.factored import FactoredJacobian
+    from nngeom.core.jacobian import LayerJacobian
 
 SLICE_BYTES = 2**23
 BLOCKS = 8  # blocks of examples in which the half of a symmetric product is computed

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg, memory
-from nngeom.core.jacobian import FactoredJacobian, LayerJacobian, LookupJacobian
+from nngeom.core.factored import FactoredJacobian, LookupJacobian
+from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Arrangement
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg
-from nngeom.core.jacobian import FactoredJacobian
+from nngeom.core.factored import FactoredJacobian
 
 
 def channel_sums(j: FactoredJacobian, window: int, bias: bool, sharing: str, limit: int, first: bool) -> dict[str, Tensor]:

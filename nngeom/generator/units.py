@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nngeom.core import linalg
-from nngeom.core.jacobian import FactoredJacobian, FullJacobian, LayerJacobian, LookupJacobian
+from nngeom.core.factored import FactoredJacobian, LookupJacobian
+from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.generator.axes import ExampleAxis

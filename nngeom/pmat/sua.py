@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nngeom.core.jacobian import FactoredJacobian, LayerJacobian
+from nngeom.core.factored import FactoredJacobian
+from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout, Piece
 from nngeom.core.window import channel_sums, rotate_channels
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
