@@ -205,7 +205,11 @@ def dense_rows(side: Side) -> Tensor:
         for chunk in side.chunks(reuse=True):
             k, n = span(chunk)
             if out is None:
-                out = torch.zeros(chunk.outputs[1], side.examples, d, dtype=side.dtype, device=side.device)
+                out = torch.empty(chunk.outputs[1], side.examples, d, dtype=side.dtype, device=side.device)
             for layout, j in chunk.jacobians.items():
                 write_rows(out[k, n], j, layout)
+            written = {name for layout in chunk.jacobians for name in layout.names}
+            for name, (lo, shape) in side.sweep.task.collection.offsets().items():
+                if name not in written:  # parameters that the outputs do not depend on
+                    out[k, n, lo : lo + torch.Size(shape).numel()] = 0
     return out if out is not None else torch.zeros(side.outputs, side.examples, d, dtype=side.dtype, device=side.device)

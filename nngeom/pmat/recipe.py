@@ -73,16 +73,18 @@ def join_rows(chunk: Chunk, layout: Layout, names: tuple[str, ...]) -> Iterator[
 
 def write_rows(out: Tensor, j: LayerJacobian, layout: Layout, shift: dict[str, int] | None = None) -> None:
     """Write the rows of one block at their places in ``out [k, n, d]``; ``shift`` moves each parameter's offset."""
-    m, column = j.matrix(), 0
+    m, column = None if j.writes_columns else j.matrix(), 0
     for piece in layout.pieces:
         i = piece.arrangement.sizes[2]
         move = shift[piece.names[0]] if shift is not None else 0
-        part = m[..., column : column + i]
         target = out[..., piece.offset + move : piece.stop + move]
-        if piece.arrangement.is_plain() and target.is_contiguous():
-            target.copy_(part.reshape(target.shape))
+        plain = piece.arrangement.is_plain()
+        if m is None and plain:
+            j.write_columns(target.unflatten(-1, piece.arrangement.sizes), column, column + i)
+        elif plain:
+            target.unflatten(-1, piece.arrangement.sizes).copy_(m[..., column : column + i])
         else:
-            target.copy_(piece.arrangement.write(part))
+            target.copy_(piece.arrangement.write((j.matrix() if m is None else m)[..., column : column + i]))
         column += i
 
 
