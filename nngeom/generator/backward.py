@@ -78,13 +78,14 @@ def _batched(outputs: Tensor, inputs: Sequence[Any], v: Tensor) -> list[Tensor |
 
 
 def _one_by_one(outputs: Tensor, inputs: Sequence[Any], v: Tensor, retain: bool, buffers: Buffers | None) -> list[Tensor | None]:
-    buffers, out = buffers or Buffers(), []
+    buffers = buffers or Buffers()
+    out: list[Tensor | None] = []
     for j, c in enumerate(v):
         grads = _grad(outputs, inputs, c, retain or j + 1 < len(v), False)
         if not out:
             out = [None if g is None else buffers.take(place, g, len(v)) for place, g in enumerate(grads)]
         for row, g in zip(out, grads):
-            if row is not None:
+            if row is not None and g is not None:
                 row[j] = g
     return out
 

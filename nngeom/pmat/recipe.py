@@ -81,10 +81,12 @@ def write_rows(out: Tensor, j: LayerJacobian, layout: Layout, shift: dict[str, i
         plain = piece.arrangement.is_plain()
         if m is None and plain:
             j.write_columns(target.unflatten(-1, piece.arrangement.sizes), column, column + i)
-        elif plain:
-            target.unflatten(-1, piece.arrangement.sizes).copy_(m[..., column : column + i])
         else:
-            target.copy_(piece.arrangement.write((j.matrix() if m is None else m)[..., column : column + i]))
+            part = (j.matrix() if m is None else m)[..., column : column + i]
+            if plain:
+                target.unflatten(-1, piece.arrangement.sizes).copy_(part)
+            else:
+                target.copy_(piece.arrangement.write(part))
         column += i
 
 
