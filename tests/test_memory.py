@@ -114,3 +114,19 @@ def test_numbers_do_not_depend_on_the_budget(kind):
     whole = nng.FIM(model, data, kind).to_dense()
     for budget in (10_000, 1):
         torch.testing.assert_close(nng.FIM(model, data, kind, memory_budget=budget).to_dense(), whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatQuasiDiag, nng.PMatLowRank, nng.PMatBlockDiag])
+def test_reused_memory_is_not_read_late(kind):
+    """Equal batches, large enough that their gradients overwrite those of the batch before; the same as one batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.GroupNorm(2, 8), nn.Flatten(1), nn.Linear(2592, 3)).double()
+    if kind in (nng.PMatLowRank, nng.PMatBlockDiag):
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).double()
+    x = torch.randn(24, 1, 20, 20, dtype=torch.float64)
+    y = torch.zeros(24, dtype=torch.long)
+    v = nng.PVector.from_model(model)
+    whole = nng.FIM(model, [(x, y)], kind).mv(v).flat()
+    cut = nng.FIM(model, list(zip(x.split(8), y.split(8))), kind).mv(v).flat()
+    tolerance = 1e-6 if kind is nng.PMatEKFAC else 1e-9
+    torch.testing.assert_close(cut, whole, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
