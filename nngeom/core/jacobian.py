@@ -70,6 +70,10 @@ class LayerJacobian(ABC):
         """Write the input columns ``lo .. hi - 1`` of the rows into ``out [k, n, s, o, hi - lo]``."""
         out.copy_(self.matrix()[..., lo:hi])
 
+    def nbytes(self) -> int:
+        """Bytes of the tensors held."""
+        return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, Tensor))
+
     def rows(self) -> Tensor:
         """``[k, n, p]``: the rows, flattened."""
         return self.matrix().flatten(2)

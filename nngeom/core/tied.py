@@ -40,6 +40,9 @@ class TiedJacobian(LayerJacobian):
     def _each(self, f) -> LayerJacobian:
         return TiedJacobian(tuple((transposed, f(j)) for transposed, j in self.terms))
 
+    def nbytes(self):
+        return sum(j.nbytes() for _, j in self.terms)
+
     def examples(self, lo, hi):
         return self._each(lambda j: j.examples(lo, hi))
 
@@ -154,6 +157,9 @@ class SumJacobian(LayerJacobian):
 
     def vjp(self, u):
         return sum_of([a.write(j.vjp(u)) for a, j in self.terms])[..., None, None, :]
+
+    def nbytes(self):
+        return sum(j.nbytes() for _, j in self.terms)
 
     def examples(self, lo, hi):
         return SumJacobian(tuple((a, j.examples(lo, hi)) for a, j in self.terms))

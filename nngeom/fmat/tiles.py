@@ -13,7 +13,7 @@ from nngeom.core import memory
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
-from nngeom.generator.sweep import Chunk, Sweep, _bytes
+from nngeom.generator.sweep import Chunk, Sweep
 from nngeom.generator.task import leading_size
 
 Key = tuple[int, int]  # (first example, first output) of a chunk: the order in which chunks are captured
@@ -23,11 +23,6 @@ START: Key = (-1, -1)
 def key(chunk: Chunk) -> Key:
     """Where a chunk starts."""
     return chunk.start, chunk.outputs[0]
-
-
-def size(chunk: Chunk) -> int:
-    """Bytes that a chunk holds."""
-    return sum(_bytes(j) for j in chunk.jacobians.values())
 
 
 def span(chunk: Chunk) -> tuple[slice, slice]:
@@ -106,11 +101,11 @@ class Side:
         chunks: list[Chunk] = []
         room, runs = memory.budget() // 4, 0
         for chunk in self.chunks(after):
-            if chunks and room < size(chunk) and not self.sweep.keep_graph:
+            if chunks and room < chunk.nbytes() and not self.sweep.keep_graph:
                 yield Group(joined(chunks), key(chunks[-1]))
                 chunks, room, runs = [], memory.budget() // 4, runs + 1
             chunks.append(chunk)
-            room -= size(chunk)
+            room -= chunk.nbytes()
         if chunks:
             group = Group(joined(chunks), key(chunks[-1]))
             if runs == 0 and after == START:

@@ -53,6 +53,10 @@ class Chunk:
         """Whether these are the first cotangents of the batch: statistics of inputs alone are taken once."""
         return self.outputs[0] == 0
 
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return sum(j.nbytes() for j in self.jacobians.values())
+
 
 @dataclass
 class Sweep:
@@ -92,7 +96,7 @@ class Sweep:
         for index, batch in enumerate(bar):
             for chunk in self._batch(batch, index):
                 if kept is not None:
-                    room -= sum(_bytes(j) for j in chunk.jacobians.values())
+                    room -= chunk.nbytes()
                     kept = None if room < 0 else [*kept, chunk]
                 yield chunk
         self._kept, self._buffers = kept, None
@@ -270,13 +274,6 @@ def _length(source: Any) -> int | None:
         return len(source)
     except TypeError:  # a generator, or an iterable data set
         return None
-
-
-def _bytes(j: LayerJacobian) -> int:
-    tensors = [t for t in vars(j).values() if isinstance(t, Tensor)]
-    if not tensors:  # a sum of uses
-        return sum(_bytes(term) for _, term in j.terms)  # type: ignore[attr-defined]
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def require_examples(count: int) -> int:

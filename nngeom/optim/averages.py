@@ -77,7 +77,7 @@ def plain_layout(layout: Layout) -> list[Any]:
 
 def restored_layout(plain: list[Any]) -> Layout:
     """The inverse of :func:`plain_layout`."""
-    frozen = lambda x: tuple(x) if isinstance(x, list) else x
+    frozen: Any = lambda x: tuple(x) if isinstance(x, list) else x
     return Layout(tuple(Piece(tuple(names), at, Arrangement(*map(frozen, arrangement))) for names, at, arrangement in plain))
 
 
