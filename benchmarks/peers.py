@@ -40,7 +40,7 @@ def _nngeometry(kind: str, canonical: str):
             if canonical == "diag":
                 return m.get_diag()
             v = PVector(LayerCollection.from_model(w.model), vector_repr=w.vector())
-            return m.mv(v).get_flat_representation()
+            return m.mv(v).to_torch()
 
         return run, result
 
