@@ -251,6 +251,30 @@ class Einsum(nn.Module):
         return torch.einsum("bthd,hdo->bo", h, self.down)
 
 
+class SlicedPositions(nn.Module):
+    """As many rows of a longer table of positions as the sequence has, and a slice of a vector as bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.shifts, self.head = nn.Parameter(torch.empty(1, 6, 3)), nn.Parameter(torch.empty(7)), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(x + self.positions[:, : x.shape[1]] + self.shifts[2:5])).cumsum(1)[:, -1]
+
+
+class EncoderDecoder(nn.Module):
+    """A standard decoder layer with a causal mask, looking at its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(4, 2, 5, dropout=0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype, device=x.device)
+        return self.head(self.layer(x, x.flip(1), tgt_mask=mask)).mean(1)
+
+
 class Experts(nn.Module):
     """Slices of one stacked parameter used as matrices, and a convolution whose weight is a view."""
 
@@ -309,6 +333,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "attention-bias-kv": (lambda: Attention(add_bias_kv=True), normal(3, 4)),
     "cross-attention": (CrossAttention, normal(3, 4)),
     "transformer": (lambda: Head(transformer()), normal(3, 4)),
+    "decoder-layer": (EncoderDecoder, normal(3, 4)),
+    "sliced-positions": (SlicedPositions, normal(4, 3)),
     "class-token": (ClassToken, normal(2, 4)),
     "decoder": (Decoder, tokens(5, 4)),
     "vision-tokens": (VisionTokens, normal(2, 3)),

@@ -324,6 +324,28 @@ def test_loaders_of_every_kind(kind, representation):
     torch.testing.assert_close(nng.FIM(model, loaders[kind], representation).to_dense(), want)
 
 
+def test_s1_kernels_of_shuffled_loaders_are_symmetric():
+    case = build("mlp")
+    loader = DataLoader(TensorDataset(case.inputs, case.targets), batch_size=3, shuffle=True)
+    k = nng.GramMatrix(case.model, loader).to_dense()
+    torch.testing.assert_close(k, k.T)
+    assert torch.linalg.eigvalsh(k).min() > -1e-10 * k.norm()
+    want = nng.GramMatrix(case.model, [case.inputs]).to_dense()
+    torch.testing.assert_close(torch.linalg.eigvalsh(k), torch.linalg.eigvalsh(want))
+
+
+def test_s15_centring_does_not_cancel():
+    x = 1e4 + torch.randn(8, 5)
+    model = nn.Linear(5, 1, bias=False)
+    k = nng.GramMatrix(model, [x], centered=True).to_dense().double()
+    rows = (x - x.mean(0)).double()
+    assert (k - rows @ rows.T).norm() / (rows @ rows.T).norm() < 1e-2
+    assert torch.linalg.eigvalsh(k).min() > -1e-2 * k.norm()
+    for kind in (nng.FMatDiag, nng.FMatBlockDiag):
+        trace = nng.GramMatrix(model, [x[:5], x[5:]], kind, centered=True).trace()
+        torch.testing.assert_close(trace.double(), rows.square().sum(), rtol=1e-2, atol=0)
+
+
 def test_s14_an_exception_leaves_nothing_behind():
     case = build("mlp")
     calls = []
@@ -406,6 +428,34 @@ def test_s23_sums_and_products_of_different_kinds():
     torch.testing.assert_close(total.diag().flat(), 2 * (da + db).diagonal())
     torch.testing.assert_close(total.norm(), 2 * (da + db).norm())
     torch.testing.assert_close((b @ a).solve(v, 0.2).flat(), torch.linalg.solve(db @ da + 0.2 * torch.eye(len(da), dtype=f64), v.flat()))
+
+
+def test_s24_s25_s31_matrices_are_frozen():
+    case = build("mlp")
+    m = nng.FIM(case.model, case.loader, nng.PMatDense)
+    v = nng.PVector.randn(m.layer_collection, dtype=f64)
+    before = m.solve(v, 0.1).flat()
+    changed = 2 * m
+    torch.testing.assert_close(changed.solve(v, 0.2).flat(), before / 2)
+    assert torch.equal(m.solve(v, 0.1).flat(), before)
+    with pytest.raises(AttributeError):
+        m.examples = 3
+    ekfac = nng.FIM(case.model, case.loader, nng.PMatEKFAC)
+    inverse = ekfac.inverse(0.1)
+    again = ekfac.rescaled(case.model, case.loader)
+    torch.testing.assert_close(again.to_dense(), ekfac.to_dense())
+    torch.testing.assert_close(inverse.mv(v).flat(), ekfac.solve(v, 0.1).flat())
+    torch.testing.assert_close((3 * ekfac).mv(v).flat(), 3 * ekfac.mv(v).flat())
+
+
+def test_s30_indefinite_matrices_keep_their_sign():
+    case = build("mlp")
+    a, b = (nng.FIM(case.model, [x], nng.PMatDense) for x, _ in case.loader)
+    difference = a - b
+    values, basis = difference.eigh()
+    u = basis.to_dense()
+    assert values.min() < 0
+    torch.testing.assert_close(u @ values.diag() @ u.T, difference.to_dense())
 
 
 def test_s26_norms_of_vectors():
@@ -564,6 +614,29 @@ def test_the_model_may_be_compiled_or_wrapped():
         m = nng.FIM(wrapped, case.loader, nng.PMatDense)
         torch.testing.assert_close(m.to_dense(), f)
         assert m.layer_collection.names[0] == "0.weight"
+
+
+def test_the_model_may_be_distributed(tmp_path):
+    import torch.distributed as dist
+
+    case = build("mlp")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(case.model)
+        m = nng.FIM(wrapped, case.loader, nng.PMatDense)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(m.to_dense(), reference.fisher(case.model, case.inputs))
+
+
+@pytest.mark.parametrize("representation", [nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatLowRank, nng.PMatImplicit])
+def test_autocast_is_half_precision_near_the_truth(representation):
+    model, x = model_of(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3)).float(), torch.randn(10, 6)
+    exact_m = nng.FIM(model, [x], representation)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        m = nng.FIM(model, [x], representation)
+    assert m.dtype == torch.float32
+    torch.testing.assert_close(m.trace(), exact_m.trace(), rtol=0.03, atol=0)
 
 
 def test_gradients_may_be_switched_off_and_inputs_may_carry_a_graph():

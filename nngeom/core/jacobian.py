@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,6 +69,11 @@ class LayerJacobian(ABC):
     def write_columns(self, out: Tensor, lo: int, hi: int) -> None:
         """Write the input columns ``lo .. hi - 1`` of the rows into ``out [k, n, s, o, hi - lo]``."""
         out.copy_(self.matrix()[..., lo:hi])
+
+    def to(self, dtype: torch.dtype) -> LayerJacobian:
+        """The same rows in another dtype."""
+        fields = {name: t.to(dtype) for name, t in vars(self).items() if isinstance(t, Tensor) and t.is_floating_point()}
+        return replace(self, **fields)  # type: ignore[type-var]
 
     def nbytes(self) -> int:
         """Bytes of the tensors held."""

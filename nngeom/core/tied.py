@@ -40,6 +40,9 @@ class TiedJacobian(LayerJacobian):
     def _each(self, f) -> LayerJacobian:
         return TiedJacobian(tuple((transposed, f(j)) for transposed, j in self.terms))
 
+    def to(self, dtype):
+        return self._each(lambda j: j.to(dtype))
+
     def nbytes(self):
         return sum(j.nbytes() for _, j in self.terms)
 
@@ -157,6 +160,9 @@ class SumJacobian(LayerJacobian):
 
     def vjp(self, u):
         return sum_of([a.write(j.vjp(u)) for a, j in self.terms])[..., None, None, :]
+
+    def to(self, dtype):
+        return SumJacobian(tuple((a, j.to(dtype)) for a, j in self.terms))
 
     def nbytes(self):
         return sum(j.nbytes() for _, j in self.terms)

@@ -35,13 +35,16 @@ def build(
     kind: Any, rows: Side, columns: Side | None, grouping: Grouping, centered: bool = False, store: Store | None = None, progress: bool = False
 ) -> dict[str, Any]:
     """``{group: kernel}`` in a representation. Square kernels in memory are centred at the end, others tile by tile."""
+    kept = rows.kept
+    if centered:
+        rows, columns = rows.widened(), columns.widened() if columns is not None else None
     if kind.diagonal:
-        return {name: kind(t) for name, t in squared_norms(rows, grouping, Mean.over(rows) if centered else None).items()}
+        return {name: kind(t.to(kept)) for name, t in squared_norms(rows, grouping, Mean.over(rows) if centered else None).items()}
     late = centered and columns is None and store is None
     store = store or Store(grouping.names, rows.sweep.keep_graph)
     mean = Mean.over(rows) if centered and not late else None
     tensors = products(kind, rows, columns, grouping, store, mean, progress)
-    return {name: kind(kind.doubly_centred(t) if late else t) for name, t in tensors.items()}
+    return {name: kind((kind.doubly_centred(t) if late else t).to(kept)) for name, t in tensors.items()}
 
 
 def squared_norms(rows: Side, grouping: Grouping, mean: Mean | None = None) -> dict[str, Tensor]:
@@ -115,7 +118,7 @@ def products(kind: Any, rows: Side, columns: Side | None, grouping: Grouping, st
     for x, y in pairs(rows, columns):
         (k, n), (l, q) = span(x), span(y)
         place = kind.place(k, n, l, q)
-        store.open(kind.sizes(x.outputs[1], rows.examples, m), rows.dtype, rows.device)
+        store.open(kind.sizes(x.outputs[1], rows.examples, m), rows.dtype if mean is None else rows.kept, rows.device)
         if all(s.stop > s.start for s in place) and not store.has(place):
             tiles = kind.tiles(matched(x, y, grouping.of), k, l, store.graph)
             if mean is not None:

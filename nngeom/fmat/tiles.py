@@ -45,6 +45,7 @@ class Side:
 
     sweep: Sweep
     held: Group | None = None
+    wide: bool = False  # rows in float64, whatever the model's dtype
 
     def __post_init__(self):
         self.sweep.loader = list(self.sweep.task.batches(self.sweep.loader))
@@ -69,9 +70,18 @@ class Side:
             return self.sweep.task.run(self.sweep.loader[0])[0].numel()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the kernel."""
+    def kept(self) -> torch.dtype:
+        """dtype of the finished kernel."""
         return accumulation_dtype(self.sweep.task.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype in which it is computed."""
+        return torch.float64 if self.wide else self.kept
+
+    def widened(self) -> Side:
+        """The same examples with rows in float64: subtracting a large mean must not leave rounding errors."""
+        return replace(self, wide=True, held=None)
 
     @property
     def device(self) -> torch.device:
@@ -89,6 +99,8 @@ class Side:
         sweep = replace(self.sweep, loader=self.sweep.loader[first:])
         for chunk in sweep.chunks(reuse=reuse and not sweep.keep_graph):
             chunk = replace(chunk, start=chunk.start + start)
+            if self.wide:
+                chunk = replace(chunk, jacobians={lay: j.to(torch.float64) for lay, j in chunk.jacobians.items()})
             if key(chunk) > after:
                 yield chunk
 

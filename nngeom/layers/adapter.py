@@ -152,16 +152,33 @@ class Call:
         raise NotStructured
 
     def vector(self, x: Tensor | None, s: int = 1) -> Slot | None:
-        """The slot of a bias ``[s * o]``: a parameter, or for ``s = 1`` a run of neighbours of one."""
+        """The slot of a bias of ``s * o`` entries: a parameter, or for ``s = 1`` a run of neighbours of one, of any shape."""
         found = self._find(x) if x is not None else None
         if x is None or found is None:
             return None
         name, base = found
-        if x is base or x.numel() == base.numel():
+        if s != 1 or x is base:
             return self.whole(x, Arrangement.plain(s, base.numel() // s, 1))
-        if s != 1 or x.ndim != 1 or not base.is_contiguous() or (x.stride(0) != 1 and x.numel() > 1):
+        return Slot(name, Arrangement.plain(1, base.numel(), 1), self.run(x, base))
+
+    def run(self, x: Tensor, base: Tensor) -> int:
+        """Where a run of neighbours starts in its parameter; raises where the entries are not neighbours in order."""
+        if not x.is_contiguous() or not base.is_contiguous():
             raise NotStructured
-        return Slot(name, Arrangement.plain(1, base.numel(), 1), int(x.storage_offset() - base.storage_offset()))
+        return int(x.storage_offset() - base.storage_offset())
+
+    def table(self, x: Tensor) -> tuple[Slot, int]:
+        """The slot of ``[i, o]`` for rows of a parameter table, ``o`` its last axis, and the first row."""
+        found = self._find(x)
+        if found is None:
+            raise NotStructured
+        name, base = found
+        width = x.shape[-1]
+        first, inside = divmod(self.run(x, base), width)
+        if base.shape[-1] != width or inside:
+            raise NotStructured
+        rows = base.numel() // width
+        return Slot(name, Arrangement((1, rows, width), (0, 2, 1), (1, width, rows))), first
 
 
 class NotStructured(Exception):

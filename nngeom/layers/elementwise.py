@@ -68,7 +68,7 @@ def _shift(call: Call, w: Tensor, sign: float) -> Use:
     move = _rows(broadcast, own)
     if w.numel() > TABLE_SIZE and len(own) > 1 and len(broadcast) > 0:
         return _table(call, w, sign, broadcast, own, lead)
-    slot = call.whole(w, Arrangement.plain(1, w.numel(), 1))
+    slot = call.vector(w)
     return Use("shift", None, slot, lead, gradients=lambda g: (move(g, 1) * sign if sign != 1 else move(g, 1)).unsqueeze(-2))
 
 
@@ -77,7 +77,7 @@ def _table(call: Call, w: Tensor, sign: float, broadcast: tuple[int, ...], own: 
     out = call.out.shape
     width, rows = out[own[-1]], w.numel() // out[own[-1]]
     move = _rows(broadcast, own)
-    slot = call.whole(w, Arrangement((1, rows, width), (0, 2, 1), (1, width, rows)))
+    slot, first = call.table(w)
     device = w.device
     return Use(
         "shift",
@@ -85,7 +85,7 @@ def _table(call: Call, w: Tensor, sign: float, broadcast: tuple[int, ...], own: 
         None,
         (*lead, rows),
         gradients=lambda g: (sign * move(g, 1)).unflatten(-1, (rows, 1, width)),
-        inputs=lambda: torch.arange(rows, device=device).expand(*lead, rows),
+        inputs=lambda: torch.arange(first, first + rows, device=device).expand(*lead, rows),
         lookup=True,
     )
 
