@@ -172,6 +172,26 @@ def test_many_random_models(problem):
     agree(problem)
 
 
+@pytest.mark.parametrize("seed", [10, 20, 45, 93, 159, 545, 852, 990, 1320])
+def test_small_gradients_do_not_hide_the_example_axis(seed):
+    """An attention whose tokens are nearly equal and whose gradient is tiny: shapes leave its example axis open."""
+    torch.manual_seed(seed)
+    layers = [SelfAttention(bool(seed % 2))]
+    if seed % 3:
+        layers = [nn.Sequential(Transpose(), nn.GroupNorm(1, FEATURES), Transpose()), *layers]
+    net = Net(layers, bool(seed % 5), True).eval()
+    for p in net.parameters():
+        p.data.copy_(0.7 * torch.randn(p.shape, dtype=torch.float64))
+    x = torch.randint(0, 4, (2 + seed % 3, 3 + seed % 3))
+    wide = copy.deepcopy(net).double()
+    got, want = nng.Jacobian(net, [x]).tensor.double(), reference.jacobian(wide, x)
+    at = 0
+    for p in net.parameters():
+        mine, true = got[..., at : at + p.numel()], want[..., at : at + p.numel()]
+        assert (mine - true).norm() <= 1e-3 * true.norm() + 1e-5 * want.norm()
+        at += p.numel()
+
+
 def test_functional_conv_with_a_view_of_the_weight():
     class Model(nn.Module):
         def __init__(self):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ class Capture:
     outputs: Tensor
     uses: list[Use]
     unstructured: set[str]
-    guessed: list = field(default_factory=list)  # example axes taken without proof (nngeom.generator.axes)
     batch: Batch = None
 
 
