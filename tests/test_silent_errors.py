@@ -361,6 +361,14 @@ def test_s14_an_exception_leaves_nothing_behind():
     torch.testing.assert_close(nng.FIM(case.model, case.loader, nng.PMatDense).to_dense(), reference.fisher(case.model, case.inputs))
 
 
+def test_progress_is_shown_when_asked(capsys):
+    case = build("mlp")
+    nng.FIM(case.model, case.loader, nng.PMatDiag)
+    assert capsys.readouterr().err == ""
+    nng.FIM(case.model, case.loader, nng.PMatDiag, progress=True)
+    assert "2/2" in capsys.readouterr().err
+
+
 def test_s36_inputs_are_left_alone():
     case = build("mlp")
     x = case.inputs
@@ -399,6 +407,37 @@ def test_mixing_examples_raises():
 
 
 # -- algebra ---------------------------------------------------------------------------------------------------------
+
+
+def test_d4_operations_of_dense_kernels():
+    case = build("mlp")
+    k = nng.GramMatrix(case.model, case.loader)
+    dense, f = k.to_dense(), nng.FVector(torch.randn(3, case.n, dtype=f64))
+    torch.testing.assert_close(k.trace(), dense.trace())
+    torch.testing.assert_close(k.mv(f).flat(), dense @ f.flat())
+    torch.testing.assert_close((k + 2 * k - k).to_dense(), 2 * dense)
+
+
+def test_d6_the_eigenvalue_corrected_optimizer_moves_along_the_solve():
+    case = build("mlp")
+    optimizer = nng.optim.EKFAC(case.model, lr=1.0, momentum=0.0, damping=0.1, basis_every=1, scalings="batch")
+    before = nng.PVector.from_model(case.model)
+    fisher = nng.EmpiricalFIM(case.model, [(case.inputs, case.targets)], nng.PMatEKFAC, loss="cross_entropy")
+    with optimizer.observe():
+        F.cross_entropy(case.model(case.inputs), case.targets).backward()
+    gradient = nng.PVector.from_grad(case.model)
+    optimizer.step()
+    step = before - nng.PVector.from_model(case.model)
+    torch.testing.assert_close(step.flat(), fisher.solve(gradient, 0.1).flat())
+    assert step.dot(gradient) / (step.norm() * gradient.norm()) < 0.999
+
+
+def test_d15_spatially_uncorrelated_activations():
+    case = build("conv2d")
+    f = nng.FIM(case.model, case.loader, nng.PMatBlockDiag).to_dense()
+    kfac, ekfac = (nng.FIM(case.model, case.loader, r, sua=True) for r in (nng.PMatKFAC, nng.PMatEKFAC))
+    torch.testing.assert_close(ekfac.trace(), f.trace())
+    assert (ekfac.to_dense() - f).norm() <= (kfac.to_dense() - f).norm() * (1 + 1e-9)
 
 
 def test_s21_low_rank_solve_off_its_range():
