@@ -10,6 +10,7 @@ KFAC and EKFAC in fresh, 100-step-old and initial bases, and for EKFAC-ra's runn
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 
@@ -126,4 +127,5 @@ def plot(curves: dict[str, list]) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

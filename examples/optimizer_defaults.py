@@ -8,6 +8,7 @@ among nine, per task: the others are not tuned.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import warnings
@@ -121,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

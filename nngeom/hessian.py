@@ -212,7 +212,8 @@ def _units(p: int, like: Tensor) -> Callable[[int, int], Tensor]:
 
     def rows(lo: int, hi: int) -> Tensor:
         out = like.new_zeros(hi - lo, p)
-        out[torch.arange(hi - lo), torch.arange(lo, hi)] = 1
+        column = torch.arange(lo, hi, device=out.device)
+        out[column - lo, column] = 1
         return out
 
     return rows

@@ -55,7 +55,7 @@ class Function(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["reused", "tied", "language-model", "bare", "transformer", "sequence", "weight-norm", "embedding"])
-def test_d1_d2_d3_d5_d7_d9_d14_d16_every_use_counts(name):
+def test_d1_s2_d2_d3_d5_d7_d9_d14_d16_every_use_counts(name):
     case = build(name)
     exact(case.model, case.inputs)
 

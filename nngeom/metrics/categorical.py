@@ -106,7 +106,8 @@ class Categorical(Likelihood):
             p, q = logp[:, position], logq[:, position]
             size = (0.5 * (p[:, lo:hi] + q[:, lo + 1 : hi + 1] - q[:, lo:hi])).exp().T  # [k n]
             v = -(p[None] - q[:, lo + 1 : hi + 1].T.unsqueeze(-1)).masked_fill(~above[lo:hi, None], -torch.inf).exp()
-            v[torch.arange(hi - lo), :, torch.arange(lo, hi)] = 1
+            column = torch.arange(lo, hi, device=v.device)
+            v[column - lo, :, column] = 1
             if mask is not None:
                 size = size * mask[:, position]
             return v * size.unsqueeze(-1)
