@@ -61,7 +61,10 @@ class Recorder(TorchFunctionMode):
 
     def capture(self, outputs: Tensor) -> Capture:
         """What was seen until ``outputs`` were there."""
-        return Capture(outputs, [use for use in self.uses if not use.moved], self.unstructured)
+        uses = [use for use in self.uses if not use.moved]
+        for place, use in enumerate(uses):
+            use.place = place
+        return Capture(outputs, uses, self.unstructured)
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""

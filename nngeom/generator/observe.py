@@ -90,14 +90,12 @@ class _Watched(Sweep):
     def resolve(self, seen: Capture, mixing: bool) -> tuple[list[Unit], list[str]]:
         """The units of a capture, and its parameters without structure; compared with autograd once a shape of batch."""
         units, rest = self._structure(seen)
-        self._demoted |= set(rest)
         signature = (seen.outputs.shape[0], *(use.lead for use in seen.uses))
         if not mixing and signature not in self._checked:
             self._checked.add(signature)
             generator = torch.Generator().manual_seed(2)
             v = torch.randn(1, *seen.outputs.shape, generator=generator, dtype=torch.float64).to(seen.outputs)
-            units, rest = self._verify(seen, units, rest, v)
-            self._demoted |= set(rest)
+            units, rest, _ = self._verify(seen, v)
         return units, rest
 
 
@@ -208,7 +206,7 @@ class _Passage:
         self.observer.drawn += self.n
         edges, shapes = [u.edge for u in self.seen.uses], [u.shape for u in self.seen.uses]
         parameters = [self.task.parameters[name] for name in self.rest]
-        size = memory.step(columns.count, sweep._bytes_each_cotangent(self.units, self.seen), "output of one batch")
+        size = memory.step(columns.count, sweep._bytes_each_cotangent(self.seen), "output of one batch")
         for lo in range(0, columns.count, size):
             v = columns.make(lo, min(columns.count, lo + size)).to(outputs.dtype)
             gradients = pull_back(outputs, edges, shapes, v, retain=True)

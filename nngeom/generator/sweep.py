@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,14 +14,13 @@ from nngeom.core import memory
 from nngeom.core.errors import CoverageError, LoaderError, NonFiniteError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
-from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator import fallback
-from nngeom.generator.axes import find_axes
+from nngeom.generator.axes import ExampleAxis, find_axes
 from nngeom.generator.backward import Buffers, pull_back
 from nngeom.generator.capture import Capture, capture
-from nngeom.generator.separate import require_separate
 from nngeom.generator.task import Batch, Task, as_batches, require_finite, take
 from nngeom.generator.units import Unit, build_units
+from nngeom.generator.verify import align, few, mismatches, spread
 
 
 @dataclass(frozen=True)
@@ -126,20 +125,17 @@ class Sweep:
         columns = self.metric.columns(seen.outputs.detach(), batch, self.count)
         if n == 1 and index == 0:
             self._learn_from_a_pair(batch)
-        units, rest = self._structure(seen)
-        width = self._bytes_each_cotangent(units, seen)
-        size = memory.step(columns.count, width, "output of one batch")
-        self._demoted |= set(rest)  # once in the fallback, always: one structure for all batches
+        self._bar(seen)
+        size = memory.step(columns.count, self._bytes_each_cotangent(seen), "output of one batch")
         signature = (n, *(use.lead for use in seen.uses))
         checking = self.check and signature not in self._checked
-        if checking and not self._checked:
-            require_separate(self.task, batch, seen.outputs.detach())
         self._checked.add(signature)
+        units, rest = ([], []) if checking else self._structure(seen)
         for lo in range(0, columns.count, size):
             hi = min(columns.count, lo + size)
             v, last = columns.make(lo, hi), hi == columns.count
             if checking and lo == 0:
-                units, rest, jacobians = self._pull_verified(seen, units, rest, v)
+                units, rest, jacobians = self._pull_verified(seen, v)
             else:
                 jacobians = self._pull(seen, units, rest, v, last)
             self._require_finite(jacobians, index)
@@ -154,92 +150,96 @@ class Sweep:
         except Exception:  # a model for one example at a time
             return
         if seen.outputs.shape[0] == 2:
-            self._demoted |= set(self._structure(seen)[1])
+            self._structure(seen)
 
     def _structure(self, seen: Capture) -> tuple[list[Unit], list[str]]:
         """Units of structured parameters, and names of the others that the outputs depend on."""
-        collection = self.task.collection
-        axes = find_axes(seen.outputs, seen.uses, self._axes)
+        self._bar(seen)
+        return self._units(seen, find_axes(seen.outputs, seen.uses, self._axes))
+
+    def _bar(self, seen: Capture) -> None:
+        """Forget the uses of parameters that are left to the fallback."""
         barred = seen.unstructured | self._demoted
-        kept = []
         for use in seen.uses:
             if use.weight is not None and use.weight.name in barred:
                 use.weight = None
             if use.bias is not None and use.bias.name in barred:
                 use.bias = None
-            kept.append(bool(use.slots))
-        uses = [u for u, k in zip(seen.uses, kept) if k]
-        seen.uses = uses
-        units, rest = build_units(uses, [a for a, k in zip(axes, kept) if k], collection, self.part_of)
+        seen.uses = [use for use in seen.uses if use.slots]
+
+    def _units(self, seen: Capture, axes: list[ExampleAxis | None]) -> tuple[list[Unit], list[str]]:
+        units, rest = build_units(seen.uses, axes, self.task.collection, self.part_of)
         covered = {name for unit in units for name in unit.layout.names}
-        others = [name for name in collection.names if name not in covered]
+        others = [name for name in self.task.collection.names if name not in covered]
         if others:
             present = fallback.used(seen.outputs, [self.task.parameters[name] for name in others])
             others = [name for name, p in zip(others, present) if p or name in rest]
+        self._demoted |= set(others)  # once in the fallback, always: one structure for all batches
         return units, others
 
     def _pull(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor, last: bool) -> dict[Layout, LayerJacobian]:
-        v = v.to(seen.outputs.dtype)
         done = last and not rest and not self.keep_graph
+        return self._jacobians(seen, units, rest, v, self._gradients(seen, v, retain=not done))
+
+    def _gradients(self, seen: Capture, v: Tensor, retain: bool = True) -> list[Tensor]:
+        """Cotangents pulled back to the outputs of all uses."""
         edges, shapes = [u.edge for u in seen.uses], [u.shape for u in seen.uses]
-        gradients = pull_back(seen.outputs, edges, shapes, v, retain=not done, create_graph=self.keep_graph, buffers=self._buffers)
-        n = seen.outputs.shape[0]
+        return pull_back(seen.outputs, edges, shapes, v.to(seen.outputs.dtype), retain, create_graph=self.keep_graph, buffers=self._buffers)
+
+    def _jacobians(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor, gradients: list[Tensor]) -> dict[Layout, LayerJacobian]:
         with torch.set_grad_enabled(self.keep_graph):
-            jacobians = {unit.layout: unit.jacobian(gradients, n) for unit in units}
-            del gradients
+            jacobians = {unit.layout: unit.jacobian(gradients, seen.outputs.shape[0]) for unit in units}
+            gradients.clear()
         if rest:
             parameters = [self.task.parameters[name] for name in rest]
-            rows = fallback.full_jacobians(self.task, seen.batch, seen.outputs, parameters, v, self.keep_graph)
+            rows = fallback.full_jacobians(self.task, seen.batch, seen.outputs, parameters, v.to(seen.outputs.dtype), self.keep_graph)
             jacobians.update({self.task.collection.span([name]): j for name, j in zip(rest, rows)})
         return jacobians
 
-    def _bytes_each_cotangent(self, units: list[Unit], seen: Capture) -> int:
+    def _bytes_each_cotangent(self, seen: Capture) -> int:
         activations = sum(use.shape.numel() for use in seen.uses)
         return 3 * (activations + seen.outputs.numel()) * seen.outputs.element_size()
 
     # -- guarantees ------------------------------------------------------------------------------------------------
 
-    def _pull_verified(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor) -> tuple[list[Unit], list[str], dict[Layout, LayerJacobian]]:
-        """The rows of some cotangents, compared with autograd: parameters that differ go to the fallback."""
+    def _pull_verified(self, seen: Capture, v: Tensor) -> tuple[list[Unit], list[str], dict[Layout, LayerJacobian]]:
+        """The rows of some cotangents, proved to belong to their examples and to be autograd's; parameters that fail go to the fallback."""
+        gradients = self._gradients(seen, v)
+        axes = find_axes(seen.outputs, seen.uses, self._axes, v, gradients)
+        units, rest = self._units(seen, axes)
+        wrong = self._wrong_for_a_few(seen, axes, units, v)
+        if wrong is None:
+            return self._verify(seen, v)
+        if wrong:
+            self._demoted |= set(wrong)
+            units, rest = self._structure(seen)
+            return units, rest, self._pull(seen, units, rest, v, last=False)
+        return units, rest, self._jacobians(seen, units, rest, v, gradients)
+
+    def _wrong_for_a_few(self, seen: Capture, axes: list[ExampleAxis | None], units: list[Unit], v: Tensor) -> list[str] | None:
+        """Parameters whose rows differ from autograd's for a few examples of the batch; ``None`` where these do not stand for it."""
+        index = spread(seen.outputs.shape[0])
+        small = few(self.task, seen, index)
+        if small is None or not align(small, seen):
+            return None
+        ours, _ = build_units(small.uses, axes, self.task.collection, self.part_of)
+        if [unit.layout for unit in ours] != [unit.layout for unit in units]:
+            return None
+        u = torch.randn(len(v), generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(small.outputs)
+        w = torch.tensordot(u, v[:, index].to(u.dtype), 1).unsqueeze(0)
+        sweep = replace(self, keep_graph=False, _buffers=None)
+        return mismatches(self.task, small, ours, sweep._pull(small, ours, [], w, last=False), w)
+
+    def _verify(self, seen: Capture, v: Tensor) -> tuple[list[Unit], list[str], dict[Layout, LayerJacobian]]:
+        """The rows of some cotangents, compared with autograd on the whole batch."""
+        units, rest = self._structure(seen)
         jacobians = self._pull(seen, units, rest, v, last=False)
-        wrong = self._mismatches(seen, units, jacobians, v)
+        wrong = mismatches(self.task, seen, units, jacobians, v)
         if wrong:
             self._demoted |= set(wrong)
             units, rest = self._structure(seen)
             jacobians = self._pull(seen, units, rest, v, last=False)
-        self._demoted |= set(rest)
         return units, rest, jacobians
-
-    def _verify(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor) -> tuple[list[Unit], list[str]]:
-        """Units that agree with autograd on the cotangents ``v``, and the parameters left to the fallback."""
-        units, rest, _ = self._pull_verified(seen, units, rest, v)
-        return units, rest
-
-    def _mismatches(self, seen: Capture, units: list[Unit], jacobians: dict[Layout, LayerJacobian], v: Tensor) -> list[str]:
-        """Parameters of units whose ``sum u[k, n] J[k, n]`` is not autograd's gradient of ``sum u v f``, ``u`` random."""
-        collection = self.task.collection
-        u = torch.randn(v.shape[:2], generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(seen.outputs)
-        v = v.to(seen.outputs.dtype)
-        combined = (u.view(*u.shape, *[1] * (v.ndim - 2)) * v).sum(0)
-        names = [name for unit in units for name in unit.layout.names]
-        parameters = [self.task.parameters[name] for name in names]
-        expected = torch.autograd.grad(seen.outputs, parameters, combined, retain_graph=True, allow_unused=True) if names else []
-        flat = torch.zeros(collection.numel, dtype=accumulation_dtype(self.task.dtype), device=seen.outputs.device)
-        for unit in units:
-            jacobian = jacobians[unit.layout]
-            unit.layout.scatter_(flat, jacobian.vjp(u.to(jacobian.dtype)).to(flat.dtype).detach())
-        table = collection.offsets()
-        scale = torch.stack([e.norm() for e in expected if e is not None]).norm() if any(e is not None for e in expected) else flat.norm()
-        tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(seen.outputs.dtype, 0.1)
-        noise = min(200 * torch.finfo(seen.outputs.dtype).eps, 1e-2) * scale  # of gradients that cancel, as of attention's key bias
-        wrong = []
-        for name, e in zip(names, expected):
-            lo, shape = table[name]
-            got = flat[lo : lo + torch.Size(shape).numel()].view(shape)
-            reference = torch.zeros_like(got) if e is None else e.to(got.dtype)
-            if not bool((got - reference).norm() <= tolerance * reference.norm() + noise):
-                wrong.append(name)
-        return wrong
 
     def _require_finite(self, jacobians: dict[Layout, LayerJacobian], index: int) -> None:
         tensors = {layout: getattr(j, "g", getattr(j, "m", None)) for layout, j in jacobians.items()}

@@ -49,6 +49,7 @@ class Use:
     shape: torch.Size = field(default_factory=lambda: torch.Size(()))
     sources: tuple[tuple[Tensor, int], ...] = ()  # inputs kept for later, with their versions
     moved: bool = False  # replaced by copies behind a broadcast addition
+    place: int = 0  # among the uses of one forward pass
 
     def finish(self, out: Tensor) -> Use:
         """Take the gradient edge of the output, before anything in place overwrites it."""

@@ -132,7 +132,7 @@ def _trace(task: Task, seen: Capture, columns: Columns) -> Tensor:
     sweep = Sweep(task, (), IdentityMetric(), check=False, keep_graph=True)
     units, rest = sweep._structure(seen)
     total = seen.outputs.new_zeros(())
-    width = sweep._bytes_each_cotangent(units, seen)
+    width = sweep._bytes_each_cotangent(seen)
     for lo, hi in memory.pieces(columns.count, width):
         for j in sweep._pull(seen, units, rest, columns.make(lo, hi), last=False).values():
             total = total + j.squared_norms().sum()
