@@ -85,11 +85,11 @@ class FactoredJacobian(LayerJacobian):
             return (self.g.square().sum(-1) * self.a.square().sum(-1)).sum((2, 3))
         return gram.squared_norms(self.g, self.a)
 
-    def add_gram(self, out, other):
+    def add_gram(self, tile, other):
         if not isinstance(other, FactoredJacobian):
-            return super().add_gram(out, other)
+            return super().add_gram(tile, other)
         x = self.one_position()
-        gram.add_factored(out, x, x if other is self else other.one_position())
+        gram.add_factored(tile, x, x if other is self else other.one_position())
 
     def one_position(self) -> FactoredJacobian:
         """Where all positions have the same gradient (a mean over positions follows), their inputs summed: the same rows."""
@@ -103,12 +103,17 @@ class FactoredJacobian(LayerJacobian):
             return FactoredJacobian(self.a[:, :, lo:hi], self.g[:, :, :, lo:hi])
         return replace(self, g=self.g[..., lo:hi])
 
-    def example_rows(self):
+    def all_rows(self, working, name):
         k, n, t, s, o = self.g.shape
-        if s > 1 or t == 1:
-            return super().example_rows()
-        left = self.g[:, :, :, 0].permute(1, 0, 3, 2).reshape(n, k * o, t)
-        return torch.bmm(left, self.a[:, :, 0]).view(n * k, -1)
+        if s > 1:
+            return super().all_rows(working, name)
+        rows = working(name, k, n, o, self.a.shape[-1])
+        if t == 1:
+            torch.mul(self.g[:, :, 0, 0].unsqueeze(-1), self.a[:, 0, 0].unsqueeze(-2), out=rows)
+        else:
+            for g, part in zip(self.g, rows):
+                torch.bmm(g[:, :, 0].mT, self.a[:, :, 0], out=part)
+        return rows.view(k * n, -1)
 
     def gram(self, other):
         if not isinstance(other, FactoredJacobian):
@@ -190,8 +195,8 @@ class LookupJacobian(FactoredJacobian):
     def one_position(self):
         return self
 
-    def example_rows(self):
-        return LayerJacobian.example_rows(self)
+    def all_rows(self, working, name):
+        return LayerJacobian.all_rows(self, working, name)
 
     def matrix(self):
         k, n, t, _, o = self.g.shape

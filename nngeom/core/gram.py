@@ -1,11 +1,10 @@
 """Products of gradients of all pairs of examples, added up layer by layer without keeping any layer's rows.
 
-Everything is added to one array ``out[n, k, m, l]``, examples first, so that blocks of examples are blocks of a matrix.
-For two times the same examples only ``m >= n`` is promised: half of the work. Three ways, the cheapest by count:
+Three ways, the cheapest by count:
 
 * no positions: ``(a a^T) * (g g^T)``;
 * pairs of positions: ``sum_tu (a_t . a_u) (g_t . g_u)``, inputs against inputs, then gradients ``g_u``, then ``g_t``;
-* rows: the rows ``[o, i]`` of a slice of outputs features at a time, small enough to stay in a processor cache.
+* rows: the rows ``[o, i]`` of a slice of output features at a time, small enough to stay in a processor cache.
 """
 
 from __future__ import annotations
@@ -16,73 +15,112 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nngeom.core import memory
+from nngeom.core import linalg, memory
 
 if TYPE_CHECKING:
     from nngeom.core.factored import FactoredJacobian
     from nngeom.core.jacobian import LayerJacobian
 
 SLICE_BYTES = 2**23
-BLOCKS = 8  # blocks of examples in which the half of a symmetric product is computed
+LEAST_ROWS = 64  # of a strip: a product of fewer runs badly
 LOOPED = 16  # output features from which products of one cotangent at a time run well
 
 
-def add_product(out: Tensor, x: Tensor, y: Tensor, symmetric: bool) -> None:
-    """``out[n, k, m, l] += <x[n k], y[m l]>`` for explicit rows ``x [n k, p]``, ``y [m l, p]``."""
-    n, k, m, l = out.shape
-    flat = out.view(n * k, m * l)
-    for lo, hi in blocks(n, symmetric):
-        first = lo * l if symmetric else 0
-        flat[lo * k : hi * k, first:].addmm_(x[lo * k : hi * k], y[first:].T)
+class Tile:
+    """The sum ``out[k, n, l, m]`` of the products of two sets of rows, in strips of ``(k, n)``.
+
+    Of two times the same rows, strips begin at the diagonal: about half of the work; :meth:`result` mirrors them. All
+    layers share one piece of working memory.
+    """
+
+    def __init__(self, x: LayerJacobian, y: LayerJacobian):
+        (self.k, self.n), (self.l, self.m) = x.shape[:2], y.shape[:2]
+        self.symmetric = x is y
+        self.out = torch.zeros(self.k, self.n, self.l, self.m, dtype=linalg.accumulation_dtype(x.dtype), device=x.device)
+        self._memory: dict[str, Tensor] = {}
+
+    def working(self, name: str, *sizes: int) -> Tensor:
+        """Uninitialised memory that the next call with the same name overwrites."""
+        numel = torch.Size(sizes).numel()
+        if name not in self._memory or self._memory[name].numel() < numel:
+            self._memory[name] = self.out.new_empty(numel)
+        return self._memory[name][:numel].view(sizes)
+
+    def strips(self) -> Iterator[tuple[slice, slice, slice, slice]]:
+        """``(k, n, l, m)`` of every strip: some outputs of all examples or, of one output, some examples."""
+        several = self.k > 1
+        count, each = (self.k, self.n) if several else (self.n, 1)
+        step = max(1, -(-count // 16), LEAST_ROWS // each)
+        for lo in range(0, count, step):
+            own, rest, every = slice(lo, min(count, lo + step)), slice(lo if self.symmetric else 0, None), slice(None)
+            yield (own, every, rest, every) if several else (every, own, every, rest)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """``out[k, n, l, m] += <x[k n], y[l m]>`` for explicit rows ``x [k n, p]``, ``y [l m, p]``."""
+        out = self.out.view(self.k * self.n, self.l * self.m)
+        for lo, hi, first in self._flat():
+            out[lo:hi, first:].addmm_(x[lo:hi], y[first:].T)
+
+    def _flat(self) -> Iterator[tuple[int, int, int]]:
+        """``(lo, hi, first)`` of every strip: rows ``lo .. hi - 1``, columns from ``first``."""
+        for k, n, l, m in self.strips():
+            if self.k > 1:
+                yield k.start * self.n, k.stop * self.n, l.start * self.m
+            else:
+                yield n.start, n.stop, m.start
+
+    def add_scaled(self, x: Tensor, y: Tensor, scale: Tensor) -> None:
+        """``out[k, n, l, m] += scale[n, m] <x[k, n], y[l, m]>`` for rows ``x [k, n, p]``, ``y [l, m, p]``."""
+        for k, n, l, m in self.strips():
+            part = self.out[k, n, l, m]
+            sizes = part.shape
+            left, right = x[k, n].flatten(0, 1), y[l, m].flatten(0, 1)
+            products = torch.mm(left, right.T, out=self.working("products", len(left), len(right)))
+            part.addcmul_(products.view(sizes), scale[n, m].unsqueeze(1))
+
+    def result(self) -> Tensor:
+        """``[k, n, l, m]``, with the part below the strips filled in."""
+        if self.symmetric:
+            out = self.out.view(self.k * self.n, -1)
+            for lo, hi, _ in self._flat():
+                out[hi:, lo:hi] = out[lo:hi, hi:].T
+        return self.out
 
 
-def blocks(n: int, symmetric: bool) -> Iterator[tuple[int, int]]:
-    """Ranges of examples whose products with all later ones are computed together."""
-    step = -(-n // BLOCKS) if symmetric else n
-    for lo in range(0, n, max(1, step)):
-        yield lo, min(n, lo + step)
-
-
-def by_rows(out: Tensor, x: LayerJacobian, y: LayerJacobian) -> None:
+def by_rows(tile: Tile, x: LayerJacobian, y: LayerJacobian) -> None:
     """Explicit rows of both sides, a slice of the parameters of the layer at a time."""
     k, n, s, o, i = x.shape
     rows = n * k + (0 if x is y else y.shape[0] * y.shape[1])
     most = min(SLICE_BYTES, memory.budget() // 4)
     for lo, hi in memory.pieces(s if s > 1 else o, rows * (o if s > 1 else 1) * i * x.dtype.itemsize, most=most):
-        left = x.features(lo, hi).example_rows()
-        add_product(out, left, left if x is y else y.features(lo, hi).example_rows(), x is y)
+        left = x.features(lo, hi).all_rows(tile.working, "left")
+        tile.add(left, left if x is y else y.features(lo, hi).all_rows(tile.working, "right"))
 
 
-def without_positions(out: Tensor, x: FactoredJacobian, y: FactoredJacobian) -> None:
+def without_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:
     """``sum_s (a a^T) * (g g^T)``: no rows at all."""
-    (k, n, _, groups, o), (l, m) = x.g.shape, y.g.shape[:2]
-    for s in range(groups):
-        g = x.g[:, :, 0, s].transpose(0, 1).reshape(n * k, o)
-        h = g if x is y else y.g[:, :, 0, s].transpose(0, 1).reshape(m * l, o)
-        inner = x.input_gram(y, s).view(n, 1, m, 1)
-        for lo, hi in blocks(n, x is y):
-            first = lo if x is y else 0
-            for at, to in memory.pieces(m - first, (hi - lo) * k * l * g.element_size(), most=memory.budget() // 4):
-                part = slice(first + at, first + to)
-                products = g[lo * k : hi * k] @ h[part.start * l : part.stop * l].T
-                out[lo:hi, :, part].addcmul_(products.view(hi - lo, k, to - at, l), inner[lo:hi, :, part])
+    for s in range(x.g.shape[3]):
+        tile.add_scaled(x.g[:, :, 0, s], y.g[:, :, 0, s], x.input_gram(y, s)[:, 0, :, 0])
 
 
-def by_positions(out: Tensor, x: FactoredJacobian, y: FactoredJacobian) -> None:
+def by_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:
     """``sum_s,t,u (a_t . a_u) (g_t . g_u)``, one example of the left side at a time against blocks of the right."""
     (k, n, t, groups, o), (l, m, u, _, _) = x.g.shape, y.g.shape
+    size = memory.step(m, l * o * t * x.g.element_size(), most=min(SLICE_BYTES // 4, memory.budget() // 4))
     for s in range(groups):
         g = x.g[:, :, :, s].permute(1, 0, 3, 2).reshape(n, k, o * t)
         h = (g if x is y else y.g[:, :, :, s].permute(1, 0, 3, 2)).reshape(m, l * o, u)
-        size = memory.step(m, l * o * t * g.element_size(), most=min(SLICE_BYTES // 4, memory.budget() // 4))
-        buffer = g.new_empty(size, l * o, t)
         for j in range(n):
             one = x.examples(j, j + 1)
             for lo in range(j if x is y else 0, m, size):
                 hi = min(m, lo + size)
                 inner = y.examples(lo, hi).input_gram(one, s)[:, :, 0]  # [m u t]
-                mixed = torch.bmm(h[lo:hi], inner, out=buffer[: hi - lo]).view((hi - lo) * l, o * t)
-                out[j, :, lo:hi] += (mixed @ g[j].T).view(hi - lo, l, k).permute(2, 0, 1)
+                mixed = torch.bmm(h[lo:hi], inner, out=tile.working("mixed", hi - lo, l * o, t)).view((hi - lo) * l, o * t)
+                part = (mixed @ g[j].T).view(hi - lo, l, k)
+                tile.out[:, j, :, lo:hi] += part.permute(2, 1, 0)
+                if x is y:  # pairs of examples once, of outputs all: the mirror image belongs to other strips
+                    later = max(lo, j + 1)
+                    tile.out[:, later:hi, :, j] += part[later - lo :].permute(1, 0, 2)
 
 
 def positions_are_cheaper(x: FactoredJacobian, y: FactoredJacobian) -> bool:
@@ -95,27 +133,14 @@ def positions_are_cheaper(x: FactoredJacobian, y: FactoredJacobian) -> bool:
     return pairs < rows
 
 
-def add_factored(out: Tensor, x: FactoredJacobian, y: FactoredJacobian) -> None:
+def add_factored(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:
     """The cheapest of the three."""
     if x.positions == y.positions == 1:
-        without_positions(out, x, y)
+        without_positions(tile, x, y)
     elif positions_are_cheaper(x, y):
-        by_positions(out, x, y)
+        by_positions(tile, x, y)
     else:
-        by_rows(out, x, y)
-
-
-def mirrored(out: Tensor) -> Tensor:
-    """``[k, n, l, m]`` from ``out[n, k, m, l]`` of which only ``m >= n`` is right."""
-    n, k = out.shape[:2]
-    flat = out.view(n * k, n * k)
-    for lo, hi in blocks(n, True):
-        a, b = lo * k, hi * k
-        flat[b:, a:b] = flat[a:b, b:].T
-        square = out[lo:hi, :, lo:hi]
-        later = torch.ones(hi - lo, hi - lo, dtype=torch.bool, device=out.device).triu()[:, None, :, None]
-        square.copy_(torch.where(later, square, square.permute(2, 3, 0, 1)))
-    return out.permute(1, 0, 3, 2).contiguous()
+        by_rows(tile, x, y)
 
 
 def squared_norms(g: Tensor, a: Tensor) -> Tensor:

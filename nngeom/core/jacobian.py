@@ -11,14 +11,15 @@ operations and chooses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nngeom.core import gram, linalg, memory
+from nngeom.core import linalg, memory
 from nngeom.core.errors import UnsupportedError
+from nngeom.core.gram import Tile, by_rows
 
 
 class LayerJacobian(ABC):
@@ -123,18 +124,18 @@ class LayerJacobian(ABC):
         x, y = self.rows(), other.rows()
         return (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
 
-    def add_gram(self, out: Tensor, other: LayerJacobian) -> None:
-        """``out[n, k, m, l] += <J[k, n], J'[l, m]>`` in place; where ``other`` is this one, only ``m >= n`` is promised."""
-        gram.by_rows(out, self, other)
+    def add_gram(self, tile: Tile, other: LayerJacobian) -> None:
+        """``tile.out[k, n, l, m] += <J[k, n], J'[l, m]>`` in place."""
+        by_rows(tile, self, other)
 
     def features(self, lo: int, hi: int) -> LayerJacobian:
         """The part of the block in groups ``lo .. hi - 1``, or for one group in rows ``lo .. hi - 1`` of ``o``."""
         m = self.matrix()
         return FullJacobian(m[:, :, lo:hi] if m.shape[2] > 1 else m[:, :, :, lo:hi])
 
-    def example_rows(self) -> Tensor:
-        """``[n k, p]``: the rows, examples first."""
-        return self.matrix().transpose(0, 1).flatten(2).flatten(0, 1)
+    def all_rows(self, working: Callable[..., Tensor], name: str) -> Tensor:
+        """``[k n, p]``: the rows, in ``working(name, *sizes)`` where that saves fresh memory."""
+        return self.matrix().flatten(2).flatten(0, 1)
 
     def squared_norms(self) -> Tensor:
         """``[k, n]``: ``|J[k, n]|**2``."""

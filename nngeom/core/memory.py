@@ -46,7 +46,8 @@ def step(total: int, bytes_each: int, what: str = "", most: int | None = None) -
 
 
 def pieces(total: int, bytes_each: int, what: str = "", most: int | None = None) -> Iterator[tuple[int, int]]:
-    """``(lo, hi)`` ranges that cover ``range(total)`` in steps of :func:`step`."""
+    """``(lo, hi)`` ranges that cover ``range(total)``, about equally long and at most :func:`step`."""
     size = step(total, bytes_each, what, most)
+    size = -(-total // max(1, -(-total // size)))
     for lo in range(0, total, size):
         yield lo, min(total, lo + size)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nngeom.core import gram, linalg
+from nngeom.core import gram
 from nngeom.core.errors import ArgumentError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.fmat.fmat import FMat
@@ -62,15 +62,12 @@ class FMatDense(FMat):
         """``{group: tile}``, summed over blocks; ``k``, ``l``: the outputs of their rows. With ``graph`` nothing is overwritten."""
         if graph:
             return summed((name, x.gram(y)) for name, x, y in blocks)
-        totals: dict[str, Tensor] = {}
-        square = False
+        totals: dict[str, gram.Tile] = {}
         for name, x, y in blocks:
             if name not in totals:
-                sizes = x.shape[1], x.shape[0], y.shape[1], y.shape[0]
-                totals[name] = torch.zeros(sizes, dtype=linalg.accumulation_dtype(x.dtype), device=x.device)
+                totals[name] = gram.Tile(x, y)
             x.add_gram(totals[name], y)
-            square = x is y
-        return {name: gram.mirrored(t) if square else t.permute(1, 0, 3, 2).contiguous() for name, t in totals.items()}
+        return {name: tile.result() for name, tile in totals.items()}
 
     @staticmethod
     def centred(tile: Tensor, ax: Tensor, ay: Tensor, squares: Tensor, k: slice, l: slice) -> Tensor:
