@@ -68,6 +68,55 @@ def test_one_random_probe_and_its_gradient(case):
     close(analytic, numeric, 1e-6)
 
 
+class Wide(nn.Module):
+    """Matrices with more entries than pairs of rows; one without bias, one used twice, one applied as ``x @ W``."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.bare, self.twice = nn.Linear(30, 20), nn.Linear(20, 20, bias=False), nn.Linear(20, 20)
+        self.last = nn.Parameter(torch.randn(20, 3) / 4)
+
+    def forward(self, x):
+        h = self.bare(torch.tanh(self.first(x)))
+        return torch.tanh(self.twice(torch.tanh(self.twice(h)))) @ self.last
+
+
+def test_one_random_probe_by_pairs_of_rows():
+    """Few rows and wide matrices: value, gradient, and the gradient's gradient."""
+    torch.manual_seed(0)
+    model, x = Wide().double(), torch.randn(2, 30, dtype=torch.float64)
+    draw = lambda: torch.Generator().manual_seed(5)
+    penalty = lambda: mgs.trace_penalty(model, x, "rademacher", generator=draw())
+    signs = (2 * torch.randint(0, 2, (1, 2, 3), generator=draw()) - 1).double()[0]
+    params = list(model.parameters())
+
+    def plain():
+        return sum(g.square().sum() for g in torch.autograd.grad(model(x), params, signs, create_graph=True))
+
+    close(penalty(), plain())
+    firsts = [torch.autograd.grad(value(), params, create_graph=True) for value in (penalty, plain)]
+    for ours, theirs in zip(*firsts):
+        close(ours, theirs)
+    seconds = [torch.autograd.grad(sum(g.square().sum() for g in first), params) for first in firsts]
+    for ours, theirs in zip(*seconds):
+        close(ours, theirs)
+
+
+def test_what_was_proved_of_a_model_is_not_believed_of_its_successor():
+    """As many examples as positions; then a layer is exchanged for one that has them the other way round."""
+
+    class Turned(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
+    x = torch.randn(3, 3, 4, dtype=torch.float64)
+    for _ in range(2):
+        close(mgs.trace_penalty(model, x), reference.jacobian(model, x).square().sum())
+        model[2] = Turned(4, 4).double()
+
+
 def test_random_probes_average_to_the_trace_over_all_signs(monkeypatch):
     c = build("mlp", sizes=(2,))
     every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 6).view(64, 2, 3)

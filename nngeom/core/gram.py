@@ -148,26 +148,54 @@ def squared_norms(g: Tensor, a: Tensor) -> Tensor:
     k, n, t, s, o = g.shape
     i = a.shape[-1]
     by_pairs = t * t * (k * (o + 4) + i) < k * o * i * (t + 4)
-    together = k if o < LOOPED or g.requires_grad else 1  # with a graph, every slice costs a gradient of the whole
+    if g.requires_grad or a.requires_grad:  # with a graph, every slice costs a gradient of the whole
+        return _pieces_of_norms(g, a, by_pairs)
+    together = k if o < LOOPED else 1
     each = together * s * (t * t if by_pairs else o * i) * g.element_size()
-    parts = []
-    for lo, hi in memory.pieces(n, each, most=None if g.requires_grad else memory.CACHE_BYTES // 2):
-        inputs = a[lo:hi].transpose(1, 2)  # [n s t i]
-        inner = inputs @ inputs.mT if by_pairs else None
-        rows = []
-        for h in g[:, lo:hi].split(together):
-            h = h.transpose(2, 3)  # [k n s t o]
-            rows.append(((h @ h.mT) * inner).sum((2, 3, 4)) if inner is not None else _norms(h, inputs))
-        parts.append(torch.cat(rows))
+    parts = [_pieces_of_norms(g[:, lo:hi], a[lo:hi], by_pairs, together) for lo, hi in memory.pieces(n, each, most=memory.CACHE_BYTES // 2)]
     return torch.cat(parts, 1)
 
 
+def _pieces_of_norms(g: Tensor, a: Tensor, by_pairs: bool, together: int | None = None) -> Tensor:
+    inputs = a.transpose(1, 2)  # [n s t i]
+    inner = inputs @ inputs.mT if by_pairs else None
+    rows = []
+    for h in g.split(together) if together else (g,):
+        h = h.permute(1, 0, 3, 2, 4)  # [n k s t o]
+        rows.append(((h @ h.mT) * inner.unsqueeze(1)).sum((2, 3, 4)).T if inner is not None else _norms(h, inputs))
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
 def _norms(h: Tensor, inputs: Tensor) -> Tensor:
-    """``|h^T a|**2`` for ``h [k, n, s, t, o]``, ``a [n, s, t, i]``: all cotangents of an example in one product."""
-    k, n, s, t, o = h.shape
+    """``|h^T a|**2`` for ``h [n, k, s, t, o]``, ``a [n, s, t, i]``: all cotangents of an example in one product."""
+    n, k, s, t, o = h.shape
     if k == 1:
-        rows = (h[0].mT @ inputs).flatten(1)  # [n, s o i]
+        rows = (h.squeeze(1).mT @ inputs).flatten(1)  # [n, s o i]
         return torch.linalg.vecdot(rows, rows).unsqueeze(0)
-    rows = h.permute(1, 2, 0, 4, 3).reshape(n, s, k * o, t) @ inputs
+    rows = h.permute(0, 2, 1, 4, 3).reshape(n, s, k * o, t) @ inputs
     rows = rows.view(n, s, k, -1)
     return torch.linalg.vecdot(rows, rows).sum(1).T
+
+
+def squared_sum(g: Tensor, a: Tensor, ones: bool) -> Tensor:
+    """``|sum_r g_r (x) a_r|**2`` for ``g [r, o]``, ``a [r, i]``, by pairs ``(a_r . a_q) (g_r . g_q)``; ``ones``: ``a`` ends in a one.
+
+    Differentiated with two products, which autograd would take twice each.
+    """
+    return _SquaredSum.apply(g, a, float(ones))
+
+
+class _SquaredSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g, a, ones):
+        inputs, gradients = a @ a.T + ones, g @ g.T
+        ctx.ones = ones
+        ctx.save_for_backward(g, a, inputs, gradients)
+        return torch.dot(inputs.flatten(), gradients.flatten())
+
+    @staticmethod
+    def backward(ctx, s):
+        g, a, inputs, gradients = ctx.saved_tensors
+        if torch.is_grad_enabled():  # differentiated once more
+            inputs, gradients = a @ a.T + ctx.ones, g @ g.T
+        return 2 * s * (inputs @ g), 2 * s * (gradients @ a), None

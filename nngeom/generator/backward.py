@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -43,17 +44,12 @@ def pull_back(
     if not inputs:
         return []
     k = v.shape[0]
+    large = v.device.type == "cpu" and v.element_size() * sum(math.prod(s) for s in shapes) > LOOP_BYTES
     if k == 1:
         grads = [None if g is None else g.unsqueeze(0) for g in _grad(outputs, inputs, v[0], retain, create_graph)]
     elif create_graph:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                grads = _grad(outputs, inputs, v, True, True, is_grads_batched=True)
-        except RuntimeError:  # vmap has no rule for some operation (recurrent cells, custom functions)
-            rows = [_grad(outputs, inputs, v[j], True, True) for j in range(k)]
-            grads = [None if c[0] is None else torch.stack(c) for c in zip(*rows)]
-    elif v.device.type == "cpu" and v.element_size() * sum(math.prod(s) for s in shapes) > LOOP_BYTES:
+        grads = _with_graph(outputs, inputs, v, large)
+    elif large:
         grads = _one_by_one(outputs, inputs, v, retain, buffers)
     else:
         try:
@@ -61,6 +57,15 @@ def pull_back(
         except RuntimeError:
             grads = _one_by_one(outputs, inputs, v, retain, buffers)
     return [v.new_zeros(1).expand(k, *shape) if g is None else g for g, shape in zip(grads, shapes)]
+
+
+def _with_graph(outputs: Tensor, inputs: Sequence[Any], v: Tensor, large: bool) -> list[Tensor | None]:
+    if not large:
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings():  # vmap has no rule for some operations (recurrent cells, custom functions)
+            warnings.simplefilter("ignore")
+            return _grad(outputs, inputs, v, True, True, is_grads_batched=True)
+    rows = [_grad(outputs, inputs, c, True, True) for c in v]
+    return [None if c[0] is None else torch.stack(c, 1).transpose(0, 1) for c in zip(*rows)]  # examples first in memory: products are batched over them
 
 
 def _batched(outputs: Tensor, inputs: Sequence[Any], v: Tensor) -> list[Tensor | None]:

@@ -116,15 +116,21 @@ class Sweep:
 
     def _batch(self, batch: Batch, index: int) -> Iterator[Chunk]:
         seen = capture(self.task, batch, self.keep_graph)
-        n = seen.outputs.shape[0]
         require_finite(seen.outputs.detach(), "outputs", index)
+        if index == 0 and seen.outputs.shape[0] == 1:
+            self._learn_from_a_pair(batch)
+        for chunk in self.cut(seen):
+            self._require_finite(chunk.jacobians, index)
+            yield chunk
+
+    def cut(self, seen: Capture) -> Iterator[Chunk]:
+        """The chunks of one captured forward pass; the first ones of a new shape of batch are proved and checked."""
+        n = seen.outputs.shape[0]
         if not seen.outputs.requires_grad:
             raise CoverageError(
                 "the outputs do not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside the model?)"
             )
-        columns = self.metric.columns(seen.outputs.detach(), batch, self.count)
-        if n == 1 and index == 0:
-            self._learn_from_a_pair(batch)
+        columns = self.metric.columns(seen.outputs.detach(), seen.batch, self.count)
         self._bar(seen)
         size = memory.step(columns.count, self._bytes_each_cotangent(seen), "output of one batch")
         signature = (n, *(use.lead for use in seen.uses))
@@ -138,7 +144,6 @@ class Sweep:
                 units, rest, jacobians = self._pull_verified(seen, v)
             else:
                 jacobians = self._pull(seen, units, rest, v, last)
-            self._require_finite(jacobians, index)
             yield Chunk(jacobians, n, self.count, (lo, columns.count))
             del jacobians
         self.count += n

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, CoverageError
-from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.gram import squared_sum
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.kernels import twice_differentiable
-from nngeom.generator.sweep import Columns, Sweep
+from nngeom.generator.sweep import Sweep
 from nngeom.generator.task import Task, gradients_on
 from nngeom.gram import GramMatrix
+from nngeom.layers.adapter import Use
 from nngeom.metrics.loss import IdentityMetric, as_loss
 from nngeom.solve.hutchinson import rademacher
 from nngeom.space.collection import LayerCollection
@@ -57,7 +60,7 @@ def trace_penalty(
             raise CoverageError("the outputs do not depend on any selected parameter (torch.no_grad or .detach() inside the model?)")
         with gradients_on():
             if estimator == "exact":
-                total = _trace(task, seen, IdentityMetric().columns(f.detach(), None, 0))
+                total = _trace(task, seen)
             else:
                 signs = rademacher(samples, *f.shape, like=f, generator=generator)
                 total = _squared_sums(task, seen, signs) / samples
@@ -127,40 +130,48 @@ def loss_gradient_penalty(
         return torch.where(live, torch.where(live, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
 
 
-def _trace(task: Task, seen: Capture, columns: Columns) -> Tensor:
-    """``sum_kn |J[k, n]|^2``."""
-    sweep = Sweep(task, (), IdentityMetric(), check=False, keep_graph=True)
-    units, rest = sweep._structure(seen)
-    total = seen.outputs.new_zeros(())
-    width = sweep._bytes_each_cotangent(seen)
-    for lo, hi in memory.pieces(columns.count, width):
-        for j in sweep._pull(seen, units, rest, columns.make(lo, hi), last=False).values():
-            total = total + j.squared_norms().sum()
-    return total
+_PROVED: WeakKeyDictionary[nn.Module, dict[Any, tuple[dict, set, set]]] = WeakKeyDictionary()
+
+
+def _trace(task: Task, seen: Capture) -> Tensor:
+    """``sum_kn |J[k, n]|^2``. What is proved of a model at its first step is known at the next ones."""
+    sweep = Sweep(task, (), IdentityMetric(), keep_graph=True)
+    if task.function is None:
+        key = task.collection.names, tuple(map(id, task.model.modules()))
+        sweep._axes, sweep._demoted, sweep._checked = _PROVED.setdefault(task.model, {}).setdefault(key, ({}, set(), set()))
+    norms = [j.squared_norms().sum() for chunk in sweep.cut(seen) for j in chunk.jacobians.values()]
+    return torch.stack(norms).sum()
 
 
 def _squared_sums(task: Task, seen: Capture, signs: Tensor) -> Tensor:
-    """``sum_k |sum_n J[k, n]|^2`` for rows pulled back from ``signs [k, n, *out]``, one at a time."""
-    sweep = Sweep(task, (), IdentityMetric(), check=False, keep_graph=True)
-    units, rest = sweep._structure(seen)
+    """``sum_k |d/dw sum signs[k] f|^2``: autograd's gradients, but for linear maps with few rows, which pairs of rows replace."""
+    paired = _with_few_rows(seen)
+    covered = {slot.name for use in paired for slot in use.slots}
+    others = [p for name, p in task.parameters.items() if name not in covered]
+    inputs = [use.read_inputs().flatten(0, -2) for use in paired]
     total = seen.outputs.new_zeros(())
-    parameters = [task.parameters[name] for name in rest]
     for v in signs:
-        for j in sweep._pull(seen, units, [], v.unsqueeze(0), last=False).values():
-            total = total + _squared_sum(j)
-        if rest:  # no structure: the gradient itself
-            grads = torch.autograd.grad(seen.outputs, parameters, v, create_graph=True, allow_unused=True)
-            total = total + sum(g.square().sum() for g in grads if g is not None)
+        variables: list[Any] = [*(use.edge for use in paired), *others]
+        grads = torch.autograd.grad(seen.outputs, variables, v, create_graph=True, allow_unused=True)
+        for use, a, g in zip(paired, inputs, grads):
+            if g is not None:
+                total = total + squared_sum(use.gradients(g.unsqueeze(0)).flatten(0, -2), a, use.bias is not None)
+        total = total + sum(g.square().sum() for g in grads[len(paired) :] if g is not None)
     return total
 
 
-def _squared_sum(j: LayerJacobian) -> Tensor:
-    """``|sum_n J[0, n]|^2``: over pairs of positions where these are few, else by the summed rows themselves."""
-    _, n, s, o, i = j.shape
-    rows = n * getattr(j, "positions", 1)
-    if j.kronecker and s == 1 and rows * (o + i) < o * i:
-        return j.gram(j).sum()
-    return j.vjp(torch.ones(1, n, dtype=j.dtype, device=j.device)).square().sum()
+def _with_few_rows(seen: Capture) -> list[Use]:
+    """Uses of a whole matrix (and its bias) that are its only ones, with so few rows that pairs of them cost less than the matrix."""
+    times = Counter(slot.name for use in seen.uses for slot in use.slots)
+    found = []
+    for use in seen.uses:
+        if use.weight is None or use.lookup or use.elementwise or any(times[s.name] > 1 or s.name in seen.unstructured or s.row or s.column for s in use.slots):
+            continue
+        (s, o, i), rows = use.weight.arrangement.sizes, math.prod(use.lead)
+        whole = use.shape.numel() == rows * o and (use.bias is None or use.bias.arrangement.sizes == (1, o, 1))
+        if s == 1 and whole and 2 * rows * (o + i) < 3 * o * i:
+            found.append(use)
+    return found
 
 
 def require_reduction(reduction: str) -> None:
