@@ -55,10 +55,15 @@ class FactoredJacobian(LayerJacobian):
 
     @property
     def writes_columns(self):
-        return self.g.shape[2] == 1 and self.a.is_floating_point() and not (self.g.requires_grad or self.a.requires_grad)
+        t, s = self.g.shape[2:4]
+        return (s == 1 or t == 1) and self.a.is_floating_point() and not (self.g.requires_grad or self.a.requires_grad)
 
     def write_columns(self, out, lo, hi):
-        torch.mul(self.g[:, :, 0].unsqueeze(-1), self.a[:, 0, :, lo:hi].unsqueeze(-2), out=out)
+        if self.g.shape[2] == 1:
+            torch.mul(self.g[:, :, 0].unsqueeze(-1), self.a[:, 0, :, lo:hi].unsqueeze(-2), out=out)
+            return
+        for g, rows in zip(self.g, out):
+            torch.bmm(g[:, :, 0].mT, self.a[:, :, 0, lo:hi], out=rows[:, 0])
 
     def matrix(self):
         k, n, t, s, o = self.g.shape
