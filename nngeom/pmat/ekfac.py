@@ -52,6 +52,10 @@ class PMatEKFAC(PMat):
         bases = {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}
         return (yield from rescale(bases))
 
+    @classmethod
+    def in_basis(cls, matrix):
+        return Rescaling(cls, {}, matrix.blocks)
+
     def rescaled(self, model: Any, loader: Any, measure: Callable[..., Any] | None = None, **options: Any) -> PMatEKFAC:
         """New eigenvalues in the kept eigenbasis: the mean squares of the rows of ``model`` now, in one sweep, as a new PMatEKFAC.
 
@@ -62,7 +66,7 @@ class PMatEKFAC(PMat):
         """
         from nngeom.measure import FIM
 
-        return (measure or FIM)(model, loader, Rescaling(PMatEKFAC, {}, self.blocks), layer_collection=self.layer_collection, **options)
+        return (measure or FIM)(model, loader, self.in_basis(self), layer_collection=self.layer_collection, **options)
 
 
 @dataclass(frozen=True, eq=False)
