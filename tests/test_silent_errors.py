@@ -11,6 +11,7 @@ import torch
 from cases import Attention, Head, build
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import nngeom as nng
@@ -219,6 +220,44 @@ def test_d13_products_through_attention_kernels():
     exact(model, x)
     f = reference.fisher(model, x)
     torch.testing.assert_close(nng.FIM(model, [x], nng.PMatImplicit).to_dense(), f, rtol=1e-8, atol=1e-12)
+
+
+NO_TANGENTS = {
+    "no forward mode, no second derivative": (lambda: model_of(nn.EmbeddingBag(6, 4, mode="sum"), nn.Tanh(), nn.Linear(4, 3)), lambda: torch.randint(0, 6, (5, 3))),
+    "activations computed again": (
+        lambda: Function(lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False).tanh()), a=nn.Linear(4, 5), b=nn.Linear(5, 3)).double(),
+        lambda: normal(5, 4),
+    ),
+    "channels-last group norm": (
+        lambda: model_of(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
+        lambda: normal(5, 2, 3, 3).to(memory_format=torch.channels_last),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_TANGENTS)
+def test_products_where_forward_mode_fails(name):
+    """torch's forward mode lacks some operations and fails on others; products then are taken from explicit rows."""
+    make, draw = NO_TANGENTS[name]
+    model, x = make(), draw()
+    y = torch.zeros(len(x), dtype=torch.long)
+    m = nng.FIM(model, [x[:2], x[2:]], nng.PMatImplicit)
+    torch.testing.assert_close(m.to_dense(), reference.fisher(model, x), rtol=1e-8, atol=1e-12)
+    implicit, dense = (nng.GradientCovariance(model, [(x[:2], y[:2]), (x[2:], y[2:])], k, loss="cross_entropy") for k in (nng.PMatImplicit, nng.PMatDense))
+    torch.testing.assert_close(implicit.to_dense(), dense.to_dense(), rtol=1e-8, atol=1e-12)
+
+
+def test_products_keep_the_errors_of_the_model():
+    def f(m, x):
+        if bool((x > 50).any()):
+            raise RuntimeError("no numbers above 50")
+        return m.l(x)
+
+    x = normal(4, 4)
+    m = nng.FIM(Function(f, l=nn.Linear(4, 3)).double(), [x], nng.PMatImplicit)
+    x += 100
+    with pytest.raises(RuntimeError, match="above 50"):
+        m.mv(nng.PVector.randn(m.layer_collection, dtype=f64))
 
 
 # -- losses and likelihoods ------------------------------------------------------------------------------------------
