@@ -223,7 +223,10 @@ def test_d13_products_through_attention_kernels():
 
 
 NO_TANGENTS = {
-    "no forward mode, no second derivative": (lambda: model_of(nn.EmbeddingBag(6, 4, mode="sum"), nn.Tanh(), nn.Linear(4, 3)), lambda: torch.randint(0, 6, (5, 3))),
+    "no forward mode, no second derivative": (
+        lambda: model_of(nn.EmbeddingBag(6, 4, mode="sum"), nn.Tanh(), nn.Linear(4, 3)),
+        lambda: torch.randint(0, 6, (5, 3)),
+    ),
     "activations computed again": (
         lambda: Function(lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False).tanh()), a=nn.Linear(4, 5), b=nn.Linear(5, 3)).double(),
         lambda: normal(5, 4),

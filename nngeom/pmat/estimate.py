@@ -15,7 +15,7 @@ from nngeom.solve.hutchinson import Estimate
 from nngeom.space.pvector import PVector
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MatrixEstimate:
     """``matrix``, the mean over all probes, and ``draws``, the same representation from each probe alone.
 
@@ -49,6 +49,9 @@ class MatrixEstimate:
     def mv(self, v: PVector) -> Estimate:
         """``M v`` with its standard errors, two PVectors, batched."""
         return self.reading(lambda m: m.mv(v))
+
+    def __repr__(self) -> str:
+        return f"MatrixEstimate({self.matrix!r}, probes={len(self.draws)})"
 
     def _error(self, x: Tensor) -> Tensor:
         return x.std(0) / len(x) ** 0.5 if len(x) > 1 else torch.full_like(x[0], torch.inf)
