@@ -162,7 +162,7 @@ def _require_symmetric(second: SecondDerivatives) -> None:
     rows = torch.cat([rows for _, _, rows in second.times(task.collection.names, lambda lo, hi: w[lo:hi], 2)])
     rows = _finite(rows, task.collection.names).to(w.dtype)
     scale = rows.norm(dim=1).max()
-    tolerance = torch.finfo(task.dtype).eps ** 0.5 * scale
+    tolerance = max(torch.finfo(p.dtype).eps for p in task.parameters.values()) ** 0.5 * scale
     if not bool((rows[0] @ w[1] - rows[1] @ w[0]).abs() <= 100 * tolerance):  # room for TF32 convolutions
         raise CoverageError(
             f"the second derivatives of the model are not symmetric (<u, H v> = {float(rows[0] @ w[1]):.6e}, <v, H u> = {float(rows[1] @ w[0]):.6e}): an "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from nngeom.pmat.implicit import PMatImplicit, implicit
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.mixed import as_representation
 from nngeom.pmat.pmat import Representation
-from nngeom.pmat.recipe import Scope
+from nngeom.pmat.recipe import Means, Scope
 from nngeom.space.collection import LayerCollection
 
 
@@ -212,7 +213,7 @@ def drive(recipe: Any, sweep: Sweep, passes: int) -> dict[Any, Any]:
             examples = sums.count
         require_examples(examples)
         first = False
-        means = sums.mean()
+        means = one_dtype(sums.mean())
         _require_finite(means, sweep)
         try:
             statistic = recipe.send(means)
@@ -236,8 +237,8 @@ def estimate(chosen: Representation, sweep: Sweep) -> MatrixEstimate:
             with torch.no_grad():
                 draws[j].add(statistics[j](one), one.examples)
     require_examples(sweep.count)
-    means = [d.mean() for d in draws]
-    whole = Sums().merge(draws).mean() if len(draws) > 1 else means[0]
+    means = [one_dtype(d.mean()) for d in draws]
+    whole = one_dtype(Sums().merge(draws).mean()) if len(draws) > 1 else means[0]
     inputs = [(b, name) for b, tensors in means[0].items() for name in tensors if name not in means[-1].get(b, {})]  # taken once, for all
     for m in (*means[1:], whole):
         for block, name in inputs:
@@ -268,6 +269,15 @@ def implicit_estimate(sweep: Sweep) -> MatrixEstimate:
     matrix, probes = implicit(sweep), sweep.metric
     alone = [replace(probes, count=1, first=j, scale=1.0) for j in range(probes.count)]  # type: ignore[attr-defined, type-var]
     return MatrixEstimate(matrix, tuple(replace(matrix, sweep=replace(matrix.sweep, metric=m, check=False)) for m in alone))
+
+
+def one_dtype(means: Means) -> Means:
+    """The widest dtype of all for each: layers of a model may differ."""
+    dtypes = {t.dtype for tensors in means.values() for t in tensors.values()}
+    if len(dtypes) < 2:
+        return means
+    wide = functools.reduce(torch.promote_types, dtypes)
+    return {block: {name: t.to(wide) for name, t in tensors.items()} for block, tensors in means.items()}
 
 
 def _require_finite(means: dict[Any, dict[str, Tensor]], sweep: Sweep) -> None:

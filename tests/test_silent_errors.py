@@ -568,6 +568,23 @@ def test_s28_float64_models_under_the_float32_default():
         assert m.dtype == f64 and m.mv(nng.PVector.randn(m.layer_collection)).dtype == f64 and m.to_dense().dtype == f64
 
 
+def test_layers_of_different_dtypes():
+    """One matrix has one dtype, the widest of its layers; no layer is rounded to that of another."""
+    x = normal(6, 3)
+    whole = model_of(nn.Linear(3, 4), nn.Linear(4, 3))
+    model = nn.Sequential(nn.Linear(3, 4).float(), nn.Linear(4, 3).double())
+    model[0].load_state_dict(whole[0].state_dict()), model[1].load_state_dict(whole[1].state_dict())
+    whole[0].load_state_dict(model[0].state_dict())
+    f = lambda m, d: lambda a: m[1](m[0](a.to(d)).double().tanh())
+    v = nng.PVector.randn(nng.LayerCollection.from_model(whole), generator=torch.Generator().manual_seed(0), dtype=f64)
+    for kind in (nng.PMatDense, nng.PMatBlockDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatLowRank, nng.PMatQuasiDiag, nng.PMatDiag, nng.PMatEye):
+        a, b = nng.FIM(model, (x,), kind, function=f(model, torch.float32)), nng.FIM(whole, (x,), kind, function=f(whole, f64))
+        assert a.dtype == f64 and {t.dtype for block in a.blocks.values() for t in block.fields().values() if isinstance(t, torch.Tensor)} == {f64}
+        torch.testing.assert_close(a.mv(v).flat(), b.mv(v).flat(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a.solve(v, 0.1).flat(), b.solve(v, 0.1).flat(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.diag()["1.weight"], b.diag()["1.weight"], rtol=1e-5, atol=1e-8)
+
+
 def test_s29_half_precision_accumulates_in_float32():
     model = nn.Linear(1, 2, bias=False).to(torch.bfloat16)
     model.weight.data.zero_()

@@ -183,10 +183,11 @@ class ImplicitFisher(PMatImplicit):
         total, count = torch.zeros_like(x), 0
         with memory.limit(self.sweep.memory_budget):
             for chunk in replace(self.sweep, _axes={}, check=False).chunks():
-                inner = sum(j.jvp(layout.gather(x).to(j.dtype)) for layout, j in chunk.jacobians.items())
+                parts = [j.jvp(layout.gather(x).to(j.dtype)).to(x.dtype) for layout, j in chunk.jacobians.items()]
+                inner = torch.stack(parts).sum(0) if parts else x
                 for layout, j in chunk.jacobians.items():
                     part = torch.zeros_like(x)
-                    layout.scatter_(part, j.vjp(inner).to(x.dtype))
+                    layout.scatter_(part, j.vjp(inner.to(j.dtype)).to(x.dtype))
                     total += part
                 count = chunk.start + chunk.examples
         return total / count
