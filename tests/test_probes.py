@@ -70,7 +70,7 @@ def test_second_moment_of_the_probes_is_the_information_of_the_outputs(name):
 def test_every_representation(name, kind):
     """Readings are means over the draws, within their errors of the measure of all outputs; batches and budget do not matter."""
     c = build(name)
-    make = lambda loader, **options: nng.FIM(c.model, loader, kind, estimator="rademacher", samples=40, generator=seeded(3), **options)
+    make = lambda loader, **options: nng.FIM(c.model, loader, kind, estimator="rademacher", samples=20, generator=seeded(3), **options)
     m, exact = make(c.loader), nng.FIM(c.model, c.loader, kind)
     assert type(m.matrix) is type(exact) and all(type(d) is type(exact) for d in m.draws)
     v = nng.PVector.randn(exact.layer_collection, generator=seeded(4), dtype=torch.float64)
@@ -87,16 +87,16 @@ def test_every_representation(name, kind):
 
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
 def test_standard_errors_are_calibrated(likelihood):
-    """Over 120 seeds the error in units of its standard error has spread one: neither too sure nor too modest."""
+    """Over 60 seeds the error in units of its standard error has spread one: neither too sure nor too modest."""
     model, x, y = problem("plain")
     exact = nng.FIM(model, (x, y), nng.PMatDiag, likelihood=likelihood)
-    make = lambda seed: nng.FIM(model, (x, y), nng.PMatDiag, likelihood=likelihood, estimator="rademacher", samples=60, generator=seeded(seed), check=False)
+    make = lambda seed: nng.FIM(model, (x, y), nng.PMatDiag, likelihood=likelihood, estimator="rademacher", samples=40, generator=seeded(seed), check=False)
     scores = []
-    for seed in range(120):
+    for seed in range(60):
         e = make(seed).trace()
         scores.append((e.value - exact.trace()) / e.standard_error)
     z = torch.stack(scores)
-    assert abs(float(z.mean())) < 0.35 and 0.8 < float(z.std()) < 1.25
+    assert abs(float(z.mean())) < 0.45 and 0.75 < float(z.std()) < 1.3
 
 
 def test_draws_are_keyed_by_example_and_sample():
