@@ -578,7 +578,7 @@ def test_layers_of_different_dtypes():
     f = lambda m, d: lambda a: m[1](m[0](a.to(d)).double().tanh())
     v = nng.PVector.randn(nng.LayerCollection.from_model(whole), generator=torch.Generator().manual_seed(0), dtype=f64)
     for kind in (nng.PMatDense, nng.PMatBlockDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatLowRank, nng.PMatQuasiDiag, nng.PMatDiag, nng.PMatEye):
-        a, b = nng.FIM(model, (x,), kind, function=f(model, torch.float32)), nng.FIM(whole, (x,), kind, function=f(whole, f64))
+        a, b = nng.FIM(model, (x,), kind, function=f(model, torch.float32), check=False), nng.FIM(whole, (x,), kind, function=f(whole, f64))
         assert a.dtype == f64 and {t.dtype for block in a.blocks.values() for t in block.fields().values() if isinstance(t, torch.Tensor)} == {f64}
         torch.testing.assert_close(a.mv(v).flat(), b.mv(v).flat(), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(a.solve(v, 0.1).flat(), b.solve(v, 0.1).flat(), rtol=1e-4, atol=1e-5)
