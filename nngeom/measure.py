@@ -52,7 +52,7 @@ def FIM(
     options, or ``PMatMixed({...})``; ``options`` go to the representation. Outputs are ``(n, c)``, or ``(n, *shape)``
     with a likelihood that says what the axes are.
 
-    ``estimator="rademacher"``: for very many outputs, ``samples`` random probes ``u = L r`` of them replace the columns
+    ``estimator="rademacher"``: for very many outputs, ``samples`` (default 8) random probes ``u = L r`` of them replace the columns
     of the square root ``L`` of their Fisher information, one backward pass each. The result is a
     :class:`MatrixEstimate`: its ``matrix`` is unbiased where the representation is linear in second moments of gradients
     (not EKFAC in a basis from the probes, but its trace; not the joined factors of KFAC for a parameter in unlike uses),
