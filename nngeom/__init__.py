@@ -39,6 +39,7 @@ from nngeom.metrics.loss import CrossEntropy
 from nngeom.pmat.dense import PMatBlockDiag, PMatDense
 from nngeom.pmat.diag import PMatDiag
 from nngeom.pmat.ekfac import PMatEKFAC
+from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.eye import PMatEye
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.kfac import PMatKFAC

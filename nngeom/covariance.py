@@ -138,7 +138,7 @@ class CentredSweep(Sweep):
 class ImplicitCovariance(ImplicitFisher):
     """``1/n sum_i (g_i - m) <g_i - m, x>`` by a forward-mode and a backward pass."""
 
-    def _product(self, x):
+    def _by_tangents(self, x):
         linear, v = Linearization(self.task), self._split(x)
         mean: Tensor = self.sweep.mean  # type: ignore[attr-defined]
         total, weight, count = torch.zeros_like(x), torch.zeros((), dtype=x.dtype, device=x.device), 0

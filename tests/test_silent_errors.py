@@ -11,6 +11,7 @@ import torch
 from cases import Attention, Head, build
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import nngeom as nng
@@ -219,6 +220,47 @@ def test_d13_products_through_attention_kernels():
     exact(model, x)
     f = reference.fisher(model, x)
     torch.testing.assert_close(nng.FIM(model, [x], nng.PMatImplicit).to_dense(), f, rtol=1e-8, atol=1e-12)
+
+
+NO_TANGENTS = {
+    "no forward mode, no second derivative": (
+        lambda: model_of(nn.EmbeddingBag(6, 4, mode="sum"), nn.Tanh(), nn.Linear(4, 3)),
+        lambda: torch.randint(0, 6, (5, 3)),
+    ),
+    "activations computed again": (
+        lambda: Function(lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False).tanh()), a=nn.Linear(4, 5), b=nn.Linear(5, 3)).double(),
+        lambda: normal(5, 4),
+    ),
+    "channels-last group norm": (
+        lambda: model_of(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
+        lambda: normal(5, 2, 3, 3).to(memory_format=torch.channels_last),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_TANGENTS)
+def test_products_where_forward_mode_fails(name):
+    """torch's forward mode lacks some operations and fails on others; products then are taken from explicit rows."""
+    make, draw = NO_TANGENTS[name]
+    model, x = make(), draw()
+    y = torch.zeros(len(x), dtype=torch.long)
+    m = nng.FIM(model, [x[:2], x[2:]], nng.PMatImplicit)
+    torch.testing.assert_close(m.to_dense(), reference.fisher(model, x), rtol=1e-8, atol=1e-12)
+    implicit, dense = (nng.GradientCovariance(model, [(x[:2], y[:2]), (x[2:], y[2:])], k, loss="cross_entropy") for k in (nng.PMatImplicit, nng.PMatDense))
+    torch.testing.assert_close(implicit.to_dense(), dense.to_dense(), rtol=1e-8, atol=1e-12)
+
+
+def test_products_keep_the_errors_of_the_model():
+    def f(m, x):
+        if bool((x > 50).any()):
+            raise RuntimeError("no numbers above 50")
+        return m.l(x)
+
+    x = normal(4, 4)
+    m = nng.FIM(Function(f, l=nn.Linear(4, 3)).double(), [x], nng.PMatImplicit)
+    x += 100
+    with pytest.raises(RuntimeError, match="above 50"):
+        m.mv(nng.PVector.randn(m.layer_collection, dtype=f64))
 
 
 # -- losses and likelihoods ------------------------------------------------------------------------------------------
@@ -524,6 +566,23 @@ def test_s28_float64_models_under_the_float32_default():
     for r in (nng.PMatDiag, nng.PMatBlockDiag, nng.PMatEKFAC, nng.PMatImplicit):
         m = nng.FIM(case.model, case.loader, r)
         assert m.dtype == f64 and m.mv(nng.PVector.randn(m.layer_collection)).dtype == f64 and m.to_dense().dtype == f64
+
+
+def test_layers_of_different_dtypes():
+    """One matrix has one dtype, the widest of its layers; no layer is rounded to that of another."""
+    x = normal(6, 3)
+    whole = model_of(nn.Linear(3, 4), nn.Linear(4, 3))
+    model = nn.Sequential(nn.Linear(3, 4).float(), nn.Linear(4, 3).double())
+    model[0].load_state_dict(whole[0].state_dict()), model[1].load_state_dict(whole[1].state_dict())
+    whole[0].load_state_dict(model[0].state_dict())
+    f = lambda m, d: lambda a: m[1](m[0](a.to(d)).double().tanh())
+    v = nng.PVector.randn(nng.LayerCollection.from_model(whole), generator=torch.Generator().manual_seed(0), dtype=f64)
+    for kind in (nng.PMatDense, nng.PMatBlockDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatLowRank, nng.PMatQuasiDiag, nng.PMatDiag, nng.PMatEye):
+        a, b = nng.FIM(model, (x,), kind, function=f(model, torch.float32), check=False), nng.FIM(whole, (x,), kind, function=f(whole, f64))
+        assert a.dtype == f64 and {t.dtype for block in a.blocks.values() for t in block.fields().values() if isinstance(t, torch.Tensor)} == {f64}
+        torch.testing.assert_close(a.mv(v).flat(), b.mv(v).flat(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a.solve(v, 0.1).flat(), b.solve(v, 0.1).flat(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.diag()["1.weight"], b.diag()["1.weight"], rtol=1e-5, atol=1e-8)
 
 
 def test_s29_half_precision_accumulates_in_float32():

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nngeom.core.errors import NonFiniteError, SingularError
 
+ROUNDINGS = 16  # of the largest eigenvalue, below which one of a sum over examples counts as zero
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over examples are kept: at least float32."""
@@ -86,34 +88,16 @@ def factor_norm2(factor: Tensor) -> Tensor:
 
 
 def factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues ``[s, p]``, those within rounding error of zero set to zero, and eigenvectors ``[s, p, p]`` (``None``: the identity)."""
+    """Eigenvalues ``[s, p]`` and eigenvectors ``[s, p, p]`` (``None``: the identity), computed in float64.
+
+    Eigenvalues below :data:`ROUNDINGS` of the largest, in the dtype of the factor, are set to zero: what the rounding of its
+    sums leaves of a zero was at most 3 in sums over 2000 batches, for sides of 16 to 1000, and grew with neither rank nor side.
+    """
     if is_diagonal(factor):
         return factor.clamp_min(0), None
-    values, vectors = _eigh_of_sums(factor)
-    floor = values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+    values, vectors = eigh(factor)
+    floor = ROUNDINGS * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
     return torch.where(values > floor, values, torch.zeros_like(values)), vectors
-
-
-def _eigh_of_sums(m: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`eigh` of sums that carry the rounding of their dtype: in float32 where that decides no digit, at half the time.
-
-    What float32 loses lies below the floor under which :func:`factor_eigh` takes eigenvalues for zero. A shift of the
-    diagonal of that size parts repeated eigenvalues, over which the float32 routine can fail; a product with random
-    vectors tells whether the result is a decomposition, and float64 has the last word where it is not.
-    """
-    if m.dtype != torch.float32 or m.shape[-1] < 96 or m.device.type == "mps":
-        return eigh(m)
-    scale = m.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)
-    jitter = scale * torch.finfo(m.dtype).eps * torch.linspace(0.5, 1.5, m.shape[-1], dtype=m.dtype, device=m.device)
-    try:
-        values, vectors = torch.linalg.eigh(m + torch.diag_embed(jitter))
-    except RuntimeError:
-        return eigh(m)
-    x = torch.randn(m.shape[-1], 4, generator=torch.Generator().manual_seed(0)).to(m)
-    turned = vectors.mT @ x
-    residual = (vectors @ (values.unsqueeze(-1) * turned) - m @ x).norm() <= 1e-4 * scale.max() * x.norm()
-    orthonormal = (vectors @ turned - x).norm() <= 1e-4 * x.norm()
-    return (values, vectors.contiguous()) if bool(residual & orthonormal) else eigh(m)
 
 
 def factor_shift(factor: Tensor, shift: Tensor) -> Tensor:

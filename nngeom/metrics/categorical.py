@@ -121,6 +121,15 @@ class Categorical(Likelihood):
 
         return Columns(positions * (c - 1), make)
 
+    def root_times(self, outputs, noise, targets=None):
+        """``sqrt(p) r - p <sqrt(p), r>`` at every position: the root ``diag(sqrt(p)) - p sqrt(p)^T`` of ``c`` columns, never formed."""
+        wide = torch.float32 if outputs.dtype in (torch.float16, torch.bfloat16) else outputs.dtype
+        logp = F.log_softmax(self.logits(outputs).to(wide), -1)
+        v = (0.5 * logp).exp() * noise(*logp.shape[1:]).to(wide)
+        v = v - logp.exp() * v.sum(-1, keepdim=True)
+        mask = self.mask(outputs, targets)
+        return self.unmove(v if mask is None else v * mask.unsqueeze(-1), outputs).to(outputs.dtype)
+
     def sample(self, outputs, uniform):
         logits = self.logits(outputs)
         cumulative = logits.double().softmax(-1).cumsum(-1)

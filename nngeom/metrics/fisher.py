@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,13 @@ def as_likelihood(likelihood: Any) -> Likelihood:
     raise kind(f"likelihood is {likelihood!r}; expected one of {sorted(_NAMES)} or an instance of a Likelihood")
 
 
+def fitted(likelihood: Likelihood, outputs: Tensor, y: Any) -> Likelihood:
+    """The likelihood fitted to outputs that it was checked to fit."""
+    likelihood = likelihood.fit(outputs, y)
+    likelihood.check(outputs, y)
+    return likelihood
+
+
 @dataclass(frozen=True)
 class ExactFisher:
     """``E_y[s s^T]`` in closed form: the square root of the Fisher information of the outputs."""
@@ -38,14 +46,17 @@ class ExactFisher:
     def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
         """One column of the square root a cotangent."""
         y = targets(batch)
-        likelihood = self.likelihood.fit(outputs, y)
-        likelihood.check(outputs, y)
-        return as_columns(likelihood.square_root(outputs, y))
+        return as_columns(fitted(self.likelihood, outputs, y).square_root(outputs, y))
 
     def times(self, outputs: Tensor, tangent: Tensor, batch: Any, start: int) -> Tensor:
         """The metric of the outputs times a tangent."""
         y = targets(batch)
         return self.likelihood.fit(outputs, y).fisher_times(outputs, tangent, y)
+
+    def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], batch: Any) -> Tensor:
+        """The square root of the metric times noise ``(k, n, *shape)``."""
+        y = targets(batch)
+        return fitted(self.likelihood, outputs, y).root_times(outputs, noise, y)
 
 
 @dataclass(frozen=True)
@@ -59,8 +70,7 @@ class MonteCarloFisher:
     def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
         """One score a sample, divided by ``sqrt(samples)``."""
         y = targets(batch)
-        likelihood = self.likelihood.fit(outputs, y)
-        likelihood.check(outputs, y)
+        likelihood = fitted(self.likelihood, outputs, y)
         n = outputs.shape[0]
 
         def make(lo: int, hi: int) -> Tensor:

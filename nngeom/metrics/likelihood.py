@@ -1,7 +1,7 @@
 """What a likelihood has to say about outputs: the square root of their Fisher information, draws, log-probabilities.
 
-A user's own likelihood is one subclass. ``square_root`` (exact Fisher) and ``sample`` with ``log_prob`` (Monte-Carlo
-Fisher) are independent: give what you need.
+A user's own likelihood is one subclass. ``square_root`` (exact Fisher, random probes) and ``sample`` with ``log_prob``
+(Monte-Carlo Fisher) are independent: give what you need.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, OutputError, UnsupportedError
 from nngeom.generator.sweep import Columns
 
@@ -52,6 +53,19 @@ class Likelihood(ABC):
         inner = (v * tangent).flatten(2).sum(-1)
         return (inner.view(*inner.shape, *[1] * (v.ndim - 2)) * v).sum(0)
 
+    def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any = None) -> Tensor:
+        """``L r (k, n, *shape)`` for the square root ``L`` of the Fisher information of the outputs; ``noise(*size)`` gives ``r (k, n, *size)``."""
+        return columns_times(as_columns(self.square_root(outputs, targets)), outputs, noise)
+
+
+def columns_times(columns: Columns, outputs: Tensor, noise: Callable[..., Tensor]) -> Tensor:
+    """``sum_j r_j v_j (k, n, *shape)`` over all columns ``v``, as many at once as fit the memory budget."""
+    r = noise(columns.count)
+    total = outputs.new_zeros(r.shape[0], *outputs.shape)
+    for lo, hi in memory.pieces(columns.count, 2 * outputs.numel() * outputs.element_size()):
+        total += torch.einsum("knj,jn...->kn...", r[..., lo:hi], columns.make(lo, hi).to(outputs))
+    return total
+
 
 def as_columns(v: Columns | Tensor) -> Columns:
     """Cotangents given as a tensor ``(k, n, *shape)`` or in slices."""
@@ -79,12 +93,28 @@ def diagonal_columns(root: Tensor) -> Columns:
     return Columns(width, make)
 
 
-class Bernoulli(Likelihood):
-    """Independent binary labels; outputs are logits ``(n, *shape)``."""
+class Independent(Likelihood):
+    """Outputs whose Fisher information is diagonal: each has a label of its own."""
+
+    def root(self, outputs: Tensor) -> Tensor:
+        """The square root of the information of every output, ``(n, *shape)``."""
+        raise UnsupportedError(f"{type(self).__name__} defines no root")
 
     def square_root(self, outputs, targets=None):
-        p = outputs.sigmoid()
-        return diagonal_columns((p * torch.sigmoid(-outputs)).sqrt())
+        return diagonal_columns(self.root(outputs))
+
+    def root_times(self, outputs, noise, targets=None):
+        return self.root(outputs) * noise(*outputs.shape[1:])
+
+    def fisher_times(self, outputs, tangent, targets=None):
+        return self.root(outputs).square() * tangent
+
+
+class Bernoulli(Independent):
+    """Independent binary labels; outputs are logits ``(n, *shape)``."""
+
+    def root(self, outputs):
+        return (outputs.sigmoid() * torch.sigmoid(-outputs)).sqrt()
 
     def sample(self, outputs, uniform):
         return (uniform(*outputs.shape[1:]) < outputs.sigmoid()).to(outputs.dtype)
@@ -96,11 +126,8 @@ class Bernoulli(Likelihood):
     def score(self, outputs, labels, targets=None):
         return _like(labels, outputs) - outputs.sigmoid()
 
-    def fisher_times(self, outputs, tangent, targets=None):
-        return outputs.sigmoid() * torch.sigmoid(-outputs) * tangent
 
-
-class Gaussian(Likelihood):
+class Gaussian(Independent):
     """Normal targets around the outputs, with a fixed variance: a number, or one an output (broadcast to ``shape``)."""
 
     def __init__(self, variance: float | Tensor = 1.0):
@@ -114,8 +141,8 @@ class Gaussian(Likelihood):
         except RuntimeError:
             raise OutputError(f"the variance has shape {tuple(self.variance.shape)}; it does not broadcast to outputs {tuple(outputs.shape)}") from None
 
-    def square_root(self, outputs, targets=None):
-        return diagonal_columns(1 / self._deviation(outputs))
+    def root(self, outputs):
+        return 1 / self._deviation(outputs)
 
     def sample(self, outputs, uniform):
         shape = outputs.shape[1:]
@@ -130,15 +157,12 @@ class Gaussian(Likelihood):
     def score(self, outputs, labels, targets=None):
         return (_like(labels, outputs) - outputs) / self._deviation(outputs).square()
 
-    def fisher_times(self, outputs, tangent, targets=None):
-        return tangent / self._deviation(outputs).square()
 
-
-class Poisson(Likelihood):
+class Poisson(Independent):
     """Counts; outputs are log-rates ``(n, *shape)``."""
 
-    def square_root(self, outputs, targets=None):
-        return diagonal_columns((0.5 * outputs).exp())
+    def root(self, outputs):
+        return (0.5 * outputs).exp()
 
     def sample(self, outputs, uniform):
         from scipy.stats import poisson
@@ -152,6 +176,3 @@ class Poisson(Likelihood):
 
     def score(self, outputs, labels, targets=None):
         return _like(labels, outputs) - outputs.exp()
-
-    def fisher_times(self, outputs, tangent, targets=None):
-        return outputs.exp() * tangent

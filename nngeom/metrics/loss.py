@@ -15,7 +15,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, OutputError, Si
 from nngeom.generator.sweep import Columns
 from nngeom.generator.task import require_targets
 from nngeom.metrics.categorical import Categorical
-from nngeom.metrics.likelihood import Gaussian, as_columns
+from nngeom.metrics.likelihood import Gaussian, as_columns, columns_times
 
 OUTPUT_LIMIT = 4096  # outputs an example whose Hessian in them is formed
 
@@ -36,6 +36,11 @@ class Loss:
             f = outputs.detach().requires_grad_()
             gradient = torch.autograd.grad(self(f, targets).sum(), f, create_graph=True)[0]
             return torch.autograd.grad(gradient, f, tangent)[0] if gradient.requires_grad else torch.zeros_like(tangent)
+
+
+    def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any) -> Tensor:
+        """``L r (k, n, *shape)`` for the square root ``L`` of the Hessian of the loss in the outputs, as in :class:`Likelihood`."""
+        return columns_times(self.square_root(outputs, targets), outputs, noise)
 
 
 class CrossEntropy(Loss):
@@ -95,6 +100,11 @@ class CrossEntropy(Loss):
         product = self.categorical.fit(outputs, targets).fisher_times(outputs, tangent, targets)
         return product if totals is None else product * totals
 
+    def root_times(self, outputs, noise, targets):
+        totals = self._totals(outputs, targets)
+        product = self.categorical.fit(outputs, targets).root_times(outputs, noise, targets)
+        return product if totals is None else product * totals.sqrt()
+
     def _totals(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """The total weight of each position's (smoothed) label, in the shape of the outputs; ``None`` where it is always one."""
         categorical = self.categorical.fit(outputs, targets)
@@ -122,6 +132,9 @@ class SquaredError(Loss):
 
     def times(self, outputs, tangent, targets):
         return tangent
+
+    def root_times(self, outputs, noise, targets):
+        return noise(*outputs.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -215,6 +228,10 @@ class GaussNewton:
     def times(self, outputs: Tensor, tangent: Tensor, batch: Any, start: int) -> Tensor:
         """The Hessian of the loss in the outputs times a tangent."""
         return self.loss.times(outputs, tangent, require_targets(batch))
+
+    def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], batch: Any) -> Tensor:
+        """The square root of the Hessian of the loss in the outputs times noise ``(k, n, *shape)``."""
+        return self.loss.root_times(outputs, noise, require_targets(batch))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ class PMatEKFAC(PMat):
         bases = {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}
         return (yield from rescale(bases))
 
+    @classmethod
+    def in_basis(cls, matrix):
+        return Rescaling(cls, {}, matrix.blocks)
+
     def rescaled(self, model: Any, loader: Any, measure: Callable[..., Any] | None = None, **options: Any) -> PMatEKFAC:
         """New eigenvalues in the kept eigenbasis: the mean squares of the rows of ``model`` now, in one sweep, as a new PMatEKFAC.
 
@@ -62,7 +67,7 @@ class PMatEKFAC(PMat):
         """
         from nngeom.measure import FIM
 
-        return (measure or FIM)(model, loader, Rescaling(PMatEKFAC, {}, self.blocks), layer_collection=self.layer_collection, **options)
+        return (measure or FIM)(model, loader, self.in_basis(self), layer_collection=self.layer_collection, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +89,17 @@ def rescale(bases: dict[Layout, EigenBlock]) -> Recipe:
     """The mean squares of the rows in given bases; zero for parameters that the data does not use."""
 
     def statistic(chunk):
-        j = next(iter(chunk.jacobians.values()), None)
-        here = bases
-        if j is not None:
-            first = next(iter(bases.values()))
-            if first.d.device != j.device:
-                raise DeviceError(f"the eigenbasis is on {first.d.device} and the model on {j.device}; move one with .to(device)")
-            if first.d.dtype != j.dtype:
-                here = {layout: b.to(j.dtype) for layout, b in bases.items()}
+        if not chunk.jacobians or not bases:
+            return scaling_statistic(bases)(chunk)
+        device, here, first = next(iter(chunk.jacobians.values())).device, bases, next(iter(bases.values()))
+        if first.d.device != device:
+            raise DeviceError(f"the eigenbasis is on {first.d.device} and the model on {device}; move one with .to(device)")
+        dtypes = {j.dtype for j in chunk.jacobians.values()}
+        wide = functools.reduce(torch.promote_types, dtypes)
+        if len(dtypes) > 1:
+            chunk = replace(chunk, jacobians={layout: j.to(wide) for layout, j in chunk.jacobians.items()})
+        if first.d.dtype != wide:
+            here = {layout: b.to(wide) for layout, b in bases.items()}
         return scaling_statistic(here)(chunk)
 
     means = yield statistic

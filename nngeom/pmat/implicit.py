@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nngeom.core import memory
 from nngeom.core.damping import Damping, Tikhonov, as_damping
-from nngeom.core.errors import ArgumentError, UnsupportedError
+from nngeom.core.errors import ArgumentError, NNGeomError, UnsupportedError
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.linearization import Linearization
 from nngeom.generator.sweep import Columns, Metric, Sweep
@@ -171,6 +171,28 @@ class ImplicitFisher(PMatImplicit):
     """``1/n sum_i J_i^T L_i J_i`` with the metric ``L_i`` of the outputs, by ``J v``, then ``L``, then ``J^T``."""
 
     def _product(self, x):
+        try:
+            return self._by_tangents(x)
+        except (NNGeomError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError:  # an operation without forward mode and second derivative, or on which torch's fails (saved activations computed again)
+            return self._by_rows(x)
+
+    def _by_rows(self, x: Tensor) -> Tensor:
+        """The product by explicit cotangents, as every stored representation has them."""
+        total, count = torch.zeros_like(x), 0
+        with memory.limit(self.sweep.memory_budget):
+            for chunk in replace(self.sweep, _axes={}, check=False).chunks():
+                parts = [j.jvp(layout.gather(x).to(j.dtype)).to(x.dtype) for layout, j in chunk.jacobians.items()]
+                inner = torch.stack(parts).sum(0) if parts else x
+                for layout, j in chunk.jacobians.items():
+                    part = torch.zeros_like(x)
+                    layout.scatter_(part, j.vjp(inner.to(j.dtype)).to(x.dtype))
+                    total += part
+                count = chunk.start + chunk.examples
+        return total / count
+
+    def _by_tangents(self, x: Tensor) -> Tensor:
         linear, v = Linearization(self.task), self._split(x)
         total, count = torch.zeros_like(x), 0
         for batch in self.task.batches(self.sweep.loader):

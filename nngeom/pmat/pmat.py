@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.damping import Damping, as_damping
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, SingularError, StructureError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, SingularError, StructureError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.block import Block
@@ -48,6 +48,10 @@ class Representation:
     def passes(self) -> int:
         """How many sweeps the recipe takes."""
         return self.kind.passes
+
+    def last_sweep(self, matrix: PMat) -> Representation:
+        """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is only one."""
+        return self if self.passes == 1 else self.kind.in_basis(matrix)
 
     def part_of(self, name: str) -> object:
         """Parameters of different parts never share a block."""
@@ -105,6 +109,11 @@ class PMat(ParameterOperator):
     def options(cls, **settings: Any) -> Representation:
         """This representation with options, for use inside :class:`PMatMixed`."""
         return Representation(cls, settings)
+
+    @classmethod
+    def in_basis(cls, matrix: PMat) -> Representation:
+        """This representation in the kept basis of ``matrix``, measured in one sweep, where it has such a thing."""
+        raise UnsupportedError(f"{cls.__name__} with parts of several sweeps is not estimated from random probes; mix others than PMatEKFAC")
 
     # -- primitives --------------------------------------------------------------------------------------------------
 

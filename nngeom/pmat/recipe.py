@@ -6,6 +6,7 @@ over all examples, and returns ``{layout: block}``. Recipes never touch a networ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,7 +58,7 @@ def join_rows(chunk: Chunk, layout: Layout, names: tuple[str, ...]) -> Iterator[
     if not members:
         return
     k, n = members[0][1].shape[:2]
-    dtype = members[0][1].dtype
+    dtype = functools.reduce(torch.promote_types, (j.dtype for _, j in members))
     place: dict[str, int] = {}
     at = 0
     for piece in layout.pieces:

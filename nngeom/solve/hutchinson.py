@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ from nngeom.core.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its standard error."""
+    """A number, tensor or vector with its standard error."""
 
-    value: Tensor
-    standard_error: Tensor
+    value: Any
+    standard_error: Any
 
     def __float__(self) -> float:
         return float(self.value)
