@@ -212,3 +212,26 @@ def test_errors(kind):
     for alpha in (0, -1.0, float("inf"), "2"):
         with pytest.raises(nng.ArgumentError, match="alpha"):
             Scaled(case.model, alpha)
+
+
+NORMS = {
+    "layer norm": lambda: nn.LayerNorm(5),
+    "instance norm": lambda: nn.InstanceNorm1d(6, affine=True),
+    "group norm": lambda: nn.GroupNorm(2, 6),
+    "softmax": lambda: nn.Softmax(-1),
+    "log softmax": lambda: nn.LogSoftmax(1),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_gradient_in_the_inputs(name):
+    """Torch's tangents of some operations are wrong, or fail, when differentiated in the input: against central differences."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 6, 1), NORMS[name](), nn.Flatten(), nn.Linear(30, 2)).double()
+    lin = Linearized(model)
+    move(lin)
+    x, v = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 4, 5, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(lin(x)[:, 0].sum(), x)
+    with torch.no_grad():
+        numeric = (lin(x + 1e-6 * v) - lin(x - 1e-6 * v))[:, 0].sum() / 2e-6
+    torch.testing.assert_close((gradient * v).sum(), numeric, rtol=1e-6, atol=1e-8)

@@ -250,6 +250,32 @@ def test_products_where_forward_mode_fails(name):
     torch.testing.assert_close(implicit.to_dense(), dense.to_dense(), rtol=1e-8, atol=1e-12)
 
 
+def test_maps_on_channels_last_group_norm():
+    """torch's forward mode of group norm fails on channels-last tensors: double backward instead."""
+    make, draw = NO_TANGENTS["channels-last group norm"]
+    model, x = make(), draw()
+    v = nng.PVector.randn(nng.LayerCollection.from_model(model), dtype=f64)
+    a, b = (nng.Jacobian(model, [x], kind).mv(v).flat() for kind in (nng.PushForwardImplicit, nng.PushForwardDense))
+    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+    a, b = (nng.GramMatrix(model, [x], kind).mv(nng.FVector(torch.ones(3, 5, dtype=f64))).flat() for kind in (nng.FMatImplicit, nng.FMatDense))
+    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_sparse_embeddings():
+    model = model_of(nn.Embedding(6, 3, sparse=True), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3))
+    dense = model_of(nn.Embedding(6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3))
+    x, y = torch.randint(0, 6, (5, 2)), torch.zeros(5, dtype=torch.long)
+    for kind in (nng.PMatDense, nng.PMatKFAC, nng.PMatImplicit):
+        torch.testing.assert_close(nng.FIM(model, x, kind).to_dense(), nng.FIM(dense, x, kind).to_dense())
+    a, b = (nng.Hessian(m, (x, y), nng.PMatDense, loss="cross_entropy").to_dense() for m in (model, dense))
+    torch.testing.assert_close(a, b)
+
+
+def test_one_example_without_an_axis_of_examples():
+    with pytest.raises(nng.OutputError, match=r"one example without an axis.*unsqueeze\(0\)"):
+        nng.FIM(nn.Linear(3, 3).double(), [(normal(3),)], nng.PMatDense, likelihood="gaussian")
+
+
 def test_products_keep_the_errors_of_the_model():
     def f(m, x):
         if bool((x > 50).any()):
@@ -578,7 +604,7 @@ def test_layers_of_different_dtypes():
     f = lambda m, d: lambda a: m[1](m[0](a.to(d)).double().tanh())
     v = nng.PVector.randn(nng.LayerCollection.from_model(whole), generator=torch.Generator().manual_seed(0), dtype=f64)
     for kind in (nng.PMatDense, nng.PMatBlockDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatLowRank, nng.PMatQuasiDiag, nng.PMatDiag, nng.PMatEye):
-        a, b = nng.FIM(model, (x,), kind, function=f(model, torch.float32), check=False), nng.FIM(whole, (x,), kind, function=f(whole, f64))
+        a, b = nng.FIM(model, (x,), kind, function=f(model, torch.float32)), nng.FIM(whole, (x,), kind, function=f(whole, f64))
         assert a.dtype == f64 and {t.dtype for block in a.blocks.values() for t in block.fields().values() if isinstance(t, torch.Tensor)} == {f64}
         torch.testing.assert_close(a.mv(v).flat(), b.mv(v).flat(), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(a.solve(v, 0.1).flat(), b.solve(v, 0.1).flat(), rtol=1e-4, atol=1e-5)

@@ -100,7 +100,7 @@ class _Probe:
         u = self.u.new_ones(1) if gradients is None else self.u
         found: dict[int, list[ExampleAxis] | None] = {}
         for (j, axes), g, h in zip(options.items(), plain, weighted):
-            x, y = self._rows(self.uses[j], g if len(u) == 1 else torch.tensordot(u, g, 1).unsqueeze(0)), self._rows(self.uses[j], h)
+            x, y = self._rows(self.uses[j], g if len(u) == 1 else torch.tensordot(u.to(g.dtype), g, 1).unsqueeze(0)), self._rows(self.uses[j], h)
             found[j] = [a for a in axes if _agrees(a, x, y, self.weight, exact)] if bool(x.any()) or bool(y.any()) else None
         return found
 

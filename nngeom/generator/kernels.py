@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -31,3 +33,57 @@ def twice_differentiable(model: nn.Module | None = None) -> Iterator[None]:
     recurrent = model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules())
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext(), _Composite():
         yield
+
+
+# Operations written out, for derivatives of their forward mode (see ReverseConventions).
+
+
+def _layer_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *cudnn: bool) -> Tensor:
+    out = _normalised(input, list(range(-len(tuple(normalized_shape)), 0)), eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *cudnn: bool,
+) -> Tensor:
+    if not use_input_stats:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    out, channels = _normalised(input, list(range(2, input.ndim)), eps), (-1, *[1] * (input.ndim - 2))
+    out = out if weight is None else out * weight.view(channels)
+    return out if bias is None else out + bias.view(channels)
+
+
+def _normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    x = x - x.mean(dims, keepdim=True)
+    return x * (x.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _softmax(input: Tensor, dim: int | None = None, *options: Any, **named: Any) -> Tensor:
+    return _log_softmax(input, dim, *options, **named).exp()
+
+
+def _log_softmax(input: Tensor, dim: int | None = None, *options: Any, **named: Any) -> Tensor:
+    dim = (0 if input.ndim in (0, 1, 3) else 1) if dim is None else dim  # as torch.nn.functional reads no dim
+    dtype = next((x for x in (*options, named.get("dtype")) if isinstance(x, torch.dtype)), input.dtype)
+    x = input.to(dtype)
+    x = x - x.detach().amax(dim, keepdim=True)
+    return x - x.exp().sum(dim, keepdim=True).log()
+
+
+WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _instance_norm,
+    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
+}

@@ -12,7 +12,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from nngeom.generator.kernels import twice_differentiable
+from nngeom.core.errors import NNGeomError
+from nngeom.generator.kernels import WRITTEN_OUT, twice_differentiable
 from nngeom.generator.task import Batch, Task, gradients_on
 
 
@@ -31,9 +32,10 @@ class Linearization:
                     outputs = self._run(batch, duals)
                     primal, tangent = forward_ad.unpack_dual(outputs)
                 return primal, torch.zeros_like(primal) if tangent is None else tangent.detach()
-            except (NotImplementedError, RuntimeError) as error:
-                if "forward" not in str(error) and "Forward" not in str(error):
-                    raise
+            except (NNGeomError, torch.OutOfMemoryError):
+                raise
+            except RuntimeError:  # no forward mode for some operation, or one that fails (group norm on channels-last tensors)
+                pass
             outputs = self.task.run(batch)
             u = torch.zeros_like(outputs, requires_grad=True)
             params = list(self.task.parameters.values())
@@ -67,10 +69,18 @@ class _Caller(torch.nn.Module):
 
 
 class ReverseConventions(TorchFunctionMode):
-    """Forward mode ignores ``padding_idx`` of embeddings, whose row gets no gradient in reverse mode: made the same."""
+    """What forward mode does unlike reverse mode, made the same.
+
+    It ignores ``padding_idx`` of embeddings, whose row gets no gradient in reverse mode. The tangents of layer and instance
+    norm take the saved mean and deviation for constants when they are differentiated in the input (torch 2.13), and those of
+    a softmax fail then: where the input requires gradients, the three are written out.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        written = WRITTEN_OUT.get(func)
+        if written is not None and torch.is_grad_enabled() and args and args[0].requires_grad:
+            return written(*args, **kwargs)
         out = func(*args, **kwargs)
         if func is F.embedding:
             named = dict(zip(("input", "weight", "padding_idx"), args)) | kwargs

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
 from nngeom.space.collection import LayerCollection, unwrap
@@ -45,7 +48,7 @@ class Task:
                 f"the selected parameters are on several devices, {sorted(map(str, devices))}; expected one: move the model with model.to(device)"
             )
         dtypes = {p.dtype for p in parameters.values()}
-        dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.promote_types(*list(dtypes)[:2])
+        dtype = functools.reduce(torch.promote_types, dtypes)
         return Task(model, lc, function, parameters, next(iter(devices)), dtype)
 
     def layer_of(self, name: str) -> str:
@@ -65,7 +68,8 @@ class Task:
 
     def run(self, batch: Batch) -> Tensor:
         """The outputs ``(n, ...)`` of one batch, checked to be a finite-dimensional floating-point tensor."""
-        outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
+        with _DenseGradients() if any(getattr(m, "sparse", False) for m in self.model.modules()) else contextlib.nullcontext():
+            outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
         if not isinstance(outputs, Tensor):
             raise OutputError(
                 f"the {'function' if self.function is not None else 'model'} returned {type(outputs).__name__}; expected a tensor of "
@@ -102,6 +106,20 @@ class Task:
             out = self.model(batch)
         logits = getattr(out, "logits", None)
         return logits if isinstance(logits, Tensor) else out
+
+
+class _DenseGradients(TorchFunctionMode):
+    """Embeddings with ``sparse=True``, whose gradients hardly any operation takes, as if without: the numbers are the same."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        place = {F.embedding: 6, F.embedding_bag: 7}.get(func)
+        if place is not None:
+            if len(args) > place:
+                args = (*args[:place], False, *args[place + 1 :])
+            elif "sparse" in kwargs:
+                kwargs = {**kwargs, "sparse": False}
+        return func(*args, **kwargs)
 
 
 def _unpack(batch: Batch) -> tuple[Any, ...]:

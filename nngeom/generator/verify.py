@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import CoverageError
+from nngeom.core.errors import CoverageError, OutputError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
@@ -43,6 +43,12 @@ def few(task: Task, seen: Capture, index: list[int]) -> Capture | None:
     try:
         alone = capture(task, take(seen.batch, index, n))
     except Exception:  # a model that cannot run on a part of this batch says nothing either way
+        x = _first_tensor(seen.batch)
+        if outputs.shape == (n, 1) and x is not None and x.ndim == 1 and x.is_floating_point():
+            raise OutputError(
+                f"the batch holds inputs of shape {tuple(x.shape)}, of which the model cannot run a part: it looks like one example without an axis "
+                "of examples; expected (n, ...): pass x.unsqueeze(0), or a DataLoader with batch_size=1"
+            ) from None
         return None
     expected, got = outputs[index], alone.outputs.detach()
     if got.shape != expected.shape:
@@ -56,6 +62,14 @@ def few(task: Task, seen: Capture, index: list[int]) -> Capture | None:
         "the model mixes the examples of a batch: the outputs of some change when they are run without the others; per-example derivatives "
         "do not exist then, so expected a model that treats examples separately (check=False skips this test)"
     )
+
+
+def _first_tensor(batch: Batch) -> Tensor | None:
+    """The first tensor of a batch, however deep."""
+    if isinstance(batch, Tensor):
+        return batch
+    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((x for x in map(_first_tensor, items) if x is not None), None)
 
 
 def _inputs_are_separate(task: Task, batch: Batch, n: int) -> bool:
