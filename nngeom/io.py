@@ -24,7 +24,8 @@ from torch import Tensor
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, FileError, NNGeomError, StructureError, UnsupportedError
 from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.fmat.expression import FMatSum
-from nngeom.fmat.fmat import FMat, FunctionOperator
+from nngeom.fmat.fmat import FMat
+from nngeom.fmat.operator import FunctionOperator
 from nngeom.maps.pull_back import PullBackDense
 from nngeom.maps.push_forward import JacobianMap, PushForwardDense
 from nngeom.pmat.block import Block

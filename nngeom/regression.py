@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
-from nngeom.fmat.fmat import FMat, FunctionOperator
+from nngeom.fmat.fmat import FMat
+from nngeom.fmat.operator import FunctionOperator
 from nngeom.space.fvector import FVector
 
 

@@ -8,7 +8,7 @@ import torch
 
 from nngeom.core.damping import Damping
 from nngeom.fmat.dense import FMatDense
-from nngeom.fmat.fmat import DENSE_LIMIT, FunctionOperator
+from nngeom.fmat.operator import DENSE_LIMIT, FunctionOperator
 from nngeom.space.fvector import FVector
 
 

@@ -13,7 +13,7 @@ from nngeom.core import memory
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.fmat.dense import FMatDense
-from nngeom.fmat.fmat import FunctionOperator
+from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import EVERYTHING, Mean, build, squared_norms
 from nngeom.fmat.tiles import Side
 from nngeom.generator.backward import pull_back

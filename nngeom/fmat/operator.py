@@ -1,0 +1,183 @@
+"""Function-space operators: the contract, and what follows from few primitives.
+
+An operator maps functions on ``m`` examples to functions on ``n`` examples, both with ``c`` outputs. Flattened rows are
+output-major: row ``output * n + example``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core import linalg
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError, UnsupportedError
+from nngeom.space.fvector import FVector
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+DENSE_LIMIT = 50_000
+
+
+class FunctionOperator(ABC):
+    """Anything that maps function space to function space; rectangular between two sets of examples.
+
+    Primitives are ``outputs, rows, columns, dtype, device, _mv, T, _scaled``; the rest has a definition in terms of
+    them, overridden where the structure makes it cheap or exact.
+    """
+
+    # -- primitives --------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def outputs(self) -> int:
+        """``c``."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """``n``: examples that the result lives on."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> int:
+        """``m``: examples that the operand lives on."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """dtype of the entries."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the entries are."""
+
+    @abstractmethod
+    def _mv(self, f: Tensor) -> Tensor:
+        """``[*b, c, m] -> [*b, c, n]``."""
+
+    @property
+    @abstractmethod
+    def T(self) -> FunctionOperator:
+        """The transpose: a kernel between the two sets of examples the other way round."""
+
+    @abstractmethod
+    def _scaled(self, c: float | Tensor) -> FunctionOperator:
+        """``c K``."""
+
+    # -- derived -----------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(c n, c m)``."""
+        return self.outputs * self.rows, self.outputs * self.columns
+
+    def _operand(self, f: Any, examples: int) -> Tensor:
+        if not isinstance(f, FVector):
+            raise ArgumentTypeError(f"the operand is {type(f).__name__}; expected an FVector (FVector(tensor) of shape (*batch, {self.outputs}, {examples}))")
+        if tuple(f.shape[-2:]) != (self.outputs, examples):
+            raise ArgumentError(f"the FVector has shape {tuple(f.shape)}; expected (*batch, {self.outputs}, {examples})")
+        if f.device != self.device:
+            raise DeviceError(f"the FVector is on {f.device} and the matrix on {self.device}; move one with .to(device)")
+        return f.tensor.to(self.dtype)
+
+    def _require_square(self, what: str) -> None:
+        if self.rows != self.columns:
+            raise ArgumentError(f"{what} needs a square kernel; this one is between {self.rows} and {self.columns} examples")
+
+    def mv(self, f: FVector) -> FVector:
+        """``K f``, batched: ``(*batch, c, m) -> (*batch, c, n)``."""
+        return FVector(self._mv(self._operand(f, self.columns)))
+
+    def vTMv(self, f: FVector) -> Tensor:
+        """``f^T K f``, ``(*batch)``."""
+        self._require_square("vTMv")
+        x = self._operand(f, self.columns)
+        return (x * self._mv(x)).sum((-2, -1))
+
+    def to_dense(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """``(c n, c m)``, output-major; raises :class:`SizeError` where a side is above ``limit``."""
+        if max(self.shape) > limit:
+            size = self.shape[0] * self.shape[1] * self.dtype.itemsize / 2**30
+            raise SizeError(
+                f"the dense kernel {self.shape} takes {size:.1f} GiB; the limit is {limit} rows: pass to_dense(limit={max(self.shape)}) to have it anyway"
+            )
+        return self._dense()
+
+    def _dense(self) -> Tensor:
+        eye = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
+        return self._mv(eye.view(-1, self.outputs, self.columns)).flatten(1).T.contiguous()
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, FunctionOperator):
+            from nngeom.fmat.dense import FMatDense
+
+            if (other.outputs, other.rows) != (self.outputs, self.columns):
+                raise ArgumentError(f"kernels of shapes {self.shape} and {other.shape} do not multiply")
+            product = self.to_dense() @ other.to_dense().to(self.dtype)
+            return FMatDense(product.view(self.outputs, self.rows, self.outputs, other.columns))
+        return self.mv(other)
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, (int, float)) and other == 0:  # so that sum() works
+            return self
+        if not isinstance(other, FunctionOperator):
+            raise ArgumentTypeError(f"cannot add {type(other).__name__} to a function-space matrix; expected another one")
+        if (self.outputs, self.rows, self.columns) != (other.outputs, other.rows, other.columns):
+            mine, theirs = ((k.outputs, k.rows, k.columns) for k in (self, other))
+            raise ArgumentError(f"kernels of (outputs, rows, columns) {mine} and {theirs} do not add")
+        return self._added(other)
+
+    __radd__ = __add__
+
+    def _added(self, other: FunctionOperator) -> FunctionOperator:
+        from nngeom.fmat.expression import FMatSum
+
+        return FMatSum((self, other))
+
+    def __sub__(self, other: Any) -> Any:
+        if not isinstance(other, FunctionOperator):
+            raise ArgumentTypeError(f"cannot subtract {type(other).__name__} from a function-space matrix; expected another one")
+        return self + (-1.0) * other
+
+    def __neg__(self) -> Any:
+        return -1.0 * self
+
+    def __mul__(self, c: Any) -> Any:
+        if not isinstance(c, (int, float)) and not (isinstance(c, Tensor) and c.ndim == 0):
+            raise ArgumentTypeError(f"cannot scale a kernel by {type(c).__name__}; expected a number")
+        return self._scaled(c)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: Any) -> Any:
+        return self * (1 / c)
+
+    def to_scipy(self) -> LinearOperator:
+        """A ``scipy.sparse.linalg.LinearOperator`` on flat numpy vectors."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def act(k: FunctionOperator):
+            def apply(x):
+                t = torch.as_tensor(x.copy()).to(k.dtype).to(k.device)
+                columns = t.reshape(k.shape[1], -1).T.reshape(-1, k.outputs, k.columns)
+                out = k._mv(columns).flatten(1).T
+                return (out if t.ndim == 2 else out[:, 0]).detach().cpu().numpy()
+
+            return apply
+
+        forth, back = act(self), act(self.T)
+        dtype = torch.empty((), dtype=linalg.accumulation_dtype(self.dtype)).numpy().dtype
+        return LinearOperator(self.shape, matvec=forth, rmatvec=back, matmat=forth, rmatmat=back, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(outputs={self.outputs}, examples={self.rows}x{self.columns}, dtype={self.dtype}, device='{self.device}')"
+
+
+def refuse(what: str, instead: str) -> UnsupportedError:
+    """The error of an operation that a representation does not offer."""
+    return UnsupportedError(f"{what} is not offered; {instead}")
