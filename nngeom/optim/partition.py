@@ -9,7 +9,9 @@ from typing import Any
 from nngeom.core.errors import ArgumentError
 from nngeom.generator.observe import Observer
 from nngeom.generator.sweep import Chunk
-from nngeom.optim.curvature import Averaged, Curvature, Eigenbasis, Schedule
+from nngeom.optim.curvature import Averaged, Curvature
+from nngeom.optim.eigenbasis import Eigenbasis
+from nngeom.optim.schedule import Schedule
 from nngeom.pmat.ekfac import PMatEKFAC
 from nngeom.pmat.mixed import Mixture
 from nngeom.pmat.pmat import Representation
