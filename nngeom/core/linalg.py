@@ -131,7 +131,7 @@ def left(factor: Tensor | None, x: Tensor, transpose: bool = False) -> Tensor:
         return x
     if is_diagonal(factor):
         return factor.unsqueeze(-1) * x
-    return (factor.mT if transpose else factor) @ x
+    return _product(factor.mT if transpose else factor, x)
 
 
 def right(x: Tensor, factor: Tensor | None, transpose: bool = False) -> Tensor:
@@ -140,4 +140,9 @@ def right(x: Tensor, factor: Tensor | None, transpose: bool = False) -> Tensor:
         return x
     if is_diagonal(factor):
         return x * factor.unsqueeze(-2)
-    return x @ (factor.mT if transpose else factor)
+    return _product(x, factor.mT if transpose else factor)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y``, without what it costs to find out that nothing is broadcast."""
+    return torch.bmm(x, y) if x.ndim == y.ndim == 3 and x.shape[0] == y.shape[0] else x @ y
