@@ -18,7 +18,12 @@ PRESETS = {
     "ekfac": (nng.PMatEKFAC, 1e-2, lambda m, **k: EKFAC(m, damping=1e-2, basis_every=1, scalings="batch", **EXACT, **k)),
     "ekfac-additive": (nng.PMatEKFAC, nng.FactoredTikhonov(1e-3), lambda m, **k: EKFAC(m, basis_every=1, scalings="batch", **EXACT, **k)),
     "kfac": (nng.PMatKFAC, 1e-2, lambda m, **k: KFAC(m, damping=1e-2, inverse_every=1, **EXACT, **k)),
-    "kfac-factored": (nng.PMatKFAC, nng.FactoredTikhonov(1e-3), lambda m, **k: KFAC(m, inverse_every=1, **EXACT, **k)),
+    "kfac-factored": (nng.PMatKFAC, nng.FactoredTikhonov(1e-3, balanced=False), lambda m, **k: KFAC(m, inverse_every=1, **EXACT, **k)),
+    "kfac-balanced": (
+        nng.PMatKFAC,
+        nng.FactoredTikhonov(1e-3),
+        lambda m, **k: KFAC(m, damping=nng.FactoredTikhonov(1e-3), inverse_every=1, **EXACT, **k),
+    ),
     "kfac-reduce": (nng.PMatKFAC.options(sharing="reduce"), 1e-2, lambda m, **k: KFAC(m, damping=1e-2, sharing="reduce", inverse_every=1, **EXACT, **k)),
     "ekfac-sua": (nng.PMatEKFAC.options(sua=True), 1e-2, lambda m, **k: EKFAC(m, damping=1e-2, sua=True, basis_every=1, scalings="batch", **EXACT, **k)),
     "kfac-sua": (nng.PMatKFAC.options(sua=True), 1e-2, lambda m, **k: KFAC(m, damping=1e-2, sua=True, inverse_every=1, **EXACT, **k)),

@@ -92,7 +92,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.representation = as_representation(representation)
         self.collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         self.clock = Clock(
-            FactoredTikhonov(1e-3) if damping is None else damping, kl_clip=kl_clip,
+            FactoredTikhonov(1e-3, balanced=False) if damping is None else damping, kl_clip=kl_clip,
             statistics_decay=statistics_decay, scalings_decay=scalings_decay, every=every, statistics_every=statistics_every,
         )  # fmt: skip
         self.reduction, self.skipped = as_reduction(reduction), 0
