@@ -18,7 +18,7 @@ PRESETS = {
     "ekfac": (nng.PMatEKFAC, 1e-2, lambda m, **k: EKFAC(m, damping=1e-2, basis_every=1, scalings="batch", **EXACT, **k)),
     "ekfac-additive": (nng.PMatEKFAC, nng.FactoredTikhonov(1e-3), lambda m, **k: EKFAC(m, basis_every=1, scalings="batch", **EXACT, **k)),
     "kfac": (nng.PMatKFAC, 1e-2, lambda m, **k: KFAC(m, damping=1e-2, inverse_every=1, **EXACT, **k)),
-    "kfac-factored": (nng.PMatKFAC, nng.FactoredTikhonov(1e-3, balanced=False), lambda m, **k: KFAC(m, inverse_every=1, **EXACT, **k)),
+    "kfac-factored": (nng.PMatKFAC, nng.FactoredTikhonov(1e-2, balanced=False), lambda m, **k: KFAC(m, inverse_every=1, **EXACT, **k)),
     "kfac-balanced": (
         nng.PMatKFAC,
         nng.FactoredTikhonov(1e-3),
