@@ -47,7 +47,7 @@ def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
 def gram(x: Tensor, blocks: int | None = None) -> Tensor:
     """``x^T x`` for ``x [r, p]``, computing the upper blocks only and mirroring them."""
     p = x.shape[-1]
-    if p < 96 or x.shape[0] < 64:
+    if p < 96 or x.shape[0] * p * p < 2**23:
         return x.T @ x
     blocks = blocks or (4 if p < 1024 else 8)
     cuts = [p * j // blocks for j in range(blocks + 1)]
