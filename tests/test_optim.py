@@ -323,6 +323,19 @@ def test_steps_that_are_not_finite_leave_no_trace(kind):
     assert all(torch.equal(p, q) for p, q in zip(case.model.parameters(), other.parameters()))
 
 
+def test_squares_that_overflow_do_not_stay_in_the_spectrum():
+    case = build("mlp", sizes=(6,))
+    x, y = case.loader[0]
+    opt = EKFAC(case.model)
+    for turn in range(3):
+        opt.zero_grad()
+        with opt.observe():
+            (F.cross_entropy(case.model(x), y) * (1e170 if turn == 1 else 1)).backward()
+        with pytest.warns(SkippedStepWarning, match="overflows") if turn == 1 else contextlib.nullcontext():
+            opt.step()
+    assert opt.clock.steps == 2 and all(torch.isfinite(b.d).all() for b in opt.partition.parts[0].blocks.values())
+
+
 def test_nothing_is_left_on_the_model():
     case = build("transformer", sizes=(4,))
     before = {n: (set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in case.model.named_modules()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov
+from nngeom.core.errors import NonFiniteError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.generator.sweep import Chunk
@@ -125,7 +126,10 @@ class Eigenbasis(Curvature):
     def _follow(self, v: Tensor, seen: Seen, past: float) -> None:
         """The spectrum takes in what this step has seen; ``v`` is the gradient in the bases."""
         if self.from_gradient:
-            self.spectrum.mul_(past).addcmul_(v, v, value=(1 - past) * seen.examples * seen.mean**2)
+            spectrum = (self.spectrum * past).addcmul_(v, v, value=(1 - past) * seen.examples * seen.mean**2)
+            if not bool(torch.isfinite(spectrum.sum())):  # infinity would stay, and stop these coordinates without a word
+                raise NonFiniteError("the squared gradient in the eigenbasis overflows")
+            self.spectrum.copy_(spectrum)
             return
         for layout, t in scaled_means(self.squares, max(seen.examples, 1), seen.scale).items():
             self.blocks[layout].d.mul_(past).add_(t["d"], alpha=1 - past)

@@ -44,7 +44,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Inverses and eigenbases are computed anew every ``every`` steps, averages take in every ``statistics_every``-th batch
     (with ``statistics_decay=0`` only those of a refresh). ``damping`` is a number (Tikhonov, exact), a damping object, or
-    :class:`LevenbergMarquardt`; default ``FactoredTikhonov(1e-3)``. ``kl_clip`` bounds ``lr**2 / 2 v^T (F + damping) v``, the
+    :class:`LevenbergMarquardt`; default ``FactoredTikhonov(1e-3, balanced=False)``. ``kl_clip`` bounds ``lr**2 / 2 v^T (F + damping) v``, the
     divergence the quadratic model predicts for a step ``-lr v``. ``momentum`` averages preconditioned gradients as
     ``torch.optim.SGD`` does gradients; ``weight_decay`` is decoupled, ``w <- w - lr weight_decay w``. All numbers may be
     callables of the step. ``params``: parameter groups as for any optimizer, each with its own ``lr``, ``momentum``,
@@ -149,6 +149,10 @@ class NaturalGradient(torch.optim.Optimizer):
     def damping(self) -> Any:
         """As given: a number, a damping object, a callable of the step, or :class:`LevenbergMarquardt`."""
         return self.clock.damping
+
+    @damping.setter
+    def damping(self, damping: Any) -> None:
+        self.clock.damping = damping
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also drops what was observed since the last step."""
