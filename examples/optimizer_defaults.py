@@ -119,7 +119,7 @@ METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "EKFAC, Tikhonov, lr 0.1": lambda m: nng.optim.EKFAC(m, lr=0.1, **TIKHONOV),
     "EKFAC, Tikhonov, lr 0.1, kl_clip": lambda m: nng.optim.EKFAC(m, lr=0.1, kl_clip=1e-3, **TIKHONOV),
     "KFAC": nng.optim.KFAC,
-    "KFAC, balanced": lambda m: nng.optim.KFAC(m, damping=nng.FactoredTikhonov(1e-3)),
+    "KFAC, balanced": lambda m: nng.optim.KFAC(m, damping=nng.FactoredTikhonov(1e-2)),
     "Adam": lambda m: torch.optim.Adam(m.parameters()),
 }
 
@@ -135,7 +135,7 @@ def main() -> None:
         print(f"{name:20s}", {k: float(f"{v:.3g}") for k, v in table[name].items()}, flush=True)
     path = Path(__file__).parent.parent / "docs" / "data" / "defaults.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1).replace("Infinity", "null"))
+    path.write_text(json.dumps(table, indent=1).replace("Infinity", "null"))  # diverged
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def plot(path: Path, image: Path) -> None:
     import matplotlib.pyplot as plt
 
     results = json.loads(path.read_text())
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
     for method, runs in results["best"].items():
         kept = [r for r in runs if math.isfinite(final(r, results["epochs"]))]
         if not kept:
@@ -135,7 +135,7 @@ def plot(path: Path, image: Path) -> None:
             axis.fill_between(at, losses.amin(0), losses.amax(0), alpha=0.2, color=line.get_color())
     axes[0].set(xlabel="epoch", ylabel="training loss", yscale="log")
     axes[1].set(xlabel="seconds of processor time")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncol=4, fontsize=7)
+    figure.tight_layout(rect=(0, 0, 1, 0.88))
     image.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(image, dpi=80)
