@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import nngeom as nng
 from nngeom.optim import EKFAC, KFAC, LevenbergMarquardt, NaturalGradient, SkippedStepWarning
+from nngeom.optim.packed import Packed
 
 EXACT = dict(lr=1.0, momentum=0.0)
 PRESETS = {
@@ -220,6 +221,24 @@ def test_running_scalings_follow_the_formula():
             assert torch.allclose(opt.partition.parts[0].blocks[layout].d, expected[layout], rtol=1e-9, atol=1e-15)
             damped = expected[layout] + block.additive(1e-3)
             assert torch.allclose(layout.gather(step.flat()), 0.1 * block.basis.mv(v / damped), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("sua", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "depthwise", "deconv2d", "deconv3d", "language-model", "transformer", "tied", "experts", "einsum"])
+def test_packed_blocks_are_gathered_and_scattered_by_their_layouts(name, sua):
+    case = build(name, sizes=(5,))
+    layouts = list(nng.FIM(case.model, case.loader, nng.PMatKFAC.options(sua=sua)).blocks)
+    vector = torch.randn(nng.LayerCollection.from_model(case.model).numel)
+    before, expected = vector.clone(), vector.clone()
+    packed = Packed(layouts, vector)
+    packed.read()
+    for layout, block in zip(layouts, packed.blocks):
+        assert torch.equal(block, layout.gather(before))
+        block.mul_(torch.arange(block.numel()).view(block.shape))
+        layout.scatter_(expected, block)
+    assert torch.equal(vector, before)
+    packed.write()
+    assert torch.equal(vector, expected)
 
 
 def test_momentum_decay_groups_and_callables():
