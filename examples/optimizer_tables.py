@@ -63,8 +63,9 @@ def number(x: float | None) -> str:
 
 def defaults() -> str:
     """Loss after 20 epochs, as the optimizers come."""
-    rows = [[task, number(r["EKFAC"]), number(r["KFAC"]), number(r["Adam"]), f"{r['SGD']:.2g} ({r['SGD lr']:g})"] for task, r in load("defaults").items()]
-    return table(["task", "EKFAC, defaults", "KFAC, defaults", "Adam, defaults", "SGD with momentum, best lr"], rows)
+    kinds = ("EKFAC", "KFAC", "KFAC, balanced", "Adam")
+    rows = [[task, *(number(r[kind]) for kind in kinds), f"{r['SGD']:.2g} ({r['SGD lr']:g})"] for task, r in load("defaults").items()]
+    return table(["task", "EKFAC, defaults", "KFAC, defaults", "KFAC, balanced damping", "Adam, defaults", "SGD with momentum, best lr"], rows)
 
 
 def numbers() -> str:
