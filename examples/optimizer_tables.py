@@ -28,7 +28,7 @@ def race(name: str) -> str:
     results, rows = load(name), []
     for method, runs in results["best"].items():
         whole = [r for r in runs if len(r["loss"]) == results["epochs"] and r["loss"][-1] is not None]
-        losses = ", ".join(f"{r['loss'][-1]:.2g}" for r in whole) or "diverged"
+        losses = ", ".join(f"{r['loss'][-1]:.2g}" if r in whole else "diverged" for r in runs)
         quarter = sum(r["loss"][results["epochs"] // 4 - 1] for r in whole) / len(whole) if whole else math.nan
         settings = sum(c["final"] is not None for c in results["grid"][method])
         rows.append(

@@ -28,6 +28,7 @@ GRIDS = {
     "EKFAC": DAMPED,
     "KFAC": DAMPED,
     "KFAC, every 1": DAMPED,
+    "KFAC balanced": DAMPED,
 }
 
 
