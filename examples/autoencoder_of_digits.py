@@ -1,8 +1,8 @@
 """A deep auto-encoder of digits, trained by KFAC, EKFAC, EKFAC-ra, SGD with momentum and batch normalisation, and Adam.
 
 The experiment of George et al. 2018 (figure 3), small: layers 64-100-50-25-6 and back with sigmoids, weights
-N(0, 1 / fan-in), logistic outputs, half the squared error summed over pixels, batches of 200. Every method gets 16
-settings on one seed (4 lr x 4 dampings, or 16 lr), the best of which is run on three.
+N(0, 1 / fan-in), logistic outputs, half the squared error summed over pixels, batches of 200. Every method gets 50
+settings on one seed (5 lr x 5 dampings, or 25 lr, each with momentum 0 and 0.9), the best of which is run on three.
 
     python examples/autoencoder_of_digits.py            # all of it: docs/data/autoencoder.json, docs/images/autoencoder.png
     python examples/autoencoder_of_digits.py --quick    # one setting of each, 20 epochs
@@ -20,23 +20,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from optimizer_race import DOCS, Training, experiment, plot, train
+from optimizer_race import DOCS, Setting, Training, experiment, grid, plot, train
 from torch import Tensor, nn
 
 import nngeom as nng
 
 WIDTHS = (64, 100, 50, 25, 6, 25, 50, 100, 64)
 MNIST_WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
-DAMPED = [(lr, x) for lr in (3e-3, 0.01, 0.03, 0.1) for x in (3e-4, 1e-3, 3e-3, 1e-2)]
+MOMENTA = (0.0, 0.9)
+DAMPED = grid((3e-3, 0.01, 0.03, 0.1, 0.3), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), MOMENTA)
 GRIDS = {
+    "SGD + batch norm": grid([10 ** (-3 + 0.15 * j) for j in range(25)], momenta=MOMENTA),
+    "Adam": grid([10 ** (-4 + 0.125 * j) for j in range(25)], momenta=MOMENTA),
     "EKFAC-ra": DAMPED,
     "EKFAC": DAMPED,
     "KFAC": DAMPED,
-    "KFAC, every step": DAMPED,
-    "SGD + batch norm": [(10 ** (-3 + 0.25 * j), None) for j in range(16)],
-    "Adam": [(10 ** (-4 + 0.2 * j), None) for j in range(16)],
+    "KFAC, every 1": DAMPED,
+    "KFAC balanced, every 1": DAMPED,
 }
-QUICK = {"EKFAC-ra": (0.03, 3e-3), "EKFAC": (3e-3, 3e-4), "KFAC, every step": (0.01, 3e-3), "SGD + batch norm": (0.18, None), "Adam": (0.01, None)}
+QUICK = {
+    "SGD + batch norm": Setting(0.18),
+    "Adam": Setting(0.01),
+    "EKFAC-ra": Setting(0.03, 3e-3),
+    "EKFAC": Setting(3e-3, 3e-4),
+    "KFAC, every 1": Setting(0.01, 1e-4),
+}
 
 
 def digits() -> Tensor:
@@ -89,7 +97,7 @@ def main() -> None:
     task = Training(model, loss_of, x, x, 200)
     if options.quick:
         for method, setting in QUICK.items():
-            run = train(task, method, *setting, 0, min(options.epochs, 20))
+            run = train(task, method, setting, 0, min(options.epochs, 20))
             print(f"{method:18s} loss {run['loss'][-1]:.3f} after {len(run['loss'])} epochs, {run['seconds'][-1]:.2f} s")
         return
     data, images, name = (DOCS / "data", DOCS / "images", "autoencoder") if options.mnist is None else (Path("out"), Path("out"), "autoencoder_mnist")

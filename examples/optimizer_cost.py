@@ -2,7 +2,8 @@
 
     python examples/optimizer_cost.py        # docs/data/cost.json, and the table on the screen
 
-Single-threaded; the optimizers take turns, block by block, so that a busy machine slows all of them alike.
+Single-threaded; the optimizers take turns, block by block of 50 steps, so that a busy machine slows all of them alike.
+Medians over the blocks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from autoencoder_of_digits import autoencoder, loss_of
@@ -20,7 +22,8 @@ from torch.nn import functional as F
 
 import nngeom as nng
 
-BLOCK, ROUNDS = 50, 6
+Task = tuple[Callable[[], nn.Module], Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]
+BLOCK, ROUNDS = 50, 9
 METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-4, momentum=0.9),
     "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-4),
@@ -67,26 +70,24 @@ def state_bytes(state: object) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    images = torch.rand(200, 64)
-    tasks = {
-        "auto-encoder, batch 200": (lambda: autoencoder(0), images, images, loss_of),
-        "conv net, batch 128": (conv_net, torch.randn(128, 3, 16, 16), torch.randint(0, 10, (128,)), F.cross_entropy),
-    }
+    images, colours, labels = torch.rand(1000, 64), torch.randn(128, 3, 16, 16), torch.randint(0, 10, (128,))
+    tasks: dict[str, Task] = {f"auto-encoder, batch {n}": (lambda: autoencoder(0), images[:n], images[:n], loss_of) for n in (100, 200, 500, 1000)}
+    tasks["conv net, batch 128"] = (conv_net, colours, labels, F.cross_entropy)
     table: dict[str, dict] = {}
     for task, (make, x, y, loss) in tasks.items():
-        rounds = ROUNDS if task.startswith("auto") else 2
+        rounds = ROUNDS if task.startswith("auto") else 3
         trained = {name: (model := make(), method(model)) for name, method in METHODS.items()}
         numel = sum(p.numel() for p in make().parameters())
-        spent = dict.fromkeys(METHODS, 0.0)
+        spent: dict[str, list[float]] = {name: [] for name in METHODS}
         for model, opt in trained.values():
             run(model, opt, x, y, loss, 1)
         for _ in range(rounds):
             for name, (model, opt) in trained.items():
-                spent[name] += run(model, opt, x, y, loss, BLOCK)
+                spent[name].append(run(model, opt, x, y, loss, BLOCK))
         table[task] = {
             name: {
-                "milliseconds": spent[name] / (rounds * BLOCK) * 1e3,
-                "ratio": spent[name] / spent["SGD"],
+                "milliseconds": median(spent[name]) / BLOCK * 1e3,
+                "ratio": median(spent[name]) / median(spent["SGD"]),
                 "state, in parameters": state_bytes(opt.state_dict()) / 4 / numel,
             }
             for name, (_, opt) in trained.items()

@@ -1,9 +1,10 @@
-"""Five small tasks, 20 epochs: EKFAC as it comes, Adam as it comes, SGD with momentum at its best learning rate.
+"""Small tasks, 20 epochs: EKFAC and KFAC as they come, with other numbers, Adam as it comes, SGD with momentum at its best learning rate.
 
     python examples/optimizer_defaults.py        # docs/data/defaults.json, and the table on the screen
 
 Losses are those of the training set after 20 epochs, means over three seeds. SGD's rate is chosen on the first seed
-among nine, per task: the others are not tuned.
+among nine, per task: the others are not tuned. The default learning rate of EKFAC was chosen on the first five tasks;
+on the last three nothing was.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from autoencoder_of_digits import autoencoder, loss_of
@@ -37,14 +39,14 @@ class Problem:
     batch: int
 
 
-def mlp(*widths: int) -> Callable[[int], nn.Module]:
-    """A ReLU network with PyTorch's initialisation."""
+def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> Callable[[int], nn.Module]:
+    """A fully connected network with PyTorch's initialisation."""
 
     def make(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
         for a, b in zip(widths, widths[1:]):
-            layers += [nn.Linear(a, b), nn.ReLU()]
+            layers += [nn.Linear(a, b), activation()]
         return nn.Sequential(*layers[:-1])
 
     return make
@@ -58,13 +60,16 @@ def conv_net(seed: int) -> nn.Module:
 
 
 def problems() -> dict[str, Problem]:
-    """The five tasks; inputs standardised, regression targets too."""
-    from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+    """The five tasks on which the defaults were chosen, then three others; inputs standardised, regression targets too."""
+    from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
 
     def standard(x: Tensor) -> Tensor:
         return (x - x.mean(0)) / x.std(0)
 
-    d, t, c = load_digits(), load_diabetes(), load_breast_cancer()
+    def classes(data: Any) -> tuple[Tensor, Tensor]:
+        return standard(torch.tensor(data.data).float()), torch.tensor(data.target)
+
+    d, t = load_digits(), load_diabetes()
     pixels = torch.tensor(d.data / 16, dtype=torch.float32)
     labels = torch.tensor(d.target)
     squared = lambda f, y: 0.5 * (f - y).square().sum(1).mean()
@@ -75,7 +80,10 @@ def problems() -> dict[str, Problem]:
         "diabetes, MLP": Problem(
             mlp(10, 32, 32, 1), squared, (standard(torch.tensor(t.data).float()), standard(torch.tensor(t.target).float()[:, None])), 64
         ),
-        "breast cancer, MLP": Problem(mlp(30, 32, 32, 2), F.cross_entropy, (standard(torch.tensor(c.data).float()), torch.tensor(c.target)), 64),
+        "breast cancer, MLP": Problem(mlp(30, 32, 32, 2), F.cross_entropy, classes(load_breast_cancer()), 64),
+        "wine, MLP": Problem(mlp(13, 32, 32, 3), F.cross_entropy, classes(load_wine()), 32),
+        "iris, MLP": Problem(mlp(4, 32, 32, 3), F.cross_entropy, classes(load_iris()), 32),
+        "digits, tanh MLP": Problem(mlp(64, 64, 10, activation=nn.Tanh), F.cross_entropy, (pixels, labels), 128),
     }
 
 
@@ -102,6 +110,20 @@ def mean(problem: Problem, make: Callable[[nn.Module], torch.optim.Optimizer]) -
     return sum(train(problem, make, seed) for seed in SEEDS) / len(SEEDS)
 
 
+TIKHONOV = {"damping": 1e-3}
+METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "EKFAC": nng.optim.EKFAC,
+    "EKFAC, lr 0.1": lambda m: nng.optim.EKFAC(m, lr=0.1),
+    "EKFAC, lr 0.1, kl_clip": lambda m: nng.optim.EKFAC(m, lr=0.1, kl_clip=1e-3),
+    "EKFAC, Tikhonov": lambda m: nng.optim.EKFAC(m, **TIKHONOV),
+    "EKFAC, Tikhonov, lr 0.1": lambda m: nng.optim.EKFAC(m, lr=0.1, **TIKHONOV),
+    "EKFAC, Tikhonov, lr 0.1, kl_clip": lambda m: nng.optim.EKFAC(m, lr=0.1, kl_clip=1e-3, **TIKHONOV),
+    "KFAC": nng.optim.KFAC,
+    "KFAC, balanced": lambda m: nng.optim.KFAC(m, damping=nng.FactoredTikhonov(1e-2)),
+    "Adam": lambda m: torch.optim.Adam(m.parameters()),
+}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", nng.optim.SkippedStepWarning)
@@ -109,16 +131,11 @@ def main() -> None:
     for name, problem in problems().items():
         sgd = lambda lr: lambda model: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         best = min(RATES, key=lambda lr: train(problem, sgd(lr), SEEDS[0]))
-        table[name] = {
-            "EKFAC": mean(problem, nng.optim.EKFAC),
-            "Adam": mean(problem, lambda model: torch.optim.Adam(model.parameters())),
-            "SGD": mean(problem, sgd(best)),
-            "SGD lr": float(f"{best:.2g}"),
-        }
+        table[name] = {method: mean(problem, make) for method, make in METHODS.items()} | {"SGD": mean(problem, sgd(best)), "SGD lr": float(f"{best:.2g}")}
         print(f"{name:20s}", {k: float(f"{v:.3g}") for k, v in table[name].items()}, flush=True)
     path = Path(__file__).parent.parent / "docs" / "data" / "defaults.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1))
+    path.write_text(json.dumps(table, indent=1).replace("Infinity", "null"))  # diverged
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,17 @@ import nngeom as nng
 
 DOCS = Path(__file__).parent.parent / "docs"
 SEEDS = (0, 1, 2)
-Grid = list[tuple[float, "float | None"]]  # (lr, damping)
+
+
+class Setting(NamedTuple):
+    """One point of a grid."""
+
+    lr: float
+    damping: float | None = None
+    momentum: float = 0.9
+
+
+Grid = list[Setting]
 
 
 @dataclass(frozen=True)
@@ -30,22 +42,32 @@ class Training:
     batch: int
 
 
-def optimizer(method: str, model: nn.Module, lr: float, damping: float | None) -> torch.optim.Optimizer:
-    """A method at one setting of its grid; bases and inverses are computed every 50 steps where nothing else is said."""
+def grid(rates: Iterable[float], dampings: Iterable[float | None] = (None,), momenta: Iterable[float] = (0.9,)) -> Grid:
+    """All combinations."""
+    return [Setting(*point) for point in itertools.product(rates, dampings, momenta)]
+
+
+def optimizer(method: str, model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    """A method at one setting of its grid; ``"KFAC, every 10"`` says after how many steps bases and inverses are computed anew, default 50.
+
+    KFAC damps its factors as EKFAC does (``pi = 1``), ``"KFAC balanced"`` as Martens & Grosse 2015 do.
+    """
+    lr, damping, momentum = setting
     if method == "Adam":
-        return torch.optim.Adam(model.parameters(), lr=lr)
+        return torch.optim.Adam(model.parameters(), lr=lr, betas=(momentum, 0.999))
     if method.startswith("SGD"):
-        return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    damped = nng.FactoredTikhonov(damping)
-    if method.startswith("KFAC"):
-        return nng.optim.KFAC(model, lr=lr, damping=damped, inverse_every=1 if method.endswith("every step") else 50)
-    return nng.optim.EKFAC(model, lr=lr, damping=damped, basis_every=50, scalings="running" if method == "EKFAC-ra" else "batch")
+        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    name, _, period = method.partition(", every ")
+    damped, every = nng.FactoredTikhonov(damping, balanced=name.endswith("balanced")), int(period or 50)
+    if name.startswith("KFAC"):
+        return nng.optim.KFAC(model, lr, momentum, damped, inverse_every=every)
+    return nng.optim.EKFAC(model, lr, momentum, damped, basis_every=every, scalings="running" if name == "EKFAC-ra" else "batch")
 
 
-def train(task: Training, method: str, lr: float, damping: float | None, seed: int, epochs: int) -> dict:
+def train(task: Training, method: str, setting: Setting, seed: int, epochs: int) -> dict:
     """The loss of the training set after each epoch, and the processor time of the training steps alone."""
     model = task.model(seed, method.endswith("batch norm"))
-    opt = optimizer(method, model, lr, damping)
+    opt = optimizer(method, model, setting)
     order = torch.Generator().manual_seed(1000 + seed)
     losses, seconds, spent = [], [], 0.0
     for _ in range(epochs):
@@ -68,7 +90,7 @@ def train(task: Training, method: str, lr: float, damping: float | None, seed: i
         seconds.append(round(spent, 4))
         if losses[-1] is None or value > 100:
             break
-    return {"method": method, "lr": float(f"{lr:.3g}"), "damping": damping, "seed": seed, "loss": losses, "seconds": seconds}
+    return {"method": method, **setting._asdict(), "seed": seed, "loss": [v and float(f"{v:.5g}") for v in losses], "seconds": seconds}
 
 
 def final(run: dict, epochs: int) -> float:
@@ -84,11 +106,12 @@ def experiment(task: Training, grids: dict[str, Grid], epochs: int, path: Path) 
     for method, grid in grids.items():
         if method in results["best"]:
             continue
-        runs = [train(task, method, lr, x, SEEDS[0], epochs) for lr, x in grid]
+        runs = [train(task, method, setting, SEEDS[0], epochs) for setting in grid]
         best = min(runs, key=lambda r: final(r, epochs))
-        results["grid"][method] = [{"lr": r["lr"], "damping": r["damping"], "final": r["loss"][-1] if len(r["loss"]) == epochs else None} for r in runs]
-        results["best"][method] = [best] + [train(task, method, best["lr"], best["damping"], seed, epochs) for seed in SEEDS[1:]]
-        print(f"{method:18s} lr {best['lr']:g} damping {best['damping']}: {[float(f'{final(r, epochs):.3g}') for r in results['best'][method]]}", flush=True)
+        chosen = grid[runs.index(best)]
+        results["grid"][method] = [{**setting._asdict(), "final": r["loss"][-1] if len(r["loss"]) == epochs else None} for setting, r in zip(grid, runs)]
+        results["best"][method] = [best] + [train(task, method, chosen, seed, epochs) for seed in SEEDS[1:]]
+        print(f"{method:18s} {tuple(chosen)}: {[float(f'{final(r, epochs):.3g}') for r in results['best'][method]]}", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results))
 
@@ -101,7 +124,7 @@ def plot(path: Path, image: Path) -> None:
     import matplotlib.pyplot as plt
 
     results = json.loads(path.read_text())
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
     for method, runs in results["best"].items():
         kept = [r for r in runs if math.isfinite(final(r, results["epochs"]))]
         if not kept:
@@ -112,7 +135,7 @@ def plot(path: Path, image: Path) -> None:
             axis.fill_between(at, losses.amin(0), losses.amax(0), alpha=0.2, color=line.get_color())
     axes[0].set(xlabel="epoch", ylabel="training loss", yscale="log")
     axes[1].set(xlabel="seconds of processor time")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncol=4, fontsize=7)
+    figure.tight_layout(rect=(0, 0, 1, 0.88))
     image.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(image, dpi=80)

@@ -28,50 +28,83 @@ def race(name: str) -> str:
     results, rows = load(name), []
     for method, runs in results["best"].items():
         whole = [r for r in runs if len(r["loss"]) == results["epochs"] and r["loss"][-1] is not None]
-        losses = ", ".join(f"{r['loss'][-1]:.2g}" for r in whole) or "diverged"
+        losses = ", ".join(f"{r['loss'][-1]:.2g}" if r in whole else "diverged" for r in runs)
         quarter = sum(r["loss"][results["epochs"] // 4 - 1] for r in whole) / len(whole) if whole else math.nan
         settings = sum(c["final"] is not None for c in results["grid"][method])
         rows.append(
             [
-                method, f"{runs[0]['lr']:g}", "" if runs[0]["damping"] is None else f"{runs[0]['damping']:g}", f"{quarter:.2g}" if whole else "", losses,
-                f"{sum(r['seconds'][-1] for r in whole) / len(whole):.1f}" if whole else "", f"{settings} of {len(results['grid'][method])}",
+                method, f"{runs[0]['lr']:.2g}", "" if runs[0]["damping"] is None else f"{runs[0]['damping']:g}", f"{runs[0]['momentum']:g}",
+                f"{quarter:.2g}" if whole else "", losses, f"{sum(r['seconds'][-1] for r in whole) / len(whole):.1f}" if whole else "",
+                f"{settings} of {len(results['grid'][method])}",
             ]
         )  # fmt: skip
     epochs = results["epochs"]
-    head = ["method", "lr", "damping", f"loss after {epochs // 4} epochs", f"after {epochs}, each seed", "seconds", "settings that ended finite"]
+    head = ["method", "lr", "damping", "momentum", f"loss after {epochs // 4} epochs", f"after {epochs}, each seed", "seconds", "settings that ended finite"]
     return table(head, rows)
 
 
+def amortisation() -> str:
+    """Final losses of the seeds by period."""
+    results = load("amortisation")
+    periods = sorted({int(name.partition(", every ")[2]) for name in results["best"]})
+    methods = list(dict.fromkeys(name.partition(",")[0] for name in results["best"]))
+
+    def cell(method: str, period: int) -> str:
+        runs = results["best"][f"{method}, every {period}"]
+        return ", ".join(f"{r['loss'][-1]:.2g}" if len(r["loss"]) == results["epochs"] and r["loss"][-1] is not None else "diverged" for r in runs)
+
+    return table(["", *(f"every {period}" if period > 1 else "every step" for period in periods)], [[m, *(cell(m, p) for p in periods)] for m in methods])
+
+
+def number(x: float | None) -> str:
+    """Two digits; what is above 100 counts as diverged."""
+    return "diverged" if x is None or x > 100 else f"{x:.2g}"
+
+
 def defaults() -> str:
-    """Loss after 20 epochs."""
-    rows = [[task, f"{r['EKFAC']:.2g}", f"{r['Adam']:.2g}", f"{r['SGD']:.2g} ({r['SGD lr']:g})"] for task, r in load("defaults").items()]
-    return table(["task", "EKFAC, defaults", "Adam, defaults", "SGD with momentum, best lr"], rows)
+    """Loss after 20 epochs, as the optimizers come."""
+    kinds = ("EKFAC", "KFAC", "KFAC, balanced", "Adam")
+    rows = [[task, *(number(r[kind]) for kind in kinds), f"{r['SGD']:.2g} ({r['SGD lr']:g})"] for task, r in load("defaults").items()]
+    return table(["task", "EKFAC, defaults", "KFAC, defaults", "KFAC, balanced damping", "Adam, defaults", "SGD with momentum, best lr"], rows)
+
+
+def numbers() -> str:
+    """Loss after 20 epochs of EKFAC with other numbers."""
+    results = load("defaults")
+    kinds = [kind for kind in next(iter(results.values())) if kind.startswith("EKFAC")]
+    head = ["task", "lr 0.01 (default)", *(kind.removeprefix("EKFAC, ") for kind in kinds[1:])]
+    return table(head, [[task, *(number(r[kind]) for kind in kinds)] for task, r in results.items()])
 
 
 def cost() -> str:
-    """Ratios to SGD and memory."""
+    """Ratios to SGD, and memory."""
     results = load("cost")
+    last = {task.partition(",")[0]: task for task in results}  # the state does not depend on the batch
     rows = [
-        [method, *(f"{cell:.2g}" for rows in results.values() for cell in (rows[method]["ratio"], rows[method]["state, in parameters"]))]
+        [method, *(f"{rows[method]['ratio']:.2f}" for rows in results.values()), *(f"{results[t][method]['state, in parameters']:.2g}" for t in last.values())]
         for method in next(iter(results.values()))
     ]
-    return table(["method", *(f"{task}: {what}" for task in results for what in ("time / SGD", "state / parameters"))], rows)
+    return table(["time / SGD", *results, *(f"state / parameters, {name}" for name in last)], rows)
 
 
 def curvature() -> str:
-    """Errors just before a refresh."""
+    """Errors and distances just before a refresh, means over seeds, layer by layer."""
     results = load("curvature")
-    at = [results["step"].index(step) for step in (0, 80, 280, 480)]
-    rows = [[name, *(f"{values[j][0]:.2g}" for j in at), f"{values[at[-1]][1]:.2g}"] for name, values in results.items() if name != "step"]
-    return table(["", "error at step 0", "80", "280", "480", "distance of spectra at 480"], rows)
+    at, layers = results["step"].index(480), list(results["layers"].values())
+    mean = lambda runs, j: sum(run[at][j] for run in runs) / len(runs)
+    rows = [[name, *(f"{mean(curves[name], j):.2g}" for j in (0, 1) for curves in layers)] for name in layers[0]]
+    return table(["", *(f"{what}, layer {j + 1}" for what in ("error", "distance of spectra") for j in range(len(layers)))], rows)
 
 
 def main() -> None:
     page = DOCS / "optimizers.md"
     text = page.read_text()
     for name, made in {
-        "autoencoder": race("autoencoder"), "residual": race("residual"), "defaults": defaults(), "cost": cost(), "curvature": curvature(),
+        "autoencoder": race("autoencoder"), "residual": race("residual"), "amortisation": amortisation(), "defaults": defaults(), "numbers": numbers(),
+        "cost": cost(), "curvature": curvature(),
     }.items():  # fmt: skip
+        if f"<!-- {name} -->" not in text:
+            raise SystemExit(f"{page} has no place <!-- {name} -->")
         text = re.sub(rf"(<!-- {name} -->\n)(.*?)(<!-- end -->)", lambda m, made=made: m.group(1) + made + "\n" + m.group(3), text, flags=re.S)
     page.write_text(text)
 

@@ -25,6 +25,7 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, argumen
     "lazy_quadratic": ([], ["--seeds", "1"]),
     "autoencoder_of_digits": ([], ["--quick"]),
     "residual_digits": ([], ["--epochs", "2"]),
+    "optimizer_amortisation": ([], ["--epochs", "2"]),
     "curvature_along_training": ([], []),
     "optimizer_defaults": ([], []),
     "optimizer_cost": ([], []),

@@ -163,17 +163,20 @@ def test_2_6_factored_damping_is_the_additive_form_in_the_eigenbasis():
         close((e.d + e.additive(x)).flatten().sort().values, torch.linalg.eigvalsh(torch.kron(g[0], a[0])), 1e-8)
 
 
-def test_factored_tikhonov_balances_the_factors():
+@pytest.mark.parametrize("balanced", [True, False])
+def test_factored_tikhonov_balances_the_factors(balanced):
     c = build("mlp")
     kfac = nng.FIM(c.model, c.loader, nng.PMatKFAC)
     v = nng.PVector.randn(kfac.layer_collection, dtype=f64)
     want = torch.empty_like(v.flat())
     for layout, b in kfac.blocks.items():
-        pi = ((b.a[0].trace() / b.a.shape[-1]) / (b.g[0].trace() / b.g.shape[-1])).sqrt()
+        pi = ((b.a[0].trace() / b.a.shape[-1]) / (b.g[0].trace() / b.g.shape[-1])).sqrt() if balanced else 1.0
         a = b.a[0] + pi * 0.1**0.5 * torch.eye(b.a.shape[-1], dtype=f64)
         g = b.g[0] + 0.1**0.5 / pi * torch.eye(b.g.shape[-1], dtype=f64)
         layout.scatter_(want, torch.linalg.solve(g, layout.gather(v.flat())[0] @ torch.linalg.inv(a))[None])
-    close(kfac.solve(v, nng.FactoredTikhonov(0.1)).flat(), want, 1e-8)
+    close(kfac.solve(v, nng.FactoredTikhonov(0.1, balanced)).flat(), want, 1e-8)
+    inverted = torch.cat([b.inverse(nng.FactoredTikhonov(0.1, balanced)).mv(lay.gather(v.flat())).flatten() for lay, b in kfac.blocks.items()])
+    close(inverted, torch.cat([lay.gather(want).flatten() for lay in kfac.blocks]), 1e-8)
 
 
 def test_cutoff_is_the_pseudo_inverse():

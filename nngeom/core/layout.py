@@ -57,6 +57,14 @@ class Arrangement:
             m = m.permute(*range(len(b)), *(len(b) + j for j in inverse))
         return m.reshape(*b, math.prod(self.view))
 
+    def folded(self, x: Tensor) -> Tensor:
+        """A view of ``x [numel]`` whose entries are in the order of :meth:`unfolded`."""
+        return x.view(self.view).permute(self.order)
+
+    def unfolded(self, m: Tensor) -> Tensor:
+        """A view of ``m [s, o, i]`` that is no copy whatever its strides: its axes are only cut."""
+        return m.view([self.view[j] for j in self.order])
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -47,7 +47,7 @@ def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
 def gram(x: Tensor, blocks: int | None = None) -> Tensor:
     """``x^T x`` for ``x [r, p]``, computing the upper blocks only and mirroring them."""
     p = x.shape[-1]
-    if p < 96 or x.shape[0] < 64:
+    if p < 96 or x.shape[0] * p * p < 2**23:
         return x.T @ x
     blocks = blocks or (4 if p < 1024 else 8)
     cuts = [p * j // blocks for j in range(blocks + 1)]
@@ -131,7 +131,7 @@ def left(factor: Tensor | None, x: Tensor, transpose: bool = False) -> Tensor:
         return x
     if is_diagonal(factor):
         return factor.unsqueeze(-1) * x
-    return (factor.mT if transpose else factor) @ x
+    return _product(factor.mT if transpose else factor, x)
 
 
 def right(x: Tensor, factor: Tensor | None, transpose: bool = False) -> Tensor:
@@ -140,4 +140,9 @@ def right(x: Tensor, factor: Tensor | None, transpose: bool = False) -> Tensor:
         return x
     if is_diagonal(factor):
         return x * factor.unsqueeze(-2)
-    return x @ (factor.mT if transpose else factor)
+    return _product(x, factor.mT if transpose else factor)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y``, without what it costs to find out that nothing is broadcast."""
+    return torch.bmm(x, y) if x.ndim == y.ndim == 3 and x.shape[0] == y.shape[0] else x @ y

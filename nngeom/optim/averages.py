@@ -22,19 +22,25 @@ class Averages:
 
     def update(self, means: dict[Layout, dict[str, Tensor]], decay: float) -> None:
         """One more step; blocks that were not seen stay as they are."""
+        held: list[Tensor] = []
+        new: list[Tensor] = []
         for layout, tensors in means.items():
-            weight, held = self.entries.get(layout, (0.0, {}))
-            if decay == 0 or not held:
-                self.entries[layout] = (1 - decay, {name: (1 - decay) * t for name, t in tensors.items()})
+            weight, mine = self.entries.get(layout, (0.0, {}))
+            if decay == 0 or not mine:
+                self.entries[layout] = (1 - decay, dict(zip(tensors, torch._foreach_mul(list(tensors.values()), 1 - decay))))
                 continue
             for name, t in tensors.items():
-                if held[name].shape != t.shape:
+                if mine[name].shape != t.shape:
                     raise ArgumentError(
-                        f"the statistic {name!r} of {list(layout.names)[:2]} changed its shape from {tuple(held[name].shape)} to {tuple(t.shape)} and has no "
+                        f"the statistic {name!r} of {list(layout.names)[:2]} changed its shape from {tuple(mine[name].shape)} to {tuple(t.shape)} and has no "
                         "running average; use statistics_decay=0, or another representation"
                     )
-                held[name].mul_(decay).add_(t, alpha=1 - decay)
-            self.entries[layout] = (decay * weight + 1 - decay, held)
+                held.append(mine[name])
+                new.append(t)
+            self.entries[layout] = (decay * weight + 1 - decay, mine)
+        if held:
+            torch._foreach_mul_(held, decay)
+            torch._foreach_add_(held, new, alpha=1 - decay)
 
     def read(self) -> dict[Layout, dict[str, Tensor]]:
         """The averages, unbiased."""
@@ -52,16 +58,20 @@ class Averages:
 
 def scaled_means(sums: Sums, examples: int, c: float) -> dict[Layout, dict[str, Tensor]]:
     """Means over ``examples``, as if every gradient had been ``c`` times as large. Second moments of inputs alone do not change."""
-    means: dict[Layout, dict[str, Tensor]] = {}
-    for layout, tensors in sums.sums.items():
-        means[layout] = {}
-        for name, t in tensors.items():
+    tensors: list[Tensor] = []
+    factors: list[float] = []
+    for named in sums.sums.values():
+        beside = any(name.startswith("g") for name in named)
+        for name, t in named.items():
             if isinstance(t, Rows):
-                means[layout][name] = torch.cat(t.parts) * (c / examples**0.5)
+                tensors.append(torch.cat(t.parts))
+                factors.append(c / examples**0.5)
             else:
-                inputs_alone = not name.startswith("g") and any(other.startswith("g") for other in tensors)  # the input side of a Kronecker product
-                means[layout][name] = t * ((1.0 if inputs_alone else c * c) / examples)
-    return means
+                inputs_alone = beside and not name.startswith("g")  # the input side of a Kronecker product
+                tensors.append(t)
+                factors.append((1.0 if inputs_alone else c * c) / examples)
+    scaled = iter(torch._foreach_mul(tensors, factors) if tensors else [])
+    return {layout: {name: next(scaled) for name in named} for layout, named in sums.sums.items()}
 
 
 def all_finite(sums: Sums) -> bool:

@@ -14,7 +14,7 @@ class LevenbergMarquardt:
     """``ratio = (L(w + step) - L(w)) / (predicted change)`` on the batch: above 3/4 the damping falls, below 1/4 it grows.
 
     Every ``every`` steps the damping is multiplied by ``decay**every`` or divided by it, within ``[least, most]``.
-    ``factored`` says whether it damps the factors (:class:`FactoredTikhonov`) or the matrix. The optimizer's step needs
+    ``factored`` says whether it damps the factors (:class:`FactoredTikhonov`, not balanced) or the matrix. The optimizer's step needs
     the loss of the batch as a function, ``opt.step(evaluate=lambda: criterion(model(x), y))``; it is called twice every
     ``every`` steps, without gradients.
     """
@@ -35,7 +35,7 @@ class LevenbergMarquardt:
 
     def damping(self) -> Damping:
         """The damping in force."""
-        return FactoredTikhonov(self.value) if self.factored else Tikhonov(self.value)
+        return FactoredTikhonov(self.value, balanced=False) if self.factored else Tikhonov(self.value)
 
     def due(self, step: int) -> bool:
         """Whether this step is compared with its prediction."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.core.damping import Damping, FactoredTikhonov, as_damping
+from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
-from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.observe import Observation, Observer
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest, number
-from nngeom.optim.curvature import Eigenbasis, Schedule, Seen
-from nngeom.optim.descent import descend
+from nngeom.optim.curvature import Seen
+from nngeom.optim.descent import clipping, descend
+from nngeom.optim.eigenbasis import Eigenbasis
+from nngeom.optim.gradients import Gradients
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.partition import Partition
+from nngeom.optim.resuming import restore, with_curvature, without_curvature
+from nngeom.optim.schedule import Clock
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.mixed import as_representation
 from nngeom.space.collection import LayerCollection
@@ -42,7 +44,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Inverses and eigenbases are computed anew every ``every`` steps, averages take in every ``statistics_every``-th batch
     (with ``statistics_decay=0`` only those of a refresh). ``damping`` is a number (Tikhonov, exact), a damping object, or
-    :class:`LevenbergMarquardt`; default ``FactoredTikhonov(1e-3)``. ``kl_clip`` bounds ``lr**2 / 2 v^T (F + damping) v``, the
+    :class:`LevenbergMarquardt`; default ``FactoredTikhonov(1e-3, balanced=False)``. ``kl_clip`` bounds ``lr**2 / 2 v^T (F + damping) v``, the
     divergence the quadratic model predicts for a step ``-lr v``. ``momentum`` averages preconditioned gradients as
     ``torch.optim.SGD`` does gradients; ``weight_decay`` is decoupled, ``w <- w - lr weight_decay w``. All numbers may be
     callables of the step. ``params``: parameter groups as for any optimizer, each with its own ``lr``, ``momentum``,
@@ -89,33 +91,33 @@ class NaturalGradient(torch.optim.Optimizer):
             raise ArgumentError(f"scalings is {scalings!r}; expected 'batch' (of the examples of the batch) or 'running' (EKFAC-ra)")
         self.representation = as_representation(representation)
         self.collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
-        self.damping = FactoredTikhonov(1e-3) if damping is None else damping
-        self.numbers = {
-            "statistics_decay": statistics_decay, "scalings_decay": scalings_decay, "kl_clip": kl_clip, "every": every, "statistics_every": statistics_every,
-        }  # fmt: skip
-        self.reduction = as_reduction(reduction)
-        self.steps, self.skipped, self._refreshed = 0, 0, -1
+        self.clock = Clock(
+            FactoredTikhonov(1e-3, balanced=False) if damping is None else damping, kl_clip=kl_clip,
+            statistics_decay=statistics_decay, scalings_decay=scalings_decay, every=every, statistics_every=statistics_every,
+        )  # fmt: skip
+        self.reduction, self.skipped = as_reduction(reduction), 0
         self.observer = Observer(model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of)
         worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
         basis = lambda representation, scope: Eigenbasis(representation, scope, scalings, self.observer.metric is not None, worker)
         self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, basis)
         self._examples, self._loss_scale = 0, 1.0
         parameters = self.observer.task.parameters
-        self._mine = {id(p): name for name, p in parameters.items()}
-        super().__init__(list(parameters.values()) if params is None else params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.gradients = Gradients(parameters.values(), self.observer.task.dtype)
+        super().__init__(self.gradients.parameters if params is None else params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         grouped = {id(p) for group in self.param_groups for p in group["params"]}
         left = [name for name, p in parameters.items() if id(p) not in grouped]
         if left:
             raise ArgumentError(f"parameters {left[:4]} are in no group of params; put them in one, or leave them out with layer_collection")
-        self._schedule()  # checks the numbers
+        self.clock.now()  # checks the numbers
         for group in self.param_groups:
             for key in ("lr", "momentum", "weight_decay"):
-                number(key, group[key], self.steps)
+                number(key, group[key], 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimizer; raises :class:`ArgumentError` for a parameter outside the collection."""
         super().add_param_group(param_group)
-        odd = [tuple(p.shape) for p in self.param_groups[-1]["params"] if id(p) not in self._mine]
+        mine = set(map(id, self.gradients.parameters))
+        odd = [tuple(p.shape) for p in self.param_groups[-1]["params"] if id(p) not in mine]
         if odd:
             self.param_groups.pop()
             raise ArgumentError(f"params holds parameters of shapes {odd[:4]} outside the model's collection; give those to another optimizer")
@@ -131,7 +133,7 @@ class NaturalGradient(torch.optim.Optimizer):
         that of the constructor. A ``GradScaler`` is taken into account by itself, but for ``scaler.unscale_(opt)``
         before the step: then pass it as ``scaler``.
         """
-        schedule = self._schedule()
+        schedule = self.clock.now()
         self.reduction = self.reduction if reduction is None else as_reduction(reduction)
         with self.observer.watch(schedule.statistics or self.partition.wants_every_batch) as seen:
             yield seen
@@ -143,16 +145,14 @@ class NaturalGradient(torch.optim.Optimizer):
         seen.chunks.clear()
         self._examples += seen.examples
 
-    def _schedule(self) -> Schedule:
-        now = {name: number(name, x, self.steps) for name, x in self.numbers.items()}
-        refresh = self._refreshed < 0 or self.steps - self._refreshed >= now["every"]
-        statistics = refresh or (now["statistics_decay"] > 0 and self.steps % int(now["statistics_every"]) == 0)
-        return Schedule(statistics, refresh, now["statistics_decay"], now["scalings_decay"], self._damping())
+    @property
+    def damping(self) -> Any:
+        """As given: a number, a damping object, a callable of the step, or :class:`LevenbergMarquardt`."""
+        return self.clock.damping
 
-    def _damping(self) -> Damping:
-        if isinstance(self.damping, LevenbergMarquardt):
-            return self.damping.damping()
-        return as_damping(self.damping(self.steps) if callable(self.damping) else self.damping)
+    @damping.setter
+    def damping(self, damping: Any) -> None:
+        self.clock.damping = damping
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also drops what was observed since the last step."""
@@ -179,16 +179,16 @@ class NaturalGradient(torch.optim.Optimizer):
             self._forget()
             return loss
         rule = self.damping if isinstance(self.damping, LevenbergMarquardt) else None
-        compare = rule is not None and rule.due(self.steps)
+        compare = rule is not None and rule.due(self.clock.steps)
         if compare and evaluate is None:
             raise ArgumentError("damping is LevenbergMarquardt: pass the loss of the batch as a function, step(evaluate=lambda: criterion(model(x), y))")
-        gradient = None if rule is None else self._by_parameter(self._gradient())
+        gradient = None if rule is None else self.gradients.split(self.gradients.read().clone())
         before = float(evaluate()) if compare and evaluate is not None else 0.0
         clip = self._precondition()
         if clip is None:
             return loss
         curved = None if gradient is None else {p: clip * g for p, g in gradient.items()}
-        predicted = descend(self.param_groups, self.state, self.steps - 1, curved, gradient)
+        predicted = descend(self.param_groups, self.state, self.clock.steps - 1, curved, gradient)
         if rule is not None and compare and evaluate is not None:
             rule.update(float(evaluate()) - before, predicted)
         return loss
@@ -207,49 +207,39 @@ class NaturalGradient(torch.optim.Optimizer):
             return False
         if scale is not None:
             self._loss_scale = float(scale)
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.mul_(1 / self._loss_scale)
+            for p in self.gradients.parameters:
+                if p.grad is not None:
+                    p.grad.mul_(1 / self._loss_scale)
         elif self._loss_scale == 1.0 and self._examples and self.observer.metric is None:
             raise ArgumentError("scaler.unscale_(opt) unscaled the gradients and not what was observed: pass observe(scaler=scaler)")
         return True
 
-    def _gradient(self) -> Tensor:
-        """``[d]``, zeros where there is none."""
-        task = self.observer.task
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in task.parameters.values()]
-        return torch.cat([g.reshape(-1).to(accumulation_dtype(task.dtype)) for g in grads])
-
     def _precondition(self) -> float | None:
         """The factor of clipping; ``None`` when the step is skipped."""
-        schedule, flat = self._schedule(), self._gradient()
+        schedule, flat = self.clock.now(), self.gradients.read()
         if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self.partition):
             return self._skip("gradients or statistics are not finite")
-        mean = self.reduction == "mean"
-        own = self.observer.metric is None
+        mean, own = self.reduction == "mean", self.observer.metric is None
         scale = (self._examples if mean else 1) / self._loss_scale if own else 1.0
-        seen = Seen(self._examples, scale, flat, 1.0 if mean or not self._examples else 1 / self._examples)
-        out = flat.clone()
+        seen = Seen(self._examples, scale, 1.0 if mean or not self._examples else 1 / self._examples)
+        gradient = None if schedule.kl_clip is None else flat.clone()
         try:
             for part in self.partition:
-                part.update(seen, schedule)
-                part.precondition(flat, out, schedule.damping)
+                part.precondition(flat, seen, schedule)
         except (SingularError, NonFiniteError) as error:
-            if self.steps == 0:
+            if self.clock.steps == 0:
                 raise
             return self._skip(str(error))
         if not any(part.blocks for part in self.partition):
             raise ArgumentError("step() before anything was observed; expected the forward and backward pass inside `with opt.observe():`")
-        if not bool(torch.isfinite(out.sum())):
+        if not bool(torch.isfinite(flat.sum())):
             return self._skip("the preconditioned gradient is not finite")
-        clip = self._clip(flat, out)
-        for p, x in self._by_parameter(out * clip if clip != 1.0 else out).items():
-            if p.grad is not None:
-                p.grad.copy_(x)
-        if schedule.refresh:
-            self._refreshed = self.steps
-        self.steps += 1
+        clip = 1.0
+        if gradient is not None and schedule.kl_clip is not None:
+            clip = clipping(self.param_groups, self.clock.steps, schedule.kl_clip, self.gradients.split(gradient.mul_(flat)))
+            flat.mul_(clip)
+        self.gradients.write()
+        self.clock.tick(schedule)
         self._examples, self._loss_scale = 0, 1.0
         return clip
 
@@ -259,20 +249,6 @@ class NaturalGradient(torch.optim.Optimizer):
         warnings.warn(f"a step was skipped ({self.skipped} so far): {why}", SkippedStepWarning, stacklevel=4)
         return None
 
-    def _clip(self, flat: Tensor, out: Tensor) -> float:
-        bound = number("kl_clip", self.numbers["kl_clip"], self.steps)
-        if bound is None:
-            return 1.0
-        rate = {p: number("lr", group["lr"], self.steps) for group in self.param_groups for p in group["params"]}
-        inner = {p: float(x.sum()) for p, x in self._by_parameter(flat * out).items()}
-        divergence = sum(0.5 * rate[p] ** 2 * x for p, x in inner.items())
-        return min(1.0, math.sqrt(bound / divergence)) if divergence > 0 else 1.0
-
-    def _by_parameter(self, flat: Tensor) -> dict[Tensor, Tensor]:
-        """The pieces of a flat vector, in the shapes of the parameters."""
-        parameters = list(self.observer.task.parameters.values())
-        return {p: x.view(p.shape) for p, x in zip(parameters, flat.split([p.numel() for p in parameters]))}
-
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,26 +257,9 @@ class NaturalGradient(torch.optim.Optimizer):
         What was observed since the last step is not saved; damping (but that of :class:`LevenbergMarquardt`), decays and
         intervals are those of the constructor.
         """
-        state = super().state_dict()
-        state["param_groups"] = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]
-        state["curvature"] = {
-            "steps": self.steps, "skipped": self.skipped, "refreshed": self._refreshed, "drawn": self.observer.drawn, "reduction": self.reduction,
-            "damping": self.damping.value if isinstance(self.damping, LevenbergMarquardt) else None,
-            "batchwise": sorted(self.observer.batchwise),
-            "parts": self.partition.state(),
-        }  # fmt: skip
-        return state
+        return with_curvature(super().state_dict(), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: the steps that follow are the same, bit by bit. Callables stay those of this optimizer."""
-        if "curvature" not in state_dict:
-            raise ArgumentError("the state holds no curvature; expected the state_dict() of the same kind of optimizer")
-        groups = [{**{k: v for k, v in mine.items() if callable(v)}, **group} for mine, group in zip(self.param_groups, state_dict["param_groups"])]
-        super().load_state_dict({**{k: v for k, v in state_dict.items() if k != "curvature"}, "param_groups": groups})
-        saved = state_dict["curvature"]
-        self.steps, self.skipped, self._refreshed = saved["steps"], saved["skipped"], saved["refreshed"]
-        self.reduction, self.observer.drawn = saved["reduction"], saved["drawn"]
-        self.observer.batchwise.update(saved["batchwise"])
-        if saved["damping"] is not None and isinstance(self.damping, LevenbergMarquardt):
-            self.damping.value = saved["damping"]
-        self.partition.load(saved["parts"])
+        super().load_state_dict(without_curvature(state_dict, self.param_groups))
+        restore(self, state_dict["curvature"])

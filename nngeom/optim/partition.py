@@ -9,7 +9,9 @@ from typing import Any
 from nngeom.core.errors import ArgumentError
 from nngeom.generator.observe import Observer
 from nngeom.generator.sweep import Chunk
-from nngeom.optim.curvature import Averaged, Curvature, Eigenbasis, Schedule
+from nngeom.optim.curvature import Averaged, Curvature
+from nngeom.optim.eigenbasis import Eigenbasis
+from nngeom.optim.schedule import Schedule
 from nngeom.pmat.ekfac import PMatEKFAC
 from nngeom.pmat.mixed import Mixture
 from nngeom.pmat.pmat import Representation
@@ -27,6 +29,7 @@ class Partition:
         self.make_basis = make_basis  # (representation, scope) -> Eigenbasis
         self.parts: dict[int, Curvature] = {}
         self._place: dict[str, int] = {}
+        self._settled: tuple | None = None  # the structure of the batch that the parts were made for
 
     def __iter__(self):
         return iter(self.parts.values())
@@ -49,6 +52,10 @@ class Partition:
 
     def _assign(self, chunk: Chunk) -> None:
         """Which part each parameter belongs to; parts whose parameters change start anew."""
+        structure = tuple(chunk.jacobians), frozenset(self.observer.batchwise)
+        if structure == self._settled:
+            return
+        self._settled = structure
         place = {name: self._index(name) for name in self.collection.names}
         for layout, j in chunk.jacobians.items():
             limit = _block_limit(self._representation(place[layout.names[0]]))
@@ -92,7 +99,7 @@ class Partition:
         odd = sorted(set(place) ^ set(self.collection.names)) if place else []
         if odd:
             raise ArgumentError(f"the state belongs to other parameters; they differ in {odd[:4]}")
-        self.parts, self._place = {}, {}
+        self.parts, self._place, self._settled = {}, {}, None
         if place:
             self._build(place)
             for index, part in state.items():

@@ -56,30 +56,30 @@ class KroneckerBlock(Block):
 
     def inverse(self, damping):
         if isinstance(damping, FactoredTikhonov):
-            return self.factored_inverse(damping.value)
+            return self.factored_inverse(damping)
         return self.eigen().inverse(damping)
 
     def solve(self, b, damping):
         if not isinstance(damping, FactoredTikhonov) or b.ndim > 3:
             return super().solve(b, damping)
-        a, g = self.damped(damping.value)
+        a, g = self.damped(damping)
         b = linalg.factor_solve(g, b, "the damped gradient factor")
         return linalg.factor_solve(a, b.mT, "the damped input factor").mT
 
-    def factored_inverse(self, x: float) -> KroneckerBlock:
+    def factored_inverse(self, damping: FactoredTikhonov) -> KroneckerBlock:
         """The inverse of :meth:`damped`, factor by factor."""
-        a, g = self.damped(x)
+        a, g = self.damped(damping)
         return KroneckerBlock(linalg.factor_inverse(a, "the damped input factor"), linalg.factor_inverse(g, "the damped gradient factor"))
 
-    def damped(self, x: float) -> tuple[Tensor, Tensor]:
-        """``a + pi sqrt(x)`` and ``g + sqrt(x) / pi``, ``pi`` the root of the ratio of mean eigenvalues."""
+    def damped(self, damping: FactoredTikhonov) -> tuple[Tensor, Tensor]:
+        """``a + pi sqrt(x)`` and ``g + sqrt(x) / pi``, ``pi`` the root of the ratio of mean eigenvalues, or 1."""
         if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
-            whole = linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), self.a.new_full((self.a.shape[0],), x))
-            return whole, torch.ones_like(self.g)
+            shift = self.a.new_full((self.a.shape[0],), damping.value)
+            return linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), shift), torch.ones_like(self.g)
         means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
-        usable = (means[0] > 0) & (means[1] > 0)
+        usable = (means[0] > 0) & (means[1] > 0) & damping.balanced
         pi = torch.where(usable, (means[0] / means[1].where(usable, torch.ones_like(means[1]))).sqrt(), torch.ones_like(means[0]))
-        root = math.sqrt(x)
+        root = math.sqrt(damping.value)
         return linalg.factor_shift(self.a, pi * root), linalg.factor_shift(self.g, root / pi)
 
     def eigen(self) -> EigenBlock:

@@ -1,0 +1,151 @@
+"""EKFAC's curvature along training: eigenbases that are kept for a while, and a spectrum in them that follows every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov
+from nngeom.core.errors import NonFiniteError
+from nngeom.core.layout import Layout
+from nngeom.core.statistic import Sums
+from nngeom.generator.sweep import Chunk
+from nngeom.optim.averages import all_finite, scaled_means
+from nngeom.optim.curvature import Curvature, Seen
+from nngeom.optim.packed import Packed, split
+from nngeom.optim.schedule import Schedule
+from nngeom.pmat.ekfac import scaling_statistic
+from nngeom.pmat.kfac import EigenBlock, kronecker_blocks
+from nngeom.pmat.pmat import Representation
+from nngeom.pmat.recipe import Scope
+
+
+class Eigenbasis(Curvature):
+    """Eigenbases of averaged Kronecker factors, and second moments along them.
+
+    ``scalings="batch"``: of the batch's examples (George et al. 2018, Algorithm 1). ``"running"``: EKFAC-ra,
+    ``s <- decay s + (1 - decay) n v^2`` with ``v`` the gradient of the mean loss in the basis, ``s`` starting from the
+    factors' eigenvalues at every refresh; under a metric whose rows are not the loss's, the batch's second moments take
+    the place of ``n v^2``. Second moments taken in different bases are never averaged.
+    """
+
+    def __init__(self, representation: Representation, scope: Scope, scalings: str, own_rows: bool, worker: ThreadPoolExecutor | None):
+        super().__init__(representation, scope)
+        self.statistic: Callable = next(representation.recipe(scope))
+        self.running, self.from_gradient, self.worker = scalings == "running", scalings == "running" and not own_rows, worker
+        self.sources: set[Layout] = set()  # layers that have a basis
+        self.future: Future | None = None
+
+    def forget(self):
+        super().forget()
+        self.squares = Sums()
+        self.held: list[Chunk] = []
+
+    def finite(self):
+        return super().finite() and all_finite(self.squares)
+
+    # -- observing ---------------------------------------------------------------------------------------------------
+
+    def observe(self, chunk, schedule):
+        if not self.from_gradient and not self.squares.sums:
+            self._adopt()
+        chunk = self.scope.restrict(chunk)
+        if schedule.statistics:
+            self.pending.add(self.statistic(chunk), chunk.examples if chunk.first else 0)
+        if self.from_gradient:
+            return
+        if self._waits_for_basis(schedule):
+            self.held.append(chunk)
+        else:
+            self._square(chunk)
+
+    def _waits_for_basis(self, schedule: Schedule) -> bool:
+        return not self.blocks or (schedule.refresh and self.worker is None)
+
+    def _square(self, chunk: Chunk) -> None:
+        known = {lay: j for lay, j in chunk.jacobians.items() if lay in self.sources}
+        self.squares.add(scaling_statistic(self.blocks)(dataclasses.replace(chunk, jacobians=known)), chunk.examples if chunk.first else 0)
+
+    # -- bases -------------------------------------------------------------------------------------------------------
+
+    def _refresh(self, schedule: Schedule) -> None:
+        fresh = self.averages.entries.keys() - self.sources
+        if not self.averages.entries or not (schedule.refresh or fresh):
+            return
+        if self.worker is None or fresh:
+            self._install(eigenbases(self.averages.read()))
+            self.sources = set(self.averages.entries)
+        elif self.future is None:
+            self.future = self.worker.submit(eigenbases, self.averages.read())
+
+    def _adopt(self) -> None:
+        """Take over bases that a background thread has finished, before anything is projected on them."""
+        if self.future is not None and self.future.done():
+            self._install(self.future.result())
+            self.future = None
+
+    def _install(self, blocks: dict[Layout, EigenBlock]) -> None:
+        """New bases; the spectra of all blocks are views of one vector, which the steps to come change in place."""
+        self.spectrum = torch.cat([block.d.reshape(-1) for block in blocks.values()])
+        views = split(self.spectrum, tuple(blocks))
+        self.blocks = {layout: dataclasses.replace(block, d=d) for (layout, block), d in zip(blocks.items(), views)}
+        self._shift: tuple[Damping, Tensor] | None = None  # damping of every coordinate, while bases and damping stay
+
+    def load(self, state):
+        super().load(state)
+        self.sources = set(self.averages.entries)
+        if self.blocks:
+            self._install(self.blocks)
+
+    # -- stepping ----------------------------------------------------------------------------------------------------
+
+    def precondition(self, gradient, seen, schedule):
+        if self.from_gradient:
+            self._adopt()
+        if self.pending.sums:
+            self.averages.update(scaled_means(self.pending, seen.examples, seen.scale), schedule.decay)
+        self._refresh(schedule)
+        for chunk in self.held:
+            self._square(chunk)
+        if self.blocks:
+            bases = [block.basis for block in self.blocks.values()]
+            packed = self.packed(gradient)
+            for x, basis in zip(packed.blocks, bases):
+                x.copy_(basis.tmv(x))
+            self._follow(packed.flat, seen, schedule.scalings_decay if self.running else 0.0)
+            self._divide(packed, schedule.damping)
+            for x, basis in zip(packed.blocks, bases):
+                x.copy_(basis.mv(x))
+            packed.write()
+        self.forget()
+
+    def _follow(self, v: Tensor, seen: Seen, past: float) -> None:
+        """The spectrum takes in what this step has seen; ``v`` is the gradient in the bases."""
+        if self.from_gradient:
+            spectrum = (self.spectrum * past).addcmul_(v, v, value=(1 - past) * seen.examples * seen.mean**2)
+            if not bool(torch.isfinite(spectrum.sum())):  # infinity would stay, and stop these coordinates without a word
+                raise NonFiniteError("the squared gradient in the eigenbasis overflows")
+            self.spectrum.copy_(spectrum)
+            return
+        for layout, t in scaled_means(self.squares, max(seen.examples, 1), seen.scale).items():
+            self.blocks[layout].d.mul_(past).add_(t["d"], alpha=1 - past)
+
+    def _divide(self, packed: Packed, damping: Damping) -> None:
+        """By ``d + damping``; where damping is positive the sum needs no check, and its constant part is kept."""
+        if isinstance(damping, Cutoff) or damping.value == 0:
+            for x, block in zip(packed.blocks, self.blocks.values()):
+                x.mul_(block.inverse(damping).d)
+            return
+        if self._shift is None or self._shift[0] != damping:
+            shifts = [block.additive(damping.value) if isinstance(damping, FactoredTikhonov) else damping.value for block in self.blocks.values()]
+            self._shift = (damping, torch.cat([(torch.zeros_like(b.d) + x).view(-1) for b, x in zip(self.blocks.values(), shifts)]))
+        packed.flat.div_(self.spectrum + self._shift[1])
+
+
+def eigenbases(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, EigenBlock]:
+    """The eigenbases of Kronecker factors, with the spectrum of their product."""
+    return {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}

@@ -1,0 +1,48 @@
+"""What is due at a step, and the numbers in force at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nngeom.core.damping import Damping, as_damping
+from nngeom.optim.arguments import number
+from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Of one step."""
+
+    statistics: bool  # averages take in this batch
+    refresh: bool  # inverses or eigenbases are computed anew
+    decay: float  # weight of the past in the averages
+    scalings_decay: float
+    damping: Damping
+    kl_clip: float | None
+
+
+class Clock:
+    """Counts steps, and knows what is due: numbers, or callables of the step, as they were given to the constructor."""
+
+    def __init__(self, damping: Any, **numbers: Any):
+        self.damping, self.numbers = damping, numbers
+        self.steps, self.refreshed = 0, -1
+
+    def now(self) -> Schedule:
+        """The schedule of the coming step; raises :class:`ArgumentError` for a number out of range."""
+        now = {name: number(name, x, self.steps) for name, x in self.numbers.items()}
+        refresh = self.refreshed < 0 or self.steps - self.refreshed >= now["every"]
+        statistics = refresh or (now["statistics_decay"] > 0 and self.steps % int(now["statistics_every"]) == 0)
+        return Schedule(statistics, refresh, now["statistics_decay"], now["scalings_decay"], self._damping(), now["kl_clip"])
+
+    def _damping(self) -> Damping:
+        if isinstance(self.damping, LevenbergMarquardt):
+            return self.damping.damping()
+        return as_damping(self.damping(self.steps) if callable(self.damping) else self.damping)
+
+    def tick(self, schedule: Schedule) -> None:
+        """A step was taken."""
+        if schedule.refresh:
+            self.refreshed = self.steps
+        self.steps += 1
