@@ -88,6 +88,9 @@ def GramMatrix(
             if kind is not FMatDense or differentiable:
                 raise ArgumentError(f"out= writes an FMatDense without graph; got {kind.__name__} with differentiable={differentiable}")
             batches = [*rows.sweep.loader, "|", *(columns.sweep.loader if columns is not None else ())]
+            if function is not None:  # known by what it returns
+                with torch.no_grad():
+                    batches.append(task.run(rows.sweep.loader[0]))
             store = FileStore(out, fingerprint(batches, task.model.state_dict(), task.collection.names, centered))
         return build(kind, rows, columns, EVERYTHING, centered, store, progress)[""]
 

@@ -284,6 +284,8 @@ def test_interrupted_file_resumes_to_the_same_bytes(tmp_path, monkeypatch, cente
     changed = [(c.loader[0][0] + 1e-9, c.loader[0][1]), *c.loader[1:]]
     with pytest.raises(nng.ArgumentError, match="other inputs"):
         nng.GramMatrix(c.model, changed, out=tmp_path / "k.npy", **options)
+    with pytest.raises(nng.ArgumentError, match="other inputs"):
+        nng.GramMatrix(c.model, c.loader, out=tmp_path / "k.npy", function=lambda x, y: 2 * c.model(x), **options)
     k = nng.GramMatrix(c.model, c.loader, out=tmp_path / "k.npy", **options)
     assert len(calls) > first and (tmp_path / "k.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
     assert not list(tmp_path.glob("*.tiles*"))
