@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 from typing import Any
 
@@ -55,6 +57,20 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+def merge(path: str, key: str, records: list[dict[str, Any]], identity: tuple[str, ...], **others: Any) -> dict[str, Any]:
+    """Put records under ``key`` of a JSON file in the place of those with the same identity; all else in the file stays."""
+    results: dict[str, Any] = {}
+    if os.path.exists(path):
+        with open(path) as f:
+            results = json.load(f)
+    of = lambda record: tuple(record[name] for name in identity)
+    table = {of(r): r for r in results.get(key, [])} | {of(r): r for r in records}
+    results = {**results, **others, key: list(table.values())}
+    with open(path, "w") as f:
+        json.dump(results, f, indent=1)
+    return results
 
 
 def line(found: dict[str, Any]) -> str:
