@@ -100,9 +100,7 @@ JOBS: dict[str, dict[str, Job]] = {
         "kfac": Job(f"KFAC, Monte Carlo, {SAMPLES} samples", lambda w: lambda: w.monte_carlo(nng.PMatKFAC, SAMPLES), _trace, 32, 8),
         "ekfac": Job(f"EKFAC, Monte Carlo, {SAMPLES} samples", lambda w: lambda: w.monte_carlo(nng.PMatEKFAC, SAMPLES), _trace, 32, 8),
         "fvp": Job("product of the exact Fisher matrix with a vector, matrix-free", Large.fisher_vector, lambda v: v.norm(), 32, 8),
-        "ntk-trace": Job(
-            "trace of the NTK, all 200 outputs", lambda w: lambda: nng.GramMatrix(w.model, w.batches, nng.FMatDiag), _trace, 8, 4
-        ),
+        "ntk-trace": Job("trace of the NTK, all 200 outputs", lambda w: lambda: nng.GramMatrix(w.model, w.batches, nng.FMatDiag), _trace, 8, 4),
     },
     "gpt2": {
         "diag": Job("diagonal Fisher, Monte Carlo, 1 sample", lambda w: lambda: w.monte_carlo(nng.PMatDiag, 1), _trace, 8, 2),
@@ -128,7 +126,6 @@ def measured(model: str, job: str, examples: int | None, batch: int | None, devi
         return result
 
     peak = peak_memory(timed, device)
-    del run
     w.floor()
     floor = min(clock(w.floor, device) for _ in range(3))
     spent = found["cpu_seconds"] if device == "cpu" and torch.get_num_threads() == 1 else found["seconds"]
@@ -159,7 +156,7 @@ def in_own_process(model: str, job: str, options: argparse.Namespace) -> dict[st
             command += [f"--{name}", str(getattr(options, name))]
     command += ["--toy"] if options.toy else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         raise RuntimeError(f"{model} {job} ended with {done.returncode}: {lines[-1] if lines else 'no message'}")
@@ -196,6 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit-gib", type=float, default=24)
     parser.add_argument("--toy", action="store_true", help="the same jobs on very small nets")
     parser.add_argument("--json", help="write the results here; records of other jobs in the file stay")
+    parser.add_argument("--render", action="store_true", help="run nothing; write the table of the file given by --json")
+    parser.add_argument("--docs", help="write the table into this Markdown file, between its marks")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.inside:
@@ -204,14 +203,17 @@ def main(argv: list[str] | None = None) -> None:
         record = measured(options.model[0], options.job[0], options.examples, options.batch, options.device, options.toy)
         print(json.dumps({**record, "limit_gib": options.limit_gib, "environment": report.environment(options.device)}))
         return
-    for model in options.model:
+    results = report.load(options.json)
+    for model in [] if options.render else options.model:
         for job in JOBS[model]:
             if options.job and job not in options.job:
                 continue
             record = in_own_process(model, job, options)
             print(line(record), flush=True)
-            if options.json:
-                report.merge(options.json, "jobs", [record], ("model", "job", "device"))
+            jobs = report.replaced(results.get("jobs", []), record, ("model", "job", "device"))
+            results = report.merge(options.json, jobs=jobs)
+    if options.docs:
+        report.into(options.docs, "large", markdown(results))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def rows(w: Workload):
 
 def loss_gradients(w: Workload):
     """Per-example gradients of the loss, as rows of a Jacobian of one output."""
+
     def loss(x, y):
         return F.cross_entropy(w.model(x), y, reduction="none").unsqueeze(1)
 

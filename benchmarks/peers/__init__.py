@@ -11,36 +11,36 @@ import importlib
 import importlib.util
 from typing import Any
 
-FILES = {  # file: the module that it needs, the distribution that brings it
-    "torch_func": ("torch.func", "torch"),
+LIBRARIES = {  # as labels begin with: the module that it needs, the distribution that brings it
+    "torch.func": ("torch.func", "torch"),
     "nngeometry": ("nngeometry", "nngeometry"),
     "curvlinops": ("curvlinops", "curvlinops-for-pytorch"),
     "backpack": ("backpack", "backpack-for-pytorch"),
     "asdl": ("asdl.fisher", "asdfghjkl"),
-    "neural_tangents": ("neural_tangents", "neural-tangents"),
+    "neural-tangents": ("neural_tangents", "neural-tangents"),
 }
 
 
-def _contenders(file: str) -> dict[str, dict[str, Any]] | str:
-    """``CONTENDERS`` of a file, or why the library can't be used."""
-    module, distribution = FILES[file]
+def _contenders(library: str) -> dict[str, dict[str, Any]] | str:
+    """``CONTENDERS`` of a library's file, or why it can't be used."""
+    module, distribution = LIBRARIES[library]
     try:
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError
     except ModuleNotFoundError:  # of a parent, or a namesake without that part
         return f"not installed (pip install {distribution})"
     try:
-        return importlib.import_module(f"benchmarks.peers.{file}").CONTENDERS
+        return importlib.import_module(f"benchmarks.peers.{library.replace('.', '_').replace('-', '_')}").CONTENDERS
     except Exception as error:  # installed, but not with what it needs
         return f"{type(error).__name__}: {str(error)[:120]}"
 
 
 def missing() -> dict[str, str]:
     """Libraries that can't be used, and why."""
-    return {file: found for file in FILES if isinstance(found := _contenders(file), str)}
+    return {library: found for library in LIBRARIES if isinstance(found := _contenders(library), str)}
 
 
-def peers(job: str) -> dict[str, Any]:
-    """The contenders of other libraries that are installed, ``{label: setup}``."""
-    usable = [found for file in FILES if not isinstance(found := _contenders(file), str)]
-    return {label: jobs[job] for labels in usable for label, jobs in labels.items() if job in jobs}
+def peers(job: str, label: str = "") -> dict[str, Any]:
+    """The contenders of other libraries that are installed, ``{label: setup}``; of the library of one label alone where it is given."""
+    chosen = [_contenders(library) for library in LIBRARIES if not label or label.split(" ")[0] == library]
+    return {label: jobs[job] for labels in chosen if not isinstance(labels, str) for label, jobs in labels.items() if job in jobs}

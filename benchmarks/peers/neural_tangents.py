@@ -1,6 +1,7 @@
 """neural-tangents in JAX: the same nets, rebuilt from the weights, with channels last and weights as (in, out).
 
-Compiled ahead for the shapes of the workload, so that neither time nor memory holds the compiler.
+Its last release runs with the versions of the extra ``bench-jax``. Compiled ahead for the shapes of the workload, so that
+neither time nor memory holds the compiler.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ def gram(implementation: str):
 
     def setup(w: Workload):
         weights, apply = (_encoder if isinstance(w.model, Encoder) else _sequential)(w.model)  # type: ignore[arg-type, operator]
+        if w.inputs.device.type != jax.default_backend().replace("gpu", "cuda"):
+            raise RuntimeError(f"JAX runs on {jax.default_backend()}, the workload is on {w.inputs.device.type}")
         x = jnp.asarray(w.batches[0][0].cpu().numpy())
         kind = getattr(nt.NtkImplementation, implementation)
         kernel = nt.empirical_ntk_fn(apply, trace_axes=(), vmap_axes=0, implementation=kind)
