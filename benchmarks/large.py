@@ -172,11 +172,13 @@ def line(r: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table of the documentation."""
-    head = ["model", "job", "device", "examples (batch)", "seconds", "floors", "peak GiB above model and data"]
+    head = ["model", "job", "device", "examples (batch)", "floor s", "floors", "seconds: processor, wall", "peak GiB"]
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for r in results["jobs"]:
         peak = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.2f}"
-        cells = [r["model"], r["title"], r["environment"]["device"], f"{r['examples']} ({r['batch']})", f"{r['seconds']:.1f}", f"{r['floors']:.1f}", peak]
+        device, size = r["environment"]["device"], f"{r['examples']} ({r['batch']})"
+        seconds = f"{r['cpu_seconds']:.1f}, {r['seconds']:.1f}"
+        cells = [r["model"], r["title"], device, size, f"{r['floor_seconds']:.2f}", f"{r['floors']:.1f}", seconds, peak]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -210,8 +212,9 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             record = in_own_process(model, job, options)
             print(line(record), flush=True)
-            jobs = report.replaced(results.get("jobs", []), record, ("model", "job", "device"))
-            results = report.merge(options.json, jobs=jobs)
+            jobs = report.replaced(results.get("jobs", []), record, ("model", "job", "device", "parameters"))
+            place = lambda r: (list(JOBS).index(r["model"]), list(JOBS[r["model"]]).index(r["job"]), r["device"])
+            results = report.merge(options.json, jobs=sorted(jobs, key=place))
     if options.docs:
         report.into(options.docs, "large", markdown(results))
 

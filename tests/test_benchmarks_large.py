@@ -82,7 +82,7 @@ def test_command(tmp_path, capsys):
     main(["--model", "gpt2", "--job", "diag", *small])
     main(["--model", "resnet50", "--job", "fvp", *small, "--docs", str(page)])
     jobs = json.loads(path.read_text())["jobs"]
-    assert [r["job"] for r in jobs] == ["diag", "fvp"] and jobs[0]["environment"]["torch"] == torch.__version__
+    assert [r["job"] for r in jobs] == ["fvp", "diag"] and jobs[0]["environment"]["torch"] == torch.__version__
     assert page.read_text() == f"before\n<!-- large -->\n{markdown({'jobs': jobs})}\n<!-- end -->\nafter\n"
     assert "gpt2 diag" in capsys.readouterr().out
 
