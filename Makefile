@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-slow check docs bench reproduce clean
+.PHONY: setup demo test test-slow check docs bench bench-large reproduce clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,9 @@ docs: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-large: setup
+	$(BIN)/python -m benchmarks.large $(ARGS)
 
 reproduce: setup
 	$(BIN)/python -m examples.reproduce

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import torch
 
 from benchmarks import report, truth
 from benchmarks.ours import JOBS as OURS
-from benchmarks.peers import peers
+from benchmarks.peers import missing, peers
 from benchmarks.timing import interleaved, peak_memory
 from benchmarks.workloads import MODELS, for_job, workload
 
@@ -59,14 +58,13 @@ def _peak_in_fresh_process(name: str, job: str, label: str, device: str) -> int 
 
 
 def _print_peak(name: str, job: str, label: str, device: str) -> None:
+    setup = {**OURS.get(job, {}), **peers(job, label)}[label]
     w = for_job(name, job, device=device)
-    run, _ = {**OURS.get(job, {}), **peers(job)}[label](w)
+    run, _ = setup(w)
     w.floor()
     for module in ("scipy.linalg", "opt_einsum"):  # imports are not the job's memory
         __import__(module)
-    run_small = {**OURS.get(job, {})}.get(label)
-    if run_small is not None:
-        run_small(workload(name, 2, 2, device=device))[0]()
+    setup(workload(name, 2, 2, device=device))[0]()  # nor is what the first call of any size loads
     print(peak_memory(run, device))
 
 
@@ -82,34 +80,52 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with the slow reference")
     parser.add_argument("--no-memory", action="store_true", help="skip the measurement of peak memory")
     parser.add_argument("--scaling", action="store_true", help="time and memory against n, c, d, t and the batch size instead")
-    parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--quick", action="store_true", help="one round, without memory")
+    parser.add_argument("--json", help="write the results here; cells of the file that are not run again stay, with --only their contenders too")
     parser.add_argument("--plot", help="write a figure here")
+    parser.add_argument("--render", action="store_true", help="run nothing: print the table of the file given by --json, draw --plot")
+    parser.add_argument("--docs", help="write the table into this Markdown file, between its marks")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     if options.peak_of:
         _print_peak(options.workload[0], options.job[0], options.peak_of, options.device)
         return
-    results: dict[str, Any] = {"environment": report.environment(options.device)}
+    if options.quick:
+        options.repeats, options.no_memory = 1, True
     if options.scaling:
         from benchmarks.scaling import studies
 
-        results["scaling"] = studies(options.repeats)
+        results = report.merge(options.json, environment=report.environment(options.device), scaling=studies(options.repeats))
+    elif options.render:
+        results = report.load(options.json)
+        print(report.markdown(results))
     else:
-        results["cells"] = []
-        for job in options.job:
-            for name in options.workload:
-                if job not in OURS:
-                    print(f"{job} {name}: not offered by the installed version")
-                    continue
-                found = cell(name, job, options.device, options.repeats, options.only, not options.no_check, not options.no_memory)
-                results["cells"].append(found)
-                print(report.line(found), flush=True)
-    if options.json:
-        with open(options.json, "w") as f:
-            json.dump(results, f, indent=1)
+        results = _table(options)
+    if options.docs:
+        report.into(options.docs, "table", report.markdown(results))
     if options.plot:
         report.plot(results, options.plot)
+
+
+def _table(options: argparse.Namespace) -> dict[str, Any]:
+    """Every chosen cell, written as soon as it is there."""
+    environment, absent = report.environment(options.device), missing()
+    results = report.load(options.json)
+    if results and results["environment"] != environment:
+        raise SystemExit(f"{options.json} was measured in {results['environment']}, this is {environment}; give another file")
+    for library, why in absent.items():
+        print(f"{library} skipped: {why}")
+    for job in options.job:
+        for name in options.workload:
+            if job not in OURS:
+                print(f"{job} {name}: not offered by the installed version")
+                continue
+            found = cell(name, job, options.device, options.repeats, options.only, not options.no_check, not options.no_memory)
+            print(report.line(found), flush=True)
+            results = report.with_cell(results, found, keep=bool(options.only))
+            results = report.merge(options.json, environment=environment, missing=absent, cells=results["cells"])
+    return results
 
 
 if __name__ == "__main__":

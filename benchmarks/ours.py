@@ -34,7 +34,8 @@ def _times(m: Any, w: Workload) -> Tensor:
 
 
 def _input_factors(m: Any, w: Workload) -> Tensor:
-    return torch.cat([b.a.flatten() / b.a.norm() for b in m.blocks.values() if b.g.shape[-1] > 1])
+    weights = [b.a[0, :-1, :-1] for b in m.blocks.values() if b.g.shape[-1] > 1]
+    return torch.cat([(a / a.norm()).flatten() for a in weights])
 
 
 def monte_carlo_kfac(check: bool) -> Contender:
@@ -78,6 +79,7 @@ def rows(w: Workload):
 
 def loss_gradients(w: Workload):
     """Per-example gradients of the loss, as rows of a Jacobian of one output."""
+
     def loss(x, y):
         return F.cross_entropy(w.model(x), y, reduction="none").unsqueeze(1)
 

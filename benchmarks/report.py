@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 from typing import Any
 
@@ -57,6 +59,54 @@ def _processor() -> str:
         return platform.processor()
 
 
+def load(path: str | None) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none yet."""
+    if path is None or not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        return json.load(f)
+
+
+def merge(path: str | None, **entries: Any) -> dict[str, Any]:
+    """Replace entries of a JSON file, where one is given; all else in it stays."""
+    results = load(path) | entries
+    if path is not None:
+        with open(path, "w") as f:
+            json.dump(results, f, indent=1)
+            f.write("\n")
+    return results
+
+
+def replaced(records: list[dict[str, Any]], new: dict[str, Any], identity: tuple[str, ...]) -> list[dict[str, Any]]:
+    """``new`` in the place of the record with the same identity, or at the end."""
+    of = lambda record: tuple(record[name] for name in identity)
+    return list(({of(r): r for r in records} | {of(new): new}).values())
+
+
+def with_cell(results: dict[str, Any], found: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """A cell in the place of the one before, sorted by job and workload; ``keep``: contenders not run again stay (their ratios are to their own floor)."""
+    cells = results.get("cells", [])
+    old = next((c for c in cells if (c["workload"], c["job"]) == (found["workload"], found["job"])), None)
+    if old is not None and keep:
+        again = {*found["contenders"], *found["skipped"]}
+        others = lambda entries: {label: value for label, value in entries.items() if label not in again}
+        found = {**found, "contenders": others(old["contenders"]) | found["contenders"], "skipped": others(old["skipped"]) | found["skipped"]}
+    cells = sorted(replaced(cells, found, ("workload", "job")), key=lambda c: (int(c["job"][1:]), c["workload"]))
+    return {**results, "cells": cells}
+
+
+def into(path: str, mark: str, text: str) -> None:
+    """Put text into a Markdown file between ``<!-- mark -->`` and the next ``<!-- end -->``."""
+    with open(path) as f:
+        page = f.read()
+    before, found, rest = page.partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not found or not end:
+        raise ValueError(f"{path} has no lines <!-- {mark} --> and <!-- end -->")
+    with open(path, "w") as f:
+        f.write(f"{before}{found}{text}\n{end}{after}")
+
+
 def line(found: dict[str, Any]) -> str:
     """One cell, for the terminal."""
     job, name = found["job"], found["workload"]
@@ -68,23 +118,36 @@ def line(found: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
+def _mebibytes(timed: dict[str, Any]) -> str:
+    peak = timed.get("peak_bytes")
+    return "-" if peak is None else f"{peak / 2**20:.0f}"
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The table of the documentation."""
-    head = ["job", "workload", "floor ms", "nngeom (quartiles)", "no check, or one probe", "peak MiB", "by hand*", "best peer*", "peers in this run"]
+    head = ["job", "workload", "floor ms", "nngeom (quartiles)", "no check, or one probe", "peak MiB", "by hand*", "best peer*", "peers in this run [peak MiB]"]
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for found in results["cells"]:
         job, name, timed = found["job"], found["workload"], found["contenders"]
         ours = timed.get("nngeom", {})
         bare = timed.get("nngeom (check=False)") or timed.get("nngeom (one random probe)")
-        others = ", ".join(f"{s['ratio']:.3g} {label}" for label, s in sorted(timed.items(), key=lambda i: i[1]["ratio"]) if label.split(" ")[0] != "nngeom")
+        peers = sorted(((label, s) for label, s in timed.items() if label.split(" ")[0] != "nngeom"), key=lambda item: item[1]["ratio"])
+        others = ", ".join(f"{_short(s['ratio'])} {label} [{_mebibytes(s)}]" for label, s in peers)
         spread = f"{ours['ratio']:.2f} ({ours['ratio_q1']:.2f}-{ours['ratio_q3']:.2f})" if ours else "-"
         without = f"{bare['ratio']:.2f}" if bare else "-"
-        peak = f"{ours['peak_bytes'] / 2**20:.0f}" if ours.get("peak_bytes") is not None else "-"
         rows.append(
-            f"| {job} | {name} | {found['floor']['median_ms']:.1f} | {spread} | {without} | {peak} "
+            f"| {job} | {name} | {found['floor']['median_ms']:.1f} | {spread} | {without} | {_mebibytes(ours)} "
             f"| {REFERENCE[job][name]:g} | {PEER[job][name]:g} | {others or '-'} |"
         )
     return "\n".join(rows)
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.3g}"
+
+
+def _best_peer(found: dict[str, Any]) -> float:
+    return min((s["ratio"] for label, s in found["contenders"].items() if label.split(" ")[0] != "nngeom"), default=float("nan"))
 
 
 def plot(results: dict[str, Any], path: str) -> None:
@@ -108,7 +171,7 @@ def plot(results: dict[str, Any], path: str) -> None:
         series = {
             "nngeom": [c["contenders"]["nngeom"]["ratio"] for c in mine],
             "written by hand": [REFERENCE[job][n] for n in names],
-            "best peer": [PEER[job][n] for n in names],
+            "best peer in this run": [_best_peer(c) for c in mine],
         }
         for j, (label, values) in enumerate(series.items()):
             axis.bar([x + 0.27 * (j - 1) for x in range(len(names))], values, 0.25, label=label)

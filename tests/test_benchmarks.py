@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import report, truth
+from benchmarks import peers, report, truth
 from benchmarks.__main__ import main
 from benchmarks.ours import JOBS
 from benchmarks.timing import Series, interleaved
@@ -29,6 +29,57 @@ def test_jobs_agree_with_the_slow_reference(job):
     result = canonical(run())
     assert truth.disagreement(job, w, result, expected) < 1e-6
     assert truth.disagreement(job, w, 1.01 * result, expected) > 1e-3  # it can fail
+
+
+@pytest.mark.parametrize("job", ["J5", "J6", "J7", "J8", "J9", "J11"])
+def test_contenders_of_torch_func_agree_too(job):
+    w = workload("W2", 4, 4 if job in ("J6", "J11") else 2, dtype=torch.float64)
+    expected = truth.TRUTHS[job](w)
+    for label in ("torch.func", "torch.func (tutorial)") if job == "J6" else ("torch.func",):
+        run, canonical = peers.peers(job, label)[label](w)
+        assert truth.disagreement(job, w, canonical(run()), expected) < 1e-6
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    library = {"nowhere": ("no_such_module", "no-such-distribution"), "namesake": ("json.no_such_part", "no-such-part"), "broken": ("json", "json")}
+    monkeypatch.setattr(peers, "LIBRARIES", library)
+    missing = peers.missing()
+    assert missing["nowhere"] == "not installed (pip install no-such-distribution)"
+    assert missing["namesake"] == "not installed (pip install no-such-part)"
+    assert missing["broken"].startswith("ModuleNotFoundError")
+    assert peers.peers("J1") == {}
+
+
+def cell(workload, job, skipped=(), **ratios):
+    timed = {label: {"ratio": r, "ratio_q1": r, "ratio_q3": r, "median_ms": r, "min_ms": r} for label, r in ratios.items()}
+    return {"workload": workload, "job": job, "floor": {"median_ms": 1.0}, "contenders": timed, "skipped": dict.fromkeys(skipped, "why")}
+
+
+def test_cells_are_merged():
+    results = {"cells": [cell("W1", "J10", nngeom=2.0), cell("W1", "J2", ["peer"], nngeom=3.0, other=5.0)]}
+    whole = report.with_cell(results, cell("W1", "J2", nngeom=2.5), keep=False)["cells"]
+    assert [c["job"] for c in whole] == ["J2", "J10"]
+    assert set(whole[0]["contenders"]) == {"nngeom"} and not whole[0]["skipped"]
+    kept = report.with_cell(results, cell("W1", "J2", ["other"], peer=4.0), keep=True)["cells"][0]
+    assert set(kept["contenders"]) == {"nngeom", "peer"} and set(kept["skipped"]) == {"other"}
+
+
+def test_results_of_another_machine_are_not_mixed_in(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text(json.dumps({"environment": {"torch": "0.1"}, "cells": []}))
+    with pytest.raises(SystemExit, match="measured in"):
+        main(["--json", str(path), "--threads", str(torch.get_num_threads())])
+
+
+def test_tables_are_rendered_from_the_file(tmp_path, capsys):
+    path, page = tmp_path / "out.json", tmp_path / "page.md"
+    path.write_text(json.dumps({"environment": {}, "cells": [cell("W1", "J2", nngeom=3.0, peer=123.4)]}))
+    page.write_text("<!-- table -->\n<!-- end -->\n")
+    main(["--render", "--json", str(path), "--docs", str(page), "--threads", str(torch.get_num_threads())])
+    assert "| 123 peer [-] |" in page.read_text() and "| J2 | W1 |" in capsys.readouterr().out
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="table"):
+        report.into(str(page), "table", "")
 
 
 def test_rounds_are_interleaved():
