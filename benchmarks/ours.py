@@ -63,27 +63,34 @@ def kfac_solve(w: Workload):
     return lambda: m.solve(v, nng.FactoredTikhonov(1e-2)), lambda out: out.flat()
 
 
-def gram(representation: str, canonical: Callable[[Any], Tensor]) -> Contender:
+def gram(representation: str, canonical: Callable[[Any], Tensor], check: bool) -> Contender:
     """The tangent kernel."""
 
     def setup(w: Workload):
-        return lambda: nng.GramMatrix(w.model, w.batches, getattr(nng, representation)), canonical
+        return lambda: nng.GramMatrix(w.model, w.batches, getattr(nng, representation), check=check), canonical
 
     return setup
 
 
-def rows(w: Workload):
+def rows(check: bool) -> Contender:
     """Explicit Jacobian rows."""
-    return lambda: nng.Jacobian(w.model, w.batches), lambda j: j.tensor.flatten()
+
+    def setup(w: Workload):
+        return lambda: nng.Jacobian(w.model, w.batches, check=check), lambda j: j.tensor.flatten()
+
+    return setup
 
 
-def loss_gradients(w: Workload):
+def loss_gradients(check: bool) -> Contender:
     """Per-example gradients of the loss, as rows of a Jacobian of one output."""
 
-    def loss(x, y):
-        return F.cross_entropy(w.model(x), y, reduction="none").unsqueeze(1)
+    def setup(w: Workload):
+        def loss(x, y):
+            return F.cross_entropy(w.model(x), y, reduction="none").unsqueeze(1)
 
-    return lambda: nng.Jacobian(w.model, w.batches, function=loss), lambda j: j.tensor.flatten()
+        return lambda: nng.Jacobian(w.model, w.batches, function=loss, check=check), lambda j: j.tensor.flatten()
+
+    return setup
 
 
 def penalty_step(estimator: str) -> Contender:
@@ -107,23 +114,21 @@ def _diagonal(m: Any, w: Workload) -> Tensor:
     return m.diag().flat()
 
 
-def both(representation: Any, canonical: Callable[[Any, Workload], Tensor]) -> dict[str, Contender]:
-    """With the comparison with autograd that is on by default, and without."""
-    return {"nngeom": fisher(representation, canonical), "nngeom (check=False)": fisher(representation, canonical, check=False)}
+def both(contender: Callable[..., Contender], *arguments: Any) -> dict[str, Contender]:
+    """With the checks that are on by default, and without."""
+    return {"nngeom": contender(*arguments, check=True), "nngeom (check=False)": contender(*arguments, check=False)}
 
 
 JOBS: dict[str, dict[str, Contender]] = {
-    "J1": both(nng.PMatDiag, _diagonal),
-    "J2": both(nng.PMatKFAC, _times),
-    "J3": {"nngeom": monte_carlo_kfac(True), "nngeom (check=False)": monte_carlo_kfac(False)},
-    "J4": both(nng.PMatEKFAC, _times),
+    "J1": both(fisher, nng.PMatDiag, _diagonal),
+    "J2": both(fisher, nng.PMatKFAC, _times),
+    "J3": both(monte_carlo_kfac),
+    "J4": both(fisher, nng.PMatEKFAC, _times),
+    "J5": both(rows),
+    "J6": both(gram, "FMatDense", lambda k: k.to_dense().flatten()),
+    "J7": both(gram, "FMatDiag", lambda k: k.trace().reshape(1)),
     "J8": {"nngeom": fisher_vector},
+    "J9": both(loss_gradients),
     "J10": {"nngeom": kfac_solve},
+    "J11": {"nngeom": penalty_step("exact"), "nngeom (one random probe)": penalty_step("rademacher")},
 }
-if hasattr(nng, "Jacobian"):
-    JOBS |= {"J5": {"nngeom": rows}, "J9": {"nngeom": loss_gradients}}
-if hasattr(nng, "GramMatrix"):
-    JOBS["J6"] = {"nngeom": gram("FMatDense", lambda k: k.to_dense().flatten())}
-    JOBS["J7"] = {"nngeom": gram("FMatDiag", lambda k: k.trace().reshape(1))}
-if hasattr(nng, "mgs"):
-    JOBS["J11"] = {"nngeom": penalty_step("exact"), "nngeom (one random probe)": penalty_step("rademacher")}
