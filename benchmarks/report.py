@@ -164,8 +164,12 @@ def plot(results: dict[str, Any], path: str) -> None:
         return
     cells = results["cells"]
     jobs = sorted({c["job"] for c in cells}, key=lambda j: int(j[1:]))
-    figure, axes = plt.subplots(1, len(jobs), figsize=(2.6 * len(jobs), 3), squeeze=False)
-    for axis, job in zip(axes[0], jobs):
+    width = min(4, len(jobs))
+    height = -(-len(jobs) // width)
+    figure, axes = plt.subplots(height, width, figsize=(3 * width, 2.6 * height), squeeze=False)
+    for axis in list(axes.flat)[len(jobs) :]:
+        axis.axis("off")
+    for axis, job in zip(axes.flat, jobs):
         mine = [c for c in cells if c["job"] == job and "nngeom" in c["contenders"]]
         names = [c["workload"] for c in mine]
         series = {
@@ -178,8 +182,8 @@ def plot(results: dict[str, Any], path: str) -> None:
         axis.set_xticks(range(len(names)), names)
         axis.set_title(job)
         axis.set_yscale("log")
-    axes[0][0].set_ylabel("multiples of forward + backward")
-    axes[0][0].legend(fontsize=7)
+    figure.supylabel("multiples of forward + backward", fontsize=9)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower right", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -24,13 +24,23 @@ def _slices(w: Workload) -> list[slice]:
     return [where[id(p)] for p in _parameters(w)]
 
 
-def _applied(m: Any, w: Workload) -> Tensor:
-    """The operator on the workload's direction; 0 elsewhere."""
-    v, slices = w.vector(), _slices(w)
-    out, product = torch.zeros_like(v), m @ torch.cat([v[s] for s in slices])
+def _read(w: Workload) -> Tensor:
+    """The workload's direction in those parameters."""
+    v = w.vector()
+    return torch.cat([v[s] for s in _slices(w)])
+
+
+def _written(product: Tensor, w: Workload) -> Tensor:
+    """A result in those parameters as a flat vector of all; 0 elsewhere."""
+    slices = _slices(w)
+    out = torch.zeros_like(w.vector())
     for s, part in zip(slices, product.split([s.stop - s.start for s in slices])):
         out[s] = part
     return out
+
+
+def _applied(m: Any, w: Workload) -> Tensor:
+    return _written(m @ _read(w), w)
 
 
 def _kfac(w: Workload, kind: str = "KFACLinearOperator", fisher_type: str = "type-2") -> Any:
@@ -75,9 +85,9 @@ def fisher_vector(w: Workload):
 
 def kfac_solve(w: Workload):
     """Factors given, factorised at every call; the factored damping."""
-    m = _kfac(w)
-    inverse = lambda: curvlinops.KFACInverseLinearOperator(m, damping=1e-2, use_heuristic_damping=True)
-    return lambda: _applied(inverse(), w), lambda out: out
+    m, v = _kfac(w), _read(w)
+    run = lambda: curvlinops.KFACInverseLinearOperator(m, damping=1e-2, use_heuristic_damping=True) @ v
+    return run, lambda out: _written(out, w)
 
 
 CONTENDERS = {"curvlinops": {"J2": kfac, "J3": monte_carlo_kfac, "J4": ekfac, "J8": fisher_vector, "J10": kfac_solve}}

@@ -64,10 +64,10 @@ def trace(w: Workload):
 def fisher_vector(w: Workload):
     """One forward-mode and one reverse-mode product a batch, the softmax's Fisher matrix between them."""
     parameters = _detached(w)
-    sizes = [p.numel() for p in parameters.values()]
+    parts = w.vector().split([p.numel() for p in parameters.values()])
+    tangents = {name: t.view_as(p) for (name, p), t in zip(parameters.items(), parts)}
 
     def run() -> Tensor:
-        tangents = {name: t.view_as(p) for (name, p), t in zip(parameters.items(), w.vector().split(sizes))}
         total = None
         for x, _ in w.batches:
             f = lambda q, x=x: functional_call(w.model, q, (x,))
