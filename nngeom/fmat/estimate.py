@@ -31,8 +31,8 @@ class RandomSigns:
         first, n = (0, 1) if self.shared else (start, outputs.shape[0])
 
         def make(lo: int, hi: int) -> Tensor:
-            uniform = [Stream(self.seed, first, n, j, outputs.device)(*outputs.shape[1:]) for j in range(lo, hi)]
-            return (2 * (torch.stack(uniform) < 0.5).to(outputs) - 1).expand(hi - lo, *outputs.shape)
+            signs = [Stream(self.seed, first, n, j, outputs.device).signs(*outputs.shape[1:]) for j in range(lo, hi)]
+            return torch.stack(signs).to(outputs).expand(hi - lo, *outputs.shape)
 
         return Columns(self.samples, make)
 

@@ -102,12 +102,20 @@ class Stream:
 
     def __call__(self, *shape: int) -> Tensor:
         """``(n, *shape)``, float64."""
+        bits = self._bits(torch.Size(shape).numel())
+        return ((_shift(bits, 11).double() + 0.5) * 2.0**-53).view(len(self._index), *shape)
+
+    def signs(self, *shape: int) -> Tensor:
+        """Random signs ``(n, *shape)``, int8: 64 of one draw."""
         size = torch.Size(shape).numel()
+        octets = self._bits(-(-size // 64)).view(torch.uint8).unsqueeze(-1)
+        ones = (octets >> torch.arange(8, dtype=torch.uint8, device=octets.device)) & 1
+        return (1 - 2 * ones.flatten(1)[:, :size].to(torch.int8)).view(len(self._index), *shape)
+
+    def _bits(self, size: int) -> Tensor:
         counter = torch.arange(self._drawn, self._drawn + size, device=self._index.device)
         self._drawn += size
-        bits = _mix(_mix(self._base + self._index).unsqueeze(1) + counter)
-        uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53
-        return uniform.view(len(self._index), *shape)
+        return _mix(_mix(self._base + self._index).unsqueeze(1) + counter)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

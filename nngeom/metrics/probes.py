@@ -47,5 +47,4 @@ class Probes:
 
     def _signs(self, outputs: Tensor, start: int, lo: int, hi: int, size: tuple[int, ...]) -> Tensor:
         """``(hi - lo, n, *size)``."""
-        draws = [Stream(self.seed, start, outputs.shape[0], self.first + j, outputs.device)(*size) < 0.5 for j in range(lo, hi)]
-        return 2 * torch.stack(draws).to(outputs) - 1
+        return torch.stack([Stream(self.seed, start, outputs.shape[0], self.first + j, outputs.device).signs(*size) for j in range(lo, hi)]).to(outputs)
