@@ -15,6 +15,8 @@ HERE = Path(__file__).parent
 SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, arguments of --quick)
     "fisher_of_digits": ([], []),
     "disk_eigenfunctions": ([], ["--quick"]),
+    "fourier_bias": ([], ["--quick"]),
+    "which_norm": ([], ["--quick"]),
     "ntk_of_digits": ([], ["--quick"]),
     "complexity": ([], ["--quick"]),
     "supernat": ([], ["--quick"]),

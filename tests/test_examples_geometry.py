@@ -10,9 +10,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import fourier_bias
 import geometry_common as common
 import mgs_digits
 import supernat
+import which_norm
 
 from nngeom import analysis
 
@@ -72,3 +74,38 @@ def test_supernat_wins_on_its_problem():
             errors[name] += float((xt @ model.weights - yt).square().mean()) / 5
     descent, largest, trace = errors.values()
     assert largest < 0.5 * descent and abs(trace - descent) < 0.05 * descent
+
+
+def test_frequencies_of_waves():
+    x = torch.arange(50, dtype=torch.float64) / 50
+    waves = torch.stack([torch.cos(2 * torch.pi * k * x + k) for k in range(25)])
+    assert torch.allclose(fourier_bias.fourier(waves), torch.eye(25, 26, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(fourier_bias.mean_frequency(waves), torch.arange(25.0, dtype=torch.float64), atol=1e-10)
+
+
+def test_random_net_prefers_slow_functions():
+    """The rank correlation and the fast decay hold for the default initialisation; He's without biases is linear beside 0: centred rank 2."""
+    grid = torch.linspace(0, 1, 50, dtype=torch.float64)[:, None]
+    found = analysis.eigenfunctions(fourier_bias.net(0), [grid], 50, centered=True)
+    frequency = fourier_bias.mean_frequency(found.functions[:, 0])
+    assert fourier_bias.spearmanr(range(25), frequency[:25]).statistic > 0.8
+    assert 0.002 < found.eigenvalues[9] / found.eigenvalues[0] < 0.03
+    assert (analysis.spectrum(analysis.eigenfunctions(fourier_bias.net(0, he=True), [grid], 50, centered=True).eigenvalues) > 0).sum() <= 2
+
+
+@pytest.mark.parametrize("c", [0.0, 0.5, 1.0])
+def test_which_norm(c):
+    """The weights interpolate; the bounds are those of their definitions, by the singular values of the rows."""
+    psi, l, y = which_norm.features()
+    assert torch.allclose(psi.T @ psi, torch.eye(1000, dtype=torch.float64), atol=1e-10) and 0.2 < float((y > 0).double().mean()) < 0.8
+    index, l = torch.arange(7, 1000, 20), 1 + c * (l - 1)
+    weights, error, plain, best = which_norm.subsample(psi, l, y, index)
+    rows = psi[index] * l.sqrt()
+    assert torch.allclose(weights, torch.linalg.lstsq(rows, y[index], rcond=1e-5, driver="gelsd").solution, atol=1e-6 * float(weights.abs().max()))
+    u, s, _ = torch.linalg.svd(rows, full_matrices=False)
+    keep = s > 1e-5 * s[0]
+    assert plain == pytest.approx(float(weights.norm() * s[keep].norm() / 50), rel=1e-6)
+    assert best < plain
+    if c == 1:  # elsewhere eigenvalues coincide, and with them the choice of eigenvectors is free
+        assert best == pytest.approx(float((u[:, keep].T @ y[index]).abs().sum() / 50), rel=1e-6)
+    assert error == 0.5 if c == 0 else error < 0.1

@@ -109,7 +109,8 @@ def rescaled_bound(K: Any, y: Tensor) -> Tensor:
     """``(1/n) sum_j |u_j^T y|``: :func:`interpolation_bound` after the best rescaling of the singular values of the features.
 
     The scales ``nu_j = lambda_j / |u_j^T y|`` (up to a factor) reach it, whatever the eigenvalues were; modes of zero
-    eigenvalue are left out. Source: Baratin et al. 2021, proposition on the optimal norm.
+    eigenvalue are left out. Where eigenvalues coincide their eigenvectors are not determined, nor is this number: it is that of
+    the ones returned by ``eigh``. Source: Baratin et al. 2021, proposition on the optimal norm.
     """
     _, coefficients = _modes(K, y)
     return coefficients.abs().sum() / kernel_tensor(K).shape[1]
