@@ -403,6 +403,9 @@ def test_supernat_at_rest_and_refused():
     model.step()
     close(model.weights, torch.zeros(3))
     close(model.singular_values, torch.linalg.svdvals(x))
+    nothing = analysis.SuperNat(0 * x, x[:, 0], 0.1)
+    close(nothing.step(), x[:, 0].square().mean() / 2)
+    close(nothing.weights, torch.zeros(3))
     for options in ({"kappa": "min"}, {"kappa": -1.0}):
         with pytest.raises(nng.ArgumentError, match="kappa"):
             analysis.SuperNat(x, x[:, 0], 0.1, **options)

@@ -1,5 +1,6 @@
 """Model Gradient Similarity: closed forms and identities (AC-4), finite differences, singular kernels, refusals."""
 
+import copy
 import gc
 import math
 
@@ -261,6 +262,30 @@ def test_singular_kernels_are_no_error():
     assert float(one.trace[0]) == 3 and math.isnan(one.cosine[0])
 
 
+def deep(width, depth):
+    torch.manual_seed(0)
+    layers = [layer for i in range(depth) for layer in (nn.Linear(64 if i == 0 else width, width), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(width, 10)), torch.rand(16, 64)
+
+
+@pytest.mark.parametrize("measure", ["metrics", "tracker"])
+def test_float32_tells_a_wide_spectrum_from_a_singular_one(measure):
+    """Eigenvalues a millionth of the largest are no rounding errors; those of repeated examples are."""
+    model, x = deep(80, 5)
+    whole = reference.jacobian(copy.deepcopy(model).double(), x.double()).flatten(0, 1)
+    values = torch.linalg.eigvalsh(whole @ whole.T)
+    assert values[0] < 160 * torch.finfo(torch.float32).eps * values[-1]
+    if measure == "tracker":
+        row = nng.track.Tracker(model, [(x, torch.zeros(16, dtype=torch.long))], ["mgs"]).measure(0)
+        close(row["mgs_logdet"], (values + 1e-6).log().mean(), 1e-4)
+        return
+    found = mgs.metrics(model, [x, x[[0, 1, 1]]])
+    assert found.rank.tolist() == [160, 20] and float(found.logdet[1]) == -math.inf
+    close(found.logdet[0], values.log().sum(), 1e-4)
+    close(found.mean_log[0], (values + 1e-6).log().mean(), 1e-4)
+    close(found.trace[0], values.sum(), 1e-5)
+
+
 def test_interlacing_of_the_centred_kernel(case):
     j = case.jacobian.reshape(-1, case.jacobian.shape[-1])
     centred = j - j.mean(0)
@@ -300,6 +325,10 @@ def test_attacks():
     close(single - c.inputs, 0.05 * (single - c.inputs).sign())
     assert mgs.auroc(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])) == 1
     assert mgs.auroc(torch.tensor([1.0, 1.0]), torch.tensor([1.0])) == 0.5
+    with pytest.raises(nng.NonFiniteError, match="NaN"):
+        mgs.auroc(torch.tensor([0.0, math.nan]), torch.tensor([1.0]))
+    with pytest.raises(nng.ArgumentError, match="at least one"):
+        mgs.auroc(torch.tensor([]), torch.tensor([1.0]))
 
 
 # -- errors --------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from nngeom.core import memory
 from nngeom.core.errors import LoaderError
 from nngeom.fmat.dense import FMatDense
-from nngeom.fmat.products import EVERYTHING, build
+from nngeom.fmat.products import EVERYTHING, Grouping, build, products
 from nngeom.fmat.products import squared_norms as norms_by_group
+from nngeom.fmat.store import Store
 from nngeom.fmat.tiles import Side, matched, pairs, span
 from nngeom.generator.sweep import Metric, Sweep
 from nngeom.generator.task import Batch, Task, targets
@@ -62,6 +63,17 @@ def require_labels(probe: Probe) -> Tensor:
 def row_products(rows: Side, columns: Side | None = None) -> Tensor:
     """``(k, n, k, m)``: inner products of the rows of two sides, or of one with itself, tile by tile."""
     return build(FMatDense, rows, columns, EVERYTHING)[""].tensor
+
+
+def wide_kernels(rows: Side, by_layer: bool = False) -> dict[str, Tensor]:
+    """``{"": (c, n, c, n)}``, or one a layer, in float64 whatever the model's dtype.
+
+    Products of float32 rows rounded to float32 tell eigenvalues from zero down to ``N eps`` of the largest only, the rows
+    themselves down to ``(N eps)^2``: what a log-determinant needs.
+    """
+    task = rows.sweep.task
+    grouping = Grouping(tuple(task.collection.by_layer()), task.layer_of) if by_layer else EVERYTHING
+    return products(FMatDense, rows.widened(), None, grouping, Store(grouping.names), None, False)
 
 
 def layer_kernel(rows: Side, layer: str, outputs: int) -> Tensor:

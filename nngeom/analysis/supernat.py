@@ -62,8 +62,8 @@ class SuperNat:
         self._coefficients = self._coefficients - self.lr * self._squares * gradient
         if self.kappa is not None:
             size = gradient.abs()
-            largest = size.max()
-            if bool(largest > 0):  # at the optimum nothing is left to rescale by
+            largest = size.max() if size.numel() else 0.0  # no direction: features that are all zero
+            if largest > 0:  # at the optimum nothing is left to rescale by
                 kappa = {"max": largest, "trace": (self._squares * size).sum() / self._squares.sum()}.get(self.kappa, self.kappa)  # type: ignore[arg-type]
                 self._squares = self._squares * size / kappa
         return residual.square().mean() / 2

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.rows import Function, Probe, squared_norms
+from nngeom.core.errors import ArgumentError, NonFiniteError
 from nngeom.generator.task import gradients_on
 from nngeom.metrics.fisher import ExactFisher, as_likelihood
 from nngeom.metrics.loss import IdentityMetric, as_loss
@@ -66,7 +67,14 @@ def pgd(
 
 
 def auroc(negatives: Tensor, positives: Tensor) -> float:
-    """The probability that a positive scores above a negative, ties counted by half."""
+    """The probability that a positive scores above a negative, ties counted by half.
+
+    Raises :class:`ArgumentError` where a side is empty, :class:`NonFiniteError` on NaN.
+    """
+    if not negatives.numel() or not positives.numel():
+        raise ArgumentError(f"got {negatives.numel()} negatives and {positives.numel()} positives; expected at least one of each")
+    if bool(negatives.isnan().any() | positives.isnan().any()):
+        raise NonFiniteError("scores contain NaN, which is neither above nor below another; check the inputs and the model")
     order = positives[:, None] - negatives[None, :]
     return float((order > 0).double().mean() + 0.5 * (order == 0).double().mean())
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.rows import Function
+from nngeom.analysis.kernel import square_kernel
+from nngeom.analysis.rows import Function, Probe, wide_kernels
 from nngeom.analysis.spectrum import effective_rank
 from nngeom.core import linalg, memory
 from nngeom.core.errors import ArgumentError
 from nngeom.generator.task import Task
-from nngeom.gram import GramMatrix
+from nngeom.metrics.loss import IdentityMetric
 from nngeom.space.collection import LayerCollection
 
 
@@ -25,6 +26,7 @@ class Metrics:
     ``K + jitter I``; ``eigenvalues``, descending, a tensor a batch; ``size = n c``; ``mean_trace = trace / size`` and
     ``mean_log = logdet_jittered / size``, comparable between batch sizes; ``effective_rank``; ``cosine``, the mean cosine of
     different rows: a small trace says "small gradients", a large cosine and a low effective rank say "similar" ones.
+    All in float64.
     """
 
     trace: Tensor
@@ -59,30 +61,33 @@ def metrics(
 ) -> Metrics:
     """The metrics of Model Gradient Similarity, one entry a batch of ``loader``; smaller is more similar.
 
-    A singular kernel is no error: its ``logdet`` is ``-inf``. Raises :class:`LoaderError` on an empty loader.
+    A singular kernel is no error: its ``logdet`` is ``-inf``. Products are taken in float64, so that a float32 model has
+    eigenvalues down to ``(N eps)^2`` of the largest. Raises :class:`LoaderError` on an empty loader.
     Source: Szolnoky et al. 2022, section on metrics; what they call the determinant is its logarithm.
     """
     if not jitter > 0:
         raise ArgumentError(f"jitter is {jitter}; expected a positive number")
     task = Task.build(model, function, layer_collection)
     with memory.limit(memory_budget):
-        kernels = (GramMatrix(model, [batch], function=function, layer_collection=layer_collection) for batch in task.batches(loader))
-        entries = [_entry(k.to_dense(limit=max(k.shape)), jitter) for k in kernels]
+        sides = (Probe(task, [batch]).side(IdentityMetric()) for batch in task.batches(loader))
+        with torch.no_grad():
+            entries = [_entry(square_kernel(wide_kernels(side)[""]), jitter, side.kept) for side in sides]
     columns = {name: torch.stack([e[name] for e in entries]) for name in entries[0] if name != "eigenvalues"}
     return Metrics(eigenvalues=tuple(e["eigenvalues"] for e in entries), jitter=jitter, **columns)
 
 
-def kernel_metrics(K: Tensor, jitter: float = 1e-6) -> Metrics:
-    """:func:`metrics` of one kernel at hand, ``(N, N)``."""
-    entry = _entry(K, jitter)
+def kernel_metrics(K: Tensor, jitter: float = 1e-6, rows: torch.dtype | None = None) -> Metrics:
+    """:func:`metrics` of one kernel at hand, ``(N, N)``; ``rows``: the dtype of the rows it is a product of, where narrower."""
+    entry = _entry(K, jitter, rows or K.dtype)
     columns = {name: t.unsqueeze(0) for name, t in entry.items() if name != "eigenvalues"}
     return Metrics(eigenvalues=(entry["eigenvalues"],), jitter=jitter, **columns)
 
 
-def _entry(k: Tensor, jitter: float) -> dict[str, Tensor]:
+def _entry(k: Tensor, jitter: float, rows: torch.dtype) -> dict[str, Tensor]:
     values = linalg.eigh((k + k.T) / 2)[0].flip(0)
     size = len(values)
-    live = values > size * torch.finfo(values.dtype).eps * values[0].clamp_min(0)
+    floor = max(size * torch.finfo(values.dtype).eps, (size * torch.finfo(rows).eps) ** 2)
+    live = values > floor * values[0].clamp_min(0)
     rank = live.sum()
     positive = torch.where(live, values, torch.zeros_like(values))
     norm = k.diagonal().clamp_min(0).sqrt()

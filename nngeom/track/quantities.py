@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from nngeom.analysis.alignment import kernel_label_alignment
 from nngeom.analysis.coherence import coherence
 from nngeom.analysis.geometric_complexity import geometric_complexity
-from nngeom.analysis.rows import Function, Probe, require_labels
+from nngeom.analysis.rows import Function, Probe, require_labels, wide_kernels
 from nngeom.analysis.spectrum import effective_rank, spectrum, trace_ratios
 from nngeom.analysis.stiffness import stiffness
-from nngeom.gram import GramMatrices
-from nngeom.metrics.loss import as_loss
+from nngeom.metrics.loss import IdentityMetric, as_loss
 from nngeom.mgs.metrics import kernel_metrics
 from nngeom.space.collection import LayerCollection
 
@@ -53,9 +52,9 @@ class Look:
 
     @functools.cached_property
     def kernels(self) -> dict[str, Tensor]:
-        """``{layer: (c, n, c, n)}``."""
-        found = GramMatrices(self.model, self.probe.batches, function=self.function, layer_collection=self.layer_collection, check=False)
-        return {layer: k.tensor for layer, k in found.items()}
+        """``{layer: (c, n, c, n)}``, in float64."""
+        with torch.no_grad():
+            return wide_kernels(self.probe.side(IdentityMetric(), check=False), by_layer=True)
 
     @functools.cached_property
     def kernel(self) -> Tensor:
@@ -124,7 +123,7 @@ def _alignment_by_layer(look: Look) -> Numbers:
 @quantity("mgs")
 def _mgs(look: Look) -> Numbers:
     c, n = look.kernel.shape[:2]
-    m = kernel_metrics(look.kernel.reshape(c * n, c * n))
+    m = kernel_metrics(look.kernel.reshape(c * n, c * n), rows=look.outputs.dtype)
     return {"mgs_trace": float(m.mean_trace), "mgs_logdet": float(m.mean_log), "mgs_cosine": float(m.cosine)}
 
 
