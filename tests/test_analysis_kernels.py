@@ -255,8 +255,9 @@ def test_linear_dynamics():
 # -- complexity ----------------------------------------------------------------------------------------------------------
 
 
-def test_complexity_measure():
-    c = build("attention")
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "attention"])
+def test_complexity_measure(name):
+    c = build(name)
     model = c.model
     measure = analysis.ComplexityMeasure(model, c.loader)
     assert measure.update() == 0 and measure.value == 0
@@ -419,6 +420,16 @@ def test_nothing_is_left_on_the_model(case):
     analysis.ComplexityMeasure(case.model, case.loader).update()
     assert before == {n: (set(vars(m)), m.training) for n, m in case.model.named_modules()}
     assert all(p.grad is None for p in case.model.parameters())
+
+
+def test_nothing_left_after_centring():
+    """One class, one example, or copies of one: an alignment of zero with zero has no value."""
+    c = build("mlp")
+    for x, y in ((c.inputs, torch.ones_like(c.targets)), (c.inputs[:1], c.targets[:1]), (c.inputs[[0, 0, 0]], torch.arange(3))):
+        assert analysis.label_alignment(c.model, [(x, y)]).isnan()
+        assert all(v.isnan() for v in analysis.label_alignment(c.model, [(x, y)], by_layer=True).values())
+        assert analysis.kernel_label_alignment(nng.GramMatrix(c.model, [x]), y).isnan()
+    assert analysis.trace_ratios(torch.zeros(3), 1).isnan() and analysis.rescaled_bound(torch.zeros(4, 4), torch.ones(4)) == 0
 
 
 def test_one_example_and_linear_head():

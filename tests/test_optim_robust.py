@@ -31,9 +31,10 @@ def test_winsorized_gradient(name, level):
     assert np.allclose(v.flat().numpy(), clipped_mean(rows, level), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "attention"])
 @pytest.mark.parametrize("groups", [1, 2, 3, 7])
-def test_median_of_means(groups):
-    case = build("mlp")
+def test_median_of_means(name, groups):
+    case = build(name)
     rows = reference.loss_gradients(case.model, case.inputs, case.targets, EACH).numpy()
     expected = np.median([part.mean(0) for part in np.array_split(rows, groups)], axis=0)
     v = median_of_means_gradient(case.model, (case.inputs, case.targets), "cross_entropy", groups)

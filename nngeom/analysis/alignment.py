@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.kernel import center, kernel_tensor
+from nngeom.analysis.kernel import above_rounding, center, kernel_tensor
 from nngeom.analysis.rows import Function, Probe, layer_kernel, require_labels, row_products
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, OutputError
@@ -134,7 +134,7 @@ def _aligned(side: Side, layer: str, names: tuple[str, ...], v: Tensor, centered
             signal += torch.einsum("knp,kn->p", rows, v[y : y + c, n : n + m])
             n += m
     if centered:
-        second -= sums.T @ sums / v.shape[1]
+        second = above_rounding(second - sums.T @ sums / v.shape[1], second)
     return _ratio(signal.square().sum(), second.norm() * v.square().sum())
 
 

@@ -39,7 +39,7 @@ def center(K: Any, how: bool | str = True) -> Tensor:
     """The kernel of centred features, ``(c, n, c, m)``.
 
     ``True`` or ``"features"``: the mean over examples is subtracted output by output; ``"global"``: over examples and
-    outputs together; ``False``: as it is.
+    outputs together; ``False``: as it is. What is left at rounding level (copies of one example) is zero.
     """
     t = kernel_tensor(K)
     if how is False:
@@ -47,8 +47,14 @@ def center(K: Any, how: bool | str = True) -> Tensor:
     if how is not True and how not in ("features", "global"):
         raise ArgumentError(f"centered is {how!r}; expected True, 'features', 'global' or False")
     left, right = ((1,), (3,)) if how != "global" else ((0, 1), (2, 3))
-    t = t - t.mean(left, keepdim=True)
-    return t - t.mean(right, keepdim=True)
+    centred = t - t.mean(left, keepdim=True)
+    return above_rounding(centred - centred.mean(right, keepdim=True), t)
+
+
+def above_rounding(difference: Tensor, whole: Tensor) -> Tensor:
+    """A difference of numbers as large as ``whole``, zero where its norm says that it is their rounding errors."""
+    real = difference.norm() > 32 * torch.finfo(whole.dtype).eps * whole.norm()
+    return torch.where(real, difference, torch.zeros_like(difference))
 
 
 def require_symmetric(K: Any) -> Tensor:
