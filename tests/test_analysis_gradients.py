@@ -92,6 +92,17 @@ def test_stiffness_extremes():
         analysis.gradient_stiffness(g, kind="angle")
 
 
+def test_gradients_that_are_not_finite():
+    """Neither a zero gradient nor a coherent set: refused. So is a coherence that is none, which would bound a gap by 0."""
+    g = torch.tensor([[1.0, 2.0], [math.nan, 1.0]])
+    for call in (lambda: analysis.gradient_stiffness(g), lambda: analysis.gradient_stiffness(g[:1], g), lambda: analysis.gradient_coherence(g)):
+        with pytest.raises(nng.NonFiniteError, match="NaN"):
+            call()
+    for alpha in (math.nan, -0.1, 1.1):
+        with pytest.raises(nng.ArgumentError, match=r"\[0, 1\]"):
+            analysis.generalization_gap_bound([0.5, alpha], [0.1, 0.1], 10)
+
+
 def test_examples_without_gradients():
     """A model that fits exactly: no pair helps or harms, and coherence has no value; neither is an error."""
     model, x = nn.Linear(4, 2).double(), torch.randn(5, 4, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """The tracker: what it measures, keeps, writes, resumes and refuses; its dashboard and callbacks."""
 
+import copy
 import csv
 import json
 import math
@@ -59,7 +60,22 @@ def test_every_quantity_is_what_it_is_called_for(name):
     close("coherence_ratio", analysis.coherence(c.model, c.loader).ratio)
     close("stiffness_within", analysis.stiffness(c.model, c.loader).within)
     close("geometric_complexity", analysis.geometric_complexity(c.model, c.loader))
+    close("sharpness", analysis.sharpness(c.model, c.loader))
+    close("non_uniformity", analysis.non_uniformity(c.model, c.loader))
     close("parameter_norm", nng.PVector.from_model(c.model).norm())
+
+
+def test_complexity_of_the_trajectory_beside_a_tracker(case):
+    """What accumulates over every step is handed to ``step`` as a number."""
+    model = copy.deepcopy(case.model)
+    tracker, measure = Tracker(model, case.loader, ["loss"], every=2), analysis.ComplexityMeasure(model, case.loader)
+    for step in range(5):
+        tracker.step(step, complexity=measure.value)
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.01
+        measure.update()
+    assert tracker.history["complexity"][0] == 0 and 0 < tracker.history["complexity"][1] < tracker.history["complexity"][2] < measure.value
 
 
 def test_history_has_one_entry_a_measurement(case):

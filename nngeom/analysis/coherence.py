@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.rows import Function
+from nngeom.analysis.rows import Function, require_finite_gradients
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError
 from nngeom.generator.sweep import Sweep
@@ -76,9 +76,10 @@ def coherence(
 
 
 def gradient_coherence(gradients: Tensor) -> Coherence:
-    """:func:`coherence` of gradients at hand, ``(m, d)``."""
+    """:func:`coherence` of gradients at hand, ``(m, d)``; raises :class:`NonFiniteError` on NaN or infinity."""
     if gradients.ndim != 2 or gradients.shape[0] == 0:
         raise ArgumentError(f"gradients have shape {tuple(gradients.shape)}; expected (m, d) with at least one row")
+    require_finite_gradients(gradients)
     m = gradients.shape[0]
     return _result(_alpha(gradients.sum(0).square().sum(), gradients.square().sum(), m), m)
 
@@ -126,6 +127,8 @@ def generalization_gap_bound(
     """
     if len(coherences) != len(learning_rates):
         raise ArgumentError(f"got {len(coherences)} coherences and {len(learning_rates)} learning rates; expected one of each a step")
+    if not all(0 <= alpha <= 1 for alpha in coherences):
+        raise ArgumentError(f"coherences are {list(coherences)}; expected numbers in [0, 1] (NaN: all gradients were zero, leave that step out)")
     total, growth = 0.0, 1.0
     for alpha, lr in zip(reversed(coherences), reversed(learning_rates)):
         total += growth * lr * math.sqrt(2 * max(0.0, 1 - alpha))

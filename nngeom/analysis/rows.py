@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.core import memory
-from nngeom.core.errors import LoaderError
+from nngeom.core.errors import LoaderError, NonFiniteError
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.products import EVERYTHING, Grouping, build, products
 from nngeom.fmat.products import squared_norms as norms_by_group
@@ -50,6 +50,12 @@ class Probe:
         if not all(isinstance(y, Tensor) for y in parts):
             return None
         return torch.cat([y.detach() for y in parts])
+
+
+def require_finite_gradients(*gradients: Tensor) -> None:
+    """Raise :class:`NonFiniteError` where gradients at hand contain NaN or infinity: they must not pass for zero ones."""
+    if not all(bool(torch.isfinite(g).all()) for g in gradients):
+        raise NonFiniteError("gradients contain NaN or infinity; check the inputs and the model they come from")
 
 
 def require_labels(probe: Probe) -> Tensor:

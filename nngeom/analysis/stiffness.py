@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.rows import Function, Probe, row_norms, row_products
+from nngeom.analysis.rows import Function, Probe, require_finite_gradients, row_norms, row_products
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError
 from nngeom.metrics.loss import EmpiricalFisher, as_loss
@@ -71,9 +71,13 @@ def stiffness(
 def gradient_stiffness(
     gradients: Tensor, other: Tensor | None = None, kind: str = "cosine", labels: Tensor | None = None, other_labels: Tensor | None = None
 ) -> Stiffness:
-    """:func:`stiffness` of gradients at hand, ``(n, d)`` (and ``other`` ``(m, d)``), with class labels where given."""
+    """:func:`stiffness` of gradients at hand, ``(n, d)`` (and ``other`` ``(m, d)``), with class labels where given.
+
+    Raises :class:`ArgumentError` for another ``kind``, :class:`NonFiniteError` on NaN or infinity.
+    """
     require_kind(kind)
     right = gradients if other is None else other
+    require_finite_gradients(gradients, right)
     gram = gradients @ right.T
     return _summary(
         gram, gradients.square().sum(-1), right.square().sum(-1), labels, labels if other is None else other_labels, kind, other is None

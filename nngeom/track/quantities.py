@@ -14,6 +14,7 @@ from nngeom.analysis.alignment import kernel_label_alignment
 from nngeom.analysis.coherence import coherence
 from nngeom.analysis.geometric_complexity import geometric_complexity
 from nngeom.analysis.rows import Function, Probe, require_labels, wide_kernels
+from nngeom.analysis.sharpness import non_uniformity, sharpness
 from nngeom.analysis.spectrum import effective_rank, spectrum, trace_ratios
 from nngeom.analysis.stiffness import stiffness
 from nngeom.metrics.loss import IdentityMetric, as_loss
@@ -142,6 +143,17 @@ def _stiffness(look: Look) -> Numbers:
 @quantity("geometric_complexity")
 def _geometric_complexity(look: Look) -> Numbers:
     return {"geometric_complexity": float(geometric_complexity(look.model, look.probe.batches, function=look.function))}
+
+
+@quantity("sharpness")
+def _sharpness(look: Look) -> Numbers:
+    return {"sharpness": float(sharpness(look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection))}
+
+
+@quantity("non_uniformity")
+def _non_uniformity(look: Look) -> Numbers:
+    found = non_uniformity(look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection)
+    return {"non_uniformity": float(found)}
 
 
 @quantity("parameter_norm")
