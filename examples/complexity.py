@@ -1,6 +1,6 @@
 """The complexity of the trajectory against the generalisation gap, when label noise and width vary; beside other measures.
 
-    python examples/complexity.py [--data FOLDER] [--seeds 3]
+    python examples/complexity.py [--data FOLDER] [--seeds 5]
 
 500 digits, one hidden layer, full passes of batches of 50 (learning rate 0.1, momentum 0.9) until the training loss is 0.01. The
 complexity ``C / n`` on a probe of 50 training images, the gap ``test loss - training loss``, and for comparison the norm of the
@@ -61,7 +61,7 @@ def run(data: Data, width: int, noise: float, seed: int, most: int) -> dict[str,
 
 def main() -> None:
     """Both sweeps, one figure."""
-    args = arguments(__doc__, seeds=3, epochs=400)
+    args = arguments(__doc__, seeds=5, epochs=400)
     torch.set_num_threads(1)
     data = load(args.data, 500, 500)
     sweeps: dict[str, list[Any]] = {"hidden width": [8, 16, 32, 64, 128, 256, 512], "label noise": [0.0, 0.1, 0.2, 0.3, 0.5]}
