@@ -1,6 +1,6 @@
 """Gradients that agree: coherence on real and random labels, stiffness before and after, geometric complexity by regulariser.
 
-    python examples/coherence.py [--data FOLDER] [--seeds 3]
+    python examples/coherence.py [--data FOLDER] [--seeds 5]
 
 (a) 400 digits, two hidden layers of 100, SGD 0.1, batches of 50, with true and with random labels: m-coherence of the training set,
 and its estimate from mean gradients of batches of 40 (five partitions). (b) Class stiffness of 200 validation images at the start, after the
@@ -118,7 +118,7 @@ def penalty(model: nn.Module, x: Tensor, y: Tensor, name: str) -> Any:
 
 def main() -> None:
     """All three parts."""
-    args = arguments(__doc__, seeds=3, steps=2000)
+    args = arguments(__doc__, seeds=5, steps=1500)
     torch.set_num_threads(1)
     steps = args.steps // 5 if args.quick else args.steps
     data = load(args.data, 400, 300)

@@ -50,15 +50,16 @@ def plot(path: Path, image: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=DOCS, help="where data/amortisation.json and images/amortisation.png go")
     parser.add_argument("--plot", action="store_true", help="only draw docs/data/amortisation.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", nng.optim.SkippedStepWarning)
-    path, x = DOCS / "data" / "amortisation.json", digits()
+    path, x = options.out / "data" / "amortisation.json", digits()
     if not options.plot:
         grids = {f"{method}, every {period}": DAMPED for method in METHODS for period in PERIODS}
         experiment(Training(autoencoder, loss_of, x, x, 200), grids, options.epochs, path)
-    plot(path, DOCS / "images" / "amortisation.png")
+    plot(path, options.out / "images" / "amortisation.png")
 
 
 if __name__ == "__main__":

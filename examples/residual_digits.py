@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from pathlib import Path
 
 import torch
 from autoencoder_of_digits import MOMENTA, digits
@@ -69,14 +70,15 @@ def labels() -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=DOCS, help="where data/residual.json and images/residual.png go")
     parser.add_argument("--plot", action="store_true", help="only draw docs/data/residual.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", nng.optim.SkippedStepWarning)
-    path = DOCS / "data" / "residual.json"
+    path = options.out / "data" / "residual.json"
     if not options.plot:
         experiment(Training(network, F.cross_entropy, digits(), labels(), 100), GRIDS, options.epochs, path)
-    plot(path, DOCS / "images" / "residual.png")
+    plot(path, options.out / "images" / "residual.png")
 
 
 if __name__ == "__main__":
