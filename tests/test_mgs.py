@@ -354,3 +354,12 @@ def test_refusals():
             mgs.trace_penalty(c.model, c.inputs, estimator, function=lambda x: c.model(x).detach())
     with pytest.raises(nng.LoaderError, match="empty"):
         mgs.metrics(c.model, [])
+
+
+def test_nan_stays_nan():
+    """A loss scaler, or a user, must see it; no penalty passes for zero."""
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.full((5, 3), torch.nan, dtype=torch.float64)
+    values = [mgs.trace_penalty(model, x), mgs.trace_penalty(model, x, "rademacher")]
+    values += [mgs.loss_gradient_penalty(model, x, torch.zeros(5, dtype=torch.long), squared=squared) for squared in (False, True)]
+    assert all(bool(v.isnan()) for v in values)
+    close(mgs.trace_penalty(model, x.nan_to_num(1.0)), reference.jacobian(model, x.nan_to_num(1.0)).square().sum())

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cases import build
+from cases import CASES, build
 from torch.nn import functional as F
 
 import nngeom as nng
+from nngeom.core import memory
 from nngeom.optim import WinsorizedSGD, median_of_means_gradient, winsorized_gradient
 from nngeom.optim.robust import winsorized
 
@@ -29,6 +30,16 @@ def test_winsorized_gradient(name, level):
     rows = reference.loss_gradients(case.model, case.inputs, case.targets, EACH).numpy()
     v = winsorized_gradient(case.model, (case.inputs, case.targets), "cross_entropy", level)
     assert np.allclose(v.flat().numpy(), clipped_mean(rows, level), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::nngeom.MemoryWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_some_coordinates_at_a_time(name):
+    case = build(name)
+    rows = reference.loss_gradients(case.model, case.inputs, case.targets, EACH).numpy()
+    with memory.limit(600):
+        v = winsorized_gradient(case.model, case.loader, "cross_entropy", 12.5)
+    assert np.allclose(v.flat().numpy(), clipped_mean(rows, 12.5), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "attention"])

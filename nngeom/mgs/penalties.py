@@ -126,7 +126,7 @@ def loss_gradient_penalty(
         square = sum((g.square().sum() for g in grads if g is not None), start=value.new_zeros(()))
         if squared:
             return square
-        live = square > 0
+        live = square != 0  # NaN stays NaN
         return torch.where(live, torch.where(live, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
 
 

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, CoverageError
+from nngeom.core.jacobian import FullJacobian, LayerJacobian
+from nngeom.core.layout import Layout
 from nngeom.generator.observe import Observation, Observer
 from nngeom.generator.sweep import Chunk, Sweep
 from nngeom.generator.task import Task
@@ -31,12 +34,13 @@ def winsorized_gradient(
     """The mean of per-example loss gradients, clipped coordinate by coordinate to their ``level``-th and ``100 - level``-th percentiles.
 
     ``level`` is in percent a tail, [0, 50]: 0 is the plain gradient, 50 the coordinate-wise median. Percentiles are
-    interpolated linearly between order statistics, as ``numpy.percentile`` does. ``batch`` is one batch or several;
-    memory is ``n x d``. Raises :class:`ArgumentError` for a level out of range, and what :func:`nngeom.EmpiricalFIM`
-    raises. Source: Tukey 1962 (winsorizing); Chatterjee & Zielinski 2020, section 5.5 (of gradients).
+    interpolated linearly between order statistics, as ``numpy.percentile`` does. ``batch`` is one batch or several,
+    whose inputs and output gradients are held; rows are formed for some coordinates at a time. Raises :class:`ArgumentError` for a
+    level out of range, and what :func:`nngeom.EmpiricalFIM` raises. Source: Tukey 1962 (winsorizing); Chatterjee & Zielinski
+    2020, section 5.5 (of gradients).
     """
-    task, rows = _gradients(model, batch, loss, function, layer_collection)
-    return PVector(task.collection, winsorized(rows, level).mean(0))
+    task, examples = _gradients(model, batch, loss, function, layer_collection)
+    return PVector(task.collection, examples.reduced(lambda rows: winsorized(rows, level).mean(0)))
 
 
 def median_of_means_gradient(
@@ -53,11 +57,14 @@ def median_of_means_gradient(
     One group is the plain gradient, ``n`` groups the median of examples; sizes differ by one at most. An even number of
     groups takes the middle of the two middle values. Raises :class:`ArgumentError` unless ``1 <= groups <= n``.
     """
-    task, rows = _gradients(model, batch, loss, function, layer_collection)
-    if not isinstance(groups, int) or not 1 <= groups <= len(rows):
-        raise ArgumentError(f"groups is {groups!r}; expected a whole number from 1 to the number of examples, {len(rows)}")
-    means = torch.stack([part.mean(0) for part in rows.tensor_split(groups)])
-    return PVector(task.collection, winsorized(means, 50.0)[0])
+    task, examples = _gradients(model, batch, loss, function, layer_collection)
+    if not isinstance(groups, int) or not 1 <= groups <= examples.count:
+        raise ArgumentError(f"groups is {groups!r}; expected a whole number from 1 to the number of examples, {examples.count}")
+
+    def median(rows: Tensor) -> Tensor:
+        return winsorized(torch.stack([part.mean(0) for part in rows.tensor_split(groups)]), 50.0)[0]
+
+    return PVector(task.collection, examples.reduced(median))
 
 
 def winsorized(rows: Tensor, level: float) -> Tensor:
@@ -79,7 +86,7 @@ class WinsorizedSGD(torch.optim.SGD):
     """``torch.optim.SGD`` on winsorized gradients; forward and backward passes go inside :meth:`observe`.
 
     What ``.grad`` holds besides the examples' gradients (a penalty on weights) is kept as it is. All examples seen since
-    the last step are one set. Memory is ``n x d``. Raises :class:`CoverageError` for models with parameters whose
+    the last step are one set, held by their inputs and output gradients. Raises :class:`CoverageError` for models with parameters whose
     per-example gradients the passes do not show (recurrent cells): use :func:`winsorized_gradient` there.
     """
 
@@ -87,7 +94,7 @@ class WinsorizedSGD(torch.optim.SGD):
         collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         winsorized(torch.zeros(1, 1), level)  # checks the level
         self.observer, self.level = Observer(model, collection), level
-        self._rows: list[Tensor] = []
+        self._examples = _Examples(collection)
         super().__init__(list(self.observer.task.parameters.values()), lr=lr, **options)
 
     @contextlib.contextmanager
@@ -99,12 +106,13 @@ class WinsorizedSGD(torch.optim.SGD):
             raise CoverageError(f"parameters {sorted(self.observer.batchwise)[:4]} have no per-example gradients here; use winsorized_gradient for this model")
         scale = 1.0 if scaler is None else scaler.get_scale()
         with torch.no_grad():
-            self._rows += [_rows(chunk, self.observer.task.collection) / scale for chunk in seen.chunks]
+            for chunk in seen.chunks:
+                self._examples.add(chunk, 1 / scale)
         seen.chunks.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also drops what was observed since the last step."""
-        self._rows = []
+        self._examples = _Examples(self.observer.task.collection)
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -114,29 +122,57 @@ class WinsorizedSGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._rows:
+        if not self._examples.count:
             raise ArgumentError("step() before anything was observed; expected the forward and backward pass inside `with opt.observe():`")
-        rows = torch.cat(self._rows)
-        change = PVector(self.observer.task.collection, (winsorized(rows, self.level) - rows).sum(0))
+        change = PVector(self.observer.task.collection, self._examples.reduced(lambda rows: (winsorized(rows, self.level) - rows).sum(0)))
         for name, p in self.observer.task.parameters.items():
             if p.grad is not None:
                 p.grad.add_(change[name].to(p.grad))
-        self._rows = []
+        self._examples = _Examples(self.observer.task.collection)
         super().step()
         return loss
 
 
-def _gradients(model: nn.Module, batch: Any, loss: Any, function: Any, collection: LayerCollection | None) -> tuple[Task, Tensor]:
-    """``[n, d]``: the gradient of every example's own loss."""
-    task = Task.build(model, function, collection)
-    rows = [_rows(chunk, task.collection) for chunk in Sweep(task, batch, EmpiricalFisher(as_loss(loss))).chunks()]
-    return task, torch.cat(rows)
+class _Examples:
+    """Gradients of single examples, held as the Jacobians of their batches and read some coordinates at a time."""
 
+    def __init__(self, collection: LayerCollection):
+        self.collection, self.count = collection, 0
+        self._batches: list[tuple[dict[Layout, LayerJacobian], float]] = []
 
-def _rows(chunk: Chunk, collection: LayerCollection) -> Tensor:
-    like = next(iter(chunk.jacobians.values()))
-    rows = torch.zeros(1, chunk.examples, collection.numel, dtype=like.dtype, device=like.device)
-    with torch.no_grad():
-        for layout, j in chunk.jacobians.items():
+    def add(self, chunk: Chunk, scale: float = 1.0) -> None:
+        """One batch; copied, because what a model computed may be overwritten before it is read."""
+        copies = {layout: j.joined([]) if j.joins(j) else FullJacobian(j.matrix()) for layout, j in chunk.jacobians.items()}
+        self._batches.append((copies, scale))
+        self.count += chunk.examples
+
+    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """``reduce: [n, p] -> [p]`` of all examples, coordinate by coordinate: ``[d]``."""
+        like = next(iter(self._batches[0][0].values()))
+        out = torch.zeros(self.collection.numel, dtype=like.dtype, device=like.device)
+        if any(jacobians.keys() != self._batches[0][0].keys() for jacobians, _ in self._batches):  # batches of unlike structure
+            return reduce(torch.cat([scale * self._rows(jacobians, out) for jacobians, scale in self._batches]))
+        for layout in self._batches[0][0]:
+            _, _, s, o, i = self._batches[0][0][layout].shape
+            m = out.new_empty(s, o, i)
+            cut = 0 if s > 1 else 1
+            for lo, hi in memory.pieces(m.shape[cut], 4 * self.count * (o if s > 1 else 1) * i * out.element_size(), "coordinate of all examples"):
+                rows = torch.cat([scale * jacobians[layout].features(lo, hi).matrix()[0] for jacobians, scale in self._batches])  # [n s o i]
+                m.narrow(cut, lo, hi - lo).copy_(reduce(rows.flatten(1)).view(rows.shape[1:]))
+            layout.scatter_(out, m)
+        return out
+
+    def _rows(self, jacobians: dict[Layout, LayerJacobian], like: Tensor) -> Tensor:
+        rows = like.new_zeros(1, next(iter(jacobians.values())).shape[1], self.collection.numel)
+        for layout, j in jacobians.items():
             write_rows(rows, j, layout)
-    return rows[0]
+        return rows[0]
+
+
+def _gradients(model: nn.Module, batch: Any, loss: Any, function: Any, collection: LayerCollection | None) -> tuple[Task, _Examples]:
+    """The gradients of every example's own loss."""
+    task = Task.build(model, function, collection)
+    examples = _Examples(task.collection)
+    for chunk in Sweep(task, batch, EmpiricalFisher(as_loss(loss))).chunks():
+        examples.add(chunk)
+    return task, examples
