@@ -16,7 +16,6 @@ from torch import Tensor
 from nngeom.core.errors import CoverageError, OutputError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
-from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.task import Batch, Task, gradients_on, take
 from nngeom.generator.units import Unit
@@ -114,21 +113,31 @@ def mismatches(task: Task, seen: Capture, units: list[Unit], jacobians: dict[Lay
     names = [name for unit in units for name in unit.layout.names]
     parameters = [task.parameters[name] for name in names]
     expected = torch.autograd.grad(seen.outputs, parameters, combined, retain_graph=True, allow_unused=True) if names else []
-    flat = torch.zeros(collection.numel, dtype=accumulation_dtype(task.dtype), device=seen.outputs.device)
+    got: dict[str, Tensor] = {}
     for unit in units:
         jacobian = jacobians[unit.layout]
-        unit.layout.scatter_(flat, jacobian.vjp(u.to(jacobian.dtype)).to(flat.dtype).detach())
-    table = collection.offsets()
-    norms = [flat.new_zeros(()) if e is None else e.norm().to(flat.dtype) for e in expected]
-    scale = torch.stack(norms).norm() if any(e is not None for e in expected) else flat.norm()
+        got |= _by_name(unit.layout, jacobian.vjp(u.to(jacobian.dtype)).detach(), collection.offsets())
+    norms = [g.new_zeros(()) if e is None else e.norm().to(g.dtype) for g, e in zip(got.values(), expected)]
+    scale = max(float(norm) for norm in norms) if any(e is not None for e in expected) else max((float(g.norm()) for g in got.values()), default=0.0)
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(seen.outputs.dtype, 0.1)
     noise = min(200 * torch.finfo(seen.outputs.dtype).eps, 1e-2) * scale  # of gradients that cancel, as of attention's key bias
     wrong = []
     for name, e, norm in zip(names, expected, norms):
-        lo, shape = table[name]
-        difference = flat[lo : lo + torch.Size(shape).numel()].view(shape)
         if e is not None:
-            difference -= e
-        if not bool(difference.norm() <= tolerance * norm + noise):
+            got[name] -= e.flatten()
+        if not bool(got[name].norm() <= tolerance * norm + noise):
             wrong.append(name)
     return wrong
+
+
+def _by_name(layout: Layout, rows: Tensor, offsets: dict[str, tuple[int, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """Entries ``[s, o, i]`` of a block, each parameter's in its own order."""
+    parts, column = {}, 0
+    for piece in layout.pieces:
+        i = piece.arrangement.sizes[2]
+        flat = piece.arrangement.write(rows[..., column : column + i])
+        column += i
+        for name in piece.names:
+            lo, shape = offsets[name]
+            parts[name] = flat[lo - piece.offset : lo - piece.offset + torch.Size(shape).numel()]
+    return parts
