@@ -836,3 +836,66 @@ def test_eigendecompositions_survive_a_failure_of_lapack(monkeypatch):
         values, vectors = linalg.eigh(m)
         torch.testing.assert_close((vectors * values) @ vectors.T, m, rtol=1e-8, atol=1e-8)
         assert bool((values.diff() >= 0).all())
+
+
+# -- what a few examples could hide ------------------------------------------------------------------------------------
+
+
+class Sorted(nn.Module):
+    """Sorts its examples before a layer and puts them back behind it, as packing by length does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        order = x.square().flatten(1).sum(1).argsort()
+        inner = torch.tanh(self.inner(h[order]))
+        return self.last(inner[order.argsort()]).flatten(1)
+
+
+class Hidden(torch.autograd.Function):
+    """``x w^T`` where no one sees that it is a linear map."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.T @ x
+
+
+class ByBatchSize(nn.Module):
+    """The same function by two routes; the one of larger batches uses a weight once more than can be seen."""
+
+    def __init__(self, extra: bool):
+        super().__init__()
+        self.first, self.again, self.extra = nn.Linear(4, 4), nn.Linear(4, 3), extra
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        w = self.first.weight
+        if self.extra and len(x) > 3:
+            h = h + Hidden.apply(x, w)
+        elif self.extra:
+            h = h + F.linear(x, w)
+        return self.again(h)
+
+
+@pytest.mark.parametrize(("shape", "check"), [((7, 4), True), ((7, 7, 4), True), ((7, 2, 4), True), ((7, 7, 4), False)])
+def test_a_model_that_sorts_its_examples(shape, check):
+    """Without the check the order is proved only where shapes leave a choice."""
+    torch.manual_seed(0)
+    model, x = Sorted().double(), normal(*shape)
+    torch.testing.assert_close(nng.Jacobian(model, [x], check=check).tensor, reference.jacobian(model, x))
+
+
+@pytest.mark.parametrize("extra", [True, False])
+def test_a_model_whose_route_depends_on_the_size_of_the_batch(extra):
+    torch.manual_seed(0)
+    model, x = ByBatchSize(extra).double(), normal(9, 4)
+    torch.testing.assert_close(nng.Jacobian(model, [x]).tensor, reference.jacobian(model, x))
