@@ -7,6 +7,7 @@ backward pass over the batch a row: always right, whatever the model does with i
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from nngeom.core import memory
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.backward import pull_back
+from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.task import Batch, Task, gradients_on, take
 
 
@@ -43,7 +45,7 @@ def _alone(task: Task, batch: Batch, outputs: Tensor, parameters: Sequence[Tenso
     pieces: list[list[Tensor]] = [[] for _ in parameters]
     for i in range(n):
         try:
-            with gradients_on():
+            with gradients_on(), twice_differentiable() if create_graph else contextlib.nullcontext():
                 out = task.run(take(batch, slice(i, i + 1), n))
         except Exception:  # a model that cannot run on one example of this batch
             return None

@@ -55,15 +55,14 @@ def trace_penalty(
     task = Task.build(model, function, layer_collection)
     with twice_differentiable():
         seen = capture(task, next(task.batches([inputs])), keep_graph=True)
-        f = seen.outputs
-        if not f.requires_grad:
-            raise CoverageError("the outputs do not depend on any selected parameter (torch.no_grad or .detach() inside the model?)")
-        with gradients_on():
-            if estimator == "exact":
-                total = _trace(task, seen)
-            else:
-                signs = rademacher(samples, *f.shape, like=f, generator=generator)
-                total = _squared_sums(task, seen, signs) / samples
+    f = seen.outputs
+    if not f.requires_grad:
+        raise CoverageError("the outputs do not depend on any selected parameter (torch.no_grad or .detach() inside the model?)")
+    with gradients_on():
+        if estimator == "exact":
+            total = _trace(task, seen)
+        else:
+            total = _squared_sums(task, seen, rademacher(samples, *f.shape, like=f, generator=generator)) / samples
     value = total if reduction == "sum" else total / f.shape[0]
     return (value, f) if return_outputs else value
 
