@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.workloads import EncoderBlock
+
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions around a shortcut (He et al. 2016, figure 5)."""
@@ -43,23 +45,14 @@ def resnet(blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, outputs: int
     return model.eval()
 
 
-class DecoderBlock(nn.Module):
-    """Causal self-attention and a feed-forward part, normalised before each."""
+class DecoderBlock(EncoderBlock):
+    """The same, each position to those before it, with GPT-2's activation."""
 
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    approximate = "tanh"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(n, t, width)`` to the same."""
-        n, t, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(n, t, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``(n, heads, t, width / heads)``."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Decoder(nn.Module):

@@ -86,6 +86,8 @@ def vgg() -> nn.Module:
 class EncoderBlock(nn.Module):
     """Self-attention and a feed-forward part, normalised before each."""
 
+    approximate = "none"
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -97,9 +99,12 @@ class EncoderBlock(nn.Module):
         """``(n, t, width)`` to the same."""
         n, t, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        x = x + self.out((weights @ v).transpose(1, 2).reshape(n, t, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        x = x + self.out(self.attend(q, k, v).transpose(1, 2).reshape(n, t, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate=self.approximate))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every position to every other, ``(n, heads, t, width / heads)``."""
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 class Encoder(nn.Module):
