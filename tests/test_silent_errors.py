@@ -3,6 +3,7 @@
 Ids are those of the list the project keeps of such defects: D for any library, S for silent ones of the closest peer.
 """
 
+import copy
 import pickle
 
 import pytest
@@ -899,3 +900,20 @@ def test_a_model_whose_route_depends_on_the_size_of_the_batch(extra):
     torch.manual_seed(0)
     model, x = ByBatchSize(extra).double(), normal(9, 4)
     torch.testing.assert_close(nng.Jacobian(model, [x]).tensor, reference.jacobian(model, x))
+
+
+def test_kernels_and_rows_of_layers_in_two_dtypes():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.narrow, self.conv, self.wide = nn.Linear(4, 5), nn.Conv1d(1, 2, 2), nn.Linear(5, 3).double()
+
+        def forward(self, x):
+            return self.wide(torch.tanh(self.narrow(x) + self.conv(x.unsqueeze(1)).flatten(1).sum(1, keepdim=True)).double())
+
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(6, 4)
+    rows = reference.jacobian(copy.deepcopy(model).double(), x.double())
+    torch.testing.assert_close(nng.Jacobian(model, [x]).tensor.double(), rows, rtol=1e-4, atol=1e-5)
+    kernel = torch.einsum("cnd,emd->cnem", rows, rows)
+    torch.testing.assert_close(nng.GramMatrix(model, [x]).tensor.double(), kernel, rtol=1e-4, atol=1e-4)

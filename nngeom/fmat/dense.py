@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -63,7 +64,11 @@ class FMatDense(FMat):
         if graph:
             return summed((name, x.gram(y)) for name, x, y in blocks)
         totals: dict[str, gram.Tile] = {}
+        blocks = list(blocks)
+        dtype = functools.reduce(torch.promote_types, {j.dtype for _, *pair in blocks for j in pair}, torch.float32)
         for name, x, y in blocks:
+            if not x.dtype == y.dtype == dtype:  # layers of several dtypes
+                x, y = (x.to(dtype),) * 2 if x is y else (x.to(dtype), y.to(dtype))
             if name not in totals:
                 totals[name] = gram.Tile(x, y)
             x.add_gram(totals[name], y)

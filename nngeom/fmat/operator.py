@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError, UnsupportedError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError
 from nngeom.space.fvector import FVector
 
 if TYPE_CHECKING:
@@ -176,8 +176,3 @@ class FunctionOperator(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(outputs={self.outputs}, examples={self.rows}x{self.columns}, dtype={self.dtype}, device='{self.device}')"
-
-
-def refuse(what: str, instead: str) -> UnsupportedError:
-    """The error of an operation that a representation does not offer."""
-    return UnsupportedError(f"{what} is not offered; {instead}")

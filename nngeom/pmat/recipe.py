@@ -74,6 +74,7 @@ def join_rows(chunk: Chunk, layout: Layout, names: tuple[str, ...]) -> Iterator[
 
 def write_rows(out: Tensor, j: LayerJacobian, layout: Layout, shift: dict[str, int] | None = None) -> None:
     """Write the rows of one block at their places in ``out [k, n, d]``; ``shift`` moves each parameter's offset."""
+    j = j if j.dtype == out.dtype else j.to(out.dtype)
     direct, column = j.writes_columns and all(p.arrangement.is_plain() for p in layout.pieces), 0
     m = None if direct else j.matrix()
     for piece in layout.pieces:
