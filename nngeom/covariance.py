@@ -66,7 +66,7 @@ def GradientCovariance(
         mean, layouts = mean_row(sweep)
         seen = list(task.batches(sweep.loader)) if chosen is None else sweep.loader
         centred = CentredSweep(task, seen, sweep.metric, memory_budget, check, progress, label="covariance", mean=mean, layouts=layouts)
-        centred._axes, centred._demoted, centred._checked = sweep._axes, sweep._demoted, sweep._checked  # what the first sweep found out
+        centred._demoted = sweep._demoted  # what the first sweep found out
         if chosen is None:
             return ImplicitCovariance(centred)
         blocks = drive(chosen.recipe(Scope(task.collection, task.collection.names)), centred, chosen.passes)

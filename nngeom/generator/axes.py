@@ -51,19 +51,17 @@ def candidates(lead: tuple[int, ...], n: int) -> list[ExampleAxis]:
 
 
 def find_axes(
-    outputs: Tensor, uses: list[Use], known: dict, v: Tensor | None = None, gradients: Sequence[Tensor] | None = None
+    outputs: Tensor, uses: list[Use], known: dict[int, ExampleAxis | None], v: Tensor | None = None, gradients: Sequence[Tensor] | None = None
 ) -> list[ExampleAxis | None]:
     """The example axis of every use; ``None`` where there is none (examples share the use, or are mixed).
 
     With cotangents ``v [k, n, *out]`` that were pulled back to ``gradients`` every use is put to the proof, at the price of
-    one more pass; else those only whose shape leaves a choice. ``known`` remembers answers by place in the forward pass
-    and shapes.
+    one more pass; else those only whose shape leaves a choice. ``known`` remembers answers by place in the forward pass.
     """
     n = outputs.shape[0]
-    keys = [(use.place, use.operation, use.lead, n) for use in uses]
     options = [candidates(use.lead, n) for use in uses]
-    found = [known[key] if key in known else next(iter(o), None) for key, o in zip(keys, options)]
-    open_ = [j for j, (key, o) in enumerate(zip(keys, options)) if key not in known and o and n > 1 and (gradients is not None or len(o) > 1)]
+    found = [known[use.place] if use.place in known else next(iter(o), None) for use, o in zip(uses, options)]
+    open_ = [j for j, (use, o) in enumerate(zip(uses, options)) if use.place not in known and o and n > 1 and (gradients is not None or len(o) > 1)]
     if not open_:
         return found
     generator = torch.Generator().manual_seed(0)
@@ -76,7 +74,7 @@ def find_axes(
         agreeing |= probe.agreeing(doubtful, None)
     for j, axes in agreeing.items():
         if axes is not None:  # else no gradient here: any axis is right for this batch, ask again on the next
-            found[j] = known[keys[j]] = next(iter(axes), None)
+            found[j] = known[uses[j].place] = next(iter(axes), None)
     return found
 
 

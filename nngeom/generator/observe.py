@@ -2,7 +2,7 @@
 
 While the model runs, the recorder sees its uses of parameters; while the user's backward pass runs, the gradients of
 those uses are read where they flow. The example axis and the structure of every use are settled by probing the model's
-outputs, once for every shape of batch (two small backward passes); after that an observed step costs no extra pass.
+outputs, once for every graph (two small backward passes); after that an observed step costs no extra pass.
 Nothing is left on the model.
 """
 
@@ -88,14 +88,13 @@ class _Watched(Sweep):
     """A sweep whose captures come from outside."""
 
     def resolve(self, seen: Capture, mixing: bool) -> tuple[list[Unit], list[str]]:
-        """The units of a capture, and its parameters without structure; compared with autograd once a shape of batch."""
-        units, rest = self._structure(seen)
-        signature = (seen.outputs.shape[0], *(use.lead for use in seen.uses))
-        if not mixing and signature not in self._checked:
-            self._checked.add(signature)
+        """The units of a capture, and its parameters without structure; compared with autograd unless a pass like it was."""
+        proof = self._recall(seen)
+        units, rest = self._structure(seen, proof)
+        if not mixing and (proof.moves or not proof.covers(seen)):
             generator = torch.Generator().manual_seed(2)
             v = torch.randn(1, *seen.outputs.shape, generator=generator, dtype=torch.float64).to(seen.outputs)
-            units, rest, _ = self._verify(seen, v)
+            units, rest, _ = self._verify(seen, v, proof)
         return units, rest
 
 

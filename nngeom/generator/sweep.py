@@ -18,6 +18,7 @@ from nngeom.generator import fallback
 from nngeom.generator.axes import ExampleAxis, find_axes
 from nngeom.generator.backward import Buffers, pull_back
 from nngeom.generator.capture import Capture, capture
+from nngeom.generator.proofs import Proof, proof_of
 from nngeom.generator.task import Batch, Task, as_batches, require_finite, take
 from nngeom.generator.units import Unit, build_units
 from nngeom.generator.verify import align, few, mismatches, spread
@@ -59,7 +60,7 @@ class Chunk:
 
 @dataclass
 class Sweep:
-    """The LayerJacobians of a data set, batch by batch. Remembers between passes what is the same in each."""
+    """The LayerJacobians of a data set, batch by batch."""
 
     task: Task
     loader: Any
@@ -72,9 +73,7 @@ class Sweep:
     keep_graph: bool = False
     label: str = "sweep"
     count: int = 0
-    _axes: dict = field(default_factory=dict)
     _demoted: set[str] = field(default_factory=set)
-    _checked: set = field(default_factory=set)
     _kept: list | None = None
     _buffers: Buffers | None = None
 
@@ -124,25 +123,23 @@ class Sweep:
             yield chunk
 
     def cut(self, seen: Capture) -> Iterator[Chunk]:
-        """The chunks of one captured forward pass; the first ones of a new shape of batch are proved and checked."""
+        """The chunks of one captured forward pass, the first of them proved and checked unless a pass like this one was."""
         n = seen.outputs.shape[0]
         if not seen.outputs.requires_grad:
             raise CoverageError(
                 "the outputs do not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside the model?)"
             )
+        proof = self._recall(seen)
         columns = self.metric.columns(seen.outputs.detach(), seen.batch, self.count)
         self._bar(seen)
         size = memory.step(columns.count, self._bytes_each_cotangent(seen), "output of one batch")
-        signature = (n, *(use.lead for use in seen.uses))
-        checking = self.check and signature not in self._checked and bool(torch.isfinite(seen.outputs.detach().sum()))
-        if checking:
-            self._checked.add(signature)
-        units, rest = ([], []) if checking else self._structure(seen)
+        proving = self.check and (proof.moves or not proof.covers(seen)) and bool(torch.isfinite(seen.outputs.detach().sum()))
+        units, rest = ([], []) if proving else self._structure(seen, proof)
         for lo in range(0, columns.count, size):
             hi = min(columns.count, lo + size)
             v, last = columns.make(lo, hi), hi == columns.count
-            if checking and lo == 0:
-                units, rest, jacobians = self._pull_verified(seen, v)
+            if proving and lo == 0:
+                units, rest, jacobians = self._pull_verified(seen, v, proof)
             else:
                 jacobians = self._pull(seen, units, rest, v, last)
             yield Chunk(jacobians, n, self.count, (lo, columns.count))
@@ -156,12 +153,18 @@ class Sweep:
         except Exception:  # a model for one example at a time
             return
         if seen.outputs.shape[0] == 2:
-            self._structure(seen)
+            self._structure(seen, self._recall(seen))
 
-    def _structure(self, seen: Capture) -> tuple[list[Unit], list[str]]:
+    def _recall(self, seen: Capture) -> Proof:
+        """What is known of a pass; parameters known to be captured wrongly go to the fallback."""
+        proof = proof_of(self.task, seen)
+        self._demoted |= proof.wrong
+        return proof
+
+    def _structure(self, seen: Capture, proof: Proof) -> tuple[list[Unit], list[str]]:
         """Units of structured parameters, and names of the others that the outputs depend on."""
         self._bar(seen)
-        return self._units(seen, find_axes(seen.outputs, seen.uses, self._axes))
+        return self._units(seen, find_axes(seen.outputs, seen.uses, proof.axes))
 
     def _bar(self, seen: Capture) -> None:
         """Forget the uses of parameters that are left to the fallback."""
@@ -208,18 +211,17 @@ class Sweep:
 
     # -- guarantees ------------------------------------------------------------------------------------------------
 
-    def _pull_verified(self, seen: Capture, v: Tensor) -> tuple[list[Unit], list[str], dict[Layout, LayerJacobian]]:
+    def _pull_verified(self, seen: Capture, v: Tensor, proof: Proof) -> tuple[list[Unit], list[str], dict[Layout, LayerJacobian]]:
         """The rows of some cotangents, proved to belong to their examples and to be autograd's; parameters that fail go to the fallback."""
         gradients = self._gradients(seen, v)
-        axes = find_axes(seen.outputs, seen.uses, self._axes, v, gradients)
+        axes = find_axes(seen.outputs, seen.uses, proof.axes, v, gradients)
         units, rest = self._units(seen, axes)
-        wrong = self._wrong_for_a_few(seen, axes, units, v)
+        wrong = [] if proof.covers(seen) else self._wrong_for_a_few(seen, axes, units, v)
         if wrong is None:
-            return self._verify(seen, v)
+            return self._verify(seen, v, proof)
+        proof.complete(seen)
         if wrong:
-            self._demoted |= set(wrong)
-            units, rest = self._structure(seen)
-            return units, rest, self._pull(seen, units, rest, v, last=False)
+            return self._without(wrong, seen, v, proof)
         return units, rest, self._jacobians(seen, units, rest, v, gradients)
 
     def _wrong_for_a_few(self, seen: Capture, axes: list[ExampleAxis | None], units: list[Unit], v: Tensor) -> list[str] | None:
@@ -236,16 +238,20 @@ class Sweep:
         sweep = replace(self, keep_graph=False, _buffers=None)
         return mismatches(self.task, small, ours, sweep._pull(small, ours, [], w, last=False), w)
 
-    def _verify(self, seen: Capture, v: Tensor) -> tuple[list[Unit], list[str], dict[Layout, LayerJacobian]]:
+    def _verify(self, seen: Capture, v: Tensor, proof: Proof) -> tuple[list[Unit], list[str], dict[Layout, LayerJacobian]]:
         """The rows of some cotangents, compared with autograd on the whole batch."""
-        units, rest = self._structure(seen)
+        units, rest = self._structure(seen, proof)
         jacobians = self._pull(seen, units, rest, v, last=False)
         wrong = mismatches(self.task, seen, units, jacobians, v)
-        if wrong:
-            self._demoted |= set(wrong)
-            units, rest = self._structure(seen)
-            jacobians = self._pull(seen, units, rest, v, last=False)
-        return units, rest, jacobians
+        proof.complete(seen)
+        return self._without(wrong, seen, v, proof) if wrong else (units, rest, jacobians)
+
+    def _without(self, wrong: list[str], seen: Capture, v: Tensor, proof: Proof) -> tuple[list[Unit], list[str], dict[Layout, LayerJacobian]]:
+        """The rows of some cotangents once more, those of wrong parameters by the fallback, in this pass and all like it."""
+        proof.wrong |= set(wrong)
+        self._demoted |= proof.wrong
+        units, rest = self._structure(seen, proof)
+        return units, rest, self._pull(seen, units, rest, v, last=False)
 
     def _require_finite(self, jacobians: dict[Layout, LayerJacobian], index: int) -> None:
         tensors = {layout: getattr(j, "g", getattr(j, "m", None)) for layout, j in jacobians.items()}

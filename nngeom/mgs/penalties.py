@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -129,15 +128,9 @@ def loss_gradient_penalty(
         return torch.where(live, torch.where(live, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
 
 
-_PROVED: WeakKeyDictionary[nn.Module, dict[Any, tuple[dict, set, set]]] = WeakKeyDictionary()
-
-
 def _trace(task: Task, seen: Capture) -> Tensor:
-    """``sum_kn |J[k, n]|^2``. What is proved of a model at its first step is known at the next ones."""
+    """``sum_kn |J[k, n]|^2``."""
     sweep = Sweep(task, (), IdentityMetric(), keep_graph=True)
-    if task.function is None:
-        key = task.collection.names, tuple(map(id, task.model.modules()))
-        sweep._axes, sweep._demoted, sweep._checked = _PROVED.setdefault(task.model, {}).setdefault(key, ({}, set(), set()))
     norms = [j.squared_norms().sum() for chunk in sweep.cut(seen) for j in chunk.jacobians.values()]
     return torch.stack(norms).sum()
 

@@ -52,6 +52,6 @@ class PMatDiag(PMat):
             return {}
         span = scope.span()
         flat = next(iter(means.values()))["d"].new_zeros(max(p.stop for p in span.pieces))
-        for layout, tensors in means.items():
-            layout.scatter_(flat, tensors["d"])
+        for layout, tensors in means.items():  # a parameter used differently in different batches has several
+            layout.scatter_(flat, layout.gather(flat) + tensors["d"])
         return {span: DiagBlock(span.gather(flat))}

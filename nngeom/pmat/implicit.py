@@ -182,7 +182,7 @@ class ImplicitFisher(PMatImplicit):
         """The product by explicit cotangents, as every stored representation has them."""
         total, count = torch.zeros_like(x), 0
         with memory.limit(self.sweep.memory_budget):
-            for chunk in replace(self.sweep, _axes={}, check=False).chunks():
+            for chunk in replace(self.sweep, check=False).chunks():
                 parts = [j.jvp(layout.gather(x).to(j.dtype)).to(x.dtype) for layout, j in chunk.jacobians.items()]
                 inner = torch.stack(parts).sum(0) if parts else x
                 for layout, j in chunk.jacobians.items():
@@ -217,7 +217,7 @@ class ImplicitFisher(PMatImplicit):
     def _exact_trace(self):
         total, count = torch.zeros((), dtype=self.dtype, device=self.device), 0
         with memory.limit(self.sweep.memory_budget):
-            for chunk in replace(self.sweep, _axes={}).chunks():
+            for chunk in replace(self.sweep).chunks():
                 total += sum(j.squared_norms().sum() for j in chunk.jacobians.values())
                 count = chunk.start + chunk.examples
         return self.scale * total / count
@@ -226,7 +226,7 @@ class ImplicitFisher(PMatImplicit):
         out = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         count = 0
         with memory.limit(self.sweep.memory_budget):
-            for chunk in replace(self.sweep, _axes={}).chunks():
+            for chunk in replace(self.sweep).chunks():
                 part = torch.zeros_like(out)
                 for layout, j in chunk.jacobians.items():
                     layout.scatter_(part, j.square().to(out.dtype))
