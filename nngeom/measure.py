@@ -213,7 +213,7 @@ def drive(recipe: Any, sweep: Sweep, passes: int) -> dict[Any, Any]:
             examples = sums.count
         require_examples(examples)
         first = False
-        means = one_dtype(sums.mean())
+        means = one_dtype(sums.mean(used_up=True))
         _require_finite(means, sweep)
         try:
             statistic = recipe.send(means)

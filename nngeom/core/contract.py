@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nngeom.core import linalg, memory
+from nngeom.core import memory
+from nngeom.core.statistic import Moment
 
 if TYPE_CHECKING:
     from nngeom.core.factored import FactoredJacobian
@@ -69,13 +70,13 @@ def weight_gradient(w: Tensor, a: Tensor) -> Tensor:
     return (rows @ columns).unsqueeze(0)
 
 
-def second_moment(x: Tensor) -> Tensor:
-    """``[*lead, s, p] -> [s, p, p]``: sums of outer products, in the memory order that the data has."""
+def second_moment(x: Tensor, scale: float = 1.0) -> Tensor | Moment:
+    """``[*lead, s, p] -> [s, p, p]``: scaled sums of outer products, in the memory order that the data has."""
     s, p = x.shape[-2:]
     if s == 1 and x.stride(-1) == 1:
-        return linalg.gram(x.reshape(-1, p)).unsqueeze(0)
+        return Moment(x.reshape(-1, p), (1,), scale)
     rows = x.movedim((-2, -1), (0, 1)).reshape(s, p, -1)  # [s p r], without a copy of any order where r is contiguous
-    return linalg.gram(rows[0].T).unsqueeze(0) if s == 1 else rows @ rows.mT
+    return Moment(rows[0].T, (1,), scale) if s == 1 else scale * (rows @ rows.mT)
 
 
 def times(x: Tensor, u: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nngeom.core import contract, gram, linalg
 from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.statistic import Moment
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,14 +138,12 @@ class FactoredJacobian(LayerJacobian):
             return a.square().sum((0, 1))
         return contract.second_moment(a)
 
-    def gradient_factor(self, sharing: str, limit: int) -> Tensor:
+    def gradient_factor(self, sharing: str, limit: int) -> Tensor | Moment:
         """``"g"`` of :meth:`kronecker_sums`: divided by the number of positions that are counted as examples."""
         g = self.g if sharing == "expand" else self.g.sum(2, keepdim=True)
         if g.shape[-1] > limit:
-            total = g.square().sum((0, 1, 2))
-        else:
-            total = contract.second_moment(g)
-        return total / g.shape[2]
+            return g.square().sum((0, 1, 2)) / g.shape[2]
+        return contract.second_moment(g, 1 / g.shape[2])
 
     def rotate(self, ua, ug):
         a = self.a if ua is None else contract.times(self.a, ua)

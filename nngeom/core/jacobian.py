@@ -20,6 +20,7 @@ from torch import Tensor
 from nngeom.core import linalg, memory
 from nngeom.core.errors import UnsupportedError
 from nngeom.core.gram import Tile, by_rows
+from nngeom.core.statistic import Moment
 
 
 class LayerJacobian(ABC):
@@ -116,8 +117,8 @@ class LayerJacobian(ABC):
         p = s * o * i
         total = torch.zeros(p, p, dtype=linalg.accumulation_dtype(self.dtype), device=self.device)
         for j in self.blocks():
-            total += linalg.gram(j.rows().flatten(0, 1))
-        return total
+            linalg.add_gram_(total, j.rows().flatten(0, 1).to(total.dtype))
+        return linalg.mirror_(total)
 
     def gram(self, other: LayerJacobian) -> Tensor:
         """``[k, n, l, m]``: ``<J[k, n], J'[l, m]>``."""
@@ -141,7 +142,7 @@ class LayerJacobian(ABC):
         """``[k, n]``: ``|J[k, n]|**2``."""
         return torch.cat([j.rows().square().sum(-1) for j in self.blocks(memory.CACHE_BYTES)], 1)
 
-    def kronecker_sums(self, sharing: str, limit: int, first: bool) -> dict[str, Tensor]:
+    def kronecker_sums(self, sharing: str, limit: int, first: bool) -> dict[str, Tensor | Moment]:
         """Sums over ``k, n`` from which :func:`nngeom.pmat.kfac.kronecker_block` makes the factors of ``sum J J^T``.
 
         ``"a" [s, i, i]`` of inputs (only with the ``first`` cotangents of a batch: it does not depend on them) and
@@ -150,7 +151,7 @@ class LayerJacobian(ABC):
         """
         return {"a": self.input_factor(sharing, limit)}
 
-    def input_factor(self, sharing: str, limit: int) -> Tensor:
+    def input_factor(self, sharing: str, limit: int) -> Tensor | Moment:
         """``"a"`` of :meth:`kronecker_sums`; for rows without Kronecker structure the exact block ``[s, i, i]``."""
         _, _, s, _, i = self.shape
         total = torch.zeros(s, i, i, dtype=linalg.accumulation_dtype(self.dtype), device=self.device)

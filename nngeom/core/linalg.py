@@ -44,18 +44,33 @@ def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(m), vectors.to(m).contiguous()
 
 
-def gram(x: Tensor, blocks: int | None = None) -> Tensor:
-    """``x^T x`` for ``x [r, p]``, computing the upper blocks only and mirroring them."""
+def gram(x: Tensor) -> Tensor:
+    """``x^T x`` for ``x [r, p]``, half of it computed."""
+    return mirror_(add_gram_(None, x))
+
+
+def add_gram_(total: Tensor | None, x: Tensor, scale: float = 1.0) -> Tensor:
+    """``total + scale * x^T x`` in place (``None``: zero); entries below the diagonal may be missing until :func:`mirror_`."""
     p = x.shape[-1]
-    if p < 96 or x.shape[0] * p * p < 2**23:
-        return x.T @ x
-    blocks = blocks or (4 if p < 1024 else 8)
-    cuts = [p * j // blocks for j in range(blocks + 1)]
-    out = x.new_empty(p, p)
-    for lo, hi in zip(cuts[:-1], cuts[1:]):
-        torch.mm(x[:, lo:hi].T, x[:, lo:], out=out[lo:hi, lo:])
-        out[hi:, lo:hi] = out[lo:hi, hi:].T
-    return out
+    beta = 0 if total is None else 1
+    total = x.new_empty(p, p) if total is None else total
+    for lo, hi in _strips(p) if x.shape[0] * p * p >= 2**23 else [(0, p)]:
+        total[lo:hi, lo:].addmm_(x[:, lo:hi].T, x[:, lo:], beta=beta, alpha=scale)
+    return total
+
+
+def mirror_(total: Tensor) -> Tensor:
+    """The lower half of ``total [p, p]`` from the upper one, in place."""
+    for lo, hi in _strips(total.shape[-1]):
+        total[hi:, lo:hi] = total[lo:hi, hi:].T
+    return total
+
+
+def _strips(p: int) -> list[tuple[int, int]]:
+    """Rows cut so that each strip is multiplied from its diagonal block on; wide enough for products to run well."""
+    count = 1 if p < 96 else 4 if p < 1024 else 8
+    cuts = [p * j // count for j in range(count + 1)]
+    return list(zip(cuts[:-1], cuts[1:]))
 
 
 def cholesky(m: Tensor, what: str) -> Tensor:

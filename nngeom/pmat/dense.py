@@ -82,10 +82,9 @@ def dense_recipe(layouts: dict[Layout, tuple[str, ...]]):
         for layout, names in layouts.items():
             total = None
             for rows in join_rows(chunk, layout, names):
-                part = linalg.gram(rows.flatten(0, 1))
-                total = part if total is None else total.add_(part)
+                total = linalg.add_gram_(total, rows.flatten(0, 1))
             if total is not None:
-                named[layout] = {"m": total}
+                named[layout] = {"m": linalg.mirror_(total)}
         return named
 
     means = yield statistic
