@@ -28,6 +28,19 @@ def sum_positions(g: Tensor, a: Tensor) -> Tensor:
     return torch.bmm(left, right).reshape(n, s, k, o, -1).permute(2, 0, 1, 3, 4)
 
 
+def scaled_sums(g: Tensor, a: Tensor, ones: bool) -> Tensor:
+    """``[k n t s], [n t s 1] -> [k n s 1]``: ``sum_t g a``, and with ``ones`` beside it ``sum_t g``, ``[k n s 2]``."""
+    a = a.squeeze(-1)
+    if g.shape[2] == 1:
+        sums = [(g * a)[:, :, 0]] + [g[:, :, 0]] * ones
+    elif g.requires_grad or a.requires_grad:
+        sums = [(g * a).sum(2)] + [g.sum(2)] * ones
+    else:  # one cotangent at a time, multiplied where it lies in the cache
+        working = torch.empty_like(a)
+        sums = [torch.stack([torch.mul(h, a, out=working).sum(1) for h in g])] + [g.sum(2)] * ones
+    return torch.stack(sums, -1)
+
+
 def square_by_rows(g: Tensor, a: Tensor) -> Tensor:
     """``sum_kn (sum_t g a)**2`` as ``[s, o, i]``: rows of a few examples at a time, squared where they lie in the cache."""
     k, n, t, s, o = g.shape

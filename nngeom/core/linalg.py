@@ -67,8 +67,8 @@ def mirror_(total: Tensor) -> Tensor:
 
 
 def _strips(p: int) -> list[tuple[int, int]]:
-    """Rows cut so that each strip is multiplied from its diagonal block on; wide enough for products to run well."""
-    count = 1 if p < 96 else 4 if p < 1024 else 8
+    """Rows cut so that each strip is multiplied from its diagonal block on; of 96 rows at least, for products of fewer run badly."""
+    count = max(1, min(p // 96, 4 if p < 1024 else 6))
     cuts = [p * j // count for j in range(count + 1)]
     return list(zip(cuts[:-1], cuts[1:]))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nngeom.core import linalg
+from nngeom.core import contract, linalg
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Arrangement, Layout, Piece
@@ -70,6 +70,8 @@ class Unit:
         if use.lookup:
             return a
         a = a.to(dtype)
+        if use.elementwise:
+            return a
         return _with_ones(a, column, width) if self.with_bias else _pad(a, column, width)
 
     def _join(self, parts) -> LayerJacobian:
@@ -78,7 +80,7 @@ class Unit:
             g = g0 if len(parts) == 1 else torch.stack([g for _, g, _ in parts]).sum(0)
             return FullJacobian(g[:, :, 0].flatten(2)[:, :, None, None])  # [k n 1 1 p]
         if use.elementwise:
-            rows = [torch.einsum("knts,ntsi->knsi", g[..., 0], a) if g.shape[2] > 1 else g[:, :, 0] * a[:, 0] for a, g, _ in parts]
+            rows = [contract.scaled_sums(g[..., 0], a, self.with_bias) for a, g, _ in parts]
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)).unsqueeze(3))
         a = a0 if len(parts) == 1 else torch.cat([a for a, _, _ in parts], 1)
         g = g0 if len(parts) == 1 else torch.cat([g for _, g, _ in parts], 2)
