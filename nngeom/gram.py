@@ -75,7 +75,7 @@ def GramMatrix(
         task = Task.build(model, function, layer_collection)
         if estimator is not None:
             return _estimate(task, loader, other, kind, estimator, samples, generator, centered, differentiable, out, progress, check)
-        side = lambda data: _side(task, data, IdentityMetric(), differentiable, progress, check)
+        side = lambda data: _side(task, data, IdentityMetric(), differentiable, progress, check, watch=kind is FMatImplicit)
         rows, columns = side(loader), None if other is None else side(other)
         if kind is FMatImplicit:
             _refuse_with_implicit(differentiable, out)
@@ -146,7 +146,7 @@ def Jacobian(
     _require_alone(process_group)
     with memory.limit(memory_budget):
         task = Task.build(model, function, layer_collection)
-        side = _side(task, loader, IdentityMetric(), False, progress, check, "Jacobian")
+        side = _side(task, loader, IdentityMetric(), False, progress, check, True, "Jacobian")
         if representation in (PushForwardImplicit, PullBackImplicit):
             _first_look(side, None)
             return representation(side)
@@ -163,8 +163,11 @@ def _settings(memory_budget: int | None, differentiable: bool):
         yield
 
 
-def _side(task: Task, data: Any, metric: Metric, differentiable: bool, progress: bool, check: bool, label: str = "GramMatrix") -> Side:
-    return Side(Sweep(task, data, metric, check=check, progress=progress and label != "GramMatrix", keep_graph=differentiable, label=label))
+def _side(
+    task: Task, data: Any, metric: Metric, differentiable: bool, progress: bool, check: bool, watch: bool = False, label: str = "GramMatrix"
+) -> Side:
+    sweep = Sweep(task, data, metric, check=check, progress=progress and label != "GramMatrix", keep_graph=differentiable, label=label)
+    return Side(sweep, watch=watch)
 
 
 def _first_look(rows: Side, columns: Side | None) -> None:

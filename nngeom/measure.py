@@ -207,7 +207,7 @@ def drive(recipe: Any, sweep: Sweep, passes: int) -> dict[Any, Any]:
     statistic, first = next(recipe), True
     while True:
         sums, examples = Sums(), 0
-        for chunk in sweep.chunks(keep=passes > 1, reuse=True) if first else sweep.again():
+        for chunk in sweep.chunks(keep=passes > 1, reuse=True, watch=False) if first else sweep.again():
             with torch.no_grad():
                 sums.add(statistic(chunk), chunk.examples if chunk.first else 0)
             examples = sums.count
@@ -284,6 +284,7 @@ def _require_finite(means: dict[Any, dict[str, Tensor]], sweep: Sweep) -> None:
     for block, tensors in means.items():
         for name, t in tensors.items():
             if not bool(torch.isfinite(t.sum())) and not bool(torch.isfinite(t).all()):
+                sweep.blame()
                 layout = block[1] if isinstance(block, tuple) else block
                 raise NonFiniteError(
                     f"the statistic {name!r} of parameters {list(layout.names)[:4]} overflowed to NaN or infinity over {sweep.count} examples; "

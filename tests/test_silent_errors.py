@@ -917,3 +917,36 @@ def test_kernels_and_rows_of_layers_in_two_dtypes():
     torch.testing.assert_close(nng.Jacobian(model, [x]).tensor.double(), rows, rtol=1e-4, atol=1e-5)
     kernel = torch.einsum("cnd,emd->cnem", rows, rows)
     torch.testing.assert_close(nng.GramMatrix(model, [x]).tensor.double(), kernel, rtol=1e-4, atol=1e-4)
+
+
+class Root(nn.Module):
+    """Finite outputs whose gradient in the first layer is infinite where its output is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3, bias=False, dtype=f64), nn.Linear(3, 2, dtype=f64)
+
+    def forward(self, x):
+        return self.second(self.first(x).abs().sqrt())
+
+
+RESULTS = {
+    "fisher": lambda m, x: nng.FIM(m, x, nng.PMatDense),
+    "kfac": lambda m, x: nng.FIM(m, x, nng.PMatKFAC),
+    "ekfac": lambda m, x: nng.FIM(m, x, nng.PMatEKFAC),
+    "diagonal": lambda m, x: nng.FIM(m, x, nng.PMatDiag),
+    "kernel": lambda m, x: nng.GramMatrix(m, x),
+    "columns": lambda m, x: nng.GramMatrix(m, x[:1], other=x),
+    "squared norms": lambda m, x: nng.GramMatrix(m, x, nng.FMatDiag),
+    "blocks": lambda m, x: nng.GramMatrices(m, x, nng.FMatBlockDiag),
+    "rows": lambda m, x: nng.Jacobian(m, x),
+    "implicit": lambda m, x: nng.GramMatrix(m, x[::-1], nng.FMatImplicit),
+}
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_gradients_that_are_not_finite_are_found_in_every_result(result):
+    x = normal(8, 4)
+    x[6] = 0
+    with pytest.raises(nng.NonFiniteError, match=r"'first'.*batch \d, examples \[2\]"):
+        RESULTS[result](Root(), [x[:4], x[4:]])

@@ -64,6 +64,21 @@ def _squared(x: Tensor) -> Tensor:
     return x.square() if x.requires_grad else x.square_()
 
 
+def summed_squares(g: Tensor) -> Tensor:
+    """``sum_k g[k]**2``, without the squares of all in between."""
+    if g.requires_grad or not len(g):
+        return g.square().sum(0)
+    total = g[0].square()
+    for h in g[1:]:
+        total.addcmul_(h, h)
+    return total
+
+
+def squared_lengths(x: Tensor) -> Tensor:
+    """``sum_i x[..., i]**2``, without the squares in between: fresh memory costs more than they do."""
+    return x.square().sum(-1) if x.requires_grad else torch.linalg.vector_norm(x, dim=-1).square()
+
+
 def weighted_sum(u: Tensor, g: Tensor) -> Tensor:
     """``sum_k u[k, n] g[k, n]`` for ``u [*b, k, n]``, ``g [k, n, t, s, o]``: ``[*b, n, t, s, o]``."""
     if u.ndim > 2 or g.requires_grad or u.requires_grad:

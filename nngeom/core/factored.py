@@ -80,7 +80,7 @@ class FactoredJacobian(LayerJacobian):
 
     def square(self):
         if self.positions == 1:
-            squares = self.g.square().sum(0)[:, 0].transpose(0, 1)  # [s n o]
+            squares = contract.summed_squares(self.g)[:, 0].transpose(0, 1)  # [s n o]
             return squares.mT @ self.a[:, 0].square().transpose(0, 1)
         if contract.pairs_are_cheaper(self.g.shape, self.a.shape[-1]):
             return contract.square_by_pairs(self.g, self.a)
@@ -88,7 +88,7 @@ class FactoredJacobian(LayerJacobian):
 
     def squared_norms(self):
         if self.positions == 1:
-            return (self.g.square().sum(-1) * self.a.square().sum(-1)).sum((2, 3))
+            return (contract.squared_lengths(self.g) * contract.squared_lengths(self.a)).sum((2, 3))
         return gram.squared_norms(self.g, self.a)
 
     def add_gram(self, tile, other):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from nngeom.core.layout import Layout
 from nngeom.fmat.store import Store
-from nngeom.fmat.tiles import Side, matched, pairs, span
+from nngeom.fmat.tiles import Side, matched, pairs, require_finite, span
 from nngeom.generator.sweep import Chunk
 
 
@@ -60,6 +60,7 @@ def squared_norms(rows: Side, grouping: Grouping, mean: Mean | None = None) -> d
                 own = [j.outputs(i, i + 1).jvp(layout.gather(mean.flat[k.start + i]))[0] for i in range(j.shape[0])]
                 part = part - 2 * torch.stack(own) + layout.gather(mean.flat[k]).square().flatten(1).sum(1, keepdim=True)
             totals[grouping.layout(layout)] = totals[grouping.layout(layout)] + part
+        require_finite(totals.values(), rows)
         for name, t in totals.items():
             parts[name].setdefault(chunk.start, []).append(t)
     return {name: torch.cat([torch.cat(outputs) for outputs in examples.values()], 1) for name, examples in parts.items()}
@@ -128,6 +129,7 @@ def products(kind: Any, rows: Side, columns: Side | None, grouping: Grouping, st
                 for name in grouping.names:
                     ax, ay = (a.get(name, none.expand(s.stop - s.start, e.stop - e.start, x.outputs[1])) for a, s, e in ((left, k, n), (right, l, q)))
                     tiles[name] = kind.centred(tiles.get(name, zero), ax, ay, squares[name], k, l)
+            require_finite(tiles.values(), rows, columns)
             mirror = kind.place(l, q, k, n) if columns is None and x is not y else None
             store.write(place, tiles, mirror, kind.mirror)
         share = (k.stop - k.start) * (l.stop - l.start) / x.outputs[1] ** 2

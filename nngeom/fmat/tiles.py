@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from nngeom.core import memory
+from nngeom.core.errors import NonFiniteError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
@@ -46,6 +47,7 @@ class Side:
     sweep: Sweep
     held: Group | None = None
     wide: bool = False  # rows in float64, whatever the model's dtype
+    watch: bool = True  # rows are searched for NaN and infinity; else who uses them searches the result
 
     def __post_init__(self):
         self.sweep.loader = list(self.sweep.task.batches(self.sweep.loader))
@@ -97,7 +99,7 @@ class Side:
         if first == len(self.sizes):
             return
         sweep = replace(self.sweep, loader=self.sweep.loader[first:])
-        for chunk in sweep.chunks(reuse=reuse and not sweep.keep_graph):
+        for chunk in sweep.chunks(reuse=reuse and not sweep.keep_graph, watch=self.watch):
             chunk = replace(chunk, start=chunk.start + start)
             if self.wide:
                 chunk = replace(chunk, jacobians={lay: j.to(torch.float64) for lay, j in chunk.jacobians.items()})
@@ -123,6 +125,16 @@ class Side:
             if runs == 0 and after == START:
                 self.held = group
             yield group
+
+
+def require_finite(results: Iterable[torch.Tensor], *sides: Side | None) -> None:
+    """Where rows were not searched: raise :class:`NonFiniteError` if results of them are not finite, naming batch and examples."""
+    if all(side is None or side.watch for side in sides) or bool(torch.isfinite(torch.stack([t.detach().sum() for t in results])).all()):
+        return
+    for side in sides:
+        if side is not None:
+            side.sweep.blame()
+    raise NonFiniteError("products of gradients overflowed to NaN or infinity; scale the outputs, or use a wider dtype, model.double()")
 
 
 def joined(chunks: list[Chunk]) -> list[Chunk]:

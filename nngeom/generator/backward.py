@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.layers.adapter import Use
+
 LOOP_BYTES = 2**18  # gradients of one cotangent above which, on a CPU, a pass a cotangent costs no more than a batched one
+PRODUCT_BYTES = 2**25  # the same where a batched pass has larger products than a pass a cotangent, and no more copies
 
 
 class Buffers:
@@ -36,15 +39,17 @@ def pull_back(
     retain: bool,
     create_graph: bool = False,
     buffers: Buffers | None = None,
+    products: bool = False,
 ) -> list[Tensor]:
     """``v [k, *outputs.shape] -> [k, *shape]`` for each of ``inputs`` (tensors or gradient edges); zeros where unused.
 
-    With ``buffers`` the results live in memory that the next call with the same buffers overwrites.
+    With ``buffers`` the results may live in memory that the next call with the same buffers overwrites. ``products``: the
+    graph is one of matrix products, which gain from a batched pass (:func:`gains_from_batching`).
     """
     if not inputs:
         return []
     k = v.shape[0]
-    large = v.device.type == "cpu" and v.element_size() * sum(math.prod(s) for s in shapes) > LOOP_BYTES
+    large = v.device.type == "cpu" and v.element_size() * sum(math.prod(s) for s in shapes) > (PRODUCT_BYTES if products else LOOP_BYTES)
     if k == 1:
         grads = [None if g is None else g.unsqueeze(0) for g in _grad(outputs, inputs, v[0], retain, create_graph)]
     elif create_graph:
@@ -53,33 +58,36 @@ def pull_back(
         grads = _one_by_one(outputs, inputs, v, retain, buffers)
     else:
         try:
-            grads = _batched(outputs, inputs, v)
+            grads = _batched(outputs, inputs, v, create_graph)
         except RuntimeError:
             grads = _one_by_one(outputs, inputs, v, retain, buffers)
     return [v.new_zeros(1).expand(k, *shape) if g is None else g for g, shape in zip(grads, shapes)]
 
 
+def gains_from_batching(uses: Sequence[Use], create_graph: bool) -> bool:
+    """Whether a batched pass through what lies between uses of parameters is faster as long as its memory is small.
+
+    Convolutions and pooling are not: they fill the machine alone, or are copied. With a graph, nor is anything with
+    positions: batched rules of second derivatives copy what they touch.
+    """
+    if create_graph:
+        return all(use.operation == "linear" and len(use.lead) == 1 for use in uses)
+    return not any(use.operation.startswith("conv") for use in uses)
+
+
 def _with_graph(outputs: Tensor, inputs: Sequence[Any], v: Tensor, large: bool) -> list[Tensor | None]:
     if not large:
-        with contextlib.suppress(RuntimeError), warnings.catch_warnings():  # vmap has no rule for some operations (recurrent cells, custom functions)
-            warnings.simplefilter("ignore")
-            return _grad(outputs, inputs, v, True, True, is_grads_batched=True)
+        with contextlib.suppress(RuntimeError):
+            return _batched(outputs, inputs, v, True)
     rows = [_grad(outputs, inputs, c, True, True) for c in v]
     return [None if c[0] is None else torch.stack(c, 1).transpose(0, 1) for c in zip(*rows)]  # examples first in memory: products are batched over them
 
 
-def _batched(outputs: Tensor, inputs: Sequence[Any], v: Tensor) -> list[Tensor | None]:
-    used: list[bool] = []
-
-    def pull(c: Tensor) -> tuple[Tensor, ...]:
-        grads = _grad(outputs, inputs, c, True, False)
-        used[:] = [g is not None for g in grads]
-        return tuple(g for g in grads if g is not None)
-
+def _batched(outputs: Tensor, inputs: Sequence[Any], v: Tensor, create_graph: bool) -> list[Tensor | None]:
+    """Raises :class:`RuntimeError` where an operation cannot be mapped (recurrent cells, custom functions)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = iter(torch.func.vmap(pull)(v))
-    return [next(found) if u else None for u in used]
+        return _grad(outputs, inputs, v, True, create_graph, is_grads_batched=True)
 
 
 def _one_by_one(outputs: Tensor, inputs: Sequence[Any], v: Tensor, retain: bool, buffers: Buffers | None) -> list[Tensor | None]:

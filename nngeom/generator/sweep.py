@@ -16,7 +16,7 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.generator import fallback
 from nngeom.generator.axes import ExampleAxis, find_axes
-from nngeom.generator.backward import Buffers, pull_back
+from nngeom.generator.backward import Buffers, gains_from_batching, pull_back
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.proofs import Proof, proof_of
 from nngeom.generator.task import Batch, Task, as_batches, require_finite, take
@@ -77,10 +77,11 @@ class Sweep:
     _kept: list | None = None
     _buffers: Buffers | None = None
 
-    def chunks(self, keep: bool = False, reuse: bool = False) -> Iterator[Chunk]:
+    def chunks(self, keep: bool = False, reuse: bool = False, watch: bool = True) -> Iterator[Chunk]:
         """Every batch, cut over cotangents. ``keep``: hold the chunks for :meth:`again` while they fit the budget.
 
-        ``reuse``: the caller is done with a chunk when it asks for the next, which may overwrite it.
+        ``reuse``: the caller is done with a chunk when it asks for the next, which may overwrite it. ``watch=False``: gradients
+        are not searched for NaN and infinity; the caller calls :meth:`blame` when its result is not finite.
         """
         self._buffers = Buffers() if reuse and not keep else None
         source = as_batches(self.loader)
@@ -92,7 +93,7 @@ class Sweep:
         total = _length(source)
         bar = tqdm(self.task.batches(source), total=total, desc=self.label, disable=not self.progress)
         for index, batch in enumerate(bar):
-            for chunk in self._batch(batch, index):
+            for chunk in self._batch(batch, index, watch):
                 if kept is not None:
                     room -= chunk.nbytes()
                     kept = None if room < 0 else [*kept, chunk]
@@ -100,11 +101,16 @@ class Sweep:
         self._kept, self._buffers = kept, None
 
     def again(self) -> Iterator[Chunk]:
-        """A second pass: from memory where the first one fitted, else over the data, each chunk overwriting the one before."""
+        """A second pass: from memory where the first one fitted, else over the data, each chunk overwriting the one before; not searched."""
         if self._kept is not None:
             yield from self._kept
         else:
-            yield from self.chunks(reuse=True)
+            yield from self.chunks(reuse=True, watch=False)
+
+    def blame(self) -> None:
+        """Raise :class:`NonFiniteError` for the first batch with outputs or gradients that are not finite, if there is one."""
+        for _ in replace(self, check=False, progress=False).chunks(reuse=True):
+            pass
 
     @property
     def fallback_names(self) -> set[str]:
@@ -113,13 +119,14 @@ class Sweep:
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
-    def _batch(self, batch: Batch, index: int) -> Iterator[Chunk]:
+    def _batch(self, batch: Batch, index: int, watch: bool) -> Iterator[Chunk]:
         seen = capture(self.task, batch, self.keep_graph)
         require_finite(seen.outputs.detach(), "outputs", index)
         if index == 0 and seen.outputs.shape[0] == 1:
             self._learn_from_a_pair(batch)
         for chunk in self.cut(seen):
-            self._require_finite(chunk.jacobians, index)
+            if watch:
+                self._require_finite(chunk.jacobians, index)
             yield chunk
 
     def cut(self, seen: Capture) -> Iterator[Chunk]:
@@ -192,8 +199,9 @@ class Sweep:
 
     def _gradients(self, seen: Capture, v: Tensor, retain: bool = True) -> list[Tensor]:
         """Cotangents pulled back to the outputs of all uses."""
-        edges, shapes = [u.edge for u in seen.uses], [u.shape for u in seen.uses]
-        return pull_back(seen.outputs, edges, shapes, v.to(seen.outputs.dtype), retain, create_graph=self.keep_graph, buffers=self._buffers)
+        edges, shapes, v = [u.edge for u in seen.uses], [u.shape for u in seen.uses], v.to(seen.outputs.dtype)
+        products = gains_from_batching(seen.uses, self.keep_graph)
+        return pull_back(seen.outputs, edges, shapes, v, retain, self.keep_graph, self._buffers, products)
 
     def _jacobians(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor, gradients: list[Tensor]) -> dict[Layout, LayerJacobian]:
         with torch.set_grad_enabled(self.keep_graph):
