@@ -125,7 +125,7 @@ def _mebibytes(timed: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table of the documentation."""
-    head = ["job", "workload", "floor ms", "nngeom (quartiles)", "first call, or one probe", "peak MiB", "by hand*", "best peer*", "peers in this run [peak MiB]"]
+    head = ["job", "workload", "floor ms", "nngeom (quartiles)", "first call, or one probe", "peak MiB", "by hand*", "best peer*", "peers [peak MiB]"]
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for found in results["cells"]:
         job, name, timed = found["job"], found["workload"], found["contenders"]

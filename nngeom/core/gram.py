@@ -37,14 +37,11 @@ class Tile:
         (self.k, self.n), (self.l, self.m) = x.shape[:2], y.shape[:2]
         self.symmetric = x is y
         self.out = torch.zeros(self.k, self.n, self.l, self.m, dtype=linalg.accumulation_dtype(x.dtype), device=x.device)
-        self._memory: dict[str, Tensor] = {}
+        self._working = memory.Working()
 
     def working(self, name: str, *sizes: int) -> Tensor:
         """Uninitialised memory that the next call with the same name overwrites."""
-        numel = torch.Size(sizes).numel()
-        if name not in self._memory or self._memory[name].numel() < numel:
-            self._memory[name] = self.out.new_empty(numel)
-        return self._memory[name][:numel].view(sizes)
+        return self._working(name, sizes, self.out)
 
     def strips(self) -> Iterator[tuple[slice, slice, slice, slice]]:
         """``(k, n, l, m)`` of every strip: some outputs of all examples or, of one output, some examples."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextvars import ContextVar
+
+from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, MemoryWarning
 
@@ -51,3 +54,22 @@ def pieces(total: int, bytes_each: int, what: str = "", most: int | None = None)
     size = -(-total // max(1, -(-total // size)))
     for lo in range(0, total, size):
         yield lo, min(total, lo + size)
+
+
+class Working:
+    """Working memory, overwritten by the next request of the same name: fresh pages cost more than the arithmetic that fills them."""
+
+    def __init__(self) -> None:
+        self._held: dict[Hashable, Tensor] = {}
+
+    def __call__(self, name: Hashable, sizes: Sequence[int], like: Tensor) -> Tensor:
+        """Uninitialised, of the dtype and on the device of ``like``."""
+        numel, held = math.prod(sizes), self._held.get(name)
+        if held is None or held.numel() < numel or held.dtype != like.dtype or held.device != like.device:
+            held = self._held[name] = like.new_empty(numel)
+        return held[:numel].view(*sizes)
+
+
+def fresh(name: Hashable, sizes: Sequence[int], like: Tensor) -> Tensor:
+    """As :class:`Working`, but never overwritten."""
+    return like.new_empty(*sizes)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from nngeom.core import linalg
 from nngeom.core.factored import FactoredJacobian
+from nngeom.core.statistic import Moment
 
 
-def channel_sums(j: FactoredJacobian, window: int, bias: bool, sharing: str, limit: int, first: bool) -> dict[str, Tensor]:
+def channel_sums(j: FactoredJacobian, window: int, bias: bool, sharing: str, limit: int, first: bool) -> dict[str, Tensor | Moment]:
     """Sums like :meth:`LayerJacobian.kronecker_sums`: ``"c" [s, c, c]`` of inputs, averaged over places, ``"g"``, and ``"b"`` the bias's own."""
-    sums = {"g": j.gradient_factor(sharing, limit)}
+    sums: dict[str, Tensor | Moment] = {"g": j.gradient_factor(sharing, limit)}
     if first:
         a = j.a if sharing == "expand" else j.a.mean(1, keepdim=True)
         sums["b"] = a.new_full((a.shape[2], 1, 1), float(a.shape[0] * a.shape[1]))

@@ -11,24 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.core import memory
 from nngeom.layers.adapter import Use
 
 LOOP_BYTES = 2**18  # gradients of one cotangent above which, on a CPU, a pass a cotangent costs no more than a batched one
 PRODUCT_BYTES = 2**25  # the same where a batched pass has larger products than a pass a cotangent, and no more copies
-
-
-class Buffers:
-    """Memory of gradients that the next pass overwrites: fresh pages cost more than the arithmetic that fills them."""
-
-    def __init__(self):
-        self._held: dict[int, Tensor] = {}
-
-    def take(self, place: int, like: Tensor, k: int) -> Tensor:
-        """``[k, *like.shape]``, uninitialised."""
-        held = self._held.get(place)
-        if held is None or held.shape[1:] != like.shape or held.shape[0] < k or held.dtype != like.dtype or held.device != like.device:
-            held = self._held[place] = like.new_empty(k, *like.shape)
-        return held[:k]
 
 
 def pull_back(
@@ -38,12 +25,12 @@ def pull_back(
     v: Tensor,
     retain: bool,
     create_graph: bool = False,
-    buffers: Buffers | None = None,
+    working: memory.Working | None = None,
     products: bool = False,
 ) -> list[Tensor]:
     """``v [k, *outputs.shape] -> [k, *shape]`` for each of ``inputs`` (tensors or gradient edges); zeros where unused.
 
-    With ``buffers`` the results may live in memory that the next call with the same buffers overwrites. ``products``: the
+    With ``working``, a :class:`memory.Working`, the results may live in memory that the next call overwrites. ``products``: the
     graph is one of matrix products, which gain from a batched pass (:func:`gains_from_batching`).
     """
     if not inputs:
@@ -55,12 +42,12 @@ def pull_back(
     elif create_graph:
         grads = _with_graph(outputs, inputs, v, large)
     elif large:
-        grads = _one_by_one(outputs, inputs, v, retain, buffers)
+        grads = _one_by_one(outputs, inputs, v, retain, working)
     else:
         try:
             grads = _batched(outputs, inputs, v, create_graph)
         except RuntimeError:
-            grads = _one_by_one(outputs, inputs, v, retain, buffers)
+            grads = _one_by_one(outputs, inputs, v, retain, working)
     return [v.new_zeros(1).expand(k, *shape) if g is None else g for g, shape in zip(grads, shapes)]
 
 
@@ -90,13 +77,13 @@ def _batched(outputs: Tensor, inputs: Sequence[Any], v: Tensor, create_graph: bo
         return _grad(outputs, inputs, v, True, create_graph, is_grads_batched=True)
 
 
-def _one_by_one(outputs: Tensor, inputs: Sequence[Any], v: Tensor, retain: bool, buffers: Buffers | None) -> list[Tensor | None]:
-    buffers = buffers or Buffers()
+def _one_by_one(outputs: Tensor, inputs: Sequence[Any], v: Tensor, retain: bool, working: memory.Working | None) -> list[Tensor | None]:
+    empty = working or memory.fresh
     out: list[Tensor | None] = []
     for j, c in enumerate(v):
         grads = _grad(outputs, inputs, c, retain or j + 1 < len(v), False)
         if not out:
-            out = [None if g is None else buffers.take(place, g, len(v)) for place, g in enumerate(grads)]
+            out = [None if g is None else empty(place, (len(v), *g.shape), g) for place, g in enumerate(grads)]
         for row, g in zip(out, grads):
             if row is not None and g is not None:
                 row[j] = g

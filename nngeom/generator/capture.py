@@ -119,7 +119,7 @@ class Recorder(TorchFunctionMode):
             use, extra = held[1], out.ndim - y.ndim
             if (extra == 0 and (y.shape[0] != 1 or y.shape[1:] != out.shape[1:])) or (extra and y.shape != out.shape[extra:]):
                 continue
-            self.uses.append(use.copied(out, extra))
+            self.uses.append(use.broadcast(out, extra))
             use.moved = True
 
     def _consider(self, refusal, func, args, kwargs) -> None:

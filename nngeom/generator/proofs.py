@@ -71,7 +71,8 @@ def _graph(outputs: Tensor, names: Mapping[int, str]) -> tuple[list[tuple], bool
     """The nodes behind ``outputs`` in a fixed order, ``(operation, constants, edges)``, and whether any places examples by data."""
     order = [outputs.grad_fn] if outputs.grad_fn is not None else []
     place = {node: j for j, node in enumerate(order)}
-    nodes, moves = [], False
+    nodes: list[tuple] = []
+    moves = False
     for node in order:
         edges = []
         for following, number in node.next_functions:

@@ -16,7 +16,7 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.generator import fallback
 from nngeom.generator.axes import ExampleAxis, find_axes
-from nngeom.generator.backward import Buffers, gains_from_batching, pull_back
+from nngeom.generator.backward import gains_from_batching, pull_back
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.proofs import Proof, proof_of
 from nngeom.generator.task import Batch, Task, as_batches, require_finite, take
@@ -75,7 +75,7 @@ class Sweep:
     count: int = 0
     _demoted: set[str] = field(default_factory=set)
     _kept: list | None = None
-    _buffers: Buffers | None = None
+    _working: memory.Working | None = None
 
     def chunks(self, keep: bool = False, reuse: bool = False, watch: bool = True) -> Iterator[Chunk]:
         """Every batch, cut over cotangents. ``keep``: hold the chunks for :meth:`again` while they fit the budget.
@@ -83,7 +83,7 @@ class Sweep:
         ``reuse``: the caller is done with a chunk when it asks for the next, which may overwrite it. ``watch=False``: gradients
         are not searched for NaN and infinity; the caller calls :meth:`blame` when its result is not finite.
         """
-        self._buffers = Buffers() if reuse and not keep else None
+        self._working = memory.Working() if reuse and not keep else None
         source = as_batches(self.loader)
         if not self.reread or isinstance(source, Iterator):
             source = self.loader = list(source)
@@ -98,7 +98,7 @@ class Sweep:
                     room -= chunk.nbytes()
                     kept = None if room < 0 else [*kept, chunk]
                 yield chunk
-        self._kept, self._buffers = kept, None
+        self._kept, self._working = kept, None
 
     def again(self) -> Iterator[Chunk]:
         """A second pass: from memory where the first one fitted, else over the data, each chunk overwriting the one before; not searched."""
@@ -201,11 +201,11 @@ class Sweep:
         """Cotangents pulled back to the outputs of all uses."""
         edges, shapes, v = [u.edge for u in seen.uses], [u.shape for u in seen.uses], v.to(seen.outputs.dtype)
         products = gains_from_batching(seen.uses, self.keep_graph)
-        return pull_back(seen.outputs, edges, shapes, v, retain, self.keep_graph, self._buffers, products)
+        return pull_back(seen.outputs, edges, shapes, v, retain, self.keep_graph, self._working, products)
 
     def _jacobians(self, seen: Capture, units: list[Unit], rest: list[str], v: Tensor, gradients: list[Tensor]) -> dict[Layout, LayerJacobian]:
         with torch.set_grad_enabled(self.keep_graph):
-            jacobians = {unit.layout: unit.jacobian(gradients, seen.outputs.shape[0]) for unit in units}
+            jacobians = {unit.layout: unit.jacobian(gradients, seen.outputs.shape[0], self._working or memory.fresh) for unit in units}
             gradients.clear()
         if rest:
             parameters = [self.task.parameters[name] for name in rest]
@@ -243,7 +243,7 @@ class Sweep:
             return None
         u = torch.randn(len(v), generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(small.outputs)
         w = torch.tensordot(u, v[:, index].to(u.dtype), 1).unsqueeze(0)
-        sweep = replace(self, keep_graph=False, _buffers=None)
+        sweep = replace(self, keep_graph=False, _working=None)
         return mismatches(self.task, small, ours, sweep._pull(small, ours, [], w, last=False), w)
 
     def _verify(self, seen: Capture, v: Tensor, proof: Proof) -> tuple[list[Unit], list[str], dict[Layout, LayerJacobian]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nngeom.core import contract, linalg
+from nngeom.core import contract, linalg, memory
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Arrangement, Layout, Piece
@@ -17,6 +18,8 @@ from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.generator.axes import ExampleAxis
 from nngeom.layers.adapter import Slot, Use
 from nngeom.space.collection import LayerCollection
+
+Empty = Callable[[Hashable, Sequence[int], Tensor], Tensor]  # as memory.fresh
 
 
 @dataclass
@@ -30,25 +33,25 @@ class Unit:
     arrangements: tuple[Arrangement, ...] | None = None  # unlike uses: one arrangement a use
     inputs: dict[int, Tensor] = field(default_factory=dict)  # read once, for all cotangents of the batch
 
-    def jacobian(self, gradients: list[Tensor], n: int) -> LayerJacobian:
-        """The rows for output gradients ``[k, *out]`` of all uses."""
+    def jacobian(self, gradients: list[Tensor], n: int, empty: Empty = memory.fresh) -> LayerJacobian:
+        """The rows for output gradients ``[k, *out]`` of all uses; copies of inputs are made in ``empty(name, sizes, like)``."""
         if self.arrangements is not None:
-            return self._unlike(gradients, n)
+            return self._unlike(gradients, n, empty)
         main = self.layout.pieces[0].arrangement
-        return self._join([self._part(j, u, a, gradients, n, main) for j, u, a in self.uses])
+        return self._join([self._part(j, u, a, gradients, n, main, empty) for j, u, a in self.uses])
 
-    def _unlike(self, gradients: list[Tensor], n: int) -> LayerJacobian:
+    def _unlike(self, gradients: list[Tensor], n: int, empty: Empty) -> LayerJacobian:
         """Like uses joined, unlike ones summed."""
         groups: dict[tuple[Arrangement, bool], list] = {}
         for (j, use, axis), arrangement in zip(self.uses, self.arrangements or ()):
-            groups.setdefault((arrangement, use.lookup), []).append(self._part(j, use, axis, gradients, n, arrangement))
+            groups.setdefault((arrangement, use.lookup), []).append(self._part(j, use, axis, gradients, n, arrangement, empty))
         terms = [(arrangement, self._join(parts)) for (arrangement, _), parts in groups.items()]
         if not self.layout.is_span:
             main = self.layout.pieces[0].arrangement
             return TiedJacobian(tuple((a != main, j) for a, j in terms if isinstance(j, FactoredJacobian)))
         return SumJacobian(tuple(terms))
 
-    def _part(self, j: int, use: Use, axis: ExampleAxis, gradients: list[Tensor], n: int, full: Arrangement):
+    def _part(self, j: int, use: Use, axis: ExampleAxis, gradients: list[Tensor], n: int, full: Arrangement, empty: Empty):
         lead = len(use.lead)
         g = wide(axis.split(use.gradients(gradients[j]), n, 1, lead))
         slot = use.weight if self.with_weight else use.bias
@@ -58,21 +61,21 @@ class Unit:
             return None, _pad(g.sum(2, keepdim=True), slot.row, slot.arrangement.sizes[1]), use
         g = _pad(g, slot.row, full.sizes[1])
         if j not in self.inputs:
-            self.inputs[j] = self._read(use, axis, n, full.sizes[2], g.dtype)
+            self.inputs[j] = self._read(use, axis, n, full.sizes[2], g.dtype, functools.partial(empty, ("inputs", j)))
         return self.inputs[j], g, use
 
-    def _read(self, use: Use, axis: ExampleAxis, n: int, width: int, dtype: torch.dtype) -> Tensor:
+    def _read(self, use: Use, axis: ExampleAxis, n: int, width: int, dtype: torch.dtype, empty: Callable[..., Tensor]) -> Tensor:
         """``a [n, t, s, i]``, the ones of the bias included; ``[n, t]`` for lookups."""
         lead, column = len(use.lead), use.weight.column  # type: ignore[union-attr]
-        if self.with_bias and use.inputs_and_ones is not None:
-            return axis.split(use.read_inputs(ones=True), n, 0, lead).to(dtype)
+        if use.copied is not None:
+            return axis.split(use.read_inputs(empty, self.with_bias), n, 0, lead).to(dtype)
         a = axis.split(use.read_inputs(), n, 0, lead)
         if use.lookup:
             return a
         a = a.to(dtype)
         if use.elementwise:
             return a
-        return _with_ones(a, column, width) if self.with_bias else _pad(a, column, width)
+        return _with_ones(a, column, width, empty) if self.with_bias else _pad(a, column, width)
 
     def _join(self, parts) -> LayerJacobian:
         a0, g0, use = parts[0]
@@ -101,11 +104,13 @@ def _pad(x: Tensor, start: int, size: int) -> Tensor:
     return F.pad(x, (start, size - start - x.shape[-1]))
 
 
-def _with_ones(a: Tensor, start: int, size: int) -> Tensor:
+def _with_ones(a: Tensor, start: int, size: int, empty: Callable[..., Tensor]) -> Tensor:
     """``a`` padded to ``size`` and followed by a column of ones, for the bias; one copy."""
     if a.requires_grad:
         return torch.cat([_pad(a, start, size), torch.ones_like(a[..., :1])], -1)
-    out = a.new_zeros(*a.shape[:-1], size + 1) if a.shape[-1] != size else a.new_empty(*a.shape[:-1], size + 1)
+    out = empty((*a.shape[:-1], size + 1), a)
+    if a.shape[-1] != size:
+        out.zero_()
     out[..., start : start + a.shape[-1]] = a
     out[..., -1] = 1
     return out

@@ -42,7 +42,7 @@ class Use:
     lead: tuple[int, ...]  # sizes of the axes of the output that hold examples and positions
     gradients: Callable[[Tensor], Tensor]  # [k, *out] -> [k, *lead, s, o]
     inputs: Callable[[], Tensor] | None = None  # () -> [*lead, s, i]; integer [*lead] for lookups; None without weight
-    inputs_and_ones: Callable[[], Tensor] | None = None  # the same followed by the ones of the bias, where that saves a copy
+    copied: Callable[[Callable, bool], Tensor] | None = None  # (empty, ones) -> copies of inputs, in ``empty(sizes, like)``, and the ones of the bias
     lookup: bool = False
     elementwise: bool = False  # o = 1 by nature: rows are formed at once, blocks are exact
     edge: GradientEdge | None = None
@@ -56,7 +56,7 @@ class Use:
         self.edge, self.shape = get_gradient_edge(out), out.shape
         return self
 
-    def copied(self, out: Tensor, extra: int) -> Use:
+    def broadcast(self, out: Tensor, extra: int) -> Use:
         """This use as seen through an addition that copies its output along ``extra`` new axes (or a first axis of one)."""
         added = tuple(out.shape[: max(extra, 1)])
         lead = added + (self.lead if extra else self.lead[1:])
@@ -74,17 +74,17 @@ class Use:
             out = self.gradients(g.reshape(k * math.prod(added), *unit, *shape))
             return out.reshape(k, *added, *out.shape[1 + len(unit) :])
 
-        copy = dataclasses.replace(self, lead=lead, gradients=gradients, inputs=None if inputs is None else expanded, inputs_and_ones=None)
+        copy = dataclasses.replace(self, lead=lead, gradients=gradients, inputs=None if inputs is None else expanded, copied=None)
         return copy.finish(out)
 
-    def read_inputs(self, ones: bool = False) -> Tensor:
-        """``[*lead, s, i]`` (integer ``[*lead]`` for lookups); raises where the input was overwritten since."""
+    def read_inputs(self, empty: Callable[..., Tensor] | None = None, ones: bool = False) -> Tensor:
+        """``[*lead, s, i]`` (integer ``[*lead]`` for lookups), with ``empty`` as :attr:`copied`; raises where the input was overwritten since."""
         for x, version in self.sources:
             if x._version != version:
                 raise CoverageError(f"the input of {self.operation} was overwritten in place after it was used; use an out-of-place operation there")
         if self.inputs is None:
             raise CoverageError(f"{self.operation} was recorded without its input")
-        return self.inputs_and_ones() if ones and self.inputs_and_ones is not None else self.inputs()
+        return self.inputs() if empty is None or self.copied is None else self.copied(empty, ones)
 
     @property
     def size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,16 @@ def as_tuple(x: int | Sequence[int], d: int) -> tuple[int, ...]:
 
 
 def patches(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int], groups: int, ones: bool
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+    ones: bool,
+    empty: Callable[..., Tensor],
 ) -> Tensor:
-    """The windows a convolution sees, and ones: ``[n, c, *space] -> [n, *out_space, s, i]``, one copy of the input's windows.
+    """The windows a convolution sees, and ones: ``[n, c, *space] -> [n, *out_space, s, i]``, one copy of the input's windows into ``empty(sizes, x)``.
 
     In memory the positions of all examples lie side by side, one row an entry of the window: that is how the input has
     them, and what products over examples and positions want.
@@ -39,7 +46,7 @@ def patches(
         rows = windows.reshape(groups, i, n, *space)
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if ones else rows
     else:
-        rows = x.new_empty(groups, i + ones, n, *space)
+        rows = empty((groups, i + ones, n, *space), x)
         rows[:, :i].view(windows.shape).copy_(windows)
         rows[:, i:] = 1
     return rows.permute(2, *range(3, 3 + d), 0, 1)
@@ -66,13 +73,17 @@ def conv(call: Call, input: Tensor, weight: Tensor, bias=None, stride=1, padding
         pads = [(p, p) for p in as_tuple(padding, d)]
     sizes = (groups, weight.shape[0] // groups, math.prod(weight.shape[1:]))
     w, b = call.whole(weight, Arrangement.plain(*sizes, window=math.prod(kernel))), call.vector(bias, groups)
-    x = call.keep(input) if w is not None else None
+    x = call.keep(input) if w is not None else input
+
+    def windows(empty: Callable[..., Tensor], ones: bool) -> Tensor:
+        return patches(x, kernel, strides, pads, dilations, groups, ones, empty)
+
     return Use(
         f"conv{d}d",
         w,
         b,
         (call.out.shape[0], *call.out.shape[2:]),
         gradients=lambda g: channels_last(g, groups),
-        inputs=None if x is None else lambda: patches(x, kernel, strides, pads, dilations, groups, False),
-        inputs_and_ones=None if x is None else lambda: patches(x, kernel, strides, pads, dilations, groups, True),
+        inputs=None if w is None else lambda: windows(lambda sizes, like: like.new_empty(*sizes), False),
+        copied=None if w is None else windows,
     )

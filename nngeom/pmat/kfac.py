@@ -7,6 +7,7 @@ from torch import Tensor
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.core.statistic import Moment
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBasis, KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope
@@ -33,7 +34,7 @@ def factor_statistic(sharing: str, block_limit: int, sua: bool = False):
     return statistic
 
 
-def _sums(layout: Layout, j: LayerJacobian, sharing: str, limit: int, first: bool) -> dict[str, Tensor]:
+def _sums(layout: Layout, j: LayerJacobian, sharing: str, limit: int, first: bool) -> dict[str, Tensor | Moment]:
     return j.kronecker_sums(sharing, limit, first)
 
 
