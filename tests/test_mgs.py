@@ -60,17 +60,33 @@ def test_trace_penalty_and_its_gradient(case):
     close(analytic, numeric, 1e-6)
 
 
+def layers_with_a_row_an_example(case):
+    """Names of linear layers called once, with two axes; weights under weight norm are not plain."""
+    calls = []
+    handles = [m.register_forward_hook(lambda m, x, y, n=n: calls.append((n, x[0].ndim))) for n, m in case.model.named_modules() if type(m) is nn.Linear]
+    case.model(case.inputs)
+    for h in handles:
+        h.remove()
+    plain = {name.rpartition(".")[0] for name, p in case.model.named_parameters() if name.endswith(".weight")}
+    return {n for n, ndim in calls if ndim == 2 and sum(n == other for other, _ in calls) == 1 and n in plain}
+
+
 def test_one_random_probe_and_its_gradient(case):
-    """``|sum e J|^2`` for known signs, differentiable."""
+    """``|sum e J|^2`` for known signs, differentiable; by example in layers with one row an example."""
     draw = lambda: torch.Generator().manual_seed(5)
     signs = (2 * torch.randint(0, 2, (1, case.n, 3), generator=draw()) - 1).double()[0]
-    close(mgs.trace_penalty(case.model, case.inputs, "rademacher", generator=draw()), torch.einsum("nc,cnd->d", signs, case.jacobian).square().sum())
+    rows = torch.einsum("nc,cnd->nd", signs, case.jacobian)
+    single, expected, lo = layers_with_a_row_an_example(case), 0, 0
+    for name, p in case.model.named_parameters():
+        part, lo = rows[:, lo : lo + p.numel()], lo + p.numel()
+        expected = expected + (part if name.rpartition(".")[0] in single else part.sum(0)).square().sum()
+    close(mgs.trace_penalty(case.model, case.inputs, "rademacher", generator=draw()), expected)
     analytic, numeric = directional(case.model, lambda: mgs.trace_penalty(case.model, case.inputs, "rademacher", generator=draw()))
     close(analytic, numeric, 1e-6)
 
 
 class Wide(nn.Module):
-    """Matrices with more entries than pairs of rows; one without bias, one used twice, one applied as ``x @ W``."""
+    """One matrix without bias, one used twice, one applied as ``x @ W``."""
 
     def __init__(self):
         super().__init__()
@@ -82,17 +98,19 @@ class Wide(nn.Module):
         return torch.tanh(self.twice(torch.tanh(self.twice(h)))) @ self.last
 
 
-def test_one_random_probe_by_pairs_of_rows():
-    """Few rows and wide matrices: value, gradient, and the gradient's gradient."""
+def test_one_random_probe_by_rows_of_examples():
+    """Value, gradient, and the gradient's gradient."""
     torch.manual_seed(0)
     model, x = Wide().double(), torch.randn(2, 30, dtype=torch.float64)
     draw = lambda: torch.Generator().manual_seed(5)
     penalty = lambda: mgs.trace_penalty(model, x, "rademacher", generator=draw())
     signs = (2 * torch.randint(0, 2, (1, 2, 3), generator=draw()) - 1).double()[0]
-    params = list(model.parameters())
+    params, twice = list(model.parameters()), list(model.twice.parameters())
 
     def plain():
-        return sum(g.square().sum() for g in torch.autograd.grad(model(x), params, signs, create_graph=True))
+        single = [p for p in params if all(p is not q for q in twice)]
+        alone = [g for f, e in zip(model(x), signs) for g in torch.autograd.grad(f, single, e, create_graph=True)]
+        return sum(g.square().sum() for g in (*alone, *torch.autograd.grad(model(x), twice, signs, create_graph=True)))
 
     close(penalty(), plain())
     firsts = [torch.autograd.grad(value(), params, create_graph=True) for value in (penalty, plain)]
@@ -101,6 +119,17 @@ def test_one_random_probe_by_pairs_of_rows():
     seconds = [torch.autograd.grad(sum(g.square().sum() for g in first), params) for first in firsts]
     for ours, theirs in zip(*seconds):
         close(ours, theirs)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_random_probe_counts_uses_that_are_not_seen(hidden):
+    from test_proofs import Counting
+
+    model, x = Counting(), torch.randn(2, 4, dtype=torch.float64)
+    model.hidden = hidden
+    draws = torch.stack([mgs.trace_penalty(model, x, "rademacher", samples=64).detach() for _ in range(20)])
+    exact = reference.jacobian(model, x).square().sum()
+    assert abs(draws.mean() - exact) < 5 * draws.std() / 20**0.5
 
 
 def test_what_was_proved_of_a_model_is_not_believed_of_its_successor():

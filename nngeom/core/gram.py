@@ -172,27 +172,3 @@ def _norms(h: Tensor, inputs: Tensor) -> Tensor:
     rows = h.permute(0, 2, 1, 4, 3).reshape(n, s, k * o, t) @ inputs
     rows = rows.view(n, s, k, -1)
     return torch.linalg.vecdot(rows, rows).sum(1).T
-
-
-def squared_sum(g: Tensor, a: Tensor, ones: bool) -> Tensor:
-    """``|sum_r g_r (x) a_r|**2`` for ``g [r, o]``, ``a [r, i]``, by pairs ``(a_r . a_q) (g_r . g_q)``; ``ones``: ``a`` ends in a one.
-
-    Differentiated with two products, which autograd would take twice each.
-    """
-    return _SquaredSum.apply(g, a, float(ones))
-
-
-class _SquaredSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, g, a, ones):
-        inputs, gradients = a @ a.T + ones, g @ g.T
-        ctx.ones = ones
-        ctx.save_for_backward(g, a, inputs, gradients)
-        return torch.dot(inputs.flatten(), gradients.flatten())
-
-    @staticmethod
-    def backward(ctx, s):
-        g, a, inputs, gradients = ctx.saved_tensors
-        if torch.is_grad_enabled():  # differentiated once more
-            inputs, gradients = a @ a.T + ctx.ones, g @ g.T
-        return 2 * s * (inputs @ g), 2 * s * (gradients @ a), None

@@ -153,6 +153,13 @@ class Sweep:
             del jacobians
         self.count += n
 
+    def proved(self, seen: Capture) -> Proof:
+        """What is known of a pass, checked now if no pass like it was."""
+        proof = self._recall(seen)
+        if not proof.covers(seen):
+            next(self.cut(seen))
+        return proof
+
     def _learn_from_a_pair(self, batch: Batch) -> None:
         """One example alone hides which uses are shared by all examples; two copies of it show them."""
         try:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nngeom.core.errors import ArgumentError, CoverageError
-from nngeom.core.gram import squared_sum
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.sweep import Sweep
 from nngeom.generator.task import Task, gradients_on
+from nngeom.fmat.estimate import RandomSigns
 from nngeom.gram import GramMatrix
 from nngeom.layers.adapter import Use
 from nngeom.metrics.loss import IdentityMetric, as_loss
@@ -39,7 +39,8 @@ def trace_penalty(
     """``tr K = sum_i sum_y |d f_y(x_i) / d w|^2`` of one batch, with its graph: add ``strength * trace_penalty(...)`` to a loss.
 
     ``estimator="exact"``: by squared norms of the factored rows, one double backward an output. ``"rademacher"``:
-    ``|d/dw sum_iy e_iy f_y(x_i)|^2`` with random signs, unbiased, one double backward a sample. ``reduction="sum"`` is the trace
+    ``|d/dw sum_iy e_iy f_y(x_i)|^2`` with random signs, unbiased, one double backward a sample; linear layers without
+    positions contribute the sum over examples ``i`` of that of each, which scatters less. ``reduction="sum"`` is the trace
     of the batch kernel, as in the paper; ``"mean"`` divides by the batch size. ``inputs``: what the model takes, or a batch.
     ``return_outputs``: also the outputs, with their graph: a loss computed from them shares the forward and backward pass.
 
@@ -136,34 +137,39 @@ def _trace(task: Task, seen: Capture) -> Tensor:
 
 
 def _squared_sums(task: Task, seen: Capture, signs: Tensor) -> Tensor:
-    """``sum_k |d/dw sum signs[k] f|^2``: autograd's gradients, but for linear maps with few rows, which pairs of rows replace."""
-    paired = _with_few_rows(seen)
-    covered = {slot.name for use in paired for slot in use.slots}
+    """Summed over ``signs [k, n, *out]``: squared gradients of every example by itself where a layer has one row for each,
+    and of all examples together elsewhere. Both have the trace as their mean; the first scatters less and costs less.
+    """
+    single = _with_a_row_an_example(task, seen)
+    covered = {slot.name for use in single for slot in use.slots}
     others = [p for name, p in task.parameters.items() if name not in covered]
-    inputs = [use.read_inputs().flatten(0, -2) for use in paired]
+    lengths = [use.read_inputs().flatten(1).square().sum(1) + (use.bias is not None) for use in single]
     total = seen.outputs.new_zeros(())
     for v in signs:
-        variables: list[Any] = [*(use.edge for use in paired), *others]
+        variables: list[Any] = [*(use.edge for use in single), *others]
         grads = torch.autograd.grad(seen.outputs, variables, v, create_graph=True, allow_unused=True)
-        for use, a, g in zip(paired, inputs, grads):
+        for length, g in zip(lengths, grads):
             if g is not None:
-                total = total + squared_sum(use.gradients(g.unsqueeze(0)).flatten(0, -2), a, use.bias is not None)
-        total = total + sum(g.square().sum() for g in grads[len(paired) :] if g is not None)
+                total = total + torch.dot(g.square().sum(1), length)
+        total = total + sum(g.square().sum() for g in grads[len(single) :] if g is not None)
     return total
 
 
-def _with_few_rows(seen: Capture) -> list[Use]:
-    """Uses of a whole matrix (and its bias) that are its only ones, with so few rows that pairs of them cost less than the matrix."""
-    times = Counter(slot.name for use in seen.uses for slot in use.slots)
+def _with_a_row_an_example(task: Task, seen: Capture) -> list[Use]:
+    """Uses of a whole matrix (and its bias) that are its only ones, proved to have row ``n`` from example ``n`` alone."""
+    n, times = seen.outputs.shape[0], Counter(slot.name for use in seen.uses for slot in use.slots)
     found = []
     for use in seen.uses:
-        if use.weight is None or use.lookup or use.elementwise or any(times[s.name] > 1 or s.name in seen.unstructured or s.row or s.column for s in use.slots):
+        if use.operation != "linear" or use.weight is None or use.lead != (n,) or any(times[s.name] > 1 or s.name in seen.unstructured for s in use.slots):
             continue
-        (s, o, i), rows = use.weight.arrangement.sizes, math.prod(use.lead)
-        whole = use.shape.numel() == rows * o and (use.bias is None or use.bias.arrangement.sizes == (1, o, 1))
-        if s == 1 and whole and 2 * rows * (o + i) < 3 * o * i:
+        whole = use.weight.arrangement.sizes == (1, use.shape[-1], use.weight.arrangement.sizes[2]) and not use.weight.column
+        if whole and (use.bias is None or use.bias.arrangement.sizes == (1, use.shape[-1], 1)):
             found.append(use)
-    return found
+    if not found:
+        return []
+    proof = Sweep(task, (), RandomSigns(1, 0, False), keep_graph=True).proved(replace(seen, uses=list(seen.uses)))
+    known = lambda use: proof.axes.get(use.place) is not None and not proof.wrong.intersection(s.name for s in use.slots)
+    return [use for use in found if known(use) and not proof.moves]
 
 
 def require_reduction(reduction: str) -> None:
