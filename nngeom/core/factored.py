@@ -109,6 +109,13 @@ class FactoredJacobian(LayerJacobian):
             return FactoredJacobian(self.a[:, :, lo:hi], self.g[:, :, :, lo:hi])
         return replace(self, g=self.g[..., lo:hi])
 
+    @property
+    def cuts_inputs(self):
+        return True
+
+    def inputs(self, lo, hi):
+        return FactoredJacobian(self.a[..., lo:hi], self.g)
+
     def all_rows(self, working, name):
         k, n, t, s, o = self.g.shape
         if s > 1:
@@ -198,6 +205,13 @@ class LookupJacobian(FactoredJacobian):
 
     def one_position(self):
         return self
+
+    @property
+    def cuts_inputs(self):
+        return False
+
+    def inputs(self, lo, hi):
+        return LayerJacobian.inputs(self, lo, hi)
 
     def all_rows(self, working, name):
         return LayerJacobian.all_rows(self, working, name)

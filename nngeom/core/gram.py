@@ -4,11 +4,12 @@ Three ways, the cheapest by count:
 
 * no positions: ``(a a^T) * (g g^T)``;
 * pairs of positions: ``sum_tu (a_t . a_u) (g_t . g_u)``, inputs against inputs, then gradients ``g_u``, then ``g_t``;
-* rows: the rows ``[o, i]`` of a slice of output features at a time, small enough to stay in a processor cache.
+* rows: a block of the rows ``[o, i]`` at a time, small enough to stay in a processor cache.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -85,13 +86,22 @@ class Tile:
 
 
 def by_rows(tile: Tile, x: LayerJacobian, y: LayerJacobian) -> None:
-    """Explicit rows of both sides, a slice of the parameters of the layer at a time."""
+    """Explicit rows of both sides, a block of the parameters of the layer at a time, about as many outputs as inputs: small products run badly."""
     k, n, s, o, i = x.shape
     rows = n * k + (0 if x is y else y.shape[0] * y.shape[1])
-    most = min(SLICE_BYTES, memory.budget() // 4)
-    for lo, hi in memory.pieces(s if s > 1 else o, rows * (o if s > 1 else 1) * i * x.dtype.itemsize, most=most):
-        left = x.features(lo, hi).all_rows(tile.working, "left")
-        tile.add(left, left if x is y else y.features(lo, hi).all_rows(tile.working, "right"))
+    most = min(SLICE_BYTES, memory.budget() // 4) // (rows * x.dtype.itemsize)  # parameters of a block
+    both = s == 1 and x.cuts_inputs and y.cuts_inputs
+    height = s if s > 1 else o
+    width = min(i, max(1, math.isqrt(most), most // o)) if both else i
+    step = max(1, min(height, most // (width * (o if s > 1 else 1))))
+    for lo in range(0, height, step):
+        left, right = (z.features(lo, min(height, lo + step)) for z in (x, y))
+        for first in range(0, i, width):
+            cut = left if width == i else left.inputs(first, min(i, first + width))
+            part = cut.all_rows(tile.working, "left")
+            if x is not y:
+                cut = right if width == i else right.inputs(first, min(i, first + width))
+            tile.add(part, part if x is y else cut.all_rows(tile.working, "right"))
 
 
 def without_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:

@@ -134,6 +134,15 @@ class LayerJacobian(ABC):
         m = self.matrix()
         return FullJacobian(m[:, :, lo:hi] if m.shape[2] > 1 else m[:, :, :, lo:hi])
 
+    @property
+    def cuts_inputs(self) -> bool:
+        """Whether :meth:`inputs` costs no more than its part of the rows."""
+        return False
+
+    def inputs(self, lo: int, hi: int) -> LayerJacobian:
+        """The part of the block in columns ``lo .. hi - 1`` of ``i``."""
+        return FullJacobian(self.matrix()[..., lo:hi])
+
     def all_rows(self, working: Callable[..., Tensor], name: str) -> Tensor:
         """``[k n, p]``: the rows, in ``working(name, *sizes)`` where that saves fresh memory."""
         return self.matrix().flatten(2).flatten(0, 1)
