@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,15 +95,7 @@ class FactoredJacobian(LayerJacobian):
     def add_gram(self, tile, other):
         if not isinstance(other, FactoredJacobian):
             return super().add_gram(tile, other)
-        x = self.one_position()
-        gram.add_factored(tile, x, x if other is self else other.one_position())
-
-    def one_position(self) -> FactoredJacobian:
-        """Where all positions have the same gradient (a mean over positions follows), their inputs summed: the same rows."""
-        g = self.g
-        if g.shape[2] == 1 or not bool((g[:1, :1] == g[:1, :1, :1]).all()) or not bool((g == g[:, :, :1]).all()):
-            return self
-        return FactoredJacobian(self.a.sum(1, keepdim=True), g[:, :, :1])
+        gram.add_factored(tile, self, other)
 
     def features(self, lo, hi):
         if self.g.shape[3] > 1:
@@ -184,6 +177,19 @@ class FactoredJacobian(LayerJacobian):
         return (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
 
 
+def at_one_position(jacobians: Iterable[LayerJacobian]) -> dict[int, LayerJacobian]:
+    """``{id: the same rows}`` of those whose positions all have the same gradient (a mean over positions follows): their inputs summed.
+
+    All are asked at once, so that a device is waited for twice, not once a layer.
+    """
+    found = {id(j): j for j in jacobians if type(j) is FactoredJacobian and j.positions > 1}
+    for some in (1, None):  # one example first: it rules out nearly all
+        if found:
+            equal = torch.stack([(g == g[:, :, :1]).all() for g in (j.g[:some, :some] for j in found.values())])
+            found = {key: j for (key, j), e in zip(found.items(), equal.tolist()) if e}
+    return {key: FactoredJacobian(j.a.sum(1, keepdim=True), j.g[:, :, :1]) for key, j in found.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class LookupJacobian(FactoredJacobian):
     """A factored Jacobian whose inputs are one-hot, kept as indices: ``a[n, t] = e_index[n, t]``, ``s = 1``."""
@@ -202,9 +208,6 @@ class LookupJacobian(FactoredJacobian):
 
     def outputs(self, lo, hi):
         return LookupJacobian(self.a, self.g[lo:hi], self.size)
-
-    def one_position(self):
-        return self
 
     @property
     def cuts_inputs(self):

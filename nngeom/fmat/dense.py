@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nngeom.core import gram
 from nngeom.core.errors import ArgumentError
+from nngeom.core.factored import at_one_position
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.fmat.fmat import FMat
 from nngeom.space.fvector import FVector
@@ -66,7 +67,9 @@ class FMatDense(FMat):
         totals: dict[str, gram.Tile] = {}
         blocks = list(blocks)
         dtype = functools.reduce(torch.promote_types, {j.dtype for _, *pair in blocks for j in pair}, torch.float32)
-        for name, x, y in blocks:
+        single = at_one_position(j for _, *pair in blocks for j in pair)
+        for name, *pair in blocks:
+            x, y = (single.get(id(j), j) for j in pair)
             if not x.dtype == y.dtype == dtype:  # layers of several dtypes
                 x, y = (x.to(dtype),) * 2 if x is y else (x.to(dtype), y.to(dtype))
             if name not in totals:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.core.errors import ArgumentError, CoverageError
+from nngeom.fmat.estimate import RandomSigns
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.sweep import Sweep
 from nngeom.generator.task import Task, gradients_on
-from nngeom.fmat.estimate import RandomSigns
 from nngeom.gram import GramMatrix
 from nngeom.layers.adapter import Use
 from nngeom.metrics.loss import IdentityMetric, as_loss
