@@ -225,7 +225,7 @@ def test_d13_products_through_attention_kernels():
 
 NO_TANGENTS = {
     "no forward mode, no second derivative": (
-        lambda: model_of(nn.EmbeddingBag(6, 4, mode="sum"), nn.Tanh(), nn.Linear(4, 3)),
+        lambda: model_of(nn.EmbeddingBag(6, 4, mode="max"), nn.Tanh(), nn.Linear(4, 3)),
         lambda: torch.randint(0, 6, (5, 3)),
     ),
     "activations computed again": (
@@ -249,6 +249,49 @@ def test_products_where_forward_mode_fails(name):
     torch.testing.assert_close(m.to_dense(), reference.fisher(model, x), rtol=1e-8, atol=1e-12)
     implicit, dense = (nng.GradientCovariance(model, [(x[:2], y[:2]), (x[2:], y[2:])], k, loss="cross_entropy") for k in (nng.PMatImplicit, nng.PMatDense))
     torch.testing.assert_close(implicit.to_dense(), dense.to_dense(), rtol=1e-8, atol=1e-12)
+
+
+class Bags(nn.Module):
+    """Bags of embeddings in every form, summed: padded means, weighted sums, bags by their starts; ``lookups``: the same by indexing."""
+
+    def __init__(self):
+        super().__init__()
+        self.lookups = False
+        self.table, self.head = nn.Parameter(torch.randn(6, 4, dtype=f64)), nn.Linear(4, 3, dtype=f64)
+        self.mean = nn.EmbeddingBag(6, 4, padding_idx=2, dtype=f64)
+
+    def forward(self, x):
+        weights, starts = torch.linspace(0.5, 1.5, x.shape[1], dtype=f64).expand(x.shape), torch.arange(len(x)) * x.shape[1]
+        if self.lookups:
+            kept = (x != 2).unsqueeze(2)
+            means = (self.mean.weight[x] * kept).sum(1) / kept.sum(1).clamp_min(1)
+            return self.head((means + (self.table[x] * (weights + 1).unsqueeze(2)).sum(1)).tanh())
+        whole = self.mean(x) + F.embedding_bag(x, self.table, mode="sum", per_sample_weights=weights)
+        return self.head((whole + F.embedding_bag(x.flatten(), self.table, starts, mode="sum")).tanh())
+
+
+def test_bags_of_embeddings_have_second_derivatives():
+    model, x = Bags(), torch.randint(0, 6, (4, 3))
+    y = torch.arange(4) % 3
+    j = reference.jacobian(model, x)
+    v = nng.PVector.randn(nng.LayerCollection.from_model(model), dtype=f64)
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    close(nng.Jacobian(model, [x], nng.PushForwardImplicit).mv(v).tensor, j @ v.flat())
+    h = nng.Hessian(model, [(x, y)], nng.PMatDense, loss="cross_entropy").to_dense()
+    model.lookups = True
+    close(reference.jacobian(model, x), j)
+    close(h, reference.hessian(model, x, y, F.cross_entropy))
+    plain = nn.Sequential(nn.EmbeddingBag(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    k = nng.GramMatrix(plain, [x], differentiable=True)
+    close(k.to_dense(), nng.GramMatrix(plain, [x]).to_dense())
+    grads = torch.autograd.grad(k.trace(), list(plain.parameters()), allow_unused=True)
+    table = plain[0].weight
+    with torch.no_grad():
+        ends = []
+        for step in (1e-5, -2e-5):
+            table[x[0, 0], 1] += step
+            ends.append(nng.GramMatrix(plain, [x]).trace())
+    torch.testing.assert_close(grads[0][x[0, 0], 1], (ends[0] - ends[1]) / 2e-5, rtol=1e-6, atol=1e-8)
 
 
 def test_maps_on_channels_last_group_norm():

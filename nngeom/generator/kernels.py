@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class _Composite(TorchFunctionMode):
-    """Fused operations whose second derivative is wrong, written out.
+    """Fused operations whose second derivative is wrong or missing, written out.
 
-    The fused weight norm treats the norms it saved as constants when differentiated again (torch 2.13, CPU).
+    The fused weight norm treats the norms it saved as constants when differentiated again (torch 2.13, CPU). Bags of
+    embeddings have no second derivative; those with ``max_norm`` or the maximum stay as they are.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -24,7 +25,56 @@ class _Composite(TorchFunctionMode):
         if func is torch._weight_norm:
             v, g, dim = (*args, *(kwargs[name] for name in ("v", "g", "dim")[len(args) :] if name in kwargs), 0)[:3]
             return v * (g / torch.norm_except_dim(v, 2, dim))
+        if func is torch.embedding_bag:
+            return _bags(*args, **kwargs)
+        if func is F.embedding_bag:
+            return _embedding_bag(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    if max_norm is not None or mode == "max":
+        options = (max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx)
+        return F.embedding_bag(input, weight, offsets, *options)
+    if offsets is None:
+        offsets = torch.arange(0, input.numel(), input.shape[1], device=input.device)
+        input, per_sample_weights = input.flatten(), None if per_sample_weights is None else per_sample_weights.flatten()
+    return _bags(weight, input, offsets, scale_grad_by_freq, int(mode == "mean"), sparse, per_sample_weights, include_last_offset, padding_idx)[0]
+
+
+def _bags(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> tuple[Tensor, ...]:
+    if mode == 2:
+        return torch.embedding_bag(weight, indices, offsets, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx)
+    starts = offsets[:-1] if include_last_offset else offsets
+    bag = torch.searchsorted(starts.contiguous(), torch.arange(len(indices), device=indices.device).to(starts), right=True) - 1
+    counted = torch.ones_like(indices, dtype=weight.dtype) if padding_idx is None else (indices != padding_idx % len(weight)).to(weight.dtype)
+    share = counted if per_sample_weights is None else counted * per_sample_weights
+    out = weight.new_zeros(len(starts), weight.shape[1]).index_add(0, bag, weight[indices] * share.unsqueeze(1))
+    if mode == 1:
+        out = out / weight.new_zeros(len(starts)).index_add(0, bag, counted).clamp_min(1).unsqueeze(1)
+    return (out,) * 4
 
 
 @contextlib.contextmanager
