@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 import torch
 from autoencoder_of_digits import digits
@@ -113,17 +114,17 @@ def trained(seed: int) -> dict[str, dict[str, list]]:
     return {name: layer.curves for name, layer in layers.items()}
 
 
-def main() -> None:
+def main(out: Path) -> None:
     torch.set_num_threads(1)
     runs = [trained(seed) for seed in SEEDS]
     curves = {name: {kind: [[[float(f"{v:.4g}") for v in pair] for pair in run[name][kind]] for run in runs] for kind in runs[0][name]} for name in LAYERS}
-    path = DOCS / "data" / "curvature.json"
+    path = out / "data" / "curvature.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"step": list(range(0, STEPS + 1, EVERY)), "layers": curves}))
-    plot(json.loads(path.read_text()))
+    plot(json.loads(path.read_text()), out)
 
 
-def plot(results: dict) -> None:
+def plot(results: dict, out: Path) -> None:
     """Both measures along training, a column a layer: mean and range over seeds."""
     import matplotlib
 
@@ -146,10 +147,11 @@ def plot(results: dict) -> None:
         axis.set(xlabel="step")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncol=4, fontsize=7)
     figure.tight_layout(rect=(0, 0, 1, 0.92))
-    (DOCS / "images").mkdir(parents=True, exist_ok=True)
-    figure.savefig(DOCS / "images" / "curvature.png", dpi=80)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "images" / "curvature.png", dpi=80)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DOCS, help="where data/curvature.json and images/curvature.png go")
+    main(parser.parse_args().out)

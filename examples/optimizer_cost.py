@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -67,7 +68,7 @@ def state_bytes(state: object) -> int:
     return sum(state_bytes(x) for x in items)
 
 
-def main() -> None:
+def main(out: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images, colours, labels = torch.rand(1000, 64), torch.randn(128, 3, 16, 16), torch.randint(0, 10, (128,))
@@ -94,11 +95,12 @@ def main() -> None:
         }
         for name, row in table[task].items():
             print(f"{task:24s} {name:40s}", {k: float(f"{v:.3g}") for k, v in row.items()}, flush=True)
-    path = DOCS / "data" / "cost.json"
+    path = out / "data" / "cost.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DOCS, help="where data/cost.json goes")
+    main(parser.parse_args().out)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 import nngeom as nng
 
+DOCS = Path(__file__).parent.parent / "docs"
 EPOCHS, SEEDS = 20, (0, 1, 2)
 RATES = [10 ** (-3 + 0.5 * j) for j in range(9)]
 
@@ -124,7 +125,7 @@ METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
-def main() -> None:
+def main(out: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", nng.optim.SkippedStepWarning)
     table = {}
@@ -133,11 +134,12 @@ def main() -> None:
         best = min(RATES, key=lambda lr: train(problem, sgd(lr), SEEDS[0]))
         table[name] = {method: mean(problem, make) for method, make in METHODS.items()} | {"SGD": mean(problem, sgd(best)), "SGD lr": float(f"{best:.2g}")}
         print(f"{name:20s}", {k: float(f"{v:.3g}") for k, v in table[name].items()}, flush=True)
-    path = Path(__file__).parent.parent / "docs" / "data" / "defaults.json"
+    path = out / "data" / "defaults.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1).replace("Infinity", "null"))  # diverged
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DOCS, help="where data/defaults.json goes")
+    main(parser.parse_args().out)

@@ -28,9 +28,9 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, argumen
     "autoencoder_of_digits": ([], ["--quick"]),
     "residual_digits": ([], ["--epochs", "2", "--out", "out"]),
     "optimizer_amortisation": ([], ["--epochs", "2", "--out", "out"]),
-    "curvature_along_training": ([], []),
-    "optimizer_defaults": ([], []),
-    "optimizer_cost": ([], []),
+    "curvature_along_training": ([], ["--out", "out"]),
+    "optimizer_defaults": ([], ["--out", "out"]),
+    "optimizer_cost": ([], ["--out", "out"]),
 }
 
 
