@@ -344,3 +344,13 @@ def test_labels_are_asked_for():
         analysis.coherence(c.model, [c.inputs])
     with pytest.raises(nng.LoaderError, match="empty"):
         analysis.stiffness(c.model, [])
+
+
+def test_ignored_labels_are_no_class():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, -100, 2, 0, 1])
+    found = analysis.stiffness(model, [(x, y)])
+    kept = analysis.stiffness(model, [(x[y >= 0], y[y >= 0])])
+    assert found.classes.tolist() == [0, 1, 2]
+    torch.testing.assert_close(found.by_class, kept.by_class, equal_nan=True)
+    assert not found.matrix[2].any()

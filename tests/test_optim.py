@@ -518,3 +518,21 @@ def test_defaults_make_progress():
         reached[type(opt)] = float(loss.detach())
     assert reached[EKFAC] < 0.35
     assert reached[KFAC] < 0.8 * reached[torch.optim.Adam]
+
+
+def test_sparse_embeddings_take_the_steps_of_dense_ones():
+    """The weights after three observed steps, whether gradients of the table are sparse or not."""
+
+    def trained(sparse):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
+        optimizer = nng.optim.EKFAC(model, lr=0.1)
+        x, y = torch.randint(0, 7, (5, 3), generator=torch.Generator().manual_seed(1)), torch.arange(5) % 3
+        for _ in range(3):
+            with optimizer.observe():
+                F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return nng.PVector.from_model(model).flat()
+
+    torch.testing.assert_close(trained(True), trained(False), rtol=1e-12, atol=1e-14)

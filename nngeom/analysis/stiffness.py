@@ -51,21 +51,23 @@ def stiffness(
 
     ``kind``: ``"cosine"`` (suits pairs within a class) or ``"sign"`` (between classes). A step ``-e g_1`` changes the
     loss of example 2 by ``-e g_1 . g_2``: positive stiffness helps. Per-example gradients stay in factored form, ``n x d``
-    numbers are formed only where that is cheaper. Equal examples in ``loader`` and ``other`` are not recognised: leave
+    numbers are formed only where that is cheaper. Examples whose label the loss ignores have no gradient, cosine 0 with all,
+    and are no class. Equal examples in ``loader`` and ``other`` are not recognised: leave
     ``other`` out to compare a set with itself.
 
     Raises :class:`ArgumentError` for another ``kind``, :class:`LoaderError` without targets, and what the sweep raises.
     Source: Fort et al. 2019, definitions of sign, cosine and class stiffness.
     """
     require_kind(kind)
-    metric = EmpiricalFisher(as_loss(loss))
+    measured = as_loss(loss)
+    metric, ignored = EmpiricalFisher(measured), getattr(getattr(measured, "categorical", None), "ignore_index", None)
     with memory.limit(memory_budget), torch.no_grad():
         probes = [Probe.build(model, data, function, layer_collection) for data in ((loader,) if other is None else (loader, other))]
         sides = [probe.side(metric, check, memory_budget) for probe in probes]
         gram = row_products(sides[0], None if other is None else sides[1])[0, :, 0]
         norms = [gram.diagonal()] if other is None else [row_norms(side) for side in sides]
     labels = [probe.targets() for probe in probes]
-    return _summary(gram, norms[0], norms[-1], labels[0], labels[-1], kind, other is None)
+    return _summary(gram, norms[0], norms[-1], labels[0], labels[-1], kind, other is None, ignored)
 
 
 def gradient_stiffness(
@@ -90,7 +92,7 @@ def require_kind(kind: str) -> None:
         raise ArgumentError(f"kind is {kind!r}; expected 'cosine' or 'sign'")
 
 
-def _summary(gram: Tensor, left: Tensor, right: Tensor, a: Tensor | None, b: Tensor | None, kind: str, same: bool) -> Stiffness:
+def _summary(gram: Tensor, left: Tensor, right: Tensor, a: Tensor | None, b: Tensor | None, kind: str, same: bool, ignored: int | None = None) -> Stiffness:
     scale = left.sqrt()[:, None] * right.sqrt()[None, :]
     live = scale > 0
     cosine = torch.where(live, gram / torch.where(live, scale, torch.ones_like(scale)), torch.zeros_like(gram)).clamp(-1, 1)
@@ -99,14 +101,15 @@ def _summary(gram: Tensor, left: Tensor, right: Tensor, a: Tensor | None, b: Ten
     if same:
         distinct.fill_diagonal_(0)
     mean = (matrix * distinct).sum() / distinct.sum()  # 0/0: NaN for a single example
-    classes, by_class = _by_class(matrix, distinct, a, b)
+    classes, by_class = _by_class(matrix, distinct, a, b, ignored)
     off = ~torch.eye(len(classes), dtype=torch.bool, device=matrix.device)
     return Stiffness(matrix, 1 - cosine, mean, classes, by_class, by_class.diagonal().nanmean(), by_class[off].nanmean())
 
 
-def _by_class(matrix: Tensor, distinct: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+def _by_class(matrix: Tensor, distinct: Tensor, a: Tensor | None, b: Tensor | None, ignored: int | None) -> tuple[Tensor, Tensor]:
     if a is None or b is None or a.ndim != 1 or b.ndim != 1 or a.is_floating_point() or b.is_floating_point():
         return torch.zeros(0, dtype=torch.long, device=matrix.device), matrix.new_zeros(0, 0)
     classes = torch.cat([a, b]).unique()
+    classes = classes if ignored is None else classes[classes != ignored]
     x, y = ((labels[:, None] == classes[None, :]).to(matrix) for labels in (a, b))
     return classes, (x.T @ (matrix * distinct) @ y) / (x.T @ distinct @ y)

@@ -74,7 +74,9 @@ def find_axes(
         agreeing |= probe.agreeing(doubtful, None)
     for j, axes in agreeing.items():
         if axes is not None:  # else no gradient here: any axis is right for this batch, ask again on the next
-            found[j] = known[uses[j].place] = next(iter(axes), None)
+            found[j] = next(iter(axes), None)
+            if len(axes) < 2:  # of several that agree, any is right for this batch
+                known[uses[j].place] = found[j]
     return found
 
 

@@ -15,7 +15,7 @@ from nngeom.core import memory
 from nngeom.layers.adapter import Use
 
 LOOP_BYTES = 2**18  # gradients of one cotangent above which, on a CPU, a pass a cotangent costs no more than a batched one
-PRODUCT_BYTES = 2**25  # the same where a batched pass has larger products than a pass a cotangent, and no more copies
+PRODUCT_BYTES = 2**23  # the same where a batched pass has larger products than a pass a cotangent, and no more copies
 
 
 def pull_back(
@@ -91,6 +91,12 @@ def _one_by_one(outputs: Tensor, inputs: Sequence[Any], v: Tensor, retain: bool,
 
 
 def _grad(outputs, inputs, v, retain, create_graph, **options):
-    return torch.autograd.grad(
+    grads = torch.autograd.grad(
         outputs, inputs, v, retain_graph=retain or create_graph, create_graph=create_graph, allow_unused=True, **options
     )
+    return [dense(g) for g in grads]
+
+
+def dense(g: Tensor | None) -> Tensor | None:
+    """A gradient without gaps: those of embeddings with ``sparse=True`` have some."""
+    return g.to_dense() if g is not None and g.is_sparse else g

@@ -180,6 +180,7 @@ class _Passage:
 
     def _adder(self, name: str) -> Callable[[Tensor], None]:
         def add(g: Tensor) -> None:
+            g = g.to_dense() if g.is_sparse else g
             self.sums[name] = g.detach().clone() if name not in self.sums else self.sums[name] + g.detach()
 
         return add

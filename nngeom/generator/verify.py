@@ -16,6 +16,7 @@ from torch import Tensor
 from nngeom.core.errors import CoverageError, OutputError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.generator.backward import dense
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.task import Batch, Task, gradients_on, take
 from nngeom.generator.units import Unit
@@ -112,7 +113,8 @@ def mismatches(task: Task, seen: Capture, units: list[Unit], jacobians: dict[Lay
     combined = (u.view(*u.shape, *[1] * (v.ndim - 2)) * v).sum(0)
     names = [name for unit in units for name in unit.layout.names]
     parameters = [task.parameters[name] for name in names]
-    expected = torch.autograd.grad(seen.outputs, parameters, combined, retain_graph=True, allow_unused=True) if names else []
+    grads = torch.autograd.grad(seen.outputs, parameters, combined, retain_graph=True, allow_unused=True) if names else []
+    expected = [dense(g) for g in grads]
     got: dict[str, Tensor] = {}
     for unit in units:
         jacobian = jacobians[unit.layout]

@@ -22,7 +22,7 @@ def embedding(
     sparse: bool = False,
 ) -> Use:
     """``weight [i, o]``, indices of any shape; the row ``padding_idx`` gets no gradient."""
-    if max_norm is not None or sparse or call.is_parameter(input):
+    if max_norm is not None or call.is_parameter(input):
         raise NotStructured
     size, width = weight.shape
     w = call.whole(weight, Arrangement((1, size, width), (0, 2, 1), (1, width, size)))

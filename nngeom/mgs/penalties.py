@@ -167,9 +167,10 @@ def _with_a_row_an_example(task: Task, seen: Capture) -> list[Use]:
             found.append(use)
     if not found:
         return []
+    names = [{s.name for s in use.slots} for use in found]  # the proof takes the slots of uses that are wrong
     proof = Sweep(task, (), RandomSigns(1, 0, False), keep_graph=True).proved(replace(seen, uses=list(seen.uses)))
-    known = lambda use: proof.axes.get(use.place) is not None and not proof.wrong.intersection(s.name for s in use.slots)
-    return [use for use in found if known(use) and not proof.moves]
+    known = lambda use, names: proof.axes.get(use.place) is not None and not proof.wrong & names
+    return [] if proof.moves else [use for use, mine in zip(found, names) if known(use, mine)]
 
 
 def require_reduction(reduction: str) -> None:

@@ -38,5 +38,8 @@ class Gradients:
         return {p: x.view(p.shape) for p, x in zip(self.parameters, flat.split([p.numel() for p in self.parameters]))}
 
     def _present(self) -> tuple[list[Tensor], list[Tensor]]:
+        for p in self.parameters:
+            if p.grad is not None and p.grad.is_sparse:  # of an embedding: preconditioned it is dense
+                p.grad = p.grad.to_dense()
         pairs = [(x, p.grad) for x, p in zip(self._pieces, self.parameters) if p.grad is not None]
         return [x for x, _ in pairs], [g for _, g in pairs]
