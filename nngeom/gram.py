@@ -20,7 +20,6 @@ from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.products import EVERYTHING, Grouping, build
 from nngeom.fmat.store import FileStore, fingerprint
 from nngeom.fmat.tiles import Side
-from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.sweep import Metric, Sweep
 from nngeom.generator.task import Task
 from nngeom.maps.pull_back import PullBackDense, PullBackImplicit
@@ -157,9 +156,8 @@ def Jacobian(
 
 @contextlib.contextmanager
 def _settings(memory_budget: int | None, differentiable: bool):
-    """The budget, gradients only where asked for, and attention kernels that have second derivatives where they are needed."""
-    attention = twice_differentiable() if differentiable else contextlib.nullcontext()
-    with memory.limit(memory_budget), attention, torch.set_grad_enabled(differentiable):
+    """The budget, and gradients only where asked for."""
+    with memory.limit(memory_budget), torch.set_grad_enabled(differentiable):
         yield
 
 

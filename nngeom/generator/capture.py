@@ -7,9 +7,10 @@ and what no adapter understands marks its parameters for the per-example fallbac
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 import nngeom.layers  # noqa: F401  (registers the adapters)
 from nngeom.core.errors import ModeError
+from nngeom.generator.kernels import COMPOSED, unfused
 from nngeom.generator.task import Batch, Task, gradients_on
 from nngeom.layers.adapter import ADAPTERS, Call, NotStructured, Use
 from nngeom.layers.refuse import REFUSALS
@@ -38,7 +40,7 @@ class Capture:
 def capture(task: Task, batch: Batch, keep_graph: bool = False) -> Capture:
     """Run the model on a batch and record how it uses the selected parameters."""
     recorder = Recorder(task, keep_graph)
-    with gradients_on():
+    with gradients_on(), unfused() if keep_graph else contextlib.nullcontext():
         with recorder:
             outputs = task.run(batch)
     return dataclasses.replace(recorder.capture(outputs), batch=batch)
@@ -68,10 +70,11 @@ class Recorder(TorchFunctionMode):
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""
+        name = self.names.get(id(x))
+        if name is not None:
+            return name, x
         if id(x) in self._copies:
             return None
-        if id(x) in self.names:
-            return self.names[id(x)], x
         base = x._base
         if base is not None and id(base) in self.names and x.requires_grad:
             return self.names[id(base)], base
@@ -82,16 +85,16 @@ class Recorder(TorchFunctionMode):
         refusal = REFUSALS.get(func)
         if refusal is not None:
             self._consider(refusal, func, args, kwargs)
-        found = {f[0] for x in _tensors((args, kwargs)) if (f := self.find(x)) is not None}
+        found = {f[0] for x in _tensors(args, kwargs) if (f := self.find(x)) is not None}
         if not found:
-            out = func(*args, **kwargs)
+            out = self._call(func)(*args, **kwargs)
             if func in _ADDITIONS:
                 self._broadcast(out, *args, **kwargs)
             return out
         if func not in ADAPTERS and _is_composite(func):
             return self._open(func)(*args, **kwargs)
-        out = func(*args, **kwargs)
-        results = [t for t in _tensors(out) if t.requires_grad]
+        out = self._call(func)(*args, **kwargs)
+        results = [t for t in _tensors((out,)) if t.requires_grad]
         if not results:
             return out  # a shape query or a detached copy
         if all(self.find(t) is not None for t in results):
@@ -105,6 +108,10 @@ class Recorder(TorchFunctionMode):
             self.uses.append(use)
             self._tables[id(out)] = (out, use)
         return out
+
+    def _call(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """What is run: for a graph that is kept, something with second derivatives."""
+        return COMPOSED.get(func, func) if self.keep_graph else func
 
     def _broadcast(self, out: Tensor, input: Any, other: Any, **options: Any) -> None:
         """``x + y`` with ``y`` the output of a use, copied along the first axis: the use moves behind the addition.
@@ -175,12 +182,14 @@ def _is_composite(func: Any) -> bool:
     return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, (tuple, list)):
-        for item in x:
-            yield from _tensors(item)
-    elif isinstance(x, dict):
-        for item in x.values():
-            yield from _tensors(item)
+def _tensors(items: Iterable[Any], named: Mapping[str, Any] | None = None) -> list[Tensor]:
+    """All tensors in arguments, however deep."""
+    found: list[Tensor] = []
+    for item in items:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            found += _tensors(item)
+        elif isinstance(item, dict):
+            found += _tensors(item.values())
+    return found + _tensors(named.values()) if named else found

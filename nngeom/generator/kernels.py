@@ -14,22 +14,14 @@ from torch.overrides import TorchFunctionMode
 
 
 class _Composite(TorchFunctionMode):
-    """Fused operations whose second derivative is wrong or missing, written out.
-
-    The fused weight norm treats the norms it saved as constants when differentiated again (torch 2.13, CPU). Bags of
-    embeddings have no second derivative; those with ``max_norm`` or the maximum stay as they are.
-    """
+    """Runs :data:`COMPOSED` instead of the fused operations."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch._weight_norm:
-            v, g, dim = (*args, *(kwargs[name] for name in ("v", "g", "dim")[len(args) :] if name in kwargs), 0)[:3]
-            return v * (g / torch.norm_except_dim(v, 2, dim))
-        if func is torch.embedding_bag:
-            return _bags(*args, **kwargs)
-        if func is F.embedding_bag:
-            return _embedding_bag(*args, **kwargs)
-        return func(*args, **kwargs)
+        return COMPOSED.get(func, func)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _embedding_bag(
@@ -77,11 +69,25 @@ def _bags(
     return (out,) * 4
 
 
+COMPOSED: dict[Any, Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,  # the fused one takes the norms it saved for constants when differentiated again (torch 2.13, CPU)
+    torch.embedding_bag: _bags,  # no second derivative; those with max_norm or the maximum stay as they are
+    F.embedding_bag: _embedding_bag,
+}
+
+
+@contextlib.contextmanager
+def unfused(model: nn.Module | None = None) -> Iterator[None]:
+    """Within: attention by its formula, and no cuDNN for the recurrent cells of ``model``."""
+    recurrent = model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules())
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext():
+        yield
+
+
 @contextlib.contextmanager
 def twice_differentiable(model: nn.Module | None = None) -> Iterator[None]:
-    """Within: attention by its formula, weight norm written out, and no cuDNN for the recurrent cells of ``model``."""
-    recurrent = model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules())
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext(), _Composite():
+    """Within: as :func:`unfused`, and :data:`COMPOSED` operations."""
+    with unfused(model), _Composite():
         yield
 
 

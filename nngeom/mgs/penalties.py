@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.core.contract import squared_lengths
 from nngeom.core.errors import ArgumentError, CoverageError
 from nngeom.fmat.estimate import RandomSigns
 from nngeom.generator.capture import Capture, capture
@@ -53,8 +54,7 @@ def trace_penalty(
     if samples < 1:
         raise ArgumentError(f"samples is {samples}; expected a whole number of at least 1")
     task = Task.build(model, function, layer_collection)
-    with twice_differentiable():
-        seen = capture(task, next(task.batches([inputs])), keep_graph=True)
+    seen = capture(task, next(task.batches([inputs])), keep_graph=True)
     f = seen.outputs
     if not f.requires_grad:
         raise CoverageError("the outputs do not depend on any selected parameter (torch.no_grad or .detach() inside the model?)")
@@ -143,14 +143,14 @@ def _squared_sums(task: Task, seen: Capture, signs: Tensor) -> Tensor:
     single = _with_a_row_an_example(task, seen)
     covered = {slot.name for use in single for slot in use.slots}
     others = [p for name, p in task.parameters.items() if name not in covered]
-    lengths = [use.read_inputs().flatten(1).square().sum(1) + (use.bias is not None) for use in single]
+    lengths = [squared_lengths(use.read_inputs().flatten(1)) + (use.bias is not None) for use in single]
     total = seen.outputs.new_zeros(())
     for v in signs:
         variables: list[Any] = [*(use.edge for use in single), *others]
         grads = torch.autograd.grad(seen.outputs, variables, v, create_graph=True, allow_unused=True)
         for length, g in zip(lengths, grads):
             if g is not None:
-                total = total + torch.dot(g.square().sum(1), length)
+                total = total + torch.dot(squared_lengths(g), length)
         total = total + sum(g.square().sum() for g in grads[len(single) :] if g is not None)
     return total
 
