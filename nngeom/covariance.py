@@ -123,8 +123,8 @@ class CentredSweep(Sweep):
     mean: Tensor | None = None
     layouts: tuple[Layout, ...] = ()
 
-    def _batch(self, batch: Batch, index: int, watch: bool) -> Iterator[Chunk]:
-        for chunk in super()._batch(batch, index, watch):
+    def _batch(self, batch: Batch, index: int, watch: bool, after: tuple[int, int]) -> Iterator[Chunk]:
+        for chunk in super()._batch(batch, index, watch, after):
             jacobians = dict(chunk.jacobians)
             covered = {name for layout in jacobians for name in layout.names}
             for layout in self.layouts:

@@ -104,6 +104,26 @@ def test_budget_bounds_the_peak():
         assert b < 0.5 * a and b < 150, (free, bound)
 
 
+@LINUX
+def test_budget_bounds_the_peak_of_kernels():
+    """One batch whose gradients of all outputs take 40 MiB: it is run in parts."""
+    peaks, calls = measured(
+        """
+        model = nn.Sequential(nn.Conv2d(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2304, 4))
+        x = torch.randn(256, 1, 28, 28)
+        sizes = []
+        model.register_forward_pre_hook(lambda m, inputs: sizes.append(len(inputs[0])))
+        nng.GramMatrix(model, [x[:2]])
+        kernels = lambda b: nng.GramMatrix(model, [x], memory_budget=b)
+        peaks = [peak(lambda b=b: kernels(b)) for b in (2**23, 2**30)]
+        assert torch.allclose(kernels(2**23).tensor, kernels(2**30).tensor, rtol=1e-4, atol=1e-3)
+        print(json.dumps([peaks, min(sizes[1:])]))
+        """
+    )
+    assert peaks[0] < 0.6 * peaks[1], peaks
+    assert calls < 128
+
+
 @pytest.mark.filterwarnings("ignore::nngeom.MemoryWarning")
 @pytest.mark.parametrize("kind", [nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatDense])
 def test_numbers_do_not_depend_on_the_budget(kind):

@@ -11,7 +11,7 @@ operations and chooses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,9 +77,9 @@ class LayerJacobian(ABC):
         fields = {name: t.to(dtype) for name, t in vars(self).items() if isinstance(t, Tensor) and t.is_floating_point()}
         return replace(self, **fields)  # type: ignore[type-var]
 
-    def nbytes(self) -> int:
-        """Bytes of the tensors held."""
-        return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, Tensor))
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors held."""
+        return (t for t in vars(self).values() if isinstance(t, Tensor))
 
     def rows(self) -> Tensor:
         """``[k, n, p]``: the rows, flattened."""

@@ -43,8 +43,8 @@ class TiedJacobian(LayerJacobian):
     def to(self, dtype):
         return self._each(lambda j: j.to(dtype))
 
-    def nbytes(self):
-        return sum(j.nbytes() for _, j in self.terms)
+    def tensors(self):
+        return (t for _, j in self.terms for t in j.tensors())
 
     def examples(self, lo, hi):
         return self._each(lambda j: j.examples(lo, hi))
@@ -164,8 +164,8 @@ class SumJacobian(LayerJacobian):
     def to(self, dtype):
         return SumJacobian(tuple((a, j.to(dtype)) for a, j in self.terms))
 
-    def nbytes(self):
-        return sum(j.nbytes() for _, j in self.terms)
+    def tensors(self):
+        return (t for _, j in self.terms for t in j.tensors())
 
     def examples(self, lo, hi):
         return SumJacobian(tuple((a, j.examples(lo, hi)) for a, j in self.terms))

@@ -14,11 +14,11 @@ from nngeom.core.errors import NonFiniteError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
-from nngeom.generator.sweep import Chunk, Sweep
+from nngeom.generator.sweep import START, Chunk, Sweep
 from nngeom.generator.task import leading_size
 
 Key = tuple[int, int]  # (first example, first output) of a chunk: the order in which chunks are captured
-START: Key = (-1, -1)
+SHARES = 4  # of the budget: one for a chunk of columns, two for rows, one for what is made of them
 
 
 def key(chunk: Chunk) -> Key:
@@ -98,28 +98,30 @@ class Side:
             first += 1
         if first == len(self.sizes):
             return
-        sweep = replace(self.sweep, loader=self.sweep.loader[first:])
-        for chunk in sweep.chunks(reuse=reuse and not sweep.keep_graph, watch=self.watch):
+        sweep = replace(self.sweep, loader=self.sweep.loader[first:], shares=SHARES, divide=not self.sweep.keep_graph)
+        for chunk in sweep.chunks(reuse=reuse and not sweep.keep_graph, watch=self.watch, after=(after[0] - start, after[1])):
             chunk = replace(chunk, start=chunk.start + start)
             if self.wide:
                 chunk = replace(chunk, jacobians={lay: j.to(torch.float64) for lay, j in chunk.jacobians.items()})
-            if key(chunk) > after:
-                yield chunk
+            yield chunk
 
     def groups(self, after: Key = START) -> Iterator[Group]:
-        """Runs of chunks that together take a quarter of the budget; where one run holds all, it stays in memory."""
+        """Runs of chunks that together take half the budget; where one run holds all, it stays in memory."""
         if self.held is not None:
             if self.held.last > after:
                 yield self.held
             return
         chunks: list[Chunk] = []
-        room, runs = memory.budget() // 4, 0
+        most = memory.budget() * (2 if after == START else 1) // SHARES
+        room, held, runs = most, set[int](), 0
         for chunk in self.chunks(after):
-            if chunks and room < chunk.nbytes() and not self.sweep.keep_graph:
+            size = chunk.nbytes(held)
+            if chunks and room < size and not self.sweep.keep_graph:
                 yield Group(joined(chunks), key(chunks[-1]))
-                chunks, room, runs = [], memory.budget() // 4, runs + 1
+                chunks, room, held, runs = [], most, set[int](), runs + 1
+                size = chunk.nbytes(held)
             chunks.append(chunk)
-            room -= chunk.nbytes()
+            room -= size
         if chunks:
             group = Group(joined(chunks), key(chunks[-1]))
             if runs == 0 and after == START:

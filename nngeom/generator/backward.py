@@ -36,7 +36,7 @@ def pull_back(
     if not inputs:
         return []
     k = v.shape[0]
-    large = v.device.type == "cpu" and v.element_size() * sum(math.prod(s) for s in shapes) > (PRODUCT_BYTES if products else LOOP_BYTES)
+    large = one_by_one_pays(v.element_size() * sum(math.prod(s) for s in shapes), v.device, products)
     if k == 1:
         grads = [None if g is None else g.unsqueeze(0) for g in _grad(outputs, inputs, v[0], retain, create_graph)]
     elif create_graph:
@@ -49,6 +49,11 @@ def pull_back(
         except RuntimeError:
             grads = _one_by_one(outputs, inputs, v, retain, working)
     return [v.new_zeros(1).expand(k, *shape) if g is None else g for g, shape in zip(grads, shapes)]
+
+
+def one_by_one_pays(bytes_each: int, device: torch.device, products: bool) -> bool:
+    """Whether a pass a cotangent, whose gradients take ``bytes_each``, costs no more than a batched one."""
+    return device.type == "cpu" and bytes_each > (PRODUCT_BYTES if products else LOOP_BYTES)
 
 
 def gains_from_batching(uses: Sequence[Use], create_graph: bool) -> bool:

@@ -16,12 +16,15 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.generator import fallback
 from nngeom.generator.axes import ExampleAxis, find_axes
-from nngeom.generator.backward import gains_from_batching, pull_back
+from nngeom.generator.backward import gains_from_batching, one_by_one_pays, pull_back
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.proofs import Proof, proof_of
-from nngeom.generator.task import Batch, Task, as_batches, require_finite, take
+from nngeom.generator.task import Batch, Task, as_batches, leading_size, require_finite, take
 from nngeom.generator.units import Unit, build_units
 from nngeom.generator.verify import align, few, mismatches, spread
+
+
+START = (-1, -1)  # before the first chunk, which starts with example 0 and cotangent 0
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,12 @@ class Chunk:
         """Whether these are the first cotangents of the batch: statistics of inputs alone are taken once."""
         return self.outputs[0] == 0
 
-    def nbytes(self) -> int:
-        """Bytes that are held."""
-        return sum(j.nbytes() for j in self.jacobians.values())
+    def nbytes(self, held: set[int]) -> int:
+        """Bytes beyond those of the storages in ``held``, which these join: chunks of one batch share its inputs."""
+        new = {t.untyped_storage().data_ptr(): t for j in self.jacobians.values() for t in j.tensors()}
+        new = {place: t for place, t in new.items() if place not in held}
+        held.update(new)
+        return sum(t.numel() * t.element_size() for t in new.values())
 
 
 @dataclass
@@ -72,30 +78,33 @@ class Sweep:
     reread: bool = True  # False: later passes must see the same batches and draws, so they are kept
     keep_graph: bool = False
     label: str = "sweep"
+    shares: int = 2  # a chunk may take one of so many shares of the budget
+    divide: bool = False  # batches of which one chunk cannot hold all cotangents are run in parts
     count: int = 0
     _demoted: set[str] = field(default_factory=set)
     _kept: list | None = None
     _working: memory.Working | None = None
 
-    def chunks(self, keep: bool = False, reuse: bool = False, watch: bool = True) -> Iterator[Chunk]:
+    def chunks(self, keep: bool = False, reuse: bool = False, watch: bool = True, after: tuple[int, int] = START) -> Iterator[Chunk]:
         """Every batch, cut over cotangents. ``keep``: hold the chunks for :meth:`again` while they fit the budget.
 
         ``reuse``: the caller is done with a chunk when it asks for the next, which may overwrite it. ``watch=False``: gradients
-        are not searched for NaN and infinity; the caller calls :meth:`blame` when its result is not finite.
+        are not searched for NaN and infinity; the caller calls :meth:`blame` when its result is not finite. ``after``: chunks
+        up to the one that starts with this example and cotangent are left out.
         """
         self._working = memory.Working() if reuse and not keep else None
         source = as_batches(self.loader)
         if not self.reread or isinstance(source, Iterator):
             source = self.loader = list(source)
         kept: list[Chunk] | None = [] if keep else None
-        room = memory.budget()
+        room, held = memory.budget(), set[int]()
         self.count = 0
         total = _length(source)
         bar = tqdm(self.task.batches(source), total=total, desc=self.label, disable=not self.progress)
         for index, batch in enumerate(bar):
-            for chunk in self._batch(batch, index, watch):
+            for chunk in self._batch(batch, index, watch, after):
                 if kept is not None:
-                    room -= chunk.nbytes()
+                    room -= chunk.nbytes(held)
                     kept = None if room < 0 else [*kept, chunk]
                 yield chunk
         self._kept, self._working = kept, None
@@ -119,18 +128,47 @@ class Sweep:
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
-    def _batch(self, batch: Batch, index: int, watch: bool) -> Iterator[Chunk]:
+    def _batch(self, batch: Batch, index: int, watch: bool, after: tuple[int, int]) -> Iterator[Chunk]:
         seen = capture(self.task, batch, self.keep_graph)
         require_finite(seen.outputs.detach(), "outputs", index)
         if index == 0 and seen.outputs.shape[0] == 1:
             self._learn_from_a_pair(batch)
-        for chunk in self.cut(seen):
+        parts = self._parts(seen) if self.divide else []
+        if parts:
+            del seen
+        for part in parts:
+            n = leading_size(part)
+            if n is not None and self.count + n <= after[0]:
+                self.count += n
+            else:
+                yield from self._batch(part, index, watch, after)
+        if parts:
+            return
+        for chunk in self.cut(seen, after):
             if watch:
                 self._require_finite(chunk.jacobians, index)
             yield chunk
 
-    def cut(self, seen: Capture) -> Iterator[Chunk]:
-        """The chunks of one captured forward pass, the first of them proved and checked unless a pass like this one was."""
+    def _parts(self, seen: Capture) -> list[Batch]:
+        """Parts of a batch, each of which leaves room for all its cotangents; none where the whole does, or does not run in parts."""
+        n = seen.outputs.shape[0]
+        count = self.metric.columns(seen.outputs.detach(), seen.batch, self.count).count
+        size = memory.step(n, self._bytes_each_cotangent(seen) * count * self.shares // n)
+        if size >= n or leading_size(seen.batch) != n:
+            return []
+        parts = [take(seen.batch, slice(lo, lo + size), n) for lo in range(0, n, size)]
+        try:
+            with torch.no_grad():
+                alone = self.task.run(parts[-1])
+        except Exception:  # a model for one size of batch
+            return []
+        return parts if alone.shape[1:] == seen.outputs.shape[1:] else []
+
+    def cut(self, seen: Capture, after: tuple[int, int] = START) -> Iterator[Chunk]:
+        """The chunks of one captured forward pass, the first of them proved and checked unless a pass like this one was.
+
+        Those up to the one that starts with the example and the cotangent ``after`` are left out.
+        """
         n = seen.outputs.shape[0]
         if not seen.outputs.requires_grad:
             raise CoverageError(
@@ -139,14 +177,17 @@ class Sweep:
         proof = self._recall(seen)
         columns = self.metric.columns(seen.outputs.detach(), seen.batch, self.count)
         self._bar(seen)
-        size = memory.step(columns.count, self._bytes_each_cotangent(seen), "output of one batch")
+        size = memory.step(columns.count, self._bytes_each_cotangent(seen) * self.shares, "output of one batch")
         proving = self.check and (proof.moves or not proof.covers(seen)) and bool(torch.isfinite(seen.outputs.detach().sum()))
         units, rest = ([], []) if proving else self._structure(seen, proof)
         for lo in range(0, columns.count, size):
+            if (self.count, lo) <= after:
+                continue
             hi = min(columns.count, lo + size)
             v, last = columns.make(lo, hi), hi == columns.count
-            if proving and lo == 0:
+            if proving:
                 units, rest, jacobians = self._pull_verified(seen, v, proof)
+                proving = False
             else:
                 jacobians = self._pull(seen, units, rest, v, last)
             yield Chunk(jacobians, n, self.count, (lo, columns.count))
@@ -221,8 +262,10 @@ class Sweep:
         return jacobians
 
     def _bytes_each_cotangent(self, seen: Capture) -> int:
-        activations = sum(use.shape.numel() for use in seen.uses)
-        return 3 * (activations + seen.outputs.numel()) * seen.outputs.element_size()
+        """Gradients of all uses; where cotangents are pulled back together, what lies between as well."""
+        size = (sum(use.shape.numel() for use in seen.uses) + seen.outputs.numel()) * seen.outputs.element_size()
+        looped = one_by_one_pays(size, seen.outputs.device, gains_from_batching(seen.uses, self.keep_graph))
+        return size if looped and not self.keep_graph else 3 * size
 
     # -- guarantees ------------------------------------------------------------------------------------------------
 
