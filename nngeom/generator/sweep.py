@@ -23,7 +23,6 @@ from nngeom.generator.task import Batch, Task, as_batches, leading_size, require
 from nngeom.generator.units import Unit, build_units
 from nngeom.generator.verify import align, few, mismatches, spread
 
-
 START = (-1, -1)  # before the first chunk, which starts with example 0 and cotangent 0
 
 
