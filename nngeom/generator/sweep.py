@@ -152,7 +152,7 @@ class Sweep:
         """Parts of a batch, each of which leaves room for all its cotangents; none where the whole does, or does not run in parts."""
         n = seen.outputs.shape[0]
         count = self.metric.columns(seen.outputs.detach(), seen.batch, self.count).count
-        size = memory.step(n, self._bytes_each_cotangent(seen) * count * self.shares // n)
+        size = memory.step(n, self._bytes_each_cotangent(seen) * count // n, most=memory.budget() // self.shares)
         if size >= n or leading_size(seen.batch) != n:
             return []
         parts = [take(seen.batch, slice(lo, lo + size), n) for lo in range(0, n, size)]
@@ -176,7 +176,7 @@ class Sweep:
         proof = self._recall(seen)
         columns = self.metric.columns(seen.outputs.detach(), seen.batch, self.count)
         self._bar(seen)
-        size = memory.step(columns.count, self._bytes_each_cotangent(seen) * self.shares, "output of one batch")
+        size = memory.step(columns.count, self._bytes_each_cotangent(seen), "output of one batch", memory.budget() // self.shares)
         proving = self.check and (proof.moves or not proof.covers(seen)) and bool(torch.isfinite(seen.outputs.detach().sum()))
         units, rest = ([], []) if proving else self._structure(seen, proof)
         for lo in range(0, columns.count, size):
@@ -264,7 +264,7 @@ class Sweep:
         """Gradients of all uses; where cotangents are pulled back together, what lies between as well."""
         size = (sum(use.shape.numel() for use in seen.uses) + seen.outputs.numel()) * seen.outputs.element_size()
         looped = one_by_one_pays(size, seen.outputs.device, gains_from_batching(seen.uses, self.keep_graph))
-        return size if looped and not self.keep_graph else 3 * size
+        return size if looped and not self.keep_graph else 2 * size
 
     # -- guarantees ------------------------------------------------------------------------------------------------
 
