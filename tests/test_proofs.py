@@ -4,7 +4,6 @@ import pytest
 import reference
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import nngeom as nng
 from nngeom.generator.proofs import forget
@@ -116,42 +115,3 @@ def test_a_constant_decides_where_examples_lie():
     model, x = Across(), torch.randn(4, 4, 3, dtype=f64)
     for model.swapped in (False, True, False):
         torch.testing.assert_close(nng.GramMatrix(model, [x]).to_dense(), kernel(model, x))
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten._unique2, torch.ops.aten.equal)
-        return func(*args, **(kwargs or {}))
-
-
-COMPUTED = {
-    "kfac": lambda m, x, **o: nng.FIM(m, x, nng.PMatKFAC, **o),
-    "monte carlo": lambda m, x, **o: nng.FIM_MonteCarlo(m, x, nng.PMatDiag, **o),
-    "kernel": lambda m, x, **o: nng.GramMatrix(m, x, **o),
-    "squared norms": lambda m, x, **o: nng.GramMatrix(m, x, nng.FMatDiag, **o),
-}
-
-
-@pytest.mark.parametrize("result", COMPUTED)
-def test_the_host_waits_once_or_twice_a_batch(result):
-    """Whatever the number of layers, and of cotangents that are taken together."""
-
-    def waits(depth, batches, **options):
-        layers = [layer for _ in range(depth) for layer in (nn.Conv1d(4, 4, 3, padding=1, dtype=f64), nn.Tanh())]
-        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 5, dtype=f64))
-        x = list(torch.randn(4 * batches, 4, 6, dtype=f64).split(4))
-        COMPUTED[result](model, x, **options)  # proved
-        with Waits() as seen:
-            COMPUTED[result](model, x, **options)
-        return seen.count
-
-    few, deep, long = waits(2, 3), waits(4, 3), waits(2, 6)
-    kept = 2 if result == "kfac" else 1  # factors looked at when all is done
-    assert deep - few <= 2 * kept  # two more layers
-    assert long - few <= 2 * 3
