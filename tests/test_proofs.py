@@ -115,3 +115,21 @@ def test_a_constant_decides_where_examples_lie():
     model, x = Across(), torch.randn(4, 4, 3, dtype=f64)
     for model.swapped in (False, True, False):
         torch.testing.assert_close(nng.GramMatrix(model, [x]).to_dense(), kernel(model, x))
+
+
+@pytest.mark.filterwarnings("ignore::nngeom.MemoryWarning")
+def test_a_batch_with_a_table_of_as_many_rows_as_examples_is_not_divided():
+    """Cut with the examples, the table would give other outputs of the right shape."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.ids = nn.Linear(3, 2, dtype=f64), nn.Embedding(5, 2, dtype=f64)
+
+        def forward(self, x, table):
+            return (self.layer(x) + self.ids(table).mean(0)).tanh()
+
+    model = Table()
+    batch = {"x": torch.randn(6, 3, dtype=f64), "table": torch.tensor([0, 1, 1, 2, 3, 4])}
+    whole = nng.GramMatrix(model, [batch]).tensor
+    torch.testing.assert_close(nng.GramMatrix(model, [batch], memory_budget=800).tensor, whole)

@@ -21,7 +21,7 @@ from nngeom.generator.capture import Capture, capture
 from nngeom.generator.proofs import Proof, proof_of
 from nngeom.generator.task import Batch, Task, as_batches, leading_size, require_finite, take
 from nngeom.generator.units import Unit, build_units
-from nngeom.generator.verify import align, few, mismatches, spread
+from nngeom.generator.verify import align, few, mismatches, same_outputs, spread
 
 START = (-1, -1)  # before the first chunk, which starts with example 0 and cotangent 0
 
@@ -149,9 +149,9 @@ class Sweep:
             yield chunk
 
     def _parts(self, seen: Capture) -> list[Batch]:
-        """Parts of a batch, each of which leaves room for all its cotangents; none where the whole does, or does not run in parts."""
-        n = seen.outputs.shape[0]
-        count = self.metric.columns(seen.outputs.detach(), seen.batch, self.count).count
+        """Parts of a batch, each of which leaves room for all its cotangents; none where the whole does, or runs differently in parts."""
+        outputs, n = seen.outputs.detach(), seen.outputs.shape[0]
+        count = self.metric.columns(outputs, seen.batch, self.count).count
         size = memory.step(n, self._bytes_each_cotangent(seen) * count // n, most=memory.budget() // self.shares)
         if size >= n or leading_size(seen.batch) != n:
             return []
@@ -161,7 +161,7 @@ class Sweep:
                 alone = self.task.run(parts[-1])
         except Exception:  # a model for one size of batch
             return []
-        return parts if alone.shape[1:] == seen.outputs.shape[1:] else []
+        return parts if same_outputs(alone, outputs[-len(alone) :], outputs) else []
 
     def cut(self, seen: Capture, after: tuple[int, int] = START) -> Iterator[Chunk]:
         """The chunks of one captured forward pass, the first of them proved and checked unless a pass like this one was.

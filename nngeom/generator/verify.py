@@ -50,11 +50,10 @@ def few(task: Task, seen: Capture, index: list[int]) -> Capture | None:
                 "of examples; expected (n, ...): pass x.unsqueeze(0), or a DataLoader with batch_size=1"
             ) from None
         return None
-    expected, got = outputs[index], alone.outputs.detach()
-    if got.shape != expected.shape:
+    got = alone.outputs.detach()
+    if got.shape != outputs[index].shape:
         return None
-    tolerance = _TOLERANCE.get(outputs.dtype, 0.1)
-    if torch.allclose(got, expected, rtol=tolerance, atol=tolerance * float(outputs.abs().max())):
+    if same_outputs(got, outputs[index], outputs):
         return alone
     if _inputs_are_separate(task, seen.batch, n):
         return None
@@ -62,6 +61,12 @@ def few(task: Task, seen: Capture, index: list[int]) -> Capture | None:
         "the model mixes the examples of a batch: the outputs of some change when they are run without the others; per-example derivatives "
         "do not exist then, so expected a model that treats examples separately (check=False skips this test)"
     )
+
+
+def same_outputs(part: Tensor, expected: Tensor, whole: Tensor) -> bool:
+    """Whether some examples run by themselves gave what they gave in the batch, whose outputs are ``whole``."""
+    tolerance = _TOLERANCE.get(whole.dtype, 0.1)
+    return part.shape == expected.shape and torch.allclose(part, expected, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
 
 
 def _first_tensor(batch: Batch) -> Tensor | None:
