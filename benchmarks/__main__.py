@@ -50,8 +50,8 @@ def cell(name: str, job: str, device: str, repeats: int, only: str = "", check: 
 
 def _peak_in_fresh_process(name: str, job: str, label: str, device: str) -> int | None:
     cell_of = ["--workload", name, "--job", job, "--device", device, "--threads", str(torch.get_num_threads())]
-    # every block of a megabyte is given back when it is freed, so that the mark shows what is in use
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
+    # every block of 64 KiB is given back when it is freed, so that the mark shows what is in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-m", "benchmarks", "--peak-of", label, *cell_of], capture_output=True, text=True, env=environment)
     last = done.stdout.split()[-1:]
     return int(last[0]) if done.returncode == 0 and last and last != ["None"] else None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from nngeom.core import contract, gram, linalg
+from nngeom.core.gram import Tile
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.statistic import Moment
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,17 +113,29 @@ class FactoredJacobian(LayerJacobian):
     def inputs(self, lo, hi):
         return FactoredJacobian(self.a[..., lo:hi], self.g)
 
-    def all_rows(self, working, name):
+    def all_rows(self, tile, name):
         k, n, t, s, o = self.g.shape
         if s > 1:
-            return super().all_rows(working, name)
-        rows = working(name, k, n, o, self.a.shape[-1])
+            return super().all_rows(tile, name)
+        rows = tile.working(name, *((n, k) if tile.by_examples else (k, n)), o, self.a.shape[-1])
+        own = rows.transpose(0, 1) if tile.by_examples else rows
         if t == 1:
-            torch.mul(self.g[:, :, 0, 0].unsqueeze(-1), self.a[:, 0, 0].unsqueeze(-2), out=rows)
+            torch.mul(self.g[:, :, 0, 0].unsqueeze(-1), self.a[:, 0, 0].unsqueeze(-2), out=own)
+        elif tile.by_examples:
+            torch.bmm(self._stacked(tile, name).mT, self.a[:, :, 0], out=rows.view(n, k * o, -1))
         else:
-            for g, part in zip(self.g, rows):
+            for g, part in zip(self.g, own):
                 torch.bmm(g[:, :, 0].mT, self.a[:, :, 0], out=part)
         return rows.view(k * n, -1)
+
+    def _stacked(self, tile: Tile, name: str) -> Tensor:
+        """``[n, t, (k o)]``: the output gradients of all cotangents side by side, a copy where they do not lie so."""
+        g = self.g[:, :, :, 0].permute(1, 2, 0, 3)
+        n, t, k, o = g.shape
+        if g.stride(2) != o * g.stride(3):
+            copy = tile.working(f"{name} gradients", n, t, k, o) if g.stride(3) == 1 else tile.working(f"{name} gradients", n, k, o, t).permute(0, 3, 1, 2)
+            g = copy.copy_(g)
+        return g.flatten(2)
 
     def gram(self, other):
         if not isinstance(other, FactoredJacobian):
@@ -177,17 +193,17 @@ class FactoredJacobian(LayerJacobian):
         return (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
 
 
-def at_one_position(jacobians: Iterable[LayerJacobian]) -> dict[int, LayerJacobian]:
-    """``{id: the same rows}`` of those whose positions all have the same gradient (a mean over positions follows): their inputs summed.
+def at_one_position(jacobians: dict[Key, LayerJacobian]) -> dict[Key, LayerJacobian]:
+    """The same rows; of those whose positions all have the same gradient (a mean over positions follows) with their inputs summed.
 
     All are asked at once, so that a device is waited for twice, not once a layer.
     """
-    found = {id(j): j for j in jacobians if type(j) is FactoredJacobian and j.positions > 1}
+    found = {key: j for key, j in jacobians.items() if type(j) is FactoredJacobian and j.positions > 1}
     for some in (1, None):  # one example first: it rules out nearly all
         if found:
             equal = torch.stack([(g == g[:, :, :1]).all() for g in (j.g[:some, :some] for j in found.values())])
             found = {key: j for (key, j), e in zip(found.items(), equal.tolist()) if e}
-    return {key: FactoredJacobian(j.a.sum(1, keepdim=True), j.g[:, :, :1]) for key, j in found.items()}
+    return jacobians | {key: FactoredJacobian(j.a.sum(1, keepdim=True), j.g[:, :, :1]) for key, j in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,8 +232,8 @@ class LookupJacobian(FactoredJacobian):
     def inputs(self, lo, hi):
         return LayerJacobian.inputs(self, lo, hi)
 
-    def all_rows(self, working, name):
-        return LayerJacobian.all_rows(self, working, name)
+    def all_rows(self, tile, name):
+        return LayerJacobian.all_rows(self, tile, name)
 
     def matrix(self):
         k, n, t, _, o = self.g.shape

@@ -9,8 +9,8 @@ Three ways, the cheapest by count:
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,86 +22,99 @@ if TYPE_CHECKING:
     from nngeom.core.factored import FactoredJacobian
     from nngeom.core.jacobian import LayerJacobian
 
-SLICE_BYTES = 2**23
+SLICE_BYTES = 3 * 2**21
 LEAST_ROWS = 64  # of a strip: a product of fewer runs badly
+NARROW = 32  # columns of a product below which it runs badly
 LOOPED = 16  # output features from which products of one cotangent at a time run well
 
 
 class Tile:
-    """The sum ``out[k, n, l, m]`` of the products of two sets of rows, in strips of ``(k, n)``.
+    """The sum ``out[k, n, l, m]`` of the products of two sets of rows.
 
-    Of two times the same rows, strips begin at the diagonal: about half of the work; :meth:`result` mirrors them. All
-    layers share one piece of working memory.
+    Rows lie in memory by outputs, ``(k n)``, or ``by_examples``, ``(n k)``: so rows summed over positions are formed for
+    all outputs of an example in one product. Of two times the same rows, only what lies above the diagonal is complete,
+    about half of the work, until :meth:`result` mirrors it. All layers share one piece of working memory.
     """
 
-    def __init__(self, x: LayerJacobian, y: LayerJacobian):
+    def __init__(self, x: LayerJacobian, y: LayerJacobian, by_examples: bool = False):
         (self.k, self.n), (self.l, self.m) = x.shape[:2], y.shape[:2]
-        self.symmetric = x is y
-        self.out = torch.zeros(self.k, self.n, self.l, self.m, dtype=linalg.accumulation_dtype(x.dtype), device=x.device)
+        self.symmetric, self.by_examples = x is y, by_examples or self.k == 1
+        self.flat = torch.zeros(self.k * self.n, self.l * self.m, dtype=linalg.accumulation_dtype(x.dtype), device=x.device)
         self._working = memory.Working()
 
     def working(self, name: str, *sizes: int) -> Tensor:
         """Uninitialised memory that the next call with the same name overwrites."""
-        return self._working(name, sizes, self.out)
+        return self._working(name, sizes, self.flat)
 
-    def strips(self) -> Iterator[tuple[slice, slice, slice, slice]]:
-        """``(k, n, l, m)`` of every strip: some outputs of all examples or, of one output, some examples."""
-        several = self.k > 1
-        count, each = (self.k, self.n) if several else (self.n, 1)
-        step = max(1, -(-count // 16), LEAST_ROWS // each)
-        for lo in range(0, count, step):
-            own, rest, every = slice(lo, min(count, lo + step)), slice(lo if self.symmetric else 0, None), slice(None)
-            yield (own, every, rest, every) if several else (every, own, every, rest)
+    @property
+    def out(self) -> Tensor:
+        """``[k, n, l, m]``, in whichever order it lies."""
+        if self.by_examples:
+            return self.flat.view(self.n, self.k, self.m, self.l).permute(1, 0, 3, 2)
+        return self.flat.view(self.k, self.n, self.l, self.m)
+
+    def take(self, x: LayerJacobian, y: LayerJacobian) -> None:
+        """Add the products of one block; in the widest dtype of all blocks."""
+        wide = torch.promote_types(self.flat.dtype, torch.promote_types(x.dtype, y.dtype))
+        self.flat = self.flat.to(wide)
+        if not x.dtype == y.dtype == wide:
+            x, y = (x.to(wide),) * 2 if x is y else (x.to(wide), y.to(wide))
+        x.add_gram(self, y)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``[k, n, *p] -> [r, p]``, in the order of the tile."""
+        return (x.transpose(0, 1) if self.by_examples else x).flatten(2).flatten(0, 1)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """``out[k, n, l, m] += <x[k n], y[l m]>`` for explicit rows ``x [k n, p]``, ``y [l m, p]``."""
-        out = self.out.view(self.k * self.n, self.l * self.m)
-        for lo, hi, first in self._flat():
-            out[lo:hi, first:].addmm_(x[lo:hi], y[first:].T)
-
-    def _flat(self) -> Iterator[tuple[int, int, int]]:
-        """``(lo, hi, first)`` of every strip: rows ``lo .. hi - 1``, columns from ``first``."""
-        for k, n, l, m in self.strips():
-            if self.k > 1:
-                yield k.start * self.n, k.stop * self.n, l.start * self.m
-            else:
-                yield n.start, n.stop, m.start
+        """Products of explicit rows ``x [r, p]``, ``y [q, p]``, in the order of the tile."""
+        for lo, hi in linalg.strips(len(x)) if self.symmetric else ((0, len(x)),):
+            first = lo if self.symmetric else 0
+            self.flat[lo:hi, first:].addmm_(x[lo:hi], y[first:].T)
 
     def add_scaled(self, x: Tensor, y: Tensor, scale: Tensor) -> None:
         """``out[k, n, l, m] += scale[n, m] <x[k, n], y[l, m]>`` for rows ``x [k, n, p]``, ``y [l, m, p]``."""
-        for k, n, l, m in self.strips():
-            part = self.out[k, n, l, m]
-            sizes = part.shape
-            left, right = x[k, n].flatten(0, 1), y[l, m].flatten(0, 1)
-            products = torch.mm(left, right.T, out=self.working("products", len(left), len(right)))
-            part.addcmul_(products.view(sizes), scale[n, m].unsqueeze(1))
+        left, right = self.rows(x), self.rows(y)
+        inner, across = (self.k, self.l) if self.by_examples else (self.n, self.m)
+        step = max(-(-len(left) // inner // 16), -(-LEAST_ROWS // inner)) * inner  # some outputs of all examples, or all of some
+        for lo in range(0, len(left), step):
+            hi, first = min(len(left), lo + step), lo // inner * across if self.symmetric else 0
+            products = torch.mm(left[lo:hi], right[first:].T, out=self.working("products", hi - lo, len(right) - first))
+            part = self.flat[lo:hi, first:].unflatten(1, (-1, across)).unflatten(0, (-1, inner))
+            factor = scale[lo // inner : hi // inner, first // across :, None] if self.by_examples else scale
+            part.addcmul_(products.view(part.shape), factor.unsqueeze(1))
 
     def result(self) -> Tensor:
-        """``[k, n, l, m]``, with the part below the strips filled in."""
+        """``[k, n, l, m]``, with the part below the diagonal filled in."""
+        self._working = memory.Working()
         if self.symmetric:
-            out = self.out.view(self.k * self.n, -1)
-            for lo, hi, _ in self._flat():
-                out[hi:, lo:hi] = out[lo:hi, hi:].T
-        return self.out
+            linalg.mirror_(self.flat, corners=True)
+        return self.out.contiguous()
+
+
+def _width(o: int, i: int, most: int) -> int:
+    """Inputs in a block of ``most`` parameters: those that leave all outputs together, all, or about as many as outputs."""
+    square = math.isqrt(most)
+    width = most // o if most // o >= NARROW else i if i <= 2 * square else max(1, square)
+    return -(-i // -(-i // width))
 
 
 def by_rows(tile: Tile, x: LayerJacobian, y: LayerJacobian) -> None:
-    """Explicit rows of both sides, a block of the parameters of the layer at a time, about as many outputs as inputs: small products run badly."""
+    """Explicit rows of both sides, a block of the parameters of the layer at a time."""
     k, n, s, o, i = x.shape
     rows = n * k + (0 if x is y else y.shape[0] * y.shape[1])
     most = min(SLICE_BYTES, memory.budget() // 4) // (rows * x.dtype.itemsize)  # parameters of a block
     both = s == 1 and x.cuts_inputs and y.cuts_inputs
     height = s if s > 1 else o
-    width = min(i, max(1, math.isqrt(most), most // o)) if both else i
+    width = _width(o, i, most) if both else i
     step = max(1, min(height, most // (width * (o if s > 1 else 1))))
     for lo in range(0, height, step):
         left, right = (z.features(lo, min(height, lo + step)) for z in (x, y))
         for first in range(0, i, width):
             cut = left if width == i else left.inputs(first, min(i, first + width))
-            part = cut.all_rows(tile.working, "left")
+            part = cut.all_rows(tile, "left")
             if x is not y:
                 cut = right if width == i else right.inputs(first, min(i, first + width))
-            tile.add(part, part if x is y else cut.all_rows(tile.working, "right"))
+            tile.add(part, part if x is y else cut.all_rows(tile, "right"))
 
 
 def without_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:
@@ -114,20 +127,19 @@ def by_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:
     """``sum_s,t,u (a_t . a_u) (g_t . g_u)``, one example of the left side at a time against blocks of the right."""
     (k, n, t, groups, o), (l, m, u, _, _) = x.g.shape, y.g.shape
     size = memory.step(m, l * o * t * x.g.element_size(), most=min(SLICE_BYTES // 4, memory.budget() // 4))
-    for s in range(groups):
-        g = x.g[:, :, :, s].permute(1, 0, 3, 2).reshape(n, k, o * t)
-        h = (g if x is y else y.g[:, :, :, s].permute(1, 0, 3, 2)).reshape(m, l * o, u)
-        for j in range(n):
-            one = x.examples(j, j + 1)
-            for lo in range(j if x is y else 0, m, size):
-                hi = min(m, lo + size)
-                inner = y.examples(lo, hi).input_gram(one, s)[:, :, 0]  # [m u t]
-                mixed = torch.bmm(h[lo:hi], inner, out=tile.working("mixed", hi - lo, l * o, t)).view((hi - lo) * l, o * t)
-                part = (mixed @ g[j].T).view(hi - lo, l, k)
-                tile.out[:, j, :, lo:hi] += part.permute(2, 1, 0)
-                if x is y:  # pairs of examples once, of outputs all: the mirror image belongs to other strips
-                    later = max(lo, j + 1)
-                    tile.out[:, later:hi, :, j] += part[later - lo :].permute(1, 0, 2)
+    for s, lo in itertools.product(range(groups), range(0, m, size)):
+        hi = min(m, lo + size)
+        h = y.g[:, lo:hi, :, s].permute(1, 0, 3, 2).reshape(hi - lo, l * o, u)
+        for j in range(hi if x is y else n):
+            one, first = x.examples(j, j + 1), max(lo, j) if x is y else lo
+            inner = y.examples(first, hi).input_gram(one, s)[:, :, 0]  # [m u t]
+            mixed = torch.bmm(h[first - lo :], inner, out=tile.working("mixed", hi - first, l * o, t))
+            part = mixed.view((hi - first) * l, o * t) @ one.g[:, 0, :, s].mT.reshape(k, o * t).T
+            part = part.view(hi - first, l, k)
+            tile.out[:, j, :, first:hi] += part.permute(2, 1, 0)
+            if x is y and not tile.by_examples:  # pairs of examples once, of outputs all: the mirror image belongs above the diagonal too
+                later = max(first, j + 1)
+                tile.out[:, later:hi, :, j] += part[later - first :].permute(1, 0, 2)
 
 
 def positions_are_cheaper(x: FactoredJacobian, y: FactoredJacobian) -> bool:

@@ -11,7 +11,7 @@ operations and chooses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -143,9 +143,9 @@ class LayerJacobian(ABC):
         """The part of the block in columns ``lo .. hi - 1`` of ``i``."""
         return FullJacobian(self.matrix()[..., lo:hi])
 
-    def all_rows(self, working: Callable[..., Tensor], name: str) -> Tensor:
-        """``[k n, p]``: the rows, in ``working(name, *sizes)`` where that saves fresh memory."""
-        return self.matrix().flatten(2).flatten(0, 1)
+    def all_rows(self, tile: Tile, name: str) -> Tensor:
+        """``[r, p]``: the rows in the order of a tile, in its working memory of this name where that saves fresh memory."""
+        return tile.rows(self.matrix())
 
     def squared_norms(self) -> Tensor:
         """``[k, n]``: ``|J[k, n]|**2``."""

@@ -54,23 +54,25 @@ def add_gram_(total: Tensor | None, x: Tensor, scale: float = 1.0) -> Tensor:
     p = x.shape[-1]
     beta = 0 if total is None else 1
     total = x.new_empty(p, p) if total is None else total
-    for lo, hi in _strips(p) if x.shape[0] * p * p >= 2**23 else [(0, p)]:
+    for lo, hi in strips(p) if x.shape[0] * p * p >= 2**23 else [(0, p)]:
         total[lo:hi, lo:].addmm_(x[:, lo:hi].T, x[:, lo:], beta=beta, alpha=scale)
     return total
 
 
-def mirror_(total: Tensor) -> Tensor:
-    """The lower half of ``total [p, p]`` from the upper one, in place."""
-    for lo, hi in _strips(total.shape[-1]):
+def mirror_(total: Tensor, corners: bool = False) -> Tensor:
+    """The lower half of ``total [p, p]`` from the upper one, in place; ``corners``: also where strips meet the diagonal."""
+    for lo, hi in strips(total.shape[-1]):
         total[hi:, lo:hi] = total[lo:hi, hi:].T
+        if corners:
+            corner = total[lo:hi, lo:hi]
+            corner.copy_(corner.triu() + corner.triu(1).T)
     return total
 
 
-def _strips(p: int) -> list[tuple[int, int]]:
-    """Rows cut so that each strip is multiplied from its diagonal block on; of 96 rows at least, for products of fewer run badly."""
-    count = max(1, min(p // 96, 4 if p < 1024 else 6))
-    cuts = [p * j // count for j in range(count + 1)]
-    return list(zip(cuts[:-1], cuts[1:]))
+def strips(p: int) -> list[tuple[int, int]]:
+    """Rows of a symmetric product, cut so that each strip is multiplied from its diagonal block on; products of multiples of 16 rows, 96 at least, run best."""
+    width = -(-max(96, p // 8) // 16) * 16
+    return [(lo, min(p, lo + width)) for lo in range(0, p, width)]
 
 
 def cholesky(m: Tensor, what: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from nngeom.core import gram
 from nngeom.core.errors import ArgumentError
-from nngeom.core.factored import at_one_position
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.fmat.fmat import FMat
 from nngeom.space.fvector import FVector
@@ -60,21 +58,19 @@ class FMatDense(FMat):
         return k, n, l, m
 
     @staticmethod
-    def tiles(blocks: Blocks, k: slice, l: slice, graph: bool) -> dict[str, Tensor]:
-        """``{group: tile}``, summed over blocks; ``k``, ``l``: the outputs of their rows. With ``graph`` nothing is overwritten."""
+    def tiles(blocks: Blocks, k: slice, l: slice, graph: bool, by_examples: bool) -> dict[str, Tensor]:
+        """``{group: tile}``, summed over blocks; ``k``, ``l``: the outputs of their rows. With ``graph`` nothing is overwritten.
+
+        ``by_examples``: the order that products are added up in, as for :class:`~nngeom.core.gram.Tile`.
+        """
         if graph:
             return summed((name, x.gram(y)) for name, x, y in blocks)
         totals: dict[str, gram.Tile] = {}
-        blocks = list(blocks)
-        dtype = functools.reduce(torch.promote_types, {j.dtype for _, *pair in blocks for j in pair}, torch.float32)
-        single = at_one_position(j for _, *pair in blocks for j in pair)
-        for name, *pair in blocks:
-            x, y = (single.get(id(j), j) for j in pair)
-            if not x.dtype == y.dtype == dtype:  # layers of several dtypes
-                x, y = (x.to(dtype),) * 2 if x is y else (x.to(dtype), y.to(dtype))
+        for name, x, y in blocks:
             if name not in totals:
-                totals[name] = gram.Tile(x, y)
-            x.add_gram(totals[name], y)
+                totals[name] = gram.Tile(x, y, by_examples)
+            totals[name].take(x, y)
+            del x, y  # so that their memory is free for the next
         return {name: tile.result() for name, tile in totals.items()}
 
     @staticmethod
@@ -153,7 +149,7 @@ class FMatBlockDiag(FMat):
         return slice(max(k.start, l.start), min(k.stop, l.stop)), n, m
 
     @staticmethod
-    def tiles(blocks: Blocks, k: slice, l: slice, graph: bool) -> dict[str, Tensor]:
+    def tiles(blocks: Blocks, k: slice, l: slice, graph: bool, by_examples: bool) -> dict[str, Tensor]:
         """``{group: tile}``, summed over blocks, output by output; ``k``, ``l``: the outputs of their rows."""
         both = range(max(k.start, l.start), min(k.stop, l.stop))
 

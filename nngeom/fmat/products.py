@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nngeom.core.factored import FactoredJacobian
+from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.fmat.store import Store
-from nngeom.fmat.tiles import Side, matched, pairs, require_finite, span
+from nngeom.fmat.tiles import Alone, Side, matched, pairs, require_finite, span
 from nngeom.generator.sweep import Chunk
 
 
@@ -40,6 +42,8 @@ def build(
         rows, columns = rows.widened(), columns.widened() if columns is not None else None
     if kind.diagonal:
         return {name: kind(t.to(kept)) for name, t in squared_norms(rows, grouping, Mean.over(rows) if centered else None).items()}
+    for side in (rows, columns or rows):
+        side.sweep.explicit = not centered
     late = centered and columns is None and store is None
     store = store or Store(grouping.names, rows.sweep.keep_graph)
     mean = Mean.over(rows) if centered and not late else None
@@ -114,6 +118,8 @@ def products(kind: Any, rows: Side, columns: Side | None, grouping: Grouping, st
     ``mean``: these gradients are subtracted on both sides, ``<x - mu_k, y - mu_l> = K - <x, mu_l> - <mu_k, y> + <mu_k, mu_l>``.
     """
     m = (columns or rows).examples
+    if columns is None and mean is None and (alone := rows.alone()) is not None:
+        return _of_one_batch(kind, rows, alone, grouping, store, progress)
     squares = mean.squares(rows, grouping) if mean is not None else {}
     bar = tqdm(total=rows.examples * m, desc="GramMatrix", unit="pair", disable=not progress)
     for x, y in pairs(rows, columns):
@@ -121,7 +127,9 @@ def products(kind: Any, rows: Side, columns: Side | None, grouping: Grouping, st
         place = kind.place(k, n, l, q)
         store.open(kind.sizes(x.outputs[1], rows.examples, m), rows.dtype if mean is None else rows.kept, rows.device)
         if all(s.stop > s.start for s in place) and not store.has(place):
-            tiles = kind.tiles(matched(x, y, grouping.of), k, l, store.graph)
+            blocks = list(matched(x, y, grouping.of))
+            by_examples = any(isinstance(j, FactoredJacobian) and j.positions > 1 for _, j, _ in blocks)
+            tiles = kind.tiles(blocks, k, l, store.graph, by_examples)
             if mean is not None:
                 left, right = mean.products(x, grouping), mean.products(y, grouping)
                 zero = torch.zeros([s.stop - s.start for s in place], dtype=rows.dtype, device=rows.device)
@@ -136,3 +144,26 @@ def products(kind: Any, rows: Side, columns: Side | None, grouping: Grouping, st
         bar.update(share * (n.stop - n.start) * (q.stop - q.start) * (2 if columns is None and x is not y else 1))
     bar.close()
     return store.result()
+
+
+def _of_one_batch(kind: Any, rows: Side, alone: Alone, grouping: Grouping, store: Store, progress: bool) -> dict[str, Tensor]:
+    """A square kernel as one tile, summed over blocks as they come."""
+    n, c = slice(0, rows.examples), slice(0, alone.outputs)
+    place = kind.place(c, n, c, n)
+    store.open(kind.sizes(c.stop, n.stop, n.stop), rows.dtype, rows.device)
+    if not store.has(place):
+        tiles = kind.tiles(_released(alone.parts, grouping, progress), c, c, False, alone.positions)
+        require_finite(tiles.values(), rows)
+        store.write(place, tiles, None, kind.mirror)
+    return store.result()
+
+
+def _released(parts: Iterator[dict[Layout, LayerJacobian]], grouping: Grouping, progress: bool) -> Iterator[tuple[str, LayerJacobian, LayerJacobian]]:
+    """The blocks of all parts, none of them held any longer when the next is made."""
+    with tqdm(desc="GramMatrix", unit="layer", disable=not progress) as bar:
+        for part in parts:
+            while part:
+                layout, j = part.popitem()
+                yield grouping.layout(layout), j, j
+                del j
+                bar.update()

@@ -40,6 +40,15 @@ class Group:
     last: Key
 
 
+@dataclass(frozen=True)
+class Alone:
+    """All rows of one batch, some layers at a time: who holds none when it asks for the next has memory for one part only."""
+
+    parts: Iterator[dict[Layout, LayerJacobian]]
+    outputs: int  # c
+    positions: bool  # whether a block may have several
+
+
 @dataclass
 class Side:
     """The examples along one axis of a kernel. Batches are read once and kept, so that every visit sees the same."""
@@ -104,6 +113,13 @@ class Side:
             if self.wide:
                 chunk = replace(chunk, jacobians={lay: j.to(torch.float64) for lay, j in chunk.jacobians.items()})
             yield chunk
+
+    def alone(self) -> Alone | None:
+        """The rows of the only batch; ``None`` where there are several batches, or no room for one at once."""
+        if self.wide or self.watch or len(self.sizes) != 1:
+            return None
+        found = self.sweep.alone()
+        return Alone(found[0].by_layers(found[1]), len(found[1]), found[0].has_positions) if found is not None else None
 
     def groups(self, after: Key = START) -> Iterator[Group]:
         """Runs of chunks that together take half the budget; where one run holds all, it stays in memory."""

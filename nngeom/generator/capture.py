@@ -34,6 +34,7 @@ class Capture:
     outputs: Tensor
     uses: list[Use]
     unstructured: set[str]
+    hooks: tuple[Any, ...] = ()  # the code of functions that tensors were asked to run on their gradients
     batch: Batch = None
 
 
@@ -57,6 +58,7 @@ class Recorder(TorchFunctionMode):
         self.keep_graph = keep_graph
         self.uses: list[Use] = []
         self.unstructured: set[str] = set()
+        self.hooks: list[Any] = []
         self._opened: dict[Any, Any] = {}
         self._copies: dict[int, Tensor] = {}  # broadcast parameters, by id; held so that ids stay theirs
         self._tables: dict[int, tuple[Tensor, Use]] = {}  # outputs of uses, by id
@@ -66,7 +68,7 @@ class Recorder(TorchFunctionMode):
         uses = [use for use in self.uses if not use.moved]
         for place, use in enumerate(uses):
             use.place = place
-        return Capture(outputs, uses, self.unstructured)
+        return Capture(outputs, uses, self.unstructured, tuple(self.hooks))
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""
@@ -82,6 +84,8 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is Tensor.register_hook:
+            self.hooks.append(getattr(args[1], "__code__", type(args[1])) if len(args) > 1 else None)
         refusal = REFUSALS.get(func)
         if refusal is not None:
             self._consider(refusal, func, args, kwargs)

@@ -21,6 +21,7 @@ from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.core.jacobian import FullJacobian
 from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import Capture, Recorder
+from nngeom.generator.passes import Pass, bytes_each_cotangent
 from nngeom.generator.sweep import Chunk, Metric, Sweep
 from nngeom.generator.task import Task
 from nngeom.generator.units import Unit, wide
@@ -89,13 +90,13 @@ class _Watched(Sweep):
 
     def resolve(self, seen: Capture, mixing: bool) -> tuple[list[Unit], list[str]]:
         """The units of a capture, and its parameters without structure; compared with autograd unless a pass like it was."""
-        proof = self._recall(seen)
-        units, rest = self._structure(seen, proof)
-        if not mixing and (proof.moves or not proof.covers(seen)):
+        run = Pass(self.task, seen, self._demoted, self.part_of)
+        if mixing or not run.unproved:
+            run.resolve()
+        else:
             generator = torch.Generator().manual_seed(2)
-            v = torch.randn(1, *seen.outputs.shape, generator=generator, dtype=torch.float64).to(seen.outputs)
-            units, rest, _ = self._verify(seen, v, proof)
-        return units, rest
+            run.compare(torch.randn(1, *seen.outputs.shape, generator=generator, dtype=torch.float64).to(seen.outputs))
+        return run.units, run.rest
 
 
 class _Visit:
@@ -201,12 +202,12 @@ class _Passage:
 
     def measured(self, metric: Metric) -> Iterator[Chunk]:
         """The rows of the cotangents of a metric, pulled back through the user's graph, which is kept."""
-        outputs, start, sweep = self.seen.outputs, self.observer.drawn, self.observer.sweep
+        outputs, start = self.seen.outputs, self.observer.drawn
         columns = metric.columns(outputs.detach(), None, start)
         self.observer.drawn += self.n
         edges, shapes = [u.edge for u in self.seen.uses], [u.shape for u in self.seen.uses]
         parameters = [self.task.parameters[name] for name in self.rest]
-        size = memory.step(columns.count, sweep._bytes_each_cotangent(self.seen), "output of one batch")
+        size = memory.step(columns.count, bytes_each_cotangent(self.seen, keep_graph=False), "output of one batch")
         for lo in range(0, columns.count, size):
             v = columns.make(lo, min(columns.count, lo + size)).to(outputs.dtype)
             gradients = pull_back(outputs, edges, shapes, v, retain=True)

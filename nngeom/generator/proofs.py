@@ -31,6 +31,7 @@ class Proof:
     axes: dict[int, Any] = field(default_factory=dict)  # example axis by place of the use
     checked: set[str] | None = None  # parameters whose captured rows were compared with autograd's, once examples were found to be separate
     wrong: set[str] = field(default_factory=set)  # those that differed
+    halts: bool | None = None  # whether gradients are the same when the pass is halted at every waist of the graph
     moves: bool = False  # examples may be placed by the data: axes are known of no other batch
 
     def covers(self, seen: Capture) -> bool:
@@ -49,7 +50,7 @@ def proof_of(task: Task, seen: Capture) -> Proof:
     """What is known of a pass, to be completed by who finds out more."""
     nodes, moves = _graph(seen.outputs, {id(p): name for name, p in task.parameters.items()})
     uses = tuple((use.operation, use.lead, use.slots, use.lookup) for use in seen.uses)
-    key = hash((tuple(nodes), uses, frozenset(seen.unstructured), seen.outputs.shape, seen.outputs.dtype, seen.outputs.device))
+    key = hash((tuple(nodes), uses, frozenset(seen.unstructured), seen.hooks, seen.outputs.shape, seen.outputs.dtype, seen.outputs.device))
     known = _PROOFS.setdefault(task.model, {})
     if key not in known and len(known) >= MOST:
         known.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from nngeom.generator.axes import ExampleAxis
 from nngeom.layers.adapter import Slot, Use
 from nngeom.space.collection import LayerCollection
 
+Gradients = Sequence[Tensor] | Mapping[int, Tensor]  # of the outputs of uses, by index
 Empty = Callable[[Hashable, Sequence[int], Tensor], Tensor]  # as memory.fresh
 
 
@@ -33,14 +34,14 @@ class Unit:
     arrangements: tuple[Arrangement, ...] | None = None  # unlike uses: one arrangement a use
     inputs: dict[int, Tensor] = field(default_factory=dict)  # read once, for all cotangents of the batch
 
-    def jacobian(self, gradients: list[Tensor], n: int, empty: Empty = memory.fresh) -> LayerJacobian:
+    def jacobian(self, gradients: Gradients, n: int, empty: Empty = memory.fresh) -> LayerJacobian:
         """The rows for output gradients ``[k, *out]`` of all uses; copies of inputs are made in ``empty(name, sizes, like)``."""
         if self.arrangements is not None:
             return self._unlike(gradients, n, empty)
         main = self.layout.pieces[0].arrangement
         return self._join([self._part(j, u, a, gradients, n, main, empty) for j, u, a in self.uses])
 
-    def _unlike(self, gradients: list[Tensor], n: int, empty: Empty) -> LayerJacobian:
+    def _unlike(self, gradients: Gradients, n: int, empty: Empty) -> LayerJacobian:
         """Like uses joined, unlike ones summed."""
         groups: dict[tuple[Arrangement, bool], list] = {}
         for (j, use, axis), arrangement in zip(self.uses, self.arrangements or ()):
@@ -51,7 +52,7 @@ class Unit:
             return TiedJacobian(tuple((a != main, j) for a, j in terms if isinstance(j, FactoredJacobian)))
         return SumJacobian(tuple(terms))
 
-    def _part(self, j: int, use: Use, axis: ExampleAxis, gradients: list[Tensor], n: int, full: Arrangement, empty: Empty):
+    def _part(self, j: int, use: Use, axis: ExampleAxis, gradients: Gradients, n: int, full: Arrangement, empty: Empty):
         lead = len(use.lead)
         g = wide(axis.split(use.gradients(gradients[j]), n, 1, lead))
         slot = use.weight if self.with_weight else use.bias

@@ -43,6 +43,7 @@ class Use:
     gradients: Callable[[Tensor], Tensor]  # [k, *out] -> [k, *lead, s, o]
     inputs: Callable[[], Tensor] | None = None  # () -> [*lead, s, i]; integer [*lead] for lookups; None without weight
     copied: Callable[[Callable, bool], Tensor] | None = None  # (empty, ones) -> copies of inputs, in ``empty(sizes, like)``, and the ones of the bias
+    channels: int = -1  # axis of the output that holds features
     lookup: bool = False
     elementwise: bool = False  # o = 1 by nature: rows are formed at once, blocks are exact
     edge: GradientEdge | None = None
@@ -55,6 +56,11 @@ class Use:
         """Take the gradient edge of the output, before anything in place overwrites it."""
         self.edge, self.shape = get_gradient_edge(out), out.shape
         return self
+
+    def forget(self) -> None:
+        """Let go of the inputs: they were read."""
+        self.inputs = self.copied = None
+        self.sources = ()
 
     def broadcast(self, out: Tensor, extra: int) -> Use:
         """This use as seen through an addition that copies its output along ``extra`` new axes (or a first axis of one)."""
@@ -85,6 +91,11 @@ class Use:
         if self.inputs is None:
             raise CoverageError(f"{self.operation} was recorded without its input")
         return self.inputs() if empty is None or self.copied is None else self.copied(empty, ones)
+
+    @property
+    def features(self) -> int:
+        """The axis of the output before which cotangents lie best in memory, so that with its features they are one axis."""
+        return self.channels % max(1, len(self.shape))
 
     @property
     def size(self) -> int:
