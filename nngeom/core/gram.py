@@ -124,22 +124,23 @@ def without_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> N
 
 
 def by_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:
-    """``sum_s,t,u (a_t . a_u) (g_t . g_u)``, one example of the left side at a time against blocks of the right."""
+    """``sum_s,t,u (a_t . a_u) (g_t . g_u)``, a block of the right side at a time against one example of the left after the other."""
     (k, n, t, groups, o), (l, m, u, _, _) = x.g.shape, y.g.shape
-    size = memory.step(m, l * o * t * x.g.element_size(), most=min(SLICE_BYTES // 4, memory.budget() // 4))
+    size = memory.step(m, max(l * o * t, n * t * u) * x.dtype.itemsize, most=min(SLICE_BYTES, memory.budget()) // 4)
     for s, lo in itertools.product(range(groups), range(0, m, size)):
         hi = min(m, lo + size)
+        count = hi if x is y else n  # pairs of examples once
         h = y.g[:, lo:hi, :, s].permute(1, 0, 3, 2).reshape(hi - lo, l * o, u)
-        for j in range(hi if x is y else n):
-            one, first = x.examples(j, j + 1), max(lo, j) if x is y else lo
-            inner = y.examples(first, hi).input_gram(one, s)[:, :, 0]  # [m u t]
-            mixed = torch.bmm(h[first - lo :], inner, out=tile.working("mixed", hi - first, l * o, t))
-            part = mixed.view((hi - first) * l, o * t) @ one.g[:, 0, :, s].mT.reshape(k, o * t).T
-            part = part.view(hi - first, l, k)
-            tile.out[:, j, :, first:hi] += part.permute(2, 1, 0)
-            if x is y and not tile.by_examples:  # pairs of examples once, of outputs all: the mirror image belongs above the diagonal too
+        inner = y.examples(lo, hi).input_gram(x.examples(0, count), s)  # [m u n t]
+        for j in range(count):
+            first = max(lo, j) if x is y else lo
+            mixed = torch.bmm(h[first - lo :], inner[first - lo :, :, j], out=tile.working("mixed", hi - first, l * o, t))
+            g = x.g[:, j, :, s].mT.reshape(k, o * t)
+            part = (g @ mixed.view((hi - first) * l, o * t).T).view(k, hi - first, l).transpose(1, 2)
+            tile.out[:, j, :, first:hi] += part
+            if x is y and not tile.by_examples:  # the mirror image belongs above the diagonal too
                 later = max(first, j + 1)
-                tile.out[:, later:hi, :, j] += part[later - first :].permute(1, 0, 2)
+                tile.out[:, later:hi, :, j] += part[:, :, later - first :].permute(1, 2, 0)
 
 
 def positions_are_cheaper(x: FactoredJacobian, y: FactoredJacobian) -> bool:

@@ -204,51 +204,63 @@ class Pass:
     def _staged(
         self, run: list[Stage], v: Tensor, last: bool, gradients_in: Empty, inputs_in: Empty, release: bool = False
     ) -> Iterator[dict[Layout, LayerJacobian]]:
-        uses, v = self.seen.uses, v.to(self.seen.outputs.dtype)
-        early, gradients, waiting = self._early(len(v)), dict[int, Tensor](), list(self.units)
-        joint = {j for unit in self.units if len(unit.uses) > 1 for j, _, _ in unit.uses}  # kept until the other uses come
-        waist_in = _Waists(gradients_in)
-        edges = self._edges()
-        start: Any = self.seen.outputs
-        cotangents: Any = v
-        for stage in run:
-            for turn in stage.turns:
-                closing = turn is stage.turns[-1]
-                end = stage.end if closing else None
-                shared = next((j for j in turn if end is not None and j not in early and j not in joint and edges[j][:2] == end[:2]), None)
-                turn = sorted(turn, key=lambda j: (j == shared, -uses[j].shape.numel()))  # a waist comes last: others may be views of what it overwrites
-                inputs, shapes, piles = [edges[j] for j in turn], [uses[j].shape for j in turn], dict[int, Pile]()
-                if self._looped and len(v) > 1:
-                    for rank, j in enumerate(turn):
-                        name = ("joint", j) if j in joint else ("gradients", rank)
-                        piles[j] = self._pile(j, len(v), early.get(j), waist_in if j == shared else functools.partial(gradients_in, name), inputs_in)
-                kept = [piles[j] for j in turn if j in piles]
-                if end is not None and shared is None:
-                    inputs, shapes = [*inputs, end], [*shapes, torch.Size()]
-                    kept.append(Pile(len(v), 0, waist_in))
-                done = last and closing and not self.rest and not self.keep_graph
-                pulled = pull_back(start, inputs, shapes, cotangents, not done, self.keep_graph, self._looped, kept if piles else None)
-                following = pulled.pop() if len(pulled) > len(turn) else pulled[turn.index(shared)] if shared is not None else None
-                gradients.update(zip(turn, pulled))
-                del pulled
-                ready = [unit for unit in waiting if all(j in gradients for j, _, _ in unit.uses)]
-                waiting = [unit for unit in waiting if unit not in ready]
-                for j in turn if release else ():
-                    if j in early:
-                        early[j].inputs.clear()
-                yield self._rows(ready, gradients, early, inputs_in)
-                needed = {j for unit in waiting for j, _, _ in unit.uses}
-                for j in [j for j in gradients if j not in needed]:
-                    del gradients[j]
-                    if release:
-                        uses[j].forget()
-                for unit in ready if release else ():
-                    unit.inputs.clear()
-            start, cotangents = stage.end, following
+        """Blocks as soon as the gradients of all their uses are there; ``release``: nothing of them is kept for other cotangents."""
+        v, early, waiting = v.to(self.seen.outputs.dtype), self._early(len(v)), list(self.units)
+        gradients: dict[int, Tensor] = {}
+        for turn in self._turns(run, v, early, last, gradients_in, inputs_in):
+            gradients.update(turn)
+            ready = [unit for unit in waiting if all(j in gradients for j, _, _ in unit.uses)]
+            waiting = [unit for unit in waiting if unit not in ready]
+            if release:
+                for j in early.keys() & turn.keys():
+                    early[j].inputs.clear()
+            del turn
+            one_by_one = release and v.device.type == "cpu"  # elsewhere asking each by itself whether its positions differ would make the host wait
+            for units in [[unit] for unit in ready] if one_by_one else [ready]:
+                yield self._rows(units, gradients, early, inputs_in)
+                if release:
+                    for unit in units:
+                        unit.inputs.clear()
+            needed = {j for unit in waiting for j, _, _ in unit.uses}
+            done = [j for j in gradients if j not in needed]
+            for j in done:
+                del gradients[j]
+                if release:
+                    self.seen.uses[j].forget()
         if self.rest:
             parameters = [self.task.parameters[name] for name in self.rest]
             rows = fallback.full_jacobians(self.task, self.seen.batch, self.seen.outputs, parameters, v, self.keep_graph)
             yield {self.task.collection.span([name]): j for name, j in zip(self.rest, rows)}
+
+    def _turns(
+        self, run: list[Stage], v: Tensor, early: dict[int, Unit], last: bool, gradients_in: Empty, inputs_in: Empty
+    ) -> Iterator[dict[int, Tensor]]:
+        """``{use: what is kept of its gradients [k, ...]}``, turn after turn, each in the memory of the one before."""
+        uses, edges, count = self.seen.uses, self._edges(), len(v)
+        joint = {j for unit in self.units if len(unit.uses) > 1 for j, _, _ in unit.uses}  # kept until the other uses come
+        waist_in = _Waists(gradients_in)
+        start: Any = self.seen.outputs
+        for stage in run:
+            for turn in stage.turns:
+                closing = turn is stage.turns[-1]
+                end = stage.end if closing else None
+                at_end = next((j for j in turn if end is not None and j not in early and j not in joint and edges[j][:2] == end[:2]), None)
+                turn = sorted(turn, key=lambda j: (j == at_end, -uses[j].shape.numel()))  # a waist comes last: others may be views of what it overwrites
+                piles = []
+                for rank, j in enumerate(turn):
+                    name = ("joint", j) if j in joint else ("gradients", rank)
+                    piles.append(self._pile(j, count, early.get(j), waist_in if j == at_end else functools.partial(gradients_in, name), inputs_in))
+                inputs, shapes = [edges[j] for j in turn], [uses[j].shape for j in turn]
+                if end is not None and at_end is None:
+                    inputs, shapes, piles = [*inputs, end], [*shapes, torch.Size()], [*piles, Pile(count, 0, waist_in)]
+                retain = not (last and closing) or bool(self.rest)
+                pulled = pull_back(start, inputs, shapes, v, retain, self.keep_graph, self._looped, piles)
+                if end is not None:
+                    start, v = end, pulled[-1]
+                found = dict(zip(turn, pulled))
+                del pulled, piles
+                yield found
+                del found
 
     def _pile(self, j: int, count: int, unit: Unit | None, empty: Callable[..., Tensor], inputs_in: Empty) -> Pile:
         if unit is None:
