@@ -67,9 +67,9 @@ class Tile:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Products of explicit rows ``x [r, p]``, ``y [q, p]``, in the order of the tile."""
-        for lo, hi in linalg.strips(len(x)) if self.symmetric else ((0, len(x)),):
-            first = lo if self.symmetric else 0
-            self.flat[lo:hi, first:].addmm_(x[lo:hi], y[first:].T)
+        for lo, hi in linalg.strips(len(x)) if self.symmetric else ((0, len(y)),):
+            last = hi if self.symmetric else len(x)
+            self.flat[:last, lo:hi].addmm_(x[:last], y[lo:hi].T)
 
     def add_scaled(self, x: Tensor, y: Tensor, scale: Tensor) -> None:
         """``out[k, n, l, m] += scale[n, m] <x[k, n], y[l, m]>`` for rows ``x [k, n, p]``, ``y [l, m, p]``."""

@@ -70,8 +70,9 @@ def mirror_(total: Tensor, corners: bool = False) -> Tensor:
 
 
 def strips(p: int) -> list[tuple[int, int]]:
-    """Rows of a symmetric product, cut so that each strip is multiplied from its diagonal block on; products of multiples of 16 rows, 96 at least, run best."""
-    width = -(-max(96, p // 8) // 16) * 16
+    """A symmetric product cut so that each strip ends at the diagonal; of 80 rows at least, in multiples of 16, products run best."""
+    width = -(-p // max(1, min(8, round(p / 80))))
+    width = -(-width // 16) * 16
     return [(lo, min(p, lo + width)) for lo in range(0, p, width)]
 
 
