@@ -7,7 +7,7 @@ from cases import CASES, build
 from torch import nn
 
 import nngeom as nng
-from nngeom.generator import backward, passes
+from nngeom.generator import backward, descent, passes
 from nngeom.generator.capture import capture
 from nngeom.generator.proofs import forget
 from nngeom.generator.stages import stages
@@ -17,20 +17,20 @@ from nngeom.generator.task import Task
 
 @pytest.fixture
 def halting(monkeypatch):
-    """Every waist is one, every cotangent goes by itself, rows are formed wherever they are smaller; the stages of every kernel."""
-    monkeypatch.setattr(passes, "STAGE_BYTES", 0)
-    monkeypatch.setattr(passes, "SMALLER", 1)
+    """Every waist is one, every cotangent goes by itself, rows are formed wherever they are smaller; the routes of all kernels."""
+    monkeypatch.setattr(descent, "STAGE_BYTES", 0)
+    monkeypatch.setattr(descent, "SMALLER", 1)
     monkeypatch.setattr(backward, "LOOP_BYTES", 0)
     monkeypatch.setattr(backward, "PRODUCT_BYTES", 0)
-    runs = []
-    run = passes.Pass._run
+    routes = []
+    route = passes.Pass._route
 
     def watched(self, count):
-        runs.append(run(self, count))
-        return runs[-1]
+        routes.append(route(self, count))
+        return routes[-1]
 
-    monkeypatch.setattr(passes.Pass, "_run", watched)
-    return runs
+    monkeypatch.setattr(passes.Pass, "_route", watched)
+    return routes
 
 
 def close(x, y, tol=1e-9):
@@ -60,7 +60,7 @@ def test_passes_were_halted(halting):
     for name in ("mlp", "residual", "transformer", "reused"):
         case = build(name, sizes=(5,))
         nng.GramMatrix(case.model, case.loader)
-        longest[name] = max(len(run) for run in halting)
+        longest[name] = max(len(route) for route in halting)
         halting.clear()
     assert all(count > 1 for count in longest.values()), longest
 
@@ -75,9 +75,10 @@ class Hooked(nn.Module):
 
     def forward(self, x):
         for layer in self.layers:
-            x = layer(x).tanh()
+            x = layer(x)
             if self.factor != 1 and layer is self.layers[1]:
                 x.register_hook(lambda g: self.factor * g)
+            x = x.tanh()
         return x
 
 
@@ -87,6 +88,24 @@ def test_hooks_on_gradients_run_once(halting, first):
     model, x = Hooked().double(), torch.randn(5, 6).double()
     for model.factor in (first, 3.0 - first):
         close(nng.GramMatrix(model, [(x, None)]).tensor, kernel(model, x))
+
+
+def test_hooks_that_nobody_saw_are_found_out(halting):
+    """Registered where function modes are off; a pass that is halted there would run it twice."""
+    torch.manual_seed(0)
+
+    class Hidden(Hooked):
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+                with torch._C.DisableTorchFunction():
+                    x.register_hook(lambda g: self.factor * g)
+                x = x.tanh()
+            return x
+
+    model, x = Hidden().double(), torch.randn(5, 6).double()
+    close(nng.GramMatrix(model, [(x, None)]).tensor, kernel(model, x))
+    assert {len(route) for route in halting} == {1}
 
 
 class Passed(torch.autograd.Function):
@@ -155,7 +174,7 @@ def test_a_budget_too_small_for_all_gradients_is_enough_for_stages(monkeypatch):
     x = torch.randn(12, 8, 12, 12).double()
     whole = nng.GramMatrix(model, [(x, None)])
     forget(model)
-    monkeypatch.setattr(passes, "STAGE_BYTES", 2**20)
+    monkeypatch.setattr(descent, "STAGE_BYTES", 2**20)
     monkeypatch.setattr(Sweep, "_parts", None)
     some = nng.GramMatrix(model, [(x, None)], memory_budget=2**23)  # gradients of all layers take 5 MiB, half the budget is 4
     close(some.tensor, whole.tensor, 1e-10)

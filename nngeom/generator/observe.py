@@ -21,7 +21,8 @@ from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.core.jacobian import FullJacobian
 from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import Capture, Recorder
-from nngeom.generator.passes import Pass, bytes_each_cotangent
+from nngeom.generator.descent import bytes_each_cotangent
+from nngeom.generator.passes import Pass
 from nngeom.generator.sweep import Chunk, Metric, Sweep
 from nngeom.generator.task import Task
 from nngeom.generator.units import Unit, wide

@@ -15,7 +15,8 @@ from nngeom.core.errors import LoaderError, NonFiniteError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.generator.capture import Capture, capture
-from nngeom.generator.passes import Pass, bytes_each_cotangent
+from nngeom.generator.descent import bytes_each_cotangent
+from nngeom.generator.passes import Pass
 from nngeom.generator.proofs import Proof
 from nngeom.generator.task import Batch, Task, as_batches, leading_size, require_finite, take
 from nngeom.generator.verify import same_outputs
