@@ -66,7 +66,7 @@ def test_passes_were_halted(halting):
 
 
 class Hooked(nn.Module):
-    """A hook doubles the gradient between two layers."""
+    """A stream with branches; a hook changes the gradient of the stream between two of them."""
 
     def __init__(self):
         super().__init__()
@@ -74,12 +74,21 @@ class Hooked(nn.Module):
         self.factor = 2.0
 
     def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-            if self.factor != 1 and layer is self.layers[1]:
-                x.register_hook(lambda g: self.factor * g)
-            x = x.tanh()
+        x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = x + layer(x.tanh())
+            if self.factor != 1 and layer is self.layers[2]:
+                self.hook(x)
         return x
+
+    def hook(self, x):
+        x.register_hook(lambda g: self.factor * g)
+
+
+class Hidden(Hooked):
+    def hook(self, x):
+        with torch._C.DisableTorchFunction():  # no function mode sees it
+            super().hook(x)
 
 
 @pytest.mark.parametrize("first", [1.0, 2.0])
@@ -87,22 +96,13 @@ def test_hooks_on_gradients_run_once(halting, first):
     torch.manual_seed(0)
     model, x = Hooked().double(), torch.randn(5, 6).double()
     for model.factor in (first, 3.0 - first):
+        halting.clear()
         close(nng.GramMatrix(model, [(x, None)]).tensor, kernel(model, x))
+        assert (len(halting[-1]) > 1) == (model.factor == 1)
 
 
 def test_hooks_that_nobody_saw_are_found_out(halting):
-    """Registered where function modes are off; a pass that is halted there would run it twice."""
     torch.manual_seed(0)
-
-    class Hidden(Hooked):
-        def forward(self, x):
-            for layer in self.layers:
-                x = layer(x)
-                with torch._C.DisableTorchFunction():
-                    x.register_hook(lambda g: self.factor * g)
-                x = x.tanh()
-            return x
-
     model, x = Hidden().double(), torch.randn(5, 6).double()
     close(nng.GramMatrix(model, [(x, None)]).tensor, kernel(model, x))
     assert {len(route) for route in halting} == {1}
