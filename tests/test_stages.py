@@ -170,11 +170,11 @@ def test_a_stream_halts_between_blocks_and_what_is_near_comes_first():
 def test_a_budget_too_small_for_all_gradients_is_enough_for_stages(monkeypatch):
     """What is held at once decides: the batch is not run in parts."""
     torch.manual_seed(0)
-    model = nn.Sequential(*[m for _ in range(12) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())], nn.Flatten(), nn.Linear(8 * 144, 4)).double()
+    model = nn.Sequential(*[m for _ in range(12) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())], nn.Flatten(), nn.Linear(8 * 144, 8)).double()
     x = torch.randn(12, 8, 12, 12).double()
     whole = nng.GramMatrix(model, [(x, None)])
     forget(model)
     monkeypatch.setattr(descent, "STAGE_BYTES", 2**20)
     monkeypatch.setattr(Sweep, "_parts", None)
-    some = nng.GramMatrix(model, [(x, None)], memory_budget=2**23)  # gradients of all layers take 5 MiB, half the budget is 4
+    some = nng.GramMatrix(model, [(x, None)], memory_budget=2**23)  # gradients of all layers take 10 MiB
     close(some.tensor, whole.tensor, 1e-10)

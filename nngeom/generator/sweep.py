@@ -203,7 +203,7 @@ class Sweep:
         if max(columns.count * seen.outputs.numel() * seen.outputs.element_size(), proof) > room:
             return None
         self._resolve(run, columns, columns.count)
-        return (run, columns.make(0, columns.count)) if run.most_bytes(columns.count) <= room else None
+        return (run, columns.make(0, columns.count)) if run.most_bytes(columns.count) <= memory.budget() else None
 
     def proved(self, seen: Capture) -> Proof:
         """What is known of a pass, checked now if no pass like it was."""
