@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ class Recorder(TorchFunctionMode):
         self.hooks: list[Any] = []
         self._opened: dict[Any, Any] = {}
         self._copies: dict[int, Tensor] = {}  # broadcast parameters, by id; held so that ids stay theirs
-        self._tables: dict[int, tuple[Tensor, Use]] = {}  # outputs of uses, by id
+        self._tables: dict[int, tuple[weakref.ref[Tensor], Use]] = {}  # outputs of uses, by id, that live as long as the model lets them
 
     def capture(self, outputs: Tensor) -> Capture:
         """What was seen until ``outputs`` were there."""
@@ -110,7 +111,7 @@ class Recorder(TorchFunctionMode):
             self.unstructured |= found
         else:
             self.uses.append(use)
-            self._tables[id(out)] = (out, use)
+            self._tables[id(out)] = (weakref.ref(out), use)
         return out
 
     def _call(self, func: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,14 +125,19 @@ class Recorder(TorchFunctionMode):
         sum, unlike that of the table, has an axis of examples.
         """
         for y in (input, other):
-            held = self._tables.get(id(y)) if isinstance(y, Tensor) else None
-            if held is None or options or out.ndim < y.ndim or out.shape == y.shape or not out.requires_grad:
+            use = self._use_behind(y)
+            if use is None or options or out.ndim < y.ndim or out.shape == y.shape or not out.requires_grad:
                 continue
-            use, extra = held[1], out.ndim - y.ndim
+            extra = out.ndim - y.ndim
             if (extra == 0 and (y.shape[0] != 1 or y.shape[1:] != out.shape[1:])) or (extra and y.shape != out.shape[extra:]):
                 continue
             self.uses.append(use.broadcast(out, extra))
             use.moved = True
+
+    def _use_behind(self, x: Any) -> Use | None:
+        """The use whose output ``x`` is."""
+        held = self._tables.get(id(x))
+        return held[1] if held is not None and held[0]() is x else None
 
     def _consider(self, refusal, func, args, kwargs) -> None:
         try:
