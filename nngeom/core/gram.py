@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nngeom.core.factored import FactoredJacobian
     from nngeom.core.jacobian import LayerJacobian
 
-SLICE_BYTES = 3 * 2**21
+SLICE_BYTES = 3 * 2**21  # of rows in working memory: larger ones leave the cache, smaller ones make small products
 LEAST_ROWS = 64  # of a strip: a product of fewer runs badly
 NARROW = 32  # columns of a product below which it runs badly
 LOOPED = 16  # output features from which products of one cotangent at a time run well
@@ -126,15 +126,17 @@ def without_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> N
 def by_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:
     """``sum_s,t,u (a_t . a_u) (g_t . g_u)``, a block of the right side at a time against one example of the left after the other."""
     (k, n, t, groups, o), (l, m, u, _, _) = x.g.shape, y.g.shape
-    size = memory.step(m, max(l * o * t, n * t * u) * x.dtype.itemsize, most=min(SLICE_BYTES, memory.budget()) // 4)
+    most = min(SLICE_BYTES, memory.budget()) // 4
+    size = memory.step(m, l * o * t * x.dtype.itemsize, most=most)
+    across = memory.step(n, size * t * u * x.dtype.itemsize, most=most)
     for s, lo in itertools.product(range(groups), range(0, m, size)):
         hi = min(m, lo + size)
-        count = hi if x is y else n  # pairs of examples once
         h = y.g[:, lo:hi, :, s].permute(1, 0, 3, 2).reshape(hi - lo, l * o, u)
-        inner = y.examples(lo, hi).input_gram(x.examples(0, count), s)  # [m u n t]
-        for j in range(count):
-            first = max(lo, j) if x is y else lo
-            mixed = torch.bmm(h[first - lo :], inner[first - lo :, :, j], out=tile.working("mixed", hi - first, l * o, t))
+        for j in range(hi if x is y else n):  # pairs of examples once
+            first, place = max(lo, j) if x is y else lo, j % across
+            if not place:
+                inner = y.examples(lo, hi).input_gram(x.examples(j, min(n, j + across)), s)  # [m u n t]
+            mixed = torch.bmm(h[first - lo :], inner[first - lo :, :, place], out=tile.working("mixed", hi - first, l * o, t))
             g = x.g[:, j, :, s].mT.reshape(k, o * t)
             part = (g @ mixed.view((hi - first) * l, o * t).T).view(k, hi - first, l).transpose(1, 2)
             tile.out[:, j, :, first:hi] += part

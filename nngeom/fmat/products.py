@@ -43,7 +43,7 @@ def build(
     if kind.diagonal:
         return {name: kind(t.to(kept)) for name, t in squared_norms(rows, grouping, Mean.over(rows) if centered else None).items()}
     for side in (rows, columns or rows):
-        side.sweep.explicit = not centered
+        side.sweep.explicit, side.on_disk = not centered, store is not None
     late = centered and columns is None and store is None
     store = store or Store(grouping.names, rows.sweep.keep_graph)
     mean = Mean.over(rows) if centered and not late else None

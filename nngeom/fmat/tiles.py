@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +57,7 @@ class Side:
     sweep: Sweep
     held: Group | None = None
     wide: bool = False  # rows in float64, whatever the model's dtype
+    on_disk: bool = False  # the kernel is: no tile of it may take more than its share of the budget
     watch: bool = True  # rows are searched for NaN and infinity; else who uses them searches the result
 
     def __post_init__(self):
@@ -79,6 +81,11 @@ class Side:
         """``c``: how many outputs an example has; raises what a first, checked look at the data raises."""
         with torch.no_grad():
             return self.sweep.task.run(self.sweep.loader[0])[0].numel()
+
+    @property
+    def most_examples(self) -> int | None:
+        """Examples along one side of a tile; ``None``: any number, the kernel is in memory anyway."""
+        return max(1, math.isqrt(memory.budget() // SHARES // self.dtype.itemsize) // self.outputs) if self.on_disk else None
 
     @property
     def kept(self) -> torch.dtype:
@@ -107,7 +114,8 @@ class Side:
             first += 1
         if first == len(self.sizes):
             return
-        sweep = replace(self.sweep, loader=self.sweep.loader[first:], shares=SHARES, divide=not self.sweep.keep_graph)
+        divide = not self.sweep.keep_graph
+        sweep = replace(self.sweep, loader=self.sweep.loader[first:], shares=SHARES, divide=divide, most_examples=self.most_examples)
         for chunk in sweep.chunks(reuse=reuse and not sweep.keep_graph, watch=self.watch, after=(after[0] - start, after[1])):
             chunk = replace(chunk, start=chunk.start + start)
             if self.wide:
@@ -118,8 +126,11 @@ class Side:
         """The rows of the only batch; ``None`` where there are several batches, or no room for one at once."""
         if self.wide or self.watch or len(self.sizes) != 1:
             return None
-        found = self.sweep.alone()
-        return Alone(found[0].by_layers(found[1]), len(found[1]), found[0].has_positions) if found is not None else None
+        found = replace(self.sweep, most_examples=self.most_examples).alone()
+        if found is None:
+            return None
+        run, v = found
+        return Alone(run.by_layers(v), len(v), run.has_positions)
 
     def groups(self, after: Key = START) -> Iterator[Group]:
         """Runs of chunks that together take half the budget; where one run holds all, it stays in memory."""
@@ -133,13 +144,13 @@ class Side:
         for chunk in self.chunks(after):
             size = chunk.nbytes(held)
             if chunks and room < size and not self.sweep.keep_graph:
-                yield Group(joined(chunks), key(chunks[-1]))
+                yield Group(joined(chunks, self.most_examples), key(chunks[-1]))
                 chunks, room, held, runs = [], most, set[int](), runs + 1
                 size = chunk.nbytes(held)
             chunks.append(chunk)
             room -= size
         if chunks:
-            group = Group(joined(chunks), key(chunks[-1]))
+            group = Group(joined(chunks, self.most_examples), key(chunks[-1]))
             if runs == 0 and after == START:
                 self.held = group
             yield group
@@ -155,8 +166,8 @@ def require_finite(results: Iterable[torch.Tensor], *sides: Side | None) -> None
     raise NonFiniteError("products of gradients overflowed to NaN or infinity; scale the outputs, or use a wider dtype, model.double()")
 
 
-def joined(chunks: list[Chunk]) -> list[Chunk]:
-    """Chunks of neighbouring examples, with the same outputs and structure, as one: small batches cost nothing extra."""
+def joined(chunks: list[Chunk], most: int | None) -> list[Chunk]:
+    """Chunks of neighbouring examples, with the same outputs and structure, as one of at most ``most`` examples: small batches cost nothing extra."""
     by_outputs: dict[tuple[int, int], list[Chunk]] = {}
     for chunk in chunks:
         k, _ = span(chunk)
@@ -165,7 +176,8 @@ def joined(chunks: list[Chunk]) -> list[Chunk]:
     for same in by_outputs.values():
         run = [same[0]]
         for chunk in same[1:]:
-            if chunk.start == run[-1].start + run[-1].examples and _fits(run[-1], chunk):
+            fits = most is None or chunk.start + chunk.examples - run[0].start <= most
+            if fits and chunk.start == run[-1].start + run[-1].examples and _fits(run[-1], chunk):
                 run.append(chunk)
             else:
                 out.append(_join(run))

@@ -77,7 +77,8 @@ class Sweep:
     label: str = "sweep"
     shares: int = 2  # a chunk may take one of so many shares of the budget
     explicit: bool = False  # rows are used as they are, factors are not
-    divide: bool = False  # batches of which one chunk cannot hold all cotangents are run in parts
+    divide: bool = False  # batches of which one chunk cannot hold all cotangents, or of too many examples, are run in parts
+    most_examples: int | None = None  # of a chunk
     count: int = 0
     _demoted: set[str] = field(default_factory=set)
     _kept: list | None = None
@@ -156,6 +157,7 @@ class Sweep:
         outputs, n = seen.outputs.detach(), seen.outputs.shape[0]
         count = self.metric.columns(outputs, seen.batch, self.count).count
         size = memory.step(n, bytes_each_cotangent(seen, self.keep_graph) * count // n, most=memory.budget() // self.shares)
+        size = min(size, self.most_examples or n)
         if size >= n or leading_size(seen.batch) != n:
             return []
         parts = [take(seen.batch, slice(lo, lo + size), n) for lo in range(0, n, size)]
@@ -197,6 +199,8 @@ class Sweep:
         if len(batches) != 1 or self.keep_graph:
             return None
         seen = self._captured(batches[0], 0)
+        if self.most_examples is not None and seen.outputs.shape[0] > self.most_examples:
+            return None
         run, columns = self.begin(seen)
         room = memory.budget() // self.shares
         proof = 2 * bytes_each_cotangent(seen, self.keep_graph)

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nngeom as nng
+from nngeom.core import gram
+from nngeom.core.factored import FactoredJacobian
 from nngeom.fmat.store import FileStore
 
 REPRESENTATIONS = {"dense": nng.FMatDense, "block-diag": nng.FMatBlockDiag, "diag": nng.FMatDiag, "implicit": nng.FMatImplicit}
@@ -394,3 +396,37 @@ def test_many_examples_and_pooled_positions():
         close(nng.GramMatrix(model, data, function=function).tensor, truth)
     close(nng.GramMatrix(model, [(x[:12],)], function=function, other=[(x[7:],)]).tensor, truth[:, :12, :, 7:])
     close(nng.GramMatrix(model, [(x,)], nng.FMatDiag, function=function).tensor, torch.einsum("knkn->kn", truth))
+
+
+@pytest.mark.parametrize("sizes", [(40,), (8,) * 5])
+def test_tiles_of_a_file_keep_to_the_budget(tmp_path, monkeypatch, sizes):
+    """Of one batch and of several that would be held together: no tile is larger than its share of the budget."""
+    case, largest = build("mlp", sizes=sizes), []
+    expected = nng.GramMatrix(case.model, case.loader).tensor
+    tile = gram.Tile.result
+
+    def watched(self):
+        largest.append(self.flat.numel() * self.flat.element_size())
+        return tile(self)
+
+    monkeypatch.setattr(gram.Tile, "result", watched)
+    k = nng.GramMatrix(case.model, case.loader, out=tmp_path / "k.npy", memory_budget=2**16)
+    close(torch.as_tensor(k.tensor), expected, 1e-10)
+    assert len(largest) > 1 and max(largest) <= 2**14 < expected.numel() * 8
+
+
+@pytest.mark.parametrize("way", [gram.by_rows, gram.by_positions])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("by_examples", [True, False])
+@pytest.mark.parametrize("slice_bytes", [2**10, 2**22])
+def test_orders_and_slices_of_a_tile(monkeypatch, way, symmetric, by_examples, slice_bytes):
+    """However a tile lies in memory and is cut, the products are those of the rows."""
+    monkeypatch.setattr(gram, "SLICE_BYTES", slice_bytes)
+    torch.manual_seed(0)
+    draw = lambda k, n, t: FactoredJacobian(torch.randn(n, t, 2, 5).double(), torch.randn(k, n, t, 2, 3).double())
+    x = draw(4, 7, 3)
+    y = x if symmetric else draw(2, 6, 3)
+    tile = gram.Tile(x, y, by_examples)
+    way(tile, x, y)
+    left, right = (z.matrix().flatten(2) for z in (x, y))
+    close(tile.result(), torch.einsum("knp,lmp->knlm", left, right))
