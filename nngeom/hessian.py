@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, CoverageError, NonFiniteError, UnsupportedError
 from nngeom.core.layout import Layout
-from nngeom.core.linalg import accumulation_dtype
+from nngeom.core.linalg import accumulation_dtype, flat_rows
 from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import capture
 from nngeom.generator.kernels import twice_differentiable
@@ -115,7 +115,7 @@ class SecondDerivatives:
                 if "not implemented" not in str(error) and "ouble backward" not in str(error):
                     raise
                 raise once_only(str(error)) from error
-            yield lo, hi, torch.cat([x.detach().flatten(1) for x in pulled], 1)
+            yield lo, hi, torch.cat([flat_rows(x.detach()) for x in pulled], 1)
 
 
 def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivatives]:

@@ -19,6 +19,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def flat_rows(x: Tensor) -> Tensor:
+    """``[k, *shape] -> [k, p]``, of single numbers and of nothing too."""
+    return x.unsqueeze(1).flatten(1)
+
+
 def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending) and contiguous eigenvectors of symmetric ``m [..., p, p]``, computed in float64.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from nngeom.core import memory
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, UnsupportedError
+from nngeom.core.linalg import flat_rows
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import EVERYTHING, Mean, build, squared_norms
@@ -51,7 +52,7 @@ def pull(side: Side, u: Tensor) -> Tensor:
         cotangents = flat[..., at : at + n].transpose(1, 2).reshape(-1, *outputs.shape).to(outputs.dtype)
         for lo, hi in memory.pieces(len(flat), 2 * total[0].numel() * u.element_size()):
             grads = pull_back(outputs, parameters, shapes, cotangents[lo:hi], retain=hi < len(flat))
-            total[lo:hi] += torch.cat([g.flatten(1) for g in grads], 1).to(u.dtype)
+            total[lo:hi] += torch.cat([flat_rows(g) for g in grads], 1).to(u.dtype)
         at += n
     return total.view(*u.shape[:-2], -1)
 

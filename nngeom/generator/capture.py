@@ -24,7 +24,7 @@ import nngeom.layers  # noqa: F401  (registers the adapters)
 from nngeom.core.errors import ModeError
 from nngeom.generator.kernels import COMPOSED, unfused
 from nngeom.generator.task import Batch, Task, gradients_on
-from nngeom.layers.adapter import ADAPTERS, Call, NotStructured, Use
+from nngeom.layers.adapter import ADAPTERS, Call, Use
 from nngeom.layers.refuse import REFUSALS
 
 
@@ -155,11 +155,13 @@ class Recorder(TorchFunctionMode):
         with torch.set_grad_enabled(self.keep_graph):
             try:
                 use = adapter(call, *args, **kwargs)
-            except (NotStructured, TypeError):  # TypeError: a signature this adapter does not know
-                return None
+            except torch.OutOfMemoryError:
+                raise
             except ModeError:  # its affine parameters are used together with statistics of the batch
                 if self.refuse:
                     raise
+                return None
+            except Exception:  # NotStructured, or anything that an adapter did not expect of this call: the fallback knows better
                 return None
         if use is not None:
             use.sources = tuple(call.sources)

@@ -128,7 +128,8 @@ class _Rows:
         jacobians: dict[Layout, LayerJacobian] = {}
         for name in collection.names:
             layout = collection.span([name])
-            jacobians[layout] = FullJacobian(layout.gather(tensor))
+            if layout.numel:
+                jacobians[layout] = FullJacobian(layout.gather(tensor))
         self._chunk = Chunk(jacobians, self.count, 0, (0, tensor.shape[0]))
 
     def chunks(self, **options: Any) -> Iterator[Chunk]:

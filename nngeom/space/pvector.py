@@ -64,7 +64,7 @@ class PVector:
             batch = t.shape[: t.ndim - len(shape)]
             if tuple(t.shape[len(batch) :]) != shape:
                 raise ArgumentError(f"the tensor for {name!r} has shape {tuple(t.shape)}; expected (*batch, {', '.join(map(str, shape))})")
-            parts.append(t.reshape(*batch, math.prod(shape)))
+            parts.append(t.reshape((*batch, math.prod(shape))))
         extra = [n for n in tensors if n not in layer_collection]
         if extra:
             raise CollectionError(f"{extra[:6]} are not in the collection")
@@ -103,7 +103,7 @@ class PVector:
         if name not in table:
             raise CollectionError(f"no parameter {name!r} in this vector; it has {list(table)[:8]}")
         lo, shape = table[name]
-        return self.tensor[..., lo : lo + math.prod(shape)].reshape(*self.batch_shape, *shape)
+        return self.tensor[..., lo : lo + math.prod(shape)].reshape((*self.batch_shape, *shape))
 
     @property
     def batch_shape(self) -> torch.Size:
