@@ -25,7 +25,7 @@ from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import capture
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.sweep import Sweep, require_examples
-from nngeom.generator.task import Batch, Task, gradients_on, require_finite, require_targets
+from nngeom.generator.task import Batch, Task, gradients, gradients_on, require_finite, require_targets
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.block import Block
 from nngeom.pmat.dense import DenseBlock, PMatBlockDiag, PMatDense
@@ -177,9 +177,9 @@ def _differentiated(task: Task, loss: Loss, batch: Batch, index: int, width: int
         value = loss(outputs, require_targets(batch)).sum()
         if not value.requires_grad:
             raise CoverageError("the loss does not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside?)")
-        gradients = torch.autograd.grad(value, list(task.parameters.values()), create_graph=True, allow_unused=True)
+        pulled = gradients(value, list(task.parameters.values()), None, create_graph=True)
     n = outputs.shape[0]
-    return SecondDerivatives(task, dict(zip(task.parameters, gradients)), n, n * width)
+    return SecondDerivatives(task, dict(zip(task.parameters, pulled)), n, n * width)
 
 
 def squares(sweep: Sweep, groups: dict[Layout, tuple[str, ...]]) -> tuple[dict[Layout, Block], int]:

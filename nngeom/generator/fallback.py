@@ -19,12 +19,12 @@ from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.linalg import accumulation_dtype, flat_rows
 from nngeom.generator.backward import pull_back
 from nngeom.generator.kernels import twice_differentiable
-from nngeom.generator.task import Batch, Task, gradients_on, take
+from nngeom.generator.task import Batch, Task, gradients, gradients_on, take
 
 
 def used(outputs: Tensor, parameters: Sequence[Tensor]) -> list[bool]:
     """Which parameters the outputs depend on at all; on none without elements."""
-    grads = torch.autograd.grad(outputs, parameters, torch.ones_like(outputs), retain_graph=True, allow_unused=True)
+    grads = gradients(outputs, parameters, torch.ones_like(outputs), retain_graph=True)
     return [g is not None and g.numel() > 0 for g in grads]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
+from nngeom.core.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DeviceError,
+    LoaderError,
+    NNGeomError,
+    NonFiniteError,
+    OutputError,
+    UnsupportedError,
+)
+from nngeom.generator.batch import Batch, as_batches, leading_size, move, tensors
+from nngeom.generator.batch import take as take
 from nngeom.space.collection import LayerCollection, unwrap
-
-Batch = Any
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Task:
         if not isinstance(lc, LayerCollection):
             raise ArgumentTypeError(f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)")
         parameters = lc.parameters(model)
+        _require_whole(model, parameters)
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
             raise DeviceError(
@@ -50,6 +61,11 @@ class Task:
         dtypes = {p.dtype for p in parameters.values()}
         dtype = functools.reduce(torch.promote_types, dtypes)
         return Task(model, lc, function, parameters, next(iter(devices)), dtype)
+
+    @property
+    def hooked(self) -> set[str]:
+        """Parameters whose gradients autograd passes through a function of the user's (``p.register_hook``) at present."""
+        return {name for name, p in self.parameters.items() if p._backward_hooks}
 
     def layer_of(self, name: str) -> str:
         """The layer of a parameter."""
@@ -69,12 +85,21 @@ class Task:
     def run(self, batch: Batch) -> Tensor:
         """The outputs ``(n, ...)`` of one batch, checked to be a finite-dimensional floating-point tensor."""
         with _DenseGradients() if any(getattr(m, "sparse", False) for m in self.model.modules()) else contextlib.nullcontext():
-            outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
+            try:
+                outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
+            except (RuntimeError, TypeError) as error:
+                remedy = None if isinstance(error, NNGeomError) else self._explained(error, batch)
+                if remedy is None:
+                    raise
+                raise remedy from error
         if not isinstance(outputs, Tensor):
             raise OutputError(
                 f"the {'function' if self.function is not None else 'model'} returned {type(outputs).__name__}; expected a tensor of "
                 "outputs (n, c): pass function=lambda inputs, targets: ... to choose it"
             )
+        if outputs.is_nested or outputs.layout is not torch.strided:
+            kind = "nested" if outputs.is_nested else "sparse"
+            raise OutputError(f"the outputs are a {kind} tensor; expected an ordinary one (n, ...): pad, pool or densify them in the model or in function=")
         if outputs.ndim == 0:
             raise OutputError("the outputs are a single number; expected one row an example, (n, ...): do not average over the batch")
         if outputs.ndim == 1:
@@ -107,6 +132,50 @@ class Task:
         logits = getattr(out, "logits", None)
         return logits if isinstance(logits, Tensor) else out
 
+    def _explained(self, error: Exception, batch: Batch) -> NNGeomError | None:
+        """What to do about an error that comes from how the inputs were made; ``None`` where that is not the cause."""
+        text, wanted, held = str(error), {p.dtype for p in self.parameters.values()}, [x.dtype for x in tensors(batch)]
+        if isinstance(error, TypeError):
+            if self.function is not None or (held and isinstance(batch, (Tensor, Mapping, tuple, list))):
+                return None
+            return LoaderError(
+                f"the model was called with the batch as it is, a {type(batch).__name__}{'' if held else ' without tensors'}, and does not take it ({text}); "
+                "expected tensors in a tuple, list or dict: convert them, or pass function=lambda batch: model(...)"
+            )
+        if "nference tensor" in text:
+            return ArgumentError(
+                "a parameter or buffer of the model, or a tensor that function= uses, was made under torch.inference_mode and has no derivatives; "
+                "expected ordinary tensors: make them outside, or pass copy.deepcopy(model) made outside"
+            )
+        given = {d for d in held if d.is_floating_point and d not in wanted}
+        if not given and held and not held[0].is_floating_point and re.search(r"\b(long|u?int|short|char|byte|bool)", text, re.IGNORECASE):
+            given = set(held[:1])  # whole numbers where real ones are wanted
+        if given and re.search(r"dtype|scalar type|input type", text, re.IGNORECASE):
+            names = lambda dtypes: ", ".join(sorted(map(str, dtypes)))
+            return ArgumentTypeError(
+                f"the model does not take these inputs: the batch holds {names(given)}, the parameters are {names(wanted)} ({text.splitlines()[0]}); "
+                "nothing is cast, as in torch: convert the inputs, x.to(dtype), or the model, model.double()"
+            )
+        return None
+
+
+def gradients(outputs: Any, inputs: Any, v: Any, **options: Any) -> tuple[Tensor | None, ...]:
+    """:func:`torch.autograd.grad`, ``None`` where unused; raises :class:`UnsupportedError` for what torch differentiates by ``backward`` only, or not."""
+    try:
+        return torch.autograd.grad(outputs, inputs, v, allow_unused=True, **options)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise UnsupportedError(
+                "the model checkpoints with use_reentrant=True, which torch differentiates by .backward() only; expected use_reentrant=False "
+                '(transformers: model.gradient_checkpointing_enable({"use_reentrant": False})), or no checkpointing, as in model.eval()'
+            ) from error
+        if "NestedTensor" in str(error) or (options.get("create_graph") and "returns multiple views" in str(error)):
+            raise UnsupportedError(
+                f"torch does not differentiate an operation of the model on nested tensors ({str(error).splitlines()[0]}); pad the sequences, "
+                "or use layout=torch.jagged and measures without second derivatives"
+            ) from error
+        raise
+
 
 class _DenseGradients(TorchFunctionMode):
     """Embeddings with ``sparse=True``, whose gradients hardly any operation takes, as if without: the numbers are the same."""
@@ -120,6 +189,18 @@ class _DenseGradients(TorchFunctionMode):
             elif "sparse" in kwargs:
                 kwargs = {**kwargs, "sparse": False}
         return func(*args, **kwargs)
+
+
+def _require_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Raise where parameters are parts of larger ones that other processes hold, or are distributed tensors."""
+    parts = [name for name, p in parameters.items() if hasattr(p, "placements") or getattr(p, "ds_numel", p.numel()) != p.numel()]
+    wrapped = [name or "the model" for name, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]
+    if parts or wrapped:
+        raise UnsupportedError(
+            f"parameters are spread over processes ({', '.join((parts or wrapped)[:4])}: fully_shard, tensor parallelism, FullyShardedDataParallel or ZeRO-3); "
+            "expected whole ones: measure a copy of the model that is not sharded, loaded from the gathered state "
+            "(get_model_state_dict with full_state_dict=True)"
+        )
 
 
 def _unpack(batch: Batch) -> tuple[Any, ...]:
@@ -147,53 +228,6 @@ def _describe(batch: Batch) -> str:
     if isinstance(batch, Mapping):
         return f"a dict with {list(batch)}"
     return f"a {type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
-
-
-def as_batches(loader: Any) -> Iterable[Batch]:
-    """An iterable of batches; a tuple, a tensor or a dict given as loader is one batch."""
-    if isinstance(loader, (tuple, Tensor, Mapping)):
-        return [loader]
-    if not hasattr(loader, "__iter__"):
-        raise ArgumentTypeError(f"loader is {type(loader).__name__}; expected a DataLoader, an iterable of batches, or one batch (a tuple, tensor or dict)")
-    pair = isinstance(loader, list) and len(loader) == 2 and all(isinstance(x, Tensor) for x in loader)
-    if pair and loader[0].ndim > 1 and loader[1].ndim == 1 and not loader[1].is_floating_point():
-        raise ArgumentError("loader is a list [inputs, targets]; a list is an iterable of batches: pass the tuple (inputs, targets), or [(inputs, targets)]")
-    return loader
-
-
-def move(batch: Batch, device: torch.device) -> Batch:
-    """A batch with its tensors detached and on ``device``."""
-    if isinstance(batch, Tensor):
-        return batch.detach().to(device)
-    if isinstance(batch, Mapping):
-        return {k: move(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(v, device) for v in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(move(v, device) for v in batch)
-    return batch
-
-
-def leading_size(batch: Batch) -> int | None:
-    """The first axis of the first tensor of a batch."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
-    for item in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ():
-        size = leading_size(item)
-        if size is not None:
-            return size
-    return None
-
-
-def take(batch: Batch, index: slice | list[int], n: int) -> Batch:
-    """The examples ``index`` of a batch, taken from every tensor with ``n`` rows."""
-    if isinstance(batch, Tensor):
-        return batch[index] if batch.ndim and batch.shape[0] == n else batch
-    if isinstance(batch, Mapping):
-        return {k: take(v, index, n) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(take(v, index, n) for v in batch)
-    return batch
 
 
 def require_finite(x: Tensor, what: str, batch_index: int) -> None:

@@ -125,16 +125,16 @@ class Call:
         return sum(self.parameters_in(x) if isinstance(x, (tuple, list)) else self.is_parameter(x) for x in arguments)
 
     def _parameter(self, x: Tensor | None) -> tuple[str, Tensor] | None:
-        """``(name, parameter)`` of a parameter or a view of one; no structure have those without elements, and complex outputs."""
+        """``(name, parameter)`` of a parameter or a view of one; no structure have those without elements, and outputs of unlike kind."""
         found = None if x is None else self._find(x)
-        if found is not None and (self.out.is_complex() or not found[1].numel()):
+        if found is not None and (not found[1].numel() or not _is_plain(self.out)):
             raise NotStructured
         return found
 
     def keep(self, x: Tensor) -> Tensor:
         """An input to be read later: detached unless the kernel is to be differentiated."""
-        if x.is_complex():
-            raise NotStructured  # rows of real outputs in real parameters are sums of two products then
+        if not _is_plain(x):
+            raise NotStructured
         x = x if self.keep_graph else x.detach()
         self.sources.append((x, x._version))
         return x
@@ -209,6 +209,11 @@ class Call:
 
 class NotStructured(Exception):
     """Raised inside adapters only: this use has no Kronecker structure, the fallback takes it."""
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether rows can be products of such tensors: complex ones give sums of two, sparse and nested ones have no strides."""
+    return not x.is_complex() and x.layout is torch.strided and not x.is_nested
 
 
 def _same_order(x: Tensor, base: Tensor) -> bool:
