@@ -26,6 +26,7 @@ from nngeom.core.errors import (
 )
 from nngeom.generator.batch import Batch, as_batches, leading_size, move, tensors
 from nngeom.generator.batch import take as take
+from nngeom.generator.kernels import as_written
 from nngeom.space.collection import LayerCollection, unwrap
 
 
@@ -84,7 +85,8 @@ class Task:
 
     def run(self, batch: Batch) -> Tensor:
         """The outputs ``(n, ...)`` of one batch, checked to be a finite-dimensional floating-point tensor."""
-        with _DenseGradients() if any(getattr(m, "sparse", False) for m in self.model.modules()) else contextlib.nullcontext():
+        sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
+        with as_written(), _DenseGradients() if sparse else contextlib.nullcontext():
             try:
                 outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
             except (RuntimeError, TypeError) as error:
