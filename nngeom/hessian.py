@@ -24,8 +24,9 @@ from nngeom.core.linalg import accumulation_dtype, flat_rows
 from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import capture
 from nngeom.generator.kernels import twice_differentiable
+from nngeom.generator.remedies import gradients
 from nngeom.generator.sweep import Sweep, require_examples
-from nngeom.generator.task import Batch, Task, gradients, gradients_on, require_finite, require_targets
+from nngeom.generator.task import Batch, Task, gradients_on, require_finite, require_targets
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.block import Block
 from nngeom.pmat.dense import DenseBlock, PMatBlockDiag, PMatDense

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.generator.task import gradients
+from nngeom.generator.remedies import gradients
 from nngeom.layers.adapter import Use
 
 LOOP_BYTES = 2**18  # gradients of one cotangent above which, on a CPU, a pass a cotangent costs no more than a batched one

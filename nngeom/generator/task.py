@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from nngeom.core.errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    DeviceError,
-    LoaderError,
-    NNGeomError,
-    NonFiniteError,
-    OutputError,
-    UnsupportedError,
-)
-from nngeom.generator.batch import Batch, as_batches, leading_size, move, tensors
+from nngeom.core.errors import ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
+from nngeom.generator import remedies
+from nngeom.generator.batch import Batch, as_batches, leading_size, move
 from nngeom.generator.batch import take as take
 from nngeom.generator.kernels import as_written
+from nngeom.generator.untouched import Watch
 from nngeom.space.collection import LayerCollection, unwrap
+
+RUNNING = threading.RLock()  # models run one at a time: a forward-mode pass puts other tensors into them meanwhile
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Task:
         if not isinstance(lc, LayerCollection):
             raise ArgumentTypeError(f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)")
         parameters = lc.parameters(model)
-        _require_whole(model, parameters)
+        remedies.require_whole(model, parameters)
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
             raise DeviceError(
@@ -63,9 +58,24 @@ class Task:
         dtype = functools.reduce(torch.promote_types, dtypes)
         return Task(model, lc, function, parameters, next(iter(devices)), dtype)
 
+    @functools.cached_property
+    def ids(self) -> dict[int, str]:
+        """Names of the selected parameters by the id of the object."""
+        return {id(p): name for name, p in self.parameters.items()}
+
+    @functools.cached_property
+    def registered(self) -> frozenset[int]:
+        """Ids of all parameters of the model."""
+        return frozenset(id(p) for p in self.model.parameters())
+
+    @functools.cached_property
+    def watch(self) -> Watch:
+        """Of what forward passes leave behind."""
+        return Watch(self.model, self.device)
+
     @property
     def hooked(self) -> set[str]:
-        """Parameters whose gradients autograd passes through a function of the user's (``p.register_hook``) at present."""
+        """Selected parameters that run functions on their gradients."""
         return {name for name, p in self.parameters.items() if p._backward_hooks}
 
     def layer_of(self, name: str) -> str:
@@ -84,13 +94,17 @@ class Task:
             raise LoaderError("the loader is empty: expected at least one batch (a used-up generator? pass a list of its batches)")
 
     def run(self, batch: Batch) -> Tensor:
-        """The outputs ``(n, ...)`` of one batch, checked to be a finite-dimensional floating-point tensor."""
+        """The outputs ``(n, ...)`` of one batch, checked; buffers and random states are as they were before."""
+        with RUNNING, self.watch.undone():
+            return self._outputs(batch)
+
+    def _outputs(self, batch: Batch) -> Tensor:
         sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
         with as_written(), _DenseGradients() if sparse else contextlib.nullcontext():
             try:
                 outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
             except (RuntimeError, TypeError) as error:
-                remedy = None if isinstance(error, NNGeomError) else self._explained(error, batch)
+                remedy = remedies.of_a_call(error, batch, self.parameters, self.function)
                 if remedy is None:
                     raise
                 raise remedy from error
@@ -134,50 +148,6 @@ class Task:
         logits = getattr(out, "logits", None)
         return logits if isinstance(logits, Tensor) else out
 
-    def _explained(self, error: Exception, batch: Batch) -> NNGeomError | None:
-        """What to do about an error that comes from how the inputs were made; ``None`` where that is not the cause."""
-        text, wanted, held = str(error), {p.dtype for p in self.parameters.values()}, [x.dtype for x in tensors(batch)]
-        if isinstance(error, TypeError):
-            if self.function is not None or (held and isinstance(batch, (Tensor, Mapping, tuple, list))):
-                return None
-            return LoaderError(
-                f"the model was called with the batch as it is, a {type(batch).__name__}{'' if held else ' without tensors'}, and does not take it ({text}); "
-                "expected tensors in a tuple, list or dict: convert them, or pass function=lambda batch: model(...)"
-            )
-        if "nference tensor" in text:
-            return ArgumentError(
-                "a parameter or buffer of the model, or a tensor that function= uses, was made under torch.inference_mode and has no derivatives; "
-                "expected ordinary tensors: make them outside, or pass copy.deepcopy(model) made outside"
-            )
-        given = {d for d in held if d.is_floating_point and d not in wanted}
-        if not given and held and not held[0].is_floating_point and re.search(r"\b(long|u?int|short|char|byte|bool)", text, re.IGNORECASE):
-            given = set(held[:1])  # whole numbers where real ones are wanted
-        if given and re.search(r"dtype|scalar type|input type", text, re.IGNORECASE):
-            names = lambda dtypes: ", ".join(sorted(map(str, dtypes)))
-            return ArgumentTypeError(
-                f"the model does not take these inputs: the batch holds {names(given)}, the parameters are {names(wanted)} ({text.splitlines()[0]}); "
-                "nothing is cast, as in torch: convert the inputs, x.to(dtype), or the model, model.double()"
-            )
-        return None
-
-
-def gradients(outputs: Any, inputs: Any, v: Any, **options: Any) -> tuple[Tensor | None, ...]:
-    """:func:`torch.autograd.grad`, ``None`` where unused; raises :class:`UnsupportedError` for what torch differentiates by ``backward`` only, or not."""
-    try:
-        return torch.autograd.grad(outputs, inputs, v, allow_unused=True, **options)
-    except RuntimeError as error:
-        if "use_reentrant" in str(error):
-            raise UnsupportedError(
-                "the model checkpoints with use_reentrant=True, which torch differentiates by .backward() only; expected use_reentrant=False "
-                '(transformers: model.gradient_checkpointing_enable({"use_reentrant": False})), or no checkpointing, as in model.eval()'
-            ) from error
-        if "NestedTensor" in str(error) or (options.get("create_graph") and "returns multiple views" in str(error)):
-            raise UnsupportedError(
-                f"torch does not differentiate an operation of the model on nested tensors ({str(error).splitlines()[0]}); pad the sequences, "
-                "or use layout=torch.jagged and measures without second derivatives"
-            ) from error
-        raise
-
 
 class _DenseGradients(TorchFunctionMode):
     """Embeddings with ``sparse=True``, whose gradients hardly any operation takes, as if without: the numbers are the same."""
@@ -191,18 +161,6 @@ class _DenseGradients(TorchFunctionMode):
             elif "sparse" in kwargs:
                 kwargs = {**kwargs, "sparse": False}
         return func(*args, **kwargs)
-
-
-def _require_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Raise where parameters are parts of larger ones that other processes hold, or are distributed tensors."""
-    parts = [name for name, p in parameters.items() if hasattr(p, "placements") or getattr(p, "ds_numel", p.numel()) != p.numel()]
-    wrapped = [name or "the model" for name, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]
-    if parts or wrapped:
-        raise UnsupportedError(
-            f"parameters are spread over processes ({', '.join((parts or wrapped)[:4])}: fully_shard, tensor parallelism, FullyShardedDataParallel or ZeRO-3); "
-            "expected whole ones: measure a copy of the model that is not sharded, loaded from the gathered state "
-            "(get_model_state_dict with full_state_dict=True)"
-        )
 
 
 def _unpack(batch: Batch) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ from torch.func import functional_call
 
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.linearization import ReverseConventions
-from nngeom.generator.task import gradients, gradients_on
+from nngeom.generator.remedies import gradients
+from nngeom.generator.task import gradients_on
 from nngeom.linearized.expansion import Expansion, Refusing, as_outputs
 
 
