@@ -13,11 +13,13 @@ RANDOM = torch.Generator()
 
 def close(got: Tensor, expected: Tensor, tol: float = 1e-9) -> None:
     """Equal up to rounding, relative to the largest entry."""
-    torch.testing.assert_close(got, expected, rtol=tol, atol=tol * max(1e-3, float(expected.abs().max()) if expected.numel() else 0.0))
+    torch.testing.assert_close(
+        got, expected, rtol=tol, atol=tol * max(1e-3, float(expected.abs().max()) if expected.numel() else 0.0)
+    )
 
 
 def require_exact(model: nn.Module, x: Tensor, tol: float = 1e-9, rows=None, hessian: bool = True) -> None:
-    """Matrices of all kinds, kernels and maps of ``model`` on ``x``, in two ragged batches, against loops; ``rows`` if the loops cannot make them."""
+    """Matrices, kernels and maps of all kinds on ``x`` in two batches, against loops, or ``rows`` made otherwise."""
     require_matrices(model, x, tol, rows)
     require_kernels(model, x, tol, rows)
     if hessian:

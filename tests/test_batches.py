@@ -40,7 +40,7 @@ def fisher(model, loader, **options):
     return nng.FIM(model, loader, nng.PMatDense, **options).to_dense()
 
 
-# -- lists: several batches, or one ------------------------------------------------------------------------------------------
+# -- lists: several batches, or one -----------------------------------------------------------------------------------
 
 
 def one_batch(x, y):
@@ -102,9 +102,9 @@ def test_batches_are_batches(net, x, kind):
 
 def test_a_loader_is_read_again_and_has_its_length(x):
     loader = as_batches(DataLoader(x, 2))
-    assert len(loader) == 3 and [len(b) for b, in loader] == [2, 2, 2] == [len(b) for b, in loader]
+    assert len(loader) == 3 and [len(b) for (b,) in loader] == [2, 2, 2] == [len(b) for (b,) in loader]
     once = list(as_batches(iter([x[:3], x[3:]])))
-    assert [len(b) for b, in as_batches(once)] == [3, 3]  # told apart once and for all
+    assert [len(b) for (b,) in as_batches(once)] == [3, 3]  # told apart once and for all
 
 
 @pytest.mark.parametrize("loader", ["data", 3, None, b"data", object()])
@@ -125,7 +125,7 @@ def test_a_data_frame_is_no_loader(net):
         nng.FIM(net, Frame())
 
 
-# -- what tensors are made of --------------------------------------------------------------------------------------------------
+# -- what tensors are made of -----------------------------------------------------------------------------------------
 
 
 def test_tensors_of_inference_mode(net, x, y):
@@ -255,7 +255,9 @@ def test_sparse_inputs(x, way, layout):
     for budget in (None, 2000):
         close(fisher(model, (sparse,), memory_budget=budget), f)
     close(nng.GramMatrix(model, (sparse,)).tensor, torch.einsum("cnd,emd->cnem", rows, rows))
-    assert torch.equal(take(sparse, [1, 3], 6).to_dense(), x[[1, 3]]) and torch.equal(take(sparse, slice(1, 3), 6).to_dense(), x[1:3])
+    assert torch.equal(take(sparse, [1, 3], 6).to_dense(), x[[1, 3]]) and torch.equal(
+        take(sparse, slice(1, 3), 6).to_dense(), x[1:3]
+    )
 
 
 def test_outputs_that_are_no_plain_tensors(net, x):
@@ -265,7 +267,7 @@ def test_outputs_that_are_no_plain_tensors(net, x):
         nng.FIM(net, x, function=lambda x: torch.nested.as_nested_tensor(list(net(x)), layout=torch.jagged))
 
 
-# -- containers ------------------------------------------------------------------------------------------------------------------
+# -- containers -------------------------------------------------------------------------------------------------------
 
 Pair = collections.namedtuple("Pair", "inputs targets")
 
@@ -350,13 +352,18 @@ def test_packed_sequences(budget):
     assert leading_size(packed) == 4
     two = pad_packed_sequence(take((packed,), [3, 0], 4)[0], batch_first=True)
     assert two[1].tolist() == [3, 2] and torch.equal(two[0][0], parts[3])
-    rows = torch.cat([reference.jacobian(model, torch.zeros(1), lambda _, t=t: model(pack_sequence([t]))) for t in parts], 1)
+    rows = torch.cat(
+        [reference.jacobian(model, torch.zeros(1), lambda _, t=t: model(pack_sequence([t]))) for t in parts], 1
+    )
     out = torch.cat([model(pack_sequence([t])) for t in parts])
     function = lambda packed: model(packed)
-    close(fisher(model, [(packed,)], function=function, memory_budget=budget), reference.sandwich(rows, reference.softmax_metric(out)))
+    close(
+        fisher(model, [(packed,)], function=function, memory_budget=budget),
+        reference.sandwich(rows, reference.softmax_metric(out)),
+    )
 
 
-# -- calls inside the model ------------------------------------------------------------------------------------------------------
+# -- calls inside the model -------------------------------------------------------------------------------------------
 
 
 class Inside(nn.Module):
@@ -381,10 +388,18 @@ WRAPPED = {
     "vmap of a module": lambda m, x: torch.func.vmap(m.map)(x).tanh(),
     "vmap of a function": lambda m, x: torch.func.vmap(lambda r: F.linear(r, m.map.weight, m.map.bias).tanh() * 2)(x),
     "vmap over a parameter": lambda m, x: torch.func.vmap(lambda w: x @ w)(m.w).tanh().sum(0) + m.map(x),
-    "vmap over examples, with a parameter": lambda m, x: torch.func.vmap(lambda r, w: (r @ w).tanh().sum(0), (0, None))(x, m.w) + m.map(x),
-    "vmap in vmap": lambda m, x: torch.func.vmap(lambda r: torch.func.vmap(lambda w: (r @ w).sin())(m.w).sum(0))(x) + m.map(x),
-    "gradient of each example": lambda m, x: torch.func.vmap(torch.func.grad(lambda r: m.map(r).tanh().square().sum()))(x)[:, :3],
-    "Jacobian of each example": lambda m, x: torch.func.vmap(torch.func.jacrev(lambda r: m.map(r).tanh()))(x).sum(1)[:, :3],
+    "vmap over examples, with a parameter": lambda m, x: (
+        torch.func.vmap(lambda r, w: (r @ w).tanh().sum(0), (0, None))(x, m.w) + m.map(x)
+    ),
+    "vmap in vmap": lambda m, x: (
+        torch.func.vmap(lambda r: torch.func.vmap(lambda w: (r @ w).sin())(m.w).sum(0))(x) + m.map(x)
+    ),
+    "gradient of each example": lambda m, x: torch.func.vmap(torch.func.grad(lambda r: m.map(r).tanh().square().sum()))(
+        x
+    )[:, :3],
+    "Jacobian of each example": lambda m, x: torch.func.vmap(torch.func.jacrev(lambda r: m.map(r).tanh()))(x).sum(1)[
+        :, :3
+    ],
     "forward mode": lambda m, x: torch.func.jvp(lambda z: m.map(z).tanh(), (x,), (torch.ones_like(x),))[1],
     "functional call": lambda m, x: torch.func.functional_call(m.map, dict(m.map.named_parameters()), (x,)).tanh(),
     "checkpoint": lambda m, x: checkpoint(lambda z: m.map(z).tanh(), x, use_reentrant=False) + x[:, :3],
@@ -393,7 +408,11 @@ WRAPPED = {
 
 @pytest.mark.parametrize("way", WRAPPED)
 def test_calls_wrapped_by_torch(way, x):
-    more = {"w": several()} if "m.w" in WRAPPED[way].__code__.co_names or "parameter" in way or way == "vmap in vmap" else {}
+    more = (
+        {"w": several()}
+        if "m.w" in WRAPPED[way].__code__.co_names or "parameter" in way or way == "vmap in vmap"
+        else {}
+    )
     require_exact(Inside(WRAPPED[way], **more), x)
 
 
@@ -413,7 +432,9 @@ REENTRANT = {
     "fisher": lambda m, x, y: nng.FIM(m, x, nng.PMatKFAC),
     "implicit": lambda m, x, y: nng.FIM(m, x, nng.PMatImplicit).mv(nng.PVector.from_model(m)),
     "kernel": lambda m, x, y: nng.GramMatrix(m, x),
-    "implicit kernel": lambda m, x, y: nng.GramMatrix(m, x, nng.FMatImplicit).mv(nng.FVector(torch.ones(3, 6, dtype=f64))),
+    "implicit kernel": lambda m, x, y: nng.GramMatrix(m, x, nng.FMatImplicit).mv(
+        nng.FVector(torch.ones(3, 6, dtype=f64))
+    ),
     "implicit map": lambda m, x, y: nng.Jacobian(m, x, nng.PushForwardImplicit).mv(nng.PVector.from_model(m)),
     "hessian": lambda m, x, y: nng.Hessian(m, (x, y), nng.PMatDense, loss="cross_entropy"),
     "penalty": lambda m, x, y: mgs.trace_penalty(m, x),

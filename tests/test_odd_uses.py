@@ -38,10 +38,16 @@ USES = {
     # the affine parameters of a norm, used elsewhere too
     "norm and scale": (lambda p, h, x: F.layer_norm(h, (3,), p).tanh() * p, (3,)),
     "norm and shift": (lambda p, h, x: F.layer_norm(h, (3,), None, p).tanh() + p, (3,)),
-    "norm's bias and linear's": (lambda p, h, x: F.linear(F.layer_norm(h, (3,), None, p).tanh(), torch.eye(3, dtype=f64), p), (3,)),
+    "norm's bias and linear's": (
+        lambda p, h, x: F.linear(F.layer_norm(h, (3,), None, p).tanh(), torch.eye(3, dtype=f64), p),
+        (3,),
+    ),
     "norm with one for both": (lambda p, h, x: F.layer_norm(h, (3,), p, p), (3,)),
     "norm and rms norm": (lambda p, h, x: F.rms_norm(F.layer_norm(h, (3,), p), (3,), p).tanh(), (3,)),
-    "norm and slope": (lambda p, h, x: F.prelu(F.batch_norm(h, torch.zeros(3, dtype=f64), torch.ones(3, dtype=f64), p, p), p), (3,)),
+    "norm and slope": (
+        lambda p, h, x: F.prelu(F.batch_norm(h, torch.zeros(3, dtype=f64), torch.ones(3, dtype=f64), p, p), p),
+        (3,),
+    ),
     "norm of a view": (lambda p, h, x: F.layer_norm(h, (3,), p[1], p[0]), (2, 3)),
     # products with letters of size one
     "einsum, input of one": (lambda p, h, x: torch.einsum("ij,jk->ik", x, p).tanh() + h, (1, 3)),
@@ -63,7 +69,10 @@ USES = {
     "complex shift": (lambda p, h, x: (x[:, :3] + complex_view(p)).abs(), (3, 2)),
     "real scale of complex": (lambda p, h, x: (fft(x) * p).abs(), (3,)),
     "real shift of complex": (lambda p, h, x: (fft(x) + p).abs(), (3,)),
-    "spectral convolution": (lambda p, h, x: torch.fft.irfft(torch.fft.rfft(x) * complex_view(p), n=4)[:, :3] + h.tanh(), (3, 2)),
+    "spectral convolution": (
+        lambda p, h, x: torch.fft.irfft(torch.fft.rfft(x) * complex_view(p), n=4)[:, :3] + h.tanh(),
+        (3, 2),
+    ),
     "complex einsum": (lambda p, h, x: torch.einsum("nk,ko->no", torch.fft.rfft(x), complex_view(p)).imag, (3, 3, 2)),
     "back to real": (lambda p, h, x: torch.view_as_real(fft(x) * complex_view(p)).square().sum(-1), (3, 2)),
     # one parameter in two places of one call
@@ -76,7 +85,10 @@ USES = {
     "bilinear weight and bias": (lambda p, h, x: F.bilinear(x, x, p, p[:, 0, 0]), (3, 4, 4)),
     "convolution of itself": (lambda p, h, x: h * F.conv1d(p, p).sum().tanh(), (2, 2, 2)),
     "inputs and weight": (lambda p, h, x: F.linear(p[:1] + 0 * x[:, :3], p), (3, 3)),
-    "input view and bias": (lambda p, h, x: F.linear(p[:2].expand(len(x), 2), torch.ones(3, 2, dtype=f64), p[2:]) * h, (5,)),
+    "input view and bias": (
+        lambda p, h, x: F.linear(p[:2].expand(len(x), 2), torch.ones(3, 2, dtype=f64), p[2:]) * h,
+        (5,),
+    ),
     "lookup in itself": (lambda p, h, x: h * F.embedding((p[:3, 0] > 0).long(), p)[:, 0], (4, 4)),
     # views that are no rectangles
     "strided": (lambda p, h, x: F.linear(x, p.as_strided((3, 4), (1, 1))), (6,)),
@@ -108,7 +120,10 @@ def test_exact_in_every_object(use):
     require_exact(Using(forward, *shape), torch.randn(5, 4, dtype=f64), hessian=use not in TWICE)
 
 
-TWICE = {"norm and shift", "norm's bias and linear's"}  # torch itself has no second derivatives of norms with a bias alone
+TWICE = {
+    "norm and shift",
+    "norm's bias and linear's",
+}  # torch itself has no second derivatives of norms with a bias alone
 
 
 @settings(max_examples=25, deadline=None)
@@ -141,10 +156,12 @@ def test_any_einsum_of_two(data):
     require_kernels(model, x)
 
 
-# -- the rule behind: a use explains what it was given, and an adapter that fails explains nothing -----------------------------
+# -- the rule behind: a use explains what it was given, and an adapter that fails explains nothing --------------------
 
 
-@pytest.mark.parametrize("error", [IndexError, RuntimeError, KeyError, ValueError, ZeroDivisionError, NotImplementedError])
+@pytest.mark.parametrize(
+    "error", [IndexError, RuntimeError, KeyError, ValueError, ZeroDivisionError, NotImplementedError]
+)
 def test_an_adapter_that_fails_sends_its_parameters_to_the_fallback(error, monkeypatch):
     def broken(call, *args, **kwargs):
         raise error("an adapter that did not expect this")

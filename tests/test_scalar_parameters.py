@@ -1,4 +1,4 @@
-"""Parameters of no dimensions (a logit scale, a temperature) and parameters without elements, in everything that takes a model."""
+"""Parameters of no dimensions (a logit scale, a temperature) and without elements, in everything that takes a model."""
 
 import copy
 
@@ -43,7 +43,9 @@ SCALAR_USES = {
     "x / t": lambda m, h, x: h.tanh() / m.t,
     "t / x": lambda m, h, x: m.t / (2 + h.tanh()),
     "x * exp(t)": lambda m, h, x: h.tanh() * m.t.exp(),
-    "normalised": lambda m, h, x: F.normalize(h, dim=1) @ F.normalize(m.map.weight[:, :3], dim=1) * m.t.exp().clamp(max=100),
+    "normalised": lambda m, h, x: (
+        F.normalize(h, dim=1) @ F.normalize(m.map.weight[:, :3], dim=1) * m.t.exp().clamp(max=100)
+    ),
     "t + x": lambda m, h, x: (m.t + h).tanh(),
     "x - t": lambda m, h, x: (h - m.t).tanh(),
     "t - x": lambda m, h, x: (m.t - h).tanh(),
@@ -98,7 +100,7 @@ def test_modules_without_inputs_or_outputs():
     require_exact(Narrow(), torch.randn(5, 4, dtype=f64))
 
 
-# -- vectors -------------------------------------------------------------------------------------------------------------
+# -- vectors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["scalar", "empty"])
@@ -113,7 +115,9 @@ def test_vectors_by_name(model, batch):
     lc = nng.LayerCollection.from_model(model)
     v = nng.PVector.randn(lc, *batch, dtype=f64)
     named = v.to_dict()
-    assert {name: t.shape for name, t in named.items()} == {name: (*batch, *p.shape) for name, p in model.named_parameters()}
+    assert {name: t.shape for name, t in named.items()} == {
+        name: (*batch, *p.shape) for name, p in model.named_parameters()
+    }
     assert torch.equal(nng.PVector.from_dict(lc, named).flat(), v.flat())
     assert all(torch.equal(v[name], t) for name, t in named.items())
 
@@ -139,7 +143,7 @@ def test_nothing_but_empty_parameters_is_refused():
         nng.LayerCollection.from_model(Empty())
 
 
-# -- everything else that takes a model --------------------------------------------------------------------------------------
+# -- everything else that takes a model -------------------------------------------------------------------------------
 
 KINDS = {
     "dense": nng.PMatDense,
@@ -168,7 +172,10 @@ def test_algebra_and_files(model, data, kind, tmp_path):
     assert torch.equal(nng.load(tmp_path / "m").to_dense(), dense)
     close(m.eigh()[0], torch.linalg.eigvalsh(dense), 1e-8)
     close(m.logdet(0.1), torch.logdet(dense + 0.1 * torch.eye(len(dense), dtype=f64)), 1e-8)
-    close((m + 2 * nng.FIM(model, [data], nng.PMatDense)).mv(v).flat(), dense @ v.flat() + 2 * nng.FIM(model, [data], nng.PMatDense).mv(v).flat())
+    close(
+        (m + 2 * nng.FIM(model, [data], nng.PMatDense)).mv(v).flat(),
+        dense @ v.flat() + 2 * nng.FIM(model, [data], nng.PMatDense).mv(v).flat(),
+    )
     assert m.sample(2, 0.1).shape == (2, len(dense)) and m.to(torch.float32).mv(v).dtype == torch.float32
     for measure in (nng.GGN, nng.EmpiricalFIM):
         assert measure(model, [data], KINDS[kind], loss="cross_entropy").shape == dense.shape
@@ -199,19 +206,29 @@ def test_kernels_and_maps(model, data):
     for kind in (nng.PushForwardDense, nng.PushForwardImplicit):
         jacobian = nng.Jacobian(model, [data], kind)
         close((jacobian.T @ jacobian).materialize(nng.PMatDense).to_dense(), torch.einsum("cnd,cne->de", j, j))
-    close(nng.FIM(model, [data], nng.PMatEKFAC).rescaled(model, [data]).trace(), nng.FIM(model, [data], nng.PMatDense).trace())
+    close(
+        nng.FIM(model, [data], nng.PMatEKFAC).rescaled(model, [data]).trace(),
+        nng.FIM(model, [data], nng.PMatDense).trace(),
+    )
 
 
 def test_the_rest_of_the_library(model, data):
     x, y = data
     sample = mgs.sample_trace(model, x)
     close(sample, reference.jacobian(model, x).square().sum((0, 2)))
-    for penalty in (mgs.trace_penalty(model, x), mgs.logdet_penalty(model, x, jitter=1.0), mgs.loss_gradient_penalty(model, x, y)):
+    for penalty in (
+        mgs.trace_penalty(model, x),
+        mgs.logdet_penalty(model, x, jitter=1.0),
+        mgs.loss_gradient_penalty(model, x, y),
+    ):
         penalty.backward()
     assert mgs.metrics(model, [data]).trace.isfinite().all()
     torch.testing.assert_close(linearized.Linearized(model)(x), model(x))
     assert analysis.stiffness(model, [data]).matrix.shape == (6, 6) and analysis.coherence(model, [data]).alpha > 0
-    assert analysis.label_alignment(model, [data], by_layer=True) and analysis.sharpness(model, [data], "cross_entropy") is not None
+    assert (
+        analysis.label_alignment(model, [data], by_layer=True)
+        and analysis.sharpness(model, [data], "cross_entropy") is not None
+    )
     assert {row.name for row in nng.explain(model, data).rows} == {name for name, _ in model.named_parameters()}
     assert optim.winsorized_gradient(model, data, "cross_entropy", 0.0).shape == nng.PVector.from_model(model).shape
 

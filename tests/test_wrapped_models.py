@@ -1,4 +1,4 @@
-"""Models as other tools hand them over: compiled, scripted, traced, exported, replicated, spread over processes, with hooks."""
+"""Models as other tools hand them over: compiled, scripted, exported, replicated, spread over processes, with hooks."""
 
 import copy
 import subprocess
@@ -170,7 +170,10 @@ def test_the_compiler_comes_back_after_nested_and_concurrent_calls():
     assert compiled()
 
 
-@pytest.mark.parametrize("wrapper", ["compiled", "compiled in place", "compiled part", "replicated", "symbolically traced"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("compiled", "compiled in place", "compiled part")]
+
+
+@pytest.mark.parametrize("wrapper", ["replicated", "symbolically traced", *SLOW])
 @pytest.mark.filterwarnings("ignore")
 def test_optimizers_step_as_on_the_plain_model(wrapper):
     x, y = torch.randn(6, 4, dtype=f64), torch.arange(6) % 3
@@ -189,12 +192,12 @@ def test_optimizers_step_as_on_the_plain_model(wrapper):
     close(stepped(WRAPPERS[wrapper]), stepped(Around if wrapper == "compiled part" else lambda m: m))
 
 
-# -- parameters in parts -------------------------------------------------------------------------------------------------------
+# -- parameters in parts ----------------------------------------------------------------------------------------------
 
 
 def in_a_process(code: str) -> str:
     """What ``code`` prints in a process that is the only member of a gloo group, ended after two minutes."""
-    start = f"""
+    start = """
         import torch, torch.distributed as dist
         from torch import nn
         from torch.distributed.device_mesh import init_device_mesh
@@ -209,47 +212,39 @@ def in_a_process(code: str) -> str:
     return done.stdout
 
 
-SPREAD = {
-    "fully_shard": "from torch.distributed.fsdp import fully_shard; fully_shard(model[0], mesh=mesh); fully_shard(model, mesh=mesh)",
-    "tensor parallel": "from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module\n"
-    "parallelize_module(model, mesh, {'0': ColwiseParallel()})",
-    "distributed tensors": "from torch.distributed.tensor import distribute_module; distribute_module(model, mesh)",
-}
-
-
-@pytest.mark.parametrize("way", SPREAD)
-def test_parameters_spread_over_processes_are_refused(way):
-    out = in_a_process(
-        SPREAD[way]
-        + """
-calls = [
-    lambda: nng.FIM(model, x), lambda: nng.FIM(model, x, nng.PMatImplicit), lambda: nng.GramMatrix(model, x),
-    lambda: nng.Jacobian(model, x), lambda: nng.GGN(model, (x, torch.arange(5) % 3), loss="cross_entropy"),
-    lambda: nng.optim.KFAC(model), lambda: nng.mgs.trace_penalty(model, x), lambda: nng.explain(model, x),
-]
-for call in calls:
-    try:
-        call()
-        print("no error")
-    except nng.UnsupportedError as error:
-        assert "spread over processes" in str(error) and "full_state_dict" in str(error), error
-print("done")
-"""
-    )
-    assert out.split() == ["done"]
-
-
-def test_what_the_error_says_works():
+def test_parameters_spread_over_processes_are_refused():
     out = in_a_process("""
         import copy
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         from torch.distributed.fsdp import fully_shard
-        whole = copy.deepcopy(model)
-        fully_shard(model, mesh=mesh)
-        for p in whole.parameters():
+        from torch.distributed.tensor import distribute_module
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        def refused(model):
+            for call in (
+                lambda: nng.FIM(model, x), lambda: nng.FIM(model, x, nng.PMatImplicit),
+                lambda: nng.GramMatrix(model, x), lambda: nng.Jacobian(model, x),
+                lambda: nng.GGN(model, (x, torch.arange(5) % 3), loss="cross_entropy"),
+                lambda: nng.optim.KFAC(model), lambda: nng.mgs.trace_penalty(model, x), lambda: nng.explain(model, x),
+            ):
+                try:
+                    call()
+                    print("no error")
+                except nng.UnsupportedError as error:
+                    assert "spread over processes" in str(error) and "full_state_dict" in str(error), error
+
+        sharded, parallel, distributed, whole = (copy.deepcopy(model) for _ in range(4))
+        fully_shard(sharded[0], mesh=mesh)
+        refused(fully_shard(sharded, mesh=mesh))
+        parallelize_module(parallel, mesh, {"0": ColwiseParallel()})
+        refused(parallel)
+        distribute_module(distributed, mesh)
+        refused(distributed)
+        for p in whole.parameters():  # and what the error says works
             p.data.zero_()
-        whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
-        print(bool(nng.FIM(whole, x, nng.PMatDense).trace() > 0))
+        whole.load_state_dict(get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True)))
+        expected = nng.FIM(model, x, nng.PMatDense).to_dense()
+        print(bool(torch.allclose(nng.FIM(whole, x, nng.PMatDense).to_dense(), expected)))
     """)
     assert out.split() == ["True"]
 
@@ -261,7 +256,7 @@ def test_parameters_that_are_elsewhere_are_no_empty_ones():
         nng.FIM(model, torch.randn(5, 4))
 
 
-# -- parameters with hooks -------------------------------------------------------------------------------------------------------
+# -- parameters with hooks --------------------------------------------------------------------------------------------
 
 
 def test_hooked_parameters_are_named():
@@ -273,7 +268,9 @@ def test_hooked_parameters_are_named():
     first.remove()
     assert task.hooked == {"1.bias"}
     second.remove()
-    model[0].weight.register_post_accumulate_grad_hook(lambda p: None)  # sees what backward() leaves behind, not gradients
+    model[0].weight.register_post_accumulate_grad_hook(
+        lambda p: None
+    )  # sees what backward() leaves behind, not gradients
     assert task.hooked == set()
 
 

@@ -21,7 +21,10 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, LoaderError
 
 Batch = Any
 _LEAVES = (Tensor, np.ndarray, PackedSequence)
-_OFFER = "for one batch pass tuple(batch) or [batch]; for several batches of inputs alone pass [(x1,), (x2,)], or an iterator over them"
+_OFFER = (
+    "a list is an iterable of batches: for one batch pass tuple(batch) or [batch]; for several batches of inputs alone "
+    "pass [(x1,), (x2,)], or an iterator over them"
+)
 
 
 def as_batches(loader: Any) -> Iterable[Batch]:
@@ -34,7 +37,8 @@ def as_batches(loader: Any) -> Iterable[Batch]:
         return [_bare(loader)]
     if isinstance(loader, (str, bytes)) or not hasattr(loader, "__iter__") or hasattr(loader, "__array__"):
         raise ArgumentTypeError(
-            f"loader is {type(loader).__name__}; expected a DataLoader, an iterable of batches, or one batch (a tuple, tensor, array or dict)"
+            f"loader is {type(loader).__name__}; expected a DataLoader, an iterable of batches, or one batch "
+            "(a tuple, tensor, array or dict)"
         )
     if isinstance(loader, list):
         _require_batches(loader)
@@ -64,14 +68,15 @@ def _require_batches(items: list[Any]) -> None:
     arrays = [x for x in items if isinstance(x, (Tensor, np.ndarray))]
     if len(items) < 2 or not arrays:
         return
-    given = ", ".join(f"{type(x).__name__} {tuple(x.shape)}" if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__ for x in items[:4])
+    given = ", ".join(f"{type(x).__name__} {tuple(x.shape) if hasattr(x, 'shape') else ''}".strip() for x in items[:4])
+    given += ", ..." if len(items) > 4 else ""
     if len(arrays) < len(items):
-        raise ArgumentError(f"loader is a list of unlike things, [{given}{', ...' if len(items) > 4 else ''}]; a list is an iterable of batches: {_OFFER}")
+        raise ArgumentError(f"loader is a list of unlike things, [{given}]; {_OFFER}")
     sizes = {leading_size(x) for x in arrays}
     if len(sizes) == 1 and None not in sizes and (len(items) < 4 or len({(x.dtype, x.ndim) for x in arrays}) > 1):
         raise ArgumentError(
-            f"loader is a list of {len(items)} tensors with {sizes.pop()} rows each, [{given}{', ...' if len(items) > 4 else ''}], which is how a DataLoader "
-            f"gives one batch; a list is an iterable of batches: {_OFFER}"
+            f"loader is a list of {len(items)} tensors with {sizes.pop()} rows each, [{given}], which is how a "
+            f"DataLoader gives one batch; {_OFFER}"
         )
 
 
@@ -80,7 +85,7 @@ def _is_record(x: Any) -> bool:
     return dataclasses.is_dataclass(x) and not isinstance(x, type)
 
 
-# -- one batch -----------------------------------------------------------------------------------------------------------
+# -- one batch ---------------------------------------------------------------------------------------------------------
 
 
 def each(batch: Batch, f: Callable[[Any], Any]) -> Batch:
@@ -108,7 +113,7 @@ def each(batch: Batch, f: Callable[[Any], Any]) -> Batch:
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """A batch with its tensors detached and on ``device``; arrays become tensors, tensors of inference mode are copied."""
+    """A batch with its tensors detached and on ``device``: arrays become tensors, inference tensors ordinary ones."""
 
     def moved(x: Any) -> Any:
         if isinstance(x, np.ndarray):
@@ -128,7 +133,9 @@ def _tensor(x: np.ndarray) -> Any:
     try:
         return torch.tensor(x)
     except TypeError as error:
-        raise LoaderError(f"a batch holds a NumPy array of dtype {x.dtype}, unknown to torch; pass x.astype('int64') or another that it knows") from error
+        raise LoaderError(
+            f"a batch holds a NumPy array of dtype {x.dtype}, unknown to torch; pass x.astype('int64') or the like"
+        ) from error
 
 
 def leading_size(batch: Batch) -> int | None:
@@ -179,5 +186,8 @@ def rows(x: Any, index: slice | list[int]) -> Any:
     if x.is_nested:
         parts: Sequence[Tensor] = x.unbind()
         return torch.nested.as_nested_tensor([parts[j] for j in places], layout=x.layout)
-    chosen = (x if x.layout is torch.sparse_coo else x.to_sparse_coo()).index_select(0, torch.tensor(places, device=x.device))
-    return chosen if x.layout is torch.sparse_coo else chosen.to_sparse_csc() if x.layout is torch.sparse_csc else chosen.to_sparse_csr()
+    wanted, coordinates = torch.tensor(places, device=x.device), x.layout is torch.sparse_coo
+    chosen = (x if coordinates else x.to_sparse_coo()).index_select(0, wanted)
+    if coordinates:
+        return chosen
+    return chosen.to_sparse_csc() if x.layout is torch.sparse_csc else chosen.to_sparse_csr()

@@ -184,7 +184,7 @@ class Recorder(TorchFunctionMode):
                 if self.refuse:
                     raise
                 return None
-            except Exception:  # NotStructured, or anything that an adapter did not expect of this call: the fallback knows better
+            except Exception:  # NotStructured, or what an adapter did not expect of this call: the fallback knows better
                 return None
         if use is not None:
             use.sources = tuple(call.sources)

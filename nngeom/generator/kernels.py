@@ -83,7 +83,8 @@ COMPOSED: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,  # the fused one takes the norms it saved for constants when differentiated again (torch 2.13, CPU)
     torch.embedding_bag: _bags,  # no second derivative; those with max_norm or the maximum stay as they are
     F.embedding_bag: _embedding_bag,
-    torch.view_as_complex: _view_as_complex,  # as views they fail on gradients that start at an odd place of their memory
+    # as views these two fail on gradients that start at an odd place of their memory
+    torch.view_as_complex: _view_as_complex,
     torch.view_as_real: _view_as_real,
 }
 

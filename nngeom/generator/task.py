@@ -115,7 +115,10 @@ class Task:
             )
         if outputs.is_nested or outputs.layout is not torch.strided:
             kind = "nested" if outputs.is_nested else "sparse"
-            raise OutputError(f"the outputs are a {kind} tensor; expected an ordinary one (n, ...): pad, pool or densify them in the model or in function=")
+            raise OutputError(
+                f"the outputs are a {kind} tensor; expected an ordinary one (n, ...): pad, pool or densify them in the model "
+                "or in function="
+            )
         if outputs.ndim == 0:
             raise OutputError("the outputs are a single number; expected one row an example, (n, ...): do not average over the batch")
         if outputs.ndim == 1:

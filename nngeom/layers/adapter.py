@@ -129,7 +129,7 @@ class Call:
         return sum(self.parameters_in(x) if isinstance(x, (tuple, list)) else self.is_parameter(x) for x in arguments)
 
     def _parameter(self, x: Tensor | None) -> tuple[str, Tensor] | None:
-        """``(name, parameter)`` of a parameter or a view of one; no structure have those without elements, and outputs of unlike kind."""
+        """``(name, parameter)`` of a parameter or view; empty ones and unusual outputs have no structure."""
         found = None if x is None else self._find(x)
         if found is not None and (not found[1].numel() or not _is_plain(self.out)):
             raise NotStructured
@@ -216,7 +216,7 @@ class NotStructured(Exception):
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether rows can be products of such tensors: complex ones give sums of two, sparse and nested ones have no strides."""
+    """Whether rows can be products of such tensors: complex ones give sums of two, others have no strides."""
     return not x.is_complex() and x.layout is torch.strided and not x.is_nested
 
 
@@ -232,15 +232,16 @@ ADAPTERS: dict[Any, Adapter] = {}
 def adapts(*functions: Any) -> Callable[[Adapter], Adapter]:
     """Register an adapter for torch functions, at its definition.
 
-    A use explains each parameter that was given to the call once, where it was given: of ``F.linear(w, w)`` it explains one
-    of two, so that the call has no structure.
+    A use explains each parameter that was given to the call once, where it was given: of ``F.linear(w, w)`` it explains
+    one of two, so that the call has no structure.
     """
 
     def register(adapter: Adapter) -> Adapter:
         @functools.wraps(adapter)
         def explained(call: Call, *args: Any, **kwargs: Any) -> Use | None:
             use = adapter(call, *args, **kwargs)
-            return use if use is None or call.parameters_in(args) + call.parameters_in(kwargs.values()) == len(use.slots) else None
+            given = call.parameters_in((*args, *kwargs.values()))
+            return use if use is None or given == len(use.slots) else None
 
         for function in functions:
             ADAPTERS[function] = explained
