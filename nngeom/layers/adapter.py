@@ -126,19 +126,25 @@ class Call:
 
     def parameters_in(self, arguments: Iterable[Any]) -> int:
         """How many of these arguments, and of those in their lists, are selected parameters or views of one."""
-        return sum(self.parameters_in(x) if isinstance(x, (tuple, list)) else self.is_parameter(x) for x in arguments)
+        count = 0
+        for x in arguments:
+            if isinstance(x, Tensor):
+                count += self._find(x) is not None
+            elif isinstance(x, (tuple, list)):
+                count += self.parameters_in(x)
+        return count
 
     def _parameter(self, x: Tensor | None) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` of a parameter or view; empty ones and unusual outputs have no structure."""
         found = None if x is None else self._find(x)
-        if found is not None and (not found[1].numel() or not _is_plain(self.out)):
+        if found is not None and (not found[1].numel() or self.out.is_complex() or self.out.is_nested):
             raise NotStructured
         return found
 
     def keep(self, x: Tensor) -> Tensor:
         """An input to be read later: detached unless the kernel is to be differentiated."""
-        if not _is_plain(x):
-            raise NotStructured
+        if x.is_complex() or x.is_nested or x.layout is not torch.strided:
+            raise NotStructured  # rows of complex products are sums of two; the others have no strides
         x = x if self.keep_graph else x.detach()
         self.sources.append((x, x._version))
         return x
@@ -215,11 +221,6 @@ class NotStructured(Exception):
     """Raised inside adapters only: this use has no Kronecker structure, the fallback takes it."""
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether rows can be products of such tensors: complex ones give sums of two, others have no strides."""
-    return not x.is_complex() and x.layout is torch.strided and not x.is_nested
-
-
 def _same_order(x: Tensor, base: Tensor) -> bool:
     """Whether a view that holds all of ``base`` keeps its order of elements."""
     return x.is_contiguous() and base.is_contiguous() and x.storage_offset() == base.storage_offset()
@@ -239,8 +240,7 @@ def adapts(*functions: Any) -> Callable[[Adapter], Adapter]:
     def register(adapter: Adapter) -> Adapter:
         @functools.wraps(adapter)
         def explained(call: Call, *args: Any, **kwargs: Any) -> Use | None:
-            use = adapter(call, *args, **kwargs)
-            given = call.parameters_in((*args, *kwargs.values()))
+            use, given = adapter(call, *args, **kwargs), call.parameters_in((*args, *kwargs.values()))
             return use if use is None or given == len(use.slots) else None
 
         for function in functions:
