@@ -157,6 +157,8 @@ class FileStore(Store):
             plain = npy.description(self.path)
             self._require_same(about, plain)
             npy.require_whole(self.path, self.shape, self.dtype)
+            with contextlib.suppress(OSError):  # of a process that was killed when all was done
+                files.Lock(self.path + ".lock", create=False).release()
             return {"": npy.mapped(self.path)}
         except NNGeomError:
             raise
@@ -179,10 +181,12 @@ class FileStore(Store):
     def _resume(self, about: Fingerprint) -> bool:
         """Take up what was begun with the same inputs, but for tiles that are not on the disk as they were written; whether there is any."""
         lines = npy.read_lines(self.journal)
-        found = npy.begun(self.part, self.shape, self.dtype) if lines else None
-        if found is None:
+        if not lines or not os.path.exists(self.part):
             return False
         self._require_same(about, lines[0])
+        found = npy.begun(self.part, self.shape, self.dtype)
+        if found is None:
+            return False
         self.map = found
         for parts in lines[1:]:
             places = [tuple(slice(*ends) for ends in ranges) for ranges, _ in parts]
