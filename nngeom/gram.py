@@ -62,12 +62,12 @@ def GramMatrix(
     pass each: with ``FMatDiag`` a :class:`TraceEstimate`, whose ``trace()`` has a standard error; with ``FMatDense`` a
     :class:`KernelEstimate` of ``sum_k K[k, n, k, m]``, for models with very many outputs.
 
-    ``out``: a path; an ``FMatDense`` is written to the ``.npy`` file ``path`` tile by tile, beside which an interrupted run
-    lies (``path + ".part"``, ``".tiles"``) until the same call resumes it. A finished file is opened by the same call, read
-    once to verify it, and never written again; ``ArgumentError`` says what differs where inputs, parameters, options or
-    outputs do, ``FileError`` where the file is damaged or foreign, the disk full, or another process at work on it. The
-    tensor is mapped from the file: writing to it changes it for this process only. ``memory_budget`` in bytes cuts the
-    work into tiles and does not change the result.
+    ``out``: a path; an ``FMatDense`` is written to the ``.npy`` file ``path`` tile by tile, beside which an interrupted
+    run lies (``path + ".part"``, ``".tiles"``) until the same call resumes it. A finished file is opened by the same
+    call, read once to verify it, and never written again; ``ArgumentError`` says what differs where inputs, parameters,
+    options or outputs do, ``FileError`` that the file is damaged or foreign, the disk full, or another process at work
+    on it. The tensor is mapped from the file: writing to it changes it for this process only. ``memory_budget`` in
+    bytes cuts the work into tiles and does not change the result.
 
     Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError`,
     :class:`ArgumentError`, :class:`FileError`. Source: Jacot et al. 2018; Baratin et al. 2021, eq. 1; George 2023, thesis, section 3.2.3.
@@ -84,7 +84,7 @@ def GramMatrix(
         if out is not None:
             if kind is not FMatDense or differentiable:
                 raise ArgumentError(f"out= writes an FMatDense without graph; got {kind.__name__} with differentiable={differentiable}")
-            return _in_file(out, side, loader, other, centered, progress)
+            return _in_file(out, side, loader, other, centered=centered, progress=progress)
         rows, columns = side(loader), None if other is None else side(other)
         if kind is FMatImplicit:
             _first_look(rows, columns)
@@ -94,13 +94,18 @@ def GramMatrix(
         return build(kind, rows, columns, EVERYTHING, centered, None, progress)[""]
 
 
-def _in_file(out: Any, side: Callable[[Any], Side], loader: Any, other: Any, centered: bool, progress: bool) -> FMatDense:
+def _in_file(
+    out: Any, side: Callable[[Any], Side], loader: Any, other: Any, *, centered: bool, progress: bool
+) -> FMatDense:
     """The kernel of a file, computed unless it is there; whether that can be written is known before any batch is read."""
     with FileStore(out) as store:
         rows, columns = side(loader), None if other is None else side(other)
-        about = Fingerprint.of(rows, columns, centered)
-        there = store.begin(FMatDense.sizes(rows.outputs, rows.examples, (columns or rows).examples), rows.kept, about)
-        return FMatDense(there[""]) if there else build(FMatDense, rows, columns, EVERYTHING, centered, store, progress)[""]
+        about = Fingerprint.of(rows, columns, centered=centered)
+        shape = FMatDense.sizes(rows.outputs, rows.examples, (columns or rows).examples)
+        there = store.begin(shape, rows.kept, about)
+        if there is not None:
+            return FMatDense(there[""])
+        return build(FMatDense, rows, columns, EVERYTHING, centered, store, progress)[""]
 
 
 def GramMatrices(

@@ -31,9 +31,9 @@ FORMAT = 1
 def save(M: Any, path: str | os.PathLike[str]) -> None:
     """Write a matrix or vector to ``path``, whole or not at all: after a crash there is the old file or the new one.
 
-    Takes every PMat, FMat and Jacobian but the implicit ones, their sums and products, PVectors and FVectors, with real
-    floating-point entries. Raises :class:`FileError` where the path cannot be written, :class:`UnsupportedError` for what
-    holds a model, :class:`ArgumentError` for other entries, and for a matrix whose class was defined anew since.
+    Takes every PMat, FMat and Jacobian but the implicit ones, their sums and products, PVectors and FVectors, with
+    real floating-point entries. Raises :class:`FileError` where the path cannot be written, :class:`UnsupportedError`
+    for what holds a model, :class:`ArgumentError` for other entries, and for an ``M`` whose class was defined anew.
     """
     if not is_whole(M):
         if isinstance(M, (ParameterOperator, FunctionOperator, JacobianMap)):
@@ -48,15 +48,17 @@ def save(M: Any, path: str | os.PathLike[str]) -> None:
         with files.replaced(target) as part:
             safetensors.torch.save_file(tensors, part, metadata)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise FileError(f"cannot write {target!r}: {error}; expected a path in an existing folder that can be written") from error
+        raise FileError(
+            f"cannot write {target!r}: {error}; expected a path in an existing folder that can be written"
+        ) from error
 
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
     """Read what :func:`save` wrote, with its tensors on the device ``map_location``; needs no model and runs no code.
 
-    Everything the file says is checked against what it holds before memory is taken for it. Raises :class:`FileError` when
-    the file is missing, truncated, changed, foreign, of a newer format, or holds a class that is not imported or shares its
-    name with another.
+    Everything the file says is checked against what it holds before memory is taken for it; the tensors do not follow
+    the file when it changes. Raises :class:`FileError` when the file is missing, truncated, changed, foreign, of a
+    newer format, or holds a class that is not imported or shares its name with another.
     """
     try:
         device = torch.device(map_location)

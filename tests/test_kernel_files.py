@@ -1,4 +1,4 @@
-"""Kernels in files: never wrong numbers, whatever was there before, whoever else writes, and wherever a run was killed."""
+"""Kernels in files: never wrong numbers, whatever was there before, whoever else writes, wherever a run was killed."""
 
 import errno
 import os
@@ -16,7 +16,12 @@ from torch import nn
 import nngeom as nng
 import nngeom.gram
 from nngeom.core import files
+from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.store import FileStore
+from nngeom.fmat.tiles import Side
+from nngeom.generator.sweep import Sweep
+from nngeom.generator.task import Task
+from nngeom.metrics.loss import IdentityMetric
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 OPTIONS = {"memory_budget": 2000}
@@ -148,9 +153,11 @@ def test_other_inputs_are_refused_and_named(tmp_path, what, finished):
 def test_many_outputs_are_compared_in_sums(tmp_path):
     """More outputs than are kept: one of them is enough, and rounding is not."""
     x, model = torch.randn(300, 3, dtype=torch.float64), nn.Linear(3, 20).double()
-    of = lambda f: nngeom.gram.Fingerprint.of(
-        nngeom.gram._side(nngeom.gram.Task.build(model, f, None), [x], nngeom.gram.IdentityMetric(), False, False, True), None, False
-    )
+
+    def of(function):
+        side = Side(Sweep(Task.build(model, function, None), [x], IdentityMetric()))
+        return Fingerprint.of(side, None, centered=False)
+
     one, last = torch.zeros(300, 20, dtype=torch.float64), torch.zeros(300, 20, dtype=torch.float64)
     one[150, 10], last[-1, -1] = 1e-6, 1e-6
     base = of(lambda x: model(x))
@@ -165,7 +172,9 @@ def test_contents_of_batches_of_any_kind(tmp_path):
     x = np.arange(3000.0).reshape(1000, 3) / 3000
     function = lambda batch: model(torch.as_tensor(batch["x"]))
     path = tmp_path / "k.npy"
-    call = lambda x, **more: nng.GramMatrix(model, [{"x": x, "n": torch.zeros(1000), **more}], out=path, function=function)
+    call = lambda x, **more: nng.GramMatrix(
+        model, [{"x": x, "n": torch.zeros(1000), **more}], out=path, function=function
+    )
     sparse = torch.eye(3).to_sparse()
     first = call(x, text="a", graph=sparse, kinds={1})
     assert torch.equal(call(x, text="a", graph=sparse, kinds={1}).tensor, first.tensor)
@@ -259,7 +268,11 @@ def test_a_finished_file_is_damaged(tmp_path):
     nng.GramMatrix(model, data, out=path, **OPTIONS)
     whole = path.read_bytes()
     for at in range(0, len(whole), len(whole) // 50):
-        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :], whole[:at] + whole[at + 1 :]):
+        for damaged in (
+            whole[:at],
+            whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :],
+            whole[:at] + whole[at + 1 :],
+        ):
             path.write_bytes(damaged)
             if not damaged:
                 continue
@@ -448,11 +461,15 @@ def test_two_processes(tmp_path):
         call({str(path)!r})
         """
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
         try:
             assert first.stdout.readline() == "two tiles\n"
             done = process("assert forked(lambda: call(path)) == 3", path)
-            assert done.returncode == 0 and "another process (or thread) is writing" in done.stdout, done.stdout + done.stderr
+            assert done.returncode == 0 and "another process (or thread) is writing" in done.stdout, (
+                done.stdout + done.stderr
+            )
         finally:
             first.send_signal(signal.SIGKILL)
     done = process(

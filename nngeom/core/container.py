@@ -1,4 +1,4 @@
-"""The safetensors format, read: a length, a JSON header, the bytes of the tensors, and nothing that the header does not fit.
+"""The safetensors format, read: a length, a JSON header, the bytes of the tensors, and nothing besides.
 
 Tensors are read into memory of their own, so that they stay what they are when the file changes.
 """
@@ -30,7 +30,10 @@ LONGEST_HEADER = 100_000_000  # of the format
 
 
 def read(path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """``(metadata, tensors)`` of a file of real tensors; raises :class:`FileError` before anything is allocated that is not there."""
+    """``(metadata, tensors)`` of a file of real tensors; raises :class:`FileError` where it is none.
+
+    Nothing is allocated that is not there.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FileError(f"cannot read {path!r}: it is no regular file")
@@ -81,7 +84,8 @@ def _places(header: dict[str, Any]) -> Iterator[tuple[int, int, str, tuple[int, 
             raise ValueError(f"tensor {key!r} has the shape {str(shape)[:80]} and the offsets {str(offsets)[:80]}")
         if not isinstance(dtype, str) or dtype not in REAL:
             raise ValueError(
-                f"tensor {key!r} has the dtype {str(dtype)[:20]}; expected real floating-point numbers, one of {', '.join(REAL)}"
+                f"tensor {key!r} has the dtype {str(dtype)[:20]}; expected real floating-point numbers, one of "
+                f"{', '.join(REAL)}"
             )
         if math.prod(shape) * REAL[dtype].itemsize != offsets[1] - offsets[0]:
             raise ValueError(f"tensor {key!r} of shape {tuple(shape)} has {offsets[1] - offsets[0]} bytes")

@@ -1,4 +1,4 @@
-"""Files whole or not at all: written beside their place and moved there, locked while they grow, their space reserved."""
+"""Files whole or not at all: written beside their place and moved there, locked while they grow, on reserved space."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _is_at(fd: int, path: str) -> bool:
 
 
 def reserve(fd: int, start: int, stop: int, *, new: bool = True) -> None:
-    """Have bytes of a file on the disk: a full one is an :class:`OSError` now, and no crash when a memory map is written.
+    """Have bytes of a file on the disk: a full one is an :class:`OSError` now, no crash when a memory map is written.
 
     ``new``: they are zero, or may become so, where the system cannot reserve without writing.
     """
@@ -104,35 +104,45 @@ def move(part: str, target: str) -> None:
 def replaced(target: str) -> Iterator[str]:
     """A path to write to; what is there at the end becomes ``target``, with the permissions of any new file.
 
-    It lies in a folder of its own beside ``target``, which is gone at the end; what writers that were killed left is removed.
+    It lies in a folder of its own beside ``target``, which is gone at the end; what killed writers left is removed.
     """
     _remove_left_over(target)
-    folder = f"{target}.{secrets.token_hex(6)}.part"
-    os.mkdir(folder, 0o700)
-    lock = None
+    folder, lock = _own_folder(target)
     try:
-        lock = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        mode = stat.S_IMODE(os.fstat(lock).st_mode)
-        with contextlib.suppress(OSError):  # without locks nobody removes what others left
-            _try_lock(lock)
         part = os.path.join(folder, "file")
         yield part
-        os.chmod(part, mode)
+        os.chmod(part, stat.S_IMODE(os.stat(os.path.join(folder, "lock")).st_mode))
         move(part, target)
     finally:
         if lock is not None:
-            os.close(lock)
+            os.close(lock.fd)
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _own_folder(target: str) -> tuple[str, Lock | None]:
+    """A new folder, and a lock that says that its maker lives; without locks (some file systems) nobody removes it."""
+    while True:
+        folder = f"{target}.{secrets.token_hex(6)}.part"
+        os.mkdir(folder, 0o700)
+        try:
+            return folder, Lock(os.path.join(folder, "lock"))
+        except (FileNotFoundError, BlockingIOError):  # taken for left over before it was locked
+            continue
+        except OSError:
+            return folder, None
+
+
 def _remove_left_over(target: str) -> None:
-    """The folders of :func:`replaced` whose writers died."""
+    """The folders of :func:`replaced` whose makers died."""
     place, name = os.path.split(target)
     left = re.compile(re.escape(name) + r"\.[0-9a-f]{12}\.part")
     with contextlib.suppress(OSError):
-        for entry in os.listdir(place):
-            if left.fullmatch(entry):
-                with contextlib.suppress(OSError):  # locked by a living writer, or not locked yet by a new one
-                    lock = Lock(os.path.join(place, entry, "lock"), create=False)
-                    shutil.rmtree(os.path.join(place, entry), ignore_errors=True)
+        for folder in (os.path.join(place, entry) for entry in os.listdir(place) if left.fullmatch(entry)):
+            with contextlib.suppress(OSError):  # its maker lives
+                try:
+                    lock = Lock(os.path.join(folder, "lock"), create=False)
+                except FileNotFoundError:
+                    os.rmdir(folder)
+                else:
+                    shutil.rmtree(folder, ignore_errors=True)
                     os.close(lock.fd)

@@ -16,28 +16,30 @@ LIBRARY = __name__.partition(".")[0] + "."
 class Registry(Generic[T]):
     """Classes by their qualified names, ``module.qualname``; short ones are understood where they are unique.
 
-    A class that is defined again by the same code (a notebook cell run twice) takes the place of the first; by other code
-    it is another class, and their common name belongs to neither.
+    A class that is defined again by the same code (a notebook cell run twice) takes the place of the first; by other
+    code it is another class, and their common name belongs to neither.
     """
 
     def __init__(self) -> None:
-        self._named: dict[str, list[Any]] = {}
+        self._classes: list[Any] = []
+        self._found: dict[tuple[str, str | None], Any] = {}  # since the last class was added
 
     def add(self, cls: Any) -> None:
         """Remember a class; it need not be finished yet."""
-        name = qualified(cls)
-        self._named[name] = [*self._under(name), cls]
+        full = qualified(cls)
+        self._classes = _distinct(self._classes, full) + [cls]
+        self._found = {}
 
     def __iter__(self) -> Iterator[str]:
         """Short names."""
-        return iter(sorted({cls.__name__ for cls in self.classes()}))
+        return iter(sorted({cls.__name__ for cls in self._classes}))
 
-    def classes(self) -> Iterator[Any]:
+    def classes(self) -> tuple[Any, ...]:
         """All of them."""
-        return (cls for classes in self._named.values() for cls in classes)
+        return tuple(self._classes)
 
     def __getitem__(self, name: str) -> T:
-        """The class of a qualified or short name; raises :class:`KeyError` for none, :class:`ArgumentError` for several."""
+        """The class of a qualified or short name; :class:`KeyError` for none, :class:`ArgumentError` for several."""
         return self._only(name, self._under(name) or self._short(name))
 
     def find(self, name: str, full: str | None) -> T:
@@ -45,28 +47,34 @@ class Registry(Generic[T]):
 
         Classes of the library may have moved within it, and those of a script are found where it is imported.
         """
-        if full is None or self._named.get(full):
+        if (name, full) not in self._found:
+            self._found[name, full] = self._find(name, full)
+        return self._found[name, full]
+
+    def _find(self, name: str, full: str | None) -> T:
+        if full is None or self._under(full):
             return self[full or name]
         same = self._short(name)
         if full.startswith(LIBRARY):
             same = [cls for cls in same if qualified(cls).startswith(LIBRARY)]
         elif same and not full.startswith("__main__."):
             raise ArgumentError(
-                f"{full!r} is not imported, and {_listed(same)} is another class of that name; import the module of the first"
+                f"{full!r} is not imported, and {_listed(same)} is another class of that name; "
+                "import the module of the first"
             )
         return self._only(full, same)
 
     def is_known(self, cls: Any) -> bool:
         """Whether ``cls`` was added, and is what its qualified name means now."""
-        return self._named.get(qualified(cls), [None])[-1] is cls
+        return any(cls is known for known in self._under(qualified(cls))[-1:])
 
-    def _under(self, name: str) -> list[Any]:
+    def _under(self, full: str) -> list[Any]:
         """The different classes of a qualified name."""
-        classes = self._named.get(name, [])
-        return [cls for j, cls in enumerate(classes) if not any(_same(cls, later) for later in classes[j + 1 :])]
+        return _distinct([cls for cls in self._classes if qualified(cls) == full], full)
 
     def _short(self, name: str) -> list[Any]:
-        return [cls for full in self._named for cls in self._under(full) if cls.__name__ == name]
+        found = [cls for cls in self._classes if cls.__name__ == name]
+        return [cls for full in dict.fromkeys(map(qualified, found)) for cls in self._under(full)]
 
     def _only(self, name: str, found: list[Any]) -> T:
         if len(found) > 1:
@@ -83,6 +91,12 @@ def qualified(cls: Any) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _distinct(classes: list[Any], full: str) -> list[Any]:
+    """Without those of the qualified name ``full`` that were defined again, later in the list, by the same code."""
+    again = lambda j: any(qualified(later) == full and _same(classes[j], later) for later in classes[j + 1 :])
+    return [cls for j, cls in enumerate(classes) if qualified(cls) != full or not again(j)]
+
+
 def _listed(classes: list[Any]) -> str:
     return " and ".join(map(_described, classes))
 
@@ -93,7 +107,7 @@ def _described(cls: Any) -> str:
     return qualified(cls) + (f" ({codes[0].co_filename}:{codes[0].co_firstlineno})" if codes else "")
 
 
-# parts of a class that say nothing of its code; a dataclass with slots is made twice, the second time with the last three
+# parts of a class that say nothing of its code; a dataclass with slots is made twice, first without the last three
 _BOOKKEEPING = (
     "__dict__",
     "__weakref__",
@@ -116,12 +130,18 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _alike(x: Any, y: Any) -> bool:
+    """Whether two members do the same: equal code with equal values around it, or equal values."""
     f, g = _function(x), _function(y)
-    if f is None or g is None:
-        return x is y or (type(x) is type(y) and repr(x) == repr(y))
-    return (
-        f.__code__ == g.__code__ and repr(f.__defaults__) == repr(g.__defaults__) and _closed_over(f) == _closed_over(g)
-    )
+    if f is None or g is None or f.__code__ != g.__code__ or repr(f.__defaults__) != repr(g.__defaults__):
+        return f is g is None and _equal(x, y)
+    return all(map(_equal, _closed_over(f), _closed_over(g)))
+
+
+def _equal(x: Any, y: Any) -> bool:
+    code = getattr(x, "__code__", None)
+    if code is not None:
+        return code == getattr(y, "__code__", None)
+    return x is y or (type(x) is type(y) and repr(x) == repr(y))
 
 
 def _function(x: Any) -> types.FunctionType | None:
@@ -131,17 +151,14 @@ def _function(x: Any) -> types.FunctionType | None:
     return x if isinstance(x, types.FunctionType) else None
 
 
-def _closed_over(f: types.FunctionType) -> list[tuple[str, str]]:
+def _closed_over(f: types.FunctionType) -> list[Any]:
     """What a function sees of the functions around it, but for its own class."""
-    return [
-        (name, _contents(cell))
-        for name, cell in zip(f.__code__.co_freevars, f.__closure__ or ())
-        if name != "__class__"
-    ]
+    cells = zip(f.__code__.co_freevars, f.__closure__ or ())
+    return [_contents(cell) for name, cell in cells if name != "__class__"]
 
 
-def _contents(cell: types.CellType) -> str:
+def _contents(cell: types.CellType) -> Any:
     try:
-        return repr(cell.cell_contents)
+        return cell.cell_contents
     except ValueError:  # not filled yet
-        return ""
+        return None

@@ -1,4 +1,4 @@
-"""What the numbers of a kernel depend on, as names and hashes: so that a file is known again, or is said to be of other inputs."""
+"""What the numbers of a kernel depend on, by name: so that a file is known again, or said to be of other inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Fingerprint:
     eps: float
 
     @staticmethod
-    def of(rows: Side, columns: Side | None, centered: bool) -> Fingerprint:
+    def of(rows: Side, columns: Side | None, *, centered: bool) -> Fingerprint:
         """Of a kernel between ``rows`` and ``columns``; runs the model on the first batch."""
         task = rows.sweep.task
         hashes = {
@@ -68,7 +68,7 @@ class Fingerprint:
         theirs = plain["outputs"]
         if len(theirs) != len(self.outputs) or not all(abs(a - b) <= tolerance for a, b in zip(self.outputs, theirs)):
             odd.append(
-                "outputs of the first batch (where nothing else differs, of an attribute, the function or the mode of the model)"
+                "outputs of the first batch (where nothing else differs: an attribute, the function, or a mode)"
             )
         return odd
 
@@ -78,7 +78,7 @@ def _kind(x: Tensor) -> str:
 
 
 def _sketch(outputs: Tensor) -> list[float]:
-    """The outputs; of more than a few thousand, sums of neighbours with weights that let no two of them cancel by design."""
+    """The outputs; of more than a few thousand, sums of neighbours, so weighted that nothing cancels by design."""
     flat = outputs.flatten().to(torch.promote_types(outputs.dtype, torch.float32))
     width = max(1, math.ceil(flat.numel() / NUMBERS))
     weights = (torch.arange(width, dtype=torch.float64) * 0.6180339887498949).frac().add(0.5).to(flat)
@@ -89,7 +89,7 @@ def _sketch(outputs: Tensor) -> list[float]:
 
 
 def _hash(x: Any) -> str:
-    """Of all that is in ``x``, however deep; raises :class:`ArgumentError` for what has no contents that could be compared."""
+    """Of all that is in ``x``, however deep; raises :class:`ArgumentError` for what has no contents."""
     digest = hashlib.sha256()
     for leaf in _leaves(x):
         if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_quantized:
@@ -112,8 +112,8 @@ def _pickled(x: Any) -> bytes:
         torch.save(x, buffer) if isinstance(x, Tensor) else pickle.dump(x, buffer)
     except Exception as error:
         raise ArgumentError(
-            f"a batch holds a {type(x).__name__}, by which out= cannot know it again: {error}; expected tensors, numbers, text, "
-            "and dictionaries, lists and tuples of these"
+            f"a batch holds a {type(x).__name__}, by which out= cannot know it again: {error}; expected tensors, "
+            "numbers, text, and dictionaries, lists and tuples of these"
         ) from error
     return buffer.getvalue()
 

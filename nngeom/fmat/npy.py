@@ -1,4 +1,4 @@
-"""Kernels as ``.npy`` files: space reserved for one that grows, a list of its tiles, and a foot that says what it is of.
+"""Kernels as ``.npy`` files: space for one that grows, a list of its tiles, and a foot that says what it is of.
 
 The foot lies behind the numbers, where readers of ``.npy`` do not look: a description in JSON, and its checksum, length
 and a mark. Lists have one JSON value a line, each with its checksum, so that a line that was cut off is none.

@@ -1,9 +1,9 @@
-"""Where tiles of kernels go: tensors in memory, or a ``.npy`` file that an interrupted run resumes and a finished one opens.
+"""Where tiles of kernels go: tensors in memory, or a ``.npy`` file that is resumed where it was begun.
 
-While it grows, a kernel lies beside its place: the numbers in ``path + ".part"``, the finished tiles with their checksums
-in ``path + ".tiles"``, and ``path + ".lock"`` is locked. Then it is moved to ``path``, whole, and nothing is written there
-again: kernels that are read from it are not touched by later runs. The file says what it is a kernel of, so that it is
-known again.
+While it grows, a kernel lies beside its place: the numbers in ``path + ".part"``, the finished tiles with their
+checksums in ``path + ".tiles"``, and ``path + ".lock"`` is locked. Then it is moved to ``path``, whole, and nothing is
+written there again: kernels that are read from it are not touched by later runs. The file says what it is a kernel of,
+so that it is known again.
 """
 
 from __future__ import annotations
@@ -135,7 +135,10 @@ class FileStore(Store):
             ) from error
 
     def begin(self, shape: tuple[int, ...], dtype: torch.dtype, about: Fingerprint) -> dict[str, Tensor] | None:
-        """The kernel, if ``path`` holds it; else ``None``, and tiles go to what was begun of it, or to new space on the disk."""
+        """The kernel, if ``path`` holds it; else ``None``: tiles go to what was begun of it, or to new space.
+
+        ``shape`` and ``dtype`` are those of the whole kernel, ``about`` says of which inputs.
+        """
         super().open(shape, dtype, torch.device("cpu"))
         self.about = about.plain()
         if self._is_there():
@@ -164,8 +167,8 @@ class FileStore(Store):
             raise
         except (OSError, ValueError) as error:
             raise FileError(
-                f"{self.path!r} is no finished kernel of this library, or is damaged: {error}; delete it to compute the "
-                "kernel anew, or choose another path as out="
+                f"{self.path!r} is no finished kernel of this library, or is damaged: {error}; delete it to compute "
+                "the kernel anew, or choose another path as out="
             ) from error
 
     def _require_same(self, about: Fingerprint, plain: dict[str, Any]) -> None:
@@ -179,7 +182,7 @@ class FileStore(Store):
             )
 
     def _resume(self, about: Fingerprint) -> bool:
-        """Take up what was begun with the same inputs, but for tiles that are not on the disk as they were written; whether there is any."""
+        """Take up what was begun with the same inputs, but for damaged tiles; whether there is any."""
         lines = npy.read_lines(self.journal)
         if not lines or not os.path.exists(self.part):
             return False
