@@ -108,7 +108,10 @@ def test_the_same_inputs_open_a_finished_file(tmp_path, monkeypatch, way, dtype)
     torch.testing.assert_close(first.tensor, nng.GramMatrix(model, data, **options).tensor)
     assert os.listdir(tmp_path) == ["k.npy"]
     uncomputed(monkeypatch)
+    passes = []
+    model.register_forward_hook(lambda *args: passes.append(1))
     again = nng.GramMatrix(model, data, out=str(path), **{**options, "memory_budget": 10**6})
+    assert len(passes) == 1  # of the first batch, whose outputs are compared
     assert torch.equal(again.tensor, first.tensor) and again.tensor.dtype == dtype
     np.testing.assert_array_equal(np.load(path), first.tensor.numpy())
     np.testing.assert_array_equal(np.load(path, mmap_mode="r"), first.tensor.numpy())

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
 from nngeom.fmat.tiles import Side
-from nngeom.generator.capture import capture
 
 NUMBERS = 4096  # of the first outputs that are kept
 
@@ -50,7 +49,7 @@ class Fingerprint:
             hashes |= {
                 f"{what} {j}": _hash(batch) for j, batch in enumerate(side.sweep.loader if side is not None else ())
             }
-        outputs = capture(task, rows.sweep.loader[0]).outputs.detach()
+        outputs = rows.first_outputs()
         hashes["dtype and shape of the outputs"] = f"{outputs.dtype} {tuple(outputs.shape)}"
         return Fingerprint(
             hashes, _sketch(outputs), max(_sketch(outputs.abs()), default=0.0), torch.finfo(outputs.dtype).eps
