@@ -76,15 +76,34 @@ def strips(p: int) -> list[tuple[int, int]]:
     return [(lo, min(p, lo + width)) for lo in range(0, p, width)]
 
 
-def cholesky(m: Tensor, what: str) -> Tensor:
-    """Lower Cholesky factor of ``m [..., p, p]``; raises :class:`SingularError` when ``m`` is not positive definite."""
+def cholesky(m: Tensor, what: str, eps: float | None = None) -> Tensor:
+    """Lower Cholesky factor of ``m [..., p, p]``; raises :class:`SingularError` when ``m`` is not positive definite.
+
+    ``eps``: the rounding error of the entries, by default that of their dtype; pivots that it may have made are zero.
+    """
     factor, info = torch.linalg.cholesky_ex(m)
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    scale = m.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True) if m.shape[-1] else pivots
-    tiny = m.shape[-1] * torch.finfo(m.dtype).eps * scale
+    pivots = factor.detach().diagonal(dim1=-2, dim2=-1).square()
+    scale = m.detach().diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True) if m.shape[-1] else pivots
+    tiny = m.shape[-1] * (torch.finfo(m.dtype).eps if eps is None else eps) * scale
     if bool((info != 0).any()) or bool((pivots <= tiny).any()):
         raise SingularError(f"{what} is singular or indefinite; use a larger damping, or Cutoff(x) for a pseudo-inverse")
     return factor
+
+
+def cholesky_logdet(m: Tensor, what: str) -> Tensor:
+    """``log det m`` for each of ``m [..., p, p]``, in float64; raises :class:`SingularError` as :func:`cholesky`."""
+    wide = m.double() if m.device.type != "mps" else m.cpu().double()
+    pivots = cholesky(wide, what, torch.finfo(m.dtype).eps).diagonal(dim1=-2, dim2=-1)
+    return 2 * pivots.log().sum(-1).to(m)
+
+
+def lu(m: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """The factors of a square ``m [p, p]``, as ``torch.linalg.lu_factor``; raises :class:`SingularError` on zeros."""
+    factors, order, _ = torch.linalg.lu_factor_ex(m)
+    pivots = factors.detach().diagonal().abs()
+    if bool((pivots <= m.shape[-1] * torch.finfo(m.dtype).eps * m.detach().abs().max()).any()):
+        raise SingularError(f"{what} is singular; use a larger damping")
+    return factors, order
 
 
 # -- factors: dense [s, p, p] or diagonal [s, p] -----------------------------------------------------------------------

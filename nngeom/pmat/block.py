@@ -7,7 +7,6 @@ tensors only; what acts is always the exact matrix, ``inverse(damping)`` is a bl
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -100,7 +99,7 @@ class Block(TensorObject, ABC):
 
     def logdet(self, damping: Tikhonov) -> Tensor:
         """``log det(M + damping I)``; ``-inf`` when singular."""
-        return _logdet(self.eigh()[0] + damping.value)
+        return shifted_logdet(self.eigh()[0], damping)
 
     def root_times(self, noise: Tensor, damping: Tikhonov) -> Tensor:
         """``(M + damping I)^-1/2 noise`` up to a rotation, for sampling."""
@@ -145,8 +144,8 @@ def require_positive(shifted: Tensor, values: Tensor, what: str) -> None:
     """Raise unless all of ``shifted`` is above rounding error of ``values``."""
     if not values.numel():
         return
-    floor = 4 * torch.finfo(values.dtype).eps * values.abs().max()
-    least = shifted.min()
+    shifted, values = shifted.detach(), values.detach()
+    floor, least = rounding(values), shifted.min()
     if bool(least <= floor):
         need = float((shifted - values).max() - least + floor)
         raise SingularError(
@@ -156,15 +155,24 @@ def require_positive(shifted: Tensor, values: Tensor, what: str) -> None:
         )
 
 
-def _logdet(shifted: Tensor) -> Tensor:
-    if bool((shifted <= 0).any()):
-        return shifted.new_tensor(-math.inf)
-    return shifted.log().sum()
+def rounding(values: Tensor) -> Tensor:
+    """What of eigenvalues counts as zero: their rounding error, 4 units in the last place of the largest."""
+    return 4 * torch.finfo(values.dtype).eps * values.detach().abs().max()
+
+
+def shifted_logdet(values: Tensor, damping: Tikhonov) -> Tensor:
+    """``sum log(values + damping)``; without damping ``-inf`` where :func:`require_positive` raises."""
+    if not values.numel():
+        return values.sum()
+    return log_sum(torch.where(values.abs() <= rounding(values), torch.zeros_like(values), values) + damping.value)
+
+
+def log_sum(shifted: Tensor) -> Tensor:
+    """``sum log``; ``-inf`` where one is not positive."""
+    return shifted.clamp_min(0).log().sum()
 
 
 def zero_small(values: Tensor) -> Tensor:
     """Eigenvalues within rounding error of zero set to zero, so that the log-determinant of a singular matrix is ``-inf``."""
     floor = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
     return torch.where(values.abs() <= floor, torch.zeros_like(values), values)
-
-

@@ -10,7 +10,7 @@ from torch import Tensor
 from nngeom.core import linalg, memory
 from nngeom.core.damping import Cutoff
 from nngeom.core.errors import SingularError
-from nngeom.pmat.block import Block, BlockBasis, reciprocal
+from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope
@@ -63,10 +63,11 @@ class ArrowBlock(Block):
         return values, UnitBasis(u)
 
     def logdet(self, damping):
+        """By the Schur complements; without damping ``-inf`` exactly where :meth:`inverse` raises."""
         try:
             inverse = self.inverse(damping)
         except SingularError:
-            return super().logdet(damping)
+            return super().logdet(damping) if damping.value > 0 else log_sum(self.d.new_zeros(1) + damping.value)
         w = (self.d[..., :-1] + damping.value).log().sum()
         return w - 2 * inverse.u[..., -1].abs().log().sum()
 
