@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,6 +106,15 @@ class Side:
     def device(self) -> torch.device:
         """Where the kernel is."""
         return self.sweep.task.device
+
+    @property
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """What products with the Jacobian depend on: the parameters."""
+        return tuple(self.sweep.task.parameters.values())
+
+    def within(self) -> AbstractContextManager[int]:
+        """Work under the memory budget that the object was built with, which outlives that call."""
+        return memory.limit(self.sweep.memory_budget)
 
     def chunks(self, after: Key = START, reuse: bool = False) -> Iterator[Chunk]:
         """The chunks behind ``after``, captured anew; with ``reuse`` each may overwrite the one before."""
