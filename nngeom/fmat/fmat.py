@@ -41,10 +41,6 @@ class FMat(FunctionOperator, TensorObject):
     def _scaled(self, c):
         return type(self)(c * self.tensor)  # type: ignore[call-arg]
 
-    def detach(self) -> Any:
-        """Without its graph."""
-        return type(self)(self.tensor.detach())  # type: ignore[call-arg]
-
     def norm(self, kind: str = "fro") -> Tensor:
         """The Frobenius norm."""
         if kind not in ("fro", None):

@@ -80,7 +80,7 @@ class Side:
     @functools.cached_property
     def outputs(self) -> int:
         """``c``: how many outputs an example has; raises what a first, checked look at the data raises."""
-        with torch.no_grad():
+        with torch.no_grad(), self.within():
             return self.sweep.task.run(self.sweep.loader[0])[0].numel()
 
     @property

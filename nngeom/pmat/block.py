@@ -25,6 +25,10 @@ class TensorObject:
         """Another dtype or device, as ``Tensor.to``."""
         return self._map(lambda t: t.to(*args, **kwargs))
 
+    def detach(self):
+        """Without its graph."""
+        return self._map(lambda t: t.detach())
+
     def _map(self, f):
         fields: dict[str, Any] = {name: f(t) for name, t in self.fields().items() if isinstance(t, Tensor)}
         fields |= {name: tuple(map(f, ts)) for name, ts in self.fields().items() if isinstance(ts, tuple)}

@@ -252,12 +252,18 @@ class PMat(ParameterOperator):
         """Another dtype or device, as ``Tensor.to``."""
         return self._make(self.layer_collection, {lay: b.to(*args, **kwargs) for lay, b in self.blocks.items()}, self.examples)
 
+    def detach(self) -> PMat:
+        """Without its graph, which a matrix has that was made with a damping or a factor that requires a gradient."""
+        blocks = {lay: b.detach() for lay, b in self.blocks.items()}
+        return self._make(self.layer_collection, blocks, self.examples)
+
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         return sum(t.numel() * t.element_size() for b in self.blocks.values() for t in b.fields().values() if isinstance(t, Tensor))
 
     def __reduce__(self):
-        return _rebuild, (type(self), self.layer_collection, self.blocks, self.examples)
+        blocks = {lay: b.detach() for lay, b in self.blocks.items()}
+        return _rebuild, (type(self), self.layer_collection, blocks, self.examples)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={self.shape}, blocks={len(self.blocks)}, examples={self.examples}, dtype={self.dtype}, device='{self.device}')"
