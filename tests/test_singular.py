@@ -166,3 +166,19 @@ def test_damping_below_rounding(dtype):
         values = torch.linalg.eigvalsh(m.to_dense().double())[-rank:]
         expected = values.log().sum() + (m.shape[0] - rank) * math.log(x)
         torch.testing.assert_close(m.logdet(x).double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", [nng.FMatDense, nng.FMatBlockDiag, nng.FMatImplicit])
+def test_kernels_between_two_sets_are_not_solved_with(kind):
+    """Half of the entries would be read, those below the diagonal."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    x, y = torch.randn(2, 5, 4, dtype=torch.float64)
+    k = nng.GramMatrix(model, [x], kind, other=[y])
+    f = nng.FVector(torch.randn(2, 5, dtype=torch.float64))
+    operations = [lambda: k.solve(f, 1.0)]
+    operations += [lambda: k.lanczos(1)] if kind is nng.FMatImplicit else [k.eigh, k.eigvalsh, lambda: k.logdet(1.0)]
+    for operation in operations:
+        with pytest.raises(nng.ArgumentError, match="symmetric"):
+            operation()
+    torch.testing.assert_close(k.vTMv(f), f.flat() @ k.to_dense() @ f.flat())

@@ -57,6 +57,20 @@ class FMat(FunctionOperator, TensorObject):
     def _symmetric_parts(self) -> Tensor:
         """``[parts, p, p]``: the diagonal blocks, rows in flat order."""
 
+    def _require_symmetric(self, what: str) -> None:
+        """Raise for a kernel between two sets, of equal size perhaps; a few rows tell, at a cost that does not show."""
+        self._require_square(what)
+        m = self._symmetric_parts().detach()
+        if not m.numel():
+            return
+        step = -(-m.shape[-1] // 8)
+        rows, columns = m[:, ::step], m[..., ::step].mT
+        if bool((rows - columns).abs().max() > torch.finfo(m.dtype).eps ** 0.5 * rows.abs().max()):
+            raise ArgumentError(
+                f"{what} needs a symmetric kernel, that of one set of examples; this one is between two, or was given "
+                "as a tensor that is not symmetric: torch.linalg works on K.to_dense()"
+            )
+
     def _as_parts(self, f: Tensor) -> Tensor:
         """``[*b, c, n] -> [*b, parts, p]``."""
         parts = self._symmetric_parts().shape[0]
@@ -71,7 +85,7 @@ class FMat(FunctionOperator, TensorObject):
 
         Raises :class:`SingularError` where the damped kernel is not positive definite to rounding.
         """
-        self._require_square("solve")
+        self._require_symmetric("solve")
         d, m = as_damping(damping), self._symmetric_parts()
         x = self._as_parts(self._operand(f, self.columns))  # [*b, parts, p]
         flat = x.reshape(-1, *x.shape[-2:]).permute(1, 2, 0)  # [parts, p, b]
@@ -95,7 +109,7 @@ class FMat(FunctionOperator, TensorObject):
 
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
         """``log det(K + damping I)``; ``-inf`` where that is singular: without damping where :meth:`solve` raises."""
-        self._require_square("logdet")
+        self._require_symmetric("logdet")
         d = as_damping(damping)
         try:
             return linalg.cholesky_logdet(*self._shifted(d)).sum()
@@ -107,13 +121,13 @@ class FMat(FunctionOperator, TensorObject):
 
     def eigh(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues ``(c n,)``, ascending, and eigenvectors ``(c n, c n)``, columns in the same order."""
-        self._require_square("eigh")
+        self._require_symmetric("eigh")
         values, u = linalg.eigh(self._symmetric_parts())
         flat, order = values.flatten().sort(stable=True)
         return flat, torch.block_diag(*u)[:, order].contiguous() if len(u) > 1 else u[0]
 
     def eigvalsh(self) -> Tensor:
         """Eigenvalues ``(c n,)``, ascending, without eigenvectors; computed in float64."""
-        self._require_square("eigvalsh")
+        self._require_symmetric("eigvalsh")
         m = self._symmetric_parts()
         return torch.linalg.eigvalsh(m.double()).flatten().sort()[0].to(m)

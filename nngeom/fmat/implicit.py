@@ -193,6 +193,10 @@ class FMatImplicit(FunctionOperator):
 
     # -- what it solves and estimates --------------------------------------------------------------------------------
 
+    def _require_symmetric(self, what: str) -> None:
+        if self.left is not self.right:
+            raise ArgumentError(f"{what} needs a symmetric kernel, of one set of examples; this one is between two")
+
     def _flat(self, product: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
         return lambda z: (product or self._mv)(z.unflatten(-1, (self.outputs, self.columns))).flatten(-2)
 
@@ -203,7 +207,7 @@ class FMatImplicit(FunctionOperator):
 
         Differentiable in ``f`` and ``damping``. Raises :class:`ConvergenceError` when ``tol`` is not reached.
         """
-        self._require_square("solve")
+        self._require_symmetric("solve")
         d = as_damping(damping)
         if not isinstance(d, Tikhonov):
             raise ArgumentError("an implicit kernel takes a number as damping: Cutoff needs a factorisation, materialize() first")
@@ -214,7 +218,7 @@ class FMatImplicit(FunctionOperator):
 
     def lanczos(self, k: int, steps: int | None = None, tol: float = 1e-6, generator: torch.Generator | None = None) -> tuple[Tensor, FVector]:
         """The ``k`` largest eigenvalues, descending ``(k,)``, and their vectors, a batch of FVectors."""
-        self._require_square("lanczos")
+        self._require_symmetric("lanczos")
         device = generator.device if generator is not None else self.device
         start = torch.randn(self.shape[0], generator=generator, dtype=self.dtype, device=device).to(self.device)
         values, vectors = lanczos(self._flat(), start, k, steps, tol)

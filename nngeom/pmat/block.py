@@ -148,12 +148,11 @@ def require_positive(shifted: Tensor, values: Tensor, what: str) -> None:
     """Raise unless all of ``shifted`` is above rounding error of ``values``."""
     if not values.numel():
         return
-    shifted, values = shifted.detach(), values.detach()
     floor, least = rounding(values), shifted.min()
     if bool(least <= floor):
-        need = float((shifted - values).max() - least + floor)
+        need = ((shifted - values).max() - least + floor).item()
         raise SingularError(
-            f"{what} is singular or indefinite at this damping: its smallest eigenvalue is {float(least):.3e}; "
+            f"{what} is singular or indefinite at this damping: its smallest eigenvalue is {least.item():.3e}; "
             f"use a damping above {max(need, 0.0):.3e}, or Cutoff(x) for a pseudo-inverse",
             max(need, 0.0),
         )
@@ -161,7 +160,7 @@ def require_positive(shifted: Tensor, values: Tensor, what: str) -> None:
 
 def rounding(values: Tensor) -> Tensor:
     """What of eigenvalues counts as zero: their rounding error, 4 units in the last place of the largest."""
-    return 4 * torch.finfo(values.dtype).eps * values.detach().abs().max()
+    return 4 * torch.finfo(values.dtype).eps * values.abs().max()
 
 
 def shifted_logdet(values: Tensor, damping: Tikhonov) -> Tensor:

@@ -49,7 +49,7 @@ class ArrowBlock(Block):
         positive = bool((w > 0).all())
         schur = b - (self.c.square() / w).sum(-1) if positive else b
         if not positive or bool((schur <= 4 * torch.finfo(d.dtype).eps * d.abs().amax(-1)).any()):
-            least = float(self.eigh()[0].min())
+            least = self.eigh()[0].min().item()
             raise SingularError(
                 f"the quasi-diagonal matrix is not positive definite with damping {damping.value:g}: its smallest eigenvalue is "
                 f"{least:.3e}; use a damping above {max(-least, 0.0):.3e} (quasi-diagonal matrices need not be positive semi-definite)",
