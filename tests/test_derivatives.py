@@ -1,5 +1,8 @@
 """What has a graph has the right gradient: products, forms, solves, log-determinants, in vectors, damping, factors."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -358,6 +361,82 @@ def test_damping_that_makes_no_sense():
         m.logdet(None)
     with pytest.raises(nng.ArgumentError, match="Cutoff"):
         m.solve(wrap(m, vector(m)), nng.Cutoff(torch.tensor(0.1, requires_grad=True)))
+
+
+@pytest.mark.parametrize("name", "Dense Diag BlockDiag QuasiDiag KFAC EKFAC LowRank Mixed sum".split())
+def test_a_damping_too_small_raises_whatever_it_is(name):
+    m = MATRICES[name]() - 2 * MATRICES[name]()  # negative
+    for x in (1e-3, torch.tensor(1e-3, requires_grad=True)):
+        solve = lambda x=x: m.solve(wrap(m, vector(m)), x)
+        for operation in (solve, lambda x=x: m.inverse(x), lambda x=x: m.sample(1, x)):
+            with pytest.raises(nng.SingularError):
+                operation()
+        assert float(m.logdet(x).detach()) == -torch.inf
+
+
+def test_dtypes_of_damping_and_matrix():
+    for dtype in (torch.float32, X):
+        m = fim(nng.PMatKFAC).to(torch.float32)
+        v, x = vector(m).float(), torch.tensor(0.3, dtype=dtype, requires_grad=True)
+        y = m.solve(wrap(m, v), x)
+        assert y.dtype == torch.float32 and m.logdet(x).dtype == torch.float32
+        slope = grad(y.flat().sum(), x)[0]
+        twice = m.to(X).solve(m.to(X).solve(wrap(m, v.to(X)), 0.3), 0.3).flat().sum()
+        torch.testing.assert_close(slope, -twice.to(dtype), rtol=1e-4, atol=1e-4)
+
+
+def test_multiples_of_the_identity_with_a_graph(monkeypatch):
+    import nngeom.pmat.expression as expression
+
+    lc = nng.LayerCollection.from_model(MODEL)
+    eye = torch.eye(D, dtype=X)
+    for limit in (expression.DENSE_LIMIT, 3):
+        monkeypatch.setattr(expression, "DENSE_LIMIT", limit)
+        for kind in (nng.PMatDense, nng.PMatImplicit, nng.PMatKFAC):
+            m, v = fim(kind), vector(fim(nng.PMatDiag))
+            dense = m.to_dense()
+            mine = lambda x, m=m, v=v: (m + nng.PMatEye.build(lc, x, dtype=X)).solve(wrap(m, v), 0.0, tol=TIGHT).flat()
+            same_derivatives(
+                lambda x, f=mine: curved(f(x)),
+                lambda x, d=dense, v=v: curved(torch.linalg.solve(d + x * eye, v)),
+                [torch.tensor(0.4, dtype=X)],
+                1e-6,
+            )
+
+
+def test_solves_with_a_preconditioner():
+    m, v, x = fim(nng.PMatImplicit), vector(fim(nng.PMatDiag)), torch.tensor(0.05, dtype=X)
+    dense, other, eye = m.to_dense(), fim(nng.PMatKFAC), torch.eye(D, dtype=X)
+    same_derivatives(
+        lambda v, x: curved(m.solve(wrap(m, v), x, tol=TIGHT, preconditioner=other).flat()),
+        lambda v, x: curved(torch.linalg.solve(dense + x * eye, v)),
+        [v, x],
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", ["Dense", "KFAC", "LowRank", "Implicit"])
+def test_solves_of_all_rows_at_once(name):
+    m, j = MATRICES[name](), jacobian(nng.PushForwardDense)
+    dense, eye = m.to_dense(), torch.eye(D, dtype=X)
+    same_derivatives(
+        lambda x: m.solve(j, x, **options(name)).tensor.square().sum(),
+        lambda x: torch.linalg.solve(dense + x * eye, j.rows().T).square().sum(),
+        [torch.tensor(0.4, dtype=X)],
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", ["Dense", "KFAC", "LowRank", "QuasiDiag", "Eye", "Mixed"])
+def test_a_matrix_with_a_graph_is_detached_copied_and_kept(name, tmp_path):
+    x = torch.tensor(0.4, dtype=X, requires_grad=True)
+    m = MATRICES[name]().inverse(x)
+    assert m.trace().requires_grad and not m.detach().trace().requires_grad
+    nng.save(m, tmp_path / "m")
+    for copied in (m.detach(), pickle.loads(pickle.dumps(m)), copy.deepcopy(m), nng.load(tmp_path / "m")):
+        assert type(copied) is type(m) and not copied.trace().requires_grad
+        assert torch.equal(copied.to_dense(), m.to_dense().detach())
+        assert torch.equal((2 * copied).to_dense(), (2 * m).to_dense().detach())
 
 
 def test_laplace_evidence():
