@@ -48,6 +48,17 @@ class OnlyOnce(nn.Module):
         return _Cube.apply(self.map(x))
 
 
+class OnceInside(nn.Module):
+    """A layer behind the function that can be differentiated once has second derivatives, those before it have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.head = nn.Linear(3, 2), nn.Linear(2, 4)
+
+    def forward(self, x):
+        return self.head(_Cube.apply(self.map(x)))
+
+
 class Checkpointed(nn.Module):
     """Activations of a part are computed again in the backward pass."""
 
@@ -70,7 +81,10 @@ class DistancesOfPositions(nn.Module):
         return torch.cdist(self.map(torch.stack([x, x.flip(-1)], 1)), self.centres).flatten(1)
 
 
-@pytest.fixture(params=[Distances, OnlyOnce, Checkpointed, DistancesOfPositions], ids=lambda c: c.__name__)
+MODELS = [Distances, OnlyOnce, OnceInside, Checkpointed, DistancesOfPositions]
+
+
+@pytest.fixture(params=MODELS, ids=lambda c: c.__name__)
 def case(request):
     torch.manual_seed(0)
     model = request.param().double()
