@@ -182,3 +182,40 @@ def test_kernels_between_two_sets_are_not_solved_with(kind):
         with pytest.raises(nng.ArgumentError, match="symmetric"):
             operation()
     torch.testing.assert_close(k.vTMv(f), f.flat() @ k.to_dense() @ f.flat())
+
+
+@pytest.mark.parametrize("name", [name for name in MATRICES if name != "product"])
+def test_gradients_where_eigenvalues_repeat(name):
+    """What is made of an inverse that has a graph: the right gradient, or an error; never NaN."""
+    m = MATRICES[name](*dead(torch.float64))
+    dense = m.to_dense()
+    d = len(dense)
+    eye, v = torch.eye(d, dtype=torch.float64), torch.randn(d, dtype=torch.float64)
+    size = 1e6 if name == "scaled" else 1.0
+    lowest = max(0.0, -float(torch.linalg.eigvalsh(dense / size).min()))
+    x = torch.tensor(size * (0.3 + 2 * lowest), dtype=torch.float64, requires_grad=True)
+    w, y = nng.PVector(m.collection, v), 0.1 / size
+
+    def same(mine, theirs):
+        torch.testing.assert_close(mine, theirs)
+        slopes = (torch.autograd.grad(t.square().sum(), x)[0] for t in (mine, theirs))
+        torch.testing.assert_close(*slopes)
+
+    inverse = lambda x: torch.linalg.inv(dense + x * eye)
+    same(m.inverse(x).solve(w, y).flat(), torch.linalg.solve(inverse(x) + y * eye, v))
+    same(m.inverse(x).inverse(y).mv(w).flat(), torch.linalg.solve(inverse(x) + y * eye, v))
+    both = m.inverse(x) + m.inverse(2 * x)
+    same(both.solve(w, y).flat(), torch.linalg.solve(inverse(x) + inverse(2 * x) + y * eye, v))
+    same(m.inverse(x).logdet(y), torch.logdet(inverse(x) + y * eye))
+    same(m.inverse(x).norm() * size, inverse(x).norm() * size)
+    for mine in (
+        lambda: m.inverse(x).solve(w, nng.Cutoff(1e-9 / size)).flat(),
+        lambda: m.inverse(x).inverse(nng.Cutoff(1e-9 / size)).mv(w).flat(),
+        lambda: m.inverse(nng.FactoredTikhonov(x)).inverse(y).mv(w).flat(),
+        lambda: m.inverse(x).sample(1, y, generator=torch.Generator().manual_seed(0)).flat(),
+    ):
+        try:
+            slope = torch.autograd.grad(mine().sum(), x)[0]
+        except NotImplementedError:
+            continue
+        assert bool(torch.isfinite(slope))

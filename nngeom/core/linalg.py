@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import NonFiniteError, SingularError
+from nngeom.core.errors import NonFiniteError, SingularError, UnsupportedError
 
 ROUNDINGS = 16  # of the largest eigenvalue, below which one of a sum over examples counts as zero
 
@@ -23,7 +23,8 @@ def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending) and contiguous eigenvectors of symmetric ``m [..., p, p]``, computed in float64.
 
     LAPACK's divide and conquer can fail to converge on nearly degenerate matrices: the second try perturbs the
-    diagonal by rounding-error size, the third takes the singular value decomposition.
+    diagonal by rounding-error size, the third takes the singular value decomposition. Eigenvalues may have a gradient;
+    eigenvectors only where eigenvalues are distinct, else the backward pass raises :class:`UnsupportedError`.
     """
     if not torch.isfinite(m).all():
         raise NonFiniteError("eigendecomposition of a matrix with NaN or infinite entries; check the inputs and the model")
@@ -41,7 +42,35 @@ def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
             order = values.argsort(-1)
             values = values.gather(-1, order)
             vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
+    if vectors.requires_grad:
+        vectors = _Distinct.apply(vectors, values.detach())
     return values.to(m), vectors.to(m).contiguous()
+
+
+def svd(m: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values and right singular vectors, the rows of the second, in float64; gradients as of :func:`eigh`."""
+    _, values, vectors = torch.linalg.svd(m.double(), full_matrices=False)
+    return values, _Distinct.apply(vectors, values.detach()) if vectors.requires_grad else vectors
+
+
+class _Distinct(torch.autograd.Function):
+    """Eigenvectors as they are; no gradient passes where eigenvalues ``[..., p]`` repeat: it would be infinite."""
+
+    @staticmethod
+    def forward(ctx, vectors, values):
+        ctx.save_for_backward(values)
+        return vectors.view_as(vectors)
+
+    @staticmethod
+    def backward(ctx, g):
+        (values,) = ctx.saved_tensors
+        gaps, scale = values.diff(dim=-1).abs(), values.abs().amax(-1, keepdim=True)
+        if bool((g != 0).any()) and bool((gaps <= torch.finfo(values.dtype).eps ** 0.5 * scale).any()):
+            raise UnsupportedError(
+                "a gradient in the entries of a matrix, through eigenvectors of eigenvalues that repeat, is not offered; "
+                "detach() the matrix that has a graph, or use PMatDense, whose solve with a number as damping needs none"
+            )
+        return g, None
 
 
 def gram(x: Tensor) -> Tensor:

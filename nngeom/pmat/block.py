@@ -165,9 +165,10 @@ def rounding(values: Tensor) -> Tensor:
 
 def shifted_logdet(values: Tensor, damping: Tikhonov) -> Tensor:
     """``sum log(values + damping)``; without damping ``-inf`` where :func:`require_positive` raises."""
-    if not values.numel():
-        return values.sum()
-    return log_sum(torch.where(values.abs() <= rounding(values), torch.zeros_like(values), values) + damping.value)
+    shifted = values + damping.value
+    if values.numel() and not damping.value > 0:
+        shifted = torch.where(values <= rounding(values), torch.zeros_like(values), shifted)
+    return log_sum(shifted)
 
 
 def log_sum(shifted: Tensor) -> Tensor:

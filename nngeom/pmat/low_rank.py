@@ -53,14 +53,18 @@ class LowRankBlock(Block):
         return None
 
     def solve(self, b, damping):
-        """Woodbury with the Gram matrix of the rows; by :meth:`inverse` where that does not do."""
-        if isinstance(damping, Cutoff) or self.sign < 0 or self.shift + damping.value <= 0:
-            return super().solve(b, damping)
+        """Woodbury with the Gram matrix of the rows, ``(b - R^T (R R^T +- c I)^-1 R b) / c``, else :meth:`inverse`."""
         c = self.shift + damping.value
-        gram = self.r @ self.r.T
+        if isinstance(damping, Cutoff) or c <= 0:
+            return super().solve(b, damping)
+        gram = self.sign * (self.r @ self.r.T)
         gram.diagonal().add_(c)
-        inner = torch.cholesky_solve((b @ self.r.T).flatten(0, -2).T, linalg.cholesky(gram, "the low-rank matrix")).T
-        return (b - inner.reshape(*b.shape[:-1], -1) @ self.r) / c
+        try:
+            factor = linalg.cholesky(gram, "the low-rank matrix")
+        except SingularError:
+            return super().solve(b, damping)
+        inner = torch.cholesky_solve((b @ self.r.T).flatten(0, -2).T, factor).T
+        return (b - self.sign * inner.reshape(*b.shape[:-1], -1) @ self.r) / c
 
     def inverse(self, damping):
         """Woodbury; with ``R = U S V^T`` the inverse is ``V (1 / (S^2 + c) - 1 / c) V^T + I / c``, low-rank again."""
@@ -97,7 +101,7 @@ class LowRankBlock(Block):
 
     def _spectrum(self) -> tuple[Tensor, Tensor]:
         """Non-zero eigenvalues of ``sign R^T R`` and their orthonormal vectors ``[r, p]``."""
-        _, s, v = torch.linalg.svd(self.r.double(), full_matrices=False)
+        s, v = linalg.svd(self.r)
         keep = s > s.amax() * max(self.r.shape) * torch.finfo(self.r.dtype).eps if s.numel() else s > 0
         return self.sign * s[keep].square().to(self.r), v[keep].to(self.r)
 

@@ -131,7 +131,11 @@ class UnitBlock(Block):
 
     def inverse(self, damping):
         values, basis = self.eigh()
-        return UnitBlock((basis.u * reciprocal(values, damping, "the unit-wise matrix").unsqueeze(-2)) @ basis.u.mT)
+        inverse = reciprocal(values, damping, "the unit-wise matrix")
+        if self.m.requires_grad and not isinstance(damping, Cutoff):  # equal eigenvalues: no gradient of eigenvectors
+            eye = torch.eye(self.m.shape[-1], dtype=self.m.dtype, device=self.m.device)
+            return UnitBlock(torch.linalg.inv(self.m + damping.value * eye))
+        return UnitBlock((basis.u * inverse.unsqueeze(-2)) @ basis.u.mT)
 
     def eigh(self):
         values, u = linalg.eigh(self.m)
