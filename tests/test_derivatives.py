@@ -328,6 +328,24 @@ def test_transforms(name):
     torch.testing.assert_close(torch.func.vmap(form)(torch.stack([v, 2 * v])), torch.stack([form(v), form(2 * v)]))
 
 
+@pytest.mark.parametrize("name", ["Dense", "QuasiDiag", "KFAC", "LowRank", "Implicit"])
+def test_forward_mode(name):
+    """Stored matrices have it, in vector, damping and factor; implicit ones say that they have not."""
+    m, x = MATRICES[name](), torch.tensor(0.4, dtype=X)
+    dense, v, eye = m.to_dense(), vector(m), torch.eye(D, dtype=X)
+    for refused, mine, theirs, at in (
+        (True, lambda v: m.vTMv(wrap(m, v)), lambda v: v @ dense @ v, v),
+        (True, lambda x: m.solve(wrap(m, v), x).flat(), lambda x: torch.linalg.solve(dense + x * eye, v), x),
+        (False, lambda c: (c * m).mv(wrap(m, v)).flat(), lambda c: c * dense @ v, x),
+    ):
+        if name == "Implicit" and refused:
+            with pytest.raises(nng.UnsupportedError, match="reverse"):
+                torch.func.jvp(mine, (at,), (torch.ones_like(at),))
+        else:
+            found, expected = (torch.func.jvp(f, (at,), (torch.ones_like(at),)) for f in (mine, theirs))
+            torch.testing.assert_close(found, expected)
+
+
 def test_overwritten_parameters_are_noticed():
     model = network()
     m = nng.FIM(model, DATA, nng.PMatImplicit)

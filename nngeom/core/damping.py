@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DampingError
+from nngeom.core.linear import differentiated
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def as_damping(damping: float | Tensor | Damping) -> Damping:
         ) from None
     if not math.isfinite(number) or number < 0:
         raise DampingError(f"damping is {number}; expected a finite number >= 0")
-    if not isinstance(damping.value, Tensor) or not (damping.value.requires_grad and torch.is_grad_enabled()):
+    if not isinstance(damping.value, Tensor) or not differentiated(damping.value):
         return replace(damping, value=number) if type(damping.value) is not float else damping
     if isinstance(damping, Cutoff):
         raise ArgumentError(

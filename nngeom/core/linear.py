@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from nngeom.core.errors import UnsupportedError
@@ -21,6 +22,13 @@ Coefficient = float | Tensor
 def identity(x: Tensor) -> Tensor:
     """``x``."""
     return x
+
+
+def differentiated(x: Any) -> bool:
+    """Whether derivatives in ``x`` are asked for, in reverse or in forward mode."""
+    if not isinstance(x, Tensor):
+        return False
+    return (x.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def linear(act: Act, adjoint: Act, x: Tensor, held: Sequence[Tensor] = ()) -> Tensor:
@@ -81,8 +89,8 @@ class _Linear(torch.autograd.Function):
         return None, None, None, linear(ctx.adjoint, ctx.act, g, ctx.saved_tensors)
 
     @staticmethod
-    def jvp(ctx: Any, act: None, adjoint: None, held: None, x: Tensor) -> Tensor:
-        return ctx.act(x)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _in_reverse()
 
     @staticmethod
     def vmap(
@@ -114,3 +122,14 @@ class _Solution(torch.autograd.Function):
             for f, c, needed in zip(ctx.maps, coefficients, ctx.needs_input_grad[4:])
         ]
         return None, None, None, back if ctx.needs_input_grad[3] else None, *slopes
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _in_reverse()
+
+
+def _in_reverse() -> UnsupportedError:
+    return UnsupportedError(
+        "products and solves of implicit objects are differentiated in reverse mode; use backward(), torch.autograd.grad, "
+        "torch.func.grad or jacrev, not forward mode (jvp, jacfwd, torch.func.hessian)"
+    )

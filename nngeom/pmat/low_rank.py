@@ -10,6 +10,7 @@ from torch import Tensor
 from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Tikhonov
 from nngeom.core.errors import SingularError
+from nngeom.core.linear import differentiated
 from nngeom.core.statistic import Rows
 from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, shifted_logdet
 from nngeom.pmat.pmat import PMat
@@ -44,7 +45,7 @@ class LowRankBlock(Block):
         return isinstance(self.shift, Tensor) or self.shift != 0
 
     def scaled(self, c):
-        c = c if isinstance(c, Tensor) and c.requires_grad else float(c)
+        c = c if differentiated(c) else float(c)
         return LowRankBlock(self.r * abs(c) ** 0.5, self.sign if c >= 0 else -self.sign, self.shift * c)
 
     def added(self, other):

@@ -13,6 +13,7 @@ from torch import Tensor
 from nngeom.core import linalg
 from nngeom.core.damping import Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError
+from nngeom.core.linear import differentiated
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
@@ -170,7 +171,7 @@ def _factor(c: Any) -> float | Tensor:
         raise ArgumentTypeError(f"cannot scale a matrix by {given}; expected a number (M @ N is the product)")
     if not isinstance(c, Tensor):
         return float(c)
-    return c if c.requires_grad and torch.is_grad_enabled() else float(c.detach())
+    return c if differentiated(c) else float(c.detach())
 
 
 def require_tikhonov(damping: Any, what: str) -> Tikhonov:
