@@ -102,7 +102,8 @@ class SecondDerivatives:
         """``(lo, hi, [hi - lo, p])``: the block of ``names`` times the vectors ``columns(lo, hi)``, as many as fit the budget."""
         parameters = [self.task.parameters[n] for n in names]
         used = [p.new_zeros(p.shape) if g is None else g for g, p in ((self.gradients[n], p) for n, p in zip(names, parameters))]
-        flat = torch.cat([g.flatten() for g in used])
+        with gradients_on():  # under no_grad they would be joined without their graph, and every product be zero
+            flat = torch.cat([g.flatten() for g in used])
         each = 4 * (flat.numel() * flat.element_size() + self.width)
         for lo, hi in memory.pieces(count, each, "column of the Hessian"):
             v = columns(lo, hi).to(flat.dtype)
@@ -239,7 +240,7 @@ class ImplicitHessian(PMatImplicit):
 
     width: int = 0  # bytes of the activations of an example, roughly
 
-    def _mv(self, x):
+    def _unscaled(self, x):
         flat = x.reshape(-1, x.shape[-1])
         total, count = torch.zeros_like(flat), 0
         with memory.limit(self.sweep.memory_budget):
@@ -247,7 +248,7 @@ class ImplicitHessian(PMatImplicit):
                 for lo, hi, rows in batch.times(self.collection.names, lambda lo, hi: flat[lo:hi], len(flat)):
                     total[lo:hi] += rows
                 count += batch.examples
-        return (self.scale / count * total).reshape(x.shape)
+        return (total / count).reshape(x.shape)
 
     def _exact_trace(self):
         return self.diag().flat().sum()

@@ -33,10 +33,14 @@ class PVector:
     # -- construction ------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def from_model(model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
-        """A detached copy of the parameters."""
+    def from_model(model: nn.Module, layer_collection: LayerCollection | None = None, *, live: bool = False) -> PVector:
+        """The parameters of ``model``, those of ``layer_collection`` only where it is given: a detached copy.
+
+        ``live``: with their graph, so that what is computed from the vector has a gradient in the parameters. A penalty
+        ``M.vTMv(w - w0)`` in a loss takes a live ``w`` and a detached ``w0``: of two copies it would be a constant.
+        """
         lc = layer_collection or LayerCollection.from_model(model)
-        return PVector.from_dict(lc, {n: p.detach() for n, p in lc.parameters(model).items()})
+        return PVector.from_dict(lc, {n: p if live else p.detach() for n, p in lc.parameters(model).items()})
 
     @staticmethod
     def from_grad(model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
