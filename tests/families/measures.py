@@ -1,0 +1,125 @@
+"""Measures: ``f(wrapped, loader, truth, generator, **options)`` gives what the library says and what autograd says, ``(got, want)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nngeom as nng
+
+from .net import Truth
+from .wrappers import Wrapped
+
+Pair = tuple[Tensor, Tensor]
+
+
+def fim(representation: Any, read: Callable[[Any], Tensor], want: Callable[[Truth], Tensor]) -> Callable[..., Pair]:
+    """The exact Fisher matrix in a representation, and what is exact in it."""
+
+    def measure(w: Wrapped, loader, truth: Truth, generator, **options) -> Pair:
+        return read(nng.FIM(w.model, loader, representation, function=w.function, **options)), want(truth)
+
+    return measure
+
+
+def vector(m: Any, generator: torch.Generator, like: Tensor) -> tuple[Any, Tensor]:
+    """A random vector of parameter space, as an object and flat."""
+    v = nng.PVector.randn(m.layer_collection, generator=generator, dtype=like.dtype)
+    return v, v.flat()
+
+
+def implicit(w, loader, truth, generator, **options) -> Pair:
+    m = nng.FIM(w.model, loader, nng.PMatImplicit, function=w.function, **options)
+    v, flat = vector(m, generator, truth.rows)
+    return m.mv(v).flat(), truth.fisher @ flat
+
+
+def empirical(w, loader, truth, generator, **options) -> Pair:
+    m = nng.EmpiricalFIM(w.model, loader, nng.PMatDense, loss="cross_entropy", function=w.function, **options)
+    return m.to_dense(), truth.loss_rows.T @ truth.loss_rows / truth.n
+
+
+def empirical_diag(w, loader, truth, generator, **options) -> Pair:
+    m = nng.EmpiricalFIM(w.model, loader, nng.PMatDiag, loss="cross_entropy", function=w.function, **options)
+    return m.diag().flat(), truth.loss_rows.square().mean(0)
+
+
+def jacobian(w, loader, truth, generator, **options) -> Pair:
+    return nng.Jacobian(w.model, loader, function=w.function, **options).tensor, truth.rows
+
+
+def push(w, loader, truth, generator, **options) -> Pair:
+    j = nng.Jacobian(w.model, loader, nng.PushForwardImplicit, function=w.function, **options)
+    v, flat = vector(j, generator, truth.rows)
+    return j.mv(v).tensor, truth.rows @ flat
+
+
+def pull(w, loader, truth, generator, **options) -> Pair:
+    j = nng.Jacobian(w.model, loader, nng.PushForwardImplicit, function=w.function, **options)
+    u = torch.randn(truth.rows.shape[:2], generator=generator, dtype=torch.float64).to(truth.rows)
+    return j.T.mv(nng.FVector(u)).flat(), torch.einsum("cn,cnd->d", u, truth.rows)
+
+
+def gram(w, loader, truth, generator, **options) -> Pair:
+    k = nng.GramMatrix(w.model, loader, function=w.function, **options)
+    return k.tensor, torch.einsum("cnd,emd->cnem", truth.rows, truth.rows)
+
+
+def gram_diag(w, loader, truth, generator, **options) -> Pair:
+    k = nng.GramMatrix(w.model, loader, nng.FMatDiag, function=w.function, **options)
+    return k.tensor, truth.rows.square().sum(-1)
+
+
+def gram_differentiable(w, loader, truth, generator, **options) -> Pair:
+    k = nng.GramMatrix(w.model, loader[:1], function=w.function, differentiable=True, **options)
+    return graph_of(k.trace(), w), graph_of(truth.trace(), w)
+
+
+def hessian(w, loader, truth, generator, **options) -> Pair:
+    m = nng.Hessian(w.model, loader, loss="cross_entropy", function=w.function, **options)
+    v, flat = vector(m, generator, truth.rows)
+    return m.mv(v).flat(), truth.hessian_product(flat)
+
+
+def covariance(w, loader, truth, generator, **options) -> Pair:
+    m = nng.GradientCovariance(w.model, loader, nng.PMatDiag, loss="cross_entropy", function=w.function, **options)
+    return m.diag().flat(), truth.loss_rows.var(0, unbiased=False)
+
+
+def penalty(w, loader, truth, generator, **options) -> Pair:
+    """The trace and its gradient."""
+    value = nng.mgs.trace_penalty(w.model, loader[0][0], function=w.function)
+    return graph_of(value, w), graph_of(truth.trace(), w)
+
+
+def graph_of(value: Tensor, w: Wrapped) -> Tensor:
+    """A scalar and its gradient, ``(1 + d,)``."""
+    parameters = [p for p in w.model.parameters() if p.requires_grad]
+    grads: Any = [None] * len(parameters)
+    if value.requires_grad:
+        grads = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=True)
+    flat = [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters)]
+    return torch.cat([value.detach().reshape(1), *flat])
+
+
+MEASURES: dict[str, Callable[..., Pair]] = {
+    "Jacobian": jacobian,
+    "FIM Dense": fim(nng.PMatDense, lambda m: m.to_dense(), lambda truth: truth.fisher),
+    "FIM Diag": fim(nng.PMatDiag, lambda m: m.diag().flat(), lambda truth: truth.fisher.diagonal()),
+    "FIM EKFAC trace": fim(nng.PMatEKFAC, lambda m: m.trace(), lambda truth: truth.fisher.trace()),
+    "FIM LowRank": fim(nng.PMatLowRank, lambda m: m.to_dense(), lambda truth: truth.fisher),
+    "FIM Implicit": implicit,
+    "EmpiricalFIM Dense": empirical,
+    "EmpiricalFIM Diag": empirical_diag,
+    "GramMatrix": gram,
+    "GramMatrix Diag": gram_diag,
+    "GramMatrix differentiable": gram_differentiable,
+    "J v": push,
+    "J^T u": pull,
+    "Hessian v": hessian,
+    "GradientCovariance Diag": covariance,
+    "trace penalty": penalty,
+}

@@ -1,0 +1,125 @@
+"""The model that the axes meet in, and what autograd says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+OUTPUTS = 2
+
+
+class Net(nn.Module):
+    """``head(h + coefficient * gate * placing(block, h, key))`` of ``h = body(x)``; the key is a number an example, from its inputs."""
+
+    def __init__(self, body: nn.Module, block: nn.Module, placing: Callable[..., Tensor], noise: nn.Module | None = None):
+        super().__init__()
+        self.body, self.block, self.placing, self.noise = body, block, placing, noise or nn.Identity()
+        self.gate, self.head = nn.Parameter(torch.ones(1)), nn.Linear(4, OUTPUTS)
+        self.coefficient, self.open, self.watch = 1.0, None, None
+
+    def forward(self, x):
+        x = x.to(self.head.weight.dtype) if x.is_floating_point() else x
+        h = self.body(x)
+        key = self.key(x).to(h.dtype)
+        y = self.placing(self.block, h, key)
+        if self.open is not None:
+            y = y * F.relu(self.open * key)[:, None]
+        return self.head(self.noise((h + self.coefficient * self.gate * y).sin()))
+
+    @staticmethod
+    def key(x: Tensor) -> Tensor:
+        """What decides where examples go, ``(n,)``."""
+        x = x if x.is_floating_point() else x.double() - 2.5
+        return x.flatten(1).sum(1) + 0.3 * x.flatten(1)[:, 0]
+
+
+def randomised(model: nn.Module, seed: int) -> nn.Module:
+    """Parameters and running statistics drawn anew, in float64 and evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64)
+    model = model.double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.7 * draw(p))
+        for m in model.modules():
+            if getattr(m, "running_var", None) is not None:
+                m.running_mean.copy_(draw(m.running_mean))
+                m.running_var.copy_(draw(m.running_var).square() + 0.5)
+    return model
+
+
+class NoTruth(Exception):
+    """Plain autograd fails too: there is nothing to compare with, and any number is a wrong one."""
+
+
+class Truth:
+    """Plain autograd of the outputs of whole batches: one backward pass an example and output.
+
+    ``call`` maps inputs to outputs ``(n, c)``; parameters are those of the model that is measured.
+    """
+
+    def __init__(self, call: Callable[[Any], Tensor], parameters: list[Tensor], batches: list[tuple[Tensor, Tensor]]):
+        self.call, self.parameters, self.batches = call, parameters, batches
+        self.n = sum(len(x) for x, _ in batches)
+
+    def gradient(self, f: Tensor, graph: bool = False) -> Tensor:
+        """``(d,)``; zero where nothing is reached."""
+        grads: Any = [None] * len(self.parameters)
+        if f.requires_grad:
+            try:
+                grads = torch.autograd.grad(f, self.parameters, retain_graph=True, create_graph=graph, allow_unused=True)
+            except RuntimeError as error:
+                raise NoTruth(str(error)) from error
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, self.parameters)])
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """One a batch, with their graph."""
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            return [self.call(x.clone()) for x, _ in self.batches]
+
+    @cached_property
+    def reached(self) -> bool:
+        """Whether any output of any batch has a path to any parameter; where not, only an error is right."""
+        grad = lambda f: torch.autograd.grad(f.sum(), self.parameters, retain_graph=True, allow_unused=True)
+        return any(g is not None for f in self.outputs if f.requires_grad for g in grad(f))
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The Jacobian ``(c, n, d)``."""
+        return torch.cat([torch.stack([torch.stack([self.gradient(e) for e in o]) for o in f.T]) for f in self.outputs], 1).detach()
+
+    @cached_property
+    def roots(self) -> Tensor:
+        """Rows ``(c, n, d)`` whose second moment is the softmax Fisher matrix."""
+        p = torch.cat(self.outputs).detach().softmax(-1)
+        root = p.sqrt()[:, :, None] * torch.eye(p.shape[1]) - p[:, :, None] * p.sqrt()[:, None]  # (n, c, e)
+        return torch.einsum("nce,cnd->end", root, self.rows)
+
+    @cached_property
+    def fisher(self) -> Tensor:
+        """The exact categorical Fisher matrix ``(d, d)``."""
+        return torch.einsum("end,enf->df", self.roots, self.roots) / self.n
+
+    @cached_property
+    def loss_rows(self) -> Tensor:
+        """Gradients of each example's cross-entropy, ``(n, d)``."""
+        residual = torch.cat(self.outputs).detach().softmax(-1)
+        residual = residual - F.one_hot(torch.cat([y for _, y in self.batches]), residual.shape[1])
+        return torch.einsum("nc,cnd->nd", residual, self.rows)
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """``H v`` of the mean cross-entropy."""
+        terms = zip(self.outputs, (y for _, y in self.batches))
+        loss = sum(F.cross_entropy(f, y, reduction="sum") for f, y in terms) / self.n
+        return self.gradient(self.gradient(loss, graph=True) @ v).detach()
+
+    def trace(self) -> Tensor:
+        """``tr K`` of the first batch, with its graph."""
+        return sum(self.gradient(e, graph=True).square().sum() for e in self.outputs[0].flatten())
