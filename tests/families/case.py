@@ -10,19 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import nngeom as nng
 
 from .blocks import BLOCKS
 from .bodies import BODIES
-from .measures import MEASURES
+from .measures import MEASURES, SECOND
 from .moments import MOMENTS
-from .net import OUTPUTS, Net, NoTruth, Truth, randomised
+from .net import OUTPUTS, Net, Truth, randomised
+from .noises import NOISES
 from .placings import PLACINGS
-from .wrappers import SLOW, WRAPPERS
+from .state import same, state_of
+from .wrappers import NO_GRADIENT, SLOW, WRAPPERS, Wrapped
 
 AXES: dict[str, dict[str, Any]] = {
     "body": BODIES,
@@ -31,7 +32,9 @@ AXES: dict[str, dict[str, Any]] = {
     "moment": MOMENTS,
     "wrapper": WRAPPERS,
     "measure": MEASURES,
+    "noise": NOISES,
 }
+SIMPLE = {"placing": 0.35, "moment": 0.35, "wrapper": 0.5, "noise": 0.92}  # how often an axis stays at its simplest
 BUDGETS = (None, 1, 2_000, 20_000)
 EXACT, REFUSED, VOID, WRONG, CRASH, TOUCHED = "exact", "refused", "void", "WRONG", "CRASH", "TOUCHED"
 FAILURES = (WRONG, CRASH, TOUCHED)
@@ -47,6 +50,7 @@ class Recipe:
     moment: str = "usual"
     wrapper: str = "plain"
     measure: str = "Jacobian"
+    noise: str = "none"
     n: int = 3
     budget: int | None = None
     seed: int = 0
@@ -75,22 +79,23 @@ class Outcome:
 
 
 def draw(seed: int, slow: bool = False, **fixed: str) -> Recipe:
-    """The recipe of a seed: half of the axes are left at their simplest, so that failures are not hidden by refusals."""
+    """The recipe of a seed. Many axes stay at their simplest, so that one member's refusal does not hide another's failure."""
     rng = random.Random(seed)
     chosen: dict[str, Any] = {}
     for axis, members in AXES.items():
         names = [name for name in members if slow or name not in SLOW]
-        simple = axis not in ("body", "block", "measure") and rng.random() < 0.35
+        simple = rng.random() < SIMPLE.get(axis, 0.0)
         chosen[axis] = fixed.get(axis, getattr(Recipe, axis) if simple else rng.choice(names))
     return Recipe(**chosen, n=rng.randint(1, 12), budget=rng.choice(BUDGETS), seed=seed)
 
 
-def build(recipe: Recipe, noise: nn.Module | None = None) -> Net:
+def build(recipe: Recipe) -> Net:
     """The model of a recipe."""
     torch.manual_seed(recipe.seed)
     body, block = BODIES[recipe.body][0](), BLOCKS[recipe.block]()
-    net = randomised(Net(body, block, PLACINGS[recipe.placing], noise), recipe.seed)
+    net = randomised(Net(body, block, PLACINGS[recipe.placing]), recipe.seed)
     net.gate.data.fill_(0.8)
+    net.noise = NOISES[recipe.noise]()
     return net
 
 
@@ -121,14 +126,15 @@ def run(recipe: Recipe) -> Outcome:
     return next((outcome for outcome in found if outcome.kind != EXACT), found[-1])
 
 
-def measured(recipe: Recipe, wrapped: Any, batches: list[tuple[Tensor, Tensor]]) -> Outcome:
+def measured(recipe: Recipe, wrapped: Wrapped, batches: list[tuple[Tensor, Tensor]]) -> Outcome:
     """One measurement of one list of batches."""
+    if recipe.measure in SECOND and recipe.wrapper in NO_GRADIENT:
+        return Outcome(VOID, "no second derivatives of what is not the gradient of a function")
     options = {} if recipe.measure == "trace penalty" else {"memory_budget": recipe.budget}
     generator = torch.Generator().manual_seed(recipe.seed + 2)
-    parameters = [p for p in wrapped.model.parameters() if p.requires_grad]
-    truth = Truth(wrapped.call, parameters, batches)
+    truth = Truth(wrapped.call, wrapped.model, batches)
     try:
-        reached = truth.reached
+        reached, certain = truth.reached, recipe.noise == "none" or truth.certain
     except Exception as error:
         return Outcome(VOID, f"the model itself does not run: {error}")
     before = state_of(wrapped.model)
@@ -136,18 +142,21 @@ def measured(recipe: Recipe, wrapped: Any, batches: list[tuple[Tensor, Tensor]])
         got, want = MEASURES[recipe.measure](wrapped, batches, truth, generator, **options)
     except nng.NNGeomError as error:
         outcome = Outcome(REFUSED, f"{type(error).__name__}: {error}")
-    except NoTruth as error:
-        outcome = Outcome(WRONG, f"numbers, where autograd has none: {error}")
     except Exception as error:
         outcome = Outcome(CRASH, f"{type(error).__name__}: {error}".split("\n")[0][:300])
     else:
+        off = distance(got.detach().double(), want.detach().double(), [p.numel() for p in truth.parameters])
+        allowed = max(wrapped.tolerance, 1e-5) if recipe.measure in SECOND else wrapped.tolerance
+        outcome = Outcome(EXACT if off <= allowed else WRONG, f"relative error {off:.2g}")
+        if not certain:
+            outcome = Outcome(WRONG, "numbers of a forward pass that is not the same twice")
         if not reached:
             outcome = Outcome(WRONG, "numbers, though no output depends on any parameter of the model")
-        else:
-            off = distance(got.detach().double(), want.detach().double(), [p.numel() for p in parameters])
-            outcome = Outcome(EXACT if off <= wrapped.tolerance else WRONG, f"relative error {off:.2g}")
     changed = [name for name, value in state_of(wrapped.model).items() if not same(value, before.get(name))]
-    return Outcome(TOUCHED, f"measuring changed {', '.join(changed)}") if changed and outcome.kind != CRASH else outcome
+    if changed and outcome.kind != CRASH:
+        words = f"measuring changed {', '.join(changed)}"
+        return Outcome(WRONG, f"{outcome.text}; {words}") if outcome.kind == WRONG else Outcome(TOUCHED, words)
+    return outcome
 
 
 def distance(got: Tensor, want: Tensor, sizes: list[int]) -> float:
@@ -159,26 +168,6 @@ def distance(got: Tensor, want: Tensor, sizes: list[int]) -> float:
     floor = 1e-3 * want.norm() + 1e-12  # relative errors below 1e-6 of this are 1e-9 of the whole
     worst = max(float((a - b).norm() / (b.norm() + floor)) for a, b in pairs)
     return worst if worst == worst else float("inf")
-
-
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """All that measuring must leave as it was."""
-    state: dict[str, Any] = {"torch's random state": torch.get_rng_state(), "numpy's random state": str(np.random.get_state())}
-    state["python's random state"] = random.getstate()
-    for name, p in [*model.named_parameters(), *model.named_buffers()]:
-        state[name] = p.detach().clone()
-        state[f"{name}.grad"] = None if p.grad is None else p.grad.clone()
-        state[f"{name}.requires_grad"] = p.requires_grad
-    for name, m in model.named_modules():
-        state[f"mode of {name}"] = m.training
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        state[f"hooks of {name}"] = [len(getattr(m, kind, ())) for kind in hooks]
-    return state
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equality, bit by bit for tensors."""
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
 
 
 def shortened(recipe: Recipe) -> tuple[Recipe, Outcome]:

@@ -1,4 +1,7 @@
-"""Measures: ``f(wrapped, loader, truth, generator, **options)`` gives what the library says and what autograd says, ``(got, want)``."""
+"""Measures: ``f(wrapped, loader, truth, generator, **options)`` gives what the library says and what autograd says, ``(got, want)``.
+
+Those with second derivatives stand in ``SECOND``: they are compared with differences, to 1e-5.
+"""
 
 from __future__ import annotations
 
@@ -75,13 +78,13 @@ def gram_diag(w, loader, truth, generator, **options) -> Pair:
 
 def gram_differentiable(w, loader, truth, generator, **options) -> Pair:
     k = nng.GramMatrix(w.model, loader[:1], function=w.function, differentiable=True, **options)
-    return graph_of(k.trace(), w), graph_of(truth.trace(), w)
+    return with_slopes(k.trace(), loader[:1], w, generator)
 
 
 def hessian(w, loader, truth, generator, **options) -> Pair:
     m = nng.Hessian(w.model, loader, loss="cross_entropy", function=w.function, **options)
     v, flat = vector(m, generator, truth.rows)
-    return m.mv(v).flat(), truth.hessian_product(flat)
+    return m.mv(v).flat(), truth.along("loss_gradient", flat)
 
 
 def covariance(w, loader, truth, generator, **options) -> Pair:
@@ -92,17 +95,19 @@ def covariance(w, loader, truth, generator, **options) -> Pair:
 def penalty(w, loader, truth, generator, **options) -> Pair:
     """The trace and its gradient."""
     value = nng.mgs.trace_penalty(w.model, loader[0][0], function=w.function)
-    return graph_of(value, w), graph_of(truth.trace(), w)
+    return with_slopes(value, loader[:1], w, generator)
 
 
-def graph_of(value: Tensor, w: Wrapped) -> Tensor:
-    """A scalar and its gradient, ``(1 + d,)``."""
-    parameters = [p for p in w.model.parameters() if p.requires_grad]
-    grads: Any = [None] * len(parameters)
+def with_slopes(value: Tensor, loader, w: Wrapped, generator: torch.Generator) -> Pair:
+    """A differentiable trace and its derivatives in three random directions, by its graph and by differences."""
+    truth = Truth(w.call, w.model, loader)
+    grads: Any = [None] * len(truth.parameters)
     if value.requires_grad:
-        grads = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=True)
-    flat = [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters)]
-    return torch.cat([value.detach().reshape(1), *flat])
+        grads = torch.autograd.grad(value, truth.parameters, allow_unused=True, retain_graph=True)
+    flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, truth.parameters)])
+    directions = torch.randn(3, len(flat), generator=generator, dtype=torch.float64)
+    want = [truth.trace.double(), *(truth.along("trace", v) for v in directions)]
+    return torch.cat([value.detach().double().reshape(1), directions @ flat.double()]), torch.stack(want)
 
 
 MEASURES: dict[str, Callable[..., Pair]] = {
@@ -123,3 +128,4 @@ MEASURES: dict[str, Callable[..., Pair]] = {
     "GradientCovariance Diag": covariance,
     "trace penalty": penalty,
 }
+SECOND = ("GramMatrix differentiable", "Hessian v", "trace penalty")

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .state import unchanged
 
 OUTPUTS = 2
+STEP = 3e-6  # of differences, which are then right to about 1e-9
 
 
 class Net(nn.Module):
     """``head(h + coefficient * gate * placing(block, h, key))`` of ``h = body(x)``; the key is a number an example, from its inputs."""
 
-    def __init__(self, body: nn.Module, block: nn.Module, placing: Callable[..., Tensor], noise: nn.Module | None = None):
+    def __init__(self, body: nn.Module, block: nn.Module, placing: Callable[..., Tensor]):
         super().__init__()
-        self.body, self.block, self.placing, self.noise = body, block, placing, noise or nn.Identity()
+        self.body, self.block, self.placing, self.noise = body, block, placing, nn.Identity()
         self.gate, self.head = nn.Parameter(torch.ones(1)), nn.Linear(4, OUTPUTS)
         self.coefficient, self.open, self.watch = 1.0, None, None
 
@@ -54,35 +56,37 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-class NoTruth(Exception):
-    """Plain autograd fails too: there is nothing to compare with, and any number is a wrong one."""
-
-
 class Truth:
     """Plain autograd of the outputs of whole batches: one backward pass an example and output.
 
+    Second derivatives are differences of these: double backward is not always there, and not always right (weight norm).
     ``call`` maps inputs to outputs ``(n, c)``; parameters are those of the model that is measured.
     """
 
-    def __init__(self, call: Callable[[Any], Tensor], parameters: list[Tensor], batches: list[tuple[Tensor, Tensor]]):
-        self.call, self.parameters, self.batches = call, parameters, batches
+    def __init__(self, call: Callable[[Any], Tensor], model: nn.Module, batches: list[tuple[Tensor, Tensor]]):
+        self.call, self.model, self.batches = call, model, batches
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.n = sum(len(x) for x, _ in batches)
 
-    def gradient(self, f: Tensor, graph: bool = False) -> Tensor:
+    def gradient(self, f: Tensor) -> Tensor:
         """``(d,)``; zero where nothing is reached."""
         grads: Any = [None] * len(self.parameters)
         if f.requires_grad:
-            try:
-                grads = torch.autograd.grad(f, self.parameters, retain_graph=True, create_graph=graph, allow_unused=True)
-            except RuntimeError as error:
-                raise NoTruth(str(error)) from error
+            grads = torch.autograd.grad(f, self.parameters, retain_graph=True, allow_unused=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, self.parameters)])
 
     @cached_property
     def outputs(self) -> list[Tensor]:
         """One a batch, with their graph."""
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        with unchanged(self.model):
             return [self.call(x.clone()) for x, _ in self.batches]
+
+    @property
+    def certain(self) -> bool:
+        """Whether one pass after another gives the same."""
+        with unchanged(self.model), torch.no_grad():
+            first, second = ([self.call(x) for x, _ in self.batches] for _ in range(2))
+            return all(torch.equal(a, b) for a, b in zip(first, second))
 
     @cached_property
     def reached(self) -> bool:
@@ -114,12 +118,30 @@ class Truth:
         residual = residual - F.one_hot(torch.cat([y for _, y in self.batches]), residual.shape[1])
         return torch.einsum("nc,cnd->nd", residual, self.rows)
 
-    def hessian_product(self, v: Tensor) -> Tensor:
-        """``H v`` of the mean cross-entropy."""
+    @cached_property
+    def loss_gradient(self) -> Tensor:
+        """The gradient of the mean cross-entropy."""
         terms = zip(self.outputs, (y for _, y in self.batches))
-        loss = sum(F.cross_entropy(f, y, reduction="sum") for f, y in terms) / self.n
-        return self.gradient(self.gradient(loss, graph=True) @ v).detach()
+        return self.gradient(sum(F.cross_entropy(f, y, reduction="sum") for f, y in terms) / self.n)
 
+    @property
     def trace(self) -> Tensor:
-        """``tr K`` of the first batch, with its graph."""
-        return sum(self.gradient(e, graph=True).square().sum() for e in self.outputs[0].flatten())
+        """``tr K``."""
+        return self.rows.square().sum()
+
+    def along(self, name: str, direction: Tensor) -> Tensor:
+        """The derivative of a quantity in a direction ``(d,)`` of parameter space: a central difference, in float64."""
+        dtype, values = self.parameters[0].dtype, []
+        self.model.double()
+        kept = [p.detach().clone() for p in self.parameters]
+        steps = direction.double().split([p.numel() for p in self.parameters])
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, old, step in zip(self.parameters, kept, steps):
+                    p.copy_(old + sign * STEP * step.view_as(p))
+            values.append(getattr(Truth(self.call, self.model, self.batches), name))
+        with torch.no_grad():
+            for p, old in zip(self.parameters, kept):
+                p.copy_(old)
+        self.model.to(dtype)
+        return (values[0] - values[1]) / (2 * STEP)

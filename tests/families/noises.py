@@ -94,7 +94,8 @@ def spectral(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
     return norm(nn.Linear(4, 4)).double().train()
 
 
-RANDOM: dict[str, Callable[[], nn.Module]] = {
+NOISES: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity,
     "dropout": lambda: nn.Dropout(0.5).train(),
     "functional dropout": lambda: Drawn(lambda h: F.dropout(h, 0.5)),
     "alpha dropout": lambda: nn.AlphaDropout(0.5).train(),
@@ -121,8 +122,7 @@ RANDOM: dict[str, Callable[[], nn.Module]] = {
     "batch norm in training": lambda: nn.BatchNorm1d(4).double().train(),
     "spectral norm": lambda: spectral(nn.utils.parametrizations.spectral_norm),
     "spectral norm by hooks": lambda: spectral(nn.utils.spectral_norm),
-}
-HARMLESS: dict[str, Callable[[], nn.Module]] = {
+    "sometimes": lambda: Drawn(lambda h: h * torch.rand_like(h) if h[0, 0] > 0 else h),
     "counter": lambda: Counter(used=False),
     "codes": Codes,
     "draw unused": lambda: Drawn(lambda h: h if torch.rand(1) < 2 else 2 * h),
@@ -131,4 +131,3 @@ HARMLESS: dict[str, Callable[[], nn.Module]] = {
     "batch norm": lambda: nn.BatchNorm1d(4).double().eval(),
     "python unused": lambda: Drawn(lambda h: h if random.random() < 2 else 2 * h),
 }
-NOISES = RANDOM | HARMLESS

@@ -16,8 +16,8 @@ def membership(owner: Tensor, n: int, like: Tensor) -> Tensor:
 
 def sparse(values: Tensor, owner: Tensor, n: int) -> Tensor:
     """A sparse membership times the values."""
-    at = torch.stack([owner, torch.arange(len(owner))])
-    return torch.sparse.mm(torch.sparse_coo_tensor(at, torch.ones(len(owner), dtype=values.dtype), (n, len(owner))), values)
+    at, ones = torch.stack([owner, torch.arange(len(owner))]), torch.ones(len(owner), dtype=values.dtype)
+    return torch.sparse.mm(torch.sparse_coo_tensor(at, ones, (n, len(owner)), check_invariants=False), values)
 
 
 def segments(values: Tensor, owner: Tensor, n: int) -> Tensor:

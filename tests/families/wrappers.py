@@ -156,3 +156,4 @@ WRAPPERS: dict[str, Callable[[Net], Wrapped]] = {
     "compiled aot": lambda net: Wrapped(torch.compile(net, backend="aot_eager"), net),
 }
 SLOW = ("compiled eager", "compiled aot")
+NO_GRADIENT = ("parameter hooks", "gradient reversal", "block detached")  # of any function: second derivatives are nobody's
