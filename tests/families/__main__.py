@@ -1,4 +1,4 @@
-"""``python -m tests.families``: a range of seeds from the command line; prints failures as short recipes, and a summary an axis."""
+"""``python -m tests.families``: a range of seeds from the command line; failures are printed as short recipes."""
 
 from __future__ import annotations
 

@@ -105,6 +105,16 @@ def checkpointed(h: Tensor, w: Tensor, v: Tensor) -> Tensor:
     return checkpoint(lambda x: F.linear(F.linear(x, w).tanh(), v), h, use_reentrant=False)
 
 
+def faint(h: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """A second weight with gradients far below those of the first, half of them unseen."""
+    return F.linear(h, w) + 2e-5 * (F.linear(h, v) + Unseen.apply(h, v))
+
+
+def convolved(h: Tensor, w: Tensor) -> Tensor:
+    """Features as positions of a signal."""
+    return F.conv1d(h.reshape(-1, 1, 4), w, padding=1).view(h.shape).tanh()
+
+
 SQUARE = (4, 4)
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh()),
@@ -129,8 +139,8 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "fused beside": lambda: Block(lambda h, w: F.linear(h, w) + Unseen.apply(h.tanh(), w), SQUARE),
     "fused behind a gate": lambda: Block(lambda h, w: F.linear(h, w) + opened(h) * Unseen.apply(h, w), SQUARE),
     "fused a little": lambda: Block(lambda h, w: F.linear(h, w) + 9e-3 * Unseen.apply(h.tanh(), w), SQUARE),
-    "small gradients": lambda: Block(lambda h, w, v: F.linear(h, w) + 2e-5 * (F.linear(h, v) + Unseen.apply(h, v)), SQUARE, SQUARE),
-    "convolution": lambda: Block(lambda h, w: F.conv1d(h.reshape(-1, 1, 4), w, padding=1).view(h.shape).tanh(), (1, 1, 3)),
+    "small gradients": lambda: Block(faint, SQUARE, SQUARE),
+    "convolution": lambda: Block(convolved, (1, 1, 3)),
     "force": Force,
     "checkpointed": lambda: Block(checkpointed, SQUARE, SQUARE),
 }

@@ -105,7 +105,7 @@ class TimeFirst(nn.Module):
 
 
 class Pooled(nn.Module):
-    """As many rows an example as the data says, in one table as graphs are batched; a layer on rows; pooled into examples."""
+    """As many rows an example as the data says, in one table as graphs are batched; a layer; pooled into examples."""
 
     def __init__(self, pool: Callable[[Tensor, Tensor, int], Tensor]):
         super().__init__()
@@ -116,20 +116,25 @@ class Pooled(nn.Module):
         return self.pool(self.layer(x[kept]).tanh(), kept.nonzero()[:, 0], len(x))
 
 
+def flat(*layers: nn.Module) -> nn.Module:
+    """Layers, then a linear map of all their outputs."""
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(12, 4))
+
+
 SEQUENCE = normal(3, 4)
 BODIES: dict[str, tuple[Callable[[], nn.Module], Draw]] = {
     "vector": (nn.Identity, normal(4)),
     "mlp": (lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4)), normal(3)),
-    "sequence": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4)), SEQUENCE),
+    "sequence": (lambda: flat(nn.Linear(4, 4), nn.Tanh()), SEQUENCE),
     "time first": (TimeFirst, SEQUENCE),
     "attention": (Attention, SEQUENCE),
-    "transformer": (lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 5, 0.0, batch_first=True), nn.Flatten(), nn.Linear(12, 4)), SEQUENCE),
+    "transformer": (lambda: flat(nn.TransformerEncoderLayer(4, 2, 5, 0.0, batch_first=True)), SEQUENCE),
     "positions": (Positions, tokens(6, 3)),
     "tied": (Tied, tokens(6, 3)),
     "recurrent": (lambda: Recurrent(packed=False), SEQUENCE),
     "packed": (lambda: Recurrent(packed=True), SEQUENCE),
     "class token": (ClassToken, SEQUENCE),
     "image": (Image, normal(2, 3, 3)),
-    "group norm": (lambda: nn.Sequential(nn.Conv1d(3, 4, 2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(12, 4)), SEQUENCE),
+    "group norm": (lambda: flat(nn.Conv1d(3, 4, 2), nn.GroupNorm(2, 4)), SEQUENCE),
     **{f"pool by {name}": (lambda pool=pool: Pooled(pool), SEQUENCE) for name, pool in POOLS.items()},
 }

@@ -34,7 +34,7 @@ AXES: dict[str, dict[str, Any]] = {
     "measure": MEASURES,
     "noise": NOISES,
 }
-SIMPLE = {"placing": 0.35, "moment": 0.35, "wrapper": 0.5, "noise": 0.92}  # how often an axis stays at its simplest
+SIMPLE = {"placing": 0.35, "moment": 0.35, "wrapper": 0.5, "noise": 0.92}  # share of cases with the simplest member
 BUDGETS = (None, 1, 2_000, 20_000)
 EXACT, REFUSED, VOID, WRONG, CRASH, TOUCHED = "exact", "refused", "void", "WRONG", "CRASH", "TOUCHED"
 FAILURES = (WRONG, CRASH, TOUCHED)
@@ -42,7 +42,7 @@ FAILURES = (WRONG, CRASH, TOUCHED)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is composed. The defaults are the simplest member of each axis; ``str`` names only what differs from them."""
+    """What is composed. Defaults are the simplest member of each axis; ``str`` names what differs from them."""
 
     body: str = "vector"
     block: str = "linear"
@@ -79,7 +79,7 @@ class Outcome:
 
 
 def draw(seed: int, slow: bool = False, **fixed: str) -> Recipe:
-    """The recipe of a seed. Many axes stay at their simplest, so that one member's refusal does not hide another's failure."""
+    """The recipe of a seed. Axes often stay at their simplest: one member's refusal would hide another's failure."""
     rng = random.Random(seed)
     chosen: dict[str, Any] = {}
     for axis, members in AXES.items():
@@ -160,7 +160,7 @@ def measured(recipe: Recipe, wrapped: Wrapped, batches: list[tuple[Tensor, Tenso
 
 
 def distance(got: Tensor, want: Tensor, sizes: list[int]) -> float:
-    """Largest relative error, parameter by parameter where the last axis holds parameters; below 1e-9 of the whole is rounding."""
+    """Largest relative error of a parameter, where the last axis holds parameters; 1e-9 of the whole is rounding."""
     if got.shape != want.shape:
         return float("inf")
     split = got.ndim > 0 and sum(sizes) == got.shape[-1]

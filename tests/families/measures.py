@@ -1,4 +1,4 @@
-"""Measures: ``f(wrapped, loader, truth, generator, **options)`` gives what the library says and what autograd says, ``(got, want)``.
+"""Measures: ``f(wrapped, loader, truth, generator, **options)`` gives ``(got, want)``, ours and autograd's.
 
 Those with second derivatives stand in ``SECOND``: they are compared with differences, to 1e-5.
 """

@@ -1,4 +1,4 @@
-"""What the named examples share: a small model in float64, autograd by the batch, and the two outcomes that are allowed."""
+"""What the named examples share: a small model, autograd by the batch, and the two outcomes that are allowed."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ class Model(nn.Module):
         return self.function(self, x)
 
 
+def plain(m: Any, x: Tensor) -> Tensor:
+    """Nothing in between but a tanh."""
+    return m.b(m.a(x).tanh())
+
+
 def inputs(n: int, *shape: int, seed: int = 1) -> Tensor:
     """Standard normal, float64."""
     return torch.randn(n, *(shape or (4,)), dtype=f64, generator=torch.Generator().manual_seed(seed))
@@ -49,7 +54,7 @@ def holds(measure: Callable[[], Tensor], want: Tensor | Callable[[], Tensor], to
     assert error <= tolerance, f"relative error {error:.2g}"
 
 
-def jacobian_holds(model: nn.Module, *batches: Tensor, call: Callable[[Tensor], Tensor] | None = None, **options: Any) -> None:
+def jacobian_holds(model: nn.Module, *batches: Tensor, call: Any = None, **options: Any) -> None:
     """The Jacobian, the Fisher matrix and the trace of the kernel of some batches."""
     function = None if call is None else lambda x, *rest: call(x)
     t, loader = truth(model, *batches, call=call), list(batches)

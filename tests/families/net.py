@@ -17,7 +17,7 @@ STEP = 3e-6  # of differences, which are then right to about 1e-9
 
 
 class Net(nn.Module):
-    """``head(h + coefficient * gate * placing(block, h, key))`` of ``h = body(x)``; the key is a number an example, from its inputs."""
+    """``head(h + coefficient * gate * placing(block, h, key))`` of ``h = body(x)``; ``key`` is a number an example."""
 
     def __init__(self, body: nn.Module, block: nn.Module, placing: Callable[..., Tensor]):
         super().__init__()
@@ -59,7 +59,7 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
 class Truth:
     """Plain autograd of the outputs of whole batches: one backward pass an example and output.
 
-    Second derivatives are differences of these: double backward is not always there, and not always right (weight norm).
+    Second derivatives are differences of these: double backward is not always there, nor always right (weight norm).
     ``call`` maps inputs to outputs ``(n, c)``; parameters are those of the model that is measured.
     """
 
@@ -97,7 +97,8 @@ class Truth:
     @cached_property
     def rows(self) -> Tensor:
         """The Jacobian ``(c, n, d)``."""
-        return torch.cat([torch.stack([torch.stack([self.gradient(e) for e in o]) for o in f.T]) for f in self.outputs], 1).detach()
+        of_batch = lambda f: torch.stack([torch.stack([self.gradient(e) for e in output]) for output in f.T])
+        return torch.cat([of_batch(f) for f in self.outputs], 1).detach()
 
     @cached_property
     def roots(self) -> Tensor:

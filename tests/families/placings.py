@@ -1,4 +1,6 @@
-"""Placings ``f(block, h (n, 4), key (n,)) -> (n, 4)``: a block run on examples that the data placed, and put back; or mixed for good.
+"""Placings ``f(block, h (n, 4), key (n,)) -> (n, 4)``: a block run on examples that the data placed.
+
+In ``SEPARATE`` examples are put back afterwards, in ``MIXING`` an example's output depends on others.
 
 ``key`` is a number an example, made from its inputs: on other data the same operations place examples elsewhere.
 """

@@ -1,4 +1,4 @@
-"""Pools ``(values (N, 4), owner (N,) ascending, n) -> (n, 4)``: rows of several examples gathered into examples, as readouts of graphs."""
+"""Pools ``(values (N, 4), owner (N,) ascending, n) -> (n, 4)``: rows gathered into examples, as readouts of graphs."""
 
 from __future__ import annotations
 

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Values, gradients, modes, hooks and random states, by name."""
-    state: dict[str, Any] = {"torch's random state": torch.get_rng_state(), "numpy's random state": str(np.random.get_state())}
-    state["python's random state"] = random.getstate()
+    state: dict[str, Any] = {
+        "torch's random state": torch.get_rng_state(),
+        "numpy's random state": str(np.random.get_state()),
+        "python's random state": random.getstate(),
+    }
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         state[name] = p.detach().clone()
         state[f"{name}.grad"] = None if p.grad is None else p.grad.clone()
@@ -42,5 +45,5 @@ def unchanged(model: nn.Module):
     random.setstate(states[2])
     with torch.no_grad():
         for name, b in model.named_buffers():
-            with torch.autograd._unsafe_preserve_version_counter(b):  # the graph may have saved it, but does not read it
+            with torch.autograd._unsafe_preserve_version_counter(b):  # a graph may have saved it, and not read it
                 b.copy_(kept[name])

@@ -1,102 +1,22 @@
-"""Examples with a name: parameters held elsewhere, random or stateful passes, nothing reached, what was measured before."""
+"""Examples with a name: random and stateful passes, and results that depend on what was measured before."""
 
 import contextlib
-import copy
 import random
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 import nngeom as nng
 
-from .named import Model, f64, holds, inputs, jacobian_holds, truth
+from .named import Model, f64, inputs, jacobian_holds, plain
 from .state import same, state_of
 
 X = inputs(6)
+PAIRS = [(X, torch.arange(6) % 3)]
 
-
-def plain(m, x):
-    return m.b(m.a(x).tanh())
-
-
-# -- products by forward mode, of parameters that are held elsewhere -------------------------------------------------
-
-
-def closure():
-    model = Model(plain)
-    weight = model.b.weight
-    return model, lambda x: F.linear(model.a(x).tanh(), weight)
-
-
-def python_list():
-    model = Model(plain)
-    held = [model.a.weight, model.b.weight]
-    return model, lambda x: F.linear(F.linear(x, held[0]).tanh(), held[1])
-
-
-def listed_inside():
-    model = Model(lambda m, x: F.linear(F.linear(x, m.held[0]).tanh(), m.held[1]))
-    model.held = [model.a.weight, model.b.weight]
-    return model, None
-
-
-def scripted():
-    torch.manual_seed(0)
-    model = nn.Sequential(torch.jit.script(nn.Linear(4, 5).double()), nn.Tanh(), nn.Linear(5, 3).double())
-    return model, None
-
-
-def hooked():
-    model = Model(plain)
-    model.a.weight.register_hook(lambda g: 2 * g)
-    return model, None
-
-
-def reversed_gradient():
-    def forward(m, x):
-        h = m.a(x).tanh()
-        if h.requires_grad:
-            h.register_hook(lambda g: -g)
-        return m.b(h)
-
-    return Model(forward), None
-
-
-HELD = [closure, python_list, listed_inside, scripted, hooked, reversed_gradient]
-
-
-@pytest.mark.parametrize("held", HELD, ids=lambda f: f.__name__)
-def test_implicit_products_of_parameters_held_elsewhere(held):
-    model, call = held()
-    t = truth(model, X, call=call)
-    function = None if call is None else lambda x: call(x)
-    v = torch.randn(t.rows.shape[-1], dtype=f64)
-    u = torch.randn(t.rows.shape[:2], dtype=f64)
-
-    def forward():
-        j = nng.Jacobian(model, [X], nng.PushForwardImplicit, function=function)
-        return j.mv(nng.PVector.from_flat(j.layer_collection, v)).tensor
-
-    def backward():
-        return nng.Jacobian(model, [X], nng.PushForwardImplicit, function=function).T.mv(nng.FVector(u)).flat()
-
-    def fisher():
-        m = nng.FIM(model, [X], nng.PMatImplicit, function=function)
-        return m.mv(nng.PVector.from_flat(m.layer_collection, v)).flat()
-
-    holds(forward, lambda: t.rows @ v)
-    holds(backward, lambda: torch.einsum("cn,cnd->d", u, t.rows))
-    holds(fisher, lambda: t.fisher @ v)
-
-
-@pytest.mark.parametrize("held", HELD, ids=lambda f: f.__name__)
-def test_rows_of_parameters_held_elsewhere(held):
-    model, call = held()
-    jacobian_holds(model, X, call=call)
 
 
 # -- random and stateful passes --------------------------------------------------------------------------------------
@@ -138,9 +58,9 @@ RANDOM = {
 MEASURES = {
     "FIM": lambda model: nng.FIM(model, [X], nng.PMatDiag),
     "KFAC": lambda model: nng.FIM(model, [X], nng.PMatKFAC),
-    "EmpiricalFIM": lambda model: nng.EmpiricalFIM(model, [(X, torch.arange(6) % 3)], nng.PMatDense, loss="cross_entropy"),
+    "EmpiricalFIM": lambda model: nng.EmpiricalFIM(model, PAIRS, nng.PMatDense, loss="cross_entropy"),
     "GramMatrix": lambda model: nng.GramMatrix(model, [X]),
-    "Hessian": lambda model: nng.Hessian(model, [(X, torch.arange(6) % 3)], nng.PMatDiag, loss="cross_entropy"),
+    "Hessian": lambda model: nng.Hessian(model, PAIRS, nng.PMatDiag, loss="cross_entropy"),
     "trace_penalty": lambda model: nng.mgs.trace_penalty(model, X),
 }
 
@@ -163,59 +83,6 @@ def test_measuring_does_not_change_buffers(make, measure):
     with contextlib.suppress(nng.NNGeomError):
         MEASURES[measure](model)
     assert [name for name, value in state_of(model).items() if not same(value, before[name])] == []
-
-
-# -- nothing is reached ----------------------------------------------------------------------------------------------
-
-
-def deep_copy(model):
-    other = copy.deepcopy(model)
-    return lambda x: other(x)
-
-
-def detached_copies(model):
-    return lambda x: functional_call(model, {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}, (x,))
-
-
-def replaced_parameters(model):
-    """As libraries that swap parameter objects do."""
-    collection = nng.LayerCollection.from_model(model)
-    for layer in (model.a, model.b):
-        layer.weight, layer.bias = nn.Parameter(layer.weight.detach().clone()), nn.Parameter(layer.bias.detach().clone())
-    assert collection.names
-    other = copy.deepcopy(model)
-    return lambda x: other(x)
-
-
-@pytest.mark.parametrize("unreached", [deep_copy, detached_copies, replaced_parameters], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("kind", [nng.PMatDiag, nng.PMatDense, nng.PMatKFAC, nng.PMatImplicit], ids=lambda k: k.__name__)
-def test_a_function_that_reaches_no_parameter_is_an_error(unreached, kind):
-    model = Model(plain)
-    with pytest.raises(nng.NNGeomError):
-        nng.FIM(model, [X], kind, function=unreached(model))
-
-
-@pytest.mark.parametrize("unreached", [deep_copy, detached_copies], ids=lambda f: f.__name__)
-def test_kernels_and_penalties_that_reach_no_parameter_are_an_error(unreached):
-    model = Model(plain)
-    for measure in (nng.GramMatrix, nng.Jacobian, lambda m, loader, function: nng.mgs.trace_penalty(m, loader[0], function=function)):
-        with pytest.raises(nng.NNGeomError):
-            measure(model, [X], function=unreached(model))
-
-
-def test_a_sharded_model_is_right_or_refused(tmp_path):
-    """``fully_shard`` puts other parameter objects in the modules while they run."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        want, model = truth(Model(plain), X).fisher, Model(plain)
-        fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
-        holds(lambda: nng.FIM(model, [X], nng.PMatDense).to_dense(), want)
-        holds(lambda: nng.FIM(model, [X], nng.PMatDiag).trace(), want.trace())
-    finally:
-        dist.destroy_process_group()
 
 
 # -- what was measured before ----------------------------------------------------------------------------------------

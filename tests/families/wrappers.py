@@ -18,7 +18,7 @@ from .net import Net
 
 @dataclass
 class Wrapped:
-    """``model`` and ``function`` as the library gets them; ``call`` as plain autograd runs them; a relative tolerance."""
+    """``model`` and ``function`` as the library gets them, ``call`` as plain autograd runs them; a tolerance."""
 
     model: nn.Module
     call: Callable[[Tensor], Tensor]
@@ -109,7 +109,8 @@ def named(net: Net) -> dict[str, Tensor]:
 
 def detached(net: Net) -> Wrapped:
     """Run on copies: nothing of the model is reached."""
-    return through(net, lambda x: functional_call(net, {k: p.detach().clone().requires_grad_() for k, p in named(net).items()}, (x,)))
+    copies = lambda: {k: p.detach().clone().requires_grad_() for k, p in named(net).items()}
+    return through(net, lambda x: functional_call(net, copies(), (x,)))
 
 
 def copied(net: Net) -> Wrapped:
@@ -120,7 +121,8 @@ def copied(net: Net) -> Wrapped:
 
 def partly(net: Net) -> Wrapped:
     """The block alone is run on copies."""
-    return through(net, lambda x: functional_call(net, {k: p.detach() for k, p in named(net).items() if k.startswith("block")}, (x,)))
+    held = lambda: {k: p.detach() for k, p in named(net).items() if k.startswith("block")}
+    return through(net, lambda x: functional_call(net, held(), (x,)))
 
 
 def mapped(net: Net) -> Wrapped:
@@ -156,4 +158,4 @@ WRAPPERS: dict[str, Callable[[Net], Wrapped]] = {
     "compiled aot": lambda net: Wrapped(torch.compile(net, backend="aot_eager"), net),
 }
 SLOW = ("compiled eager", "compiled aot")
-NO_GRADIENT = ("parameter hooks", "gradient reversal", "block detached")  # of any function: second derivatives are nobody's
+NO_GRADIENT = ("parameter hooks", "gradient reversal", "block detached")  # not of any function: nothing to derive twice
