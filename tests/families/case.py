@@ -23,7 +23,7 @@ from .net import OUTPUTS, Net, Truth, randomised
 from .noises import NOISES
 from .placings import PLACINGS
 from .state import same, state_of
-from .wrappers import NO_GRADIENT, SLOW, WRAPPERS, Wrapped
+from .wrappers import NO_SECOND, SLOW, WRAPPERS, Wrapped
 
 AXES: dict[str, dict[str, Any]] = {
     "body": BODIES,
@@ -128,8 +128,9 @@ def run(recipe: Recipe) -> Outcome:
 
 def measured(recipe: Recipe, wrapped: Wrapped, batches: list[tuple[Tensor, Tensor]]) -> Outcome:
     """One measurement of one list of batches."""
-    if recipe.measure in SECOND and recipe.wrapper in NO_GRADIENT:
-        return Outcome(VOID, "no second derivatives of what is not the gradient of a function")
+    second = recipe.measure in SECOND
+    if second and recipe.wrapper in NO_SECOND:
+        return Outcome(VOID, "no second derivatives to compare with")
     options = {} if recipe.measure == "trace penalty" else {"memory_budget": recipe.budget}
     generator = torch.Generator().manual_seed(recipe.seed + 2)
     truth = Truth(wrapped.call, wrapped.model, batches)
@@ -146,10 +147,12 @@ def measured(recipe: Recipe, wrapped: Wrapped, batches: list[tuple[Tensor, Tenso
         outcome = Outcome(CRASH, f"{type(error).__name__}: {error}".split("\n")[0][:300])
     else:
         off = distance(got.detach().double(), want.detach().double(), [p.numel() for p in truth.parameters])
-        allowed = max(wrapped.tolerance, 1e-5) if recipe.measure in SECOND else wrapped.tolerance
+        allowed = max(wrapped.tolerance, 1e-5) if second else wrapped.tolerance
         outcome = Outcome(EXACT if off <= allowed else WRONG, f"relative error {off:.2g}")
         if not certain:
             outcome = Outcome(WRONG, "numbers of a forward pass that is not the same twice")
+        elif second and outcome.kind == WRONG and not smooth(truth, generator):
+            outcome = Outcome(VOID, "no second derivatives here: a kink")
         if not reached:
             outcome = Outcome(WRONG, "numbers, though no output depends on any parameter of the model")
     changed = [name for name, value in state_of(wrapped.model).items() if not same(value, before.get(name))]
@@ -157,6 +160,13 @@ def measured(recipe: Recipe, wrapped: Wrapped, batches: list[tuple[Tensor, Tenso
         words = f"measuring changed {', '.join(changed)}"
         return Outcome(WRONG, f"{outcome.text}; {words}") if outcome.kind == WRONG else Outcome(TOUCHED, words)
     return outcome
+
+
+def smooth(truth: Truth, generator: torch.Generator) -> bool:
+    """Whether gradients have a derivative where the model stands, as far as some random directions tell."""
+    d = sum(p.numel() for p in truth.parameters)
+    directions = torch.randn(4, d, generator=generator, dtype=torch.float64)
+    return all(truth.smooth(name, v) for name in ("loss_gradient", "trace") for v in directions)
 
 
 def distance(got: Tensor, want: Tensor, sizes: list[int]) -> float:

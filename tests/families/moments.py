@@ -1,7 +1,7 @@
-"""Moments: ``f(net, draw, n)`` yields lists of batches, to be measured one after the other with the same model object.
+"""Moments: ``f(net, draw, n)`` yields lists of batches, measured one after the other with the same model object.
 
-``draw(n)`` gives a batch ``(x, y)`` of ``n``. What was proved while nothing could be seen must not be used when there is
-something to see.
+``draw(n)`` gives a batch ``(x, y)`` of ``n``. What was proved while nothing could be seen must not be used when there
+is something to see.
 """
 
 from __future__ import annotations

@@ -130,19 +130,24 @@ class Truth:
         """``tr K``."""
         return self.rows.square().sum()
 
-    def along(self, name: str, direction: Tensor) -> Tensor:
-        """The derivative of a quantity in a direction ``(d,)`` of parameter space: a central difference, in float64."""
+    def smooth(self, name: str, direction: Tensor) -> bool:
+        """Whether a quantity has the same slope on both sides: no ReLU or argmax changes hands right here."""
+        right, left = self.along(name, direction, (1, 0)), self.along(name, direction, (0, -1))
+        return bool((right - left).norm() <= 1e-2 * (right.norm() + left.norm()))
+
+    def along(self, name: str, direction: Tensor, sides: tuple[int, int] = (1, -1)) -> Tensor:
+        """The derivative of a quantity in a direction ``(d,)`` of parameter space: a difference, in float64."""
         dtype, values = self.parameters[0].dtype, []
         self.model.double()
         kept = [p.detach().clone() for p in self.parameters]
         steps = direction.double().split([p.numel() for p in self.parameters])
-        for sign in (1, -1):
+        for side in sides:
             with torch.no_grad():
                 for p, old, step in zip(self.parameters, kept, steps):
-                    p.copy_(old + sign * STEP * step.view_as(p))
+                    p.copy_(old + side * STEP * step.view_as(p))
             values.append(getattr(Truth(self.call, self.model, self.batches), name))
         with torch.no_grad():
             for p, old in zip(self.parameters, kept):
                 p.copy_(old)
         self.model.to(dtype)
-        return (values[0] - values[1]) / (2 * STEP)
+        return (values[0] - values[1]) / ((sides[0] - sides[1]) * STEP)

@@ -15,7 +15,6 @@ from .named import Model, f64, holds, inputs, jacobian_holds, plain, truth
 X = inputs(6)
 
 
-
 # -- products by forward mode, of parameters that are held elsewhere -------------------------------------------------
 
 

@@ -13,7 +13,6 @@ from .named import Model, f64, holds, inputs, jacobian_holds, truth
 X = inputs(6)
 
 
-
 # -- a comparison of zeros proves nothing ----------------------------------------------------------------------------
 
 

@@ -158,4 +158,4 @@ WRAPPERS: dict[str, Callable[[Net], Wrapped]] = {
     "compiled aot": lambda net: Wrapped(torch.compile(net, backend="aot_eager"), net),
 }
 SLOW = ("compiled eager", "compiled aot")
-NO_GRADIENT = ("parameter hooks", "gradient reversal", "block detached")  # not of any function: nothing to derive twice
+NO_SECOND = ("parameter hooks", "gradient reversal", "block detached", "autocast")  # not of any function, or too rough
