@@ -57,10 +57,10 @@ def _kept(dim: int, axis: ExampleAxis, out: Sizes, sizes: Sizes) -> Place:
     "Complex Conj ConjPhysical Copysign CopyBackwards Cos Cosh Deg2Rad Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expand "
     "Expm1 FakeQuantizePerTensorAffineCachemask Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish Hardtanh "
     "Hypot I0 Igamma Igammac LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2 Logit MaskedFill "
-    "Maximum Minimum Mish Mul NanToNum Neg NegView Polar Polygamma Pow PreluKernel Rad2Deg Reciprocal Relu Relu6 Remainder "
+    "Maximum Minimum Mish Mul NanToNum Neg NegView Polar Polygamma Pow PreluKernel Rad2Deg Reciprocal Relu Remainder "
     "Round Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1 "
     "SpecialI1E SpecialLogNdtr SpecialNdtri SpecialXlog1Py Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu Trunc Where Xlogy "
-    "NativeDropout FusedDropout RreluWithNoise TanhBackward SigmoidBackward GeluBackward SiluBackward SoftplusBackward EluBackward HardtanhBackward "
+    "NativeDropout FusedDropout RreluWithNoise TanhBackward SigmoidBackward GeluBackward SoftplusBackward EluBackward HardtanhBackward "
     "HardswishBackward LeakyReluBackward ThresholdBackward LogSigmoidBackward"
 )
 def entrywise(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n: int) -> Place:
@@ -255,7 +255,7 @@ def _matrices(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Size
 # -- layers --------------------------------------------------------------------------------------------------------------
 
 
-@_safe("Convolution MkldnnConvolution CudnnConvolution SlowConv2D ThnnConv2D ConvDepthwise2D MpsConvolution")
+@_safe("Convolution MkldnnConvolution CudnnConvolution SlowConv2D ConvDepthwise2D MpsConvolution")
 def _convolution(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n: int) -> Place:
     """Examples on the first axis, with channels behind them."""
     if axis.at != 0:
