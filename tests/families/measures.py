@@ -50,6 +50,23 @@ def empirical_diag(w, loader, truth, generator, **options) -> Pair:
     return m.diag().flat(), truth.loss_rows.square().mean(0)
 
 
+def ggn(w, loader, truth, generator, **options) -> Pair:
+    m = nng.GGN(w.model, loader, nng.PMatBlockDiag, loss="cross_entropy", function=w.function, **options)
+    return m.trace(), truth.fisher.trace()
+
+
+def layers(w, loader, truth, generator, **options) -> Pair:
+    """Kernels of the layers, summed."""
+    kernels = nng.GramMatrices(w.model, loader, function=w.function, **options)
+    return sum(k.tensor for k in kernels.values()), torch.einsum("cnd,emd->cnem", truth.rows, truth.rows)
+
+
+def rectangular(w, loader, truth, generator, **options) -> Pair:
+    """The first batch against all."""
+    k = nng.GramMatrix(w.model, loader[:1], other=loader, function=w.function, **options)
+    return k.tensor, torch.einsum("cnd,emd->cnem", truth.rows[:, : len(loader[0][0])], truth.rows)
+
+
 def jacobian(w, loader, truth, generator, **options) -> Pair:
     return nng.Jacobian(w.model, loader, function=w.function, **options).tensor, truth.rows
 
@@ -115,12 +132,16 @@ MEASURES: dict[str, Callable[..., Pair]] = {
     "FIM Dense": fim(nng.PMatDense, lambda m: m.to_dense(), lambda truth: truth.fisher),
     "FIM Diag": fim(nng.PMatDiag, lambda m: m.diag().flat(), lambda truth: truth.fisher.diagonal()),
     "FIM EKFAC trace": fim(nng.PMatEKFAC, lambda m: m.trace(), lambda truth: truth.fisher.trace()),
+    "FIM Eye trace": fim(nng.PMatEye, lambda m: m.trace(), lambda truth: truth.fisher.trace()),
     "FIM LowRank": fim(nng.PMatLowRank, lambda m: m.to_dense(), lambda truth: truth.fisher),
     "FIM Implicit": implicit,
+    "GGN BlockDiag trace": ggn,
     "EmpiricalFIM Dense": empirical,
     "EmpiricalFIM Diag": empirical_diag,
     "GramMatrix": gram,
     "GramMatrix Diag": gram_diag,
+    "GramMatrices": layers,
+    "GramMatrix with another": rectangular,
     "GramMatrix differentiable": gram_differentiable,
     "J v": push,
     "J^T u": pull,

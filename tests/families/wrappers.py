@@ -136,6 +136,12 @@ def stacked(net: Net) -> Wrapped:
     return through(net, lambda x: torch.cat([net(part) for part in x.tensor_split(2) if len(part)]))
 
 
+def compiled(net: Net, backend: str) -> Wrapped:
+    """Traced anew: a function compiled for too many models is no longer compiled at all."""
+    torch.compiler.reset()
+    return Wrapped(torch.compile(net, backend=backend), net)
+
+
 WRAPPERS: dict[str, Callable[[Net], Wrapped]] = {
     "plain": lambda net: Wrapped(net, net),
     "in halves": stacked,
@@ -154,8 +160,8 @@ WRAPPERS: dict[str, Callable[[Net], Wrapped]] = {
     "gradient reversal": reversal,
     "forward hook": reshaping,
     "vmap": mapped,
-    "compiled eager": lambda net: Wrapped(torch.compile(net, backend="eager"), net),
-    "compiled aot": lambda net: Wrapped(torch.compile(net, backend="aot_eager"), net),
+    "compiled eager": lambda net: compiled(net, "eager"),
+    "compiled aot": lambda net: compiled(net, "aot_eager"),
 }
 SLOW = ("compiled eager", "compiled aot")
 NO_SECOND = ("parameter hooks", "gradient reversal", "block detached", "autocast")  # not of any function, or too rough
