@@ -95,7 +95,8 @@ def gram_diag(w, loader, truth, generator, **options) -> Pair:
 
 def gram_differentiable(w, loader, truth, generator, **options) -> Pair:
     k = nng.GramMatrix(w.model, loader[:1], function=w.function, differentiable=True, **options)
-    return with_slopes(k.trace(), loader[:1], w, generator)
+    with torch.enable_grad():
+        return with_slopes(k.trace(), loader[:1], w, generator)
 
 
 def hessian(w, loader, truth, generator, **options) -> Pair:

@@ -149,6 +149,35 @@ def alone(net: Net, draw: Draw, n: int) -> Iterator[Batches]:
     yield [draw(1) for _ in range(n)]
 
 
+def hook_later(net: Net, draw: Draw, n: int) -> Iterator[Batches]:
+    """A gradient hook on a parameter comes and goes."""
+    yield [draw(n)]
+    handle = net.head.weight.register_hook(lambda g: 3 * g)
+    yield [draw(n)]
+    handle.remove()
+    yield [draw(n)]
+
+
+def replaced(net: Net, draw: Draw, n: int) -> Iterator[Batches]:
+    """Another parameter object in the place of one."""
+    yield [draw(n)]
+    net.head.weight = nn.Parameter(1.5 * net.head.weight.detach())
+    yield [draw(n)]
+
+
+def with_gradients(net: Net, draw: Draw, n: int) -> Iterator[Batches]:
+    """Gradients of a training step are there, and stay."""
+    x, y = draw(n)
+    F.cross_entropy(net(x), y).backward()
+    yield [draw(n)]
+
+
+def without_gradients(net: Net, draw: Draw, n: int) -> Iterator[Batches]:
+    """Autograd is switched off where the library is called."""
+    with torch.no_grad():
+        yield [draw(n)]
+
+
 MOMENTS = {
     "usual": usual,
     "several batches": several,
@@ -166,5 +195,9 @@ MOMENTS = {
     "trained": trained,
     "frozen at first": frozen_then_not,
     "exchanged": exchanged,
+    "hook later": hook_later,
+    "parameter replaced": replaced,
+    "gradients present": with_gradients,
+    "no_grad": without_gradients,
     "inference inputs": inference,
 }

@@ -56,6 +56,12 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
+def by_output(f: Tensor) -> list[list[Tensor]]:
+    """The entries of ``(n, c)`` with their graph, ``[c][n]``."""
+    with torch.enable_grad():
+        return [list(output) for output in f.T]
+
+
 class Truth:
     """Plain autograd of the outputs of whole batches: one backward pass an example and output.
 
@@ -78,7 +84,7 @@ class Truth:
     @cached_property
     def outputs(self) -> list[Tensor]:
         """One a batch, with their graph."""
-        with unchanged(self.model):
+        with unchanged(self.model), torch.enable_grad():
             return [self.call(x.clone()) for x, _ in self.batches]
 
     @property
@@ -91,13 +97,14 @@ class Truth:
     @cached_property
     def reached(self) -> bool:
         """Whether any output of any batch has a path to any parameter; where not, only an error is right."""
-        grad = lambda f: torch.autograd.grad(f.sum(), self.parameters, retain_graph=True, allow_unused=True)
+        ones = torch.ones_like
+        grad = lambda f: torch.autograd.grad(f, self.parameters, ones(f), retain_graph=True, allow_unused=True)
         return any(g is not None for f in self.outputs if f.requires_grad for g in grad(f))
 
     @cached_property
     def rows(self) -> Tensor:
         """The Jacobian ``(c, n, d)``."""
-        of_batch = lambda f: torch.stack([torch.stack([self.gradient(e) for e in output]) for output in f.T])
+        of_batch = lambda f: torch.stack([torch.stack([self.gradient(e) for e in output]) for output in by_output(f)])
         return torch.cat([of_batch(f) for f in self.outputs], 1).detach()
 
     @cached_property
@@ -123,7 +130,8 @@ class Truth:
     def loss_gradient(self) -> Tensor:
         """The gradient of the mean cross-entropy."""
         terms = zip(self.outputs, (y for _, y in self.batches))
-        return self.gradient(sum(F.cross_entropy(f, y, reduction="sum") for f, y in terms) / self.n)
+        with torch.enable_grad():
+            return self.gradient(sum(F.cross_entropy(f, y, reduction="sum") for f, y in terms) / self.n)
 
     @property
     def trace(self) -> Tensor:

@@ -164,4 +164,5 @@ WRAPPERS: dict[str, Callable[[Net], Wrapped]] = {
     "compiled aot": lambda net: compiled(net, "aot_eager"),
 }
 SLOW = ("compiled eager", "compiled aot")
-NO_SECOND = ("parameter hooks", "gradient reversal", "block detached", "autocast")  # not of any function, or too rough
+# moments and wrappers whose gradients are those of no function, or too rough to be derived again
+NO_SECOND = {"parameter hooks", "gradient reversal", "block detached", "autocast", "hook later"}
