@@ -136,3 +136,48 @@ def test_a_plain_attribute_that_changes_the_function():
     model = Model(lambda m, x: m.b(m.a(x).tanh()) / m.temperature)
     for model.temperature in (1.0, 3.0, 0.5):
         jacobian_holds(model, X)
+
+
+# -- where the library is called -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def double_by_default():
+    torch.set_default_dtype(f64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+AROUND = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "float64 by default": double_by_default,
+    "anomaly detection": torch.autograd.detect_anomaly,
+}
+NUMBERS = {
+    "Jacobian": lambda model: nng.Jacobian(model, [X]).tensor,
+    "FIM": lambda model: nng.FIM(model, [X], nng.PMatDense).to_dense(),
+    "EKFAC": lambda model: nng.FIM(model, [X], nng.PMatEKFAC).to_dense(),
+    "GramMatrix": lambda model: nng.GramMatrix(model, [X]).tensor,
+    "Hessian": lambda model: nng.Hessian(model, PAIRS, nng.PMatDense, loss="cross_entropy").to_dense(),
+    "Hessian v": lambda model: product(nng.Hessian(model, PAIRS, loss="cross_entropy")),
+    "FIM v": lambda model: product(nng.FIM(model, [X], nng.PMatImplicit)),
+    "J v": lambda model: product(nng.Jacobian(model, [X], nng.PushForwardImplicit)),
+}
+
+
+def product(m):
+    flat = torch.linspace(-1, 1, m.layer_collection.numel, dtype=f64)
+    found = m.mv(nng.PVector.from_flat(m.layer_collection, flat))
+    return found.flat() if isinstance(found, nng.PVector) else found.tensor
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_what_is_switched_on_around_a_call_changes_nothing(numbers, around):
+    model = Model(plain)
+    want = NUMBERS[numbers](model)
+    with AROUND[around](), contextlib.suppress(nng.NNGeomError):
+        got = NUMBERS[numbers](model)
+        assert float((got - want).norm() / want.norm()) < 1e-9
