@@ -12,6 +12,7 @@ them counts; the Jacobian and the diagonals of the exact and of the empirical Fi
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,15 +46,20 @@ def outputs_of(name: str) -> Callable[[Any], Tensor]:
     return choose
 
 
+@functools.cache
+def mix(size: int) -> Tensor:
+    """A random matrix ``(size, 3)``, drawn once."""
+    draw = torch.Generator().manual_seed(size)
+    return torch.randn(size, OUTPUTS, generator=draw, dtype=torch.float64) / size**0.5
+
+
 def function_of(name: str, model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
     """The outputs ``(n, 3)`` of a batch."""
     choose = outputs_of(name)
 
     def function(batch: dict[str, Tensor]) -> Tensor:
         flat = choose(model(**{k: v for k, v in batch.items() if k != "labels"})).flatten(1).double()
-        draw = torch.Generator().manual_seed(flat.shape[1])
-        mix = torch.randn(flat.shape[1], OUTPUTS, generator=draw, dtype=torch.float64)
-        return flat @ mix / flat.shape[1] ** 0.5
+        return flat @ mix(flat.shape[1])
 
     return function
 

@@ -129,7 +129,7 @@ def run(recipe: Recipe) -> Outcome:
 def measured(recipe: Recipe, wrapped: Wrapped, batches: list[tuple[Tensor, Tensor]]) -> Outcome:
     """One measurement of one list of batches."""
     second = recipe.measure in SECOND
-    if second and NO_SECOND & {recipe.wrapper, recipe.moment}:
+    if second and NO_SECOND & {recipe.wrapper, recipe.moment, recipe.placing, recipe.noise}:
         return Outcome(VOID, "no second derivatives to compare with")
     options = {} if recipe.measure == "trace penalty" else {"memory_budget": recipe.budget}
     generator = torch.Generator().manual_seed(recipe.seed + 2)

@@ -83,6 +83,11 @@ def drop_path(h: Tensor) -> Tensor:
     return h * torch.empty(len(h), 1, dtype=h.dtype).bernoulli_(0.7)
 
 
+def fixed(h: Tensor) -> Tensor:
+    """The same draw at every pass: no noise at all."""
+    return h + torch.randn(4, generator=torch.Generator().manual_seed(3), dtype=h.dtype)
+
+
 def chosen(h: Tensor) -> Tensor:
     """A category drawn from a softmax."""
     p = h.softmax(-1)
@@ -115,6 +120,7 @@ NOISES: dict[str, Callable[[], nn.Module]] = {
     "numpy generator": lambda: Drawn(lambda h, draws=np.random.default_rng(0): h * float(draws.random())),
     "python": lambda: Drawn(lambda h: h * random.random()),
     "own generator": lambda: Drawn(lambda h, g=torch.Generator(): h + torch.randn(4, generator=g, dtype=h.dtype)),
+    "generator seeded at every pass": lambda: Drawn(fixed),
     "counter in the output": lambda: Counter(used=True),
     "attribute": Attribute,
     "running mean": lambda: Average(inplace=True),

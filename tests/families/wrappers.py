@@ -164,5 +164,6 @@ WRAPPERS: dict[str, Callable[[Net], Wrapped]] = {
     "compiled aot": lambda net: compiled(net, "aot_eager"),
 }
 SLOW = ("compiled eager", "compiled aot")
-# moments and wrappers whose gradients are those of no function, or too rough to be derived again
-NO_SECOND = {"parameter hooks", "gradient reversal", "block detached", "autocast", "hook later"}
+# members whose gradients are those of no function, or too rough: second derivatives cannot be compared
+ODD = {"parameter hooks", "gradient reversal", "block detached", "hook later", "batch statistics", "codes"}
+NO_SECOND = {*ODD, "autocast"}
