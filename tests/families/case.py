@@ -17,7 +17,7 @@ import nngeom as nng
 
 from .blocks import BLOCKS
 from .bodies import BODIES
-from .measures import MEASURES, SECOND
+from .measures import FIRST, MEASURES, SECOND
 from .moments import MOMENTS
 from .net import OUTPUTS, Net, Truth, randomised
 from .noises import NOISES
@@ -131,6 +131,7 @@ def measured(recipe: Recipe, wrapped: Wrapped, batches: list[tuple[Tensor, Tenso
     second = recipe.measure in SECOND
     if second and NO_SECOND & {recipe.wrapper, recipe.moment, recipe.placing, recipe.noise}:
         return Outcome(VOID, "no second derivatives to compare with")
+    batches = batches[:1] if recipe.measure in FIRST else batches
     options = {} if recipe.measure == "trace penalty" else {"memory_budget": recipe.budget}
     generator = torch.Generator().manual_seed(recipe.seed + 2)
     truth = Truth(wrapped.call, wrapped.model, batches)
@@ -142,7 +143,8 @@ def measured(recipe: Recipe, wrapped: Wrapped, batches: list[tuple[Tensor, Tenso
     try:
         got, want = MEASURES[recipe.measure](wrapped, batches, truth, generator, **options)
     except nng.NNGeomError as error:
-        outcome = Outcome(REFUSED, f"{type(error).__name__}: {error}")
+        public = next(kind for kind in type(error).__mro__ if hasattr(nng, kind.__name__))
+        outcome = Outcome(REFUSED, f"{public.__name__}: {error}")
     except Exception as error:
         outcome = Outcome(CRASH, f"{type(error).__name__}: {error}".split("\n")[0][:300])
     else:

@@ -1,6 +1,6 @@
 """Measures: ``f(wrapped, loader, truth, generator, **options)`` gives ``(got, want)``, ours and autograd's.
 
-Those with second derivatives stand in ``SECOND``: they are compared with differences, to 1e-5.
+Those with second derivatives stand in ``SECOND``: they are compared with differences, to 1e-5; those in ``FIRST`` are of one batch.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def gram_diag(w, loader, truth, generator, **options) -> Pair:
 
 
 def gram_differentiable(w, loader, truth, generator, **options) -> Pair:
-    k = nng.GramMatrix(w.model, loader[:1], function=w.function, differentiable=True, **options)
+    k = nng.GramMatrix(w.model, loader, function=w.function, differentiable=True, **options)
     with torch.enable_grad():
-        return with_slopes(k.trace(), loader[:1], w, generator)
+        return with_slopes(k.trace(), loader, w, generator)
 
 
 def hessian(w, loader, truth, generator, **options) -> Pair:
@@ -113,7 +113,7 @@ def covariance(w, loader, truth, generator, **options) -> Pair:
 def penalty(w, loader, truth, generator, **options) -> Pair:
     """The trace and its gradient."""
     value = nng.mgs.trace_penalty(w.model, loader[0][0], function=w.function)
-    return with_slopes(value, loader[:1], w, generator)
+    return with_slopes(value, loader, w, generator)
 
 
 def with_slopes(value: Tensor, loader, w: Wrapped, generator: torch.Generator) -> Pair:
@@ -151,3 +151,4 @@ MEASURES: dict[str, Callable[..., Pair]] = {
     "trace penalty": penalty,
 }
 SECOND = ("GramMatrix differentiable", "Hessian v", "trace penalty")
+FIRST = ("GramMatrix differentiable", "trace penalty")  # of the first batch only
