@@ -71,16 +71,20 @@ class Linearization:
             u = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
             parameters = self.task.parameters
             pulled = torch.autograd.grad(outputs, list(parameters.values()), u, retain_graph=True, allow_unused=True)
-            v, total = {}, 0.0
-            for (name, p), gradient in zip(parameters.items(), pulled):
-                g = dense(gradient)
-                length = 0.0 if g is None else float(g.double().square().sum())
-                share = 1.0 + float(torch.rand((), generator=generator))
-                v[name] = torch.zeros_like(p) if g is None or not length else (g.double() * (share / length)).to(p.dtype)
-                total += share if length else 0.0
-            terms = (u * way(batch, v)[1]).double()
+            gradients = {name: dense(g).double() for name, g in zip(parameters, pulled) if g is not None}  # type: ignore[union-attr]
+            lengths = {name: float(g.norm()) for name, g in gradients.items()}
             rounding = torch.finfo(outputs.dtype).eps
-            known[key] = abs(float(terms.sum()) - total) <= rounding**0.5 * total + 100 * rounding * float(terms.abs().sum())
+            noise = 100 * rounding * max(lengths.values(), default=0.0)
+            v, total, room = {}, 0.0, 0.0
+            for name, p in parameters.items():
+                length, share = lengths.get(name, 0.0), 1.0 + float(torch.rand((), generator=generator))
+                asked = length > 10 * noise
+                v[name] = (gradients[name] * (share / length**2)).to(p.dtype) if asked else torch.zeros_like(p)
+                if asked:
+                    total, room = total + share, room + (share * noise / length) ** 2
+            terms = (u * way(batch, v)[1]).double()
+            room = room**0.5 + rounding**0.5 * total + 100 * rounding * float(terms.abs().sum())
+            known[key] = abs(float(terms.sum()) - total) <= room
         return known[key]
 
     def vjp(self, outputs: Tensor, u: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Watch:
             yield
             finished = True
         finally:
-            drew = [not torch.equal(g.get_state(), state) for g, state in zip(generators, before)]
+            drew = [_differ(g.get_state(), state) for g, state in zip(generators, before)]
             for g, state in zip(generators, before):
                 if any(drew):
                     g.set_state(state)
@@ -80,7 +80,7 @@ class Watch:
         finally:
             drew = False
             for generator, state in states.items():
-                drew |= not torch.equal(generator.get_state(), state)
+                drew |= _differ(generator.get_state(), state)
                 generator.set_state(state)
         if drew and not self.harmless:
             raise Drew(f"the model draws random numbers in its forward pass, {_HINT}")
@@ -127,6 +127,11 @@ def _names(module: nn.Module) -> list[str]:
 
 
 _LOOKED: WeakSet[nn.Module] = WeakSet()  # models of which a pass was seen to leave the states of other libraries alone
+
+
+def _differ(state: Tensor, other: Tensor) -> bool:
+    """Whether two states of a generator, which lie in the memory of the host, are not the same."""
+    return bytes(state.numpy()) != bytes(other.numpy())
 
 
 def _equal(x: Tensor | None, y: Tensor | None) -> bool:
@@ -195,7 +200,7 @@ class _Draws(TorchFunctionMode):
         watched = [*self.generators, *self.private]
         before = [g.get_state() for g in watched]
         out = func(*args, **kwargs)
-        if any(not torch.equal(g.get_state(), state) for g, state in zip(watched, before)):
+        if any(_differ(g.get_state(), state) for g, state in zip(watched, before)):
             name = resolve_name(func) or getattr(func, "__name__", str(func))
             for x in tensors((out,)):
                 self.drawn[id(x)] = (x, name)
