@@ -53,10 +53,11 @@ def test_usual_models_are_not_refused(body, measure):
     assert outcome_of(body=body, measure=measure, n=4) == EXACT
 
 
+@pytest.mark.parametrize("placing", ["none", "front"])  # rows, and sequences: a view of rows
 @pytest.mark.parametrize("block", KNOWN)
-def test_usual_and_unusual_blocks_are_not_refused(block):
+def test_usual_and_unusual_blocks_are_not_refused(block, placing):
     for measure in ("Jacobian", "FIM Dense", "GramMatrix Diag"):
-        assert outcome_of(block=block, measure=measure, n=4, moment="several batches") == EXACT
+        assert outcome_of(block=block, placing=placing, measure=measure, n=4, moment="several batches") == EXACT
 
 
 @pytest.mark.parametrize("placing", ["none", "sort", "gather", "flip", "masked", "front", "index_copy"])
