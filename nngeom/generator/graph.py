@@ -144,7 +144,7 @@ def unexplained(graph: Graph, uses: Sequence[Use]) -> set[str]:
         view = node not in roots and operation(node) in _VIEWS
         if view and len(behind) == 1 and behind[0] in viewed:
             viewed[node] = viewed[behind[0]]
-    missing: set[str] = set()
+    missing = _entered(graph, uses, owner)
     seen: dict[tuple[tuple[int, ...], str], int] = {}
     for node in graph.nodes:
         for following, _ in node.next_functions:
@@ -157,6 +157,18 @@ def unexplained(graph: Graph, uses: Sequence[Use]) -> set[str]:
         if count > max((sum(slot.name == name for slot in uses[j].slots) for j in owners), default=0):
             missing.add(name)
     return missing | _bypassed(graph, uses)
+
+
+def _entered(graph: Graph, uses: Sequence[Use], owner: dict[Any, list[int]]) -> set[str]:
+    """Parameters of uses that some path enters behind the output that was seen, as after a change in place of a view of it."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        for following, _ in node.next_functions:
+            for j in owner.get(following, ()):
+                root = (uses[j].origin or uses[j].edge).node  # type: ignore[union-attr]
+                if following is not root and j not in owner.get(node, ()):
+                    found.update(slot.name for slot in uses[j].slots)
+    return found
 
 
 def _during(root: Any, since: int) -> Iterator[Any]:
