@@ -209,7 +209,7 @@ def drive(recipe: Any, sweep: Sweep, passes: int) -> dict[Any, Any]:
         sums, examples = Sums(), 0
         for chunk in sweep.chunks(keep=passes > 1, reuse=True, watch=False) if first else sweep.again():
             with torch.no_grad():
-                sums.add(statistic(chunk), chunk.examples if chunk.first else 0)
+                sums.add(statistic, chunk)
             examples = sums.count
         require_examples(examples)
         first = False
@@ -235,14 +235,12 @@ def estimate(chosen: Representation, sweep: Sweep) -> MatrixEstimate:
     for chunk in sweep.chunks(reuse=True):
         for j, one in cotangents(chunk):
             with torch.no_grad():
-                draws[j].add(statistics[j](one), one.examples)
+                draws[j].add(statistics[j], one)
     require_examples(sweep.count)
+    for other in draws[1:]:
+        other.share_inputs(draws[0])  # taken once, for all
     means = [one_dtype(d.mean()) for d in draws]
-    whole = one_dtype(Sums().merge(draws).mean()) if len(draws) > 1 else means[0]
-    inputs = [(b, name) for b, tensors in means[0].items() for name in tensors if name not in means[-1].get(b, {})]  # taken once, for all
-    for m in (*means[1:], whole):
-        for block, name in inputs:
-            m.setdefault(block, {})[name] = means[0][block][name]
+    whole = one_dtype(Sums().merge(draws).mean())
     _require_finite(whole, sweep)
     *each, matrix = [make(_finish(recipe, m)) for recipe, m in zip(recipes, (*means, whole))]
     return MatrixEstimate(matrix, tuple(each))

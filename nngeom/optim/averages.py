@@ -57,19 +57,17 @@ class Averages:
 
 
 def scaled_means(sums: Sums, examples: int, c: float) -> dict[Layout, dict[str, Tensor]]:
-    """Means over ``examples``, as if every gradient had been ``c`` times as large. Second moments of inputs alone do not change."""
+    """Means over ``examples``, as if every gradient had been ``c`` times as large; those of inputs do not change."""
     tensors: list[Tensor] = []
     factors: list[float] = []
-    for named in sums.sums.values():
-        beside = any(name.startswith("g") for name in named)
+    for layout, named in sums.sums.items():
         for name, t in named.items():
             if isinstance(t, Rows):
                 tensors.append(torch.cat(t.parts))
                 factors.append(c / examples**0.5)
             else:
-                inputs_alone = beside and not name.startswith("g")  # the input side of a Kronecker product
                 tensors.append(t)
-                factors.append((1.0 if inputs_alone else c * c) / examples)
+                factors.append((1.0 if (layout, name) in sums.inputs else c * c) / examples)
     scaled = iter(torch._foreach_mul(tensors, factors) if tensors else [])
     return {layout: {name: next(scaled) for name in named} for layout, named in sums.sums.items()}
 

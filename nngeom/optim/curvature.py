@@ -86,7 +86,7 @@ class Averaged(Curvature):
 
     def observe(self, chunk, schedule):
         if schedule.statistics:
-            self.pending.add(self.statistic(self.scope.restrict(chunk)), chunk.examples if chunk.first else 0)
+            self.pending.add(self.statistic, self.scope.restrict(chunk))
 
     def precondition(self, gradient, seen, schedule):
         fresh = bool(self.pending.sums)

@@ -55,7 +55,7 @@ class Eigenbasis(Curvature):
             self._adopt()
         chunk = self.scope.restrict(chunk)
         if schedule.statistics:
-            self.pending.add(self.statistic(chunk), chunk.examples if chunk.first else 0)
+            self.pending.add(self.statistic, chunk)
         if self.from_gradient:
             return
         if self._waits_for_basis(schedule):
@@ -68,7 +68,7 @@ class Eigenbasis(Curvature):
 
     def _square(self, chunk: Chunk) -> None:
         known = {lay: j for lay, j in chunk.jacobians.items() if lay in self.sources}
-        self.squares.add(scaling_statistic(self.blocks)(dataclasses.replace(chunk, jacobians=known)), chunk.examples if chunk.first else 0)
+        self.squares.add(scaling_statistic(self.blocks), dataclasses.replace(chunk, jacobians=known))
 
     # -- bases -------------------------------------------------------------------------------------------------------
 
