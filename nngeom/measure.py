@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, NonFiniteError, UnsupportedError
-from nngeom.core.statistic import Sums
+from nngeom.core.statistic import Sums, names_of
 from nngeom.generator.sweep import Chunk, Metric, Sweep, require_examples
 from nngeom.generator.task import Task
 from nngeom.metrics.fisher import ExactFisher, MonteCarloFisher, as_likelihood, seed_of
@@ -283,9 +283,9 @@ def _require_finite(means: dict[Any, dict[str, Tensor]], sweep: Sweep) -> None:
         for name, t in tensors.items():
             if not bool(torch.isfinite(t.sum())) and not bool(torch.isfinite(t).all()):
                 sweep.blame()
-                layout = block[1] if isinstance(block, tuple) else block
                 raise NonFiniteError(
-                    f"the statistic {name!r} of parameters {list(layout.names)[:4]} overflowed to NaN or infinity over {sweep.count} examples; "
+                    f"the statistic {name!r} of {names_of(block)[:4]} overflowed to NaN or infinity over {sweep.count} "
+                    "examples; "
                     "scale the inputs or use a wider dtype, model.double()"
                 )
 

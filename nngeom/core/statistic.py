@@ -53,6 +53,13 @@ class Inputs:
 Named = Mapping[Any, Mapping[str, Tensor | Rows | Moment | Inputs]]  # {block: {name of the statistic: what is added}}
 
 
+def names_of(block: Any) -> list[str]:
+    """The parameters of a block, or what the statistic calls it."""
+    while isinstance(block, tuple) and block:
+        block = block[-1]
+    return list(getattr(block, "names", [str(block)]))
+
+
 class Part(Protocol):
     """The part of a batch that a statistic is taken of."""
 

@@ -1,5 +1,6 @@
 """Optimizers that use the geometry: natural gradient with any representation, and robust averages of gradients."""
 
+from nngeom.optim import eigenbasis  # registers how EKFAC is kept
 from nngeom.optim.ekfac import EKFAC
 from nngeom.optim.kfac import KFAC
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
 from nngeom.core.layout import Arrangement, Layout, Piece
-from nngeom.core.statistic import Rows, Sums
+from nngeom.core.statistic import Rows, Sums, names_of
 from nngeom.pmat.block import Block
 
 
@@ -32,8 +32,9 @@ class Averages:
             for name, t in tensors.items():
                 if mine[name].shape != t.shape:
                     raise ArgumentError(
-                        f"the statistic {name!r} of {list(layout.names)[:2]} changed its shape from {tuple(mine[name].shape)} to {tuple(t.shape)} and has no "
-                        "running average; use statistics_decay=0, or another representation"
+                        f"the statistic {name!r} of {names_of(layout)[:2]} changed its shape from "
+                        f"{tuple(mine[name].shape)} to {tuple(t.shape)} and has no running average; use "
+                        "statistics_decay=0, or another representation"
                     )
                 held.append(mine[name])
                 new.append(t)
@@ -48,12 +49,12 @@ class Averages:
 
     def plain(self) -> list[Any]:
         """Tensors, numbers, strings and lists only."""
-        return [[plain_layout(layout), weight, dict(tensors)] for layout, (weight, tensors) in self.entries.items()]
+        return [[plain_block(block), weight, dict(tensors)] for block, (weight, tensors) in self.entries.items()]
 
     @staticmethod
     def restored(plain: list[Any]) -> Averages:
         """The inverse of :meth:`plain`; copies."""
-        return Averages({restored_layout(lay): (w, {k: t.clone() for k, t in ts.items()}) for lay, w, ts in plain})
+        return Averages({restored_block(b): (w, {k: t.clone() for k, t in ts.items()}) for b, w, ts in plain})
 
 
 def scaled_means(sums: Sums, examples: int, c: float) -> dict[Layout, dict[str, Tensor]]:
@@ -76,6 +77,21 @@ def all_finite(sums: Sums) -> bool:
     """Whether no sum is NaN or infinite."""
     parts = [p.sum() for tensors in sums.sums.values() for t in tensors.values() for p in (t.parts if isinstance(t, Rows) else [t])]
     return not parts or bool(torch.isfinite(torch.stack(parts)).all())
+
+
+def plain_block(block: Any) -> Any:
+    """What a statistic calls a block as strings, numbers and lists: a layout, or a name of any kind."""
+    if isinstance(block, Layout):
+        return ["layout", plain_layout(block)]
+    return ["tuple", *map(plain_block, block)] if isinstance(block, tuple) else ["name", block]
+
+
+def restored_block(plain: list[Any]) -> Any:
+    """The inverse of :func:`plain_block`."""
+    kind, *parts = plain
+    if kind == "tuple":
+        return tuple(map(restored_block, parts))
+    return restored_layout(parts[0]) if kind == "layout" else parts[0]
 
 
 def plain_layout(layout: Layout) -> list[Any]:

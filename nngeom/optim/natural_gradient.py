@@ -15,9 +15,8 @@ from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
 from nngeom.generator.observe import Observation, Observer
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest, number
-from nngeom.optim.curvature import Seen
+from nngeom.optim.curvature import Manner, Seen
 from nngeom.optim.descent import clipping, descend
-from nngeom.optim.eigenbasis import Eigenbasis
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.partition import Partition
@@ -98,8 +97,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self.reduction, self.skipped = as_reduction(reduction), 0
         self.observer = Observer(model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of)
         worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
-        basis = lambda representation, scope: Eigenbasis(representation, scope, scalings, self.observer.metric is not None, worker)
-        self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, basis)
+        manner = Manner(scalings=scalings, own_rows=self.observer.metric is not None, worker=worker)
+        self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner)
         self._examples, self._loss_scale = 0, 1.0
         parameters = self.observer.task.parameters
         self.gradients = Gradients(parameters.values(), self.observer.task.dtype)
