@@ -309,3 +309,15 @@ def test_what_is_held_for_the_step_may_be_overwritten_before_it(kind):
         before.copy_to(model)
         opt.zero_grad()
     same(*steps)
+
+
+def test_rows_have_no_running_average():
+    case = build("mlp", sizes=(6, 6))
+    opt = NaturalGradient(case.model, nng.PMatLowRank, lr=1.0, momentum=0.0, damping=1e-2, statistics_decay=0.0)
+    for x, y in case.loader:
+        matrix = nng.EmpiricalFIM(case.model, (x, y), nng.PMatDense, loss="cross_entropy")
+        gradient, step = observed(opt, case.model, x, y)
+        same(step, matrix.solve(gradient, 1e-2), 1e-7)
+    opt = NaturalGradient(case.model, nng.PMatLowRank, statistics_decay=0.9)
+    with pytest.raises(nng.ArgumentError, match="statistics_decay=0"):
+        observed(opt, case.model, x, y)

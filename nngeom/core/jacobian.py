@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg, memory
-from nngeom.core.errors import UnsupportedError
+from nngeom.core.errors import StructureError, UnsupportedError
 from nngeom.core.gram import Tile, by_rows
 from nngeom.core.statistic import Inputs, Moment
 
@@ -162,7 +162,12 @@ class LayerJacobian(ABC):
 
     def input_factor(self, sharing: str, limit: int) -> Tensor | Moment:
         """``"a"`` of :meth:`kronecker_sums`; for rows without Kronecker structure the exact block ``[s, i, i]``."""
-        _, _, s, _, i = self.shape
+        _, _, s, o, i = self.shape
+        if o != 1:
+            raise StructureError(
+                f"{type(self).__name__} rows of {o} x {i} have no Kronecker structure, so no factors; use a "
+                "representation of their second moments, such as PMatDiag or PMatBlockDiag"
+            )
         total = torch.zeros(s, i, i, dtype=linalg.accumulation_dtype(self.dtype), device=self.device)
         for j in self.blocks():
             m = j.matrix().squeeze(3).flatten(0, 1).transpose(0, 1)  # [s, r, i]

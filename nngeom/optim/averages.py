@@ -20,6 +20,16 @@ class Averages:
 
     entries: dict[Layout, tuple[float, dict[str, Tensor]]] = field(default_factory=dict)
 
+    def take(self, sums: Sums, examples: int, c: float, decay: float) -> None:
+        """Take in :func:`scaled_means`; raises :class:`ArgumentError` for rows under a past: they are not added up."""
+        stacked = [block for block, named in sums.sums.items() if any(isinstance(t, Rows) for t in named.values())]
+        if decay and stacked:
+            raise ArgumentError(
+                f"the statistics of {names_of(stacked[0])[:2]} are rows of single examples, which have no running "
+                "average; use statistics_decay=0, or another representation than one of low rank"
+            )
+        self.update(scaled_means(sums, examples, c), decay)
+
     def update(self, means: dict[Layout, dict[str, Tensor]], decay: float) -> None:
         """One more step; blocks that were not seen stay as they are."""
         held: list[Tensor] = []

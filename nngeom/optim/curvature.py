@@ -147,7 +147,7 @@ class Averaged(Curvature):
     def precondition(self, gradient, seen, schedule):
         fresh = bool(self.pending.sums)
         if fresh:
-            self.averages.update(scaled_means(self.pending, seen.examples, seen.scale), schedule.decay)
+            self.averages.take(self.pending, seen.examples, seen.scale, schedule.decay)
         known = self.averages.entries.keys()
         due = schedule.refresh or (self.manner.eager and fresh) or not self.blocks or not known <= self.sources
         if known and due and (self.held or not self.several):

@@ -113,7 +113,7 @@ class Eigenbasis(Curvature):
         if self.from_gradient:
             self._adopt()
         if self.pending.sums:
-            self.averages.update(scaled_means(self.pending, seen.examples, seen.scale), schedule.decay)
+            self.averages.take(self.pending, seen.examples, seen.scale, schedule.decay)
         self._refresh(schedule)
         for chunk in self.held:
             self._square(chunk)

@@ -71,6 +71,8 @@ class PMatKFAC(PMat):
     ``sua``: the places of a window as uncorrelated, one factor of channels for all of them; the bias then is a block of its own.
     """
 
+    centred = False
+
     @classmethod
     def recipe(cls, scope: Scope, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
         return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua)))
