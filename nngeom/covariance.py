@@ -62,7 +62,7 @@ def GradientCovariance(
     task = Task.build(model, function, layer_collection)
     with memory.limit(memory_budget):
         metric = EmpiricalFisher(as_loss(loss))
-        sweep = Sweep(task, loader, metric, memory_budget, check, progress, part_of, reread=False, label="mean gradient")
+        sweep = Sweep(task, loader, metric, memory_budget, check, progress, part_of, reread=False, label="mean row")
         mean, layouts = mean_row(sweep)
         seen = list(task.batches(sweep.loader)) if chosen is None else sweep.loader
         centred = CentredSweep(

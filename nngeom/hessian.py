@@ -9,6 +9,7 @@ passes each, those through tangents 2.0 to 3.1 (MLP, LeNet, VGG, transformer on 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,14 +63,14 @@ def Hessian(
     if process_group is not None:
         raise UnsupportedError("process_group is not available for the Hessian; pass process_group=None and merge shards afterwards")
     kind: Any = representation.kind if isinstance(representation, Representation) else representation
-    if not isinstance(kind, type):
+    if not inspect.isclass(kind):
         expected = "PMatImplicit, PMatDense, PMatBlockDiag or PMatDiag"
         raise ArgumentTypeError(f"representation is {kind!r}; expected {expected}")
     entries = getattr(kind, "entries", None)
     if kind is not PMatImplicit and entries is None:
         raise UnsupportedError(
-            f"the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got {kind.__name__}: it is no "
-            "average of outer products; use GGN (a subclass that keeps the recipe of one of these is one of these)"
+            f"the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got {kind.__name__}: it is "
+            "no average of outer products; use GGN (a subclass that keeps the recipe of one of these is one of these)"
         )
     if isinstance(representation, Representation):
         options = {**representation.settings, **options}
