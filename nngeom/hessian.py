@@ -9,7 +9,6 @@ passes each, those through tangents 2.0 to 3.1 (MLP, LeNet, VGG, transformer on 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,15 +62,7 @@ def Hessian(
     if process_group is not None:
         raise UnsupportedError("process_group is not available for the Hessian; pass process_group=None and merge shards afterwards")
     kind: Any = representation.kind if isinstance(representation, Representation) else representation
-    if not inspect.isclass(kind):
-        expected = "PMatImplicit, PMatDense, PMatBlockDiag or PMatDiag"
-        raise ArgumentTypeError(f"representation is {kind!r}; expected {expected}")
-    entries = getattr(kind, "entries", None)
-    if kind is not PMatImplicit and entries is None:
-        raise UnsupportedError(
-            f"the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got {kind.__name__}: it is "
-            "no average of outer products; use GGN (a subclass that keeps the recipe of one of these is one of these)"
-        )
+    entries = _entries(kind)
     if isinstance(representation, Representation):
         options = {**representation.settings, **options}
     if options:
@@ -91,6 +82,20 @@ def Hessian(
         groups = {span: collection.names} if entries == "all" else layers
         blocks, count = squares(sweep, groups)
         return kind._make(collection, blocks, count)
+
+
+def _entries(kind: Any) -> str | None:
+    """Which entries of the Hessian a class of matrices keeps, ``None`` for PMatImplicit; raises for all others."""
+    if not isinstance(kind, type):
+        expected = "PMatImplicit, PMatDense, PMatBlockDiag or PMatDiag"
+        raise ArgumentTypeError(f"representation is {kind!r}; expected {expected}")
+    entries: str | None = getattr(kind, "entries", None)
+    if kind is not PMatImplicit and entries is None:
+        raise UnsupportedError(
+            f"the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got {kind.__name__}: it is no "
+            "average of outer products; use GGN (a subclass that keeps the recipe of one of these is one of these)"
+        )
+    return entries
 
 
 @dataclass(frozen=True, eq=False)
