@@ -20,6 +20,7 @@ from nngeom.optim.descent import clipping, descend
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.partition import Partition
+from nngeom.optim.replicas import alone, require_model
 from nngeom.optim.resuming import restore, with_curvature, without_curvature
 from nngeom.optim.schedule import Clock
 from nngeom.pmat.kfac import PMatKFAC
@@ -55,7 +56,8 @@ class NaturalGradient(torch.optim.Optimizer):
     what the model returns. ``scalings``, ``scalings_decay`` and ``async_basis`` concern EKFAC (:class:`EKFAC`).
 
     A step whose gradients or statistics are not finite is skipped with a :class:`SkippedStepWarning` that counts.
-    Raises :class:`ArgumentError` on numbers out of range and on a step before anything was observed. Source: Amari 1998;
+    Raises :class:`ArgumentError` on numbers out of range and on a step before anything was observed,
+    :class:`UnsupportedError` for a model replicated over several processes. Source: Amari 1998;
     Martens & Grosse 2015; George et al. 2018.
     """
 
@@ -88,6 +90,7 @@ class NaturalGradient(torch.optim.Optimizer):
     ):
         if scalings not in ("batch", "running"):
             raise ArgumentError(f"scalings is {scalings!r}; expected 'batch' (of the examples of the batch) or 'running' (EKFAC-ra)")
+        require_model(model)
         self.representation = as_representation(representation)
         self.collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         self.clock = Clock(
@@ -134,7 +137,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         schedule = self.clock.now()
         self.reduction = self.reduction if reduction is None else as_reduction(reduction)
-        with self.observer.watch(schedule.statistics or self.partition.wants_every_batch) as seen:
+        record = schedule.statistics or self.partition.wants_every_batch
+        with alone(self.observer.task.model), self.observer.watch(record) as seen:
             yield seen
         if scaler is not None:
             self._loss_scale = scaler.get_scale()
