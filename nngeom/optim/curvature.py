@@ -19,19 +19,11 @@ from nngeom.core.statistic import Sums
 from nngeom.generator.sweep import Chunk
 from nngeom.optim.averages import Averages, all_finite, plain_blocks, restored_blocks, scaled_means
 from nngeom.optim.packed import Packed
+from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.block import Block
 from nngeom.pmat.pmat import PMat, Representation
 from nngeom.pmat.recipe import Means, Scope, Statistic
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What was seen since the last step: examples, and by what the observed gradients are to be multiplied."""
-
-    examples: int
-    scale: float
-    mean: float  # what makes .grad that of the mean loss
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.generator.sweep import Chunk
 from nngeom.optim.averages import all_finite, scaled_means
-from nngeom.optim.curvature import Curvature, Manner, Seen, copied, keeps
+from nngeom.optim.curvature import Curvature, Manner, copied, keeps
 from nngeom.optim.packed import Packed, split
+from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.ekfac import PMatEKFAC, scaling_statistic
 from nngeom.pmat.kfac import EigenBlock, kronecker_blocks

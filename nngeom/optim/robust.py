@@ -114,7 +114,7 @@ class WinsorizedSGD(torch.optim.SGD):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also drops what was observed since the last step."""
-        self._examples = _Examples(self.observer.task.collection)
+        self._examples.clear()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class WinsorizedSGD(torch.optim.SGD):
         for name, p in self.observer.task.parameters.items():
             if p.grad is not None:
                 p.grad.add_(change[name].to(p.grad))
-        self._examples = _Examples(self.observer.task.collection)
+        self._examples.clear()
         super().step()
         return loss
 
@@ -141,6 +141,11 @@ class _Examples:
     def __init__(self, collection: LayerCollection):
         self.collection, self.count = collection, 0
         self._batches: list[tuple[dict[Layout, LayerJacobian], float]] = []
+
+    def clear(self) -> None:
+        """Hold none, in place: a wrapper of the optimizer (Lightning's) would keep to itself what is assigned."""
+        self.count = 0
+        self._batches.clear()
 
     def add(self, chunk: Chunk, scale: float = 1.0) -> None:
         """One batch; copied, because what a model computed may be overwritten before it is read."""
