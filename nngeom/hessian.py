@@ -92,8 +92,8 @@ def _entries(kind: Any) -> str | None:
     entries: str | None = getattr(kind, "entries", None)
     if kind is not PMatImplicit and entries is None:
         raise UnsupportedError(
-            f"the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got {kind.__name__}: it is no "
-            "average of outer products; use GGN (a subclass that keeps the recipe of one of these is one of these)"
+            f"the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got {kind.__name__}: it "
+            "is no average of outer products; use GGN (a subclass with the recipe of one of these is one of these)"
         )
     return entries
 

@@ -1,4 +1,4 @@
-"""Optimizers in other people's loops: what a wrapper's methods change reaches the optimizer, and a tracker sees its steps."""
+"""Optimizers in other people's loops: what a wrapper's methods change reaches them, and a tracker sees their steps."""
 
 import copy
 import logging
@@ -95,7 +95,7 @@ def test_lightning_steps_its_own_optimizers():
 
 
 class Wrapper:
-    """As wrappers do that imitate the class of what they hold: methods run on the wrapper, attributes come from inside."""
+    """Imitates the class of what it holds: methods run on the wrapper, attributes come from inside."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer

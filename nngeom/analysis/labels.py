@@ -1,4 +1,4 @@
-"""Class labels, however they are written down: integers, booleans or whole floating-point numbers, ``(n,)`` or ``(n, 1)``."""
+"""Class labels, however they are written: integers, booleans or whole floats, ``(n,)`` or ``(n, 1)``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def require_class_labels(y: Any, examples: int, what: str) -> Tensor:
     """:func:`class_labels` of so many examples; raises :class:`OutputError` where there are none, or not as many."""
     labels = class_labels(y)
     if labels is None or len(labels) != examples:
-        raise OutputError(f"{what} takes one class label an example, ({examples},) or ({examples}, 1); got {described(y)}")
+        shapes = f"({examples},) or ({examples}, 1)"
+        raise OutputError(f"{what} takes one class label an example, {shapes}; got {described(y)}")
     return labels
 
 
@@ -32,10 +33,9 @@ def signs(y: Any, examples: int, what: str) -> Tensor:
     """``(n,)``: -1 and 1, of labels that are 0 and 1, or -1 and 1; raises :class:`OutputError` for any others."""
     labels = require_class_labels(y, examples, what)
     if bool((labels.abs() > 1).any()) or bool((labels == -1).any() and (labels == 0).any()):
-        found = labels.unique().tolist()
         raise OutputError(
-            f"{what} with one output takes labels 0 and 1, or -1 and 1; got {found[:8]}{'...' if len(found) > 8 else ''} "
-            "(targets of a regression are floating-point numbers)"
+            f"{what} with one output takes labels 0 and 1, or -1 and 1; got {labels.unique()[:8].tolist()} (targets of "
+            "a regression are floating-point numbers)"
         )
     return torch.where(labels > 0, 1, -1)
 

@@ -23,8 +23,8 @@ class Stiffness:
     ``matrix`` ``(n, m)``: sign or cosine of ``g_i . g_j``; pairs with a zero gradient count 0. ``distance`` ``(n, m)``:
     ``1 - cosine``, in [0, 2]. ``mean``: over pairs of distinct points, NaN where there is none (a single example).
 
-    Class labels are ``(n,)`` or ``(n, 1)``, of any dtype in whole numbers. Without any labels there are no classes; where
-    the targets are no class labels (of a regression, or of positions), ``classes``, ``by_class``, ``within`` and
+    Class labels are ``(n,)`` or ``(n, 1)``, of any dtype in whole numbers. Without any labels there are no classes;
+    where the targets are no class labels (of a regression, or of positions), ``classes``, ``by_class``, ``within`` and
     ``between`` raise :class:`ArgumentError`.
     """
 
@@ -40,7 +40,7 @@ class Stiffness:
 
     @property
     def by_class(self) -> Tensor:
-        """``(classes, classes)``: means over pairs of distinct points, NaN where there is none: a class with one point."""
+        """``(classes, classes)``: means over pairs of distinct points, NaN where there is none (a class of one)."""
         return self._by_class()[1]
 
     @property
@@ -62,8 +62,8 @@ class Stiffness:
     def _by_class(self) -> tuple[Tensor, Tensor]:
         if isinstance(self._grouped, str):
             raise ArgumentError(
-                f"stiffness by class takes one class label an example, (n,) or (n, 1) in whole numbers; got {self._grouped}: "
-                "see .matrix and .mean, or gradient_stiffness(gradients, labels=...)"
+                "stiffness by class takes one class label an example, (n,) or (n, 1) in whole numbers; got "
+                f"{self._grouped}: see .matrix and .mean, or gradient_stiffness(gradients, labels=...)"
             )
         return self._grouped
 
@@ -121,8 +121,8 @@ def gradient_stiffness(
             raise ArgumentError(f"{name} are {tuple(y.shape)} for {len(g)} gradients; expected one an example")
     require_finite_gradients(gradients, right)
     gram = gradients @ right.T
-    squares = (g.square().sum(-1) for g in (gradients, right))
-    return _summary(gram, *squares, labels, right_labels, kind, other is None)
+    x, y = (g.square().sum(-1) for g in (gradients, right))
+    return _summary(gram, x, y, labels, right_labels, kind, other is None)
 
 
 def require_kind(kind: str) -> None:
@@ -132,7 +132,14 @@ def require_kind(kind: str) -> None:
 
 
 def _summary(
-    gram: Tensor, left: Tensor, right: Tensor, a: Tensor | None, b: Tensor | None, kind: str, same: bool, ignored: int | None = None
+    gram: Tensor,
+    left: Tensor,
+    right: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    kind: str,
+    same: bool,
+    ignored: int | None = None,
 ) -> Stiffness:
     scale = left.sqrt()[:, None] * right.sqrt()[None, :]
     live = scale > 0

@@ -22,7 +22,7 @@ def require_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
             f"model is {type(model).__name__}; expected the torch.nn.Module itself, whose forward passes are followed, "
-            "not its parameters: KFAC(model), with params= for parameter groups or layer_collection= to choose among them"
+            "not its parameters: KFAC(model), with params= for parameter groups, layer_collection= for some of them"
         )
     for module in model.modules():
         _require_alone(module)
@@ -44,7 +44,7 @@ def _require_alone(module: Any) -> None:
     size = module.process_group.size() if isinstance(module, DistributedDataParallel) else 1
     if size > 1:
         raise UnsupportedError(
-            f"the model is replicated over {size} processes (DistributedDataParallel): gradients of single examples are "
-            "those of this process, .grad is of all, and the replicas would drift apart without a word; train in one "
-            "process, or with an optimizer of torch.optim"
+            f"the model is replicated over {size} processes (DistributedDataParallel): gradients of single examples "
+            "are those of this process, .grad is of all, and the replicas would drift apart without a word; train in "
+            "one process, or with an optimizer of torch.optim"
         )

@@ -8,7 +8,7 @@ from nngeom.core.errors import ArgumentError
 
 
 def unscale(opt: Any) -> bool:
-    """Do what ``GradScaler.step`` left to the optimizer ``opt``; ``False`` where it found gradients that are not finite.
+    """Do what ``GradScaler.step`` left to the optimizer ``opt``; ``False`` where it found gradients not finite.
 
     Raises :class:`ArgumentError` where gradients were unscaled before and what was observed was not.
     """

@@ -30,7 +30,7 @@ def lightning_callback(tracker: Tracker) -> Any:
             self._handles = []
 
         def on_train_start(self, trainer, module):
-            """Count the steps of the optimisers themselves, too: Lightning counts those made through its wrappers only."""
+            """Count the steps of the optimisers themselves too: Lightning counts those made through its wrappers."""
             self._start, self._count, self._depth = trainer.global_step, 0, 0
             for optimizer in {id(o): o for o in map(_inner, trainer.optimizers)}.values():
                 self._handles.append(optimizer.register_step_pre_hook(self._enter))
