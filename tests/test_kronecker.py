@@ -143,11 +143,12 @@ def partial_traces(pairs):
 
 
 @pytest.mark.parametrize("scale", [1e-8, 0.3, 1.0, 50.0, 1e8])
+@pytest.mark.parametrize("small", [1.0, 1e-4, 1e-9])
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_unlike_uses_are_joined_with_their_partial_traces(scale, diagonal):
+def test_unlike_uses_are_joined_with_their_partial_traces(scale, small, diagonal):
     g = torch.Generator().manual_seed(0)
     psd = lambda p: (lambda x: x.mT @ x)(torch.randn(1, p + 2, p, dtype=torch.float64, generator=g))
-    pairs = [(scale * psd(4), psd(3)), (psd(4), psd(3))]
+    pairs = [(scale * psd(4), small * psd(3)), (psd(4), small * psd(3))]
     if diagonal:
         pairs[1] = (pairs[1][0].diagonal(dim1=-2, dim2=-1), pairs[1][1])
     a, b = product_of_marginals(pairs)
