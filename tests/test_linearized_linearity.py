@@ -129,3 +129,30 @@ def test_errors():
         linearity(cases.build("batch-norm").model.train(), cases.build("batch-norm").model, case.loader)
     with pytest.raises(nng.LoaderError, match="empty"):
         linearity(case.model, case.model, [])
+
+
+class TimeFirst(nn.Module):
+    """Turns ``(n, t, p)`` into ``(t, n, p)`` before its last map."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu().transpose(0, 1)).mean(0)
+
+
+@pytest.mark.parametrize("positions", [4, 5, 6])
+def test_the_examples_are_found_among_axes_of_one_length(positions):
+    torch.manual_seed(0)
+    model = TimeFirst().double()
+    now, x = moved(model, 0.5), torch.randn(5, positions, 3, dtype=torch.float64)
+    rows = [m.a(x).relu().flatten(1).detach() for m in (now, model)]
+    k, k0 = (r @ r.T for r in rows)
+    truth = float((k * k0).sum() / (k.norm() * k0.norm()))
+    assert abs(linearity(now, model, (x,)).representation_alignment - truth) < 1e-12
+    square = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)).double()
+    same = linearity(square, square, (torch.randn(5, 5, dtype=torch.float64),))
+    assert abs(same.representation_alignment - 1) < 1e-12
+    one = linearity(model, model, (x[:1, :1],))  # a batch of one example with one position: either axis is right
+    assert abs(one.representation_alignment - 1) < 1e-12

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.core.errors import ArgumentError, StructureError
-from nngeom.generator.task import Task, as_batches
+from nngeom.generator.task import Task, as_batches, take
 from nngeom.linearized.expansion import Expansion, Refusing
 from nngeom.linearized.watch import Watch
 from nngeom.space.collection import LayerCollection
@@ -91,6 +91,13 @@ def _forward(now, start, batches, layer, function, collection) -> tuple[int, int
 
 
 def _watched(task: Task, batch: Any, layer: str | None) -> Watch:
+    watch = _run(task, batch, layer)
+    if len(watch.axes) > 1:  # as many positions or features as examples: a pass with one of these twice tells
+        watch.compare(_run(task, take(batch, [*range(watch.examples), 0], watch.examples), layer))
+    return watch
+
+
+def _run(task: Task, batch: Any, layer: str | None) -> Watch:
     watch = Watch(task.model, layer)
     with torch.no_grad(), watch, Refusing():
         watch.examples = task.run(batch).shape[0]
