@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
 from nngeom.core.layout import Arrangement, Layout, Piece
+from nngeom.core.registry import qualified
 from nngeom.core.statistic import Rows, Sums, names_of
 from nngeom.pmat.block import Block
 
@@ -117,12 +118,14 @@ def restored_layout(plain: list[Any]) -> Layout:
 
 def plain_blocks(blocks: dict[Layout, Block]) -> list[Any]:
     """Blocks as nested lists of names, tensors and numbers."""
-    return [[plain_layout(layout), type(b).__name__, b.fields()] for layout, b in blocks.items()]
+    return [[plain_layout(layout), qualified(type(b)), b.fields()] for layout, b in blocks.items()]
 
 
 def restored_blocks(plain: list[Any]) -> dict[Layout, Any]:
     """The inverse of :func:`plain_blocks`; copies."""
-    return {restored_layout(lay): Block.kinds[kind](**{k: _copied(v) for k, v in fields.items()}) for lay, kind, fields in plain}
+    found = lambda kind: Block.kinds.find(kind.rpartition(".")[2], kind)
+    copies = lambda fields: {name: _copied(value) for name, value in fields.items()}
+    return {restored_layout(lay): found(kind)(**copies(fields)) for lay, kind, fields in plain}
 
 
 def _copied(x: Any) -> Any:
