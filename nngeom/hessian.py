@@ -20,10 +20,11 @@ from tqdm import tqdm
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, CoverageError, NonFiniteError, UnsupportedError
 from nngeom.core.layout import Layout
-from nngeom.core.linalg import accumulation_dtype
+from nngeom.core.linalg import accumulation_dtype, flat_rows
 from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import capture
 from nngeom.generator.kernels import twice_differentiable
+from nngeom.generator.remedies import gradients
 from nngeom.generator.sweep import Sweep, require_examples
 from nngeom.generator.task import Batch, Task, gradients_on, require_finite, require_targets
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
@@ -111,7 +112,8 @@ class SecondDerivatives:
         """``(lo, hi, [hi - lo, p])``: the block of ``names`` times the vectors ``columns(lo, hi)``, as many as fit the budget."""
         parameters = [self.task.parameters[n] for n in names]
         used = [p.new_zeros(p.shape) if g is None else g for g, p in ((self.gradients[n], p) for n, p in zip(names, parameters))]
-        flat = torch.cat([g.flatten() for g in used])
+        with gradients_on():  # under no_grad they would be joined without their graph, and every product be zero
+            flat = torch.cat([g.flatten() for g in used])
         each = 4 * (flat.numel() * flat.element_size() + self.width)
         for lo, hi in memory.pieces(count, each, "column of the Hessian"):
             v = columns(lo, hi).to(flat.dtype)
@@ -125,7 +127,7 @@ class SecondDerivatives:
                 if "not implemented" not in str(error) and "ouble backward" not in str(error):
                     raise
                 raise once_only(str(error)) from error
-            yield lo, hi, torch.cat([x.detach().flatten(1) for x in pulled], 1)
+            yield lo, hi, torch.cat([flat_rows(x.detach()) for x in pulled], 1)
 
 
 def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivatives]:
@@ -187,9 +189,9 @@ def _differentiated(task: Task, loss: Loss, batch: Batch, index: int, width: int
         value = loss(outputs, require_targets(batch)).sum()
         if not value.requires_grad:
             raise CoverageError("the loss does not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside?)")
-        gradients = torch.autograd.grad(value, list(task.parameters.values()), create_graph=True, allow_unused=True)
+        pulled = gradients(value, list(task.parameters.values()), None, create_graph=True)
     n = outputs.shape[0]
-    return SecondDerivatives(task, dict(zip(task.parameters, gradients)), n, n * width)
+    return SecondDerivatives(task, dict(zip(task.parameters, pulled)), n, n * width)
 
 
 def squares(sweep: Sweep, groups: dict[Layout, tuple[str, ...]]) -> tuple[dict[Layout, Block], int]:
@@ -248,7 +250,7 @@ class ImplicitHessian(PMatImplicit):
 
     width: int = 0  # bytes of the activations of an example, roughly
 
-    def _mv(self, x):
+    def _unscaled(self, x):
         flat = x.reshape(-1, x.shape[-1])
         total, count = torch.zeros_like(flat), 0
         with memory.limit(self.sweep.memory_budget):
@@ -256,7 +258,7 @@ class ImplicitHessian(PMatImplicit):
                 for lo, hi, rows in batch.times(self.collection.names, lambda lo, hi: flat[lo:hi], len(flat)):
                     total[lo:hi] += rows
                 count += batch.examples
-        return (self.scale / count * total).reshape(x.shape)
+        return (total / count).reshape(x.shape)
 
     def _exact_trace(self):
         return self.diag().flat().sum()

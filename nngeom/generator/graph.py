@@ -77,10 +77,15 @@ def read(outputs: Tensor, names: dict[int, str], registered: Collection[int], ho
                 found[node] = name
             described.append((name if name is not None else id(leaf) in registered, tuple(leaf.shape)))
             continue
-        sizes = tuple(tuple(meta.shape) for meta in node._input_metadata)
+        sizes = tuple(_sizes(meta) for meta in node._input_metadata)
         constants = tuple(_constant(getattr(node, c)) for c in _constants(node))
         described.append((type(node), node.name(), constants, sizes, tuple(edges), node in hooked))
     return Graph(tuple(order), leaves, found, frozenset(hooked), hash(tuple(described)))
+
+
+def _sizes(meta: Any) -> tuple[int, ...]:
+    """Of an output of a node; none of a nested tensor of rows of unlike size."""
+    return () if meta.is_cpp_nested_tensor else tuple(meta.shape)
 
 
 _CONSTANTS: dict[Any, tuple[str, ...]] = {}
@@ -110,7 +115,7 @@ def operation(node: Any) -> str | None:
 
 def shape(edge: Edge) -> tuple[int, ...]:
     """The sizes of the tensor that an edge stands for."""
-    return tuple(edge[0]._input_metadata[edge[1]].shape)
+    return _sizes(edge[0]._input_metadata[edge[1]])
 
 
 # What only says where the entries of a parameter lie, or in which dtype they are read.
