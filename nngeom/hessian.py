@@ -29,8 +29,8 @@ from nngeom.generator.sweep import Sweep, require_examples
 from nngeom.generator.task import Batch, Task, gradients_on, require_finite, require_targets
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.block import Block
-from nngeom.pmat.dense import DenseBlock, PMatBlockDiag, PMatDense
-from nngeom.pmat.diag import DiagBlock, PMatDiag
+from nngeom.pmat.dense import DenseBlock
+from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.pmat import Representation
 from nngeom.space.collection import LayerCollection
@@ -62,13 +62,8 @@ def Hessian(
     """
     if process_group is not None:
         raise UnsupportedError("process_group is not available for the Hessian; pass process_group=None and merge shards afterwards")
-    kind = representation.kind if isinstance(representation, Representation) else representation
-    if kind not in (PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag):
-        if not isinstance(kind, type):
-            raise ArgumentTypeError(f"representation is {kind!r}; expected PMatImplicit, PMatDense, PMatBlockDiag or PMatDiag")
-        raise UnsupportedError(
-            f"the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got {kind.__name__}: it is no average of outer products; use GGN"
-        )
+    kind: Any = representation.kind if isinstance(representation, Representation) else representation
+    entries = _entries(kind)
     if isinstance(representation, Representation):
         options = {**representation.settings, **options}
     if options:
@@ -81,12 +76,27 @@ def Hessian(
             first = next(batchwise(sweep))
             return ImplicitHessian(replace(sweep, check=False, progress=False), width=first.width // first.examples)
         collection, span = task.collection, task.collection.span()
-        if kind is PMatDiag:
+        if entries == "diagonal":
             values, count = diagonal(sweep)
-            return PMatDiag._make(collection, {span: DiagBlock(span.gather(values))}, count)
-        groups = {span: collection.names} if kind is PMatDense else {collection.span(names): names for names in collection.by_layer().values()}
+            return kind._make(collection, {span: DiagBlock(span.gather(values))}, count)
+        layers = {collection.span(names): names for names in collection.by_layer().values()}
+        groups = {span: collection.names} if entries == "all" else layers
         blocks, count = squares(sweep, groups)
         return kind._make(collection, blocks, count)
+
+
+def _entries(kind: Any) -> str | None:
+    """Which entries of the Hessian a class of matrices keeps, ``None`` for PMatImplicit; raises for all others."""
+    if not isinstance(kind, type):
+        expected = "PMatImplicit, PMatDense, PMatBlockDiag or PMatDiag"
+        raise ArgumentTypeError(f"representation is {kind!r}; expected {expected}")
+    entries: str | None = getattr(kind, "entries", None)
+    if kind is not PMatImplicit and entries is None:
+        raise UnsupportedError(
+            f"the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got {kind.__name__}: it "
+            "is no average of outer products; use GGN (a subclass with the recipe of one of these is one of these)"
+        )
+    return entries
 
 
 @dataclass(frozen=True, eq=False)

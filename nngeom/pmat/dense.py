@@ -103,6 +103,8 @@ def dense_recipe(layouts: dict[Layout, tuple[str, ...]]):
 class PMatDense(PMat):
     """The whole matrix, ``d x d``."""
 
+    entries = "all"
+
     @classmethod
     def recipe(cls, scope: Scope):
         layout = scope.span()
@@ -111,6 +113,8 @@ class PMatDense(PMat):
 
 class PMatBlockDiag(PMat):
     """One dense block a layer; covariances between layers are dropped."""
+
+    entries = "layers"
 
     @classmethod
     def recipe(cls, scope: Scope):

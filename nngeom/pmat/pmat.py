@@ -50,6 +50,11 @@ class Representation:
         """How many sweeps the recipe takes."""
         return self.kind.passes
 
+    @property
+    def centred(self) -> bool:
+        """Whether rows whose mean was taken from them may enter."""
+        return self.kind.centred
+
     def last_sweep(self, matrix: PMat) -> Representation:
         """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is only one."""
         return self if self.passes == 1 else self.kind.in_basis(matrix)
@@ -68,10 +73,14 @@ class PMat(ParameterOperator):
     examples: int
 
     passes: ClassVar[int] = 1
+    centred: ClassVar[bool] = True  # any rows may enter, such as those less their mean, not only sums of outer products
+    entries: ClassVar[str | None] = None  # kept as they are of any matrix: "all", those in "layers", the "diagonal"
     kinds: ClassVar[Registry[type[PMat]]] = Registry()  # by qualified name, for files
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        if "recipe" in vars(cls) and "entries" not in vars(cls):
+            cls.entries = None  # what was said of the parent's recipe
         PMat.kinds.add(cls)
 
     def __init__(self, *args: Any, **kwargs: Any):
