@@ -79,8 +79,8 @@ def test_products_of_scripted_models_are_right():
 def test_products_of_a_branch_taken_later_are_right():
     model, x = Net(lambda net, x: net.closure(x) if x[0, 0] > 9 else net.first(x)), torch.randn(6, 4, dtype=f64)
     x[3, 0] = 10
-    loader = [x[:3], x[3:]]
-    expected = torch.stack([reference.sandwich(jac(model, b), reference.softmax_metric(model(b))) for b in loader]).mean(0)
+    loader = [(x[:3],), (x[3:],)]
+    expected = torch.stack([reference.sandwich(jac(model, b), reference.softmax_metric(model(b))) for (b,) in loader]).mean(0)
     torch.testing.assert_close(nng.FIM(model, loader, nng.PMatImplicit).to_dense(), expected)
 
 

@@ -125,12 +125,12 @@ def times(x: Tensor, u: Tensor) -> Tensor:
     if s > 1:
         return torch.einsum("...sp,spq->...sq", x, u)
     if x.stride(-1) == 1:
-        return (x.reshape(-1, p) @ u[0]).view(*lead, 1, -1)
+        return (x.reshape(-1, p) @ u[0]).view(*lead, 1, u.shape[-1])
     across = x.movedim(-1, 0)
     if across.is_contiguous():
         return (u[0].T @ across.reshape(p, -1)).view(-1, *lead, 1).movedim(0, -1)
     if lead[-1] < WIDE:
-        return (x.reshape(-1, p) @ u[0]).view(*lead, 1, -1)
+        return (x.reshape(-1, p) @ u[0]).view(*lead, 1, u.shape[-1])
     y = x[..., 0, :].mT.reshape(-1, p, lead[-1])  # positions innermost, as convolutions have them
     return torch.bmm(u[0].T.expand(len(y), -1, -1), y).view(*lead[:-1], -1, lead[-1]).mT.unsqueeze(-2)
 

@@ -158,7 +158,7 @@ class FactoredJacobian(LayerJacobian):
         g = self.g if sharing == "expand" else self.g.sum(2, keepdim=True)
         if g.shape[-1] > limit:
             return g.square().sum((0, 1, 2)) / g.shape[2]
-        return contract.second_moment(g, 1 / g.shape[2])
+        return contract.second_moment(g, 1 / max(1, g.shape[2]))
 
     def rotate(self, ua, ug):
         a = self.a if ua is None else contract.times(self.a, ua)
@@ -258,7 +258,7 @@ class LookupJacobian(FactoredJacobian):
         n, t = self.a.shape
         if sharing == "expand":
             return torch.bincount(self.a.flatten(), minlength=self.size).to(self.g).unsqueeze(0)
-        mean = self.g.new_zeros(n, self.size).scatter_add_(1, self.a, self.g.new_full((n, t), 1 / t))
+        mean = self.g.new_zeros(n, self.size).scatter_add_(1, self.a, self.g.new_full((n, t), 1 / max(1, t)))
         return mean.square().sum(0, keepdim=True)
 
     def rotate(self, ua, ug):

@@ -178,6 +178,9 @@ class Recorder(TorchFunctionMode):
         with torch.set_grad_enabled(self.keep_graph):
             try:
                 use = adapter(call, *args, **kwargs)
+                if use is not None:
+                    use.sources = tuple(call.sources)
+                    use.finish(out)
             except torch.OutOfMemoryError:
                 raise
             except ModeError:  # its affine parameters are used together with statistics of the batch
@@ -186,9 +189,6 @@ class Recorder(TorchFunctionMode):
                 return None
             except Exception:  # NotStructured, or what an adapter did not expect of this call: the fallback knows better
                 return None
-        if use is not None:
-            use.sources = tuple(call.sources)
-            use.finish(out)
         return use
 
     def _open(self, func):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core import memory
+from nngeom.core.errors import CoverageError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.linalg import accumulation_dtype, flat_rows
 from nngeom.generator.backward import pull_back
@@ -22,13 +23,7 @@ from nngeom.generator.capture import Capture
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.remedies import gradients
 from nngeom.generator.task import Task, gradients_on, take
-from nngeom.generator.verify import require_separate, same_outputs
-
-
-def used(outputs: Tensor, parameters: Sequence[Tensor]) -> list[bool]:
-    """Which parameters the outputs depend on at all; on none without elements."""
-    grads = gradients(outputs, parameters, torch.ones_like(outputs), retain_graph=True)
-    return [g is not None and g.numel() > 0 for g in grads]
+from nngeom.generator.verify import COMPARED, MIXES, require_separate, same_outputs
 
 
 def full_jacobians(
@@ -44,7 +39,7 @@ def full_jacobians(
 
 
 def _alone(task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, create_graph: bool, check: bool) -> list[Tensor] | None:
-    """``[k, n, p]`` a parameter, every example by itself; ``None`` where an example's outputs are not those in the batch."""
+    """``[k, n, p]`` a parameter, every example by itself; ``None`` where an example by itself is not what it is in the batch."""
     outputs, shapes = seen.outputs, [p.shape for p in parameters]
     n = outputs.shape[0]
     pieces: list[list[Tensor]] = [[] for _ in parameters]
@@ -60,7 +55,23 @@ def _alone(task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, c
             return None
         for rows, g in zip(pieces, pull_back(out, parameters, shapes, v[:, i : i + 1], retain=False, create_graph=create_graph)):
             rows.append(flat_rows(g))
-    return [torch.stack(rows, 1) for rows in pieces]
+    rows = [torch.stack(r, 1) for r in pieces]
+    if not check or _add_up(outputs, parameters, v, rows):
+        return rows
+    raise CoverageError(MIXES)
+
+
+def _add_up(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, rows: list[Tensor]) -> bool:
+    """Whether a random combination of rows is the gradient in the batch: equal outputs do not tell where a factor is zero."""
+    u = torch.randn(v.shape[:2], generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(v)
+    together = torch.einsum("kn,kn...->n...", u, v).to(outputs.dtype)
+    for r, g in zip(rows, gradients(outputs, parameters, together, retain_graph=True)):
+        got = torch.einsum("kn,knp->p", u.to(r), r.detach())
+        expected = torch.zeros_like(got) if g is None else g.to_dense().flatten().to(got)
+        room = r.detach().norm() * u.norm()
+        if not bool((got - expected).norm() <= COMPARED.get(outputs.dtype, 0.1) * room):
+            return False
+    return True
 
 
 def _masked(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, create_graph: bool) -> list[Tensor]:

@@ -65,7 +65,8 @@ class Linearization:
     def _is_right(self, way: Callable[..., tuple[Tensor, Tensor]], batch: Batch, outputs: Tensor) -> bool:
         """``<u, J v> = <J^T u, v>`` for a random ``u``, and ``v`` of every parameter so long that it adds between one and two."""
         known = _RIGHT.setdefault(self.task.model, {})
-        key = (way.__name__, read(outputs, self.task.ids, self.task.registered).key, outputs.dtype)
+        graph = read(outputs, self.task.ids, self.task.registered)
+        key = (way.__name__, graph.key, outputs.dtype, frozenset(self.task.hooked))
         if key not in known:
             generator = torch.Generator().manual_seed(6)
             u = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
@@ -99,7 +100,7 @@ class Linearization:
         return functional_call(wrapper, {f"model.{name}": p for name, p in parameters.items()}, ())
 
 
-_RIGHT: WeakKeyDictionary[torch.nn.Module, dict[tuple[str, int, torch.dtype], bool]] = WeakKeyDictionary()
+_RIGHT: WeakKeyDictionary[torch.nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
 class _Caller(torch.nn.Module):
@@ -125,7 +126,7 @@ class ReverseConventions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         written = WRITTEN_OUT.get(func)
-        if written is not None and torch.is_grad_enabled() and args and args[0].requires_grad:
+        if written is not None and torch.is_grad_enabled() and args and args[0].requires_grad and args[0].numel():
             return written(*args, **kwargs)
         out = func(*args, **kwargs)
         if func is F.embedding:

@@ -100,8 +100,7 @@ class Pass:
         covered = {name for unit in units for name in unit.layout.names}
         others = [name for name in self.task.collection.names if name not in covered]
         if others:
-            present = fallback.used(self.seen.outputs, [self.task.parameters[name] for name in others])
-            others = [name for name, p in zip(others, present) if p or name in rest]
+            others = [name for name in others if name in self.proof.reached or name in rest]
         self.demoted |= set(others)  # once in the fallback, always: one structure for all batches
         return units, others
 

@@ -38,6 +38,7 @@ class Proof:
     """What is known of passes with one graph."""
 
     places: dict[int, Place] = field(default_factory=dict)  # of the examples, by place of the use, where they are known
+    reached: frozenset[str] = frozenset()  # parameters that some path leads to
     left: set[str] = field(default_factory=set)  # parameters left to the fallback: some path is unknown, or rows differed
     compared: set[str] = field(default_factory=set)  # parameters whose rows were compared with autograd's
     separate: bool = False  # parts of the batch gave the outputs of the whole
@@ -69,6 +70,13 @@ def proof_of(task: Task, seen: Capture) -> Proof:
     return known[key]
 
 
+def keeps_apart(task: Task, seen: Capture) -> bool:
+    """Whether the graph tells that no example has a part in the rows of another."""
+    proof = proof_of(task, seen)
+    placed = all(isinstance(proof.place(use.place), ExampleAxis) for use in seen.uses)
+    return placed and not (proof.left | seen.unstructured | task.hooked)
+
+
 def forget(model: nn.Module) -> None:
     """As if nothing had been proved of the model."""
     _PROOFS.pop(model, None)
@@ -95,7 +103,7 @@ def _concluded(task: Task, seen: Capture, graph: Graph) -> Proof:
             if isinstance(place, ExampleAxis):
                 place = read_axis(use, place, n, seen.outputs.device) or ASK
             known[use.place] = place
-    return Proof(known, unexplained(graph, seen.uses))
+    return Proof(known, frozenset(graph.reached), unexplained(graph, seen.uses))
 
 
 def _require_reached(task: Task, graph: Graph) -> None:

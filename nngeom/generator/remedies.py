@@ -79,6 +79,12 @@ def gradients(outputs: Any, inputs: Any, v: Any, **options: Any) -> tuple[Tensor
                 "expected use_reentrant=False, or no checkpointing, as in model.eval(); in transformers: "
                 'model.gradient_checkpointing_enable({"use_reentrant": False})'
             ) from error
+        if type(error).__name__ == "CheckpointError":
+            raise UnsupportedError(
+                "the model checkpoints activations, and computes them again with other kernels than those that have second "
+                "derivatives; switch checkpointing off for this measure (model.eval(), or "
+                "model.gradient_checkpointing_disable())"
+            ) from error
         if "NestedTensor" in text or (options.get("create_graph") and "returns multiple views" in text):
             raise UnsupportedError(
                 f"torch does not differentiate an operation of the model on nested tensors ({text.splitlines()[0]}); "

@@ -17,9 +17,9 @@ from nngeom.core.layout import Layout
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.descent import bytes_each_cotangent
 from nngeom.generator.passes import Pass
-from nngeom.generator.proofs import Proof
-from nngeom.generator.task import Batch, Task, as_batches, gradients_on, leading_size, require_finite, take
-from nngeom.generator.verify import same_outputs
+from nngeom.generator.proofs import Proof, keeps_apart
+from nngeom.generator.task import Batch, Task, as_batches, leading_size, require_finite, take
+from nngeom.generator.verify import parts_make_the_whole
 
 START = (-1, -1)  # before the first chunk, which starts with example 0 and cotangent 0
 
@@ -161,15 +161,7 @@ class Sweep:
         if size >= n or leading_size(seen.batch) != n:
             return []
         parts = [take(seen.batch, slice(lo, lo + size), n) for lo in range(0, n, size)]
-        for lo, part in zip(range(0, n, size), parts):
-            try:
-                with gradients_on():
-                    alone = self.task.run(part).detach()
-            except Exception:  # a model for one size of batch
-                return []
-            if not same_outputs(alone, outputs[lo : lo + size], outputs):
-                return []
-        return parts
+        return parts if parts_make_the_whole(self.task, seen, parts, gradients=not keeps_apart(self.task, seen)) else []
 
     def cut(self, seen: Capture, after: tuple[int, int] = START) -> Iterator[Chunk]:
         """The chunks of one captured forward pass, the first of them proved and checked unless a pass like this one was.

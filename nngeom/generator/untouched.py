@@ -10,7 +10,6 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -37,13 +36,13 @@ class Watch:
         self._model = model
         self._places = [(m, key) for m in model.modules() for key in _names(m)]
         self._held: list[tuple[Tensor | None, int, Tensor | None]] = [(None, -1, None)] * len(self._places)
-        self._looked = False  # whether values were compared, not versions only
+        self._looked = False  # whether values of buffers were compared, not versions only, and states of other libraries
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
         """Within: what happens to buffers and random numbers is put back, and raises :class:`ModeError`."""
         generators, before = self._generators(), [g.get_state() for g in self._generators()]
-        others = None if self._model in _LOOKED else _other_states()
+        others = None if self._looked else _other_states()
         self._hold()
         finished = False
         try:
@@ -58,7 +57,6 @@ class Watch:
             changed = self._restore()
         if not finished:
             return
-        _LOOKED.add(self._model)
         if other:
             raise ModeError(f"the model draws random numbers of {other} in its forward pass, {_HINT}")
         if changed:
@@ -126,9 +124,6 @@ def _names(module: nn.Module) -> list[str]:
     return list(own) if isinstance(own, dict) else [key for key, _ in module.named_buffers(recurse=False)]  # of scripts
 
 
-_LOOKED: WeakSet[nn.Module] = WeakSet()  # models of which a pass was seen to leave the states of other libraries alone
-
-
 def _differ(state: Tensor, other: Tensor) -> bool:
     """Whether two states of a generator, which lie in the memory of the host, are not the same."""
     return bytes(state.numpy()) != bytes(other.numpy())
@@ -163,20 +158,43 @@ def _put_back(states: tuple[Any, Any] | None) -> str:
 
 
 def require_unused(run: Callable[[], Tensor], watch: Watch) -> None:
-    """Raise :class:`ModeError` where random numbers that ``run`` draws go into another operation, or are its outputs."""
+    """Raise :class:`ModeError` where random numbers that ``run`` draws go into another operation, or are its outputs.
+
+    Numbers that are the same whatever the state of the generators before, as those of one that the pass seeds itself, are none.
+    """
+    outputs, draws = _watched(run, watch)
+    if id(outputs) in draws.drawn:
+        draws.used = draws.drawn[id(outputs)][1]
+    if (draws.used is not None or not draws.drawn) and not _constant(run, watch, outputs, draws):
+        where = f", by {draws.used}" if draws.used else ""
+        raise ModeError(f"the model draws random numbers in its forward pass{where}, {_HINT}")
+    watch.harmless = True
+
+
+def _watched(run: Callable[[], Tensor], watch: Watch) -> tuple[Tensor, _Draws]:
     draws = _Draws(watch._generators())
     watch.harmless = True
     try:
         with watch.own(draws.private), draws:
-            outputs = run()
+            return run(), draws
     finally:
         watch.harmless = False
-    if id(outputs) in draws.drawn:
-        draws.used = draws.drawn[id(outputs)][1]
-    if draws.used is not None or not draws.drawn:
-        where = f", by {draws.used}" if draws.used else ""
-        raise ModeError(f"the model draws random numbers in its forward pass{where}, {_HINT}")
-    watch.harmless = True
+
+
+def _constant(run: Callable[[], Tensor], watch: Watch, outputs: Tensor, first: _Draws) -> bool:
+    """Whether the same numbers are drawn from other states."""
+    generators = [*watch._generators(), *first.private]
+    states = [g.get_state() for g in generators]
+    try:
+        for g in generators:
+            g.manual_seed(20_240_229)
+        again, second = _watched(run, watch)
+    finally:
+        for g, state in zip(generators, states):
+            g.set_state(state)
+    told = lambda draws: [*draws.private.values(), *draws.after]
+    same = len(first.private) == len(second.private) and len(first.after) == len(second.after)
+    return same and not any(map(_differ, told(first), told(second))) and torch.equal(outputs, again)
 
 
 class _Draws(TorchFunctionMode):
@@ -188,6 +206,7 @@ class _Draws(TorchFunctionMode):
         self.private: dict[torch.Generator, Tensor] = {}  # generators given to calls, with their states before
         self.used: str | None = None  # the operation that drew what is used
         self.drawn: dict[int, tuple[Tensor, str]] = {}
+        self.after: list[Tensor] = []  # the states of the generators after the last draw from one of them
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -200,7 +219,10 @@ class _Draws(TorchFunctionMode):
         watched = [*self.generators, *self.private]
         before = [g.get_state() for g in watched]
         out = func(*args, **kwargs)
-        if any(_differ(g.get_state(), state) for g, state in zip(watched, before)):
+        differ = [_differ(g.get_state(), state) for g, state in zip(watched, before)]
+        if any(differ[: len(self.generators)]):
+            self.after = [g.get_state() for g in self.generators]
+        if any(differ):
             name = resolve_name(func) or getattr(func, "__name__", str(func))
             for x in tensors((out,)):
                 self.drawn[id(x)] = (x, name)

@@ -16,11 +16,12 @@ from nngeom.generator.axes import weights
 from nngeom.generator.backward import dense
 from nngeom.generator.capture import Capture
 from nngeom.generator.graph import operation
+from nngeom.generator.remedies import gradients as gradients_of
 from nngeom.generator.task import Batch, Task, gradients_on, take
 from nngeom.generator.units import Unit
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # parts of a float64 model may compute in float32
-_MIXES = (
+MIXES = (
     "the model mixes the examples of a batch: the outputs of some change when they are run without the others; per-example "
     "derivatives do not exist then, so expected a model that treats examples separately (check=False skips this test)"
 )
@@ -49,7 +50,42 @@ def require_separate(task: Task, batch: Batch, outputs: Tensor, parts: Sequence[
                     "a state, so a measure of it would be random; call model.eval(), or fix what it draws"
                 )
             if n > 1 and not inputs_are_separate(task, batch, n):
-                raise CoverageError(_MIXES)
+                raise CoverageError(MIXES)
+
+
+def parts_make_the_whole(task: Task, seen: Capture, parts: Sequence[Batch], gradients: bool) -> bool:
+    """Whether the parts of a batch, one after the other, have its outputs, and with ``gradients`` its gradient of a random
+    combination of them: where a factor is zero, outputs do not show what parts lack."""
+    whole, lo = seen.outputs.detach(), 0
+    parameters = list(task.parameters.values())
+    v = torch.randn(whole.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64).to(whole)
+    total = [torch.zeros_like(p) for p in parameters] if gradients else []
+    for part in parts:
+        try:
+            with gradients_on():
+                out = task.run(part)
+        except Exception:  # a model for one size of batch
+            return False
+        hi = lo + out.shape[0]
+        if not same_outputs(out.detach(), whole[lo:hi], whole):
+            return False
+        if gradients:
+            _add(total, gradients_of(out, parameters, v[lo:hi]))
+        lo = hi
+    if not gradients:
+        return True
+    for p, g in zip(total, gradients_of(seen.outputs, parameters, v, retain_graph=True)):
+        size = p.norm()
+        _add([p], [None if g is None else -g])
+        if bool(p.norm() > COMPARED.get(whole.dtype, 0.1) * size):
+            return False
+    return True
+
+
+def _add(total: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    for p, g in zip(total, map(dense, gradients)):
+        if g is not None:
+            p += g
 
 
 def _require_axis(batch: Batch, outputs: Tensor) -> None:
@@ -132,7 +168,7 @@ def compare(task: Task, seen: Capture, units: list[Unit]) -> tuple[set[str], set
                 length = got.new_zeros(()) if e is None else e.norm().to(got)
                 if e is not None:
                     got -= e.flatten()
-                if not bool(got.norm() <= _COMPARED.get(seen.outputs.dtype, 0.1) * length + noise):
+                if not bool(got.norm() <= COMPARED.get(seen.outputs.dtype, 0.1) * length + noise):
                     wrong.add(name)
                 elif bool(length > noise):
                     compared.add(name)
@@ -140,7 +176,7 @@ def compare(task: Task, seen: Capture, units: list[Unit]) -> tuple[set[str], set
     return compared, wrong
 
 
-_COMPARED = {torch.float64: 1e-7, torch.float32: 2e-3}
+COMPARED = {torch.float64: 1e-7, torch.float32: 2e-3}
 
 
 def _pulled(task: Task, seen: Capture, units: list[Unit]) -> tuple[dict[int, Tensor], dict[str, Tensor | None]]:
@@ -152,9 +188,9 @@ def _pulled(task: Task, seen: Capture, units: list[Unit]) -> tuple[dict[int, Ten
     within = [] if len(edges) == 1 else edges  # those of later uses arrive at earlier ones
     beside = [e for edge in edges for e in _needed(edge.node)]
     asked = [*within, *parameters.values(), *beside]
-    pulled = torch.autograd.grad(edges, asked, v, retain_graph=True, allow_unused=True)[: len(asked) - len(beside)]
+    pulled = gradients_of(edges, asked, v, retain_graph=True)[: len(asked) - len(beside)]
     arrived = pulled[: len(within)] if within else v
-    gradients = {j: g.unsqueeze(0) for j, g in zip(indices, arrived)}
+    gradients = {j: g.unsqueeze(0) for j, g in zip(indices, arrived) if g is not None}
     return gradients, {name: dense(g) for name, g in zip(parameters, pulled[len(within) :])}
 
 

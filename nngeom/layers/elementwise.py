@@ -5,6 +5,8 @@ The axes along which the parameter is broadcast hold examples and positions; the
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,7 +29,7 @@ def _rows(broadcast: tuple[int, ...], own: tuple[int, ...]):
 
     def move(x: Tensor, b: int) -> Tensor:
         x = x.permute(*range(b), *(b + j for j in broadcast), *(b + j for j in own))
-        return x.reshape(*x.shape[: b + len(broadcast)], -1)
+        return x.reshape(*x.shape[: b + len(broadcast)], math.prod(x.shape[b + len(broadcast) :]))
 
     return move
 
