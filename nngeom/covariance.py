@@ -62,7 +62,7 @@ def GradientCovariance(
         )
     task = Task.build(model, function, layer_collection)
     with memory.limit(memory_budget):
-        sweep = Sweep(task, loader, EmpiricalFisher(as_loss(loss)), memory_budget, check, progress, reread=False, label="mean gradient")
+        sweep = Sweep(task, loader, EmpiricalFisher(as_loss(loss, model)), memory_budget, check, progress, reread=False, label="mean gradient")
         mean, layouts = mean_row(sweep)
         seen = list(task.batches(sweep.loader)) if chosen is None else sweep.loader
         centred = CentredSweep(task, seen, sweep.metric, memory_budget, check, progress, label="covariance", mean=mean, layouts=layouts)

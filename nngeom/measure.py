@@ -63,7 +63,7 @@ def FIM(
     :class:`NonFiniteError` and what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
     return measure(
-        model, loader, representation, probed(ExactFisher(as_likelihood(likelihood)), estimator, samples, generator), "FIM", estimator is None,
+        model, loader, representation, probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator), "FIM", estimator is None,
         function, layer_collection, progress, memory_budget, check, process_group, options,
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def FIM_MonteCarlo(
     Draws are keyed by (a seed taken from ``generator``, the running index of the example, the sample), so that they do
     not depend on the batch size. Other arguments and errors as :func:`FIM`.
     """
-    metric = MonteCarloFisher(as_likelihood(likelihood), require_samples(samples), seed_of(generator))
+    metric = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
     return measure(
         model, loader, representation, metric, "FIM_MonteCarlo", False,
         function, layer_collection, progress, memory_budget, check, process_group, options,
@@ -117,7 +117,7 @@ def EmpiricalFIM(
     arguments and errors as :func:`FIM`.
     """
     return measure(
-        model, loader, representation, EmpiricalFisher(as_loss(loss)), "EmpiricalFIM", True,
+        model, loader, representation, EmpiricalFisher(as_loss(loss, model)), "EmpiricalFIM", True,
         function, layer_collection, progress, memory_budget, check, process_group, options,
     )  # fmt: skip
 
@@ -145,7 +145,7 @@ def GGN(
     ``estimator="rademacher"``, ``samples`` and ``generator`` as in :func:`FIM`: random probes of very many outputs. Other arguments and errors as :func:`FIM`.
     """
     return measure(
-        model, loader, representation, probed(GaussNewton(as_loss(loss)), estimator, samples, generator), "GGN", estimator is None,
+        model, loader, representation, probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator), "GGN", estimator is None,
         function, layer_collection, progress, memory_budget, check, process_group, options,
     )  # fmt: skip
 

@@ -16,9 +16,13 @@ from torch import Tensor
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, OutputError, UnsupportedError
 from nngeom.generator.sweep import Columns
+from nngeom.metrics import logistic
+from nngeom.metrics.precise import Precise
+from nngeom.metrics.reading import Reading
+from nngeom.metrics.softmax import wide
 
 
-class Likelihood(ABC):
+class Likelihood(Reading, ABC):
     """``p(y | outputs)`` for outputs ``(n, *shape)``; positions of one example are independent given the outputs."""
 
     def fit(self, outputs: Tensor, targets: Any = None) -> Likelihood:
@@ -42,7 +46,7 @@ class Likelihood(ABC):
 
     def score(self, outputs: Tensor, labels: Tensor, targets: Any = None) -> Tensor:
         """``d log p(labels | outputs) / d outputs``, ``(n, *shape)``."""
-        with torch.enable_grad():
+        with torch.enable_grad(), Precise():
             f = outputs.detach().requires_grad_()
             return torch.autograd.grad(self.log_prob(f, labels).sum(), f)[0]
 
@@ -72,11 +76,13 @@ def as_columns(v: Columns | Tensor) -> Columns:
     return Columns(v.shape[0], lambda lo, hi: v[lo:hi]) if isinstance(v, Tensor) else v
 
 
-def _like(targets: Tensor, outputs: Tensor) -> Tensor:
-    """Targets in the shape and dtype of the outputs; raises :class:`OutputError` where there are not as many."""
-    if targets.numel() != outputs.numel():
+def like(targets: Any, outputs: Tensor) -> Tensor:
+    """Targets in the shape of the outputs, as exact as they are; raises :class:`OutputError` where there are not as many."""
+    if not isinstance(targets, Tensor):
+        raise OutputError(f"targets are {type(targets).__name__}; expected a tensor of the outputs' shape, {tuple(outputs.shape)}")
+    if targets.numel() != outputs.numel() or targets.shape[:1] != outputs.shape[:1]:
         raise OutputError(f"targets have shape {tuple(targets.shape)}; expected that of the outputs, {tuple(outputs.shape)}")
-    return targets.to(outputs).reshape(outputs.shape)
+    return wide(targets.to(outputs.device)).reshape(outputs.shape)
 
 
 def diagonal_columns(root: Tensor) -> Columns:
@@ -117,14 +123,13 @@ class Bernoulli(Independent):
         return (outputs.sigmoid() * torch.sigmoid(-outputs)).sqrt()
 
     def sample(self, outputs, uniform):
-        return (uniform(*outputs.shape[1:]) < outputs.sigmoid()).to(outputs.dtype)
+        return (uniform(*outputs.shape[1:]) < wide(outputs).sigmoid()).to(outputs.dtype)
 
     def log_prob(self, outputs, targets):
-        y = _like(targets, outputs)
-        return -torch.nn.functional.binary_cross_entropy_with_logits(outputs, y, reduction="none").flatten(1).sum(1)
+        return -logistic.binary_cross_entropy(wide(outputs), like(targets, outputs)).flatten(1).sum(1).to(outputs.dtype)
 
     def score(self, outputs, labels, targets=None):
-        return _like(labels, outputs) - outputs.sigmoid()
+        return -logistic.slope(wide(outputs), like(labels, outputs)).to(outputs.dtype)
 
 
 class Gaussian(Independent):
@@ -150,12 +155,14 @@ class Gaussian(Independent):
         return outputs + self._deviation(outputs) * (radius * torch.cos(2 * torch.pi * uniform(*shape))).to(outputs)
 
     def log_prob(self, outputs, targets):
-        deviation = self._deviation(outputs)
-        z = (_like(targets, outputs) - outputs) / deviation
-        return (-0.5 * z.square() - deviation.log() - 0.5 * torch.log(z.new_tensor(2 * torch.pi))).flatten(1).sum(1)
+        f = wide(outputs)
+        deviation = self._deviation(f)
+        z = (like(targets, outputs) - f) / deviation
+        return (-0.5 * z.square() - deviation.log() - 0.5 * torch.log(z.new_tensor(2 * torch.pi))).flatten(1).sum(1).to(outputs.dtype)
 
     def score(self, outputs, labels, targets=None):
-        return (_like(labels, outputs) - outputs) / self._deviation(outputs).square()
+        f = wide(outputs)
+        return ((like(labels, outputs) - f) / self._deviation(f).square()).to(outputs.dtype)
 
 
 class Poisson(Independent):
@@ -171,8 +178,8 @@ class Poisson(Independent):
         return torch.as_tensor(poisson.ppf(u, rate)).to(outputs)
 
     def log_prob(self, outputs, targets):
-        y = _like(targets, outputs)
-        return (y * outputs - outputs.exp() - torch.lgamma(y + 1)).flatten(1).sum(1)
+        f, y = wide(outputs), like(targets, outputs)
+        return (y * f - f.exp() - torch.lgamma(y + 1)).flatten(1).sum(1).to(outputs.dtype)
 
     def score(self, outputs, labels, targets=None):
-        return _like(labels, outputs) - outputs.exp()
+        return (like(labels, outputs) - wide(outputs).exp()).to(outputs.dtype)
