@@ -64,10 +64,9 @@ class Categorical(Likelihood):
         return [size for j, size in enumerate(outputs.shape) if j not in (0, axis)]
 
     def unmove(self, v: Tensor, outputs: Tensor) -> Tensor:
-        """``[*b, n * positions, c]`` or ``[*b, n, positions, c]`` back to ``[*b, *outputs.shape]``, ``b`` as many axes as ``v`` has beyond."""
-        axis, c = self._axis(outputs), v.shape[-1]
-        b = v.shape[:-2] if v.shape[-2] == outputs.numel() // outputs.shape[axis] else v.shape[:-3]
-        return v.reshape(*b, outputs.shape[0], *self._positions(outputs), c).movedim(-1, len(b) + axis)
+        """``[*b, n * positions, c]`` back to ``[*b, *outputs.shape]``."""
+        sizes = (*v.shape[:-2], outputs.shape[0], *self._positions(outputs), v.shape[-1])
+        return v.reshape(sizes).movedim(-1, v.ndim - 2 + self._axis(outputs))
 
     def labels(self, outputs: Tensor, targets: Any) -> Tensor | None:
         """One class a position, ``[n * positions]`` int64, if that is what targets are, whole numbers of any type; else ``None``."""
@@ -121,7 +120,7 @@ class Categorical(Likelihood):
             for position in range(lo // (c - 1), (hi - 1) // (c - 1) + 1):
                 first, last = max(lo, position * (c - 1)), min(hi, (position + 1) * (c - 1))
                 at(position, first - position * (c - 1), last - position * (c - 1), v[first - lo : last - lo, :, position])
-            return self.unmove(v, outputs).to(outputs.dtype)
+            return self.unmove(v.flatten(1, 2), outputs).to(outputs.dtype)
 
         return Columns(positions * (c - 1), make)
 
