@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NUMBERS = 2**20  # logits worked on at once: a few temporaries of 8 MiB, whatever the number of classes and positions
+NUMBERS = 2**18  # logits worked on at once: a few temporaries of 2 MiB, whatever the number of classes and positions
 
 
 def wide(x: Tensor) -> Tensor:
