@@ -1,13 +1,15 @@
-"""Which axis holds the examples.
+"""Which axis holds the examples, asked of numbers.
 
 A layer deep inside a model sees ``(n, t, i)``, ``(t, n, i)``, ``(n t, i)`` or ``(t n, i)``; shapes alone cannot tell when
 ``n = t``, and a model may sort its examples on the way. The gradients do tell: pulling back a cotangent, and the same with
-example ``j`` multiplied by ``2**e_j``, multiplies every row that belongs to example ``j`` by exactly ``2**e_j`` (powers of
-two are exact in floating point). An axis is accepted when all rows agree.
+every example ``j`` multiplied by a weight ``w_j`` of its own, multiplies every row that belongs to example ``j`` by exactly
+``w_j``. The weights are signs times powers of two, which are exact in floating point, and no two examples have the same.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +21,15 @@ from nngeom.layers.adapter import Use
 
 @dataclass(frozen=True)
 class ExampleAxis:
-    """Axis ``dim`` of ``lead`` holds the examples: alone, or outside (``major``) or inside of positions."""
+    """Axis ``dim`` of ``lead`` holds the examples: ``outer`` blocks of ``n`` runs of equal length."""
 
     dim: int | None  # None: one example, every position is its own
-    major: bool = True
+    outer: int = 1
+
+    @property
+    def at(self) -> int:
+        """The axis, where there are several examples."""
+        return self.dim or 0
 
     def split(self, x: Tensor, n: int, before: int, lead: int) -> Tensor:
         """``[*before, *lead, *rest] -> [*before, n, t, *rest]``."""
@@ -30,10 +37,11 @@ class ExampleAxis:
             head, tail = x.shape[:before], x.shape[before + lead :]
             return x.reshape(*head, 1, -1, *tail) if x.numel() else x.reshape(*head, 1, 0, *tail)
         axis = before + self.dim
-        size = x.shape[axis]
-        if size != n:
-            x = x.unflatten(axis, (n, size // n) if self.major else (size // n, n))
-            axis, lead = (axis, lead + 1) if self.major else (axis + 1, lead + 1)
+        inner = x.shape[axis] // (self.outer * n)
+        if self.outer > 1:
+            x, axis, lead = x.unflatten(axis, (self.outer, n * inner)), axis + 1, lead + 1
+        if inner > 1:
+            x, lead = x.unflatten(axis, (n, inner)), lead + 1
         x = x.movedim(axis, before)
         if lead == 1:
             return x.unsqueeze(before + 1)
@@ -45,60 +53,78 @@ def candidates(lead: tuple[int, ...], n: int) -> list[ExampleAxis]:
     if n == 1:
         return [ExampleAxis(None)]
     alone = [ExampleAxis(j) for j, size in enumerate(lead) if size == n]
-    shared = [(j, size) for j, size in enumerate(lead) if size > n and size % n == 0]
-    return alone + [ExampleAxis(j) for j, _ in shared] + [ExampleAxis(j, major=False) for j, _ in shared]
+    shared = [(j, size // n) for j, size in enumerate(lead) if size > n and size % n == 0]
+    return alone + [ExampleAxis(j) for j, _ in shared] + [ExampleAxis(j, outer) for j, outer in shared]
 
 
-def find_axes(outputs: Tensor, uses: list[Use], known: dict[int, ExampleAxis | None], v: Tensor | None = None) -> list[ExampleAxis | None]:
-    """The example axis of every use; ``None`` where there is none (examples share the use, or are mixed).
+def read_axis(use: Use, place: ExampleAxis, n: int, device: torch.device) -> ExampleAxis | None:
+    """The axis of ``lead`` where a use reads examples that lie at ``place`` in its output; ``None`` where there is none.
 
-    With cotangents ``v [k, n, *out]`` every use is put to the proof, at the price of two passes; else those only whose shape
-    leaves a choice. ``known`` remembers answers by place in the forward pass.
+    The numbers of the examples go the way that gradients go.
+    """
+    length, behind = use.shape[place.at], len(use.shape) - place.at - 1
+    number = (torch.arange(length, device=device) // (length // (place.outer * n))) % n + 1.0
+    whole = use.gradients(number.view(1, -1, *[1] * behind).expand(1, *use.shape))[0]
+    ones = use.gradients(torch.ones((), device=device).expand(1, *use.shape))[0]
+    same = [ExampleAxis(j, place.outer) for j, size in enumerate(use.lead) if size and size % (place.outer * n) == 0]
+    for axis in [*same, *candidates(use.lead, n)]:
+        mine, one = (axis.split(x, n, 0, len(use.lead)).reshape(n, -1) for x in (whole, ones))
+        if torch.equal(mine, one * torch.arange(1, n + 1, device=device).unsqueeze(1)):
+            return axis
+    return None
+
+
+def find_axes(outputs: Tensor, uses: Sequence[Use], asked: Sequence[int]) -> dict[int, ExampleAxis | None]:
+    """The example axis of every use ``asked`` for, ``None`` where there is none: examples share the use, or are mixed.
+
+    A random cotangent of all outputs is pulled back once as it is, and once for every digit of the number of an example.
+    Where a row is zero, any axis is right for this batch.
     """
     n = outputs.shape[0]
-    options = [candidates(use.lead, n) for use in uses]
-    found = [known[use.place] if use.place in known else next(iter(o), None) for use, o in zip(uses, options)]
-    open_ = [j for j, (use, o) in enumerate(zip(uses, options)) if use.place not in known and o and n > 1 and (v is not None or len(o) > 1)]
-    for j, axes in _agreeing(outputs, uses, {j: options[j] for j in open_}, v).items() if open_ else ():
-        if axes is not None:  # else no gradient here: any axis is right for this batch, ask again on the next
-            found[j] = next(iter(axes), None)
-            if len(axes) < 2:  # of several that agree, any is right for this batch
-                known[uses[j].place] = found[j]
-    return found
+    edges, shapes = [uses[j].edge for j in asked], [uses[j].shape for j in asked]
+    generator = torch.Generator().manual_seed(next(_DRAWS))
+    v = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    plain = pull_back(outputs, edges, shapes, v.unsqueeze(0), retain=True)
+    left = {j: candidates(uses[j].lead, n) for j in asked}
+    for weight in weights(n, outputs, generator):
+        weighted = (v * weight.view(-1, *[1] * (v.ndim - 1))).unsqueeze(0)
+        for j, g, h in zip(asked, plain, pull_back(outputs, edges, shapes, weighted, retain=True)):
+            x, y, size = _rows(uses[j], g, h)
+            left[j] = [axis for axis in left[j] if _agrees(axis, x, y, size, weight)]
+    return {j: next(iter(axes), None) for j, axes in left.items()}
 
 
-def _agreeing(outputs: Tensor, uses: list[Use], options: dict[int, list[ExampleAxis]], v: Tensor | None) -> dict[int, list[ExampleAxis] | None]:
-    """The options that no row of a random mixture of cotangents contradicts; ``None`` where every row is zero."""
-    generator, n = torch.Generator().manual_seed(0), outputs.shape[0]
-    powers = torch.randint(0, 4, (n,), generator=generator)
-    powers[0], powers[-1] = 0, 3
-    weight = (2.0**powers).to(outputs)
-    if v is None:
-        mixture = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-    else:
-        u = torch.randn(len(v), generator=generator, dtype=torch.float64) if len(v) > 1 else outputs.new_ones(1)
-        mixture = torch.tensordot(u.to(outputs), v.to(outputs.dtype), 1)
-    places = list(options)
-    edges, shapes = [uses[j].edge for j in places], [uses[j].shape for j in places]
-    plain, weighted = (pull_back(outputs, edges, shapes, w.unsqueeze(0), retain=True) for w in (mixture, mixture * weight.view(-1, *[1] * (outputs.ndim - 1))))
-    found: dict[int, list[ExampleAxis] | None] = {}
-    for j, g, h in zip(places, plain, weighted):
-        x, y = _rows(uses[j], g), _rows(uses[j], h)
-        found[j] = [a for a in options[j] if _agrees(a, x, y, weight)] if bool(x.any()) or bool(y.any()) else None
-    return found
+_DRAWS = itertools.count()
+_POWERS = {torch.float64: 200, torch.float32: 40, torch.bfloat16: 40, torch.float16: 6}
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-def _rows(use: Use, g: Tensor) -> Tensor:
-    """``[*lead]``: the features of every row in one number, their product with a random vector, which powers of two pass through."""
-    g = use.gradients(g)[0].flatten(-2)
-    r = torch.randn(g.shape[-1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    return g @ r.to(g)
+def weights(n: int, like: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Weights ``(n,)``, so many that no two examples have the same in all; drawn anew every time."""
+    most = _POWERS.get(like.dtype, 6)
+    base = 2 * (2 * most + 1)
+    number = torch.randperm(n, generator=generator)
+    while True:
+        digit = number % base
+        sign = 1.0 - 2.0 * (digit % 2)
+        yield (sign * 2.0 ** (digit // 2 - most).double()).to(like)
+        number = number // base
+        if not bool(number.any()):
+            return
 
 
-def _agrees(axis: ExampleAxis, x: Tensor, y: Tensor, weight: Tensor) -> bool:
+def _rows(use: Use, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``[*lead]``: the features of every row of both in one number, and the size of what was added up for the second.
+
+    The number is the product with a random vector, which powers of two pass through.
+    """
+    g, h = use.gradients(g)[0].flatten(-2), use.gradients(h)[0].flatten(-2)
+    r = torch.randn(g.shape[-1], generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(g)
+    return g @ r, h @ r, h.abs() @ r.abs()
+
+
+def _agrees(axis: ExampleAxis, x: Tensor, y: Tensor, size: Tensor, weight: Tensor) -> bool:
     """Whether every row of ``y`` is that of ``x`` times the weight of its example; each by itself, however small it is."""
     n, lead = len(weight), x.ndim
-    x, y = axis.split(x, n, 0, lead), axis.split(y, n, 0, lead)
-    expected = x * weight.unsqueeze(1)
-    noise = min(10 * torch.finfo(x.dtype).eps, 0.1) * expected.abs().max()
-    return bool(((y - expected).abs() <= 1e-2 * expected.abs() + noise).all())
+    x, y, size = (axis.split(t, n, 0, lead) for t in (x, y, size))
+    return bool(((y - x * weight.unsqueeze(1)).abs() <= _ROUNDING.get(x.dtype, 0.05) * size).all())

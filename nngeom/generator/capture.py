@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 import nngeom.layers  # noqa: F401  (registers the adapters)
 from nngeom.core.errors import ModeError
+from nngeom.generator.graph import sequence_number
 from nngeom.generator.kernels import COMPOSED, unfused
 from nngeom.generator.task import Batch, Task, gradients_on
 from nngeom.layers.adapter import ADAPTERS, Call, NotStructured, Use
@@ -35,7 +36,8 @@ class Capture:
     outputs: Tensor
     uses: list[Use]
     unstructured: set[str]
-    hooks: tuple[Any, ...] = ()  # the code of functions that tensors were asked to run on their gradients
+    hooked: frozenset[Any] = frozenset()  # nodes of tensors that were asked to run functions on their gradients
+    training: bool = False  # a training step of the user's: batch normalisation may mix examples
     batch: Batch = None
 
 
@@ -59,7 +61,7 @@ class Recorder(TorchFunctionMode):
         self.keep_graph = keep_graph
         self.uses: list[Use] = []
         self.unstructured: set[str] = set()
-        self.hooks: list[Any] = []
+        self.hooked: set[Any] = set()
         self._opened: dict[Any, Any] = {}
         self._copies: dict[int, Tensor] = {}  # broadcast parameters, by id; held so that ids stay theirs
         self._tables: dict[int, tuple[weakref.ref[Tensor], Use]] = {}  # outputs of uses, by id, that live as long as the model lets them
@@ -69,7 +71,7 @@ class Recorder(TorchFunctionMode):
         uses = [use for use in self.uses if not use.moved]
         for place, use in enumerate(uses):
             use.place = place
-        return Capture(outputs, uses, self.unstructured, tuple(self.hooks))
+        return Capture(outputs, uses, self.unstructured, frozenset(self.hooked), not self.refuse)
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""
@@ -85,8 +87,8 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is Tensor.register_hook:
-            self.hooks.append(getattr(args[1], "__code__", type(args[1])) if len(args) > 1 else None)
+        if func is Tensor.register_hook and args[0].grad_fn is not None:
+            self.hooked.add(args[0].grad_fn)
         refusal = REFUSALS.get(func)
         if refusal is not None:
             self._consider(refusal, func, args, kwargs)
@@ -98,6 +100,7 @@ class Recorder(TorchFunctionMode):
             return out
         if func not in ADAPTERS and _is_composite(func):
             return self._open(func)(*args, **kwargs)
+        since = sequence_number()
         out = self._call(func)(*args, **kwargs)
         results = [t for t in _tensors((out,)) if t.requires_grad]
         if not results:
@@ -110,6 +113,7 @@ class Recorder(TorchFunctionMode):
         if use is None or {s.name for s in use.slots} != found:
             self.unstructured |= found
         else:
+            use.since = since
             self.uses.append(use)
             self._tables[id(out)] = (weakref.ref(out), use)
         return out

@@ -46,8 +46,8 @@ class Descent:
         """Where to halt so that little is held at once for ``count`` cotangents."""
         return stages(self.seen.outputs, self.uses, self._sizes(count), STAGE_BYTES)
 
-    def halts(self, route: list[Stage]) -> bool:
-        """Whether one random cotangent arrives the same at all uses with and without halts."""
+    def halts(self, route: list[Stage]) -> bool | None:
+        """Whether one random cotangent arrives the same at all uses with and without halts; ``None`` where it arrives nowhere."""
         outputs = self.seen.outputs
         v = torch.randn(1, *outputs.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(outputs)
         expected = pull_back(outputs, self.edges, [use.shape for use in self.uses], v, retain=True)
@@ -60,7 +60,7 @@ class Descent:
             if not all(_same(g, expected[j]) for g, j in zip(pulled, stage.uses)):
                 return False
             start, v = stage.end, pulled[-1]
-        return True
+        return True if all(bool(g.any()) for g in expected) else None
 
     def most_bytes(self, route: list[Stage], count: int) -> int:
         """Bytes that ``count`` cotangents take at once on a route."""

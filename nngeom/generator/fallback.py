@@ -18,8 +18,10 @@ from nngeom.core import memory
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.backward import pull_back
+from nngeom.generator.capture import Capture
 from nngeom.generator.kernels import twice_differentiable
-from nngeom.generator.task import Batch, Task, gradients_on, take
+from nngeom.generator.task import Task, gradients_on, take
+from nngeom.generator.verify import require_separate, same_outputs
 
 
 def used(outputs: Tensor, parameters: Sequence[Tensor]) -> list[bool]:
@@ -29,27 +31,31 @@ def used(outputs: Tensor, parameters: Sequence[Tensor]) -> list[bool]:
 
 
 def full_jacobians(
-    task: Task, batch: Batch, outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, create_graph: bool = False
+    task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, *, create_graph: bool = False, check: bool = True
 ) -> list[LayerJacobian]:
-    """``v [k, n, *out]`` -> the rows ``[k, n, 1, 1, p]`` of each parameter."""
-    rows = _alone(task, batch, outputs, parameters, v, create_graph) if outputs.shape[0] > 1 else None
-    rows = rows or _masked(outputs, parameters, v, create_graph)
+    """``v [k, n, *out]`` -> the rows ``[k, n, 1, 1, p]`` of each parameter.
+
+    ``check``: raises :class:`CoverageError` where an example by itself shows that the model mixes them.
+    """
+    rows = _alone(task, seen, parameters, v, create_graph, check) if seen.outputs.shape[0] > 1 else None
+    rows = rows or _masked(seen.outputs, parameters, v, create_graph)
     return [FullJacobian(r.to(accumulation_dtype(r.dtype))[:, :, None, None]) for r in rows]
 
 
-def _alone(task: Task, batch: Batch, outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, create_graph: bool) -> list[Tensor] | None:
+def _alone(task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, create_graph: bool, check: bool) -> list[Tensor] | None:
     """``[k, n, p]`` a parameter, every example by itself; ``None`` where an example's outputs are not those in the batch."""
-    n, shapes = outputs.shape[0], [p.shape for p in parameters]
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(outputs.dtype, 2e-2)
-    scale = tolerance * float(outputs.detach().abs().max())
+    outputs, shapes = seen.outputs, [p.shape for p in parameters]
+    n = outputs.shape[0]
     pieces: list[list[Tensor]] = [[] for _ in parameters]
     for i in range(n):
         try:
             with gradients_on(), twice_differentiable() if create_graph else contextlib.nullcontext():
-                out = task.run(take(batch, slice(i, i + 1), n))
+                out = task.run(take(seen.batch, slice(i, i + 1), n))
         except Exception:  # a model that cannot run on one example of this batch
             return None
-        if out.shape != outputs[i : i + 1].shape or not torch.allclose(out, outputs[i : i + 1], rtol=tolerance, atol=scale):
+        if not same_outputs(out.detach(), outputs[i : i + 1].detach(), outputs.detach()):
+            if check and out.shape == outputs[i : i + 1].shape:
+                require_separate(task, seen.batch, outputs, [(i, i + 1)])
             return None
         for rows, g in zip(pieces, pull_back(out, parameters, shapes, v[:, i : i + 1], retain=False, create_graph=create_graph)):
             rows.append(g.flatten(1))

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from nngeom.core import memory
 from nngeom.core.errors import CoverageError
 from nngeom.generator import fallback
-from nngeom.generator.axes import ExampleAxis, find_axes
-from nngeom.generator.backward import pull_back
+from nngeom.generator.axes import ExampleAxis, candidates, find_axes
 from nngeom.generator.capture import Capture
 from nngeom.generator.descent import Descent, Rows
 from nngeom.generator.proofs import proof_of
+from nngeom.generator.safe import ASK, Unknown
 from nngeom.generator.stages import Stage
 from nngeom.generator.task import Task
 from nngeom.generator.units import Unit, build_units
-from nngeom.generator.verify import align, few, mismatches, spread
+from nngeom.generator.verify import compare, require_separate
 
 
 class Pass:
@@ -37,15 +36,16 @@ class Pass:
         keep_graph: bool = False,
         working: memory.Working | None = None,
         explicit: bool = False,
+        check: bool = True,
     ):
         if not seen.outputs.requires_grad:
             raise CoverageError(
                 "the outputs do not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside the model?)"
             )
         self.task, self.seen, self.demoted, self.part_of = task, seen, demoted, part_of
-        self.keep_graph, self.empty, self.explicit = keep_graph, working or memory.fresh, explicit
+        self.keep_graph, self.empty, self.explicit, self.check = keep_graph, working or memory.fresh, explicit, check
         self.proof = proof_of(task, seen)
-        self.demoted |= self.proof.wrong
+        self.demoted |= self.proof.left | task.hooked
         self.n = seen.outputs.shape[0]
         self.units: list[Unit] = []
         self.rest: list[str] = []  # parameters without structure that the outputs depend on
@@ -53,53 +53,40 @@ class Pass:
 
     # -- structure, and what is proved of it ---------------------------------------------------------------------------
 
-    @property
-    def unproved(self) -> bool:
-        """Whether no pass like it was proved, or its examples may be placed by the data."""
-        return self.proof.moves or not self.proof.covers(self.seen)
+    def resolve(self, check: bool = False) -> None:
+        """Find the blocks; with ``check`` every use whose examples the graph does not place is asked for them, in this batch.
 
-    def resolve(self, v: Tensor | None = None) -> None:
-        """Find the blocks; with cotangents ``v [k, n, *out]`` that every row belongs to its example, and is autograd's, is proved."""
-        axes = find_axes(self.seen.outputs, self.seen.uses, self.proof.axes, v)
+        Without, those only whose shape leaves a choice.
+        """
+        axes, asked = self._placed(), [j for j, use in enumerate(self.seen.uses) if self.proof.place(use.place) is ASK]
+        open_ = [j for j in asked if check or len(candidates(self.seen.uses[j].lead, self.n)) > 1]
+        if open_:
+            for j, axis in find_axes(self.seen.outputs, self.seen.uses, open_).items():
+                axes[j] = axis
         self.units, self.rest = self._units(axes)
         self.descent = Descent(self.seen, self.units, self.keep_graph, self.explicit)
-        if v is None or self.proof.covers(self.seen):
-            return
-        wrong = self._wrong_for_a_few(axes, v)
-        if wrong is None:
-            self.compare(v)
-        else:
-            self._complete(wrong)
 
-    def compare(self, v: Tensor) -> None:
-        """Prove on the whole batch that rows are autograd's."""
-        self.resolve()
-        self._complete(mismatches(self.task, self.seen, self.units, self.pull(v), v))
+    def _placed(self) -> list[ExampleAxis | None]:
+        """The example axis of every use as the graph tells it, the likeliest by shape where it does not."""
+        likely = lambda use: next(iter(candidates(use.lead, self.n)), None)
+        known = ((use, self.proof.place(use.place)) for use in self.seen.uses)
+        return [likely(use) if isinstance(place, Unknown) else place for use, place in known]
 
-    def _complete(self, wrong: list[str]) -> None:
-        """Everything was proved but for parameters that are ``wrong``: these go to the fallback, in this pass and all like it."""
-        self.proof.complete(self.seen)
+    def prove(self, separate: bool = True) -> None:
+        """Ask what is not known of the graph yet: whether parts of the batch run as in the whole, and rows are autograd's."""
+        if separate and not self.proof.separate:
+            require_separate(self.task, self.seen.batch, self.seen.outputs)
+        self.proof.separate = True
+        compared, wrong = compare(self.task, self.seen, self.units)
+        if self.keep_graph:  # inputs were read without theirs
+            for unit in self.units:
+                unit.inputs.clear()
+        self.proof.compared |= compared
         if wrong:
-            self.proof.wrong |= set(wrong)
-            self.demoted |= self.proof.wrong
+            self.proof.left |= wrong
+            self.demoted |= wrong
             self._bar()
-            self.resolve()
-
-    def _wrong_for_a_few(self, axes: list[ExampleAxis | None], v: Tensor) -> list[str] | None:
-        """Parameters whose rows differ from autograd's for a few examples of the batch; ``None`` where these do not stand for it."""
-        index = spread(self.n)
-        small = few(self.task, self.seen, index)
-        if small is None or not align(small, self.seen):
-            return None
-        ours, _ = build_units(small.uses, axes, self.task.collection, self.part_of)
-        if [unit.layout for unit in ours] != [unit.layout for unit in self.units]:
-            return None
-        u = torch.randn(len(v), generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(small.outputs)
-        w = torch.tensordot(u, v[:, index].to(u.dtype), 1).unsqueeze(0)
-        gradients = pull_back(small.outputs, [use.edge for use in small.uses], [use.shape for use in small.uses], w, retain=True)
-        with torch.no_grad():
-            rows = {unit.layout: unit.jacobian(gradients, len(index)) for unit in ours}
-        return mismatches(self.task, small, ours, rows, w)
+            self.resolve(check=True)
 
     def _bar(self) -> None:
         """Forget the uses of parameters that are left to the fallback."""
@@ -146,12 +133,12 @@ class Pass:
         """Without halts where these may change gradients, as where a hook does on the way."""
         route = self.descent.route(count)
         if len(route) > 1 and self.proof.halts is None:
-            self.proof.halts = not self.seen.hooks and self.descent.halts(route)
+            self.proof.halts = False if self.seen.hooked else self.descent.halts(route)
         return route if len(route) == 1 or self.proof.halts else self.descent.whole
 
     def _rest(self, v: Tensor) -> Rows:
         if not self.rest:
             return {}
         v, parameters = v.to(self.seen.outputs.dtype), [self.task.parameters[name] for name in self.rest]
-        rows = fallback.full_jacobians(self.task, self.seen.batch, self.seen.outputs, parameters, v, self.keep_graph)
+        rows = fallback.full_jacobians(self.task, self.seen, parameters, v, create_graph=self.keep_graph, check=self.check)
         return {self.task.collection.span([name]): j for name, j in zip(self.rest, rows)}

@@ -1,24 +1,33 @@
-"""What was proved of one forward pass holds for every other that did the same.
+"""Right, or it says why not: what must be known of every batch that enters a result, and how it is known.
 
-Which axis holds the examples and whether the captured rows are autograd's are properties of what a pass did, not of its
-numbers. What it did is the graph that autograd recorded: its operations with their constants and sizes, how they are
-connected, and every edge into a parameter, also of uses that no adapter saw. A pass with the same graph needs no second
-proof, in whichever call; one that took another branch of the model does.
+*Complete*: every path from the outputs into a selected parameter is in a captured use, or its parameter is left to the
+fallback. The graph tells (:func:`~nngeom.generator.graph.unexplained`), as it tells a parameter that something else stands
+in for.
 
-Operations that place examples by the data itself (sorting, indexing) can do something else the next time: of those, the
-axes are proved of every batch.
+*Placed*: row ``[k, n]`` depends on example ``n`` alone, and is that of example ``n``. The graph tells where all operations
+between the outputs and a use are on the list of those that keep examples apart whatever the numbers
+(:mod:`~nngeom.generator.safe`). Elsewhere numbers are asked, in every batch (:func:`~nngeom.generator.axes.find_axes`). What
+no gradient shows, examples mixed by constants, is asked of outputs: those of parts of the batch must be those of the whole.
+
+*Right*: the rows are autograd's. Gradients at the uses are autograd's own; what an adapter makes of them is compared with
+autograd's gradient of the parameter, with random gradients put in at every use, so that no zero on the way hides one.
+
+What a pass did is its graph. What the graph tells, and what was compared on it, holds for every pass with the same graph,
+in whichever call; a comparison in which the expected gradient is zero was none, and is made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
+from nngeom.core.errors import CoverageError, UnsupportedError
+from nngeom.generator.axes import ExampleAxis, read_axis
 from nngeom.generator.capture import Capture
+from nngeom.generator.graph import Graph, read, unexplained
+from nngeom.generator.placement import ASK, Place, places
 from nngeom.generator.task import Task
 
 MOST = 1024  # graphs of one model that are remembered
@@ -28,36 +37,36 @@ MOST = 1024  # graphs of one model that are remembered
 class Proof:
     """What is known of passes with one graph."""
 
-    axes: dict[int, Any] = field(default_factory=dict)  # example axis by place of the use
-    checked: set[str] | None = None  # parameters whose captured rows were compared with autograd's, once examples were found to be separate
-    wrong: set[str] = field(default_factory=set)  # those that differed
+    places: dict[int, Place] = field(default_factory=dict)  # of the examples, by place of the use, where they are known
+    left: set[str] = field(default_factory=set)  # parameters left to the fallback: some path is unknown, or rows differed
+    compared: set[str] = field(default_factory=set)  # parameters whose rows were compared with autograd's
+    separate: bool = False  # parts of the batch gave the outputs of the whole
     halts: bool | None = None  # whether gradients are the same when the pass is halted at every waist of the graph
-    moves: bool = False  # examples may be placed by the data: axes are known of no other batch
+
+    def place(self, j: int) -> Place:
+        """Where the examples of a use lie."""
+        return self.places.get(j, ASK)
 
     def covers(self, seen: Capture) -> bool:
-        """Whether examples are known to be separate and all parameters with a use left in ``seen`` were compared."""
-        return self.checked is not None and self.checked.issuperset(slot.name for use in seen.uses for slot in use.slots)
-
-    def complete(self, seen: Capture) -> None:
-        """All that is known now."""
-        self.checked = (self.checked or set()).union(slot.name for use in seen.uses for slot in use.slots)
+        """Whether nothing is left to ask that could be remembered."""
+        return self.separate and self.compared.issuperset(slot.name for use in seen.uses for slot in use.slots)
 
 
 _PROOFS: WeakKeyDictionary[nn.Module, dict[int, Proof]] = WeakKeyDictionary()
 
 
 def proof_of(task: Task, seen: Capture) -> Proof:
-    """What is known of a pass, to be completed by who finds out more."""
-    nodes, moves = _graph(seen.outputs, {id(p): name for name, p in task.parameters.items()})
+    """What is known of a pass, to be completed by who finds out more; raises where the graph shows that it can't be right."""
+    graph = read(seen.outputs, task.ids, task.registered, seen.hooked)
     uses = tuple((use.operation, use.lead, use.slots, use.lookup) for use in seen.uses)
-    key = hash((tuple(nodes), uses, frozenset(seen.unstructured), seen.hooks, seen.outputs.shape, seen.outputs.dtype, seen.outputs.device))
+    outputs = seen.outputs
+    key = hash((graph.key, uses, frozenset(seen.unstructured), seen.training, outputs.shape, outputs.dtype, outputs.device))
     known = _PROOFS.setdefault(task.model, {})
-    if key not in known and len(known) >= MOST:
-        known.clear()
-    proof = known.setdefault(key, Proof(moves=moves))
-    if moves:
-        proof.axes.clear()
-    return proof
+    if key not in known:
+        if len(known) >= MOST:
+            known.clear()
+        known[key] = _concluded(task, seen, graph)
+    return known[key]
 
 
 def forget(model: nn.Module) -> None:
@@ -65,46 +74,40 @@ def forget(model: nn.Module) -> None:
     _PROOFS.pop(model, None)
 
 
-_MOVERS = ("Index", "Gather", "Scatter", "Sort", "Topk", "Take", "Put", "MaskedS", "PackPadded")
+def _concluded(task: Task, seen: Capture, graph: Graph) -> Proof:
+    """What the graph tells."""
+    if not seen.training:
+        _require_reached(task, graph)
+    if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes):
+        raise UnsupportedError(
+            "the model uses torch.utils.checkpoint with use_reentrant=True, whose parameters no gradient can be asked of; "
+            "expected use_reentrant=False"
+        )
+    n = seen.outputs.shape[0]
+    known: dict[int, Place] = {}
+    if n == 1:
+        known = {use.place: ExampleAxis(None) for use in seen.uses}
+    elif graph.nodes:
+        found = places(graph, n, seen.training)
+        for use in seen.uses:
+            edge = use.edge.node, use.edge.output_nr  # type: ignore[union-attr]
+            place = found.get(edge, ASK)
+            if isinstance(place, ExampleAxis):
+                place = read_axis(use, place, n, seen.outputs.device) or ASK
+            known[use.place] = place
+    return Proof(known, unexplained(graph, seen.uses))
 
 
-def _graph(outputs: Tensor, names: Mapping[int, str]) -> tuple[list[tuple], bool]:
-    """The nodes behind ``outputs`` in a fixed order, ``(operation, constants, edges)``, and whether any places examples by data."""
-    order = [outputs.grad_fn] if outputs.grad_fn is not None else []
-    place = {node: j for j, node in enumerate(order)}
-    nodes: list[tuple] = []
-    moves = False
-    for node in order:
-        edges = []
-        for following, number in node.next_functions:
-            if following is None:
-                edges.append((-1, number))
-                continue
-            if following not in place:
-                place[following] = len(order)
-                order.append(following)
-            edges.append((place[following], number))
-        kind, name = type(node), node.name()
-        if hasattr(node, "variable"):
-            nodes.append((names.get(id(node.variable)), tuple(node.variable.shape)))
-            continue
-        moves |= name.startswith(_MOVERS) and not hasattr(node.next_functions[0][0], "variable")
-        nodes.append((kind, name, tuple(map(_constant, (getattr(node, c) for c in _constants(node)))), tuple(edges)))
-    return nodes, moves
-
-
-_CONSTANTS: dict[Any, tuple[str, ...]] = {}
-
-
-def _constants(node: Any) -> tuple[str, ...]:
-    """Names of the constants of a kind of operation, not of saved tensors."""
-    kind = type(node), node.name()
-    if kind not in _CONSTANTS:
-        names = dir(node)
-        _CONSTANTS[kind] = tuple(a for a in names if a.startswith("_saved_") and f"_raw{a}" not in names)
-    return _CONSTANTS[kind]
-
-
-def _constant(x: Any) -> Any:
-    """A hashable constant that says where numbers go; not by how much they are multiplied."""
-    return str(x) if isinstance(x, (bool, int, str, tuple, list)) else None
+def _require_reached(task: Task, graph: Graph) -> None:
+    """Raise where other tensors stand in for selected parameters."""
+    missing = {name: tuple(p.shape) for name, p in task.parameters.items() if name not in graph.reached}
+    strangers = [leaf for leaf in graph.leaves.values() if id(leaf) not in task.registered]
+    stand_ins = {name for name, shape in missing.items() for leaf in strangers if tuple(leaf.shape) == shape}
+    if stand_ins or (len(missing) == len(task.parameters)):
+        names = sorted(stand_ins or missing)
+        raise CoverageError(
+            f"the outputs do not depend on the selected parameters {names[:4]}{'...' if len(names) > 4 else ''} of the model"
+            + (", but on other tensors of their shapes that are no parameters of it" if stand_ins else "")
+            + ": expected outputs computed by this very model (no deepcopy, no functional_call with copies, no sharding "
+            "that exchanges parameters), or a layer_collection of parameters that the outputs depend on"
+        )

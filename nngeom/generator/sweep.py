@@ -18,7 +18,7 @@ from nngeom.generator.capture import Capture, capture
 from nngeom.generator.descent import bytes_each_cotangent
 from nngeom.generator.passes import Pass
 from nngeom.generator.proofs import Proof
-from nngeom.generator.task import Batch, Task, as_batches, leading_size, require_finite, take
+from nngeom.generator.task import Batch, Task, as_batches, gradients_on, leading_size, require_finite, take
 from nngeom.generator.verify import same_outputs
 
 START = (-1, -1)  # before the first chunk, which starts with example 0 and cotangent 0
@@ -161,12 +161,15 @@ class Sweep:
         if size >= n or leading_size(seen.batch) != n:
             return []
         parts = [take(seen.batch, slice(lo, lo + size), n) for lo in range(0, n, size)]
-        try:
-            with torch.no_grad():
-                alone = self.task.run(parts[-1])
-        except Exception:  # a model for one size of batch
-            return []
-        return parts if same_outputs(alone, outputs[-len(alone) :], outputs) else []
+        for lo, part in zip(range(0, n, size), parts):
+            try:
+                with gradients_on():
+                    alone = self.task.run(part).detach()
+            except Exception:  # a model for one size of batch
+                return []
+            if not same_outputs(alone, outputs[lo : lo + size], outputs):
+                return []
+        return parts
 
     def cut(self, seen: Capture, after: tuple[int, int] = START) -> Iterator[Chunk]:
         """The chunks of one captured forward pass, the first of them proved and checked unless a pass like this one was.
@@ -175,7 +178,7 @@ class Sweep:
         """
         run, columns = self.begin(seen)
         size = memory.step(columns.count, bytes_each_cotangent(run.seen, self.keep_graph), "output of one batch", memory.budget() // self.shares)
-        self._resolve(run, columns, size)
+        self._resolve(run)
         for lo in range(0, columns.count, size):
             if (self.count, lo) <= after:
                 continue
@@ -185,13 +188,14 @@ class Sweep:
 
     def begin(self, seen: Capture) -> tuple[Pass, Columns]:
         """A pass to be differentiated, and its cotangents."""
-        run = Pass(self.task, seen, self._demoted, self.part_of, self.keep_graph, self._working, self.explicit)
+        run = Pass(self.task, seen, self._demoted, self.part_of, self.keep_graph, self._working, self.explicit, self.check)
         return run, self.metric.columns(seen.outputs.detach(), seen.batch, self.count)
 
-    def _resolve(self, run: Pass, columns: Columns, size: int) -> None:
-        """Find the blocks of a pass, and prove them with its first ``size`` cotangents unless that is known or not wanted."""
-        proving = self.check and run.unproved and bool(torch.isfinite(run.seen.outputs.detach().sum()))
-        run.resolve(columns.make(0, size) if proving else None)
+    def _resolve(self, run: Pass) -> None:
+        """Find the blocks of a pass, and prove what is not known of its graph, where that is wanted and numbers can answer."""
+        run.resolve(self.check)
+        if self.check and not run.proof.covers(run.seen) and bool(torch.isfinite(run.seen.outputs.detach().sum())):
+            run.prove()
 
     def alone(self) -> tuple[Pass, Tensor] | None:
         """The pass of the only batch and all its cotangents, to be pulled back layer by layer; ``None`` where there is no such batch, or no room."""
@@ -206,14 +210,13 @@ class Sweep:
         proof = 2 * bytes_each_cotangent(seen, self.keep_graph)
         if max(columns.count * seen.outputs.numel() * seen.outputs.element_size(), proof) > room:
             return None
-        self._resolve(run, columns, columns.count)
+        self._resolve(run)
         return (run, columns.make(0, columns.count)) if run.most_bytes(columns.count) <= memory.budget() else None
 
     def proved(self, seen: Capture) -> Proof:
         """What is known of a pass, checked now if no pass like it was."""
-        run, columns = self.begin(seen)
-        if not run.proof.covers(run.seen):
-            self._resolve(run, columns, columns.count)
+        run, _ = self.begin(seen)
+        self._resolve(run)
         return run.proof
 
     def _learn_from_a_pair(self, batch: Batch) -> None:

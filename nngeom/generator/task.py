@@ -51,6 +51,21 @@ class Task:
         dtype = functools.reduce(torch.promote_types, dtypes)
         return Task(model, lc, function, parameters, next(iter(devices)), dtype)
 
+    @functools.cached_property
+    def ids(self) -> dict[int, str]:
+        """Names of the selected parameters by the id of the object."""
+        return {id(p): name for name, p in self.parameters.items()}
+
+    @functools.cached_property
+    def registered(self) -> frozenset[int]:
+        """Ids of all parameters of the model."""
+        return frozenset(id(p) for p in self.model.parameters())
+
+    @property
+    def hooked(self) -> set[str]:
+        """Selected parameters that run functions on their gradients."""
+        return {name for name, p in self.parameters.items() if p._backward_hooks}
+
     def layer_of(self, name: str) -> str:
         """The layer of a parameter."""
         return self.collection.layers[self.collection.names.index(name)]

@@ -1,66 +1,62 @@
-"""Whether the captured rows are those of autograd, and whether a model treats the examples of a batch separately.
-
-Both are asked of a few examples of the batch run by themselves, which costs little: their outputs must be those in the
-batch, and their rows must add up to autograd's gradients. That the rows of the whole batch belong to the examples they
-are said to belong to is proved elsewhere (:mod:`nngeom.generator.axes`). Where a few examples cannot stand for the batch
-(a model for one batch size, a table with a row an example) the whole batch is compared.
-"""
+"""What is asked of numbers once a graph: parts of a batch against the whole, and rows against autograd's gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import CoverageError, OutputError
-from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.errors import CoverageError, ModeError, OutputError
 from nngeom.core.layout import Layout
+from nngeom.generator.axes import weights
 from nngeom.generator.backward import dense
-from nngeom.generator.capture import Capture, capture
+from nngeom.generator.capture import Capture
 from nngeom.generator.task import Batch, Task, gradients_on, take
 from nngeom.generator.units import Unit
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+_MIXES = (
+    "the model mixes the examples of a batch: the outputs of some change when they are run without the others; per-example "
+    "derivatives do not exist then, so expected a model that treats examples separately (check=False skips this test)"
+)
 
 
-def spread(n: int) -> list[int]:
-    """A few of ``n`` examples, the first and the last among them; one of few."""
-    k = max(1, min(3, n // 2))
-    return [0] if k == 1 else [j * (n - 1) // (k - 1) for j in range(k)]
+def require_separate(task: Task, batch: Batch, outputs: Tensor, parts: Sequence[tuple[int, int]] = ()) -> None:
+    """Raise :class:`CoverageError` where a part of the batch (default: each half) run by itself has other outputs than in it.
 
-
-def few(task: Task, seen: Capture, index: list[int]) -> Capture | None:
-    """The examples ``index`` of a captured batch run by themselves; ``None`` where they tell nothing about the batch.
-
-    Raises :class:`CoverageError` where the model mixes examples. Other outputs are no proof of that: a table with as many
-    rows as the batch has examples was cut too. Where the inputs are real numbers the proof is a gradient of the first
-    output in another example's input.
+    Other outputs alone are no proof: a table with as many rows as the batch has examples was cut too. Where the inputs are
+    real numbers, gradients of outputs in the inputs of other examples are. A model that does not run on a half says nothing.
     """
-    outputs, n = seen.outputs.detach(), seen.outputs.shape[0]
-    if n == 1:
-        return None
-    try:
-        alone = capture(task, take(seen.batch, index, n))
-    except Exception:  # a model that cannot run on a part of this batch says nothing either way
-        x = _first_tensor(seen.batch)
-        if outputs.shape == (n, 1) and x is not None and x.ndim == 1 and x.is_floating_point():
-            raise OutputError(
-                f"the batch holds inputs of shape {tuple(x.shape)}, of which the model cannot run a part: it looks like one example without an axis "
-                "of examples; expected (n, ...): pass x.unsqueeze(0), or a DataLoader with batch_size=1"
-            ) from None
-        return None
-    got = alone.outputs.detach()
-    if got.shape != outputs[index].shape:
-        return None
-    if same_outputs(got, outputs[index], outputs):
-        return alone
-    if _inputs_are_separate(task, seen.batch, n):
-        return None
-    raise CoverageError(
-        "the model mixes the examples of a batch: the outputs of some change when they are run without the others; per-example derivatives "
-        "do not exist then, so expected a model that treats examples separately (check=False skips this test)"
-    )
+    outputs, n = outputs.detach(), outputs.shape[0]
+    for lo, hi in parts or ([(0, n)] if n == 1 else [(0, n // 2), (n // 2, n)]):
+        try:
+            with gradients_on():
+                alone = task.run(take(batch, slice(lo, hi), n) if n > 1 else batch).detach()
+        except Exception:
+            _require_axis(batch, outputs)
+            return
+        if alone.shape == outputs[lo:hi].shape and not same_outputs(alone, outputs[lo:hi], outputs):
+            with gradients_on():
+                again = task.run(batch).detach()
+            if not same_outputs(again, outputs, outputs):
+                raise ModeError(
+                    "the outputs change from one call to the next, on the same batch: the model draws random numbers or keeps "
+                    "a state, so a measure of it would be random; call model.eval(), or fix what it draws"
+                )
+            if n > 1 and not inputs_are_separate(task, batch, n):
+                raise CoverageError(_MIXES)
+
+
+def _require_axis(batch: Batch, outputs: Tensor) -> None:
+    """Raise where the batch looks like one example without an axis of examples."""
+    x = _first_tensor(batch)
+    if outputs.shape == (len(outputs), 1) and x is not None and x.ndim == 1 and x.is_floating_point():
+        raise OutputError(
+            f"the batch holds inputs of shape {tuple(x.shape)}, of which the model cannot run a part: it looks like one example without an axis "
+            "of examples; expected (n, ...): pass x.unsqueeze(0), or a DataLoader with batch_size=1"
+        )
 
 
 def same_outputs(part: Tensor, expected: Tensor, whole: Tensor) -> bool:
@@ -77,8 +73,8 @@ def _first_tensor(batch: Batch) -> Tensor | None:
     return next((x for x in map(_first_tensor, items) if x is not None), None)
 
 
-def _inputs_are_separate(task: Task, batch: Batch, n: int) -> bool:
-    """Whether the first output has no gradient in the inputs of the others; ``False`` where inputs are not real numbers."""
+def inputs_are_separate(task: Task, batch: Batch, n: int) -> bool:
+    """Whether no output has a gradient in the inputs of another example; ``False`` where inputs are not real numbers."""
     inputs: list[Tensor] = []
 
     def watch(x: Any) -> Any:
@@ -95,46 +91,71 @@ def _inputs_are_separate(task: Task, batch: Batch, n: int) -> bool:
         watched = watch(batch)
         if not inputs:
             return False
-        grads = torch.autograd.grad(task.run(watched)[0].sum(), inputs, allow_unused=True)
-    return all(g is None or not bool(g[1:].any()) for g in grads)
+        outputs = task.run(watched)
+        generator = torch.Generator().manual_seed(5)
+        v = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+        plain = _gradients(outputs, inputs, v)
+        for weight in weights(n, outputs, generator):
+            across = (-1, *[1] * (v.ndim - 1))
+            for g, h in zip(plain, _gradients(outputs, inputs, v * weight.view(across))):
+                expected = g * weight.to(g).view(-1, *[1] * (g.ndim - 1))
+                if not torch.allclose(h, expected, rtol=_TOLERANCE.get(h.dtype, 0.1), atol=0.0):
+                    return False
+    return True
 
 
-def align(small: Capture, seen: Capture) -> bool:
-    """Leave in ``small`` the uses that are left in ``seen``; ``False`` where the two passes used parameters differently."""
-    at = {use.place: use for use in small.uses}
-    small.uses = [at[use.place] for use in seen.uses if use.place in at]
-    for ours, theirs in zip(small.uses, seen.uses):
-        ours.weight, ours.bias = ours.weight if theirs.weight else None, ours.bias if theirs.bias else None
-        if ours.operation != theirs.operation or ours.slots != theirs.slots or len(ours.lead) != len(theirs.lead):
-            return False
-    return len(small.uses) == len(seen.uses) and small.unstructured == seen.unstructured
+def _gradients(outputs: Tensor, inputs: list[Tensor], v: Tensor) -> Iterator[Tensor]:
+    grads = torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True)
+    return iter([torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)])
 
 
-def mismatches(task: Task, seen: Capture, units: list[Unit], jacobians: dict[Layout, LayerJacobian], v: Tensor) -> list[str]:
-    """Parameters of units whose ``sum u[k, n] J[k, n]`` is not autograd's gradient of ``sum u v f``, ``u`` random."""
-    collection = task.collection
-    u = torch.randn(v.shape[:2], generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(seen.outputs)
-    v = v.to(seen.outputs.dtype)
-    combined = (u.view(*u.shape, *[1] * (v.ndim - 2)) * v).sum(0)
-    names = [name for unit in units for name in unit.layout.names]
-    parameters = [task.parameters[name] for name in names]
-    grads = torch.autograd.grad(seen.outputs, parameters, combined, retain_graph=True, allow_unused=True) if names else []
-    expected = [dense(g) for g in grads]
-    got: dict[str, Tensor] = {}
-    for unit in units:
-        jacobian = jacobians[unit.layout]
-        got |= _by_name(unit.layout, jacobian.vjp(u.to(jacobian.dtype)).detach(), collection.offsets())
-    norms = [g.new_zeros(()) if e is None else e.norm().to(g.dtype) for g, e in zip(got.values(), expected)]
-    scale = max(float(norm) for norm in norms) if any(e is not None for e in expected) else max((float(g.norm()) for g in got.values()), default=0.0)
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(seen.outputs.dtype, 0.1)
-    noise = min(200 * torch.finfo(seen.outputs.dtype).eps, 1e-2) * scale  # of gradients that cancel, as of attention's key bias
-    wrong = []
-    for name, e, norm in zip(names, expected, norms):
-        if e is not None:
-            got[name] -= e.flatten()
-        if not bool(got[name].norm() <= tolerance * norm + noise):
-            wrong.append(name)
-    return wrong
+def compare(task: Task, seen: Capture, units: list[Unit]) -> tuple[set[str], set[str]]:
+    """Parameters of units that were compared with autograd's gradient, and those whose rows are not autograd's.
+
+    A random cotangent at the outputs and a random gradient at every use are pulled back together: an adapter is right when
+    what it makes of the gradients that arrive is what autograd makes of them. A parameter whose gradient is below the
+    rounding of what was added up for it was not compared.
+    """
+    parameters = {name: task.parameters[name] for unit in units for name in unit.layout.names}
+    if not parameters:
+        return set(), set()
+    indices = sorted({j for unit in units for j, _, _ in unit.uses})
+    edges: list[Any] = [seen.uses[j].edge for j in indices]
+    generator, like = torch.Generator().manual_seed(1), seen.outputs.detach()
+    draw = lambda size: torch.randn(size, generator=generator, dtype=torch.float64).to(like)
+    roots: list[Any] = [seen.outputs, *edges]
+    v = [draw(seen.outputs.shape), *(draw(seen.uses[j].shape) for j in indices)]
+    v = [x.to(dtype) for x, dtype in zip(v, [like.dtype, *(_dtype(edge) for edge in edges)])]
+    pulled = torch.autograd.grad(roots, [*edges, *parameters.values()], v, retain_graph=True, allow_unused=True)
+    gradients = {j: g.unsqueeze(0) for j, g in zip(indices, pulled) if g is not None}
+    expected = {name: dense(g) for name, g in zip(parameters, pulled[len(edges) :])}
+    tolerance = {torch.float64: 1e-7, torch.float32: 2e-3}.get(like.dtype, 0.1)
+    rounding = 20 * torch.finfo(like.dtype).eps
+    asked, wrong = set(), set()
+    with torch.no_grad():
+        for unit in units:
+            jacobian = unit.jacobian(gradients, len(like))
+            ones = jacobian.vjp(torch.ones(1, jacobian.shape[1], dtype=jacobian.dtype, device=jacobian.device))
+            noise = rounding * sum(_size(unit, j, gradients[j]) for j, _, _ in unit.uses)
+            for name, got in _by_name(unit.layout, ones, task.collection.offsets()).items():
+                e = expected[name]
+                e = torch.zeros_like(got) if e is None else e.flatten().to(got)
+                if not bool((got - e).norm() <= tolerance * e.norm() + noise):
+                    wrong.add(name)
+                elif bool(e.norm() > noise):
+                    asked.add(name)
+    return asked, wrong
+
+
+def _dtype(edge: Any) -> torch.dtype:
+    return edge.node._input_metadata[edge.output_nr].dtype
+
+
+def _size(unit: Unit, j: int, g: Tensor) -> Tensor:
+    """A bound of the sum of the products of gradients and inputs of a use."""
+    a = unit.inputs.get(j)
+    most = a.norm() if a is not None and a.is_floating_point() else g.new_tensor(float(g.numel())).sqrt()
+    return g.norm() * most.to(g)
 
 
 def _by_name(layout: Layout, rows: Tensor, offsets: dict[str, tuple[int, tuple[int, ...]]]) -> dict[str, Tensor]:

@@ -49,6 +49,8 @@ class Use:
     edge: GradientEdge | None = None
     shape: torch.Size = field(default_factory=lambda: torch.Size(()))
     sources: tuple[tuple[Tensor, int], ...] = ()  # inputs kept for later, with their versions
+    since: int = 0  # number of the first node of the graph that may belong to the call
+    origin: GradientEdge | None = None  # of the output itself, where this is seen through an addition
     moved: bool = False  # replaced by copies behind a broadcast addition
     place: int = 0  # among the uses of one forward pass
 
@@ -80,7 +82,9 @@ class Use:
             out = self.gradients(g.reshape(k * math.prod(added), *unit, *shape))
             return out.reshape(k, *added, *out.shape[1 + len(unit) :])
 
-        copy = dataclasses.replace(self, lead=lead, gradients=gradients, inputs=None if inputs is None else expanded, copied=None)
+        copy = dataclasses.replace(
+            self, lead=lead, gradients=gradients, inputs=None if inputs is None else expanded, copied=None, origin=self.origin or self.edge
+        )
         return copy.finish(out)
 
     def read_inputs(self, empty: Callable[..., Tensor] | None = None, ones: bool = False) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nngeom.core.contract import squared_lengths
 from nngeom.core.errors import ArgumentError, CoverageError
 from nngeom.fmat.estimate import RandomSigns
+from nngeom.generator.axes import ExampleAxis
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.sweep import Sweep
@@ -170,8 +171,7 @@ def _with_a_row_an_example(task: Task, seen: Capture) -> list[Use]:
         return []
     names = [{s.name for s in use.slots} for use in found]  # the proof takes the slots of uses that are wrong
     proof = Sweep(task, (), RandomSigns(1, 0, False), keep_graph=True).proved(replace(seen, uses=list(seen.uses)))
-    known = lambda use, names: proof.axes.get(use.place) is not None and not proof.wrong & names
-    return [] if proof.moves else [use for use, mine in zip(found, names) if known(use, mine)]
+    return [use for use, mine in zip(found, names) if isinstance(proof.place(use.place), ExampleAxis) and not proof.left & mine]
 
 
 def require_reduction(reduction: str) -> None:
