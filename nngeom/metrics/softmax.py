@@ -25,9 +25,17 @@ def wide(x: Tensor) -> Tensor:
 def in_rows(logits: Tensor, f: Callable[[slice], Tensor]) -> Tensor:
     """``f`` of all rows, some at a time."""
     rows, size = len(logits), max(1, NUMBERS // max(1, logits.shape[-1]))
+    first = f(slice(0, min(rows, size)))
     if rows <= size:
-        return f(slice(0, rows))
-    return torch.cat([f(slice(lo, min(rows, lo + size))) for lo in range(0, rows, size)])
+        return first
+    parts = [slice(lo, min(rows, lo + size)) for lo in range(size, rows, size)]
+    if first.requires_grad or torch._C._functorch.is_batchedtensor(first):
+        return torch.cat([first, *map(f, parts)])
+    out = first.new_empty(rows, *first.shape[1:])  # filled, so that the results are held once
+    out[:size] = first
+    for part in parts:
+        out[part] = f(part)
+    return out
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def times(logits: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
         p, top = z.softmax(-1), z.detach().argmax(-1, keepdim=True)
         tangent = wide(x[part])
         a = p * (tangent - tangent.gather(-1, top))
-        v = a - p * a.sum(-1, keepdim=True)
+        v = torch.addcmul(a, p, a.sum(-1, keepdim=True), value=-1)
         return (v if scale is None else v * scale[part].unsqueeze(-1)).to(logits.dtype)
 
     return in_rows(logits, some)
