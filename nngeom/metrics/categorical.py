@@ -147,10 +147,10 @@ class Categorical(Likelihood):
         return -softmax.cross_entropy(z, Labels(self._required(outputs, targets), None, 0.0, self.ignore_index)).view(outputs.shape[0], -1).sum(1)
 
     def score(self, outputs, labels, targets=None):
-        y, counted = self._required(outputs, labels), self.counted(outputs, targets)
-        if counted is not None:
-            y = y.masked_fill(counted == 0, self.ignore_index)
-        return -self.unmove(softmax.residual(self.rows(outputs), Labels(y, None, 0.0, self.ignore_index)), outputs)
+        """Labels are drawn ones, so that ``ignore_index`` among them is a class; positions whose target it is count for nothing."""
+        y, counted = self._required(outputs, labels).clamp_min(-1), self.counted(outputs, targets)
+        y = y if counted is None else y.masked_fill(counted == 0, -1)
+        return -self.unmove(softmax.residual(self.rows(outputs), Labels(y, None, 0.0, -1)), outputs)
 
     def fisher_times(self, outputs, tangent, targets=None):
         return self.unmove(softmax.times(self.rows(outputs), self.rows(tangent), self.counted(outputs, targets)), outputs)
