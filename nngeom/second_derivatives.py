@@ -1,4 +1,5 @@
-"""The loss of a batch differentiated once, with the graph to differentiate it again, and whether its second derivatives can be right."""
+"""The loss of a batch differentiated once, with the graph to differentiate it again, and whether its second
+derivatives can be right."""
 
 from __future__ import annotations
 
@@ -28,10 +29,16 @@ class SecondDerivatives:
     examples: int
     width: int  # bytes of the activations, roughly
 
-    def times(self, names: tuple[str, ...], columns: Callable[[int, int], Tensor], count: int) -> Iterator[tuple[int, int, Tensor]]:
-        """``(lo, hi, [hi - lo, p])``: the block of ``names`` times the vectors ``columns(lo, hi)``, as many as fit the budget."""
+    def times(
+        self, names: tuple[str, ...], columns: Callable[[int, int], Tensor], count: int
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """``(lo, hi, [hi - lo, p])``: the block of ``names`` times the vectors ``columns(lo, hi)``, as many as fit
+        the budget."""
         parameters = [self.task.parameters[n] for n in names]
-        used = [p.new_zeros(p.shape) if g is None else g for g, p in ((self.gradients[n], p) for n, p in zip(names, parameters))]
+        used = [
+            p.new_zeros(p.shape) if g is None else g
+            for g, p in ((self.gradients[n], p) for n, p in zip(names, parameters))
+        ]
         flat = torch.cat([g.flatten() for g in used])
         each = 4 * (flat.numel() * flat.element_size() + self.width)
         for lo, hi in memory.pieces(count, each, "column of the Hessian"):
@@ -51,7 +58,9 @@ class SecondDerivatives:
 
 def once_only(what: str) -> UnsupportedError:
     """The error of a model with an operation that can be differentiated only once."""
-    return UnsupportedError(f"the model or the loss has an operation without second derivative ({what}); use GGN, or another operation")
+    return UnsupportedError(
+        f"the model or the loss has an operation without second derivative ({what}); use GGN, or another operation"
+    )
 
 
 def require_connected(second: SecondDerivatives) -> None:
@@ -71,11 +80,14 @@ def require_connected(second: SecondDerivatives) -> None:
 def require_symmetric(second: SecondDerivatives, usual: Callable[[], SecondDerivatives]) -> None:
     """Raise where ``<u, H v>`` and ``<v, H u>`` differ: some operation of the model has a wrong second derivative.
 
-    Not where all of them are below the rounding of what they are the remains of, as those of a saturated loss: that is told
-    by the derivatives of a quadratic function of the same outputs, ``usual``, and by what the dtype can hold at all.
+    Not where all of them are below the rounding of what they are the remains of, as those of a saturated loss: that
+    is told by the derivatives of a quadratic function of the same outputs, ``usual``, and by what the dtype can hold
+    at all.
     """
     task = second.task
-    w = torch.randn(2, task.collection.numel, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(task.device)
+    w = torch.randn(2, task.collection.numel, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        task.device
+    )
 
     def products(of: SecondDerivatives) -> Tensor:
         rows = torch.cat([rows for _, _, rows in of.times(task.collection.names, lambda lo, hi: w[lo:hi], 2)])
@@ -91,7 +103,8 @@ def require_symmetric(second: SecondDerivatives, usual: Callable[[], SecondDeriv
     if bool(difference <= 100 * eps * products(usual()).norm(dim=1).max()):
         return
     raise CoverageError(
-        f"the second derivatives of the model are not symmetric (<u, H v> = {float(rows[0] @ w[1]):.6e}, <v, H u> = {float(rows[1] @ w[0]):.6e}): an "
+        f"the second derivatives of the model are not symmetric (<u, H v> = {float(rows[0] @ w[1]):.6e}, <v, H u> = "
+        f"{float(rows[1] @ w[0]):.6e}): an "
         "operation, perhaps a custom torch.autograd.Function, is not differentiated rightly when differentiated twice"
     )
 
@@ -111,7 +124,10 @@ def differentiated(task: Task, loss: Loss, batch: Batch, index: int, width: int)
         loss, y = judged(loss, outputs, batch)
         value = loss.precisely(outputs, y).sum()
         if not value.requires_grad:
-            raise CoverageError("the loss does not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside?)")
+            raise CoverageError(
+                "the loss does not depend on any selected parameter by differentiable operations (torch.no_grad or "
+                ".detach() inside?)"
+            )
         gradients = torch.autograd.grad(value, list(task.parameters.values()), create_graph=True, allow_unused=True)
     n = outputs.shape[0]
     return SecondDerivatives(task, dict(zip(task.parameters, gradients)), n, n * width)
@@ -119,5 +135,8 @@ def differentiated(task: Task, loss: Loss, batch: Batch, index: int, width: int)
 
 def require_finite_rows(m: Tensor, names: tuple[str, ...]) -> Tensor:
     if not bool(torch.isfinite(m).all()):
-        raise NonFiniteError(f"second derivatives of parameters {list(names)[:4]} contain NaN or infinity; check the inputs, or use model.double()")
+        raise NonFiniteError(
+            f"second derivatives of parameters {list(names)[:4]} contain NaN or infinity; check the inputs, or use "
+            "model.double()"
+        )
     return m

@@ -252,8 +252,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
 
 
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("measure", ["FIM", "GGN"])
+@pytest.mark.parametrize(("measure", "n"), [pytest.param("FIM", 1, marks=pytest.mark.slow), ("GGN", 2)])
 def test_a_large_vocabulary_takes_no_square_of_it(measure, n):
     """Below 1 GiB above the model; one ``V x V`` of booleans alone would be 61."""
     code = textwrap.dedent(VOCABULARY).format(n=n, measure=measure)

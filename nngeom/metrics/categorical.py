@@ -17,9 +17,9 @@ from nngeom.metrics.softmax import Labels, wide
 class Categorical(Likelihood):
     """Outputs are logits; axis ``dim`` holds the classes, every other axis but the first is a position.
 
-    ``dim=1`` for segmentation ``(n, c, h, w)``, ``dim=-1`` for tokens ``(n, t, V)``. Without ``dim`` it is the axis that
-    labels ``(n, *positions)`` lack; where there are no labels, or two axes would do, it must be said. Positions whose
-    target is ``ignore_index`` count for nothing; targets that are no label a position are not looked at.
+    ``dim=1`` for segmentation ``(n, c, h, w)``, ``dim=-1`` for tokens ``(n, t, V)``. Without ``dim`` it is the axis
+    that labels ``(n, *positions)`` lack; where there are no labels, or two axes would do, it must be said. Positions
+    whose target is ``ignore_index`` count for nothing; targets that are no label a position are not looked at.
     """
 
     def __init__(self, dim: int | None = None, ignore_index: int = -100):
@@ -34,8 +34,10 @@ class Categorical(Likelihood):
             return Categorical(lacking[0], self.ignore_index)
         given = "no targets" if shape is None else f"targets {tuple(shape)}"
         raise OutputError(
-            f"outputs have shape {tuple(outputs.shape)} with {given}; say which axis holds the classes, the others are positions: Categorical(dim=1) or "
-            "CrossEntropy(dim=1) for (n, c, ...), dim=-1 for (n, ..., c); for tokens (n, t, V) that predict the next one CausalLM()"
+            f"outputs have shape {tuple(outputs.shape)} with {given}; say which axis holds the classes, the others "
+            "are positions: Categorical(dim=1) or "
+            "CrossEntropy(dim=1) for (n, c, ...), dim=-1 for (n, ..., c); for tokens (n, t, V) that predict the next "
+            "one CausalLM()"
         )
 
     def _axis(self, outputs: Tensor) -> int:
@@ -43,7 +45,8 @@ class Categorical(Likelihood):
         axis = dim if dim >= 0 else outputs.ndim + dim
         if not 1 <= axis < outputs.ndim:
             raise OutputError(
-                f"Categorical(dim={self.dim}) does not fit outputs of shape {tuple(outputs.shape)}; expected an axis of classes behind the examples"
+                f"Categorical(dim={self.dim}) does not fit outputs of shape {tuple(outputs.shape)}; expected an axis "
+                "of classes behind the examples"
             )
         return axis
 
@@ -51,7 +54,8 @@ class Categorical(Likelihood):
         axis = self._axis(outputs)
         if outputs.shape[axis] < 2:
             raise OutputError(
-                f"a categorical likelihood needs at least two classes, outputs have shape {tuple(outputs.shape)} with {outputs.shape[axis]} along axis {axis}; "
+                f"a categorical likelihood needs at least two classes, outputs have shape {tuple(outputs.shape)} "
+                f"with {outputs.shape[axis]} along axis {axis}; "
                 "use likelihood='bernoulli' or loss='bce' for one logit"
             )
 
@@ -69,9 +73,15 @@ class Categorical(Likelihood):
         return v.reshape(sizes).movedim(-1, v.ndim - 2 + self._axis(outputs))
 
     def labels(self, outputs: Tensor, targets: Any) -> Tensor | None:
-        """One class a position, ``[n * positions]`` int64, if that is what targets are, whole numbers of any type; else ``None``."""
+        """One class a position, ``[n * positions]`` int64, if that is what targets are, whole numbers of any type;
+        else ``None``."""
         size = outputs.numel() // outputs.shape[self._axis(outputs)]
-        if not isinstance(targets, Tensor) or targets.is_complex() or targets.numel() != size or targets.shape[:1] != outputs.shape[:1]:
+        if (
+            not isinstance(targets, Tensor)
+            or targets.is_complex()
+            or targets.numel() != size
+            or targets.shape[:1] != outputs.shape[:1]
+        ):
             return None
         if targets.is_floating_point() and not bool((targets == targets.round()).all()):
             return None
@@ -86,10 +96,12 @@ class Categorical(Likelihood):
         return None if bool(keep.all()) else keep.to(outputs.dtype)
 
     def square_root(self, outputs, targets=None):
-        """``c - 1`` columns a position, ``v_j = sqrt(p_j q_{j+1} / q_j) (e_j - p / q_{j+1} on l > j)``, ``q_j = sum_{l >= j} p_l``.
+        """``c - 1`` columns a position, ``v_j = sqrt(p_j q_{j+1} / q_j) (e_j - p / q_{j+1} on l > j)``, and
+        ``q_j = sum_{l >= j} p_l``.
 
-        The closed-form Cholesky factor of ``diag(p) - p p^T`` (Tanabe & Sagae 1992): products and sums of positive numbers,
-        nothing cancels. Made some columns at a time; nothing has ``c`` by ``c`` numbers unless that is asked for.
+        The closed-form Cholesky factor of ``diag(p) - p p^T`` (Tanabe & Sagae 1992): products and sums of positive
+        numbers, nothing cancels. Made some columns at a time; nothing has ``c`` by ``c`` numbers unless that is asked
+        for.
         """
         axis = self._axis(outputs)
         n, c = outputs.shape[0], outputs.shape[axis]
@@ -119,13 +131,19 @@ class Categorical(Likelihood):
             v = z.new_zeros(hi - lo, n, positions, c, dtype=dtype)
             for position in range(lo // (c - 1), (hi - 1) // (c - 1) + 1):
                 first, last = max(lo, position * (c - 1)), min(hi, (position + 1) * (c - 1))
-                at(position, first - position * (c - 1), last - position * (c - 1), v[first - lo : last - lo, :, position])
+                at(
+                    position,
+                    first - position * (c - 1),
+                    last - position * (c - 1),
+                    v[first - lo : last - lo, :, position],
+                )
             return self.unmove(v.flatten(1, 2), outputs).to(outputs.dtype)
 
         return Columns(positions * (c - 1), make)
 
     def root_times(self, outputs, noise, targets=None):
-        """``sqrt(p) r - p <sqrt(p), r>`` at every position: the root ``diag(sqrt(p)) - p sqrt(p)^T`` of ``c`` columns, never formed."""
+        """``sqrt(p) r - p <sqrt(p), r>`` at every position: the root ``diag(sqrt(p)) - p sqrt(p)^T`` of ``c``
+        columns, never formed."""
         z, counted = self.rows(outputs), self.counted(outputs, targets)
         r = noise(len(z) // outputs.shape[0], z.shape[-1])
         v = [softmax.root_times(z, one.reshape(z.shape), counted) for one in r]
@@ -144,23 +162,31 @@ class Categorical(Likelihood):
 
     def log_prob(self, outputs, targets):
         z = self.rows(outputs)
-        return -softmax.cross_entropy(z, Labels(self._required(outputs, targets), None, 0.0, self.ignore_index)).view(outputs.shape[0], -1).sum(1)
+        return (
+            -softmax.cross_entropy(z, Labels(self._required(outputs, targets), None, 0.0, self.ignore_index))
+            .view(outputs.shape[0], -1)
+            .sum(1)
+        )
 
     def score(self, outputs, labels, targets=None):
-        """Labels are drawn ones, so that ``ignore_index`` among them is a class; positions whose target it is count for nothing."""
+        """Labels are drawn ones, so that ``ignore_index`` among them is a class; positions whose target it is count
+        for nothing."""
         y, counted = self._required(outputs, labels).clamp_min(-1), self.counted(outputs, targets)
         y = y if counted is None else y.masked_fill(counted == 0, -1)
         return -self.unmove(softmax.residual(self.rows(outputs), Labels(y, None, 0.0, -1)), outputs)
 
     def fisher_times(self, outputs, tangent, targets=None):
-        return self.unmove(softmax.times(self.rows(outputs), self.rows(tangent), self.counted(outputs, targets)), outputs)
+        return self.unmove(
+            softmax.times(self.rows(outputs), self.rows(tangent), self.counted(outputs, targets)), outputs
+        )
 
     def _required(self, outputs: Tensor, labels: Any) -> Tensor:
         y = self.labels(outputs, labels)
         if y is None:
             given = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise OutputError(
-                f"labels are {given}; expected a whole number a position, {(outputs.shape[0], *self._positions(outputs))}, "
+                f"labels are {given}; expected a whole number a position, "
+                f"{(outputs.shape[0], *self._positions(outputs))}, "
                 f"for outputs {tuple(outputs.shape)} with classes on axis {self._axis(outputs)}"
             )
         return y

@@ -20,17 +20,26 @@ class CrossEntropy(Loss):
 
     Without ``dim`` it is the axis that labels ``(n, *positions)`` lack; where two would do, it must be said.
     ``weight`` (one number a class), ``label_smoothing`` in [0, 1] and ``ignore_index`` mean what they mean in
-    ``torch.nn.functional.cross_entropy`` with ``reduction="none"``. Targets are class labels, whole numbers of any type,
-    one a position, or probabilities in the shape of the outputs.
+    ``torch.nn.functional.cross_entropy`` with ``reduction="none"``. Targets are class labels, whole numbers of any
+    type, one a position, or probabilities in the shape of the outputs.
 
-    Raises :class:`ArgumentError` on a smoothing or weight out of range, :class:`OutputError` on targets that do not fit.
+    Raises :class:`ArgumentError` on a smoothing or weight out of range, :class:`OutputError` on targets that do not
+    fit.
     """
 
-    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100, dim: int | None = None):
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        dim: int | None = None,
+    ):
         if not 0 <= label_smoothing <= 1:
             raise ArgumentError(f"label_smoothing is {label_smoothing}; expected a number in [0, 1]")
         if weight is not None and not bool((weight >= 0).all()):
-            raise ArgumentError("the class weight has entries that are negative or NaN; expected non-negative numbers, one a class")
+            raise ArgumentError(
+                "the class weight has entries that are negative or NaN; expected non-negative numbers, one a class"
+            )
         self.weight, self.label_smoothing = weight, label_smoothing
         self.categorical = Categorical(dim, ignore_index)
 
@@ -58,24 +67,36 @@ class CrossEntropy(Loss):
     def root_times(self, outputs, noise, targets):
         z, labels, categorical = self._fitted(outputs, targets)
         totals, product = labels.totals(z), categorical.root_times(outputs, noise)
-        return product if totals is None else product * categorical.unmove(totals.sqrt().unsqueeze(-1).expand(z.shape), outputs)
+        return (
+            product
+            if totals is None
+            else product * categorical.unmove(totals.sqrt().unsqueeze(-1).expand(z.shape), outputs)
+        )
 
     def _fitted(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Labels, Categorical]:
         """Logits ``[r, c]`` of all positions, their labels, and the likelihood that knows the axis of the classes."""
         if not isinstance(targets, Tensor):
-            raise OutputError(f"targets are {type(targets).__name__}; expected a tensor of class labels, or of probabilities in the shape of the outputs")
+            raise OutputError(
+                f"targets are {type(targets).__name__}; expected a tensor of class labels, or of probabilities in "
+                "the shape of the outputs"
+            )
         soft = targets.is_floating_point() and targets.shape == outputs.shape
         categorical = self.categorical.fit(outputs, targets)
         categorical.check(outputs, targets)
         z = categorical.rows(outputs)
         if self.weight is not None and self.weight.shape != z.shape[1:]:
-            raise OutputError(f"the class weight has {self.weight.numel()} entries; outputs {tuple(outputs.shape)} have {z.shape[1]} classes")
+            raise OutputError(
+                f"the class weight has {self.weight.numel()} entries; outputs {tuple(outputs.shape)} have "
+                f"{z.shape[1]} classes"
+            )
         y = self._probabilities(categorical.rows(targets)) if soft else self._classes(categorical, outputs, targets)
         return z, Labels(y.to(z.device), self.weight, self.label_smoothing, categorical.ignore_index), categorical
 
     def _probabilities(self, y: Tensor) -> Tensor:
         if not bool((y >= 0).all()):
-            raise OutputError("targets have the shape of the outputs, so they are read as probabilities, but some are negative or NaN")
+            raise OutputError(
+                "targets have the shape of the outputs, so they are read as probabilities, but some are negative or NaN"
+            )
         return y
 
     def _classes(self, categorical: Categorical, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -84,12 +105,14 @@ class CrossEntropy(Loss):
         if y is None:
             kind = "whole numbers" if targets.numel() == r and targets.is_floating_point() else f"one a position, {r}"
             raise OutputError(
-                f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; outputs {tuple(outputs.shape)} with {c} classes need labels that are "
+                f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; outputs "
+                f"{tuple(outputs.shape)} with {c} classes need labels that are "
                 f"{kind}, or probabilities {tuple(outputs.shape)}"
             )
         counted = y[y != ignored]
         if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= c):
             raise OutputError(
-                f"targets hold labels from {int(counted.min())} to {int(counted.max())}; expected from 0 to {c - 1}, or ignore_index={ignored}"
+                f"targets hold labels from {int(counted.min())} to {int(counted.max())}; expected from 0 to {c - 1}, "
+                f"or ignore_index={ignored}"
             )
         return y

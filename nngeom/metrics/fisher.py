@@ -16,27 +16,37 @@ from nngeom.metrics.causal import CausalByName, CausalLM
 from nngeom.metrics.language_models import is_causal_lm
 from nngeom.metrics.likelihood import Bernoulli, Gaussian, Likelihood, Poisson, as_columns
 
-_NAMES: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian, "poisson": Poisson}
+_NAMES: dict[str, type[Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+    "poisson": Poisson,
+}
 
 
 def as_likelihood(likelihood: Any, model: nn.Module | None = None) -> Likelihood:
     """A likelihood by name, class or instance.
 
-    ``model``: whose outputs it is of; ``"categorical"`` of a causal language model is that of the next token (:class:`CausalLM`).
-    Raises :class:`ArgumentError` or :class:`ArgumentTypeError` for anything else.
+    ``model``: whose outputs it is of; ``"categorical"`` of a causal language model is that of the next token
+    (:class:`CausalLM`). Raises :class:`ArgumentError` or :class:`ArgumentTypeError` for anything else.
     """
     if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
         return likelihood()
     if isinstance(likelihood, CausalLM) and likelihood.reduction == "mean":
         raise ArgumentError(
-            "CausalLM(reduction='mean') is no likelihood: the log-likelihood of a sequence is the sum over its positions; "
+            "CausalLM(reduction='mean') is no likelihood: the log-likelihood of a sequence is the sum over its "
+            "positions; "
             "use reduction='sum', or GGN with the loss"
         )
     if isinstance(likelihood, Likelihood):
         return likelihood
     if isinstance(likelihood, str) and likelihood in _NAMES:
         plain = _NAMES[likelihood]()
-        return CausalByName(model, plain) if isinstance(plain, Categorical) and model is not None and is_causal_lm(model) else plain
+        return (
+            CausalByName(model, plain)
+            if isinstance(plain, Categorical) and model is not None and is_causal_lm(model)
+            else plain
+        )
     kind = ArgumentError if isinstance(likelihood, str) else ArgumentTypeError
     raise kind(f"likelihood is {likelihood!r}; expected one of {sorted(_NAMES)} or an instance of a Likelihood")
 
@@ -87,7 +97,8 @@ class MonteCarloFisher:
 
         def make(lo: int, hi: int) -> Tensor:
             scores = [
-                likelihood.score(outputs, likelihood.sample(outputs, Stream(self.seed, start, n, j, outputs.device)), y) for j in range(lo, hi)
+                likelihood.score(outputs, likelihood.sample(outputs, Stream(self.seed, start, n, j, outputs.device)), y)
+                for j in range(lo, hi)
             ]
             return torch.stack(scores) / self.samples**0.5
 

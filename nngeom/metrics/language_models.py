@@ -1,4 +1,5 @@
-"""Which models are causal language models of ``transformers``, whose own loss compares logits with the *next* token's label."""
+"""Which models are causal language models of ``transformers``, whose own loss compares logits with the *next* token's
+label."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ _NAMES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def is_causal_lm(model: nn.Module | None) -> bool:
-    """Whether a name for a loss may mean the shifted one for this model: a decoder of ``transformers`` (or ``peft`` around one) that predicts tokens."""
+    """Whether a name for a loss may mean the shifted one for this model: a decoder of ``transformers`` (or ``peft``
+    around one) that predicts tokens."""
     hugging = _of_transformers(model)
     if hugging is None or not type(hugging).__name__.endswith(_NAMES):
         return False
@@ -23,9 +25,9 @@ def is_causal_lm(model: nn.Module | None) -> bool:
 def shifts_labels(model: nn.Module | None) -> bool:
     """Whether its own loss shifts, as its code says.
 
-    Decoders cut from encoder-decoder models (``BartForCausalLM``), permutation models (``XLNetLMHeadModel``) and some others
-    compute a loss of ``logits[t]`` and ``labels[t]``; models for ``ConditionalGeneration`` differ. A class without a loss of
-    its own goes by its name.
+    Decoders cut from encoder-decoder models (``BartForCausalLM``), permutation models (``XLNetLMHeadModel``) and some
+    others compute a loss of ``logits[t]`` and ``labels[t]``; models for ``ConditionalGeneration`` differ. A class
+    without a loss of its own goes by its name.
     """
     hugging = _of_transformers(model)
     if hugging is None or type(hugging).__name__.endswith("ForConditionalGeneration"):

@@ -26,7 +26,8 @@ class Likelihood(Reading, ABC):
     """``p(y | outputs)`` for outputs ``(n, *shape)``; positions of one example are independent given the outputs."""
 
     def fit(self, outputs: Tensor, targets: Any = None) -> Likelihood:
-        """This likelihood with what it left open (an axis) read off the shapes; raises :class:`OutputError` where they do not tell."""
+        """This likelihood with what it left open (an axis) read off the shapes; raises :class:`OutputError` where
+        they do not tell."""
         return self
 
     def check(self, outputs: Tensor, targets: Any = None) -> None:
@@ -34,15 +35,22 @@ class Likelihood(Reading, ABC):
 
     def square_root(self, outputs: Tensor, targets: Any = None) -> Columns | Tensor:
         """Cotangents ``v [k, n, *shape]`` with ``sum_k v_k v_k^T`` the Fisher information of the outputs."""
-        raise UnsupportedError(f"{type(self).__name__} defines no square_root; use FIM_MonteCarlo, or define it for the exact Fisher")
+        raise UnsupportedError(
+            f"{type(self).__name__} defines no square_root; use FIM_MonteCarlo, or define it for the exact Fisher"
+        )
 
     def sample(self, outputs: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
-        """Targets drawn from the model, ``(n, ...)``; ``uniform(*shape)`` gives numbers in (0, 1) ``(n, *shape)``, a fresh stream an example."""
-        raise UnsupportedError(f"{type(self).__name__} defines no sample; use FIM, or define it for Monte-Carlo Fisher matrices")
+        """Targets drawn from the model, ``(n, ...)``; ``uniform(*shape)`` gives numbers in (0, 1) ``(n, *shape)``, a
+        fresh stream an example."""
+        raise UnsupportedError(
+            f"{type(self).__name__} defines no sample; use FIM, or define it for Monte-Carlo Fisher matrices"
+        )
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``log p(targets | outputs)``, ``(n,)``, summed over positions; differentiable in the outputs."""
-        raise UnsupportedError(f"{type(self).__name__} defines no log_prob; use FIM, or define it for Monte-Carlo Fisher matrices")
+        raise UnsupportedError(
+            f"{type(self).__name__} defines no log_prob; use FIM, or define it for Monte-Carlo Fisher matrices"
+        )
 
     def score(self, outputs: Tensor, labels: Tensor, targets: Any = None) -> Tensor:
         """``d log p(labels | outputs) / d outputs``, ``(n, *shape)``."""
@@ -58,7 +66,8 @@ class Likelihood(Reading, ABC):
         return (inner.view(*inner.shape, *[1] * (v.ndim - 2)) * v).sum(0)
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any = None) -> Tensor:
-        """``L r (k, n, *shape)`` for the square root ``L`` of the Fisher information of the outputs; ``noise(*size)`` gives ``r (k, n, *size)``."""
+        """``L r (k, n, *shape)`` for the square root ``L`` of the Fisher information of the outputs; ``noise(*size)``
+        gives ``r (k, n, *size)``."""
         return columns_times(as_columns(self.square_root(outputs, targets)), outputs, noise)
 
 
@@ -77,11 +86,16 @@ def as_columns(v: Columns | Tensor) -> Columns:
 
 
 def like(targets: Any, outputs: Tensor) -> Tensor:
-    """Targets in the shape of the outputs, as exact as they are; raises :class:`OutputError` where there are not as many."""
+    """Targets in the shape of the outputs, as exact as they are; raises :class:`OutputError` where there are not as
+    many."""
     if not isinstance(targets, Tensor):
-        raise OutputError(f"targets are {type(targets).__name__}; expected a tensor of the outputs' shape, {tuple(outputs.shape)}")
+        raise OutputError(
+            f"targets are {type(targets).__name__}; expected a tensor of the outputs' shape, {tuple(outputs.shape)}"
+        )
     if targets.numel() != outputs.numel() or targets.shape[:1] != outputs.shape[:1]:
-        raise OutputError(f"targets have shape {tuple(targets.shape)}; expected that of the outputs, {tuple(outputs.shape)}")
+        raise OutputError(
+            f"targets have shape {tuple(targets.shape)}; expected that of the outputs, {tuple(outputs.shape)}"
+        )
     return wide(targets.to(outputs.device)).reshape(outputs.shape)
 
 
@@ -144,7 +158,10 @@ class Gaussian(Independent):
         try:
             return self.variance.to(outputs).sqrt().expand(outputs.shape)
         except RuntimeError:
-            raise OutputError(f"the variance has shape {tuple(self.variance.shape)}; it does not broadcast to outputs {tuple(outputs.shape)}") from None
+            raise OutputError(
+                f"the variance has shape {tuple(self.variance.shape)}; it does not broadcast to outputs "
+                f"{tuple(outputs.shape)}"
+            ) from None
 
     def root(self, outputs):
         return 1 / self._deviation(outputs)
@@ -158,7 +175,12 @@ class Gaussian(Independent):
         f = wide(outputs)
         deviation = self._deviation(f)
         z = (like(targets, outputs) - f) / deviation
-        return (-0.5 * z.square() - deviation.log() - 0.5 * torch.log(z.new_tensor(2 * torch.pi))).flatten(1).sum(1).to(outputs.dtype)
+        return (
+            (-0.5 * z.square() - deviation.log() - 0.5 * torch.log(z.new_tensor(2 * torch.pi)))
+            .flatten(1)
+            .sum(1)
+            .to(outputs.dtype)
+        )
 
     def score(self, outputs, labels, targets=None):
         f = wide(outputs)

@@ -1,6 +1,7 @@
 """The logistic function and its logarithm, whose derivatives by autograd do not cancel, entry by entry.
 
-``sigma(z) (1 - sigma(z))`` is zero in float32 from ``z = 17`` on; of ``a = exp(-|z|)`` nothing but sums and products is formed.
+``sigma(z) (1 - sigma(z))`` is zero in float32 from ``z = 17`` on; of ``a = exp(-|z|)`` nothing but sums and products
+is formed.
 """
 
 from __future__ import annotations

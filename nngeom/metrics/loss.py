@@ -20,23 +20,35 @@ from nngeom.metrics.of_torch import known
 from nngeom.metrics.per_example import CallableLoss, Loss
 from nngeom.metrics.separable import BinaryCrossEntropy, PoissonLoss, SquaredError
 
-_NAMES: dict[str, type[Loss]] = {"cross_entropy": CrossEntropy, "mse": SquaredError, "bce": BinaryCrossEntropy, "poisson": PoissonLoss}
+_NAMES: dict[str, type[Loss]] = {
+    "cross_entropy": CrossEntropy,
+    "mse": SquaredError,
+    "bce": BinaryCrossEntropy,
+    "poisson": PoissonLoss,
+}
 
 
 def as_loss(loss: Any, model: nn.Module | None = None) -> Loss:
     """A loss by name, instance, module of torch or function of (outputs, targets) with one number an example.
 
-    ``model``: whose outputs it judges; ``"cross_entropy"`` of a causal language model shifts its labels (:class:`CausalLM`).
-    Raises :class:`ArgumentError` or :class:`ArgumentTypeError` for anything else.
+    ``model``: whose outputs it judges; ``"cross_entropy"`` of a causal language model shifts its labels
+    (:class:`CausalLM`). Raises :class:`ArgumentError` or :class:`ArgumentTypeError` for anything else.
     """
     if isinstance(loss, Loss):
         return loss
     if isinstance(loss, str) and loss in _NAMES:
         plain = _NAMES[loss]()
-        return CausalByName(model, plain) if isinstance(plain, CrossEntropy) and model is not None and is_causal_lm(model) else plain
+        return (
+            CausalByName(model, plain)
+            if isinstance(plain, CrossEntropy) and model is not None and is_causal_lm(model)
+            else plain
+        )
     if isinstance(loss, type) and issubclass(loss, Loss):
         return loss()
-    expected = f"expected {', '.join(map(repr, _NAMES))}, a Loss, a loss module of torch, or a function (outputs, targets) -> (n,)"
+    expected = (
+        f"expected {', '.join(map(repr, _NAMES))}, a Loss, a loss module of torch, "
+        "or a function (outputs, targets) -> (n,)"
+    )
     if isinstance(loss, str):
         raise ArgumentError(f"loss is {loss!r}; {expected}")
     of_torch = known(loss)

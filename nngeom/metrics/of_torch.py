@@ -1,7 +1,7 @@
 """Losses of torch, as modules or functions, read as what they say of one example.
 
-Their ``reduction`` is not ours: a loss here is one number an example, the sum over its outputs or positions, and measures
-average over examples. Everything else that they hold is honoured, or refused.
+Their ``reduction`` is not ours: a loss here is one number an example, the sum over its outputs or positions, and
+measures average over examples. Everything else that they hold is honoured, or refused.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _REDUCING = ("reduction", "size_average", "reduce")
 
 
 def known(loss: Any) -> Loss | None:
-    """The loss that a module or a function of torch is, also one with arguments fixed by ``functools.partial``; ``None`` for others."""
+    """The loss that a module or a function of torch is, also one with arguments fixed by ``functools.partial``;
+    ``None`` for others."""
     if type(loss) in MODULES:
         make, settings = MODULES[type(loss)]
         return make(**{name: getattr(loss, name) for name in settings})
@@ -52,5 +53,7 @@ def known(loss: Any) -> Loss | None:
     make, settings = FUNCTIONS[function]
     unknown = [name for name in given if name not in settings and name not in _REDUCING]
     if unknown:
-        raise ArgumentError(f"the loss {function.__name__} was given {unknown}; expected only {[*settings, *_REDUCING]}")
+        raise ArgumentError(
+            f"the loss {function.__name__} was given {unknown}; expected only {[*settings, *_REDUCING]}"
+        )
     return make(**{name: x for name, x in given.items() if name in settings})

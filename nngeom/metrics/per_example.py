@@ -1,4 +1,5 @@
-"""A loss of the outputs, one number an example, and what any such function can be asked by automatic differentiation."""
+"""A loss of the outputs, one number an example, and what any such function can be asked by automatic
+differentiation."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class Loss(Reading):
             return torch.autograd.grad(gradient, f, tangent)[0] if gradient.requires_grad else torch.zeros_like(tangent)
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any) -> Tensor:
-        """``L r (k, n, *shape)`` for the square root ``L`` of the Hessian of the loss in the outputs, as in :class:`Likelihood`."""
+        """``L r (k, n, *shape)`` for the square root ``L`` of the Hessian of the loss in the outputs, as in
+        :class:`Likelihood`."""
         return columns_times(self.square_root(outputs, targets), outputs, noise)
 
 
@@ -64,25 +66,34 @@ class CallableLoss(Loss):
             value = self.function(outputs, targets)
         if not isinstance(value, Tensor) or value.shape != outputs.shape[:1]:
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise OutputError(f"the loss returned {given}; expected one number an example, ({outputs.shape[0]},): use reduction='none' and sum over outputs")
+            raise OutputError(
+                f"the loss returned {given}; expected one number an example, ({outputs.shape[0]},): use "
+                "reduction='none' and sum over outputs"
+            )
         return value
 
 
 def _hessian_root(loss: Loss, outputs: Tensor, targets: Any) -> Columns:
-    """The symmetric root of each example's Hessian in its outputs, by double backward; raises where it is not convex."""
+    """The symmetric root of each example's Hessian in its outputs, by double backward; raises where it is not
+    convex."""
     width = outputs[0].numel()
     if width > OUTPUT_LIMIT:
         raise SizeError(
-            f"the outputs have {width} numbers an example; the Gauss-Newton matrix of a function of them takes {width} x {width} an example, the limit "
-            f"is {OUTPUT_LIMIT}: use 'cross_entropy', 'mse' or CrossEntropy(...), whose curvature is known, or a Loss with a square_root of its own"
+            f"the outputs have {width} numbers an example; the Gauss-Newton matrix of a function of them takes "
+            f"{width} x {width} an example, the limit "
+            f"is {OUTPUT_LIMIT}: use 'cross_entropy', 'mse' or CrossEntropy(...), whose curvature is known, or a "
+            "Loss with a square_root of its own"
         )
     h, eps = _in_float64(loss, outputs, targets)
     values, vectors = linalg.eigh((h + h.mT) / 2)
     least, most = values.min(), values.abs().max()
     rounding = max(ROUNDING, 10 * eps)
-    if bool(least < -rounding * most.clamp_min(1e-300)) and bool(least < -1e3 * eps * _usual_curvature(loss, outputs, targets)):
+    if bool(least < -rounding * most.clamp_min(1e-300)) and bool(
+        least < -1e3 * eps * _usual_curvature(loss, outputs, targets)
+    ):
         raise ArgumentError(
-            f"the loss is not convex in the outputs (an eigenvalue of its Hessian is {float(least):.3e}); the Gauss-Newton matrix needs a convex loss: "
+            f"the loss is not convex in the outputs (an eigenvalue of its Hessian is {float(least):.3e}); the "
+            "Gauss-Newton matrix needs a convex loss: "
             "use Hessian"
         )
     root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)).permute(2, 0, 1).to(outputs)  # [k n c]
@@ -113,5 +124,8 @@ def _output_hessian(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
         gradient = torch.autograd.grad(loss.precisely(f, targets).sum(), f, create_graph=True)[0].flatten(1)
         if not gradient.requires_grad:
             return torch.zeros(len(f), gradient.shape[1], gradient.shape[1], dtype=f.dtype, device=f.device)
-        rows = [torch.autograd.grad(gradient[:, j].sum(), f, retain_graph=True)[0].flatten(1) for j in range(gradient.shape[1])]
+        rows = [
+            torch.autograd.grad(gradient[:, j].sum(), f, retain_graph=True)[0].flatten(1)
+            for j in range(gradient.shape[1])
+        ]
     return torch.stack(rows, 1)

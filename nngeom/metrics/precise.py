@@ -1,8 +1,9 @@
 """A user's function of the outputs, run so that its derivatives do not cancel where a model is confident.
 
-The second derivatives of torch's own ``log_softmax``, ``logsumexp``, ``logsigmoid``, ... are differences of nearly equal
-numbers there, and some first ones are. Within :class:`Precise` these calls, wherever in the function they come, are
-those of :mod:`nngeom.metrics.softmax` and :mod:`nngeom.metrics.logistic`: the same values, derivatives right to rounding.
+The second derivatives of torch's own ``log_softmax``, ``logsumexp``, ``logsigmoid``, ... are differences of nearly
+equal numbers there, and some first ones are. Within :class:`Precise` these calls, wherever in the function they come,
+are those of :mod:`nngeom.metrics.softmax` and :mod:`nngeom.metrics.logistic`: the same values, derivatives right to
+rounding.
 """
 
 from __future__ import annotations
@@ -77,9 +78,15 @@ def binary_cross_entropy_with_logits(
     return _reduced(each if weight is None else weight * each, reduction)
 
 
-def soft_margin_loss(input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean") -> Tensor | None:
+def soft_margin_loss(
+    input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean"
+) -> Tensor | None:
     """``torch.nn.functional.soft_margin_loss``."""
-    return _reduced(logistic.softplus(-target * input), reduction) if _plain(size_average, reduce, reduction, input) else None
+    return (
+        _reduced(logistic.softplus(-target * input), reduction)
+        if _plain(size_average, reduce, reduction, input)
+        else None
+    )
 
 
 def log_softmax(input: Tensor, dim: int | None = None, *options: Any, **named: Any) -> Tensor | None:

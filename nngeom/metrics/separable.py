@@ -86,7 +86,8 @@ class SquaredError(Separable):
 class BinaryCrossEntropy(Separable):
     """``-weight (pos_weight y log sigma(f) + (1 - y) log sigma(-f))`` of logits ``f``, labels ``y`` in [0, 1].
 
-    ``weight``, ``pos_weight``: non-negative, a number an output (broadcast to ``shape``), as in ``torch.nn.BCEWithLogitsLoss``.
+    ``weight``, ``pos_weight``: non-negative, a number an output (broadcast to ``shape``), as in
+    ``torch.nn.BCEWithLogitsLoss``.
     """
 
     weight: Tensor | None = None
@@ -96,7 +97,9 @@ class BinaryCrossEntropy(Separable):
         for name in ("weight", "pos_weight"):
             w = getattr(self, name)
             if w is not None and not bool((w >= 0).all()):
-                raise ArgumentError(f"{name} has entries that are negative or NaN; expected non-negative numbers, one an output")
+                raise ArgumentError(
+                    f"{name} has entries that are negative or NaN; expected non-negative numbers, one an output"
+                )
 
     def value(self, f, y):
         return self._of("weight", f) * logistic.binary_cross_entropy(f, y, self._of("pos_weight", f))
@@ -120,15 +123,18 @@ class BinaryCrossEntropy(Separable):
             return w.to(f).expand(f.shape[1:])
         except RuntimeError:
             raise OutputError(
-                f"{name} has shape {tuple(w.shape)}; expected one number an output, as broadcasts to {tuple(f.shape[1:])} (one an example is not known here)"
+                f"{name} has shape {tuple(w.shape)}; expected one number an output, as broadcasts to "
+                f"{tuple(f.shape[1:])} (one an example is not known here)"
             ) from None
 
 
 @dataclass(frozen=True)
 class PoissonLoss(Separable):
-    """Minus the log-likelihood of counts ``y``: ``exp(f) - y f`` of log-rates, or with ``log_input=False`` ``f - y log(f + eps)`` of rates.
+    """Minus the log-likelihood of counts ``y``: ``exp(f) - y f`` of log-rates, or with ``log_input=False`` ``f - y
+    log(f + eps)`` of rates.
 
-    ``full`` adds Stirling's approximation of ``log y!`` where ``y > 1``, which no derivative sees. As in ``torch.nn.PoissonNLLLoss``.
+    ``full`` adds Stirling's approximation of ``log y!`` where ``y > 1``, which no derivative sees. As in
+    ``torch.nn.PoissonNLLLoss``.
     """
 
     log_input: bool = True

@@ -1,9 +1,10 @@
 """The softmax and its derivatives without cancellation, for rows of logits ``[r, c]``.
 
-Where a model is confident, ``1 - p`` of its class and ``p_l x_l - p_l <p, x>`` are differences of nearly equal numbers: in
-float32 nothing is left of them at margins of 18, in float64 at 37. Both are written as sums of small numbers instead:
-``1 - p_l`` is the sum of the others, and ``(diag p - p p^T) x`` does not change when the entry of the arg-max is taken from
-all of ``x``. Rows are worked on some at a time, in float64, so that nothing but inputs and results is as large as they are.
+Where a model is confident, ``1 - p`` of its class and ``p_l x_l - p_l <p, x>`` are differences of nearly equal
+numbers: in float32 nothing is left of them at margins of 18, in float64 at 37. Both are written as sums of small
+numbers instead: ``1 - p_l`` is the sum of the others, and ``(diag p - p p^T) x`` does not change when the entry of
+the arg-max is taken from all of ``x``. Rows are worked on some at a time, in float64, so that nothing but inputs and
+results is as large as they are.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class Labels:
 
 
 def log_softmax(z: Tensor, dim: int = -1) -> Tensor:
-    """``log p`` whose first and second derivatives by autograd do not cancel: the arg-max is a constant that is subtracted first."""
+    """``log p`` whose first and second derivatives by autograd do not cancel: the arg-max is a constant that is
+    subtracted first."""
     top = z.detach().argmax(dim, keepdim=True)
     u = (z - z.gather(dim, top)).scatter(dim, top, 0)
     return u - log_rest(u, top, dim)
@@ -107,7 +109,8 @@ def others(x: Tensor) -> Tensor:
 
 
 def times(logits: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``scale (diag p - p p^T) x``: with ``x' = x - x[top]``, ``v = p x' - p sum(p x')``, whose sum is zero to rounding.
+    """``scale (diag p - p p^T) x``: with ``x' = x - x[top]``, ``v = p x' - p sum(p x')``, whose sum is zero to
+    rounding.
 
     ``x [r, c]``, ``scale [r]``, the result in the dtype of the logits; differentiable in all.
     """
@@ -124,7 +127,8 @@ def times(logits: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
 
 
 def root_times(logits: Tensor, r: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``scale (diag(sqrt p) - p sqrt(p)^T) r = a - p sum(a)`` with ``a = sqrt(p) r - p r[top] / sqrt(p[top])``, zero at the top."""
+    """``scale (diag(sqrt p) - p sqrt(p)^T) r = a - p sum(a)`` with ``a = sqrt(p) r - p r[top] / sqrt(p[top])``, zero
+    at the top."""
 
     def some(part: slice) -> Tensor:
         log_p = log_softmax(wide(logits[part]))
@@ -149,7 +153,8 @@ def residual(logits: Tensor, labels: Labels) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
-    """``-sum_l s_l log p_l`` of every row, ``[r]``, differentiable in the logits as often as one likes, the labels being constants."""
+    """``-sum_l s_l log p_l`` of every row, ``[r]``, differentiable in the logits as often as one likes, the labels
+    being constants."""
     return _CrossEntropy.apply(logits, labels.y, labels.weight, labels.smoothing, labels.ignore_index)
 
 
