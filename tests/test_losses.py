@@ -42,7 +42,11 @@ KNOWN = {  # what is given, targets, what torch says, summed over outputs
         lambda: labels().clamp_min(0),
         lambda f, y: F.cross_entropy(f, y, WEIGHT, ignore_index=1, label_smoothing=0.2, reduction="none"),
     ),
-    "cross-entropy, sum": (nn.CrossEntropyLoss(reduction="sum"), labels, lambda f, y: F.cross_entropy(f, y, reduction="none")),
+    "cross-entropy, sum": (
+        nn.CrossEntropyLoss(reduction="sum"),
+        labels,
+        lambda f, y: F.cross_entropy(f, y, reduction="none"),
+    ),
     "cross-entropy function": (F.cross_entropy, labels, lambda f, y: F.cross_entropy(f, y, reduction="none")),
     "cross-entropy partial": (
         functools.partial(functools.partial(F.cross_entropy, weight=WEIGHT), reduction="none"),
@@ -53,20 +57,34 @@ KNOWN = {  # what is given, targets, what torch says, summed over outputs
     "mse": (nn.MSELoss(), real, lambda f, y: F.mse_loss(f, y, reduction="none").sum(1)),
     "mse function": (F.mse_loss, real, lambda f, y: F.mse_loss(f, y, reduction="none").sum(1)),
     "mse name": ("mse", real, lambda f, y: 0.5 * (f - y).square().sum(1)),
-    "bce": (nn.BCEWithLogitsLoss(), real, lambda f, y: F.binary_cross_entropy_with_logits(f, y, reduction="none").sum(1)),
+    "bce": (
+        nn.BCEWithLogitsLoss(),
+        real,
+        lambda f, y: F.binary_cross_entropy_with_logits(f, y, reduction="none").sum(1),
+    ),
     "bce, all": (
         nn.BCEWithLogitsLoss(WEIGHT, pos_weight=WEIGHT.flip(0)),
         real,
-        lambda f, y: F.binary_cross_entropy_with_logits(f, y, WEIGHT, pos_weight=WEIGHT.flip(0), reduction="none").sum(1),
+        lambda f, y: F.binary_cross_entropy_with_logits(f, y, WEIGHT, pos_weight=WEIGHT.flip(0), reduction="none").sum(
+            1
+        ),
     ),
-    "bce name": ("bce", lambda: (real() > 0.5).long(), lambda f, y: F.binary_cross_entropy_with_logits(f, y.double(), reduction="none").sum(1)),
+    "bce name": (
+        "bce",
+        lambda: (real() > 0.5).long(),
+        lambda f, y: F.binary_cross_entropy_with_logits(f, y.double(), reduction="none").sum(1),
+    ),
     "bce function": (
         functools.partial(F.binary_cross_entropy_with_logits, pos_weight=WEIGHT),
         real,
         lambda f, y: F.binary_cross_entropy_with_logits(f, y, pos_weight=WEIGHT, reduction="none").sum(1),
     ),
     "poisson": (nn.PoissonNLLLoss(), COUNTS, lambda f, y: F.poisson_nll_loss(f, y, reduction="none").sum(1)),
-    "poisson, full": (nn.PoissonNLLLoss(full=True), COUNTS, lambda f, y: F.poisson_nll_loss(f, y, full=True, reduction="none").sum(1)),
+    "poisson, full": (
+        nn.PoissonNLLLoss(full=True),
+        COUNTS,
+        lambda f, y: F.poisson_nll_loss(f, y, full=True, reduction="none").sum(1),
+    ),
     "poisson name": ("poisson", COUNTS, lambda f, y: F.poisson_nll_loss(f, y, reduction="none").sum(1)),
 }
 
@@ -113,7 +131,10 @@ def test_the_reduction_of_a_module_is_not_ours():
     """The sum over positions and outputs of an example, the mean over examples, whatever the module says."""
     model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh()).double()
     x, y = torch.randn(4, 1, 3, 3, dtype=f64), torch.randint(0, 3, (4, 2, 2))
-    a, b = (nng.GGN(model, [(x, y)], nng.PMatDense, loss=loss).to_dense() for loss in (nn.CrossEntropyLoss(reduction="mean"), "cross_entropy"))
+    a, b = (
+        nng.GGN(model, [(x, y)], nng.PMatDense, loss=loss).to_dense()
+        for loss in (nn.CrossEntropyLoss(reduction="mean"), "cross_entropy")
+    )
     close(a, b, 1e-12)
 
 
@@ -184,12 +205,16 @@ def test_user_losses_differentiate_as_torch_does():
     losses = [
         lambda f, y: F.cross_entropy(f, y, WEIGHT, label_smoothing=0.3, reduction="none"),
         lambda f, y: F.cross_entropy(f, f.softmax(1), reduction="none"),
-        lambda f, y: F.cross_entropy(f, t, reduction="none") if len(f) == N else F.cross_entropy(f, t[:1], reduction="none"),
+        lambda f, y: (
+            F.cross_entropy(f, t, reduction="none") if len(f) == N else F.cross_entropy(f, t[:1], reduction="none")
+        ),
         lambda f, y: F.nll_loss(F.log_softmax(f, dim=-1), y, reduction="none"),
         lambda f, y: torch.logsumexp(f, dim=(1,)) + f.softmax(-1).square().sum(1),
         lambda f, y: F.softplus(f, beta=2).sum(1) + F.logsigmoid(f).square().sum(1),
         lambda f, y: torch.sigmoid(f).sum(1) + f.sigmoid().log().sum(1),
-        lambda f, y: torch.logaddexp(f[:, 0], f[:, 1]) + nn.SoftMarginLoss(reduction="none")(f, torch.ones_like(f)).sum(1),
+        lambda f, y: (
+            torch.logaddexp(f[:, 0], f[:, 1]) + nn.SoftMarginLoss(reduction="none")(f, torch.ones_like(f)).sum(1)
+        ),
     ]
     for index, loss in enumerate(losses):
         expected = reference.hessian(model, x, y, loss) if index != 2 else None
@@ -214,11 +239,17 @@ def test_unused_targets_are_not_looked_at(kind):
     model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Conv2d(3, 3, 1)).double()
     x, y = torch.randn(4, 1, 3, 3, dtype=f64), UNUSED[kind]
     for representation in (nng.PMatDense, nng.PMatImplicit):
-        a, b = (nng.FIM(model, [batch], representation, likelihood=nng.Categorical(dim=1)).to_dense() for batch in ((x, y), (x,)))
+        a, b = (
+            nng.FIM(model, [batch], representation, likelihood=nng.Categorical(dim=1)).to_dense()
+            for batch in ((x, y), (x,))
+        )
         close(a, b, 1e-12)
     seed = lambda: torch.Generator().manual_seed(0)
     a, b = (
-        nng.FIM_MonteCarlo(model, [batch], nng.PMatDense, likelihood=nng.Categorical(dim=1), generator=seed()).to_dense() for batch in ((x, y), (x,))
+        nng.FIM_MonteCarlo(
+            model, [batch], nng.PMatDense, likelihood=nng.Categorical(dim=1), generator=seed()
+        ).to_dense()
+        for batch in ((x, y), (x,))
     )
     close(a, b, 1e-12)
     for likelihood in ("gaussian", "bernoulli", "poisson"):
