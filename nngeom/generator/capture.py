@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 import nngeom.layers  # noqa: F401  (registers the adapters)
 from nngeom.core.errors import ModeError
+from nngeom.generator.arguments import tensors
 from nngeom.generator.graph import sequence_number
 from nngeom.generator.kernels import COMPOSED, unfused
 from nngeom.generator.task import Batch, Task, gradients_on
+from nngeom.generator.untouched import Drew, require_unused
 from nngeom.layers.adapter import ADAPTERS, Call, NotStructured, Use
 from nngeom.layers.refuse import REFUSALS
 
@@ -42,10 +44,23 @@ class Capture:
 
 
 def capture(task: Task, batch: Batch, keep_graph: bool = False) -> Capture:
-    """Run the model on a batch and record how it uses the selected parameters."""
+    """Run the model on a batch and record how it uses the selected parameters.
+
+    Raises :class:`ModeError` where it is random, mixes examples or changes buffers.
+    """
+    task.watch.harmless = False
+    try:
+        return _recorded(task, batch, keep_graph)
+    except Drew:
+        with gradients_on():
+            require_unused(lambda: task.run(batch), task.watch)
+        return _recorded(task, batch, keep_graph)
+
+
+def _recorded(task: Task, batch: Batch, keep_graph: bool) -> Capture:
     recorder = Recorder(task, keep_graph)
     with gradients_on(), unfused() if keep_graph else contextlib.nullcontext():
-        with recorder:
+        with task.watch.own(recorder.generators), recorder:
             outputs = task.run(batch)
     return dataclasses.replace(recorder.capture(outputs), batch=batch)
 
@@ -62,6 +77,7 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.unstructured: set[str] = set()
         self.hooked: set[Any] = set()
+        self.generators: dict[torch.Generator, Tensor] = {}  # given to calls, with their state before the first
         self._opened: dict[Any, Any] = {}
         self._copies: dict[int, Tensor] = {}  # broadcast parameters, by id; held so that ids stay theirs
         self._tables: dict[int, tuple[weakref.ref[Tensor], Use]] = {}  # outputs of uses, by id, that live as long as the model lets them
@@ -89,10 +105,13 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.register_hook and args[0].grad_fn is not None:
             self.hooked.add(args[0].grad_fn)
+        own = kwargs.get("generator")
+        if isinstance(own, torch.Generator) and own not in self.generators:
+            self.generators[own] = own.get_state()
         refusal = REFUSALS.get(func)
         if refusal is not None:
             self._consider(refusal, func, args, kwargs)
-        found = {f[0] for x in _tensors(args, kwargs) if (f := self.find(x)) is not None}
+        found = {f[0] for x in tensors(args, kwargs) if (f := self.find(x)) is not None}
         if not found:
             out = self._call(func)(*args, **kwargs)
             if func in _ADDITIONS:
@@ -102,7 +121,7 @@ class Recorder(TorchFunctionMode):
             return self._open(func)(*args, **kwargs)
         since = sequence_number()
         out = self._call(func)(*args, **kwargs)
-        results = [t for t in _tensors((out,)) if t.requires_grad]
+        results = [t for t in tensors((out,)) if t.requires_grad]
         if not results:
             return out  # a shape query or a detached copy
         if all(self.find(t) is not None for t in results):
@@ -194,16 +213,3 @@ def _never(*args: Any) -> bool:
 
 def _is_composite(func: Any) -> bool:
     return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
-
-
-def _tensors(items: Iterable[Any], named: Mapping[str, Any] | None = None) -> list[Tensor]:
-    """All tensors in arguments, however deep."""
-    found: list[Tensor] = []
-    for item in items:
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, (tuple, list)):
-            found += _tensors(item)
-        elif isinstance(item, dict):
-            found += _tensors(item.values())
-    return found + _tensors(named.values()) if named else found

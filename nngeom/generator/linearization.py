@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -13,36 +14,78 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from nngeom.core.errors import NNGeomError
+from nngeom.generator.backward import dense
+from nngeom.generator.graph import read
 from nngeom.generator.kernels import WRITTEN_OUT, twice_differentiable
-from nngeom.generator.task import Batch, Task, gradients_on
+from nngeom.generator.task import RUNNING, Batch, Task, gradients_on
 
 
 @dataclass(frozen=True, eq=False)
 class Linearization:
-    """Jacobian products of one task: ``J v`` in forward mode (or double backward), ``J^T u`` in reverse mode."""
+    """Jacobian products of one task: ``J v`` in forward mode (or double backward), ``J^T u`` in reverse mode.
+
+    Forward mode exchanges the parameters of the modules for tensors with a tangent: parameters that the model keeps elsewhere
+    (in a closure, a list, a script) have none. Once a graph, ``<u, J v> = <J^T u, v>`` is asked of it, with as much of every
+    parameter in it; where that fails double backward, which takes the parameters as they are, is asked the same.
+    """
 
     task: Task
 
     def jvp(self, batch: Batch, v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Outputs (with their graph) and ``J v``, for one tangent."""
-        with gradients_on(), twice_differentiable():
+        """Outputs (with their graph) and ``J v``, for one tangent; raises :class:`RuntimeError` where neither way is right."""
+        for way in (self._forward, self._twice):
             try:
-                with forward_ad.dual_level(), ReverseConventions():
-                    duals = {name: forward_ad.make_dual(p, v[name]) for name, p in self.task.parameters.items()}
-                    outputs = self._run(batch, duals)
-                    primal, tangent = forward_ad.unpack_dual(outputs)
-                return primal, torch.zeros_like(primal) if tangent is None else tangent.detach()
+                outputs, tangent = way(batch, v)
+                if self._is_right(way, batch, outputs):
+                    return outputs, tangent
             except (NNGeomError, torch.OutOfMemoryError):
                 raise
             except RuntimeError:  # no forward mode for some operation, or one that fails (group norm on channels-last tensors)
-                pass
+                if way == self._twice:
+                    raise
+        raise RuntimeError("derivatives of the model are not differentiated rightly, neither in forward mode nor twice in reverse")
+
+    def _forward(self, batch: Batch, v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        with RUNNING, gradients_on(), twice_differentiable(), forward_ad.dual_level(), ReverseConventions():
+            duals = {name: forward_ad.make_dual(p, v[name]) for name, p in self.task.parameters.items()}
+            primal, tangent = forward_ad.unpack_dual(self._run(batch, duals))
+        return primal, torch.zeros_like(primal) if tangent is None else tangent.detach()
+
+    def _twice(self, batch: Batch, v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        with gradients_on(), twice_differentiable():
             outputs = self.task.run(batch)
             u = torch.zeros_like(outputs, requires_grad=True)
-            params = list(self.task.parameters.values())
-            pulled = torch.autograd.grad(outputs, params, u, create_graph=True, allow_unused=True)
-            inner = torch.stack([(g * v[name]).sum() for name, g in zip(self.task.parameters, pulled) if g is not None]).sum()
-            tangent = torch.autograd.grad(inner, u, retain_graph=True)[0]
-            return outputs, tangent.detach()
+            pulled = torch.autograd.grad(outputs, list(self.task.parameters.values()), u, create_graph=True, allow_unused=True)
+            parts = [(g * v[name]).sum() for name, g in zip(self.task.parameters, pulled) if g is not None]
+            if not parts or not any(part.requires_grad for part in parts):
+                return outputs, torch.zeros_like(outputs)
+            (tangent,) = torch.autograd.grad(torch.stack(parts).sum(), u, retain_graph=True, allow_unused=True)
+            return outputs, torch.zeros_like(outputs) if tangent is None else tangent.detach()
+
+    def _is_right(self, way: Callable[..., tuple[Tensor, Tensor]], batch: Batch, outputs: Tensor) -> bool:
+        """``<u, J v> = <J^T u, v>`` for a random ``u``, and ``v`` of every parameter so long that it adds between one and two."""
+        known = _RIGHT.setdefault(self.task.model, {})
+        key = (way.__name__, read(outputs, self.task.ids, self.task.registered).key, outputs.dtype)
+        if key not in known:
+            generator = torch.Generator().manual_seed(6)
+            u = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+            parameters = self.task.parameters
+            pulled = torch.autograd.grad(outputs, list(parameters.values()), u, retain_graph=True, allow_unused=True)
+            gradients = {name: dense(g).double() for name, g in zip(parameters, pulled) if g is not None}  # type: ignore[union-attr]
+            lengths = {name: float(g.norm()) for name, g in gradients.items()}
+            rounding = torch.finfo(outputs.dtype).eps
+            noise = 100 * rounding * max(lengths.values(), default=0.0)
+            v, total, room = {}, 0.0, 0.0
+            for name, p in parameters.items():
+                length, share = lengths.get(name, 0.0), 1.0 + float(torch.rand((), generator=generator))
+                asked = length > 10 * noise
+                v[name] = (gradients[name] * (share / length**2)).to(p.dtype) if asked else torch.zeros_like(p)
+                if asked:
+                    total, room = total + share, room + (share * noise / length) ** 2
+            terms = (u * way(batch, v)[1]).double()
+            room = room**0.5 + rounding**0.5 * total + 100 * rounding * float(terms.abs().sum())
+            known[key] = abs(float(terms.sum()) - total) <= room
+        return known[key]
 
     def vjp(self, outputs: Tensor, u: Tensor) -> Tensor:
         """``J^T u`` as a flat vector."""
@@ -54,6 +97,9 @@ class Linearization:
         """The outputs with other tensors in the place of the parameters; a user's function may call the model anyhow."""
         wrapper = _Caller(self.task.model, lambda: self.task.run(batch))
         return functional_call(wrapper, {f"model.{name}": p for name, p in parameters.items()}, ())
+
+
+_RIGHT: WeakKeyDictionary[torch.nn.Module, dict[tuple[str, int, torch.dtype], bool]] = WeakKeyDictionary()
 
 
 class _Caller(torch.nn.Module):

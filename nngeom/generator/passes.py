@@ -78,9 +78,6 @@ class Pass:
             require_separate(self.task, self.seen.batch, self.seen.outputs)
         self.proof.separate = True
         compared, wrong = compare(self.task, self.seen, self.units)
-        if self.keep_graph:  # inputs were read without theirs
-            for unit in self.units:
-                unit.inputs.clear()
         self.proof.compared |= compared
         if wrong:
             self.proof.left |= wrong

@@ -129,7 +129,7 @@ def _repeated(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Size
 
 
 @_safe(
-    "Cat Cumprod Cumsum FftC2C FftC2R FftR2C Flip Gather Glu IndexSelect LogSoftmax Logcumsumexp Roll Scatter ScatterAdd "
+    "Cat Cumprod Cumsum FftC2C FftC2R FftR2C Flip Gather Glu IndexSelect LogSoftmax SafeSoftmax Logcumsumexp Roll Scatter ScatterAdd "
     "Slice Softmax Sort Split SplitWithSizes Topk UnsafeSplit UnsafeSplitWithSizes SelectScatter SliceScatter LinalgCross "
     "SoftmaxBackwardData LogSoftmaxBackwardData"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
+from nngeom.generator.untouched import Watch
 from nngeom.space.collection import LayerCollection, unwrap
 
 Batch = Any
+RUNNING = threading.RLock()  # models run one at a time: a forward-mode pass puts other tensors into them meanwhile
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Task:
         """Ids of all parameters of the model."""
         return frozenset(id(p) for p in self.model.parameters())
 
+    @functools.cached_property
+    def watch(self) -> Watch:
+        """Of what forward passes leave behind."""
+        return Watch(self.model, self.device)
+
     @property
     def hooked(self) -> set[str]:
         """Selected parameters that run functions on their gradients."""
@@ -82,7 +90,11 @@ class Task:
             raise LoaderError("the loader is empty: expected at least one batch (a used-up generator? pass a list of its batches)")
 
     def run(self, batch: Batch) -> Tensor:
-        """The outputs ``(n, ...)`` of one batch, checked to be a finite-dimensional floating-point tensor."""
+        """The outputs ``(n, ...)`` of one batch, checked; buffers and random states are as they were before."""
+        with RUNNING, self.watch.undone():
+            return self._outputs(batch)
+
+    def _outputs(self, batch: Batch) -> Tensor:
         with _DenseGradients() if any(getattr(m, "sparse", False) for m in self.model.modules()) else contextlib.nullcontext():
             outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
         if not isinstance(outputs, Tensor):

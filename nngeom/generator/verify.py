@@ -144,6 +144,7 @@ def compare(task: Task, seen: Capture, units: list[Unit]) -> tuple[set[str], set
                     wrong.add(name)
                 elif bool(e.norm() > noise):
                     asked.add(name)
+            unit.inputs.clear()  # all at once would take more than what is made of them
     return asked, wrong
 
 
