@@ -144,10 +144,18 @@ def root_times(logits: Tensor, r: Tensor, scale: Tensor | None = None) -> Tensor
 def residual(logits: Tensor, labels: Labels) -> Tensor:
     """The gradient of the loss, ``p sum(s) - s = p_l (sum of the other s) - s_l (sum of the other p)``, ``[r, c]``."""
 
+    single, totals = not (labels.y.is_floating_point() or labels.smoothing), labels.totals(logits)
+
     def some(part: slice) -> Tensor:
         z = wide(logits[part])
-        p, s = z.softmax(-1), labels.rows(part, z)
-        return (p * others(s) - s * others(p)).to(logits.dtype)
+        p = z.softmax(-1)
+        if not single:
+            s = labels.rows(part, z)
+            return (p * others(s) - s * others(p)).to(logits.dtype)
+        y = labels.y[part].unsqueeze(-1)  # of one class: p, but for that class minus the sum of the others
+        y = y.masked_fill(y == labels.ignore_index, 0)
+        g = p.scatter(-1, y, -p.scatter(-1, y, 0).sum(-1, keepdim=True))
+        return (g if totals is None else g * totals[part].unsqueeze(-1)).to(logits.dtype)
 
     return in_rows(logits, some)
 
