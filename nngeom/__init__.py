@@ -23,6 +23,7 @@ from nngeom.core.errors import (
     UnsupportedError,
 )
 from nngeom.covariance import GradientCovariance
+from nngeom.diagnosis import diagnose
 from nngeom.explain import explain
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag

@@ -32,6 +32,14 @@ class Row:
     numbers: dict[str, int]  # entries held by each representation for its whole block
 
 
+def as_text(lines: list[list[str]], numbers: int = 0) -> str:
+    """Lines of cells as a table whose last columns are ``numbers``."""
+    widths = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
+    words = len(widths) - numbers
+    aligned = lambda line: [cell.ljust(w) if j < words else cell.rjust(w) for j, (cell, w) in enumerate(zip(line, widths))]
+    return "\n".join("  ".join(aligned(line)).rstrip() for line in lines)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """A table, one row a parameter; print it."""
@@ -46,11 +54,10 @@ class Explanation:
             [r.name, "x".join(map(str, r.shape)), _counted(r.operations), r.structure, "x".join(map(str, r.block)), *(f"{r.numbers[k]:,}" for k in kinds)]
             for r in self.rows
         ]
-        widths = [max(len(line[j]) for line in [head, *body]) for j in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) if j < 5 else cell.rjust(w) for j, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in [head, *body]]
+        table = as_text([head, *body], numbers=len(kinds))
         slow = [r.name for r in self.rows if r.structure == "fallback"]
         note = f"{len(slow)} of {len(self.rows)} parameters take one backward pass an example and output: {', '.join(slow[:6])}" if slow else ""
-        return "\n".join([*lines, *([note] if note else [])])
+        return "\n".join([table, *([note] if note else [])])
 
     def __getitem__(self, name: str) -> Row:
         return {r.name: r for r in self.rows}[name]

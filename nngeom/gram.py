@@ -15,10 +15,11 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedErro
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.estimate import RandomSigns, TraceEstimate, kernel_estimate
+from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.products import EVERYTHING, Grouping, build
-from nngeom.fmat.store import FileStore, fingerprint
+from nngeom.fmat.store import FileStore
 from nngeom.fmat.tiles import Side
 from nngeom.generator.sweep import Metric, Sweep
 from nngeom.generator.task import Task
@@ -61,12 +62,15 @@ def GramMatrix(
     pass each: with ``FMatDiag`` a :class:`TraceEstimate`, whose ``trace()`` has a standard error; with ``FMatDense`` a
     :class:`KernelEstimate` of ``sum_k K[k, n, k, m]``, for models with very many outputs.
 
-    ``out``: a path; an ``FMatDense`` is written to a memory-mapped ``.npy`` tile by tile, and an interrupted run is resumed
-    by the same call (``ArgumentError`` where inputs, parameters or options differ). ``memory_budget`` in bytes cuts the
-    work into tiles and does not change the result.
+    ``out``: a path; an ``FMatDense`` is written to the ``.npy`` file ``path`` tile by tile, beside which an interrupted
+    run lies (``path + ".part"``, ``".tiles"``) until the same call resumes it. A finished file is opened by the same
+    call, read once to verify it, and never written again; ``ArgumentError`` says what differs where inputs, parameters,
+    options or outputs do, ``FileError`` that the file is damaged or foreign, the disk full, or another process at work
+    on it. The tensor is mapped from the file: writing to it changes it for this process only. ``memory_budget`` in
+    bytes cuts the work into tiles and does not change the result.
 
     Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError`,
-    :class:`ArgumentError`. Source: Jacot et al. 2018; Baratin et al. 2021, eq. 1; George 2023, thesis, section 3.2.3.
+    :class:`ArgumentError`, :class:`FileError`. Source: Jacot et al. 2018; Baratin et al. 2021, eq. 1; George 2023, thesis, section 3.2.3.
     """
     _require_alone(process_group)
     kind = _representation(representation)
@@ -75,23 +79,33 @@ def GramMatrix(
         if estimator is not None:
             return _estimate(task, loader, other, kind, estimator, samples, generator, centered, differentiable, out, progress, check)
         side = lambda data: _side(task, data, IdentityMetric(), differentiable, progress, check, watch=kind is FMatImplicit)
-        rows, columns = side(loader), None if other is None else side(other)
         if kind is FMatImplicit:
             _refuse_with_implicit(differentiable, out)
+        if out is not None:
+            if kind is not FMatDense or differentiable:
+                raise ArgumentError(f"out= writes an FMatDense without graph; got {kind.__name__} with differentiable={differentiable}")
+            return _in_file(out, side, loader, other, centered=centered, progress=progress)
+        rows, columns = side(loader), None if other is None else side(other)
+        if kind is FMatImplicit:
             _first_look(rows, columns)
             return FMatImplicit(rows, columns or rows, centered)
         if kind is FMatDiag and columns is not None:
             raise ArgumentError("a kernel between two sets of examples has no diagonal; use FMatDense or FMatBlockDiag with other=")
-        store = None
-        if out is not None:
-            if kind is not FMatDense or differentiable:
-                raise ArgumentError(f"out= writes an FMatDense without graph; got {kind.__name__} with differentiable={differentiable}")
-            batches = [*rows.sweep.loader, "|", *(columns.sweep.loader if columns is not None else ())]
-            if function is not None:  # known by what it returns
-                with torch.no_grad():
-                    batches.append(task.run(rows.sweep.loader[0]))
-            store = FileStore(out, fingerprint(batches, task.model.state_dict(), task.collection.names, centered))
-        return build(kind, rows, columns, EVERYTHING, centered, store, progress)[""]
+        return build(kind, rows, columns, EVERYTHING, centered, None, progress)[""]
+
+
+def _in_file(
+    out: Any, side: Callable[[Any], Side], loader: Any, other: Any, *, centered: bool, progress: bool
+) -> FMatDense:
+    """The kernel of a file, computed unless it is there; whether that can be written is known before any batch is read."""
+    with FileStore(out) as store:
+        rows, columns = side(loader), None if other is None else side(other)
+        about = Fingerprint.of(rows, columns, centered=centered)
+        shape = FMatDense.sizes(rows.outputs, rows.examples, (columns or rows).examples)
+        there = store.begin(shape, rows.kept, about)
+        if there is not None:
+            return FMatDense(there[""])
+        return build(FMatDense, rows, columns, EVERYTHING, centered, store, progress)[""]
 
 
 def GramMatrices(

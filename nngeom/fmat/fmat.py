@@ -11,6 +11,7 @@ from torch import Tensor
 from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError
+from nngeom.core.registry import Registry
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.pmat.block import TensorObject, reciprocal, zero_small
 from nngeom.space.fvector import FVector
@@ -23,12 +24,12 @@ class FMat(FunctionOperator, TensorObject):
     in, from which factorisations follow.
     """
 
-    kinds: ClassVar[dict[str, type[FMat]]] = {}  # by name, for files
+    kinds: ClassVar[Registry[type[FMat]]] = Registry()  # by qualified name, for files
     tensor: Tensor
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        FMat.kinds[cls.__name__] = cls
+        FMat.kinds.add(cls)
 
     @property
     def dtype(self):

@@ -1,18 +1,25 @@
-"""Where tiles of kernels go: tensors in memory, or a memory-mapped ``.npy`` that an interrupted run resumes."""
+"""Where tiles of kernels go: tensors in memory, or a ``.npy`` file that is resumed where it was begun.
+
+While it grows, a kernel lies beside its place: the numbers in ``path + ".part"``, the finished tiles with their
+checksums in ``path + ".tiles"``, and ``path + ".lock"`` is locked. Then it is moved to ``path``, whole, and nothing is
+written there again: kernels that are read from it are not touched by later runs. The file says what it is a kernel of,
+so that it is known again.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError, FileError
+from nngeom.core import files
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, FileError, NNGeomError
+from nngeom.fmat import npy
+from nngeom.fmat.fingerprint import Fingerprint
 
 Place = tuple[slice, ...]
 
@@ -34,7 +41,9 @@ class Store:
         """Whether the tile is there already."""
         return False
 
-    def write(self, place: Place, tiles: Mapping[str, Tensor], mirror: Place | None, flip: Callable[[Tensor], Tensor]) -> None:
+    def write(
+        self, place: Place, tiles: Mapping[str, Tensor], mirror: Place | None, flip: Callable[[Tensor], Tensor]
+    ) -> None:
         """Keep a tile, and its mirror image where it has one. A tile that is the whole kernel is kept as it is."""
         for name, tile in tiles.items():
             if tile.shape == self.shape:
@@ -55,94 +64,168 @@ class Store:
 
 
 class FileStore(Store):
-    """One kernel in ``path``, a ``.npy`` written tile by tile, with the finished tiles listed in ``path + ".tiles"``.
+    """One kernel in the ``.npy`` file ``path``, for the time of a ``with``.
 
-    ``fingerprint`` stands for everything the numbers depend on: resuming with another one raises :class:`ArgumentError`,
-    a file that cannot be written or read :class:`FileError`. The list is removed when the kernel is complete.
+    Raises :class:`FileError` where the file cannot be written, is damaged or foreign, or is being written by another
+    process, before anything is computed; :class:`ArgumentError` where it is a kernel of other inputs.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fingerprint: str):
+    def __init__(self, path: str | os.PathLike[str]):
         super().__init__(("",))
-        self.path = os.path.abspath(os.fspath(path))
-        self.journal = self.path + ".tiles"
-        self.fingerprint = fingerprint
-        self.done: list[list[list[int]]] = []
+        try:
+            self.path = os.path.realpath(os.fsdecode(path))
+        except TypeError:
+            raise ArgumentTypeError(f"out is {path!r}; expected the path of a file") from None
+        except ValueError as error:
+            raise ArgumentError(f"out is {path!r}; expected the path of a file: {error}") from None
+        self.part, self.journal = self.path + ".part", self.path + ".tiles"
+        self.done: dict[npy.Ranges, npy.Parts] = {}
         self.map: Any = None
+        self.about: dict[str, Any] = {}
+        self.lock: files.Lock | None = None
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise FileError(
+                f"cannot write the kernel to {self.path!r}: it is no regular file; expected the path of a file"
+            )
+        if not self._is_there():
+            with self._writing():
+                self._lock()
+
+    def _is_there(self) -> bool:
+        """Whether there is something at ``path``; an empty file is nothing."""
+        return os.path.isfile(self.path) and os.path.getsize(self.path) > 0
+
+    def _lock(self) -> None:
+        """Be the only one who writes."""
+        try:
+            self.lock = files.Lock(self.path + ".lock")
+        except BlockingIOError:
+            raise FileError(
+                f"another process (or thread) is writing the kernel {self.path!r} now; wait for it, or choose another "
+                "path as out="
+            ) from None
+
+    def __enter__(self) -> FileStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        begun = self.map is not None
+        self.map = None
+        if self.lock is not None:
+            if begun and not self.done:  # nothing to resume
+                self._remove_begun()
+            self.lock.release()
+            self.lock = None
+
+    def _remove_begun(self) -> None:
+        for begun in (self.journal, self.part):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(begun)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except NNGeomError:
+            raise
+        except (OSError, ValueError) as error:
+            raise FileError(
+                f"cannot write the kernel to {self.path!r}: {error}; expected a path in an existing folder that can be "
+                "written, on a disk with room for it"
+            ) from error
+
+    def begin(self, shape: tuple[int, ...], dtype: torch.dtype, about: Fingerprint) -> dict[str, Tensor] | None:
+        """The kernel, if ``path`` holds it; else ``None``: tiles go to what was begun of it, or to new space.
+
+        ``shape`` and ``dtype`` are those of the whole kernel, ``about`` says of which inputs.
+        """
+        super().open(shape, dtype, torch.device("cpu"))
+        self.about = about.plain()
+        if self._is_there():
+            return self._finished(about)
+        with self._writing():
+            if not self._resume(about):
+                self._remove_begun()
+                try:
+                    self.map = npy.create(self.part, shape, dtype)
+                    npy.write_lines(self.journal, [self.about])
+                except BaseException:
+                    self.map = None
+                    self._remove_begun()
+                    raise
+        return None
+
+    def _finished(self, about: Fingerprint) -> dict[str, Tensor]:
+        try:
+            plain = npy.description(self.path)
+            self._require_same(about, plain)
+            npy.require_whole(self.path, self.shape, self.dtype)
+            with contextlib.suppress(OSError):  # of a process that was killed when all was done
+                files.Lock(self.path + ".lock", create=False).release()
+            return {"": npy.mapped(self.path)}
+        except NNGeomError:
+            raise
+        except (OSError, ValueError) as error:
+            raise FileError(
+                f"{self.path!r} is no finished kernel of this library, or is damaged: {error}; delete it to compute "
+                "the kernel anew, or choose another path as out="
+            ) from error
+
+    def _require_same(self, about: Fingerprint, plain: dict[str, Any]) -> None:
+        odd = about.differs(plain)
+        if odd:
+            more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
+            raise ArgumentError(
+                f"{self.path!r} holds a kernel of other inputs, parameters or options, which differ in: "
+                f"{', '.join(odd[:4])}{more}; use the same ones, choose another path as out=, or delete the file"
+                + ("" if self._is_there() else f" {self.part!r} to start anew")
+            )
+
+    def _resume(self, about: Fingerprint) -> bool:
+        """Take up what was begun with the same inputs, but for damaged tiles; whether there is any."""
+        lines = npy.read_lines(self.journal)
+        if not lines or not os.path.exists(self.part):
+            return False
+        self._require_same(about, lines[0])
+        found = npy.begun(self.part, self.shape, self.dtype)
+        if found is None:
+            return False
+        self.map = found
+        for parts in lines[1:]:
+            places = [tuple(slice(*ends) for ends in ranges) for ranges, _ in parts]
+            if all(npy.checksum(found[place]) == crc for place, (_, crc) in zip(places, parts)):
+                self.done[_ranges(places[0])] = parts
+        npy.write_lines(self.journal, [self.about, *self.done.values()])
+        return True
 
     def open(self, shape, dtype, device):
-        if self.map is not None:
-            return
-        super().open(shape, dtype, device)
-        numpy_dtype = torch.empty((), dtype=dtype).numpy().dtype
-        try:
-            resumed = self._resume(shape, numpy_dtype) if os.path.exists(self.journal) else False
-            self.map = np.lib.format.open_memmap(self.path, mode="r+" if resumed else "w+", dtype=numpy_dtype, shape=shape)
-            if not resumed:
-                self._record()
-        except (OSError, ValueError) as error:
-            if isinstance(error, ArgumentError):
-                raise
-            raise FileError(f"cannot write the kernel to {self.path!r}: {error}; expected a path in an existing folder that can be written") from error
-
-    def _resume(self, shape: tuple[int, ...], dtype: np.dtype) -> bool:
-        with open(self.journal) as f:
-            state = json.load(f)
-        if state["fingerprint"] != self.fingerprint or tuple(state["shape"]) != tuple(shape) or state["dtype"] != dtype.str:
-            raise ArgumentError(
-                f"{self.path!r} holds an unfinished kernel of other inputs, parameters or options, shape {tuple(state['shape'])}; "
-                f"resume with the same ones, or delete {self.journal!r} to start anew"
+        if self.map is None or tuple(shape) != tuple(self.shape) or dtype != self.dtype:
+            raise FileError(
+                f"the kernel {self.path!r} was begun as {self.shape} {self.dtype}, and is {shape} {dtype} now"
             )
-        self.done = state["done"]
-        return os.path.exists(self.path)
-
-    def _record(self) -> None:
-        state = {"fingerprint": self.fingerprint, "shape": list(self.shape), "dtype": self.map.dtype.str, "done": self.done}
-        part = self.journal + ".part"
-        with open(part, "w") as f:
-            json.dump(state, f)
-        os.replace(part, self.journal)
 
     def has(self, place):
-        return _listed(place) in self.done
+        return _ranges(place) in self.done
 
     def write(self, place, tiles, mirror, flip):
-        tile = tiles[""].detach().to(self.dtype).cpu().numpy() if tiles else 0
-        self.map[place] = tile
-        if mirror is not None:
-            self.map[mirror] = flip(tiles[""].detach().to(self.dtype)).cpu().numpy() if tiles else 0
-        self.map.flush()
-        self.done.append(_listed(place))
-        self._record()
+        parts = []
+        for where, turned in ((place, lambda tile: tile), (mirror, flip)):
+            if where is not None:
+                self.map[where] = turned(tiles[""].detach().to(self.dtype)).cpu().numpy() if tiles else 0
+                parts.append((_ranges(where), npy.checksum(self.map[where])))
+        with self._writing():
+            npy.add_line(self.journal, parts)
+        self.done[_ranges(place)] = parts
 
     def result(self):
-        os.remove(self.journal)
-        return {"": torch.from_numpy(self.map)}
+        """The kernel, moved to its place."""
+        with self._writing():
+            npy.finish(self.map, self.part, self.about)
+            self.map = None
+            os.remove(self.journal)
+            files.move(self.part, self.path)
+            return {"": npy.mapped(self.path)}
 
 
-def _listed(place: Place) -> list[list[int]]:
-    return [[s.start, s.stop] for s in place]
-
-
-def fingerprint(batches: Iterable[Any], state: Mapping[str, Any], *options: Any) -> str:
-    """A hash of all tensors of some batches, of a model's state, and of options."""
-    digest = hashlib.sha256(repr(options).encode())
-    for item in (*batches, dict(state)):
-        for x in _leaves(item):
-            if isinstance(x, Tensor):
-                digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
-                digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b"")
-            else:
-                digest.update(repr(x).encode())
-    return digest.hexdigest()
-
-
-def _leaves(x: Any) -> Iterator[Any]:
-    if isinstance(x, Mapping):
-        for name, value in x.items():
-            yield name
-            yield from _leaves(value)
-    elif isinstance(x, (tuple, list)):
-        for item in x:
-            yield from _leaves(item)
-    else:
-        yield x
+def _ranges(place: Place) -> npy.Ranges:
+    return tuple((s.start, s.stop) for s in place)

@@ -15,6 +15,7 @@ from nngeom.core.errors import NonFiniteError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
+from nngeom.generator.capture import capture
 from nngeom.generator.sweep import START, Chunk, Sweep
 from nngeom.generator.task import leading_size
 
@@ -81,6 +82,12 @@ class Side:
         """``c``: how many outputs an example has; raises what a first, checked look at the data raises."""
         with torch.no_grad():
             return self.sweep.task.run(self.sweep.loader[0])[0].numel()
+
+    def first_outputs(self) -> torch.Tensor:
+        """The outputs ``(n, ...)`` of the first batch, without graph; raises what a first look at the data raises."""
+        outputs = capture(self.sweep.task, self.sweep.loader[0]).outputs.detach()
+        self.outputs = outputs[0].numel()
+        return outputs
 
     @property
     def most_examples(self) -> int | None:

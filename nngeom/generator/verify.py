@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -94,62 +95,79 @@ def inputs_are_separate(task: Task, batch: Batch, n: int) -> bool:
         outputs = task.run(watched)
         generator = torch.Generator().manual_seed(5)
         v = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-        plain = _gradients(outputs, inputs, v)
+        plain = _in_inputs(outputs, inputs, v)
         for weight in weights(n, outputs, generator):
             across = (-1, *[1] * (v.ndim - 1))
-            for g, h in zip(plain, _gradients(outputs, inputs, v * weight.view(across))):
+            for g, h in zip(plain, _in_inputs(outputs, inputs, v * weight.view(across))):
                 expected = g * weight.to(g).view(-1, *[1] * (g.ndim - 1))
                 if not torch.allclose(h, expected, rtol=_TOLERANCE.get(h.dtype, 0.1), atol=0.0):
                     return False
     return True
 
 
-def _gradients(outputs: Tensor, inputs: list[Tensor], v: Tensor) -> Iterator[Tensor]:
+def _in_inputs(outputs: Tensor, inputs: list[Tensor], v: Tensor) -> list[Tensor]:
     grads = torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True)
-    return iter([torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)])
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)]
 
 
+@torch.no_grad()
 def compare(task: Task, seen: Capture, units: list[Unit]) -> tuple[set[str], set[str]]:
     """Parameters of units that were compared with autograd's gradient, and those whose rows are not autograd's.
 
-    A random cotangent at the outputs and a random gradient at every use are pulled back together: an adapter is right when
-    what it makes of the gradients that arrive is what autograd makes of them. A parameter whose gradient is below the
-    rounding of what was added up for it was not compared.
+    Random gradients are put in at the uses and pulled back to their parameters: an adapter is right when what it makes of
+    gradients is what autograd makes of them. Parameters of one use are compared by themselves, where nothing else has to be
+    pulled back; others together. A parameter whose gradient is below the rounding of what was added up for it was not compared.
     """
-    parameters = {name: task.parameters[name] for unit in units for name in unit.layout.names}
-    if not parameters:
-        return set(), set()
-    indices = sorted({j for unit in units for j, _, _ in unit.uses})
-    edges: list[Any] = [seen.uses[j].edge for j in indices]
-    generator, like = torch.Generator().manual_seed(1), seen.outputs.detach()
-    draw = lambda size: torch.randn(size, generator=generator, dtype=torch.float64).to(like)
-    roots: list[Any] = [seen.outputs, *edges]
-    v = [draw(seen.outputs.shape), *(draw(seen.uses[j].shape) for j in indices)]
-    v = [x.to(dtype) for x, dtype in zip(v, [like.dtype, *(_dtype(edge) for edge in edges)])]
-    pulled = torch.autograd.grad(roots, [*edges, *parameters.values()], v, retain_graph=True, allow_unused=True)
-    gradients = {j: g.unsqueeze(0) for j, g in zip(indices, pulled) if g is not None}
-    expected = {name: dense(g) for name, g in zip(parameters, pulled[len(edges) :])}
-    tolerance = {torch.float64: 1e-7, torch.float32: 2e-3}.get(like.dtype, 0.1)
-    rounding = 20 * torch.finfo(like.dtype).eps
-    asked, wrong = set(), set()
-    with torch.no_grad():
-        for unit in units:
-            jacobian = unit.jacobian(gradients, len(like))
-            ones = jacobian.vjp(torch.ones(1, jacobian.shape[1], dtype=jacobian.dtype, device=jacobian.device))
-            noise = rounding * sum(_size(unit, j, gradients[j]) for j, _, _ in unit.uses)
-            for name, got in _by_name(unit.layout, ones, task.collection.offsets()).items():
+    times = Counter(slot.name for use in seen.uses for slot in use.slots)
+    alone = [unit for unit in units if len(unit.uses) == 1 and all(times[name] == 1 for name in unit.layout.names)]
+    together = [unit for unit in units if unit not in alone]
+    compared, wrong = set[str](), set[str]()
+    for group in [*([unit] for unit in alone), *([together] if together else [])]:
+        gradients, expected = _pulled(task, seen, group)
+        for unit in group:
+            for name, got, noise in _gradients(task, unit, gradients, seen.outputs.shape[0]):
                 e = expected[name]
-                e = torch.zeros_like(got) if e is None else e.flatten().to(got)
-                if not bool((got - e).norm() <= tolerance * e.norm() + noise):
+                length = got.new_zeros(()) if e is None else e.norm().to(got)
+                if e is not None:
+                    got -= e.flatten()
+                if not bool(got.norm() <= _COMPARED.get(seen.outputs.dtype, 0.1) * length + noise):
                     wrong.add(name)
-                elif bool(e.norm() > noise):
-                    asked.add(name)
+                elif bool(length > noise):
+                    compared.add(name)
             unit.inputs.clear()  # all at once would take more than what is made of them
-    return asked, wrong
+    return compared, wrong
 
 
-def _dtype(edge: Any) -> torch.dtype:
-    return edge.node._input_metadata[edge.output_nr].dtype
+_COMPARED = {torch.float64: 1e-7, torch.float32: 2e-3}
+
+
+def _pulled(task: Task, seen: Capture, units: list[Unit]) -> tuple[dict[int, Tensor], dict[str, Tensor | None]]:
+    """``{use: [1, *out]}``, the gradients that arrive when random ones are put in at all uses, and those of the parameters."""
+    indices = sorted({j for unit in units for j, _, _ in unit.uses})
+    parameters = {name: task.parameters[name] for unit in units for name in unit.layout.names}
+    edges: list[Any] = [seen.uses[j].edge for j in indices]
+    v = [_random(j, seen.uses[j].shape, edge).to(seen.outputs.device) for j, edge in zip(indices, edges)]
+    within = [] if len(edges) == 1 else edges  # those of later uses arrive at earlier ones
+    pulled = torch.autograd.grad(edges, [*within, *parameters.values()], v, retain_graph=True, allow_unused=True)
+    arrived = pulled[: len(within)] if within else v
+    gradients = {j: g.unsqueeze(0) for j, g in zip(indices, arrived)}
+    return gradients, {name: dense(g) for name, g in zip(parameters, pulled[len(within) :])}
+
+
+def _random(seed: int, sizes: torch.Size, edge: Any) -> Tensor:
+    """Random numbers in the dtype of an edge; beyond the first 65 521 they repeat, with a period that no axis has."""
+    period, generator = min(sizes.numel(), 65_521), torch.Generator().manual_seed(seed)
+    drawn = torch.randn(period, generator=generator, dtype=torch.float64).to(edge.node._input_metadata[edge.output_nr].dtype)
+    return (drawn.repeat(-(-sizes.numel() // period)) if period else drawn)[: sizes.numel()].view(sizes)
+
+
+def _gradients(task: Task, unit: Unit, gradients: dict[int, Tensor], n: int) -> Iterator[tuple[str, Tensor, Any]]:
+    """``(parameter, sum of its rows, rounding of the sum)``."""
+    jacobian = unit.jacobian(gradients, n)
+    total = jacobian.vjp(torch.ones(1, n, dtype=jacobian.dtype, device=jacobian.device))
+    noise = 20 * torch.finfo(gradients[unit.uses[0][0]].dtype).eps * sum(_size(unit, j, gradients[j]) for j, _, _ in unit.uses)
+    for name, got in _by_name(unit.layout, total, task.collection.offsets()).items():
+        yield name, got, noise
 
 
 def _size(unit: Unit, j: int, g: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nngeom.core.damping import Cutoff, Damping, Tikhonov
 from nngeom.core.errors import SingularError
+from nngeom.core.registry import Registry
 
 
 class TensorObject:
@@ -35,15 +37,20 @@ class TensorObject:
         """Name to value."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors held, those in tuples too."""
+        for value in self.fields().values():
+            yield from (t for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor))
+
 
 class Block(TensorObject, ABC):
     """One block ``[s, o, i] x [s, o, i]`` of a parameter-space matrix."""
 
-    kinds: ClassVar[dict[str, type[Block]]] = {}  # by name, for files
+    kinds: ClassVar[Registry[type[Block]]] = Registry()  # by qualified name, for files
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        Block.kinds[cls.__name__] = cls
+        Block.kinds.add(cls)
 
     @abstractmethod
     def mv(self, x: Tensor) -> Tensor:

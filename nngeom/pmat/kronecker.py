@@ -22,6 +22,10 @@ class KroneckerBlock(Block):
     g: Tensor  # [s o o] or [s o]
     uses: tuple[Tensor, ...] = ()  # of a parameter used in unlike ways, the factors a, g of every use: their means merge, the joined ones' do not
 
+    @property
+    def sizes(self):
+        return torch.Size((self.a.shape[0], self.g.shape[-1], self.a.shape[-1]))
+
     def mv(self, x):
         return linalg.right(linalg.left(self.g, x), self.a)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from nngeom.core.damping import Damping, as_damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, SingularError, StructureError, UnsupportedError
 from nngeom.core.layout import Layout
+from nngeom.core.registry import Registry
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.block import Block
 from nngeom.pmat.operator import ParameterOperator, require_frobenius, require_tikhonov
@@ -67,11 +68,11 @@ class PMat(ParameterOperator):
     examples: int
 
     passes: ClassVar[int] = 1
-    kinds: ClassVar[dict[str, type[PMat]]] = {}
+    kinds: ClassVar[Registry[type[PMat]]] = Registry()  # by qualified name, for files
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        PMat.kinds[cls.__name__] = cls
+        PMat.kinds.add(cls)
 
     def __init__(self, *args: Any, **kwargs: Any):
         raise ArgumentTypeError(f"{type(self).__name__} is built by FIM(model, loader, {type(self).__name__}) and its like, not called")
@@ -123,7 +124,7 @@ class PMat(ParameterOperator):
 
     @property
     def _tensor(self) -> Tensor:
-        return next(t for b in self.blocks.values() for t in b.fields().values() if isinstance(t, Tensor))
+        return next(t for b in self.blocks.values() for t in b.tensors())
 
     @property
     def dtype(self):
@@ -207,13 +208,14 @@ class PMat(ParameterOperator):
 
     def _kind_of(self, blocks: dict[Layout, Block]) -> type[PMat]:
         """The representation of new blocks: this one's while their kinds stay, Mixed otherwise."""
+        from nngeom.pmat.ekfac import PMatEKFAC
         from nngeom.pmat.kfac import EigenBlock, KroneckerBlock
         from nngeom.pmat.mixed import PMatMixed
 
         old, new = ({type(b) for b in bs.values()} for bs in (self.blocks, blocks))
         if new <= old:
             return type(self)
-        return PMat.kinds["PMatEKFAC"] if new == {EigenBlock} and old <= {KroneckerBlock, EigenBlock} else PMatMixed
+        return PMatEKFAC if new == {EigenBlock} and old <= {KroneckerBlock, EigenBlock} else PMatMixed
 
     def eigh(self) -> tuple[Tensor, Basis]:
         """All eigenvalues ``(d,)``, ascending, and an orthonormal basis in the same order: ``M = U diag(values) U^T``."""
@@ -254,7 +256,7 @@ class PMat(ParameterOperator):
 
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
-        return sum(t.numel() * t.element_size() for b in self.blocks.values() for t in b.fields().values() if isinstance(t, Tensor))
+        return sum(t.numel() * t.element_size() for b in self.blocks.values() for t in b.tensors())
 
     def __reduce__(self):
         return _rebuild, (type(self), self.layer_collection, self.blocks, self.examples)

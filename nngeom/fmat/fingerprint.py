@@ -1,0 +1,131 @@
+"""What the numbers of a kernel depend on, by name: so that a file is known again, or said to be of other inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError
+from nngeom.fmat.tiles import Side
+
+NUMBERS = 4096  # of the first outputs that are kept
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Hashes of the inputs by name, and the first outputs, which see what has none: attributes, functions, modes.
+
+    Outputs are compared to rounding, which differs between machines: ``eps**(2/3)`` of the largest.
+    """
+
+    hashes: dict[str, str]
+    outputs: list[float]
+    largest: float
+    eps: float
+
+    @staticmethod
+    def of(rows: Side, columns: Side | None, *, centered: bool) -> Fingerprint:
+        """Of a kernel between ``rows`` and ``columns``; runs the model on the first batch."""
+        task = rows.sweep.task
+        hashes = {
+            "centered": repr(centered),
+            "layer_collection": _hash((task.collection.names, task.collection.shapes)),
+        }
+        named = [
+            *task.model.named_parameters(remove_duplicate=False),
+            *task.model.named_buffers(remove_duplicate=False),
+        ]
+        hashes |= {f"{kind} {name!r}": _hash(x) for kind, name, x in ((_kind(x), name, x) for name, x in named)}
+        for what, side in (("batch", rows), ("batch of other=", columns)):
+            hashes |= {
+                f"{what} {j}": _hash(batch) for j, batch in enumerate(side.sweep.loader if side is not None else ())
+            }
+        outputs = rows.first_outputs()
+        hashes["dtype and shape of the outputs"] = f"{outputs.dtype} {tuple(outputs.shape)}"
+        return Fingerprint(
+            hashes, _sketch(outputs), max(_sketch(outputs.abs()), default=0.0), torch.finfo(outputs.dtype).eps
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def differs(self, plain: dict[str, Any]) -> list[str]:
+        """What is not as in another one, given as :meth:`plain`."""
+        other = plain["hashes"]
+        odd = [name for name in {**self.hashes, **other} if self.hashes.get(name) != other.get(name)]
+        tolerance = self.eps ** (2 / 3) * self.largest
+        theirs = plain["outputs"]
+        if len(theirs) != len(self.outputs) or not all(abs(a - b) <= tolerance for a, b in zip(self.outputs, theirs)):
+            odd.append(
+                "outputs of the first batch (where nothing else differs: an attribute, the function, or a mode)"
+            )
+        return odd
+
+
+def _kind(x: Tensor) -> str:
+    return "parameter" if isinstance(x, torch.nn.Parameter) else "buffer"
+
+
+def _sketch(outputs: Tensor) -> list[float]:
+    """The outputs; of more than a few thousand, sums of neighbours, so weighted that nothing cancels by design."""
+    flat = outputs.flatten().to(torch.promote_types(outputs.dtype, torch.float32))
+    width = max(1, math.ceil(flat.numel() / NUMBERS))
+    weights = (torch.arange(width, dtype=torch.float64) * 0.6180339887498949).frac().add(0.5).to(flat)
+    whole = flat[: flat.numel() // width * width].view(-1, width)
+    rest = flat[whole.numel() :]
+    sums = [whole @ weights, (rest @ weights[: len(rest)]).view(1)] if len(rest) else [whole @ weights]
+    return torch.cat(sums).tolist()
+
+
+def _hash(x: Any) -> str:
+    """Of all that is in ``x``, however deep; raises :class:`ArgumentError` for what has no contents."""
+    digest = hashlib.sha256()
+    for leaf in _leaves(x):
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_quantized:
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            t = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
+            digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+            digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+        elif leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes)):
+            digest.update(f"{type(leaf).__name__}{leaf!r}".encode())
+        else:
+            digest.update(_pickled(leaf))
+    return digest.hexdigest()[:32]
+
+
+def _pickled(x: Any) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        torch.save(x, buffer) if isinstance(x, Tensor) else pickle.dump(x, buffer)
+    except Exception as error:
+        raise ArgumentError(
+            f"a batch holds a {type(x).__name__}, by which out= cannot know it again: {error}; expected tensors, "
+            "numbers, text, and dictionaries, lists and tuples of these"
+        ) from error
+    return buffer.getvalue()
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    if isinstance(x, Mapping):
+        yield f"dict of {len(x)}"
+        for name, value in x.items():
+            yield name
+            yield from _leaves(value)
+    elif isinstance(x, (tuple, list)):
+        yield f"{len(x)} items"
+        for item in x:
+            yield from _leaves(item)
+    else:
+        yield x
