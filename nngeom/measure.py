@@ -48,7 +48,8 @@ def FIM(
     """The Fisher information matrix, with the expectation over labels in closed form.
 
     ``F = 1/n sum_i E_y[s s^T]`` with the score ``s`` of ``log p(y | x_i)`` in the parameters; targets in the batches
-    are not used (but for positions that ``ignore_index`` leaves out). ``representation`` is a PMat class, one with
+    are not used (but for positions that ``ignore_index`` leaves out). For a causal language model of ``transformers`` and a
+    dict batch with labels ``"categorical"`` is :class:`CausalLM`. ``representation`` is a PMat class, one with
     options, or ``PMatMixed({...})``; ``options`` go to the representation. Outputs are ``(n, c)``, or ``(n, *shape)``
     with a likelihood that says what the axes are.
 
@@ -112,9 +113,11 @@ def EmpiricalFIM(
 ) -> Any:
     """The second moment of per-example loss gradients, ``1/n sum_i g_i g_i^T``, with the targets of the batches.
 
-    ``loss``: ``"cross_entropy"``, ``"mse"`` (``0.5 * (f - y)**2`` summed over outputs), :class:`CrossEntropy`, or a
-    function ``(outputs, targets) -> (n,)``. Not the Fisher matrix unless the model is right about its labels. Other
-    arguments and errors as :func:`FIM`.
+    ``loss``: ``"cross_entropy"``, ``"mse"`` (``0.5 * (f - y)**2`` summed over outputs), ``"bce"``, ``"poisson"``,
+    :class:`CrossEntropy`, :class:`CausalLM` (what ``"cross_entropy"`` is for causal language models of ``transformers``),
+    ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` and ``nn.PoissonNLLLoss`` modules, whose ``reduction``
+    is not ours, or a function ``(outputs, targets) -> (n,)``. Not the Fisher matrix unless the model is right about its
+    labels. Raises :class:`OutputError` on targets that do not fit; other arguments and errors as :func:`FIM`.
     """
     return measure(
         model, loader, representation, EmpiricalFisher(as_loss(loss, model)), "EmpiricalFIM", True,
