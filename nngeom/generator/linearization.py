@@ -20,6 +20,8 @@ from nngeom.generator.graph import read
 from nngeom.generator.kernels import WRITTEN_OUT, twice_differentiable
 from nngeom.generator.task import RUNNING, Batch, Task, gradients_on
 
+KEPT_BYTES = 2**26  # of a tangent that is held while the way to it is proved; larger ones are made once more
+
 
 @dataclass(frozen=True, eq=False)
 class Linearization:
@@ -39,10 +41,11 @@ class Linearization:
                 outputs, tangent = way(batch, v)
                 known, key = _RIGHT.setdefault(self.task.model, {}), self._key(way, outputs)
                 if key not in known:
-                    del tangent  # asking takes as much memory as the product, which is made again
+                    kept = tangent if tangent.nbytes <= KEPT_BYTES else None  # asking takes as much memory as the product
+                    del tangent
                     known[key] = self._is_right(way, batch, outputs)
                     if known[key]:
-                        tangent = way(batch, v)[1]
+                        tangent = way(batch, v)[1] if kept is None else kept
                 if known[key]:
                     return outputs, tangent
             except (NNGeomError, torch.OutOfMemoryError):
