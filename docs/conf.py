@@ -30,7 +30,7 @@ html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 html_math_renderer = "mathml"  # formulas are part of the page: nothing is loaded from elsewhere
 
-PLACED = {"index", "quickstart", "concepts", "models", "errors", "measures", "representations", "extending", "api"}
+PLACED = {"index", "quickstart", "concepts", "models", "architectures", "errors", "measures", "representations", "extending", "api"}
 
 
 def others(page):

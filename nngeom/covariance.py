@@ -19,16 +19,11 @@ from nngeom.generator.sweep import Chunk, Sweep, require_examples
 from nngeom.generator.task import Batch, Task
 from nngeom.measure import drive
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
-from nngeom.pmat.dense import PMatBlockDiag, PMatDense
-from nngeom.pmat.diag import PMatDiag
 from nngeom.pmat.implicit import ImplicitFisher, PMatImplicit
 from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.mixed import as_representation
-from nngeom.pmat.quasi_diag import PMatQuasiDiag
 from nngeom.pmat.recipe import Scope
 from nngeom.space.collection import LayerCollection
-
-OFFERED = (PMatDense, PMatDiag, PMatBlockDiag, PMatQuasiDiag, PMatLowRank, PMatImplicit)
 
 
 def GradientCovariance(
@@ -48,24 +43,31 @@ def GradientCovariance(
     """The covariance of per-example loss gradients, ``1/n sum_i (g_i - m)(g_i - m)^T`` with their mean ``m``.
 
     Divided by ``n``, as every other measure. Two sweeps, the mean first, so that large means cancel before any square;
-    the batches are kept between them. Exact in PMatDense, PMatDiag, PMatBlockDiag, PMatQuasiDiag, PMatLowRank and
-    PMatImplicit; others raise :class:`UnsupportedError`. Losses, other arguments and errors as :func:`EmpiricalFIM`.
+    the batches are kept between them. Representations of second moments of any rows hold it as they hold those, your
+    own too; those of Kronecker products (``centred = False``) raise :class:`UnsupportedError`. Losses, other arguments
+    and errors as :func:`EmpiricalFIM`.
     Source: Le Roux et al. 2008 (TONGA).
     """
     if process_group is not None:
         raise UnsupportedError("process_group is not available for gradient covariances; pass process_group=None")
     chosen = None if representation is PMatImplicit and not options else as_representation(representation, **options)
-    if chosen is not None and chosen.kind not in OFFERED:
+    if chosen is not None and not chosen.centred:
+        kinds = [r.kind.__name__ for r in getattr(chosen, "members", (chosen,)) if not r.centred]
         raise UnsupportedError(
-            f"a covariance of gradients is offered as {', '.join(kind.__name__ for kind in OFFERED)}, got {chosen.kind.__name__}: "
-            "centred rows have no Kronecker structure"
+            "a covariance of gradients is offered as PMatDense, PMatDiag, PMatBlockDiag, PMatQuasiDiag, PMatLowRank, "
+            f"PMatImplicit and other second moments of any rows, not as {', '.join(kinds)}: centred rows have no "
+            "Kronecker structure"
         )
+    part_of = None if chosen is None else chosen.part_of
     task = Task.build(model, function, layer_collection)
     with memory.limit(memory_budget):
-        sweep = Sweep(task, loader, EmpiricalFisher(as_loss(loss, model)), memory_budget, check, progress, reread=False, label="mean gradient")
+        metric = EmpiricalFisher(as_loss(loss, model))
+        sweep = Sweep(task, loader, metric, memory_budget, check, progress, part_of, reread=False, label="mean row")
         mean, layouts = mean_row(sweep)
         seen = list(task.batches(sweep.loader)) if chosen is None else sweep.loader
-        centred = CentredSweep(task, seen, sweep.metric, memory_budget, check, progress, label="covariance", mean=mean, layouts=layouts)
+        centred = CentredSweep(
+            task, seen, metric, memory_budget, check, progress, part_of, label="covariance", mean=mean, layouts=layouts
+        )
         centred._demoted = sweep._demoted  # what the first sweep found out
         if chosen is None:
             return ImplicitCovariance(centred)

@@ -178,7 +178,8 @@ def _settings(memory_budget: int | None, differentiable: bool):
 def _side(
     task: Task, data: Any, metric: Metric, differentiable: bool, progress: bool, check: bool, watch: bool = False, label: str = "GramMatrix"
 ) -> Side:
-    sweep = Sweep(task, data, metric, check=check, progress=progress and label != "GramMatrix", keep_graph=differentiable, label=label)
+    shown = progress and label != "GramMatrix"
+    sweep = Sweep(task, data, metric, memory.budget(), check, shown, keep_graph=differentiable, label=label)
     return Side(sweep, watch=watch)
 
 

@@ -27,8 +27,8 @@ from nngeom.generator.sweep import Sweep, require_examples
 from nngeom.generator.task import Task
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.block import Block
-from nngeom.pmat.dense import DenseBlock, PMatBlockDiag, PMatDense
-from nngeom.pmat.diag import DiagBlock, PMatDiag
+from nngeom.pmat.dense import DenseBlock
+from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.pmat import Representation
 from nngeom.second_derivatives import Quadratic, SecondDerivatives, differentiated, require_connected, require_finite_rows, require_symmetric
@@ -61,13 +61,8 @@ def Hessian(
     """
     if process_group is not None:
         raise UnsupportedError("process_group is not available for the Hessian; pass process_group=None and merge shards afterwards")
-    kind = representation.kind if isinstance(representation, Representation) else representation
-    if kind not in (PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag):
-        if not isinstance(kind, type):
-            raise ArgumentTypeError(f"representation is {kind!r}; expected PMatImplicit, PMatDense, PMatBlockDiag or PMatDiag")
-        raise UnsupportedError(
-            f"the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got {kind.__name__}: it is no average of outer products; use GGN"
-        )
+    kind: Any = representation.kind if isinstance(representation, Representation) else representation
+    entries = _entries(kind)
     if isinstance(representation, Representation):
         options = {**representation.settings, **options}
     if options:
@@ -80,12 +75,27 @@ def Hessian(
             first = next(batchwise(sweep))
             return ImplicitHessian(replace(sweep, check=False, progress=False), width=first.width // first.examples)
         collection, span = task.collection, task.collection.span()
-        if kind is PMatDiag:
+        if entries == "diagonal":
             values, count = diagonal(sweep)
-            return PMatDiag._make(collection, {span: DiagBlock(span.gather(values))}, count)
-        groups = {span: collection.names} if kind is PMatDense else {collection.span(names): names for names in collection.by_layer().values()}
+            return kind._make(collection, {span: DiagBlock(span.gather(values))}, count)
+        layers = {collection.span(names): names for names in collection.by_layer().values()}
+        groups = {span: collection.names} if entries == "all" else layers
         blocks, count = squares(sweep, groups)
         return kind._make(collection, blocks, count)
+
+
+def _entries(kind: Any) -> str | None:
+    """Which entries of the Hessian a class of matrices keeps, ``None`` for PMatImplicit; raises for all others."""
+    if not isinstance(kind, type):
+        expected = "PMatImplicit, PMatDense, PMatBlockDiag or PMatDiag"
+        raise ArgumentTypeError(f"representation is {kind!r}; expected {expected}")
+    entries: str | None = getattr(kind, "entries", None)
+    if kind is not PMatImplicit and entries is None:
+        raise UnsupportedError(
+            f"the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got {kind.__name__}: it "
+            "is no average of outer products; use GGN (a subclass with the recipe of one of these is one of these)"
+        )
+    return entries
 
 
 def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivatives]:
@@ -156,7 +166,7 @@ class ImplicitHessian(PMatImplicit):
 
     width: int = 0  # bytes of the activations of an example, roughly
 
-    def _mv(self, x):
+    def _unscaled(self, x):
         flat = x.reshape(-1, x.shape[-1])
         total, count = torch.zeros_like(flat), 0
         with memory.limit(self.sweep.memory_budget):
@@ -164,7 +174,7 @@ class ImplicitHessian(PMatImplicit):
                 for lo, hi, rows in batch.times(self.collection.names, lambda lo, hi: flat[lo:hi], len(flat)):
                     total[lo:hi] += rows
                 count += batch.examples
-        return (self.scale / count * total).reshape(x.shape)
+        return (total / count).reshape(x.shape)
 
     def _exact_trace(self):
         return self.diag().flat().sum()

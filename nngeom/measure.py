@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, NonFiniteError, UnsupportedError
-from nngeom.core.statistic import Sums
+from nngeom.core.statistic import Sums, names_of
 from nngeom.generator.sweep import Chunk, Metric, Sweep, require_examples
 from nngeom.generator.task import Task
 from nngeom.metrics.fisher import ExactFisher, MonteCarloFisher, as_likelihood, seed_of
@@ -212,7 +212,7 @@ def drive(recipe: Any, sweep: Sweep, passes: int) -> dict[Any, Any]:
         sums, examples = Sums(), 0
         for chunk in sweep.chunks(keep=passes > 1, reuse=True, watch=False) if first else sweep.again():
             with torch.no_grad():
-                sums.add(statistic(chunk), chunk.examples if chunk.first else 0)
+                sums.add(statistic, chunk)
             examples = sums.count
         require_examples(examples)
         first = False
@@ -238,14 +238,12 @@ def estimate(chosen: Representation, sweep: Sweep) -> MatrixEstimate:
     for chunk in sweep.chunks(reuse=True):
         for j, one in cotangents(chunk):
             with torch.no_grad():
-                draws[j].add(statistics[j](one), one.examples)
+                draws[j].add(statistics[j], one)
     require_examples(sweep.count)
+    for other in draws[1:]:
+        other.share_inputs(draws[0])  # taken once, for all
     means = [one_dtype(d.mean()) for d in draws]
-    whole = one_dtype(Sums().merge(draws).mean()) if len(draws) > 1 else means[0]
-    inputs = [(b, name) for b, tensors in means[0].items() for name in tensors if name not in means[-1].get(b, {})]  # taken once, for all
-    for m in (*means[1:], whole):
-        for block, name in inputs:
-            m.setdefault(block, {})[name] = means[0][block][name]
+    whole = one_dtype(Sums().merge(draws).mean())
     _require_finite(whole, sweep)
     *each, matrix = [make(_finish(recipe, m)) for recipe, m in zip(recipes, (*means, whole))]
     return MatrixEstimate(matrix, tuple(each))
@@ -288,9 +286,9 @@ def _require_finite(means: dict[Any, dict[str, Tensor]], sweep: Sweep) -> None:
         for name, t in tensors.items():
             if not bool(torch.isfinite(t.sum())) and not bool(torch.isfinite(t).all()):
                 sweep.blame()
-                layout = block[1] if isinstance(block, tuple) else block
                 raise NonFiniteError(
-                    f"the statistic {name!r} of parameters {list(layout.names)[:4]} overflowed to NaN or infinity over {sweep.count} examples; "
+                    f"the statistic {name!r} of {names_of(block)[:4]} overflowed to NaN or infinity over {sweep.count} "
+                    "examples; "
                     "scale the inputs or use a wider dtype, model.double()"
                 )
 

@@ -111,7 +111,7 @@ def approximation_report(
     if dense_limit is None:
         dense_limit = IMPLICIT_LIMIT if any(isinstance(m, PMatImplicit) for m in (reference, *matrices.values())) else EXPLICIT_LIMIT
     dense = reference.to_dense() if reference.shape[0] <= dense_limit else None
-    lines = [_measures(m, v, fv, trace, [x.value for x in checked], dense) for m in matrices.values()]
+    lines = [_measures(m, v, fv, trace, [float(x.value) for x in checked], dense) for m in matrices.values()]
     cells = [[_mean(x) for x in line.values()] for line in lines]
     values, errors = (torch.tensor([[cell[j] for cell in line] for line in cells], dtype=torch.float64) for j in (0, 1))
     return Table(tuple(matrices), tuple(lines[0]), values, errors)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from nngeom.core import memory
 from nngeom.core.errors import CoverageError, NonFiniteError, UnsupportedError
+from nngeom.core.linalg import flat_rows
 from nngeom.generator.backward import pull_back
 from nngeom.generator.kernels import twice_differentiable
+from nngeom.generator.remedies import gradients
 from nngeom.generator.task import Batch, Task, gradients_on, require_finite
 from nngeom.metrics.loss import judged
 from nngeom.metrics.per_example import Loss
@@ -39,7 +41,8 @@ class SecondDerivatives:
             p.new_zeros(p.shape) if g is None else g
             for g, p in ((self.gradients[n], p) for n, p in zip(names, parameters))
         ]
-        flat = torch.cat([g.flatten() for g in used])
+        with gradients_on():  # under no_grad they would be joined without their graph, and every product be zero
+            flat = torch.cat([g.flatten() for g in used])
         each = 4 * (flat.numel() * flat.element_size() + self.width)
         for lo, hi in memory.pieces(count, each, "column of the Hessian"):
             v = columns(lo, hi).to(flat.dtype)
@@ -53,7 +56,7 @@ class SecondDerivatives:
                 if "not implemented" not in str(error) and "ouble backward" not in str(error):
                     raise
                 raise once_only(str(error)) from error
-            yield lo, hi, torch.cat([x.detach().flatten(1) for x in pulled], 1)
+            yield lo, hi, torch.cat([flat_rows(x.detach()) for x in pulled], 1)
 
 
 def once_only(what: str) -> UnsupportedError:
@@ -128,9 +131,9 @@ def differentiated(task: Task, loss: Loss, batch: Batch, index: int, width: int)
                 "the loss does not depend on any selected parameter by differentiable operations (torch.no_grad or "
                 ".detach() inside?)"
             )
-        gradients = torch.autograd.grad(value, list(task.parameters.values()), create_graph=True, allow_unused=True)
+        pulled = gradients(value, list(task.parameters.values()), None, create_graph=True)
     n = outputs.shape[0]
-    return SecondDerivatives(task, dict(zip(task.parameters, gradients)), n, n * width)
+    return SecondDerivatives(task, dict(zip(task.parameters, pulled)), n, n * width)
 
 
 def require_finite_rows(m: Tensor, names: tuple[str, ...]) -> Tensor:

@@ -287,6 +287,29 @@ class Experts(nn.Module):
         return p[:, :1] * F.linear(x, self.experts[0]) + p[:, 1:] * torch.tanh(x @ self.experts[1].T)
 
 
+class Temperature(nn.Module):
+    """A logit scale of no dimensions, used twice, and a shift of none."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale, self.shift = nn.Linear(4, 3), nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x) * self.scale - self.shift) * self.scale.exp()
+
+
+class Spectral(nn.Module):
+    """A product with complex numbers made of a real parameter, and a norm whose weight scales again."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter, self.norm, self.head = nn.Parameter(torch.empty(3, 2)), nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(self.filter), n=4)
+        return self.head(torch.tanh(self.norm(h)) * self.norm.weight)
+
+
 def weight_norm() -> nn.Module:
     """A parametrised weight."""
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 3))
@@ -349,6 +372,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "time-first": (TimeFirst, normal(4, 2)),
     "shared-table": (Shared, normal(4, 2)),
     "frozen": (frozen, normal(4)),
+    "temperature": (Temperature, normal(4)),
+    "spectral": (Spectral, normal(4)),
 }
 
 

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 import nngeom as nng
 from nngeom import analysis
+from nngeom.analysis.rows import Probe, layer_kernel
+from nngeom.metrics.loss import IdentityMetric
 
 ZOO = ["mlp", "conv2d", "attention", "language-model"]
 
@@ -164,6 +166,37 @@ def test_layer_kernels_add_up(case):
     kernels = nng.GramMatrices(case.model, case.loader)
     close(sum(x.tensor for x in kernels.values()), k.tensor)
     close(sum(x.trace() for x in kernels.values()), k.trace())
+
+
+class SeveralBlocks(nn.Module):
+    """Layers of two blocks and of three: parameters that are used by operations of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.two, self.three = nn.Module(), nn.Module()
+        self.two.a, self.two.b = (nn.Parameter(torch.randn(3, 4)) for _ in range(2))
+        self.three.a, self.three.b, self.three.c = (nn.Parameter(torch.randn(2, 3)) for _ in range(3))
+
+    def forward(self, x):
+        h = F.linear(x, self.two.a).tanh() + F.linear(x.sin(), self.two.b)
+        return F.linear(h, self.three.a) + F.linear(h.cos(), self.three.b) + F.linear(h.tanh(), self.three.c)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (2, 1), (1, 1, 1)])
+def test_the_kernel_of_a_layer_is_the_sum_over_its_blocks(sizes):
+    torch.manual_seed(0)
+    model, x = SeveralBlocks().double(), torch.randn(3, 4, dtype=torch.float64)
+    y = torch.tensor([0, 1, 1])
+    j = reference.jacobian(model, x)
+    loader = list(zip(x.split(sizes), y.split(sizes)))
+    side = Probe.build(model, loader).side(IdentityMetric())
+    found = analysis.label_alignment(model, loader, centered=False, by_layer=True)
+    for layer, rows in (("two", j[..., :24]), ("three", j[..., 24:])):
+        truth = torch.einsum("knd,lmd->knlm", rows, rows)
+        with torch.no_grad():
+            close(layer_kernel(side, layer, 2), truth)
+        v = analysis.label_vector(y, 2, torch.float64)
+        close(found[layer], torch.einsum("cn,cndm,dm->", v, truth, v) / (truth.norm() * v.square().sum()))
 
 
 def test_pictures_of_kernels():

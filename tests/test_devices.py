@@ -83,7 +83,7 @@ def test_the_host_waits_once_or_twice_a_batch(result):
     def waits(depth, batches, **options):
         layers = [layer for _ in range(depth) for layer in (nn.Conv1d(4, 4, 3, padding=1, dtype=f64), nn.Tanh())]
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 5, dtype=f64))
-        x = list(torch.randn(4 * batches, 4, 6, dtype=f64).split(4))
+        x = [(part,) for part in torch.randn(4 * batches, 4, 6, dtype=f64).split(4)]
         COMPUTED[result](model, x, **options)  # proved
         with Waits() as seen:
             COMPUTED[result](model, x, **options)

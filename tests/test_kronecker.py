@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeom as nng
+from nngeom.core.tied import product_of_marginals
 from nngeom.pmat.kronecker import KroneckerBlock
 
 WINDOWS = ("conv1d", "conv2d", "conv2d-same", "conv2d-circular", "depthwise", "conv3d", "deconv1d", "deconv2d", "deconv3d")
@@ -129,3 +130,38 @@ def test_rescaled_options_dtype_and_refusals():
 def inside_out(model, x):
     """The weights inside of an unknown operation."""
     return model[2](torch.tanh(F.linear(x, torch.sinh(model[0].weight), model[0].bias)))
+
+
+# -- a parameter in unlike uses --------------------------------------------------------------------------------------
+
+
+def partial_traces(pairs):
+    """``tr_g`` and ``tr_a`` of ``sum_j g_j (x) a_j``, and its trace."""
+    full = [(a if a.ndim == 3 else torch.diag_embed(a), g if g.ndim == 3 else torch.diag_embed(g)) for a, g in pairs]
+    over = lambda f: f.diagonal(dim1=-2, dim2=-1).sum()
+    return sum(a * over(g) for a, g in full), sum(g * over(a) for a, g in full), sum(over(a) * over(g) for a, g in full)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 0.3, 1.0, 50.0, 1e8])
+@pytest.mark.parametrize("small", [1.0, 1e-4, 1e-9])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_unlike_uses_are_joined_with_their_partial_traces(scale, small, diagonal):
+    g = torch.Generator().manual_seed(0)
+    psd = lambda p: (lambda x: x.mT @ x)(torch.randn(1, p + 2, p, dtype=torch.float64, generator=g))
+    pairs = [(scale * psd(4), small * psd(3)), (psd(4), small * psd(3))]
+    if diagonal:
+        pairs[1] = (pairs[1][0].diagonal(dim1=-2, dim2=-1), pairs[1][1])
+    a, b = product_of_marginals(pairs)
+    left, right, total = partial_traces(pairs)
+    close(a * b.diagonal(dim1=-2, dim2=-1).sum(), left)
+    close(b * a.diagonal(dim1=-2, dim2=-1).sum(), right)
+    close(a.diagonal(dim1=-2, dim2=-1).sum() * b.diagonal(dim1=-2, dim2=-1).sum(), total)
+
+
+def test_unlike_uses_without_gradients_are_zero_and_not_nan():
+    zero, one = torch.zeros(1, 3, 3, dtype=torch.float64), torch.eye(4, dtype=torch.float64)[None]
+    for pairs in ([(one, zero), (2 * one, zero)], [(0 * one, zero), (one, zero)]):
+        a, b = product_of_marginals(pairs)
+        assert torch.isfinite(a).all() and not b.any()
+    a, b = product_of_marginals([(one, zero), (one, zero + torch.eye(3))])  # one of them has none
+    close(a * b.diagonal(dim1=-2, dim2=-1).sum(), 3 * one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import cases
 import pytest
@@ -43,10 +44,11 @@ def moved(model, scale):
 def test_all_are_one_at_the_start(name):
     case = cases.build(name)
     result = linearity(case.model, copy.deepcopy(case.model), case.loader)
-    assert result.sign_similarity == 1
+    assert result.sign_similarity == 1 if result.units else math.isnan(result.sign_similarity)
     assert abs(result.kernel_alignment - 1) < 1e-12 and abs(result.representation_alignment - 1) < 1e-12
     moving = linearity(moved(case.model, 0.5), case.model, case.loader)
-    assert 0 <= moving.sign_similarity <= 1 and 0 <= moving.kernel_alignment < 1 - 1e-6
+    assert not moving.units or 0 <= moving.sign_similarity <= 1
+    assert 0 <= moving.kernel_alignment < 1 - 1e-6
     assert 0 <= moving.representation_alignment <= 1 + 1e-12
 
 
@@ -75,7 +77,7 @@ def test_against_loops():
 def test_a_linear_network_stays_linear():
     model = nn.Linear(4, 3).double()
     result = linearity(moved(model, 1.0), model, (torch.randn(5, 4, dtype=torch.float64),))
-    assert result.units == 0 and result.sign_similarity == 1
+    assert result.units == 0 and math.isnan(result.sign_similarity)
     assert abs(result.kernel_alignment - 1) < 1e-12 and abs(result.representation_alignment - 1) < 1e-12
 
 
@@ -127,3 +129,30 @@ def test_errors():
         linearity(cases.build("batch-norm").model.train(), cases.build("batch-norm").model, case.loader)
     with pytest.raises(nng.LoaderError, match="empty"):
         linearity(case.model, case.model, [])
+
+
+class TimeFirst(nn.Module):
+    """Turns ``(n, t, p)`` into ``(t, n, p)`` before its last map."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu().transpose(0, 1)).mean(0)
+
+
+@pytest.mark.parametrize("positions", [4, 5, 6])
+def test_the_examples_are_found_among_axes_of_one_length(positions):
+    torch.manual_seed(0)
+    model = TimeFirst().double()
+    now, x = moved(model, 0.5), torch.randn(5, positions, 3, dtype=torch.float64)
+    rows = [m.a(x).relu().flatten(1).detach() for m in (now, model)]
+    k, k0 = (r @ r.T for r in rows)
+    truth = float((k * k0).sum() / (k.norm() * k0.norm()))
+    assert abs(linearity(now, model, (x,)).representation_alignment - truth) < 1e-12
+    square = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)).double()
+    same = linearity(square, square, (torch.randn(5, 5, dtype=torch.float64),))
+    assert abs(same.representation_alignment - 1) < 1e-12
+    one = linearity(model, model, (x[:1, :1],))  # a batch of one example with one position: either axis is right
+    assert abs(one.representation_alignment - 1) < 1e-12

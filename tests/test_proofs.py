@@ -82,8 +82,8 @@ def test_another_graph_is_proved_anew():
 def test_a_branch_taken_by_a_later_batch_is_proved():
     model, x = Counting(), torch.randn(6, 4, dtype=f64)
     x[3:, 0] = 10
-    loader = [x[:3], x[3:]]
-    expected = torch.stack([reference.fisher(model, b) for b in loader]).mean(0)
+    loader = [(x[:3],), (x[3:],)]
+    expected = torch.stack([reference.fisher(model, b) for b, in loader]).mean(0)
     torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDense).to_dense(), expected)
     torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDiag).diag().flat(), expected.diagonal())  # two structures, added
     with pytest.raises(nng.NNGeomError, match="different ways"):
@@ -93,7 +93,7 @@ def test_a_branch_taken_by_a_later_batch_is_proved():
 def test_an_order_that_depends_on_the_data_is_proved_of_every_batch():
     model, x = Sorting(), torch.randn(12, 4, dtype=f64)
     x[:6] = x[:6][x[:6, 0].argsort()]  # the first batch stays as it is
-    loader = [x[:6], x[6:]]
+    loader = [(x[:6],), (x[6:],)]
     for _ in range(2):
         torch.testing.assert_close(nng.GramMatrix(model, loader).to_dense(), kernel(model, x))
         torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDense).to_dense(), reference.fisher(model, x))

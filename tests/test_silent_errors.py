@@ -35,7 +35,7 @@ def model_of(*layers):
 def exact(model, inputs, **options):
     """The dense Fisher, and the diagonal by its own path, against autograd loops."""
     f = reference.fisher(model, inputs)
-    loader = [inputs[: len(inputs) // 2], inputs[len(inputs) // 2 :]]
+    loader = [(inputs[: len(inputs) // 2],), (inputs[len(inputs) // 2 :],)]
     torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDense, **options).to_dense(), f, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDiag, **options).diag().flat(), f.diagonal(), rtol=1e-8, atol=1e-12)
 
@@ -245,7 +245,7 @@ def test_products_where_forward_mode_fails(name):
     make, draw = NO_TANGENTS[name]
     model, x = make(), draw()
     y = torch.zeros(len(x), dtype=torch.long)
-    m = nng.FIM(model, [x[:2], x[2:]], nng.PMatImplicit)
+    m = nng.FIM(model, [(x[:2],), (x[2:],)], nng.PMatImplicit)
     torch.testing.assert_close(m.to_dense(), reference.fisher(model, x), rtol=1e-8, atol=1e-12)
     implicit, dense = (nng.GradientCovariance(model, [(x[:2], y[:2]), (x[2:], y[2:])], k, loss="cross_entropy") for k in (nng.PMatImplicit, nng.PMatDense))
     torch.testing.assert_close(implicit.to_dense(), dense.to_dense(), rtol=1e-8, atol=1e-12)
@@ -992,4 +992,4 @@ def test_gradients_that_are_not_finite_are_found_in_every_result(result):
     x = normal(8, 4)
     x[6] = 0
     with pytest.raises(nng.NonFiniteError, match=r"'first'.*batch \d, examples \[2\]"):
-        RESULTS[result](Root(), [x[:4], x[4:]])
+        RESULTS[result](Root(), [(x[:4],), (x[4:],)])

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.kernel import above_rounding, center, kernel_tensor
+from nngeom.analysis.labels import signs
 from nngeom.analysis.rows import Function, Probe, layer_kernel, require_labels, row_products
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.tiles import Side
+from nngeom.metrics.categorical import Categorical
 from nngeom.metrics.loss import IdentityMetric
 from nngeom.pmat.recipe import join_rows
 from nngeom.space.collection import LayerCollection
@@ -47,10 +49,12 @@ def label_kernel(y: Tensor, c: int, dtype: torch.dtype | None = None) -> FMatDen
     return FMatDense(v[:, :, None, None] * v[None, None])
 
 
-def label_vector(y: Tensor, c: int, dtype: torch.dtype | None = None) -> Tensor:
+def label_vector(y: Tensor, c: int, dtype: torch.dtype | None = None, shape: Sequence[int] | None = None) -> Tensor:
     """``(c, n)``: one-hot class labels; with one output -1 and 1; floating-point targets ``(n, *shape)`` as they are.
 
-    Class labels of positions, ``(n, *positions)``, are one-hot along the first output axis, ``c = classes * positions``.
+    Class labels of positions, ``(n, *positions)``, are one-hot along the axis that they lack in outputs
+    ``(n, *shape)``, or without ``shape`` along the first output axis, ``c = classes * positions``. Raises
+    :class:`OutputError` for labels that do not fit, as integers other than 0 and 1, or -1 and 1, with one output.
     """
     dtype = dtype if dtype is not None else torch.get_default_dtype()
     n = y.shape[0]
@@ -60,31 +64,57 @@ def label_vector(y: Tensor, c: int, dtype: torch.dtype | None = None) -> Tensor:
             raise OutputError(f"the targets have {flat.shape[1]} numbers an example; the model has {c} outputs")
         return flat.T.to(dtype)
     if c == 1 and y.numel() == n:
-        return torch.where(y.reshape(1, n) > 0, 1.0, -1.0).to(dtype)
+        return signs(y, n, "a label vector").to(y.device, dtype).unsqueeze(0)
     positions = y.reshape(n, -1)
     classes = c // positions.shape[1]
     if classes * positions.shape[1] != c or (y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes)):
-        raise OutputError(f"labels of shape {tuple(y.shape)} between {int(y.min())} and {int(y.max())} do not fit {c} outputs")
-    return (positions[:, None, :] == torch.arange(classes, device=y.device)[None, :, None]).reshape(n, c).T.to(dtype)
+        span = f"between {int(y.min())} and {int(y.max())}"
+        raise OutputError(f"labels of shape {tuple(y.shape)} {span} do not fit {c} outputs")
+    axis = 1 if shape is None or len(shape) == 1 else Categorical().fit(torch.empty(n, *shape, device="meta"), y).dim
+    hot = (y.unsqueeze(-1) if positions.shape[1] > 1 else positions) == torch.arange(classes, device=y.device)
+    return hot.movedim(-1, 1 if axis is None else axis).reshape(n, c).T.to(dtype)
 
 
-def kernel_label_alignment(K: Any, y: Tensor, centered: bool | str = True) -> Tensor:
-    """:func:`alignment` of a kernel at hand with the labels ``y``, as ``Y^T K Y / (|K|_F |Y|^2)``."""
+def kernel_label_alignment(
+    K: Any, y: Tensor, centered: bool | str = True, shape: Sequence[int] | None = None
+) -> Tensor:
+    """:func:`alignment` of a kernel at hand with the labels ``y``, as ``Y^T K Y / (|K|_F |Y|^2)``.
+
+    ``shape`` of an example's outputs, for labels of positions: see :func:`label_vector`.
+    """
     k = center(K, centered)
-    v = _centered(label_vector(y, k.shape[0], k.dtype).to(k.device), centered)
+    v = _centered(label_vector(y, k.shape[0], k.dtype, shape).to(k.device), centered)
     if v.shape[1] != k.shape[1] or k.shape[1] != k.shape[3]:
         raise ArgumentError(f"the kernel is {tuple(k.shape)} and there are {v.shape[1]} labels; expected one set of examples")
     return _ratio(torch.einsum("cn,cndm,dm->", v, k, v), k.norm() * v.square().sum())
 
 
 def group_alignment(K: Any, y: Tensor, groups: Mapping[str, Tensor], centered: bool | str = True) -> dict[str, Tensor]:
-    """Label alignment of the kernel restricted to subsets of its examples (easy and hard ones): masks or indices by name."""
+    """Label alignment of the kernel restricted to subsets of its examples (easy and hard ones), by name.
+
+    ``groups``: boolean masks ``(n,)``, or integer indices; NaN for one without examples. Raises :class:`ArgumentError`
+    for a mask of another length or of numbers, and for indices out of range.
+    """
     k = kernel_tensor(K)
     out = {}
-    for name, index in groups.items():
-        index = index.nonzero().flatten() if index.dtype == torch.bool else index
-        out[name] = kernel_label_alignment(k[:, index][:, :, :, index], y[index], centered)
+    for name, members in groups.items():
+        index = _members(name, torch.as_tensor(members, device=k.device), k.shape[1])
+        chosen, own = k[:, index][:, :, :, index], y[index.to(y.device)]
+        out[name] = kernel_label_alignment(chosen, own, centered) if len(index) else k.new_tensor(torch.nan)
     return out
+
+
+def _members(name: str, given: Tensor, n: int) -> Tensor:
+    """The indices of a group."""
+    if given.dtype == torch.bool and given.shape == (n,):
+        return given.nonzero().flatten()
+    whole = given.numel() == 0 or given.dtype in (torch.int16, torch.int32, torch.int64)
+    if given.ndim != 1 or not whole or bool(((given < -n) | (given >= n)).any()):
+        raise ArgumentError(
+            f"group {name!r} is a {given.dtype} tensor {tuple(given.shape)}; expected a boolean mask ({n},), or "
+            f"integer indices below {n}"
+        )
+    return given.long()
 
 
 def label_alignment(
@@ -113,7 +143,8 @@ def label_alignment(
     parts = collection.by_layer() if by_layer else {"": collection.names}
     with memory.limit(memory_budget), torch.no_grad():
         side = probe.side(IdentityMetric(), check, memory_budget)
-        v = _centered(label_vector(y, side.outputs, side.dtype), centered)
+        shape = probe.task.run(probe.batches[0]).shape[1:] if y.numel() > len(y) and not y.is_floating_point() else None
+        v = _centered(label_vector(y, side.outputs, side.dtype, shape), centered)
         values = {name: _aligned(side, name, names, v, centered) for name, names in parts.items()}
     return values if by_layer else values[""]
 

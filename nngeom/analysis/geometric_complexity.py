@@ -46,6 +46,8 @@ def geometric_complexity(
     """
     if estimator not in ("exact", "rademacher"):
         raise ArgumentError(f"estimator is {estimator!r}; expected 'exact' or 'rademacher'")
+    if not isinstance(samples, int) or samples < 1:
+        raise ArgumentError(f"samples is {samples!r}; expected a whole number of at least 1")
     task = Task.build(model, function, layer_collection)
     total, count = torch.zeros((), dtype=task.dtype, device=task.device), 0
     with memory.limit(memory_budget):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from nngeom.analysis.kernel import kernel_tensor, require_symmetric
+from nngeom.analysis.labels import require_class_labels, signs
 from nngeom.analysis.spectrum import THRESHOLD
 from nngeom.core import linalg
-from nngeom.core.errors import ArgumentError
+from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.solve.hutchinson import Estimate, rademacher
 
 EXACT_LIMIT = 16
@@ -34,7 +35,8 @@ def rademacher_complexity(
     """``(M / n) E_s sqrt(s^T K s)`` over random signs: the complexity itself, of a class of scalar functions.
 
     ``"exact"`` sums over all signs (at most 16 points), ``"monte_carlo"`` gives an :class:`Estimate` with its standard
-    error. No absolute value of the correlation is taken (for symmetric classes it would not matter).
+    error (infinite for one sample). No absolute value of the correlation is taken (for symmetric classes it would not
+    matter).
     """
     m = require_symmetric(K)
     n = m.shape[0]
@@ -44,13 +46,18 @@ def rademacher_complexity(
         if n > EXACT_LIMIT:
             raise ArgumentError(f"{n} points have 2**{n} sign vectors; expected at most {EXACT_LIMIT}, or method='monte_carlo'")
         codes = torch.arange(2 ** (n - 1) if n else 1, device=m.device)  # s and -s give the same
-        signs = 1 - 2 * ((codes[:, None] >> torch.arange(n, device=m.device)) & 1).to(m)
+        drawn = 1 - 2 * ((codes[:, None] >> torch.arange(n, device=m.device)) & 1).to(m)
     elif method == "monte_carlo":
-        signs = rademacher(samples, n, like=m, generator=generator)
+        if not isinstance(samples, int) or samples < 1:
+            raise ArgumentError(f"samples is {samples!r}; expected a whole number of at least 1")
+        drawn = rademacher(samples, n, like=m, generator=generator)
     else:
         raise ArgumentError(f"method is {method!r}; expected 'exact' or 'monte_carlo'")
-    roots = ((signs @ m) * signs).sum(1).clamp_min(0).sqrt() * norm / n
-    return roots.mean() if method == "exact" else Estimate(roots.mean(), roots.std() / samples**0.5)
+    roots = ((drawn @ m) * drawn).sum(1).clamp_min(0).sqrt() * norm / n
+    if method == "exact":
+        return roots.mean()
+    error = roots.std() / samples**0.5 if samples > 1 else torch.full_like(roots[0], torch.inf)
+    return Estimate(roots.mean(), error)
 
 
 def flow_bound(norms: Sequence[float] | Tensor, traces: Sequence[float] | Tensor, examples: int) -> Tensor:
@@ -62,12 +69,20 @@ def flow_bound(norms: Sequence[float] | Tensor, traces: Sequence[float] | Tensor
 
 
 def margins(outputs: Tensor, targets: Tensor) -> Tensor:
-    """``(n,)``: ``f[y] - max_{y' != y} f[y']``, or ``f y`` for one output and labels of -1 and 1 (or 0 and 1)."""
+    """``(n,)``: ``f[y] - max_{y' != y} f[y']``, or ``f y`` for one output and labels of -1 and 1 (or 0 and 1).
+
+    ``outputs (n, c)`` or ``(n,)``, class labels ``(n,)``. Raises :class:`OutputError` for labels that do not fit.
+    """
+    if outputs.ndim > 2:
+        raise OutputError(f"outputs have shape {tuple(outputs.shape)}; margins take (n, c), or (n,) for one output")
     if outputs.ndim == 1 or outputs.shape[1] == 1:
-        y = targets.to(outputs).flatten()
-        return outputs.flatten() * torch.where(y > 0, torch.ones_like(y), -torch.ones_like(y))
-    own = outputs.gather(1, targets[:, None])
-    rest = outputs.scatter(1, targets[:, None], float("-inf"))
+        return outputs.flatten() * signs(targets, len(outputs), "a margin").to(outputs)
+    labels = require_class_labels(targets, len(outputs), "a margin").to(outputs.device)
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[1]:
+        span, c = f"{int(labels.min())} to {int(labels.max())}", outputs.shape[1]
+        raise OutputError(f"labels go from {span}; outputs {tuple(outputs.shape)} have classes 0 to {c - 1}")
+    own = outputs.gather(1, labels[:, None])
+    rest = outputs.scatter(1, labels[:, None], float("-inf"))
     return (own - rest.max(1, keepdim=True).values)[:, 0]
 
 
@@ -119,9 +134,13 @@ def rescaled_bound(K: Any, y: Tensor) -> Tensor:
 def _modes(K: Any, y: Tensor) -> tuple[Tensor, Tensor]:
     """Positive eigenvalues and the coefficients ``u_j^T y`` of labels ``(n,)``, ``(c, n)`` or an FVector."""
     m = require_symmetric(K)
-    flat = (y if isinstance(y, Tensor) else y.tensor).to(m).flatten()
-    if flat.numel() != m.shape[0]:
-        raise ArgumentError(f"y has {flat.numel()} entries; the kernel has {m.shape[0]}: expected labels (c, n)")
+    c, n = kernel_tensor(K).shape[:2]
+    t = y if isinstance(y, Tensor) else y.tensor
+    if tuple(t.shape) not in {(c, n), (c * n,), *([(n, 1)] if c == 1 else [])}:
+        raise ArgumentError(
+            f"y has shape {tuple(t.shape)}; the kernel has {c} outputs of {n} points: expected labels ({c}, {n})"
+        )
+    flat = t.to(m).flatten()
     values, vectors = linalg.eigh(m)
     keep = values > max(THRESHOLD, len(values) * torch.finfo(values.dtype).eps) * values.abs().max()
     return values[keep], vectors[:, keep].T @ flat

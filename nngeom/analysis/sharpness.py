@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.rows import Function, Probe
-from nngeom.core.errors import ArgumentError
+from nngeom.core.errors import ArgumentError, NonFiniteError
 from nngeom.generator.task import leading_size, take
 from nngeom.hessian import Hessian
 from nngeom.solve.lanczos import lanczos
@@ -98,6 +98,8 @@ def sgd_stability(a: float | Tensor, s: float | Tensor, lr: float, batch_size: i
     largest_a = 2 / lr
     largest_s = math.inf if batch_size == n else math.sqrt(batch_size * (n - 1) / (n - batch_size)) / lr
     a, s = float(a), float(s)
+    if math.isnan(a) or math.isnan(s):
+        raise NonFiniteError(f"sharpness is {a} and non-uniformity {s}; NaN is neither stable nor unstable")
     return Stability(a <= largest_a and s <= largest_s, a, s, largest_a, largest_s)
 
 

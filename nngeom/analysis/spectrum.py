@@ -58,9 +58,10 @@ def trace_ratios(K: Any, ks: int | Iterable[int]) -> Tensor:
     ``k`` beyond the number of eigenvalues gives 1; a zero kernel NaN. Source: Baratin et al. 2021, eq. 6, with ``j <= k``.
     """
     values = spectrum(K)
-    index = torch.as_tensor([ks] if isinstance(ks, int) else list(ks), dtype=torch.long, device=values.device)
-    if bool((index < 0).any()):
+    asked = [ks] if isinstance(ks, int) else list(ks) if isinstance(ks, Iterable) else [-1]
+    if not all(k == int(k) and k >= 0 for k in asked):
         raise ArgumentError(f"ks is {ks}; expected whole numbers of at least 0")
+    index = torch.as_tensor(asked, dtype=torch.long, device=values.device)
     cumulative = torch.cat([values.new_zeros(1), values.cumsum(0)])
     ratios = cumulative[index.clamp_max(len(values))] / cumulative[-1]
     return ratios[0] if isinstance(ks, int) else ratios

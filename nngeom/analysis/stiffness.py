@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.analysis.labels import class_labels, described
 from nngeom.analysis.rows import Function, Probe, require_finite_gradients, row_norms, row_products
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError
@@ -20,19 +21,51 @@ class Stiffness:
     """Pairwise stiffness of two sets of examples (or of one with itself).
 
     ``matrix`` ``(n, m)``: sign or cosine of ``g_i . g_j``; pairs with a zero gradient count 0. ``distance`` ``(n, m)``:
-    ``1 - cosine``, in [0, 2]. ``mean``: over pairs of distinct points. ``classes``: the labels present, ascending;
-    ``by_class`` ``(classes, classes)``: means over pairs of distinct points, NaN where there is none (a class with one
-    point; no integer labels: an empty matrix). ``within`` and ``between``: means of its diagonal and of the rest,
-    ignoring NaN (NaN where nothing is left).
+    ``1 - cosine``, in [0, 2]. ``mean``: over pairs of distinct points, NaN where there is none (a single example).
+
+    Class labels are ``(n,)`` or ``(n, 1)``, of any dtype in whole numbers. Without any labels there are no classes;
+    where the targets are no class labels (of a regression, or of positions), ``classes``, ``by_class``, ``within`` and
+    ``between`` raise :class:`ArgumentError`.
     """
 
     matrix: Tensor
     distance: Tensor
     mean: Tensor
-    classes: Tensor
-    by_class: Tensor
-    within: Tensor
-    between: Tensor
+    _grouped: tuple[Tensor, Tensor] | str  # classes and means by class, or what the targets are instead of labels
+
+    @property
+    def classes(self) -> Tensor:
+        """The labels present, ascending."""
+        return self._by_class()[0]
+
+    @property
+    def by_class(self) -> Tensor:
+        """``(classes, classes)``: means over pairs of distinct points, NaN where there is none (a class of one)."""
+        return self._by_class()[1]
+
+    @property
+    def within(self) -> Tensor:
+        """The mean of the diagonal of ``by_class``, ignoring NaN; NaN where nothing is left."""
+        return self.by_class.diagonal().nanmean()
+
+    @property
+    def between(self) -> Tensor:
+        """The mean of ``by_class`` off its diagonal, ignoring NaN; NaN where nothing is left."""
+        classes, means = self._by_class()
+        return means[~torch.eye(len(classes), dtype=torch.bool, device=means.device)].nanmean()
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether every example has a class label."""
+        return not isinstance(self._grouped, str) and len(self._grouped[0]) > 0
+
+    def _by_class(self) -> tuple[Tensor, Tensor]:
+        if isinstance(self._grouped, str):
+            raise ArgumentError(
+                "stiffness by class takes one class label an example, (n,) or (n, 1) in whole numbers; got "
+                f"{self._grouped}: see .matrix and .mean, or gradient_stiffness(gradients, labels=...)"
+            )
+        return self._grouped
 
 
 def stiffness(
@@ -75,15 +108,21 @@ def gradient_stiffness(
 ) -> Stiffness:
     """:func:`stiffness` of gradients at hand, ``(n, d)`` (and ``other`` ``(m, d)``), with class labels where given.
 
-    Raises :class:`ArgumentError` for another ``kind``, :class:`NonFiniteError` on NaN or infinity.
+    Raises :class:`ArgumentError` for another ``kind`` or labels of other examples, :class:`NonFiniteError` on NaN or
+    infinity.
     """
     require_kind(kind)
     right = gradients if other is None else other
+    right_labels = labels if other is None else other_labels
+    if (labels is None) != (right_labels is None):
+        raise ArgumentError("labels and other_labels go together; expected both or none of them")
+    for y, g, name in ((labels, gradients, "labels"), (right_labels, right, "other_labels")):
+        if y is not None and len(y) != len(g):
+            raise ArgumentError(f"{name} are {tuple(y.shape)} for {len(g)} gradients; expected one an example")
     require_finite_gradients(gradients, right)
     gram = gradients @ right.T
-    return _summary(
-        gram, gradients.square().sum(-1), right.square().sum(-1), labels, labels if other is None else other_labels, kind, other is None
-    )
+    x, y = (g.square().sum(-1) for g in (gradients, right))
+    return _summary(gram, x, y, labels, right_labels, kind, other is None)
 
 
 def require_kind(kind: str) -> None:
@@ -92,7 +131,16 @@ def require_kind(kind: str) -> None:
         raise ArgumentError(f"kind is {kind!r}; expected 'cosine' or 'sign'")
 
 
-def _summary(gram: Tensor, left: Tensor, right: Tensor, a: Tensor | None, b: Tensor | None, kind: str, same: bool, ignored: int | None = None) -> Stiffness:
+def _summary(
+    gram: Tensor,
+    left: Tensor,
+    right: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    kind: str,
+    same: bool,
+    ignored: int | None = None,
+) -> Stiffness:
     scale = left.sqrt()[:, None] * right.sqrt()[None, :]
     live = scale > 0
     cosine = torch.where(live, gram / torch.where(live, scale, torch.ones_like(scale)), torch.zeros_like(gram)).clamp(-1, 1)
@@ -101,15 +149,18 @@ def _summary(gram: Tensor, left: Tensor, right: Tensor, a: Tensor | None, b: Ten
     if same:
         distinct.fill_diagonal_(0)
     mean = (matrix * distinct).sum() / distinct.sum()  # 0/0: NaN for a single example
-    classes, by_class = _by_class(matrix, distinct, a, b, ignored)
-    off = ~torch.eye(len(classes), dtype=torch.bool, device=matrix.device)
-    return Stiffness(matrix, 1 - cosine, mean, classes, by_class, by_class.diagonal().nanmean(), by_class[off].nanmean())
+    return Stiffness(matrix, 1 - cosine, mean, _grouped(matrix, distinct, a, b, ignored))
 
 
-def _by_class(matrix: Tensor, distinct: Tensor, a: Tensor | None, b: Tensor | None, ignored: int | None) -> tuple[Tensor, Tensor]:
-    if a is None or b is None or a.ndim != 1 or b.ndim != 1 or a.is_floating_point() or b.is_floating_point():
+def _grouped(
+    matrix: Tensor, distinct: Tensor, a: Tensor | None, b: Tensor | None, ignored: int | None
+) -> tuple[Tensor, Tensor] | str:
+    if a is None and b is None:
         return torch.zeros(0, dtype=torch.long, device=matrix.device), matrix.new_zeros(0, 0)
-    classes = torch.cat([a, b]).unique()
+    rows, columns = class_labels(a), class_labels(b)
+    if rows is None or columns is None:
+        return described(a if rows is None else b)
+    classes = torch.cat([rows, columns]).unique()
     classes = classes if ignored is None else classes[classes != ignored]
-    x, y = ((labels[:, None] == classes[None, :]).to(matrix) for labels in (a, b))
+    x, y = ((labels.to(classes)[:, None] == classes[None, :]).to(matrix) for labels in (rows, columns))
     return classes, (x.T @ (matrix * distinct) @ y) / (x.T @ distinct @ y)

@@ -1,21 +1,25 @@
 """What is added to a matrix before it is inverted.
 
-A number is Tikhonov damping, exact for every representation: ``(M + x I)^-1``. Other meanings are objects.
+A number is Tikhonov damping, exact for every representation: ``(M + x I)^-1``. Other meanings are objects. A number
+may be a 0-d tensor: where it requires a gradient, what is computed with it has one.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nngeom.core.errors import ArgumentTypeError, DampingError
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DampingError
+from nngeom.core.linear import differentiated
 
 
 @dataclass(frozen=True)
 class Tikhonov:
     """``M + value * I``."""
 
-    value: float
+    value: float | Tensor
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,13 @@ class FactoredTikhonov:
     Blocks without Kronecker factors get ``x`` as plain Tikhonov damping.
     """
 
-    value: float
+    value: float | Tensor
     balanced: bool = True
 
 
 @dataclass(frozen=True)
 class Cutoff:
-    """Pseudo-inverse: eigenvalues below ``value`` count as zero, and so do their inverses."""
+    """Pseudo-inverse: eigenvalues below ``value`` count as zero, and so do their inverses. No gradient in ``value``."""
 
     value: float
 
@@ -42,15 +46,26 @@ class Cutoff:
 Damping = Tikhonov | FactoredTikhonov | Cutoff
 
 
-def as_damping(damping: float | Damping) -> Damping:
-    """A checked damping object; raises :class:`DampingError` when negative or not finite."""
+def as_damping(damping: float | Tensor | Damping) -> Damping:
+    """A checked damping object from one, a number or a 0-d tensor, which stays one where it requires a gradient.
+
+    Raises :class:`DampingError` when negative or not finite, :class:`ArgumentTypeError` for other types, and
+    :class:`ArgumentError` for a :class:`Cutoff` whose value requires a gradient.
+    """
     if not isinstance(damping, (Tikhonov, FactoredTikhonov, Cutoff)):
-        try:
-            damping = Tikhonov(float(damping))
-        except (TypeError, ValueError):
-            raise ArgumentTypeError(
-                f"damping is {damping!r}; expected a number >= 0, FactoredTikhonov(x) or Cutoff(x)"
-            ) from None
-    if not math.isfinite(damping.value) or damping.value < 0:
-        raise DampingError(f"damping is {damping.value}; expected a finite number >= 0")
-    return damping
+        damping = Tikhonov(damping)
+    try:
+        number = float(damping.value.detach() if isinstance(damping.value, Tensor) else damping.value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentTypeError(
+            f"damping is {damping.value!r}; expected a number >= 0, FactoredTikhonov(x) or Cutoff(x)"
+        ) from None
+    if not math.isfinite(number) or number < 0:
+        raise DampingError(f"damping is {number}; expected a finite number >= 0")
+    if not isinstance(damping.value, Tensor) or not differentiated(damping.value):
+        return replace(damping, value=number) if type(damping.value) is not float else damping
+    if isinstance(damping, Cutoff):
+        raise ArgumentError(
+            "the value of a Cutoff requires a gradient, but a pseudo-inverse only jumps with it; pass Cutoff(float(x))"
+        )
+    return replace(damping, value=damping.value.reshape(()))

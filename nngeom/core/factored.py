@@ -12,7 +12,7 @@ from torch import Tensor
 from nngeom.core import contract, gram, linalg
 from nngeom.core.gram import Tile
 from nngeom.core.jacobian import LayerJacobian
-from nngeom.core.statistic import Moment
+from nngeom.core.statistic import Inputs, Moment
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -144,9 +144,8 @@ class FactoredJacobian(LayerJacobian):
             return super().gram(other)
         return contract.gram_by_positions(self, other)
 
-    def kronecker_sums(self, sharing, limit, first):
-        sums = {"g": self.gradient_factor(sharing, limit)}
-        return sums | {"a": self.input_factor(sharing, limit)} if first else sums
+    def kronecker_sums(self, sharing, limit):
+        return {"g": self.gradient_factor(sharing, limit), "a": Inputs(lambda: self.input_factor(sharing, limit))}
 
     def input_factor(self, sharing, limit):
         a = self.a if sharing == "expand" else self.a.mean(1, keepdim=True)

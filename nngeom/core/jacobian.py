@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg, memory
-from nngeom.core.errors import UnsupportedError
+from nngeom.core.errors import StructureError, UnsupportedError
 from nngeom.core.gram import Tile, by_rows
-from nngeom.core.statistic import Moment
+from nngeom.core.statistic import Inputs, Moment
 
 
 class LayerJacobian(ABC):
@@ -151,18 +151,23 @@ class LayerJacobian(ABC):
         """``[k, n]``: ``|J[k, n]|**2``."""
         return torch.cat([j.rows().square().sum(-1) for j in self.blocks(memory.CACHE_BYTES)], 1)
 
-    def kronecker_sums(self, sharing: str, limit: int, first: bool) -> dict[str, Tensor | Moment]:
+    def kronecker_sums(self, sharing: str, limit: int) -> dict[str, Tensor | Moment | Inputs]:
         """Sums over ``k, n`` from which :func:`nngeom.pmat.kfac.kronecker_block` makes the factors of ``sum J J^T``.
 
-        ``"a" [s, i, i]`` of inputs (only with the ``first`` cotangents of a batch: it does not depend on them) and
-        ``"g" [s, o, o]`` of gradients; a factor that is exactly diagonal, or longer than ``limit``, as its diagonal.
-        Rows without Kronecker structure (``o = 1``) give the exact block as ``"a"`` and no ``"g"``.
+        ``"a" [s, i, i]`` of :class:`Inputs` and ``"g" [s, o, o]`` of gradients; a factor that is exactly diagonal, or
+        longer than ``limit``, as its diagonal. Rows without Kronecker structure (``o = 1``) give the exact block as
+        ``"a"`` and no ``"g"``.
         """
         return {"a": self.input_factor(sharing, limit)}
 
     def input_factor(self, sharing: str, limit: int) -> Tensor | Moment:
         """``"a"`` of :meth:`kronecker_sums`; for rows without Kronecker structure the exact block ``[s, i, i]``."""
-        _, _, s, _, i = self.shape
+        _, _, s, o, i = self.shape
+        if o != 1:
+            raise StructureError(
+                f"{type(self).__name__} rows of {o} x {i} have no Kronecker structure, so no factors; use a "
+                "representation of their second moments, such as PMatDiag or PMatBlockDiag"
+            )
         total = torch.zeros(s, i, i, dtype=linalg.accumulation_dtype(self.dtype), device=self.device)
         for j in self.blocks():
             m = j.matrix().squeeze(3).flatten(0, 1).transpose(0, 1)  # [s, r, i]

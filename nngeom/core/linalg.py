@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import NonFiniteError, SingularError
+from nngeom.core.errors import NonFiniteError, SingularError, UnsupportedError
 
 ROUNDINGS = 16  # of the largest eigenvalue, below which one of a sum over examples counts as zero
 
@@ -19,11 +19,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def flat_rows(x: Tensor) -> Tensor:
+    """``[k, *shape] -> [k, p]``, of single numbers and of nothing too."""
+    return x.unsqueeze(1).flatten(1)
+
+
 def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending) and contiguous eigenvectors of symmetric ``m [..., p, p]``, computed in float64.
 
     LAPACK's divide and conquer can fail to converge on nearly degenerate matrices: the second try perturbs the
-    diagonal by rounding-error size, the third takes the singular value decomposition.
+    diagonal by rounding-error size, the third takes the singular value decomposition. Eigenvalues may have a gradient;
+    eigenvectors only where eigenvalues are distinct, else the backward pass raises :class:`UnsupportedError`.
     """
     if not torch.isfinite(m).all():
         raise NonFiniteError("eigendecomposition of a matrix with NaN or infinite entries; check the inputs and the model")
@@ -41,7 +47,35 @@ def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
             order = values.argsort(-1)
             values = values.gather(-1, order)
             vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
+    if vectors.requires_grad:
+        vectors = _Distinct.apply(vectors, values.detach())
     return values.to(m), vectors.to(m).contiguous()
+
+
+def svd(m: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values and right singular vectors, the rows of the second, in float64; gradients as of :func:`eigh`."""
+    _, values, vectors = torch.linalg.svd(m.double(), full_matrices=False)
+    return values, _Distinct.apply(vectors, values.detach()) if vectors.requires_grad else vectors
+
+
+class _Distinct(torch.autograd.Function):
+    """Eigenvectors as they are; no gradient passes where eigenvalues ``[..., p]`` repeat: it would be infinite."""
+
+    @staticmethod
+    def forward(ctx, vectors, values):
+        ctx.save_for_backward(values)
+        return vectors.view_as(vectors)
+
+    @staticmethod
+    def backward(ctx, g):
+        (values,) = ctx.saved_tensors
+        gaps, scale = values.diff(dim=-1).abs(), values.abs().amax(-1, keepdim=True)
+        if bool((g != 0).any()) and bool((gaps <= torch.finfo(values.dtype).eps ** 0.5 * scale).any()):
+            raise UnsupportedError(
+                "a gradient in the entries of a matrix, through eigenvectors of eigenvalues that repeat, is not offered; "
+                "detach() the matrix that has a graph, or use PMatDense, whose solve with a number as damping needs none"
+            )
+        return g, None
 
 
 def gram(x: Tensor) -> Tensor:
@@ -76,15 +110,34 @@ def strips(p: int) -> list[tuple[int, int]]:
     return [(lo, min(p, lo + width)) for lo in range(0, p, width)]
 
 
-def cholesky(m: Tensor, what: str) -> Tensor:
-    """Lower Cholesky factor of ``m [..., p, p]``; raises :class:`SingularError` when ``m`` is not positive definite."""
+def cholesky(m: Tensor, what: str, eps: float | None = None) -> Tensor:
+    """Lower Cholesky factor of ``m [..., p, p]``; raises :class:`SingularError` when ``m`` is not positive definite.
+
+    ``eps``: the rounding error of the entries, by default that of their dtype; pivots that it may have made are zero.
+    """
     factor, info = torch.linalg.cholesky_ex(m)
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    scale = m.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True) if m.shape[-1] else pivots
-    tiny = m.shape[-1] * torch.finfo(m.dtype).eps * scale
+    pivots = factor.detach().diagonal(dim1=-2, dim2=-1).square()
+    scale = m.detach().diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True) if m.shape[-1] else pivots
+    tiny = m.shape[-1] * (torch.finfo(m.dtype).eps if eps is None else eps) * scale
     if bool((info != 0).any()) or bool((pivots <= tiny).any()):
         raise SingularError(f"{what} is singular or indefinite; use a larger damping, or Cutoff(x) for a pseudo-inverse")
     return factor
+
+
+def cholesky_logdet(m: Tensor, what: str) -> Tensor:
+    """``log det m`` for each of ``m [..., p, p]``, in float64; raises :class:`SingularError` as :func:`cholesky`."""
+    wide = m.double() if m.device.type != "mps" else m.cpu().double()
+    pivots = cholesky(wide, what, torch.finfo(m.dtype).eps).diagonal(dim1=-2, dim2=-1)
+    return 2 * pivots.log().sum(-1).to(m)
+
+
+def lu(m: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """The factors of a square ``m [p, p]``, as ``torch.linalg.lu_factor``; raises :class:`SingularError` on zeros."""
+    factors, order, _ = torch.linalg.lu_factor_ex(m)
+    pivots = factors.detach().diagonal().abs()
+    if bool((pivots <= m.shape[-1] * torch.finfo(m.dtype).eps * m.detach().abs().max()).any()):
+        raise SingularError(f"{what} is singular; use a larger damping")
+    return factors, order
 
 
 # -- factors: dense [s, p, p] or diagonal [s, p] -----------------------------------------------------------------------

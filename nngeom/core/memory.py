@@ -52,7 +52,7 @@ def pieces(total: int, bytes_each: int, what: str = "", most: int | None = None)
     """``(lo, hi)`` ranges that cover ``range(total)``, about equally long and at most :func:`step`."""
     size = step(total, bytes_each, what, most)
     size = -(-total // max(1, -(-total // size)))
-    for lo in range(0, total, size):
+    for lo in range(0, total, max(1, size)):
         yield lo, min(total, lo + size)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,14 +35,56 @@ class Moment:
         return linalg.add_gram_(None if total is None else total.view(p, p), x, self.scale).view(*self.lead, p, p)
 
 
-Named = Mapping[Any, Mapping[str, Tensor | Rows | Moment]]  # {block: {name of the statistic: what is added}}
+@dataclass
+class Inputs:
+    """Marks a statistic of inputs alone, which does not depend on cotangents: the input side of a Kronecker product.
+
+    It is counted once a batch, however many chunks of cotangents the batch is cut into, and stays as it is where
+    gradients are rescaled. ``of``: the tensor or :class:`Moment`, or a function that makes it, called when it counts.
+    """
+
+    of: Tensor | Moment | Callable[[], Tensor | Moment]
+
+    def value(self) -> Tensor | Moment:
+        """What is added."""
+        return self.of if isinstance(self.of, (Tensor, Moment)) else self.of()
+
+
+Named = Mapping[Any, Mapping[str, Tensor | Rows | Moment | Inputs]]  # {block: {name of the statistic: what is added}}
+
+
+def names_of(block: Any) -> list[str]:
+    """The parameters of a block, or what the statistic calls it."""
+    while isinstance(block, tuple) and block:
+        block = block[-1]
+    return list(getattr(block, "names", [str(block)]))
+
+
+class Part(Protocol):
+    """The part of a batch that a statistic is taken of."""
+
+    @property
+    def examples(self) -> int:
+        """Its examples."""
+
+    @property
+    def first(self) -> bool:
+        """Whether these are the first cotangents of its examples."""
+
+
+ChunkT = TypeVar("ChunkT", bound=Part)
 
 
 @dataclass
 class Sums:
-    """``{block: {name: sum over examples}}`` and the number of examples seen."""
+    """``{block: {name: sum over examples}}`` and the number of examples seen.
+
+    ``inputs``: the blocks and names of sums of :class:`Inputs`. All others are second moments of gradients: sums of
+    their products in pairs, or :class:`Rows` of them.
+    """
 
     count: int = 0
+    inputs: set[tuple[Any, str]] = field(default_factory=set)
     _sums: dict[Any, dict[str, Tensor | Rows]] = field(default_factory=dict)
     _halves: set[tuple[Any, str]] = field(default_factory=set)  # moments whose lower half is not there yet
 
@@ -54,29 +96,60 @@ class Sums:
         self._halves.clear()
         return self._sums
 
-    def add(self, named: Named, examples: int) -> None:
-        """Add the sums of some more examples."""
-        for block, parts in named.items():
-            mine = self._sums.setdefault(block, {})
+    def add(self, statistic: Callable[[ChunkT], Named], chunk: ChunkT) -> None:
+        """Add the statistic of a chunk; examples are counted, and :class:`Inputs` taken, with their first cotangents.
+
+        The first tensor of a name is not copied where that is not needed: it becomes the sum.
+        """
+        taken = set[int]()
+        for block, parts in statistic(chunk).items():
             for name, t in parts.items():
-                held = mine.get(name)
-                if isinstance(t, Rows):
-                    mine[name] = Rows([*(held.parts if isinstance(held, Rows) else []), *t.parts])
-                elif isinstance(t, Moment):
-                    mine[name] = t.added_to(held)  # type: ignore[arg-type]
-                    self._halves.add((block, name))
-                elif isinstance(held, Tensor):
-                    held += t
+                if isinstance(t, Inputs):
+                    self.inputs.add((block, name))
+                    if chunk.first:
+                        self._add(block, name, t.value(), taken)
                 else:
-                    wide = accumulation_dtype(t.dtype)
-                    mine[name] = t.to(wide) if t.dtype != wide else t.clone() if t._base is not None else t
-        self.count += examples
+                    self._add(block, name, t, taken)
+        if chunk.first:
+            self.count += chunk.examples
+
+    def _add(self, block: Any, name: str, t: Tensor | Rows | Moment, taken: set[int] | None) -> None:
+        """``taken``: storages that became sums in this call and that no second sum may share; ``None``: copy ``t``."""
+        mine = self._sums.setdefault(block, {})
+        held = mine.get(name)
+        if isinstance(t, Rows):
+            mine[name] = Rows([*(held.parts if isinstance(held, Rows) else []), *t.parts])
+        elif isinstance(t, Moment):
+            mine[name] = t.added_to(held)  # type: ignore[arg-type]
+            self._halves.add((block, name))
+        elif isinstance(held, Tensor):
+            if t is held:  # a constant, handed over in every chunk
+                mine[name] = held + t
+            else:
+                held += t
+        else:
+            wide, place = accumulation_dtype(t.dtype), t.untyped_storage().data_ptr()
+            if t.dtype == wide and (taken is None or t._base is not None or place in taken):
+                t = t.clone()
+            elif t.dtype == wide and taken is not None:
+                taken.add(place)
+            mine[name] = t.to(wide)
 
     def merge(self, others: Iterable[Sums]) -> Sums:
-        """The sums over all examples seen by any of them."""
+        """The sums over all examples seen by any of them, which stay as they are."""
         for other in others:
-            self.add(other.sums, other.count)
+            self.inputs |= other.inputs
+            for block, parts in other.sums.items():
+                for name, t in parts.items():
+                    self._add(block, name, t, None)
+            self.count += other.count
         return self
+
+    def share_inputs(self, other: Sums) -> None:
+        """Take over the count and the :class:`Inputs` of the same examples under other cotangents."""
+        for block, name in other.inputs:
+            self._sums.setdefault(block, {})[name] = other.sums[block][name]
+        self.inputs, self.count = set(other.inputs), other.count
 
     def mean(self, used_up: bool = False) -> dict[Any, dict[str, Tensor]]:
         """Sums divided by the number of examples; rows stacked and divided by its square root. ``used_up``: the sums are given up for it."""

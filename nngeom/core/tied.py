@@ -11,6 +11,7 @@ from nngeom.core import linalg, memory
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Arrangement
+from nngeom.core.statistic import Inputs, Moment
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +76,11 @@ class TiedJacobian(LayerJacobian):
                 total = total + 2 * torch.stack([c[:, 0, :, 0].diagonal() for c in cross], 1)
         return total
 
-    def kronecker_sums(self, sharing, limit, first):
-        sums: dict[str, Tensor] = {}
+    def kronecker_sums(self, sharing, limit):
+        sums: dict[str, Tensor | Moment | Inputs] = {}
         for q, (transposed, j) in enumerate(self.terms):
             names = {"a": f"g{q}", "g": f"a{q}"} if transposed else {"a": f"a{q}", "g": f"g{q}"}
-            sums |= {names[side]: factor for side, factor in j.kronecker_sums(sharing, limit, first).items()}
+            sums |= {names[side]: factor for side, factor in j.kronecker_sums(sharing, limit).items()}
         return sums
 
     def rotate(self, ua, ug):

@@ -10,19 +10,24 @@ from torch import Tensor
 
 from nngeom.core import linalg
 from nngeom.core.factored import FactoredJacobian
-from nngeom.core.statistic import Moment
+from nngeom.core.statistic import Inputs, Moment
 
 
-def channel_sums(j: FactoredJacobian, window: int, bias: bool, sharing: str, limit: int, first: bool) -> dict[str, Tensor | Moment]:
+def channel_sums(
+    j: FactoredJacobian, window: int, bias: bool, sharing: str, limit: int
+) -> dict[str, Tensor | Moment | Inputs]:
     """Sums like :meth:`LayerJacobian.kronecker_sums`: ``"c" [s, c, c]`` of inputs, averaged over places, ``"g"``, and ``"b"`` the bias's own."""
-    sums: dict[str, Tensor | Moment] = {"g": j.gradient_factor(sharing, limit)}
-    if first:
-        a = j.a if sharing == "expand" else j.a.mean(1, keepdim=True)
-        sums["b"] = a.new_full((a.shape[2], 1, 1), float(a.shape[0] * a.shape[1]))
-        rows = _windows(a, window, bias).permute(2, 0, 1, 4, 3).flatten(1, 3)  # [s (n t w) c]
-        narrow = rows.shape[-1] <= limit
-        sums["c"] = (torch.stack([linalg.gram(r) for r in rows]) if narrow else rows.square().sum(1)) / window
-    return sums
+    n, t, s, _ = j.a.shape
+    ones = j.a.new_full((s, 1, 1), float(n * t if sharing == "expand" else n))
+    channels = Inputs(lambda: _channels(j.a, window, bias, sharing, limit))
+    return {"g": j.gradient_factor(sharing, limit), "b": Inputs(ones), "c": channels}
+
+
+def _channels(a: Tensor, window: int, bias: bool, sharing: str, limit: int) -> Tensor:
+    a = a if sharing == "expand" else a.mean(1, keepdim=True)
+    rows = _windows(a, window, bias).permute(2, 0, 1, 4, 3).flatten(1, 3)  # [s (n t w) c]
+    narrow = rows.shape[-1] <= limit
+    return (torch.stack([linalg.gram(r) for r in rows]) if narrow else rows.square().sum(1)) / window
 
 
 def rotate_channels(j: FactoredJacobian, window: int, bias: bool, ua: Tensor | None, ug: Tensor | None) -> FactoredJacobian:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nngeom.core.damping import Cutoff, as_damping
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense, require_ndim
 from nngeom.fmat.fmat import FMat
-from nngeom.pmat.block import reciprocal
+from nngeom.pmat.block import reciprocal, shifted_logdet
 from nngeom.space.fvector import FVector
 
 
@@ -64,6 +64,11 @@ class FMatDiag(FMat):
         if not isinstance(d, Cutoff):
             self._number(d)
         return FVector(reciprocal(self.tensor, d, "the diagonal kernel") * self._operand(f, self.columns))
+
+    def logdet(self, damping=0.0):
+        d = as_damping(damping)
+        self._number(d)
+        return shifted_logdet(self.tensor.flatten(), d)
 
     def eigh(self):
         values, order = self.tensor.flatten().sort(stable=True)

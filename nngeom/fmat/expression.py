@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nngeom.core.damping import Damping
 from nngeom.fmat.dense import FMatDense
@@ -17,7 +18,7 @@ class FMatSum(FunctionOperator):
     """``sum_j weight_j K_j``."""
 
     parts: tuple[FunctionOperator, ...]
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float | Tensor, ...] | None = None
 
     def _weighted(self):
         return zip(self.weights or (1.0,) * len(self.parts), self.parts)
@@ -53,7 +54,7 @@ class FMatSum(FunctionOperator):
         return FMatSum(tuple(p.T for p in self.parts), self.weights)
 
     def _scaled(self, c):
-        return FMatSum(self.parts, tuple(float(c) * w for w, _ in self._weighted()))
+        return FMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
 
     def trace(self):
         """``tr K``."""
@@ -71,11 +72,11 @@ class FMatSum(FunctionOperator):
         """The Frobenius norm of the dense kernel."""
         return self.materialize().norm(kind)
 
-    def solve(self, f: FVector, damping: float | Damping = 0.0) -> FVector:
+    def solve(self, f: FVector, damping: float | Tensor | Damping = 0.0) -> FVector:
         """``(K + damping I)^-1 f`` with the dense kernel."""
         return self.materialize().solve(f, damping)
 
-    def logdet(self, damping: float = 0.0):
+    def logdet(self, damping: float | Tensor = 0.0):
         """``log det(K + damping I)`` of the dense kernel."""
         return self.materialize().logdet(damping)
 

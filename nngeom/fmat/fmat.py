@@ -10,10 +10,10 @@ from torch import Tensor
 
 from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Damping, Tikhonov, as_damping
-from nngeom.core.errors import ArgumentError
+from nngeom.core.errors import ArgumentError, SingularError
 from nngeom.core.registry import Registry
 from nngeom.fmat.operator import FunctionOperator
-from nngeom.pmat.block import TensorObject, reciprocal, zero_small
+from nngeom.pmat.block import TensorObject, log_sum, reciprocal, zero_small
 from nngeom.space.fvector import FVector
 
 
@@ -42,10 +42,6 @@ class FMat(FunctionOperator, TensorObject):
     def _scaled(self, c):
         return type(self)(c * self.tensor)  # type: ignore[call-arg]
 
-    def detach(self) -> Any:
-        """Without its graph."""
-        return type(self)(self.tensor.detach())  # type: ignore[call-arg]
-
     def norm(self, kind: str = "fro") -> Tensor:
         """The Frobenius norm."""
         if kind not in ("fro", None):
@@ -62,6 +58,20 @@ class FMat(FunctionOperator, TensorObject):
     def _symmetric_parts(self) -> Tensor:
         """``[parts, p, p]``: the diagonal blocks, rows in flat order."""
 
+    def _require_symmetric(self, what: str) -> None:
+        """Raise for a kernel between two sets, of equal size perhaps; a few rows tell, at a cost that does not show."""
+        self._require_square(what)
+        m = self._symmetric_parts().detach()
+        if not m.numel():
+            return
+        step = -(-m.shape[-1] // 8)
+        rows, columns = m[:, ::step], m[..., ::step].mT
+        if bool((rows - columns).abs().max() > torch.finfo(m.dtype).eps ** 0.5 * rows.abs().max()):
+            raise ArgumentError(
+                f"{what} needs a symmetric kernel, that of one set of examples; this one is between two, or was given "
+                "as a tensor that is not symmetric: torch.linalg works on K.to_dense()"
+            )
+
     def _as_parts(self, f: Tensor) -> Tensor:
         """``[*b, c, n] -> [*b, parts, p]``."""
         parts = self._symmetric_parts().shape[0]
@@ -71,12 +81,12 @@ class FMat(FunctionOperator, TensorObject):
         """``tr K``."""
         return self.diag().tensor.sum()
 
-    def solve(self, f: FVector, damping: float | Damping = 0.0) -> FVector:
+    def solve(self, f: FVector, damping: float | Tensor | Damping = 0.0) -> FVector:
         """``(K + damping I)^-1 f``, batched; ``Cutoff(x)`` gives the pseudo-inverse.
 
         Raises :class:`SingularError` where the damped kernel is not positive definite to rounding.
         """
-        self._require_square("solve")
+        self._require_symmetric("solve")
         d, m = as_damping(damping), self._symmetric_parts()
         x = self._as_parts(self._operand(f, self.columns))  # [*b, parts, p]
         flat = x.reshape(-1, *x.shape[-2:]).permute(1, 2, 0)  # [parts, p, b]
@@ -84,34 +94,41 @@ class FMat(FunctionOperator, TensorObject):
             values, u = linalg.eigh(m)
             out = u @ (reciprocal(values, d, "the kernel").unsqueeze(-1) * (u.mT @ flat))
         else:
-            shifted = m + self._number(d) * torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
-            out = torch.cholesky_solve(flat, linalg.cholesky(shifted, f"the kernel with damping {d.value:g}"))
+            out = torch.cholesky_solve(flat, linalg.cholesky(*self._shifted(d)))
         return FVector(out.permute(2, 0, 1).reshape(f.shape))
 
-    def _number(self, damping: Damping) -> float:
+    def _number(self, damping: Damping) -> float | Tensor:
         if not isinstance(damping, Tikhonov):
             raise ArgumentError(f"damping is {damping!r}; a kernel has no Kronecker factors: expected a number >= 0 or Cutoff(x)")
         return damping.value
 
-    def logdet(self, damping: float = 0.0) -> Tensor:
-        """``log det(K + damping I)``; ``-inf`` where that is singular."""
-        self._require_square("logdet")
-        shift = self._number(as_damping(damping))
+    def _shifted(self, damping: Damping) -> tuple[Tensor, str]:
+        """The parts of ``K + damping I``, and what to call it where it is singular."""
         m = self._symmetric_parts()
-        if m.requires_grad:
-            return torch.logdet(m + shift * torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)).sum()
-        values = zero_small(torch.linalg.eigvalsh(m.double()).flatten()) + shift
-        return values.log().sum().to(m) if bool((values > 0).all()) else m.new_tensor(-torch.inf)
+        shift = self._number(damping) * torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+        return m + shift, f"the kernel with damping {damping.value:g}"
+
+    def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
+        """``log det(K + damping I)``; ``-inf`` where that is singular: without damping where :meth:`solve` raises."""
+        self._require_symmetric("logdet")
+        d = as_damping(damping)
+        try:
+            return linalg.cholesky_logdet(*self._shifted(d)).sum()
+        except SingularError:
+            if d.value > 0:
+                m = self._symmetric_parts()
+                return log_sum(zero_small(torch.linalg.eigvalsh(m.double())) + d.value).to(m)
+            return log_sum(self.tensor.new_zeros(1) + d.value)
 
     def eigh(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues ``(c n,)``, ascending, and eigenvectors ``(c n, c n)``, columns in the same order."""
-        self._require_square("eigh")
+        self._require_symmetric("eigh")
         values, u = linalg.eigh(self._symmetric_parts())
         flat, order = values.flatten().sort(stable=True)
         return flat, torch.block_diag(*u)[:, order].contiguous() if len(u) > 1 else u[0]
 
     def eigvalsh(self) -> Tensor:
         """Eigenvalues ``(c n,)``, ascending, without eigenvectors; computed in float64."""
-        self._require_square("eigvalsh")
+        self._require_symmetric("eigvalsh")
         m = self._symmetric_parts()
         return torch.linalg.eigvalsh(m.double()).flatten().sort()[0].to(m)

@@ -12,13 +12,16 @@ from torch import Tensor
 from nngeom.core import memory
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, UnsupportedError
+from nngeom.core.linalg import flat_rows
+from nngeom.core.linear import identity, linear, solution
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import EVERYTHING, Mean, build, squared_norms
-from nngeom.fmat.tiles import Side
+from nngeom.fmat.tiles import Side, span
 from nngeom.generator.backward import pull_back
 from nngeom.generator.linearization import Linearization
 from nngeom.generator.task import gradients_on
+from nngeom.pmat.tangents import tangents_or_rows, times_rows
 from nngeom.solve.cg import conjugate_gradient
 from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos
@@ -27,32 +30,62 @@ from nngeom.space.pvector import PVector
 
 
 def push(side: Side, v: Tensor) -> Tensor:
-    """``J v``: ``[*b, d] -> [*b, c, n]``, one forward-mode pass a vector and batch."""
-    task = side.sweep.task
-    linear, flat = Linearization(task), v.reshape(-1, v.shape[-1])
-    rows = []
-    for x in flat:
-        named = PVector(task.collection, x)
-        tangents = {name: named[name].to(p.dtype) for name, p in task.parameters.items()}
-        pushed = [linear.jvp(batch, tangents)[1].flatten(1).T for batch in side.sweep.loader]
-        rows.append(torch.cat(pushed, 1).to(v.dtype))
-    return torch.stack(rows).view(*v.shape[:-1], *rows[0].shape) if rows else v.new_zeros(*v.shape[:-1], side.outputs, side.examples)
+    """``J v``: ``[*b, d] -> [*b, c, n]``, a forward-mode pass a vector, or by rows; differentiable in ``v``."""
+    return linear(lambda x: _push(side, x), lambda u: _pull(side, u), v, side.parameters)
 
 
 def pull(side: Side, u: Tensor) -> Tensor:
-    """``J^T u``: ``[*b, c, n] -> [*b, d]``, one forward pass a batch and one backward pass for all vectors that fit the budget."""
+    """``J^T u``: ``[*b, c, n] -> [*b, d]``, differentiable in ``u``.
+
+    One forward pass a batch, and one backward pass for all vectors that fit the budget.
+    """
+    return linear(lambda x: _pull(side, x), lambda v: _push(side, v), u, side.parameters)
+
+
+def _push(side: Side, v: Tensor) -> Tensor:
+    flat = v.reshape(-1, v.shape[-1])
+    with side.within():
+        if not len(flat):
+            return v.new_zeros(*v.shape[:-1], side.outputs, side.examples)
+        pushed = tangents_or_rows(lambda: _by_tangents(side, flat), lambda: _by_rows(side, flat))
+    return pushed.view(*v.shape[:-1], *pushed.shape[1:])
+
+
+def _by_tangents(side: Side, v: Tensor) -> Tensor:
+    """``[b, d] -> [b, c, n]``."""
+    task = side.sweep.task
+    linearization, rows = Linearization(task), []
+    for x in v:
+        named = PVector(task.collection, x)
+        tangents = {name: named[name].to(p.dtype) for name, p in task.parameters.items()}
+        pushed = [linearization.jvp(batch, tangents)[1].flatten(1).T for batch in side.sweep.loader]
+        rows.append(torch.cat(pushed, 1).to(v.dtype))
+    return torch.stack(rows)
+
+
+def _by_rows(side: Side, v: Tensor) -> Tensor:
+    """As :func:`_by_tangents`, from the rows as every stored representation has them."""
+    out = v.new_zeros(len(v), side.outputs, side.examples)
+    for chunk in side.chunks(reuse=True):
+        k, n = span(chunk)
+        out[:, k, n] = times_rows(chunk, v)
+    return out
+
+
+def _pull(side: Side, u: Tensor) -> Tensor:
     task, flat = side.sweep.task, u.reshape(-1, *u.shape[-2:])
     total = torch.zeros(flat.shape[0], task.collection.numel, dtype=u.dtype, device=u.device)
     parameters = list(task.parameters.values())
     shapes, at = [p.shape for p in parameters], 0
-    for batch, n in zip(side.sweep.loader, side.sizes):
-        with gradients_on():
-            outputs = task.run(batch)
-        cotangents = flat[..., at : at + n].transpose(1, 2).reshape(-1, *outputs.shape).to(outputs.dtype)
-        for lo, hi in memory.pieces(len(flat), 2 * total[0].numel() * u.element_size()):
-            grads = pull_back(outputs, parameters, shapes, cotangents[lo:hi], retain=hi < len(flat))
-            total[lo:hi] += torch.cat([g.flatten(1) for g in grads], 1).to(u.dtype)
-        at += n
+    with side.within():
+        for batch, n in zip(side.sweep.loader, side.sizes):
+            with gradients_on():
+                outputs = task.run(batch)
+            cotangents = flat[..., at : at + n].transpose(1, 2).reshape(-1, *outputs.shape).to(outputs.dtype)
+            for lo, hi in memory.pieces(len(flat), 2 * task.collection.numel * u.element_size()):
+                grads = pull_back(outputs, parameters, shapes, cotangents[lo:hi], retain=hi < len(flat))
+                total[lo:hi] += torch.cat([flat_rows(g) for g in grads], 1).to(u.dtype)
+            at += n
     return total.view(*u.shape[:-2], -1)
 
 
@@ -98,16 +131,19 @@ class FMatImplicit(FunctionOperator):
         return FMatImplicit(self.left, self.right, self.centered, c * self.scale, self.reference)
 
     def _mv(self, f):
+        return self.scale * self._unscaled(f)
+
+    def _unscaled(self, f: Tensor) -> Tensor:
         """With centring, ``(J - 1 mu)(J' - 1 mu)^T f``, the mean gradient by one more product with the reference examples."""
         pulled = pull(self.right, f)
         if not self.centered:
-            return self.scale * push(self.left, pulled)
+            return push(self.left, pulled)
         base = self._reference
         mean = f.sum(-1, keepdim=True).expand(*f.shape[:-1], base.examples) / base.examples
         pulled = pulled - pull(base, mean)
         pushed = push(self.left, pulled)
         over = pushed if base is self.left else push(base, pulled)
-        return self.scale * (pushed - over.mean(-1, keepdim=True))
+        return pushed - over.mean(-1, keepdim=True)
 
     # -- exact numbers -----------------------------------------------------------------------------------------------
 
@@ -122,9 +158,10 @@ class FMatImplicit(FunctionOperator):
         self._require_square("diag")
         if self.left is not self.right:
             return FVector(self.materialize().diag().tensor)
-        with torch.no_grad():
+        with torch.no_grad(), self.left.within():
             mean = Mean.over(self._reference) if self.centered else None
-            return FVector(self.scale * squared_norms(self.left, EVERYTHING, mean)[""])
+            squares = squared_norms(self.left, EVERYTHING, mean)[""]
+        return FVector(self.scale * squares)
 
     def trace(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
         """``tr K``: exact by default, or an :class:`Estimate` with a standard error (``"hutchinson"``, ``"hutch++"``)."""
@@ -148,30 +185,41 @@ class FMatImplicit(FunctionOperator):
 
     def materialize(self, representation: Any = FMatDense) -> Any:
         """The same kernel in a representation that holds its entries."""
-        with torch.no_grad():
+        if self.centered and self._reference is not self.left:
+            return self.T.materialize(representation).T
+        with torch.no_grad(), self.left.within():
             right = None if self.left is self.right else self.right
-            if self.centered and self._reference is not self.left:
-                return self.T.materialize(representation).T
-            return self.scale * build(representation, self.left, right, EVERYTHING, self.centered)[""]
+            kernel = build(representation, self.left, right, EVERYTHING, self.centered)[""]
+        return self.scale * kernel
 
     # -- what it solves and estimates --------------------------------------------------------------------------------
 
-    def _flat(self) -> Callable[[Tensor], Tensor]:
-        return lambda z: self._mv(z.unflatten(-1, (self.outputs, self.columns))).flatten(-2)
+    def _require_symmetric(self, what: str) -> None:
+        if self.left is not self.right:
+            raise ArgumentError(f"{what} needs a symmetric kernel, of one set of examples; this one is between two")
 
-    def solve(self, f: FVector, damping: float | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None) -> FVector:
-        """``(K + damping I)^-1 f`` by conjugate gradients to a relative residual ``tol``; raises :class:`ConvergenceError`."""
-        self._require_square("solve")
+    def _flat(self, product: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+        return lambda z: (product or self._mv)(z.unflatten(-1, (self.outputs, self.columns))).flatten(-2)
+
+    def solve(
+        self, f: FVector, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None
+    ) -> FVector:
+        """``(K + damping I)^-1 f`` by conjugate gradients to a relative residual ``tol``.
+
+        Differentiable in ``f`` and ``damping``. Raises :class:`ConvergenceError` when ``tol`` is not reached.
+        """
+        self._require_symmetric("solve")
         d = as_damping(damping)
         if not isinstance(d, Tikhonov):
             raise ArgumentError("an implicit kernel takes a number as damping: Cutoff needs a factorisation, materialize() first")
-        act = self._flat()
-        x = conjugate_gradient(lambda y: act(y) + d.value * y, self._operand(f, self.columns).flatten(-2), tol, max_iter)
+        terms = [(self.scale, self._flat(self._unscaled)), (d.value, identity)]
+        solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter)
+        x = solution(solver, terms, self._operand(f, self.columns).flatten(-2), self.left.parameters)
         return FVector(x.view(f.shape))
 
     def lanczos(self, k: int, steps: int | None = None, tol: float = 1e-6, generator: torch.Generator | None = None) -> tuple[Tensor, FVector]:
         """The ``k`` largest eigenvalues, descending ``(k,)``, and their vectors, a batch of FVectors."""
-        self._require_square("lanczos")
+        self._require_symmetric("lanczos")
         device = generator.device if generator is not None else self.device
         start = torch.randn(self.shape[0], generator=generator, dtype=self.dtype, device=device).to(self.device)
         values, vectors = lanczos(self._flat(), start, k, steps, tol)
@@ -181,7 +229,7 @@ class FMatImplicit(FunctionOperator):
         """Not offered; raises :class:`UnsupportedError`."""
         raise self._refuse("eigh()")
 
-    def logdet(self, damping: float = 0.0) -> Any:
+    def logdet(self, damping: float | Tensor = 0.0) -> Any:
         """Not offered; raises :class:`UnsupportedError`."""
         raise self._refuse("logdet()")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +81,7 @@ class Side:
     @functools.cached_property
     def outputs(self) -> int:
         """``c``: how many outputs an example has; raises what a first, checked look at the data raises."""
-        with torch.no_grad():
+        with torch.no_grad(), self.within():
             return self.sweep.task.run(self.sweep.loader[0])[0].numel()
 
     def first_outputs(self) -> torch.Tensor:
@@ -112,6 +113,15 @@ class Side:
     def device(self) -> torch.device:
         """Where the kernel is."""
         return self.sweep.task.device
+
+    @property
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """What products with the Jacobian depend on: the parameters."""
+        return tuple(self.sweep.task.parameters.values())
+
+    def within(self) -> AbstractContextManager[int]:
+        """Work under the memory budget that the object was built with, which outlives that call."""
+        return memory.limit(self.sweep.memory_budget)
 
     def chunks(self, after: Key = START, reuse: bool = False) -> Iterator[Chunk]:
         """The chunks behind ``after``, captured anew; with ``reuse`` each may overwrite the one before."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.generator.remedies import gradients
 from nngeom.layers.adapter import Use
 
 LOOP_BYTES = 2**18  # gradients of one cotangent above which, on a CPU, a pass a cotangent costs no more than a batched one
@@ -116,7 +117,7 @@ def _one_by_one(outputs: Any, inputs: Sequence[Any], v: Tensor, retain: bool, pi
 
 
 def _grad(outputs, inputs, v, retain, create_graph, **options):
-    grads = torch.autograd.grad(outputs, inputs, v, retain_graph=retain or create_graph, create_graph=create_graph, allow_unused=True, **options)
+    grads = gradients(outputs, inputs, v, retain_graph=retain or create_graph, create_graph=create_graph, **options)
     return [dense(g) for g in grads]
 
 

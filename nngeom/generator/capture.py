@@ -27,7 +27,7 @@ from nngeom.generator.graph import sequence_number
 from nngeom.generator.kernels import COMPOSED, unfused
 from nngeom.generator.task import Batch, Task, gradients_on
 from nngeom.generator.untouched import Drew, require_unused
-from nngeom.layers.adapter import ADAPTERS, Call, NotStructured, Use
+from nngeom.layers.adapter import ADAPTERS, Call, Use
 from nngeom.layers.refuse import REFUSALS
 
 
@@ -178,11 +178,13 @@ class Recorder(TorchFunctionMode):
         with torch.set_grad_enabled(self.keep_graph):
             try:
                 use = adapter(call, *args, **kwargs)
-            except (NotStructured, TypeError):  # TypeError: a signature this adapter does not know
-                return None
+            except torch.OutOfMemoryError:
+                raise
             except ModeError:  # its affine parameters are used together with statistics of the batch
                 if self.refuse:
                     raise
+                return None
+            except Exception:  # NotStructured, or what an adapter did not expect of this call: the fallback knows better
                 return None
         if use is not None:
             use.sources = tuple(call.sources)

@@ -16,18 +16,19 @@ from torch import Tensor
 
 from nngeom.core import memory
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
-from nngeom.core.linalg import accumulation_dtype
+from nngeom.core.linalg import accumulation_dtype, flat_rows
 from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import Capture
 from nngeom.generator.kernels import twice_differentiable
+from nngeom.generator.remedies import gradients
 from nngeom.generator.task import Task, gradients_on, take
 from nngeom.generator.verify import require_separate, same_outputs
 
 
 def used(outputs: Tensor, parameters: Sequence[Tensor]) -> list[bool]:
-    """Which parameters the outputs depend on at all."""
-    grads = torch.autograd.grad(outputs, parameters, torch.ones_like(outputs), retain_graph=True, allow_unused=True)
-    return [g is not None for g in grads]
+    """Which parameters the outputs depend on at all; on none without elements."""
+    grads = gradients(outputs, parameters, torch.ones_like(outputs), retain_graph=True)
+    return [g is not None and g.numel() > 0 for g in grads]
 
 
 def full_jacobians(
@@ -58,7 +59,7 @@ def _alone(task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, c
                 require_separate(task, seen.batch, outputs, [(i, i + 1)])
             return None
         for rows, g in zip(pieces, pull_back(out, parameters, shapes, v[:, i : i + 1], retain=False, create_graph=create_graph)):
-            rows.append(g.flatten(1))
+            rows.append(flat_rows(g))
     return [torch.stack(rows, 1) for rows in pieces]
 
 
@@ -73,5 +74,5 @@ def _masked(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, create_gra
         masked[torch.arange(hi - lo, device=v.device), index % n] = v[index // n, index % n]
         grads = pull_back(outputs, parameters, [p.shape for p in parameters], masked, retain=True, create_graph=create_graph)
         for rows, g in zip(pieces, grads):
-            rows.append(g.flatten(1))
+            rows.append(flat_rows(g))
     return [torch.cat(rows).view(k, n, -1) for rows in pieces]

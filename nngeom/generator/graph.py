@@ -77,10 +77,15 @@ def read(outputs: Tensor, names: dict[int, str], registered: Collection[int], ho
                 found[node] = name
             described.append((name if name is not None else id(leaf) in registered, tuple(leaf.shape)))
             continue
-        sizes = tuple(tuple(meta.shape) for meta in node._input_metadata)
+        sizes = tuple(_sizes(meta) for meta in node._input_metadata)
         constants = tuple(_constant(getattr(node, c)) for c in _constants(node))
         described.append((type(node), node.name(), constants, sizes, tuple(edges), node in hooked))
     return Graph(tuple(order), leaves, found, frozenset(hooked), hash(tuple(described)))
+
+
+def _sizes(meta: Any) -> tuple[int, ...]:
+    """Of an output of a node; none of a nested tensor of rows of unlike size."""
+    return () if meta.is_cpp_nested_tensor else tuple(meta.shape)
 
 
 _CONSTANTS: dict[Any, tuple[str, ...]] = {}
@@ -110,7 +115,7 @@ def operation(node: Any) -> str | None:
 
 def shape(edge: Edge) -> tuple[int, ...]:
     """The sizes of the tensor that an edge stands for."""
-    return tuple(edge[0]._input_metadata[edge[1]].shape)
+    return _sizes(edge[0]._input_metadata[edge[1]])
 
 
 # What only says where the entries of a parameter lie, or in which dtype they are read.
@@ -139,7 +144,7 @@ def unexplained(graph: Graph, uses: Sequence[Use]) -> set[str]:
         view = node not in roots and operation(node) in _VIEWS
         if view and len(behind) == 1 and behind[0] in viewed:
             viewed[node] = viewed[behind[0]]
-    missing: set[str] = set()
+    missing = _entered(graph, uses, owner)
     seen: dict[tuple[tuple[int, ...], str], int] = {}
     for node in graph.nodes:
         for following, _ in node.next_functions:
@@ -152,6 +157,18 @@ def unexplained(graph: Graph, uses: Sequence[Use]) -> set[str]:
         if count > max((sum(slot.name == name for slot in uses[j].slots) for j in owners), default=0):
             missing.add(name)
     return missing | _bypassed(graph, uses)
+
+
+def _entered(graph: Graph, uses: Sequence[Use], owner: dict[Any, list[int]]) -> set[str]:
+    """Parameters of uses that some path enters behind the output that was seen, as after a change in place of a view of it."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        for following, _ in node.next_functions:
+            for j in owner.get(following, ()):
+                root = (uses[j].origin or uses[j].edge).node  # type: ignore[union-attr]
+                if following is not root and j not in owner.get(node, ()):
+                    found.update(slot.name for slot in uses[j].slots)
+    return found
 
 
 def _during(root: Any, since: int) -> Iterator[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,10 +71,21 @@ def _bags(
     return (out,) * 4
 
 
+def _view_as_complex(input: Tensor) -> Tensor:
+    return torch.complex(*input.unbind(-1))
+
+
+def _view_as_real(input: Tensor) -> Tensor:
+    return torch.stack((input.real, input.imag), -1)
+
+
 COMPOSED: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,  # the fused one takes the norms it saved for constants when differentiated again (torch 2.13, CPU)
     torch.embedding_bag: _bags,  # no second derivative; those with max_norm or the maximum stay as they are
     F.embedding_bag: _embedding_bag,
+    # as views these two fail on gradients that start at an odd place of their memory
+    torch.view_as_complex: _view_as_complex,
+    torch.view_as_real: _view_as_real,
 }
 
 
@@ -89,6 +102,45 @@ def twice_differentiable(model: nn.Module | None = None) -> Iterator[None]:
     """Within: as :func:`unfused`, and :data:`COMPOSED` operations."""
     with unfused(model), _Composite():
         yield
+
+
+class _Stance:
+    """How many are inside :func:`as_written`, in all threads: the stance of the compiler is one for the process."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.held: Any = None
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.held = torch.compiler.set_stance("force_eager")
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.held.__exit__(None, None, None)
+
+
+_STANCE = _Stance()
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """Within: functions and modules given to ``torch.compile`` run as they were written.
+
+    What is compiled has one derivative, hides its uses of parameters and often frees its graph after one backward pass.
+    """
+    if "torch._dynamo.eval_frame" not in sys.modules:  # nothing was compiled in this process
+        yield
+        return
+    _STANCE.enter()
+    try:
+        yield
+    finally:
+        _STANCE.leave()
 
 
 # Operations written out, for derivatives of their forward mode (see ReverseConventions).

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.core.jacobian import FullJacobian
+from nngeom.core.linalg import flat_rows
 from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import Capture, Recorder
 from nngeom.generator.descent import bytes_each_cotangent
@@ -218,7 +219,7 @@ class _Passage:
                 signs = 2 * torch.randint(0, 2, v.shape[:2], generator=generator) - 1
                 v = v * signs.to(v).view(*v.shape[:2], *[1] * (v.ndim - 2))
                 pulled = pull_back(outputs, parameters, [p.shape for p in parameters], v, retain=True)
-                rows = {name: g.flatten(1) for name, g in zip(self.rest, pulled)}
+                rows = {name: flat_rows(g) for name, g in zip(self.rest, pulled)}
             yield Chunk(jacobians | self._batchwise(rows), self.n, start, (lo, columns.count))
 
     def _batchwise(self, rows: dict[str, Tensor]) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
+from nngeom.core.errors import ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
+from nngeom.generator import remedies
+from nngeom.generator.batch import Batch, as_batches, leading_size, move
+from nngeom.generator.batch import take as take
+from nngeom.generator.kernels import as_written
 from nngeom.generator.untouched import Watch
 from nngeom.space.collection import LayerCollection, unwrap
 
-Batch = Any
 RUNNING = threading.RLock()  # models run one at a time: a forward-mode pass puts other tensors into them meanwhile
 
 
@@ -45,6 +48,7 @@ class Task:
         if not isinstance(lc, LayerCollection):
             raise ArgumentTypeError(f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)")
         parameters = lc.parameters(model)
+        remedies.require_whole(model, parameters)
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
             raise DeviceError(
@@ -95,12 +99,25 @@ class Task:
             return self._outputs(batch)
 
     def _outputs(self, batch: Batch) -> Tensor:
-        with _DenseGradients() if any(getattr(m, "sparse", False) for m in self.model.modules()) else contextlib.nullcontext():
-            outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
+        sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
+        with as_written(), _DenseGradients() if sparse else contextlib.nullcontext():
+            try:
+                outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
+            except (RuntimeError, TypeError) as error:
+                remedy = remedies.of_a_call(error, batch, self.parameters, self.function)
+                if remedy is None:
+                    raise
+                raise remedy from error
         if not isinstance(outputs, Tensor):
             raise OutputError(
                 f"the {'function' if self.function is not None else 'model'} returned {type(outputs).__name__}; expected a tensor of "
                 "outputs (n, c): pass function=lambda inputs, targets: ... to choose it"
+            )
+        if outputs.is_nested or outputs.layout is not torch.strided:
+            kind = "nested" if outputs.is_nested else "sparse"
+            raise OutputError(
+                f"the outputs are a {kind} tensor; expected an ordinary one (n, ...): pad, pool or densify them in the model "
+                "or in function="
             )
         if outputs.ndim == 0:
             raise OutputError("the outputs are a single number; expected one row an example, (n, ...): do not average over the batch")
@@ -174,53 +191,6 @@ def _describe(batch: Batch) -> str:
     if isinstance(batch, Mapping):
         return f"a dict with {list(batch)}"
     return f"a {type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
-
-
-def as_batches(loader: Any) -> Iterable[Batch]:
-    """An iterable of batches; a tuple, a tensor or a dict given as loader is one batch."""
-    if isinstance(loader, (tuple, Tensor, Mapping)):
-        return [loader]
-    if not hasattr(loader, "__iter__"):
-        raise ArgumentTypeError(f"loader is {type(loader).__name__}; expected a DataLoader, an iterable of batches, or one batch (a tuple, tensor or dict)")
-    pair = isinstance(loader, list) and len(loader) == 2 and all(isinstance(x, Tensor) for x in loader)
-    if pair and loader[0].ndim > 1 and loader[1].ndim == 1 and not loader[1].is_floating_point():
-        raise ArgumentError("loader is a list [inputs, targets]; a list is an iterable of batches: pass the tuple (inputs, targets), or [(inputs, targets)]")
-    return loader
-
-
-def move(batch: Batch, device: torch.device) -> Batch:
-    """A batch with its tensors detached and on ``device``."""
-    if isinstance(batch, Tensor):
-        return batch.detach().to(device)
-    if isinstance(batch, Mapping):
-        return {k: move(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(v, device) for v in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(move(v, device) for v in batch)
-    return batch
-
-
-def leading_size(batch: Batch) -> int | None:
-    """The first axis of the first tensor of a batch."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
-    for item in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ():
-        size = leading_size(item)
-        if size is not None:
-            return size
-    return None
-
-
-def take(batch: Batch, index: slice | list[int], n: int) -> Batch:
-    """The examples ``index`` of a batch, taken from every tensor with ``n`` rows."""
-    if isinstance(batch, Tensor):
-        return batch[index] if batch.ndim and batch.shape[0] == n else batch
-    if isinstance(batch, Mapping):
-        return {k: take(v, index, n) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(take(v, index, n) for v in batch)
-    return batch
 
 
 def require_finite(x: Tensor, what: str, batch_index: int) -> None:

@@ -81,8 +81,8 @@ class Unit:
     def _join(self, parts) -> LayerJacobian:
         a0, g0, use = parts[0]
         if not self.with_weight:
-            g = g0 if len(parts) == 1 else torch.stack([g for _, g, _ in parts]).sum(0)
-            return FullJacobian(g[:, :, 0].flatten(2)[:, :, None, None])  # [k n 1 1 p]
+            rows = [g[:, :, 0].flatten(2) for _, g, _ in parts]  # [k n p], of groups or of outputs
+            return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))[:, :, None, None])
         if use.elementwise:
             rows = [contract.scaled_sums(g[..., 0], a, self.with_bias) for a, g, _ in parts]
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)).unsqueeze(3))

@@ -9,8 +9,9 @@ it is, is found out later (:mod:`nngeom.generator.axes`), so that no adapter has
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,15 +124,34 @@ class Call:
         """Whether ``x`` is a selected parameter or a view of one."""
         return isinstance(x, Tensor) and self._find(x) is not None
 
+    def parameters_in(self, arguments: Iterable[Any]) -> int:
+        """How many of these arguments, and of those in their lists, are selected parameters or views of one."""
+        count = 0
+        for x in arguments:
+            if isinstance(x, Tensor):
+                count += self._find(x) is not None
+            elif isinstance(x, (tuple, list)):
+                count += self.parameters_in(x)
+        return count
+
+    def _parameter(self, x: Tensor | None) -> tuple[str, Tensor] | None:
+        """``(name, parameter)`` of a parameter or view; empty ones and unusual outputs have no structure."""
+        found = None if x is None else self._find(x)
+        if found is not None and (not found[1].numel() or self.out.is_complex() or self.out.is_nested):
+            raise NotStructured
+        return found
+
     def keep(self, x: Tensor) -> Tensor:
         """An input to be read later: detached unless the kernel is to be differentiated."""
+        if x.is_complex() or x.is_nested or x.layout is not torch.strided:
+            raise NotStructured  # rows of complex products are sums of two; the others have no strides
         x = x if self.keep_graph else x.detach()
         self.sources.append((x, x._version))
         return x
 
     def whole(self, x: Tensor | None, arrangement: Arrangement) -> Slot | None:
         """The slot of a parameter used whole; ``None`` where ``x`` is no selected parameter. A partial view raises."""
-        found = self._find(x) if x is not None else None
+        found = self._parameter(x)
         if x is None or found is None:
             return None
         name, base = found
@@ -141,7 +161,7 @@ class Call:
 
     def matrix(self, x: Tensor | None) -> Slot | None:
         """The slot of a 2-D tensor ``[o, i]``: a parameter, its transpose, or a rectangular part of either."""
-        found = self._find(x) if x is not None else None
+        found = self._parameter(x)
         if x is None or found is None:
             return None
         name, base = found
@@ -169,7 +189,7 @@ class Call:
 
     def vector(self, x: Tensor | None, s: int = 1) -> Slot | None:
         """The slot of a bias of ``s * o`` entries: a parameter, or for ``s = 1`` a run of neighbours of one, of any shape."""
-        found = self._find(x) if x is not None else None
+        found = self._parameter(x)
         if x is None or found is None:
             return None
         name, base = found
@@ -185,7 +205,7 @@ class Call:
 
     def table(self, x: Tensor) -> tuple[Slot, int]:
         """The slot of ``[i, o]`` for rows of a parameter table, ``o`` its last axis, and the first row."""
-        found = self._find(x)
+        found = self._parameter(x)
         if found is None:
             raise NotStructured
         name, base = found
@@ -211,11 +231,20 @@ ADAPTERS: dict[Any, Adapter] = {}
 
 
 def adapts(*functions: Any) -> Callable[[Adapter], Adapter]:
-    """Register an adapter for torch functions, at its definition."""
+    """Register an adapter for torch functions, at its definition.
+
+    A use explains each parameter that was given to the call once, where it was given: of ``F.linear(w, w)`` it explains
+    one of two, so that the call has no structure.
+    """
 
     def register(adapter: Adapter) -> Adapter:
+        @functools.wraps(adapter)
+        def explained(call: Call, *args: Any, **kwargs: Any) -> Use | None:
+            use, given = adapter(call, *args, **kwargs), call.parameters_in((*args, *kwargs.values()))
+            return use if use is None or given == len(use.slots) else None
+
         for function in functions:
-            ADAPTERS[function] = adapter
+            ADAPTERS[function] = explained
         return adapter
 
     return register

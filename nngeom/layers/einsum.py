@@ -41,6 +41,8 @@ def einsum(call: Call, equation: str, *operands) -> Use:
         raise NotStructured  # a letter summed on one side only
     lead = [c for c in own if c in result and c not in groups]
     size = dict(zip(letters, w.shape)) | dict(zip(own, x_shape))
+    if any(size[c] != n for names, shape in ((letters, w.shape), (result, out_shape)) for c, n in zip(names, shape)):
+        raise NotStructured  # a letter of size one in one operand, broadcast to that of the other
     total = lambda part: math.prod(size[c] for c in part)
     order = tuple(letters.index(c) for c in (*groups, *outs, *ins))
     arrangement = Arrangement(tuple(w.shape), order, (total(groups), total(outs), total(ins)))

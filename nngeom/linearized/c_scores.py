@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nngeom.analysis.labels import require_class_labels
 from nngeom.core.errors import ArgumentError, FileError
 
 Learner = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (inputs, labels, held-out inputs, seed) -> predictions (m,)
@@ -81,9 +82,12 @@ def c_scores(
 
 def ridge(inputs: Tensor, labels: Tensor, held_out: Tensor, seed: int = 0, strength: float = 1e-2) -> Tensor:
     """Predictions of ridge regression on one-hot labels, ``strength`` relative to the mean squared norm of the inputs."""
-    x, classes = inputs.flatten(1).double(), int(labels.max()) + 1
+    y = require_class_labels(labels, len(inputs), "ridge regression on labels")
+    if int(y.min()) < 0:
+        raise ArgumentError(f"labels go from {int(y.min())} to {int(y.max())}; expected classes from 0 on")
+    x = inputs.flatten(1).double()
     mean = x.mean(0)
-    x, targets = x - mean, torch.nn.functional.one_hot(labels.long(), classes).double()
+    x, targets = x - mean, torch.nn.functional.one_hot(y, int(y.max()) + 1).double()
     bias = targets.mean(0)
     k = x @ x.T
     ridge = strength * k.diagonal().mean().clamp_min(1e-12) * len(x) ** 0.5
@@ -99,6 +103,9 @@ def _one(inputs: Tensor, labels: Tensor, learner: Learner, seed: int, job: tuple
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(own)).to(labels.device)
     chosen, rest = order[:size], order[size:]
     predictions = learner(inputs[chosen], labels[chosen], inputs[rest], own)
+    if not isinstance(predictions, Tensor) or predictions.shape != rest.shape:
+        given = tuple(predictions.shape) if isinstance(predictions, Tensor) else type(predictions).__name__
+        raise ArgumentError(f"the learner returned {given} for {len(rest)} held-out inputs; expected a label for each")
     outcome = torch.full((len(inputs),), -1, dtype=torch.int8)
     outcome[rest.cpu()] = (predictions.to(labels.device) == labels[rest]).to(torch.int8).cpu()
     return job, outcome.numpy()

@@ -36,8 +36,12 @@ def add_spurious_feature(
     The attribute ``(n,)`` equals the label for exactly ``round(agreement * n)`` examples; the column is ``+-strength``
     by the attribute, plus normal noise. Raises :class:`ArgumentError`.
     """
-    if inputs.ndim != 2 or not 0 <= agreement <= 1 or bool(((labels != 0) & (labels != 1)).any()):
-        raise ArgumentError(f"inputs have shape {tuple(inputs.shape)} and agreement is {agreement!r}; expected (n, features), labels 0 or 1, a share in [0, 1]")
+    binary = labels.shape == inputs.shape[:1] and not bool(((labels != 0) & (labels != 1)).any())
+    if inputs.ndim != 2 or not 0 <= agreement <= 1 or not binary:
+        raise ArgumentError(
+            f"inputs have shape {tuple(inputs.shape)}, labels {tuple(labels.shape)} and agreement is {agreement!r}; "
+            "expected (n, features), labels 0 or 1, one an example (n,), and a share in [0, 1]"
+        )
     n = len(labels)
     against = torch.randperm(n, generator=generator)[round(agreement * n) :]
     attribute = labels.clone().long()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nngeom.analysis.labels import require_class_labels
 from nngeom.core.errors import ArgumentError
 
 
@@ -30,7 +31,14 @@ def groups_by_flag(flag: Tensor, names: tuple[str, str] = ("clean", "noisy")) ->
     """Two groups from a boolean ``(n,)``: those where it is false, then those where it is true (wrong label, rare attribute)."""
     if flag.ndim != 1 or flag.dtype != torch.bool:
         raise ArgumentError(f"flag is a {flag.dtype} tensor of shape {tuple(flag.shape)}; expected booleans (n,)")
+    _require_distinct(names)
     return Groups({names[0]: (~flag).nonzero().flatten(), names[1]: flag.nonzero().flatten()})
+
+
+def _require_distinct(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ArgumentError(f"groups {twice} would stand for one another; expected different names, got {list(names)}")
 
 
 def groups_by_score(scores: Tensor, count: int = 10, names: Sequence[str] | None = None) -> Groups:
@@ -44,6 +52,7 @@ def groups_by_score(scores: Tensor, count: int = 10, names: Sequence[str] | None
         names = [f"q{i + 1}" for i in range(count)]
     if len(names) != count:
         raise ArgumentError(f"{len(names)} names for {count} groups; expected one each")
+    _require_distinct(names)
     order = torch.sort(scores, descending=True, stable=True).indices
     return Groups(dict(zip(names, order.tensor_split(count))))
 
@@ -52,20 +61,26 @@ def groups_by_attribute(label: Tensor, attribute: Tensor) -> Groups:
     """Two groups: ``"with"``, where the spurious attribute agrees with the label, and ``"without"``, where it does not."""
     if label.shape != attribute.shape or label.ndim != 1:
         raise ArgumentError(f"label has shape {tuple(label.shape)} and attribute {tuple(attribute.shape)}; expected the same (n,)")
-    return groups_by_flag(label.long() != attribute.long(), ("with", "without"))
+    y, a = (require_class_labels(t, len(label), "a group") for t in (label, attribute))
+    return groups_by_flag(y != a, ("with", "without"))
 
 
 def flip_labels(labels: Tensor, share: float, classes: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """``(noisy labels, flag)``: a share of the labels replaced by another class each, drawn uniformly; the flag marks them.
 
-    Exactly ``round(share * n)`` labels are wrong. Raises :class:`ArgumentError`.
+    Labels ``(n,)`` are 0 to ``classes - 1``, in any dtype, which is kept. Exactly ``round(share * n)`` are wrong.
+    Raises :class:`ArgumentError`, and :class:`OutputError` for labels that are no classes.
     """
     if not 0 <= share <= 1 or classes < 2:
         raise ArgumentError(f"share is {share!r} and classes {classes!r}; expected a share in [0, 1] and at least 2 classes")
     n = len(labels)
+    y = require_class_labels(labels, n, "flip_labels")
+    if n and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ArgumentError(f"labels go from {int(y.min())} to {int(y.max())}; expected 0 to {classes - 1}")
     chosen = torch.randperm(n, generator=generator)[: round(share * n)].to(labels.device)
-    shift = torch.randint(1, classes, (len(chosen),), generator=generator).to(labels)
-    noisy, flag = labels.clone(), torch.zeros(n, dtype=torch.bool, device=labels.device)
-    noisy[chosen] = (noisy[chosen] + shift) % classes
+    shift = torch.randint(1, classes, (len(chosen),), generator=generator).to(y)
+    flag = torch.zeros(n, dtype=torch.bool, device=labels.device)
+    y = y.clone()
+    y[chosen] = (y[chosen] + shift) % classes
     flag[chosen] = True
-    return noisy, flag
+    return y.to(labels.dtype).view(labels.shape), flag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.core.errors import ArgumentError, StructureError
-from nngeom.generator.task import Task, as_batches
+from nngeom.generator.task import Task, as_batches, take
 from nngeom.linearized.expansion import Expansion, Refusing
 from nngeom.linearized.watch import Watch
 from nngeom.space.collection import LayerCollection
@@ -20,7 +21,8 @@ from nngeom.space.collection import LayerCollection
 class Linearity:
     """Three measures in [0, 1] (representations of mixed signs included: Gram matrices are positive); all 1 at the start.
 
-    ``units``: the number of (example, unit) pairs behind ``sign_similarity``, which is 1 where there are none.
+    ``units``: the number of (example, unit) pairs behind ``sign_similarity``, which is NaN where there are none: a
+    network without ReLU-like activations. An alignment is NaN where a kernel or a representation is zero.
     """
 
     sign_similarity: float
@@ -58,7 +60,7 @@ def linearity(
     collection = layer_collection or LayerCollection.from_model(now)
     signs, units, representations = _forward(now, start, batches, layer, function, collection)
     return Linearity(
-        signs / units if units else 1.0,
+        signs / units if units else math.nan,
         _cosine(_kernel(now, batches, function, collection), _kernel(start, batches, function, collection)),
         _cosine(*(r @ r.T for r in representations)),
         units,
@@ -89,6 +91,13 @@ def _forward(now, start, batches, layer, function, collection) -> tuple[int, int
 
 
 def _watched(task: Task, batch: Any, layer: str | None) -> Watch:
+    watch = _run(task, batch, layer)
+    if len(watch.axes) > 1:  # as many positions or features as examples: a pass with one of these twice tells
+        watch.compare(_run(task, take(batch, [*range(watch.examples), 0], watch.examples), layer))
+    return watch
+
+
+def _run(task: Task, batch: Any, layer: str | None) -> Watch:
     watch = Watch(task.model, layer)
     with torch.no_grad(), watch, Refusing():
         watch.examples = task.run(batch).shape[0]
@@ -103,4 +112,5 @@ def _kernel(model: nn.Module, batches: list, function: Any, collection: LayerCol
 
 def _cosine(k: Tensor, l: Tensor) -> float:
     l = l.to(k.device)
-    return float((k * l).sum() / (k.norm() * l.norm()))
+    scale = k.norm() * l.norm()
+    return float((k * l).sum() / scale) if scale > 0 else math.nan

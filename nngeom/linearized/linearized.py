@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.linearization import ReverseConventions
+from nngeom.generator.remedies import gradients
 from nngeom.generator.task import gradients_on
 from nngeom.linearized.expansion import Expansion, Refusing, as_outputs
 
@@ -51,6 +52,6 @@ class Linearized(Expansion):
         with torch.backends.cudnn.flags(enabled=False):  # its recurrent kernels have no second derivative
             f0 = as_outputs(functional_call(self.model, start, args, kwargs))
             u = torch.zeros_like(f0, requires_grad=True)
-            pulled = torch.autograd.grad(f0, list(start.values()), u, create_graph=True, allow_unused=True)
+            pulled = gradients(f0, list(start.values()), u, create_graph=True)
             terms = [(g * delta[name]).sum() for name, g in zip(start, pulled) if g is not None]
             return f0, torch.autograd.grad(torch.stack(terms).sum(), u, create_graph=True)[0]

@@ -92,10 +92,16 @@ def equal_progress(
 
 
 def first_crossing(progress: Tensor, levels: Tensor, *, falling: bool = True, interpolate: bool = True, smoothing: float = 0.0) -> Tensor:
-    """The record ``(levels,)`` at which ``progress (records,)`` first reaches each level; NaN where it never does."""
-    if progress.ndim != 1 or not len(progress):
-        raise ArgumentError(f"progress has shape {tuple(progress.shape)}; expected at least one number a record")
-    p = (progress if falling else -progress).to(torch.float64)
+    """The record ``(levels,)`` at which ``progress (records,)`` first reaches each level; NaN where it never does.
+
+    Records without progress (NaN) are passed over: crossings lie between those that have it.
+    """
+    if progress.ndim != 1 or bool(progress.isnan().all()):
+        raise ArgumentError(f"progress has shape {tuple(progress.shape)}; expected at least one number that is not NaN")
+    if bool(levels.isnan().any()):
+        raise ArgumentError(f"thresholds are {levels.tolist()}; expected numbers")
+    record = (~progress.isnan()).nonzero().flatten()
+    p = (progress if falling else -progress).to(torch.float64)[record]
     if smoothing:
         smooth = [p[0]]
         for value in p[1:]:
@@ -106,7 +112,8 @@ def first_crossing(progress: Tensor, levels: Tensor, *, falling: bool = True, in
         reached = (p <= level).nonzero()
         if len(reached):
             k = int(reached[0])
-            out[i] = k - float((level - p[k]) / (p[k - 1] - p[k])) if interpolate and k else k
+            back = float((level - p[k]) / (p[k - 1] - p[k])) if interpolate and k else 0.0
+            out[i] = float(record[k]) - back * float(record[k] - record[k - 1] if k else 0)
     return out
 
 
@@ -124,6 +131,9 @@ def read_at(curve: Tensor, index: Tensor) -> Tensor:
 def _columns(run: Any, which: str) -> dict[str, Tensor]:
     run = getattr(run, "history", run)
     if isinstance(run, (list, tuple)) and run and all(isinstance(record, Mapping) for record in run):
+        odd = sorted({str(name) for record in run for name in record.keys() ^ run[0].keys()})
+        if odd:
+            raise ArgumentError(f"{which} has records with and without {odd[:4]}; expected the same columns in all")
         run = {name: [record[name] for record in run] for name in run[0]}
     if not isinstance(run, Mapping):
         raise ArgumentTypeError(f"{which} is {type(run).__name__}; expected a Run, or a mapping of names to columns of equal length")

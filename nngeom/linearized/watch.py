@@ -35,7 +35,7 @@ class Watch(TorchFunctionMode):
         self.wanted = self.parameters if layer is None else _parameters_of(model, layer)
         self.signs: list[Tensor] = []
         self.input: Tensor | None = None
-        self.examples = 0
+        self.examples, self.others = 0, set[int]()  # axes that hold something else
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -58,11 +58,25 @@ class Watch(TorchFunctionMode):
         if self.input is None:
             what = "no linear map with parameters was called" if self.layer is None else f"no call used the parameters of layer {self.layer!r}"
             raise StructureError(f"{what}; pass layer= with the name of a module that is used")
-        x = self.input
-        axes = [axis for axis, size in enumerate(x.shape) if size == self.examples]
-        if not axes:
-            raise StructureError(f"the layer's input has shape {tuple(x.shape)}, no axis of {self.examples} examples; pass layer= with the name of another")
+        x, axes = self.input, self.axes
+        if len(axes) != 1:
+            found = "no axis" if not axes else "several axes"
+            raise StructureError(
+                f"the layer's input has shape {tuple(x.shape)}, {found} of {self.examples} examples; pass layer= with "
+                "the name of another, or batches of another size"
+            )
         return x.movedim(axes[0], 0).flatten(1)
+
+    @property
+    def axes(self) -> list[int]:
+        """The axes of the recorded input that are as long as the batch, and may hold the examples."""
+        shape = () if self.input is None else self.input.shape
+        return [axis for axis, size in enumerate(shape) if size == self.examples and axis not in self.others]
+
+    def compare(self, more: Watch) -> None:
+        """Of several such axes, leave those that were longer in a pass of more examples."""
+        if self.input is not None and more.input is not None and self.input.ndim == more.input.ndim:
+            self.others = {axis for axis in self.axes if more.input.shape[axis] != more.examples}
 
 
 def _parameters_of(model: nn.Module, layer: str) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,7 +76,7 @@ class PMatPullPush(PMatExpression):
 
     left: Pull
     right: Push
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
     @property
     def collection(self):
@@ -95,7 +96,17 @@ class PMatPullPush(PMatExpression):
         return mine is theirs
 
     def _mv(self, x):
-        return self.scale * self.left.mv(self.right.mv(PVector(self.collection, x))).flat()
+        return self.scale * self._unscaled(x)
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        return self.left.mv(self.right.mv(PVector(self.collection, x))).flat()
+
+    def _terms(self):
+        return [(self.scale, self._unscaled)]
+
+    @property
+    def _held(self):
+        return () if isinstance(self.right, PushForwardDense) else self.right.side.parameters
 
     def _scaled(self, c):
         return replace(self, scale=c * self.scale)
@@ -103,7 +114,10 @@ class PMatPullPush(PMatExpression):
     def trace(self):
         if isinstance(self.right, PushForwardDense) and isinstance(self.left, PullBackDense):
             return self.scale * (self.left.tensor * self.right.tensor).sum()
-        return self.scale * squared_norms(self.right.side, EVERYTHING)[""].sum() if self.symmetric else self.to_dense().trace()  # type: ignore[union-attr]
+        if not self.symmetric or isinstance(self.right, PushForwardDense):
+            return self.to_dense().trace()
+        with self.right.side.within():
+            return self.scale * squared_norms(self.right.side, EVERYTHING)[""].sum()
 
     def materialize(self, representation: Any = PMatDense, **options: Any) -> Any:
         """The same matrix in a representation (``PMatDense``, ``PMatDiag``, ``PMatLowRank``, ...)."""
@@ -113,7 +127,9 @@ class PMatPullPush(PMatExpression):
 
         source: Any = _Rows(self.right.tensor, self.collection) if isinstance(self.right, PushForwardDense) else self.right.side.sweep
         chosen = as_representation(representation, **options)
-        blocks = drive(chosen.recipe(Scope(self.collection, self.collection.names)), source, chosen.passes)
+        within = contextlib.nullcontext() if isinstance(self.right, PushForwardDense) else self.right.side.within()
+        with within:
+            blocks = drive(chosen.recipe(Scope(self.collection, self.collection.names)), source, chosen.passes)
         return source.count * self.scale * chosen.kind._make(self.collection, blocks, source.count)
 
     def __repr__(self) -> str:
@@ -128,7 +144,8 @@ class _Rows:
         jacobians: dict[Layout, LayerJacobian] = {}
         for name in collection.names:
             layout = collection.span([name])
-            jacobians[layout] = FullJacobian(layout.gather(tensor))
+            if layout.numel:
+                jacobians[layout] = FullJacobian(layout.gather(tensor))
         self._chunk = Chunk(jacobians, self.count, 0, (0, tensor.shape[0]))
 
     def chunks(self, **options: Any) -> Iterator[Chunk]:

@@ -194,7 +194,8 @@ class PushForwardImplicit(ImplicitMap):
 
     def materialize(self) -> PushForwardDense:
         """The same map with all its entries."""
-        return PushForwardDense(self.collection, dense_rows(self.side))
+        with self.side.within():
+            return PushForwardDense(self.collection, dense_rows(self.side))
 
 
 def dense_rows(side: Side) -> Tensor:

@@ -25,7 +25,8 @@ class Metrics:
     ``trace``; ``logdet`` (``-inf`` where the kernel is singular to rounding, see ``rank``); ``logdet_jittered``, of
     ``K + jitter I``; ``eigenvalues``, descending, a tensor a batch; ``size = n c``; ``mean_trace = trace / size`` and
     ``mean_log = logdet_jittered / size``, comparable between batch sizes; ``effective_rank``; ``cosine``, the mean cosine of
-    different rows: a small trace says "small gradients", a large cosine and a low effective rank say "similar" ones.
+    different rows (NaN where there is one): a small trace says "small gradients", a large cosine and a low effective
+    rank say "similar" ones.
     All in float64.
     """
 
@@ -76,9 +77,13 @@ def metrics(
     return Metrics(eigenvalues=tuple(e["eigenvalues"] for e in entries), jitter=jitter, **columns)
 
 
-def kernel_metrics(K: Tensor, jitter: float = 1e-6, rows: torch.dtype | None = None) -> Metrics:
-    """:func:`metrics` of one kernel at hand, ``(N, N)``; ``rows``: the dtype of the rows it is a product of, where narrower."""
-    entry = _entry(K, jitter, rows or K.dtype)
+def kernel_metrics(K: Any, jitter: float = 1e-6, rows: torch.dtype | None = None) -> Metrics:
+    """:func:`metrics` of one kernel at hand, ``(N, N)``, ``(c, n, c, n)`` or an FMat.
+
+    ``rows``: the dtype of the rows it is a product of, where narrower.
+    """
+    k = square_kernel(K)
+    entry = _entry(k, jitter, rows or k.dtype)
     columns = {name: t.unsqueeze(0) for name, t in entry.items() if name != "eigenvalues"}
     return Metrics(eigenvalues=(entry["eigenvalues"],), jitter=jitter, **columns)
 

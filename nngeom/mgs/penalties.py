@@ -15,6 +15,7 @@ from nngeom.fmat.estimate import RandomSigns
 from nngeom.generator.axes import ExampleAxis
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.kernels import twice_differentiable
+from nngeom.generator.remedies import gradients
 from nngeom.generator.sweep import Sweep
 from nngeom.generator.task import Task, gradients_on
 from nngeom.gram import GramMatrix
@@ -123,7 +124,7 @@ def loss_gradient_penalty(
         outputs = task.run(batch)
         measured, moved = judged(as_loss(loss, model), outputs, batch)
         value = measured.precisely(outputs, moved).mean()
-        grads = torch.autograd.grad(value, variables, create_graph=True, allow_unused=True)
+        grads = gradients(value, variables, None, create_graph=True)
         square = sum((g.square().sum() for g in grads if g is not None), start=value.new_zeros(()))
         if squared:
             return square
@@ -149,7 +150,7 @@ def _squared_sums(task: Task, seen: Capture, signs: Tensor) -> Tensor:
     total = seen.outputs.new_zeros(())
     for v in signs:
         variables: list[Any] = [*(use.edge for use in single), *others]
-        grads = torch.autograd.grad(seen.outputs, variables, v, create_graph=True, allow_unused=True)
+        grads = gradients(seen.outputs, variables, v, create_graph=True)
         for length, g in zip(lengths, grads):
             if g is not None:
                 total = total + torch.dot(squared_lengths(g), length)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
 from nngeom.core.layout import Arrangement, Layout, Piece
-from nngeom.core.statistic import Rows, Sums
+from nngeom.core.registry import qualified
+from nngeom.core.statistic import Rows, Sums, names_of
 from nngeom.pmat.block import Block
 
 
@@ -19,6 +20,16 @@ class Averages:
     """``m <- decay m + (1 - decay) x`` a block, divided on reading by the weight of what was seen (bias correction)."""
 
     entries: dict[Layout, tuple[float, dict[str, Tensor]]] = field(default_factory=dict)
+
+    def take(self, sums: Sums, examples: int, c: float, decay: float) -> None:
+        """Take in :func:`scaled_means`; raises :class:`ArgumentError` for rows under a past: they are not added up."""
+        stacked = [block for block, named in sums.sums.items() if any(isinstance(t, Rows) for t in named.values())]
+        if decay and stacked:
+            raise ArgumentError(
+                f"the statistics of {names_of(stacked[0])[:2]} are rows of single examples, which have no running "
+                "average; use statistics_decay=0, or another representation than one of low rank"
+            )
+        self.update(scaled_means(sums, examples, c), decay)
 
     def update(self, means: dict[Layout, dict[str, Tensor]], decay: float) -> None:
         """One more step; blocks that were not seen stay as they are."""
@@ -32,8 +43,9 @@ class Averages:
             for name, t in tensors.items():
                 if mine[name].shape != t.shape:
                     raise ArgumentError(
-                        f"the statistic {name!r} of {list(layout.names)[:2]} changed its shape from {tuple(mine[name].shape)} to {tuple(t.shape)} and has no "
-                        "running average; use statistics_decay=0, or another representation"
+                        f"the statistic {name!r} of {names_of(layout)[:2]} changed its shape from "
+                        f"{tuple(mine[name].shape)} to {tuple(t.shape)} and has no running average; use "
+                        "statistics_decay=0, or another representation"
                     )
                 held.append(mine[name])
                 new.append(t)
@@ -48,28 +60,26 @@ class Averages:
 
     def plain(self) -> list[Any]:
         """Tensors, numbers, strings and lists only."""
-        return [[plain_layout(layout), weight, dict(tensors)] for layout, (weight, tensors) in self.entries.items()]
+        return [[plain_block(block), weight, dict(tensors)] for block, (weight, tensors) in self.entries.items()]
 
     @staticmethod
     def restored(plain: list[Any]) -> Averages:
         """The inverse of :meth:`plain`; copies."""
-        return Averages({restored_layout(lay): (w, {k: t.clone() for k, t in ts.items()}) for lay, w, ts in plain})
+        return Averages({restored_block(b): (w, {k: t.clone() for k, t in ts.items()}) for b, w, ts in plain})
 
 
 def scaled_means(sums: Sums, examples: int, c: float) -> dict[Layout, dict[str, Tensor]]:
-    """Means over ``examples``, as if every gradient had been ``c`` times as large. Second moments of inputs alone do not change."""
+    """Means over ``examples``, as if every gradient had been ``c`` times as large; those of inputs do not change."""
     tensors: list[Tensor] = []
     factors: list[float] = []
-    for named in sums.sums.values():
-        beside = any(name.startswith("g") for name in named)
+    for layout, named in sums.sums.items():
         for name, t in named.items():
             if isinstance(t, Rows):
                 tensors.append(torch.cat(t.parts))
                 factors.append(c / examples**0.5)
             else:
-                inputs_alone = beside and not name.startswith("g")  # the input side of a Kronecker product
                 tensors.append(t)
-                factors.append((1.0 if inputs_alone else c * c) / examples)
+                factors.append((1.0 if (layout, name) in sums.inputs else c * c) / examples)
     scaled = iter(torch._foreach_mul(tensors, factors) if tensors else [])
     return {layout: {name: next(scaled) for name in named} for layout, named in sums.sums.items()}
 
@@ -78,6 +88,21 @@ def all_finite(sums: Sums) -> bool:
     """Whether no sum is NaN or infinite."""
     parts = [p.sum() for tensors in sums.sums.values() for t in tensors.values() for p in (t.parts if isinstance(t, Rows) else [t])]
     return not parts or bool(torch.isfinite(torch.stack(parts)).all())
+
+
+def plain_block(block: Any) -> Any:
+    """What a statistic calls a block as strings, numbers and lists: a layout, or a name of any kind."""
+    if isinstance(block, Layout):
+        return ["layout", plain_layout(block)]
+    return ["tuple", *map(plain_block, block)] if isinstance(block, tuple) else ["name", block]
+
+
+def restored_block(plain: list[Any]) -> Any:
+    """The inverse of :func:`plain_block`."""
+    kind, *parts = plain
+    if kind == "tuple":
+        return tuple(map(restored_block, parts))
+    return restored_layout(parts[0]) if kind == "layout" else parts[0]
 
 
 def plain_layout(layout: Layout) -> list[Any]:
@@ -93,12 +118,14 @@ def restored_layout(plain: list[Any]) -> Layout:
 
 def plain_blocks(blocks: dict[Layout, Block]) -> list[Any]:
     """Blocks as nested lists of names, tensors and numbers."""
-    return [[plain_layout(layout), type(b).__name__, b.fields()] for layout, b in blocks.items()]
+    return [[plain_layout(layout), qualified(type(b)), b.fields()] for layout, b in blocks.items()]
 
 
 def restored_blocks(plain: list[Any]) -> dict[Layout, Any]:
     """The inverse of :func:`plain_blocks`; copies."""
-    return {restored_layout(lay): Block.kinds[kind](**{k: _copied(v) for k, v in fields.items()}) for lay, kind, fields in plain}
+    found = lambda kind: Block.kinds.find(kind.rpartition(".")[2], kind)
+    copies = lambda fields: {name: _copied(value) for name, value in fields.items()}
+    return {restored_layout(lay): found(kind)(**copies(fields)) for lay, kind, fields in plain}
 
 
 def _copied(x: Any) -> Any:

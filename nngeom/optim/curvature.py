@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from nngeom.core.damping import Damping
-from nngeom.core.errors import SingularError
+from nngeom.core.errors import NonFiniteError, SingularError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.generator.sweep import Chunk
 from nngeom.optim.averages import Averages, all_finite, plain_blocks, restored_blocks, scaled_means
 from nngeom.optim.packed import Packed
+from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.block import Block
-from nngeom.pmat.pmat import Representation
-from nngeom.pmat.recipe import Scope
+from nngeom.pmat.pmat import PMat, Representation
+from nngeom.pmat.recipe import Means, Scope, Statistic
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What was seen since the last step: examples, and by what the observed gradients are to be multiplied."""
+class Manner:
+    """What the optimizer's options say of how curvature is kept."""
 
-    examples: int
-    scale: float
-    mean: float  # what makes .grad that of the mean loss
+    eager: bool = False  # inverses follow every new statistic, whatever the schedule
+    scalings: str = "batch"  # of EKFAC
+    own_rows: bool = False  # the rows are those of a metric, not of the user's loss
+    worker: ThreadPoolExecutor | None = None
 
 
 class Curvature(ABC):
     """One part of the parameters."""
 
-    def __init__(self, representation: Representation, scope: Scope):
-        self.representation, self.scope = representation, scope
+    def __init__(self, representation: Representation, scope: Scope, manner: Manner):
+        self.representation, self.scope, self.manner = representation, scope, manner
         self.averages = Averages()
         self.blocks: dict[Layout, Any] = {}
         self._packed: Packed | None = None
@@ -48,6 +53,11 @@ class Curvature(ABC):
     def finite(self) -> bool:
         """Whether what was observed is free of NaN and infinity."""
         return all_finite(self.pending)
+
+    @property
+    def wants_every_batch(self) -> bool:
+        """Whether the rows of batches are taken in whose statistics are not due."""
+        return False
 
     @abstractmethod
     def observe(self, chunk: Chunk, schedule: Schedule) -> None:
@@ -73,41 +83,107 @@ class Curvature(ABC):
         self.averages, self.blocks = Averages.restored(state["averages"]), restored_blocks(state["blocks"])
 
 
-class Averaged(Curvature):
-    """Any representation of one sweep: averages of its statistics, and the inverse of its blocks, kept between refreshes.
+KEEPERS: dict[type[PMat], type[Curvature]] = {}
+Kept = TypeVar("Kept", bound=Curvature)
 
-    ``blocks`` are the inverses. ``eager``: they follow every new statistic, whatever the schedule.
+
+def keeps(*kinds: type[PMat]) -> Callable[[type[Kept]], type[Kept]]:
+    """A decorator: this :class:`Curvature` keeps matrices of these ``kinds``, and of their subclasses, in training."""
+
+    def register(curvature: type[Kept]) -> type[Kept]:
+        KEEPERS.update(dict.fromkeys(kinds, curvature))
+        return curvature
+
+    return register
+
+
+def keeper(representation: Representation) -> type[Curvature]:
+    """How a representation is kept: as the nearest of its classes says, or by its recipe where that is its own."""
+    if type(representation).recipe is Representation.recipe:
+        for kind in representation.kind.__mro__:
+            if kind in KEEPERS:
+                return KEEPERS[kind]
+            if "recipe" in vars(kind):
+                break
+    return Averaged
+
+
+class Averaged(Curvature):
+    """Any representation, by its recipe: averages of its statistics, and inverses of its blocks that stay for a while.
+
+    ``blocks`` are the inverses. Where the recipe takes several sweeps, the first is sent the averages; the others are
+    over the examples seen since the last step, which are held where a refresh is due.
     """
 
-    def __init__(self, representation: Representation, scope: Scope, eager: bool = False):
-        super().__init__(representation, scope)
-        self.eager = eager
+    def __init__(self, representation: Representation, scope: Scope, manner: Manner):
+        super().__init__(representation, scope, manner)
         self.statistic = next(representation.recipe(scope))
+        self.several = representation.passes > 1
+        self.sources: set[Layout] = set()  # what the blocks were made from
+
+    def forget(self):
+        super().forget()
+        self.held: list[Chunk] = []
 
     def observe(self, chunk, schedule):
-        if schedule.statistics:
-            self.pending.add(self.statistic(self.scope.restrict(chunk)), chunk.examples if chunk.first else 0)
+        if not schedule.statistics and self.blocks:
+            return
+        chunk = self.scope.restrict(chunk)
+        self.pending.add(self.statistic, chunk)
+        if self.several and self._due(schedule):
+            self.held.append(copied(chunk))
+
+    def _due(self, schedule: Schedule) -> bool:
+        return schedule.refresh or self.manner.eager or not self.blocks
 
     def precondition(self, gradient, seen, schedule):
         fresh = bool(self.pending.sums)
         if fresh:
-            self.averages.update(scaled_means(self.pending, seen.examples, seen.scale), schedule.decay)
+            self.averages.take(self.pending, seen.examples, seen.scale, schedule.decay)
+        known = self.averages.entries.keys()
+        due = schedule.refresh or (self.manner.eager and fresh) or not self.blocks or not known <= self.sources
+        if known and due and (self.held or not self.several):
+            self._refresh(schedule.damping, seen)
         self.forget()
-        if self.averages.entries and (schedule.refresh or (self.eager and fresh) or not self.blocks):
-            self._refresh(schedule.damping)
         if self.blocks:
             packed = self.packed(gradient)
             for x, inverse in zip(packed.blocks, self.blocks.values()):
                 x.copy_(inverse.mv(x))
             packed.write()
 
-    def _refresh(self, damping: Damping) -> None:
-        recipe = self.representation.recipe(self.scope)
+    def _refresh(self, damping: Damping, seen: Seen) -> None:
+        recipe, means = self.representation.recipe(self.scope), self.averages.read()
         next(recipe)
         try:
-            recipe.send(self.averages.read())
+            while True:
+                means = self._later(recipe.send(means), seen)
         except StopIteration as end:
             self.blocks = {layout: inverse(block, damping) for layout, block in end.value.items()}
+        self.sources = set(self.averages.entries)
+
+    def _later(self, statistic: Statistic, seen: Seen) -> Means:
+        """What a later sweep is sent: means over the examples that are held."""
+        if not self.several:
+            name = self.representation.kind.__name__
+            raise UnsupportedError(
+                f"{name} takes a second sweep over the examples of a step, which are not held for it, because the "
+                f"class says passes = {self.representation.passes}: set passes = 2 in it, or the number of its sweeps"
+            )
+        sums = Sums()
+        for chunk in self.held:
+            sums.add(statistic, chunk)
+        if not all_finite(sums):
+            raise NonFiniteError("the statistics of a later sweep are not finite")
+        return scaled_means(sums, max(seen.examples, 1), seen.scale)
+
+    def load(self, state):
+        super().load(state)
+        self.sources = set(self.averages.entries)
+
+
+def copied(chunk: Chunk) -> Chunk:
+    """A chunk to be held until the step: what a model or a loader computed may be overwritten before."""
+    return replace(chunk, jacobians=copy.deepcopy(chunk.jacobians))
 
 
 def inverse(block: Block, damping: Damping) -> Block:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -15,15 +15,17 @@ from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.generator.sweep import Chunk
 from nngeom.optim.averages import all_finite, scaled_means
-from nngeom.optim.curvature import Curvature, Seen
+from nngeom.optim.curvature import Curvature, Manner, copied, keeps
 from nngeom.optim.packed import Packed, split
+from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
-from nngeom.pmat.ekfac import scaling_statistic
+from nngeom.pmat.ekfac import PMatEKFAC, scaling_statistic
 from nngeom.pmat.kfac import EigenBlock, kronecker_blocks
 from nngeom.pmat.pmat import Representation
 from nngeom.pmat.recipe import Scope
 
 
+@keeps(PMatEKFAC)
 class Eigenbasis(Curvature):
     """Eigenbases of averaged Kronecker factors, and second moments along them.
 
@@ -33,10 +35,11 @@ class Eigenbasis(Curvature):
     the place of ``n v^2``. Second moments taken in different bases are never averaged.
     """
 
-    def __init__(self, representation: Representation, scope: Scope, scalings: str, own_rows: bool, worker: ThreadPoolExecutor | None):
-        super().__init__(representation, scope)
+    def __init__(self, representation: Representation, scope: Scope, manner: Manner):
+        super().__init__(representation, scope, manner)
         self.statistic: Callable = next(representation.recipe(scope))
-        self.running, self.from_gradient, self.worker = scalings == "running", scalings == "running" and not own_rows, worker
+        self.running, self.worker = manner.scalings == "running", manner.worker
+        self.from_gradient = self.running and not manner.own_rows
         self.sources: set[Layout] = set()  # layers that have a basis
         self.future: Future | None = None
 
@@ -50,16 +53,20 @@ class Eigenbasis(Curvature):
 
     # -- observing ---------------------------------------------------------------------------------------------------
 
+    @property
+    def wants_every_batch(self):
+        return not self.from_gradient
+
     def observe(self, chunk, schedule):
         if not self.from_gradient and not self.squares.sums:
             self._adopt()
         chunk = self.scope.restrict(chunk)
-        if schedule.statistics:
-            self.pending.add(self.statistic(chunk), chunk.examples if chunk.first else 0)
+        if schedule.statistics or not self.blocks:
+            self.pending.add(self.statistic, chunk)
         if self.from_gradient:
             return
         if self._waits_for_basis(schedule):
-            self.held.append(chunk)
+            self.held.append(copied(chunk))
         else:
             self._square(chunk)
 
@@ -68,7 +75,7 @@ class Eigenbasis(Curvature):
 
     def _square(self, chunk: Chunk) -> None:
         known = {lay: j for lay, j in chunk.jacobians.items() if lay in self.sources}
-        self.squares.add(scaling_statistic(self.blocks)(dataclasses.replace(chunk, jacobians=known)), chunk.examples if chunk.first else 0)
+        self.squares.add(scaling_statistic(self.blocks), dataclasses.replace(chunk, jacobians=known))
 
     # -- bases -------------------------------------------------------------------------------------------------------
 
@@ -107,7 +114,7 @@ class Eigenbasis(Curvature):
         if self.from_gradient:
             self._adopt()
         if self.pending.sums:
-            self.averages.update(scaled_means(self.pending, seen.examples, seen.scale), schedule.decay)
+            self.averages.take(self.pending, seen.examples, seen.scale, schedule.decay)
         self._refresh(schedule)
         for chunk in self.held:
             self._square(chunk)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,22 +13,20 @@ from torch import Tensor, nn
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
 from nngeom.generator.observe import Observation, Observer
-from nngeom.optim.arguments import as_metric, as_reduction, as_rest, number
-from nngeom.optim.curvature import Seen
+from nngeom.optim.arguments import as_metric, as_reduction, as_rest, require_groups
+from nngeom.optim.curvature import Manner
 from nngeom.optim.descent import clipping, descend
-from nngeom.optim.eigenbasis import Eigenbasis
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.partition import Partition
+from nngeom.optim.pending import Pending
+from nngeom.optim.replicas import alone, require_model
 from nngeom.optim.resuming import restore, with_curvature, without_curvature
 from nngeom.optim.schedule import Clock
+from nngeom.optim.unscaling import unscale
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.mixed import as_representation
 from nngeom.space.collection import LayerCollection
-
-
-class SkippedStepWarning(UserWarning):
-    """A step was not taken because gradients or statistics were not finite; parameters and state are as before."""
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -56,7 +53,8 @@ class NaturalGradient(torch.optim.Optimizer):
     what the model returns. ``scalings``, ``scalings_decay`` and ``async_basis`` concern EKFAC (:class:`EKFAC`).
 
     A step whose gradients or statistics are not finite is skipped with a :class:`SkippedStepWarning` that counts.
-    Raises :class:`ArgumentError` on numbers out of range and on a step before anything was observed. Source: Amari 1998;
+    Raises :class:`ArgumentError` on numbers out of range and on a step before anything was observed,
+    :class:`UnsupportedError` for a model replicated over several processes. Source: Amari 1998;
     Martens & Grosse 2015; George et al. 2018.
     """
 
@@ -89,29 +87,23 @@ class NaturalGradient(torch.optim.Optimizer):
     ):
         if scalings not in ("batch", "running"):
             raise ArgumentError(f"scalings is {scalings!r}; expected 'batch' (of the examples of the batch) or 'running' (EKFAC-ra)")
+        require_model(model)
         self.representation = as_representation(representation)
         self.collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         self.clock = Clock(
             FactoredTikhonov(1e-3, balanced=False) if damping is None else damping, kl_clip=kl_clip,
             statistics_decay=statistics_decay, scalings_decay=scalings_decay, every=every, statistics_every=statistics_every,
         )  # fmt: skip
-        self.reduction, self.skipped = as_reduction(reduction), 0
+        self.pending = Pending(as_reduction(reduction))
         self.observer = Observer(model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of)
         worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
-        basis = lambda representation, scope: Eigenbasis(representation, scope, scalings, self.observer.metric is not None, worker)
-        self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, basis)
-        self._examples, self._loss_scale = 0, 1.0
+        manner = Manner(scalings=scalings, own_rows=self.observer.metric is not None, worker=worker)
+        self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner)
         parameters = self.observer.task.parameters
         self.gradients = Gradients(parameters.values(), self.observer.task.dtype)
         super().__init__(self.gradients.parameters if params is None else params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        grouped = {id(p) for group in self.param_groups for p in group["params"]}
-        left = [name for name, p in parameters.items() if id(p) not in grouped]
-        if left:
-            raise ArgumentError(f"parameters {left[:4]} are in no group of params; put them in one, or leave them out with layer_collection")
+        require_groups(self.param_groups, parameters)
         self.clock.now()  # checks the numbers
-        for group in self.param_groups:
-            for key in ("lr", "momentum", "weight_decay"):
-                number(key, group[key], 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimizer; raises :class:`ArgumentError` for a parameter outside the collection."""
@@ -134,16 +126,26 @@ class NaturalGradient(torch.optim.Optimizer):
         before the step: then pass it as ``scaler``.
         """
         schedule = self.clock.now()
-        self.reduction = self.reduction if reduction is None else as_reduction(reduction)
-        with self.observer.watch(schedule.statistics or self.partition.wants_every_batch) as seen:
+        if reduction is not None:
+            self.pending.reduction = as_reduction(reduction)
+        record = schedule.statistics or self.partition.wants_every_batch
+        with alone(self.observer.task.model), self.observer.watch(record) as seen:
             yield seen
-        if scaler is not None:
-            self._loss_scale = scaler.get_scale()
         with torch.no_grad():
             for chunk in seen.chunks:
                 self.partition.observe(chunk, schedule)
         seen.chunks.clear()
-        self._examples += seen.examples
+        self.pending.take(seen.examples, scaler)
+
+    @property
+    def reduction(self) -> str:
+        """How losses are reduced over examples, as said last."""
+        return self.pending.reduction
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were skipped."""
+        return self.pending.skipped
 
     @property
     def damping(self) -> Any:
@@ -161,7 +163,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self.partition.forget()
-        self._examples, self._loss_scale = 0, 1.0
+        self.pending.forget()
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 
@@ -175,7 +177,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._unscale():
+        if not unscale(self):
             self._forget()
             return loss
         rule = self.damping if isinstance(self.damping, LevenbergMarquardt) else None
@@ -198,30 +200,12 @@ class NaturalGradient(torch.optim.Optimizer):
         with torch.no_grad():
             return self._precondition() is not None
 
-    def _unscale(self) -> bool:
-        """What ``GradScaler.step`` left to us; ``False`` when it found gradients that are not finite."""
-        if not hasattr(self, "found_inf"):
-            return True
-        scale = getattr(self, "grad_scale", None)
-        if bool(self.found_inf):
-            return False
-        if scale is not None:
-            self._loss_scale = float(scale)
-            for p in self.gradients.parameters:
-                if p.grad is not None:
-                    p.grad.mul_(1 / self._loss_scale)
-        elif self._loss_scale == 1.0 and self._examples and self.observer.metric is None:
-            raise ArgumentError("scaler.unscale_(opt) unscaled the gradients and not what was observed: pass observe(scaler=scaler)")
-        return True
-
     def _precondition(self) -> float | None:
         """The factor of clipping; ``None`` when the step is skipped."""
         schedule, flat = self.clock.now(), self.gradients.read()
         if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self.partition):
             return self._skip("gradients or statistics are not finite")
-        mean, own = self.reduction == "mean", self.observer.metric is None
-        scale = (self._examples if mean else 1) / self._loss_scale if own else 1.0
-        seen = Seen(self._examples, scale, 1.0 if mean or not self._examples else 1 / self._examples)
+        seen = self.pending.seen(self.observer.metric is None)
         gradient = None if schedule.kl_clip is None else flat.clone()
         try:
             for part in self.partition:
@@ -240,13 +224,12 @@ class NaturalGradient(torch.optim.Optimizer):
             flat.mul_(clip)
         self.gradients.write()
         self.clock.tick(schedule)
-        self._examples, self._loss_scale = 0, 1.0
+        self.pending.forget()
         return clip
 
     def _skip(self, why: str) -> float | None:
-        self.skipped += 1
         self._forget()
-        warnings.warn(f"a step was skipped ({self.skipped} so far): {why}", SkippedStepWarning, stacklevel=4)
+        self.pending.skip(why)
         return None
 
     # -- state -------------------------------------------------------------------------------------------------------

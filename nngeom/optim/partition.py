@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
 from nngeom.core.errors import ArgumentError
 from nngeom.generator.observe import Observer
 from nngeom.generator.sweep import Chunk
-from nngeom.optim.curvature import Averaged, Curvature
-from nngeom.optim.eigenbasis import Eigenbasis
+from nngeom.optim.curvature import Curvature, Manner, keeper
 from nngeom.optim.schedule import Schedule
-from nngeom.pmat.ekfac import PMatEKFAC
 from nngeom.pmat.mixed import Mixture
 from nngeom.pmat.pmat import Representation
 from nngeom.pmat.recipe import Scope
@@ -24,9 +22,16 @@ REST = -2  # the part of parameters that the chosen representation cannot hold
 class Partition:
     """The parts of the parameters, made when their structure is first seen."""
 
-    def __init__(self, collection: LayerCollection, representation: Representation, rest: Representation, observer: Observer, make_basis: Callable):
+    def __init__(
+        self,
+        collection: LayerCollection,
+        representation: Representation,
+        rest: Representation,
+        observer: Observer,
+        manner: Manner,
+    ):
         self.collection, self.representation, self.rest, self.observer = collection, representation, rest, observer
-        self.make_basis = make_basis  # (representation, scope) -> Eigenbasis
+        self.manner = manner
         self.parts: dict[int, Curvature] = {}
         self._place: dict[str, int] = {}
         self._settled: tuple | None = None  # the structure of the batch that the parts were made for
@@ -37,7 +42,7 @@ class Partition:
     @property
     def wants_every_batch(self) -> bool:
         """Whether some part follows the rows of every batch."""
-        return any(isinstance(part, Eigenbasis) and not part.from_gradient for part in self)
+        return any(part.wants_every_batch for part in self)
 
     def observe(self, chunk: Chunk, schedule: Schedule) -> None:
         """Hand the rows of some examples to the parts they belong to."""
@@ -77,9 +82,7 @@ class Partition:
 
     def _part(self, index: int, scope: Scope) -> Curvature:
         representation = self._representation(index)
-        if representation.kind is PMatEKFAC:
-            return self.make_basis(representation, scope)
-        return Averaged(representation, scope, eager=index == REST)
+        return keeper(representation)(representation, scope, replace(self.manner, eager=index == REST))
 
     def _index(self, name: str) -> int:
         return self.representation._index(name) if isinstance(self.representation, Mixture) else 0

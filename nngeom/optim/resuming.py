@@ -33,8 +33,8 @@ def without_curvature(state: dict[str, Any], groups: list[dict[str, Any]]) -> di
 
 def restore(opt: NaturalGradient, saved: dict[str, Any]) -> None:
     """The curvature that :func:`with_curvature` saved."""
-    opt.clock.steps, opt.clock.refreshed, opt.skipped = saved["steps"], saved["refreshed"], saved["skipped"]
-    opt.reduction, opt.observer.drawn = saved["reduction"], saved["drawn"]
+    opt.clock.steps, opt.clock.refreshed, opt.observer.drawn = saved["steps"], saved["refreshed"], saved["drawn"]
+    opt.pending.reduction, opt.pending.skipped = saved["reduction"], saved["skipped"]
     opt.observer.batchwise.update(saved["batchwise"])
     if saved["damping"] is not None and isinstance(opt.damping, LevenbergMarquardt):
         opt.damping.value = saved["damping"]

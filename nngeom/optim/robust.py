@@ -17,6 +17,7 @@ from nngeom.generator.observe import Observation, Observer
 from nngeom.generator.sweep import Chunk, Sweep
 from nngeom.generator.task import Task
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.optim.replicas import alone, require_model
 from nngeom.pmat.recipe import write_rows
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
@@ -91,6 +92,7 @@ class WinsorizedSGD(torch.optim.SGD):
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-3, level: float = 10.0, *, layer_collection: LayerCollection | None = None, **options: Any):
+        require_model(model)
         collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         winsorized(torch.zeros(1, 1), level)  # checks the level
         self.observer, self.level = Observer(model, collection), level
@@ -100,7 +102,7 @@ class WinsorizedSGD(torch.optim.SGD):
     @contextlib.contextmanager
     def observe(self, scaler: Any = None) -> Iterator[Observation]:
         """Watch one or several forward and backward passes, as :meth:`NaturalGradient.observe`."""
-        with self.observer.watch() as seen:
+        with alone(self.observer.task.model), self.observer.watch() as seen:
             yield seen
         if self.observer.batchwise:
             raise CoverageError(f"parameters {sorted(self.observer.batchwise)[:4]} have no per-example gradients here; use winsorized_gradient for this model")
@@ -112,7 +114,7 @@ class WinsorizedSGD(torch.optim.SGD):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also drops what was observed since the last step."""
-        self._examples = _Examples(self.observer.task.collection)
+        self._examples.clear()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -128,7 +130,7 @@ class WinsorizedSGD(torch.optim.SGD):
         for name, p in self.observer.task.parameters.items():
             if p.grad is not None:
                 p.grad.add_(change[name].to(p.grad))
-        self._examples = _Examples(self.observer.task.collection)
+        self._examples.clear()
         super().step()
         return loss
 
@@ -139,6 +141,11 @@ class _Examples:
     def __init__(self, collection: LayerCollection):
         self.collection, self.count = collection, 0
         self._batches: list[tuple[dict[Layout, LayerJacobian], float]] = []
+
+    def clear(self) -> None:
+        """Hold none, in place: a wrapper of the optimizer (Lightning's) would keep to itself what is assigned."""
+        self.count = 0
+        self._batches.clear()
 
     def add(self, chunk: Chunk, scale: float = 1.0) -> None:
         """One batch; copied, because what a model computed may be overwritten before it is read."""
@@ -171,7 +178,7 @@ class _Examples:
 
 def _gradients(model: nn.Module, batch: Any, loss: Any, function: Any, collection: LayerCollection | None) -> tuple[Task, _Examples]:
     """The gradients of every example's own loss."""
-    task = Task.build(model, function, collection)
+    task = Task.build(require_model(model), function, collection)
     examples = _Examples(task.collection)
     for chunk in Sweep(task, batch, EmpiricalFisher(as_loss(loss, model))).chunks():
         examples.add(chunk)

@@ -7,7 +7,6 @@ tensors only; what acts is always the exact matrix, ``inverse(damping)`` is a bl
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,10 @@ class TensorObject:
     def to(self, *args: Any, **kwargs: Any):
         """Another dtype or device, as ``Tensor.to``."""
         return self._map(lambda t: t.to(*args, **kwargs))
+
+    def detach(self):
+        """Without its graph."""
+        return self._map(lambda t: t.detach())
 
     def _map(self, f):
         fields: dict[str, Any] = {name: f(t) for name, t in self.fields().items() if isinstance(t, Tensor)}
@@ -107,7 +110,7 @@ class Block(TensorObject, ABC):
 
     def logdet(self, damping: Tikhonov) -> Tensor:
         """``log det(M + damping I)``; ``-inf`` when singular."""
-        return _logdet(self.eigh()[0] + damping.value)
+        return shifted_logdet(self.eigh()[0], damping)
 
     def root_times(self, noise: Tensor, damping: Tikhonov) -> Tensor:
         """``(M + damping I)^-1/2 noise`` up to a rotation, for sampling."""
@@ -152,26 +155,35 @@ def require_positive(shifted: Tensor, values: Tensor, what: str) -> None:
     """Raise unless all of ``shifted`` is above rounding error of ``values``."""
     if not values.numel():
         return
-    floor = 4 * torch.finfo(values.dtype).eps * values.abs().max()
-    least = shifted.min()
+    floor, least = rounding(values), shifted.min()
     if bool(least <= floor):
-        need = float((shifted - values).max() - least + floor)
+        need = ((shifted - values).max() - least + floor).item()
         raise SingularError(
-            f"{what} is singular or indefinite at this damping: its smallest eigenvalue is {float(least):.3e}; "
+            f"{what} is singular or indefinite at this damping: its smallest eigenvalue is {least.item():.3e}; "
             f"use a damping above {max(need, 0.0):.3e}, or Cutoff(x) for a pseudo-inverse",
             max(need, 0.0),
         )
 
 
-def _logdet(shifted: Tensor) -> Tensor:
-    if bool((shifted <= 0).any()):
-        return shifted.new_tensor(-math.inf)
-    return shifted.log().sum()
+def rounding(values: Tensor) -> Tensor:
+    """What of eigenvalues counts as zero: their rounding error, 4 units in the last place of the largest."""
+    return 4 * torch.finfo(values.dtype).eps * values.abs().max()
+
+
+def shifted_logdet(values: Tensor, damping: Tikhonov) -> Tensor:
+    """``sum log(values + damping)``; without damping ``-inf`` where :func:`require_positive` raises."""
+    shifted = values + damping.value
+    if values.numel() and not damping.value > 0:
+        shifted = torch.where(values <= rounding(values), torch.zeros_like(values), shifted)
+    return log_sum(shifted)
+
+
+def log_sum(shifted: Tensor) -> Tensor:
+    """``sum log``; ``-inf`` where one is not positive."""
+    return shifted.clamp_min(0).log().sum()
 
 
 def zero_small(values: Tensor) -> Tensor:
     """Eigenvalues within rounding error of zero set to zero, so that the log-determinant of a singular matrix is ``-inf``."""
     floor = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
     return torch.where(values.abs() <= floor, torch.zeros_like(values), values)
-
-

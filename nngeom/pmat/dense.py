@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg
-from nngeom.core.damping import Cutoff
+from nngeom.core.damping import Cutoff, Damping
+from nngeom.core.errors import SingularError
 from nngeom.core.layout import Layout
-from nngeom.pmat.block import Block, BlockBasis, reciprocal, zero_small
+from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, zero_small
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope, join_rows
 
@@ -43,18 +44,26 @@ class DenseBlock(Block):
         if isinstance(damping, Cutoff):
             values, u = linalg.eigh(self.m)
             return DenseBlock((u * reciprocal(values, damping, "the dense matrix")) @ u.T)
-        return DenseBlock(torch.cholesky_inverse(self._cholesky(damping.value)))
+        return DenseBlock(torch.cholesky_inverse(linalg.cholesky(*self._shifted(damping))))
 
     def solve(self, b, damping):
         if isinstance(damping, Cutoff):
             return self.inverse(damping).mv(b)
-        x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, self._cholesky(damping.value))
+        x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, linalg.cholesky(*self._shifted(damping)))
         return x.T.reshape(b.shape)
 
-    def _cholesky(self, damping: float) -> Tensor:
+    def logdet(self, damping):
+        """Twice the logarithms of the Cholesky pivots: without damping ``-inf`` exactly where :meth:`solve` raises."""
+        try:
+            return linalg.cholesky_logdet(*self._shifted(damping))
+        except SingularError:
+            return super().logdet(damping) if damping.value > 0 else log_sum(self.m.new_zeros(1) + damping.value)
+
+    def _shifted(self, damping: Damping) -> tuple[Tensor, str]:
+        """``M + damping I``, and what to call it where it is singular."""
         shifted = self.m.clone()
-        shifted.diagonal().add_(damping)
-        return linalg.cholesky(shifted, f"the dense matrix with damping {damping:g}")
+        shifted.diagonal().add_(damping.value)
+        return shifted, f"the dense matrix with damping {damping.value:g}"
 
     def eigh(self):
         values, u = linalg.eigh(self.m)
@@ -94,6 +103,8 @@ def dense_recipe(layouts: dict[Layout, tuple[str, ...]]):
 class PMatDense(PMat):
     """The whole matrix, ``d x d``."""
 
+    entries = "all"
+
     @classmethod
     def recipe(cls, scope: Scope):
         layout = scope.span()
@@ -102,6 +113,8 @@ class PMatDense(PMat):
 
 class PMatBlockDiag(PMat):
     """One dense block a layer; covariances between layers are dropped."""
+
+    entries = "layers"
 
     @classmethod
     def recipe(cls, scope: Scope):

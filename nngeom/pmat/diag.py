@@ -42,6 +42,8 @@ class DiagBlock(Block):
 class PMatDiag(PMat):
     """The exact diagonal, everything else dropped."""
 
+    entries = "diagonal"
+
     @classmethod
     def recipe(cls, scope: Scope):
         def statistic(chunk):

@@ -46,6 +46,7 @@ class PMatEKFAC(PMat):
     """
 
     passes = 2
+    centred = False
 
     @classmethod
     def recipe(cls, scope: Scope, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):

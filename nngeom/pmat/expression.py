@@ -7,15 +7,18 @@ factorisation is done on the dense matrix below the size limit; solves above it 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nngeom.core import linalg
 from nngeom.core.damping import Damping, Tikhonov, as_damping
-from nngeom.core.errors import ArgumentError, UnsupportedError
+from nngeom.core.errors import ArgumentError, SingularError, UnsupportedError
 from nngeom.core.layout import Layout
+from nngeom.core.linear import identity, solution
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.dense import DenseBlock, PMatDense
 from nngeom.pmat.operator import DENSE_LIMIT, ParameterOperator, require_frobenius, require_tikhonov
@@ -57,7 +60,9 @@ class PMatExpression(ParameterOperator):
         span: Layout = self.collection.span()
         return PMatDense._make(self.collection, {span: DenseBlock(self.to_dense(limit))}, 0)
 
-    def solve(self, b: Any, damping: float | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None) -> Any:
+    def solve(
+        self, b: Any, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None
+    ) -> Any:
         """``(M + damping I)^-1 b``: dense below the size limit, conjugate gradients above it."""
         d = as_damping(damping)
         if self.shape[0] <= DENSE_LIMIT:
@@ -68,32 +73,38 @@ class PMatExpression(ParameterOperator):
             raise UnsupportedError(
                 "solving with a product, or with Cutoff or FactoredTikhonov on a sum, needs the dense matrix; this one is above the size limit"
             )
-        return self._apply(lambda x: conjugate_gradient(lambda y: self._mv(y) + d.value * y, x, tol=tol, max_iter=max_iter), b)
+        solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter)
+        return self._apply(lambda x: solution(solver, [*self._terms(), (d.value, identity)], x, self._held), b)
 
     def _solve_general(self, x: Tensor, damping: Damping) -> Tensor:
-        m = self.to_dense()
         if not isinstance(damping, Tikhonov):
             raise ArgumentError("a product of matrices takes a number as damping")
-        m = m + damping.value * torch.eye(m.shape[0], dtype=m.dtype, device=m.device)
-        return torch.linalg.solve(m, x.reshape(-1, x.shape[-1]).T).T.reshape(x.shape)
+        return torch.linalg.lu_solve(*self._factorised(damping), x.reshape(-1, x.shape[-1]).T).T.reshape(x.shape)
 
-    def inverse(self, damping: float | Damping = 0.0) -> PMat:
+    def _factorised(self, damping: Tikhonov) -> tuple[Tensor, Tensor]:
+        m = self.to_dense()
+        shifted = m + damping.value * torch.eye(m.shape[0], dtype=m.dtype, device=m.device)
+        return linalg.lu(shifted, f"the product of matrices with damping {damping.value:g}")
+
+    def inverse(self, damping: float | Tensor | Damping = 0.0) -> PMat:
         """``(M + damping I)^-1`` as a PMatDense."""
         return self.materialize().inverse(damping)
 
-    def logdet(self, damping: float = 0.0) -> Tensor:
-        """``log det(M + damping I)``."""
+    def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
+        """``log det(M + damping I)``, ``log |det|`` where ``M`` is not symmetric; ``-inf`` where that is singular."""
         if self.symmetric:
             return self.materialize().logdet(damping)
-        t = require_tikhonov(damping, "logdet")
-        m = self.to_dense()
-        return torch.linalg.slogdet(m + t.value * torch.eye(m.shape[0], dtype=m.dtype, device=m.device))[1]
+        try:
+            factors, _ = self._factorised(require_tikhonov(damping, "logdet"))
+        except SingularError:
+            return torch.full((), -torch.inf, dtype=self.dtype, device=self.device)
+        return factors.diagonal().abs().log().sum()
 
     def eigh(self) -> tuple[Tensor, Basis]:
         """Eigenvalues, ascending, and basis, of the dense matrix."""
         return self.materialize().eigh()
 
-    def sample(self, n: int, damping: float = 0.0, generator: torch.Generator | None = None) -> PVector:
+    def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> PVector:
         """Draws of ``N(0, (M + damping I)^-1)``."""
         return self.materialize().sample(n, damping, generator)
 
@@ -103,7 +114,7 @@ class PMatSum(PMatExpression):
     """``sum_j weight_j M_j``."""
 
     parts: tuple[ParameterOperator, ...]
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float | Tensor, ...] | None = None
 
     def _weighted(self):
         return zip(self.weights or (1.0,) * len(self.parts), self.parts)
@@ -134,6 +145,13 @@ class PMatSum(PMatExpression):
             total = y if total is None else total + y
         return total
 
+    def _terms(self):
+        return [(w * c, _in_dtype(f, p.dtype, self.dtype)) for w, p in self._weighted() for c, f in p._terms()]
+
+    @property
+    def _held(self):
+        return tuple(t for p in self.parts for t in p._held)
+
     def trace(self):
         return torch.stack([(w * p.trace()).to(self.dtype) for w, p in self._weighted()]).sum()
 
@@ -151,13 +169,18 @@ class PMatSum(PMatExpression):
         return "PMatSum(" + " + ".join(f"{w:g} * {p!r}" for w, p in self._weighted()) + ")"
 
 
+def _in_dtype(f: Callable[[Tensor], Tensor], inside: torch.dtype, outside: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """``f``, which works in one dtype, for vectors of another."""
+    return f if inside == outside else lambda x: f(x.to(inside)).to(outside)
+
+
 @dataclass(frozen=True, eq=False)
 class PMatProduct(PMatExpression):
     """``scale * left @ right``: not symmetric in general."""
 
     left: ParameterOperator
     right: ParameterOperator
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
     def __post_init__(self):
         self.left.collection.require(self.right.collection, "the right factor")

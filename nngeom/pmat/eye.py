@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
+from nngeom.core.linear import identity
 from nngeom.pmat.block import Block, Identity, reciprocal
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope
@@ -53,13 +55,25 @@ class PMatEye(PMat):
     """``c`` times the identity; measured, ``c`` is the mean of the diagonal, so that the trace is exact."""
 
     @staticmethod
-    def build(layer_collection: LayerCollection, scale: float = 1.0, dtype: torch.dtype | None = None, device=None) -> PMat:
-        """``scale * I`` without any data."""
-        c = torch.tensor(scale, dtype=dtype or torch.get_default_dtype(), device=device)
-        if not torch.isfinite(c):
+    def build(
+        layer_collection: LayerCollection,
+        scale: float | Tensor = 1.0,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> PMat:
+        """``scale * I`` over ``layer_collection`` without any data; the graph of a 0-d tensor ``scale`` is kept.
+
+        ``dtype`` and ``device`` are torch's defaults unless given. Raises :class:`ArgumentError` for a ``scale`` that is
+        not one finite number.
+        """
+        c = torch.as_tensor(scale, dtype=dtype or torch.get_default_dtype(), device=device).clone()
+        if c.ndim or not torch.isfinite(c):
             raise ArgumentError(f"scale is {scale}; expected a finite number")
         span = layer_collection.span()
         return PMatEye._make(layer_collection, {span: EyeBlock(c, *span.sizes)}, 0)
+
+    def _terms(self):
+        return [(next(iter(self.blocks.values())).c, identity)] if len(self.blocks) == 1 else super()._terms()
 
     @classmethod
     def recipe(cls, scope: Scope):

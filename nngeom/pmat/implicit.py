@@ -10,14 +10,15 @@ from torch import Tensor
 
 from nngeom.core import memory
 from nngeom.core.damping import Damping, Tikhonov, as_damping
-from nngeom.core.errors import ArgumentError, NNGeomError, UnsupportedError
+from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.linalg import accumulation_dtype
+from nngeom.core.linear import identity, solution, symmetric
 from nngeom.generator.linearization import Linearization
 from nngeom.generator.sweep import Columns, Metric, Sweep
 from nngeom.generator.task import Batch, Task
-from nngeom.pmat.expression import PMatExpression
 from nngeom.pmat.operator import ParameterOperator, require_frobenius
 from nngeom.pmat.pmat import PMat
+from nngeom.pmat.tangents import tangents_or_rows, times_rows
 from nngeom.solve.cg import conjugate_gradient
 from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos
@@ -32,7 +33,7 @@ class PMatImplicit(ParameterOperator):
     """A matrix known by its products, exact and without storage; it keeps the model and the batches, and is not picklable."""
 
     sweep: Sweep
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
     @property
     def task(self) -> Task:
@@ -63,20 +64,33 @@ class PMatImplicit(ParameterOperator):
         v = PVector(self.collection, x)
         return {name: v[name].to(p.dtype) for name, p in self.task.parameters.items()}
 
+    @property
+    def _held(self) -> tuple[Tensor, ...]:
+        """What products depend on."""
+        return tuple(self.task.parameters.values())
+
     def _mv(self, x):
+        return self.scale * symmetric(self._unscaled, x, self._held)
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        """Products ``[*b, d] -> [*b, d]`` before scaling; no graph is kept."""
         flat = x.reshape(-1, x.shape[-1])
-        rows = [self.scale * self._product(row) for row in flat]
+        with memory.limit(self.sweep.memory_budget):
+            rows = [self._product(row) for row in flat]
         return (torch.stack(rows) if rows else flat).reshape(x.shape)
 
     def _product(self, x: Tensor) -> Tensor:
         raise UnsupportedError("an implicit operator defines its product")
+
+    def _terms(self):
+        return [(self.scale, self._unscaled)]
 
     # -- what it solves and estimates --------------------------------------------------------------------------------
 
     def solve(
         self,
         b: Any,
-        damping: float | Damping = 0.0,
+        damping: float | Tensor | Damping = 0.0,
         tol: float = 1e-6,
         max_iter: int | None = None,
         preconditioner: PMat | None = None,
@@ -84,7 +98,7 @@ class PMatImplicit(ParameterOperator):
         """``(M + damping I)^-1 b`` by conjugate gradients to a relative residual ``tol``.
 
         ``preconditioner``: a PMat whose ``solve`` with the same damping approximates this one. Raises
-        :class:`ConvergenceError` when ``tol`` is not reached.
+        :class:`ConvergenceError` when ``tol`` is not reached. Differentiable in ``b`` and ``damping``: another solve.
         """
         d = as_damping(damping)
         if not isinstance(d, Tikhonov):
@@ -93,10 +107,13 @@ class PMatImplicit(ParameterOperator):
         if preconditioner is not None:
             inverse = preconditioner.inverse(d)
             apply = lambda r: inverse._mv(r.to(inverse.dtype)).to(r.dtype)
-        return self._apply(lambda x: conjugate_gradient(lambda y: self._mv(y) + d.value * y, x, tol, max_iter, apply), b)
+        solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter, apply)
+        return self._apply(lambda x: solution(solver, [*self._terms(), (d.value, identity)], x, self._held), b)
 
-    def inverse(self, damping: float | Damping = 0.0, **options: Any) -> ParameterOperator:
+    def inverse(self, damping: float | Tensor | Damping = 0.0, **options: Any) -> ParameterOperator:
         """``(M + damping I)^-1`` as an operator: every product is a :meth:`solve`."""
+        from nngeom.pmat.implicit_inverse import ImplicitInverse
+
         return ImplicitInverse(self, as_damping(damping), options)
 
     def _estimate(self, estimator: str, samples: int, generator: torch.Generator | None) -> Estimate:
@@ -149,11 +166,11 @@ class PMatImplicit(ParameterOperator):
         """Not offered; raises :class:`UnsupportedError`."""
         raise self._refuse("eigh()")
 
-    def logdet(self, damping: float = 0.0) -> Any:
+    def logdet(self, damping: float | Tensor = 0.0) -> Any:
         """Not offered; raises :class:`UnsupportedError`."""
         raise self._refuse("logdet()")
 
-    def sample(self, n: int, damping: float = 0.0, generator: torch.Generator | None = None) -> Any:
+    def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> Any:
         """Not offered; raises :class:`UnsupportedError`."""
         raise self._refuse("sample()")
 
@@ -173,25 +190,18 @@ class ImplicitFisher(PMatImplicit):
     """``1/n sum_i J_i^T L_i J_i`` with the metric ``L_i`` of the outputs, by ``J v``, then ``L``, then ``J^T``."""
 
     def _product(self, x):
-        try:
-            return self._by_tangents(x)
-        except (NNGeomError, torch.OutOfMemoryError):
-            raise
-        except RuntimeError:  # an operation without forward mode and second derivative, or on which torch's fails (saved activations computed again)
-            return self._by_rows(x)
+        return tangents_or_rows(lambda: self._by_tangents(x), lambda: self._by_rows(x))
 
     def _by_rows(self, x: Tensor) -> Tensor:
         """The product by explicit cotangents, as every stored representation has them."""
         total, count = torch.zeros_like(x), 0
-        with memory.limit(self.sweep.memory_budget):
-            for chunk in replace(self.sweep, check=False).chunks():
-                parts = [j.jvp(layout.gather(x).to(j.dtype)).to(x.dtype) for layout, j in chunk.jacobians.items()]
-                inner = torch.stack(parts).sum(0) if parts else x
-                for layout, j in chunk.jacobians.items():
-                    part = torch.zeros_like(x)
-                    layout.scatter_(part, j.vjp(inner.to(j.dtype)).to(x.dtype))
-                    total += part
-                count = chunk.start + chunk.examples
+        for chunk in replace(self.sweep, check=False).chunks():
+            inner = times_rows(chunk, x)
+            for layout, j in chunk.jacobians.items():
+                part = torch.zeros_like(x)
+                layout.scatter_(part, j.vjp(inner.to(j.dtype)).to(x.dtype))
+                total += part
+            count = chunk.start + chunk.examples
         return total / count
 
     def _by_tangents(self, x: Tensor) -> Tensor:
@@ -235,37 +245,6 @@ class ImplicitFisher(PMatImplicit):
                 out += part
                 count = chunk.start + chunk.examples
         return PVector(self.collection, self.scale * out / count)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ImplicitInverse(PMatExpression):
-    """``(M + damping I)^-1`` of an implicit matrix: every product is a conjugate-gradient solve."""
-
-    operator: PMatImplicit
-    damping: Damping
-    options: dict[str, Any]
-    scale: float = 1.0
-
-    @property
-    def collection(self):
-        return self.operator.collection
-
-    @property
-    def dtype(self):
-        return self.operator.dtype
-
-    @property
-    def device(self):
-        return self.operator.device
-
-    def _mv(self, x):
-        return self.scale * self.operator.solve(PVector(self.collection, x), self.damping, **self.options).flat()
-
-    def _scaled(self, c):
-        return replace(self, scale=c * self.scale)
-
-    def trace(self):
-        return self.to_dense().trace()
 
 
 def implicit(sweep: Sweep) -> ImplicitFisher:

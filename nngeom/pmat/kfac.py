@@ -7,7 +7,7 @@ from torch import Tensor
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
-from nngeom.core.statistic import Moment
+from nngeom.core.statistic import Inputs, Moment
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBasis, KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope
@@ -19,7 +19,7 @@ FACTOR_LIMIT = 10_000  # a factor with a longer side is kept diagonal
 
 
 def factor_statistic(sharing: str, block_limit: int, sua: bool = False):
-    """``chunk -> {layout: {"a", "g"}}``: Kronecker factors; inputs are counted once a batch, gradients for every cotangent."""
+    """``chunk -> {layout: {"a", "g"}}``: Kronecker factors, of inputs and of gradients."""
     if sharing not in ("expand", "reduce"):
         raise ArgumentError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'")
 
@@ -28,14 +28,14 @@ def factor_statistic(sharing: str, block_limit: int, sua: bool = False):
         for layout, j in chunk.jacobians.items():
             require_room(j, layout.names, block_limit)
             sums = sua_sums if sua and has_window(layout, j) else _sums
-            named[layout] = sums(layout, j, sharing, FACTOR_LIMIT, chunk.first)
+            named[layout] = sums(layout, j, sharing, FACTOR_LIMIT)
         return named
 
     return statistic
 
 
-def _sums(layout: Layout, j: LayerJacobian, sharing: str, limit: int, first: bool) -> dict[str, Tensor | Moment]:
-    return j.kronecker_sums(sharing, limit, first)
+def _sums(layout: Layout, j: LayerJacobian, sharing: str, limit: int) -> dict[str, Tensor | Moment | Inputs]:
+    return j.kronecker_sums(sharing, limit)
 
 
 def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> None:
@@ -70,6 +70,8 @@ class PMatKFAC(PMat):
 
     ``sua``: the places of a window as uncorrelated, one factor of channels for all of them; the bias then is a block of its own.
     """
+
+    centred = False
 
     @classmethod
     def recipe(cls, scope: Scope, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):

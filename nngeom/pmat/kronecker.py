@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -78,12 +77,12 @@ class KroneckerBlock(Block):
     def damped(self, damping: FactoredTikhonov) -> tuple[Tensor, Tensor]:
         """``a + pi sqrt(x)`` and ``g + sqrt(x) / pi``, ``pi`` the root of the ratio of mean eigenvalues, or 1."""
         if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
-            shift = self.a.new_full((self.a.shape[0],), damping.value)
+            shift = self.a.new_zeros(self.a.shape[0]) + damping.value
             return linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), shift), torch.ones_like(self.g)
         means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
         usable = (means[0] > 0) & (means[1] > 0) & damping.balanced
         pi = torch.where(usable, (means[0] / means[1].where(usable, torch.ones_like(means[1]))).sqrt(), torch.ones_like(means[0]))
-        root = math.sqrt(damping.value)
+        root = damping.value**0.5
         return linalg.factor_shift(self.a, pi * root), linalg.factor_shift(self.g, root / pi)
 
     def eigen(self) -> EigenBlock:
@@ -159,11 +158,11 @@ class EigenBlock(Block):
             return EigenBlock(self.ua, self.ug, reciprocal(values, FactoredTikhonov(0.0), "the matrix in its eigenbasis"))
         return EigenBlock(self.ua, self.ug, reciprocal(self.d, damping, "the matrix in its eigenbasis"))
 
-    def additive(self, x: float) -> Tensor | float:
+    def additive(self, x: float | Tensor) -> Tensor | float:
         """``x + sqrt(x) s_A + sqrt(x) s_B``; plain ``x`` where there are no factors or one is trivial."""
         if self.sa is None or self.sg is None or self.sg.shape[-1] == 1:
             return x
-        return x + math.sqrt(x) * (self.sa.unsqueeze(-2) + self.sg.unsqueeze(-1))
+        return x + x**0.5 * (self.sa.unsqueeze(-2) + self.sg.unsqueeze(-1))
 
     def eigh(self):
         return self.d, self.basis

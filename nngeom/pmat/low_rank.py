@@ -10,8 +10,9 @@ from torch import Tensor
 from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Tikhonov
 from nngeom.core.errors import SingularError
+from nngeom.core.linear import differentiated
 from nngeom.core.statistic import Rows
-from nngeom.pmat.block import Block, BlockBasis, reciprocal
+from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, shifted_logdet
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope, join_rows
 
@@ -22,11 +23,11 @@ class LowRankBlock(Block):
 
     r: Tensor  # [m p]
     sign: float = 1.0
-    shift: float = 0.0
+    shift: float | Tensor = 0.0  # a tensor where it has a graph
 
     def mv(self, x):
         low = self.sign * (x @ self.r.T) @ self.r
-        return low + self.shift * x if self.shift else low
+        return low + self.shift * x if self._shifted else low
 
     def diag(self):
         return (self.sign * self.r.square().sum(0) + self.shift)[None, None]
@@ -38,8 +39,13 @@ class LowRankBlock(Block):
         gram = self.r @ self.r.T if self.r.shape[0] <= self.r.shape[1] else self.r.T @ self.r
         return gram.square().sum() + 2 * self.sign * self.shift * self.r.square().sum() + self.shift**2 * self.r.shape[1]
 
+    @property
+    def _shifted(self) -> bool:
+        """Whether there is a shift, or one that is zero but has a graph."""
+        return isinstance(self.shift, Tensor) or self.shift != 0
+
     def scaled(self, c):
-        c = float(c)
+        c = c if differentiated(c) else float(c)
         return LowRankBlock(self.r * abs(c) ** 0.5, self.sign if c >= 0 else -self.sign, self.shift * c)
 
     def added(self, other):
@@ -48,13 +54,18 @@ class LowRankBlock(Block):
         return None
 
     def solve(self, b, damping):
-        if isinstance(damping, Cutoff) or self.sign < 0:
+        """Woodbury with the Gram matrix of the rows, ``(b - R^T (R R^T +- c I)^-1 R b) / c``, else :meth:`inverse`."""
+        c = self.shift + damping.value
+        if isinstance(damping, Cutoff) or c <= 0:
             return super().solve(b, damping)
-        c = self._positive_shift(damping)
-        gram = self.r @ self.r.T
+        gram = self.sign * (self.r @ self.r.T)
         gram.diagonal().add_(c)
-        inner = torch.cholesky_solve((b @ self.r.T).flatten(0, -2).T, linalg.cholesky(gram, "the low-rank matrix")).T
-        return (b - inner.reshape(*b.shape[:-1], -1) @ self.r) / c
+        try:
+            factor = linalg.cholesky(gram, "the low-rank matrix")
+        except SingularError:
+            return super().solve(b, damping)
+        inner = torch.cholesky_solve((b @ self.r.T).flatten(0, -2).T, factor).T
+        return (b - self.sign * inner.reshape(*b.shape[:-1], -1) @ self.r) / c
 
     def inverse(self, damping):
         """Woodbury; with ``R = U S V^T`` the inverse is ``V (1 / (S^2 + c) - 1 / c) V^T + I / c``, low-rank again."""
@@ -72,19 +83,18 @@ class LowRankBlock(Block):
     def eigh(self):
         values, v = self._spectrum()
         d = self.r.shape[1]
-        full = torch.full((d,), self.shift, dtype=values.dtype, device=values.device)
-        full[: len(values)] += values
+        full = torch.cat([values, values.new_zeros(d - len(values))]) + self.shift
         return full[None, None], HouseholderBasis(*torch.geqrf(v.T), _signs(v))
 
     def logdet(self, damping):
         values, v = self._spectrum()
-        c = self.shift + damping.value
-        low, rest = values + c, self.r.shape[1] - len(values)
-        if bool((low <= 0).any()) or (rest and c <= 0):
-            return low.new_tensor(float("-inf"))
-        return low.log().sum() + (rest * torch.log(low.new_tensor(c)) if rest else 0)
+        rest = self.r.shape[1] - v.shape[0]
+        others = values.new_zeros(min(rest, 1)) + self.shift  # of the shift, once
+        whole = torch.cat([values + self.shift, others])
+        low, many = shifted_logdet(whole, damping), rest - 1
+        return low + many * log_sum(others + damping.value) if many > 0 else low
 
-    def _positive_shift(self, damping: Tikhonov) -> float:
+    def _positive_shift(self, damping: Tikhonov) -> float | Tensor:
         c = self.shift + damping.value
         if c <= 0:
             raise SingularError(f"a low-rank matrix of rank at most {self.r.shape[0]} over {self.r.shape[1]} parameters is singular; use a damping above 0")
@@ -92,14 +102,16 @@ class LowRankBlock(Block):
 
     def _spectrum(self) -> tuple[Tensor, Tensor]:
         """Non-zero eigenvalues of ``sign R^T R`` and their orthonormal vectors ``[r, p]``."""
-        _, s, v = torch.linalg.svd(self.r.double(), full_matrices=False)
+        s, v = linalg.svd(self.r)
         keep = s > s.amax() * max(self.r.shape) * torch.finfo(self.r.dtype).eps if s.numel() else s > 0
         return self.sign * s[keep].square().to(self.r), v[keep].to(self.r)
 
-    def _signed(self, values: Tensor, v: Tensor, shift: float) -> Block:
+    def _signed(self, values: Tensor, v: Tensor, shift: float | Tensor) -> Block:
         """``V^T diag(values) V + shift I`` with values of one sign."""
         sign = -1.0 if bool((values <= 0).all()) else 1.0
-        return LowRankBlock((values * sign).clamp_min(0).sqrt().unsqueeze(1) * v, sign, shift)
+        some = values * sign > 0  # the root of zero has no derivative
+        root = torch.where(some, (values * sign).where(some, torch.ones_like(values)).sqrt(), torch.zeros_like(values))
+        return LowRankBlock(root.unsqueeze(1) * v, sign, shift)
 
 
 def _signs(v: Tensor) -> Tensor:

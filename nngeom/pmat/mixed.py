@@ -34,7 +34,16 @@ class Mixture(Representation):
 
     @property
     def passes(self):
-        return max(r.passes for r in (*(r for _, r in self.parts), *((self.default,) if self.default is not None else ())))
+        return max(r.passes for r in self.members)
+
+    @property
+    def centred(self):
+        return all(r.centred for r in self.members)
+
+    @property
+    def members(self) -> tuple[Representation, ...]:
+        """All that are mixed."""
+        return (*(r for _, r in self.parts), *((self.default,) if self.default is not None else ()))
 
     def part_of(self, name):
         return self._index(name)

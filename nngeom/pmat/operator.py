@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from nngeom.core import linalg
 from nngeom.core.damping import Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError
+from nngeom.core.linear import differentiated
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
@@ -48,6 +50,15 @@ class ParameterOperator(ABC):
     @abstractmethod
     def _mv(self, x: Tensor) -> Tensor:
         """``[*b, d] -> [*b, d]``."""
+
+    def _terms(self) -> list[tuple[float | Tensor, Callable[[Tensor], Tensor]]]:
+        """The matrix as a sum of factors times maps ``[*b, d] -> [*b, d]``; iterative solves differentiate the factors."""
+        return [(1.0, self._mv)]
+
+    @property
+    def _held(self) -> tuple[Tensor, ...]:
+        """Tensors outside of the matrix that its products depend on: the parameters of a model."""
+        return ()
 
     # -- derived -----------------------------------------------------------------------------------------------------
 
@@ -128,20 +139,16 @@ class ParameterOperator(ABC):
         return -1.0 * self
 
     @abstractmethod
-    def _scaled(self, c: float) -> ParameterOperator:
-        """``c M``."""
+    def _scaled(self, c: float | Tensor) -> ParameterOperator:
+        """``c M``; a tensor where it requires a gradient."""
 
     def __mul__(self, c: Any) -> Any:
-        if isinstance(c, Tensor) and c.ndim == 0:
-            c = float(c)
-        if not isinstance(c, (int, float)):
-            raise ArgumentTypeError(f"cannot scale a matrix by {type(c).__name__}; expected a number (M @ N is the product)")
-        return self._scaled(float(c))
+        return self._scaled(_factor(c))
 
     __rmul__ = __mul__
 
     def __truediv__(self, c: Any) -> Any:
-        return self * (1 / float(c))
+        return self._scaled(1 / _factor(c))
 
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` on flat numpy vectors."""
@@ -155,6 +162,16 @@ class ParameterOperator(ABC):
 
         dtype = torch.empty((), dtype=linalg.accumulation_dtype(self.dtype)).numpy().dtype
         return LinearOperator(self.shape, matvec=apply, rmatvec=apply, matmat=apply, rmatmat=apply, dtype=dtype)
+
+
+def _factor(c: Any) -> float | Tensor:
+    """A number to scale by; a 0-d tensor stays one where it requires a gradient."""
+    if not isinstance(c, numbers.Real) and not (isinstance(c, Tensor) and c.ndim == 0):
+        given = type(c).__name__
+        raise ArgumentTypeError(f"cannot scale a matrix by {given}; expected a number (M @ N is the product)")
+    if not isinstance(c, Tensor):
+        return float(c)
+    return c if differentiated(c) else float(c.detach())
 
 
 def require_tikhonov(damping: Any, what: str) -> Tikhonov:

@@ -50,6 +50,11 @@ class Representation:
         """How many sweeps the recipe takes."""
         return self.kind.passes
 
+    @property
+    def centred(self) -> bool:
+        """Whether rows whose mean was taken from them may enter."""
+        return self.kind.centred
+
     def last_sweep(self, matrix: PMat) -> Representation:
         """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is only one."""
         return self if self.passes == 1 else self.kind.in_basis(matrix)
@@ -68,10 +73,14 @@ class PMat(ParameterOperator):
     examples: int
 
     passes: ClassVar[int] = 1
+    centred: ClassVar[bool] = True  # any rows may enter, such as those less their mean, not only sums of outer products
+    entries: ClassVar[str | None] = None  # kept as they are of any matrix: "all", those in "layers", the "diagonal"
     kinds: ClassVar[Registry[type[PMat]]] = Registry()  # by qualified name, for files
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        if "recipe" in vars(cls) and "entries" not in vars(cls):
+            cls.entries = None  # what was said of the parent's recipe
         PMat.kinds.add(cls)
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -168,14 +177,14 @@ class PMat(ParameterOperator):
         require_frobenius(kind)
         return torch.stack([b.squared_norm() for b in self.blocks.values()]).sum().sqrt()
 
-    def logdet(self, damping: float = 0.0) -> Tensor:
+    def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
         """``log det(M + damping I)``; ``-inf`` when that is singular."""
         t = require_tikhonov(damping, "logdet")
         return torch.stack([b.logdet(t) for b in self.blocks.values()]).sum()
 
     # -- inverses ----------------------------------------------------------------------------------------------------
 
-    def solve(self, b: Any, damping: float | Damping = 0.0) -> Any:
+    def solve(self, b: Any, damping: float | Tensor | Damping = 0.0) -> Any:
         """``(M + damping I)^-1 b`` for a PVector (batched) or all rows of a ``PushForwardDense``.
 
         ``damping`` is a number, :class:`FactoredTikhonov` or :class:`Cutoff`. Raises :class:`SingularError` when the
@@ -185,7 +194,7 @@ class PMat(ParameterOperator):
         with self._worst_block(d):
             return self._apply(lambda x: self._each(x, lambda block, y: block.solve(y, d)), b)
 
-    def inverse(self, damping: float | Damping = 0.0) -> PMat:
+    def inverse(self, damping: float | Tensor | Damping = 0.0) -> PMat:
         """``(M + damping I)^-1`` as a matrix; the factorisation is done here, once."""
         d = as_damping(damping)
         with self._worst_block(d):
@@ -224,7 +233,7 @@ class PMat(ParameterOperator):
         order = flat.argsort(stable=True)
         return flat[order], Basis(self.layer_collection, {lay: basis for lay, (_, basis) in parts.items()}, order, self.dtype)
 
-    def sample(self, n: int, damping: float = 0.0, generator: torch.Generator | None = None) -> PVector:
+    def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> PVector:
         """``n`` independent draws of ``N(0, (M + damping I)^-1)``, a batch of PVectors."""
         t = require_tikhonov(damping, "sample")
         noise = PVector.randn(self.layer_collection, n, generator=generator, dtype=self.dtype, device=self.device if generator is None else generator.device)
@@ -254,12 +263,18 @@ class PMat(ParameterOperator):
         """Another dtype or device, as ``Tensor.to``."""
         return self._make(self.layer_collection, {lay: b.to(*args, **kwargs) for lay, b in self.blocks.items()}, self.examples)
 
+    def detach(self) -> PMat:
+        """Without its graph, which a matrix has that was made with a damping or a factor that requires a gradient."""
+        blocks = {lay: b.detach() for lay, b in self.blocks.items()}
+        return self._make(self.layer_collection, blocks, self.examples)
+
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         return sum(t.numel() * t.element_size() for b in self.blocks.values() for t in b.tensors())
 
     def __reduce__(self):
-        return _rebuild, (type(self), self.layer_collection, self.blocks, self.examples)
+        blocks = {lay: b.detach() for lay, b in self.blocks.items()}
+        return _rebuild, (type(self), self.layer_collection, blocks, self.examples)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={self.shape}, blocks={len(self.blocks)}, examples={self.examples}, dtype={self.dtype}, device='{self.device}')"

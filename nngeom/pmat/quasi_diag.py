@@ -10,7 +10,7 @@ from torch import Tensor
 from nngeom.core import linalg, memory
 from nngeom.core.damping import Cutoff
 from nngeom.core.errors import SingularError
-from nngeom.pmat.block import Block, BlockBasis, reciprocal
+from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope
@@ -49,7 +49,7 @@ class ArrowBlock(Block):
         positive = bool((w > 0).all())
         schur = b - (self.c.square() / w).sum(-1) if positive else b
         if not positive or bool((schur <= 4 * torch.finfo(d.dtype).eps * d.abs().amax(-1)).any()):
-            least = float(self.eigh()[0].min())
+            least = self.eigh()[0].min().item()
             raise SingularError(
                 f"the quasi-diagonal matrix is not positive definite with damping {damping.value:g}: its smallest eigenvalue is "
                 f"{least:.3e}; use a damping above {max(-least, 0.0):.3e} (quasi-diagonal matrices need not be positive semi-definite)",
@@ -63,10 +63,11 @@ class ArrowBlock(Block):
         return values, UnitBasis(u)
 
     def logdet(self, damping):
+        """By the Schur complements; without damping ``-inf`` exactly where :meth:`inverse` raises."""
         try:
             inverse = self.inverse(damping)
         except SingularError:
-            return super().logdet(damping)
+            return super().logdet(damping) if damping.value > 0 else log_sum(self.d.new_zeros(1) + damping.value)
         w = (self.d[..., :-1] + damping.value).log().sum()
         return w - 2 * inverse.u[..., -1].abs().log().sum()
 
@@ -130,7 +131,11 @@ class UnitBlock(Block):
 
     def inverse(self, damping):
         values, basis = self.eigh()
-        return UnitBlock((basis.u * reciprocal(values, damping, "the unit-wise matrix").unsqueeze(-2)) @ basis.u.mT)
+        inverse = reciprocal(values, damping, "the unit-wise matrix")
+        if self.m.requires_grad and not isinstance(damping, Cutoff):  # equal eigenvalues: no gradient of eigenvectors
+            eye = torch.eye(self.m.shape[-1], dtype=self.m.dtype, device=self.m.device)
+            return UnitBlock(torch.linalg.inv(self.m + damping.value * eye))
+        return UnitBlock((basis.u * inverse.unsqueeze(-2)) @ basis.u.mT)
 
     def eigh(self):
         values, u = linalg.eigh(self.m)

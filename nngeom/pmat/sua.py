@@ -14,7 +14,7 @@ from torch import Tensor
 from nngeom.core.factored import FactoredJacobian
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout, Piece
-from nngeom.core.statistic import Moment
+from nngeom.core.statistic import Inputs, Moment
 from nngeom.core.window import channel_sums, rotate_channels
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
 
@@ -35,9 +35,9 @@ def parts(layout: Layout) -> tuple[Layout, Layout | None]:
     return Layout((Piece(weight.names, weight.offset, weight.arrangement.by_place()),)), bias
 
 
-def sua_sums(layout: Layout, j: Any, sharing: str, limit: int, first: bool) -> dict[str, Tensor | Moment]:
+def sua_sums(layout: Layout, j: Any, sharing: str, limit: int) -> dict[str, Tensor | Moment | Inputs]:
     """The sums that :func:`sua_blocks` takes the means of."""
-    return channel_sums(j, _window(layout), len(layout.pieces) > 1, sharing, limit, first)
+    return channel_sums(j, _window(layout), len(layout.pieces) > 1, sharing, limit)
 
 
 def sua_blocks(layout: Layout, means: dict[str, Tensor]) -> dict[Layout, KroneckerBlock]:

@@ -50,17 +50,17 @@ class LayerCollection:
         if exclude is not None:
             keep -= _select(model, every, aliases, exclude, "exclude")
         chosen = {name: p for name, p in every.items() if name in keep and p.requires_grad}
-        if not chosen:
-            frozen = sum(not p.requires_grad for p in every.values())
-            raise CollectionError(
-                f"no parameter is left in the collection: the model has {len(every)} ({frozen} frozen), "
-                f"include={include!r} and exclude={exclude!r} keep {len(keep)}; expected at least one trainable parameter"
-            )
         for name, p in chosen.items():
             if not p.is_floating_point():
                 raise CollectionError(f"parameter {name!r} is {p.dtype}; expected a real floating-point parameter, exclude it")
             if nn.parameter.is_lazy(p):
                 raise CollectionError(f"parameter {name!r} is not initialised yet; run the model once on a batch first")
+        if not any(p.numel() for p in chosen.values()):
+            frozen = sum(not p.requires_grad for p in every.values())
+            raise CollectionError(
+                f"no parameter is left in the collection: the model has {len(every)} ({frozen} frozen), "
+                f"include={include!r} and exclude={exclude!r} keep {len(keep)}; expected at least one trainable parameter"
+            )
         root = type(model).__name__ if type(model).__module__.startswith("torch.nn") else None  # a single layer as the model
         layers = tuple(name.rpartition(".")[0] or root or name for name in chosen)
         return LayerCollection(tuple(chosen), tuple(tuple(p.shape) for p in chosen.values()), layers)

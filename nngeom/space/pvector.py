@@ -33,10 +33,14 @@ class PVector:
     # -- construction ------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def from_model(model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
-        """A detached copy of the parameters."""
+    def from_model(model: nn.Module, layer_collection: LayerCollection | None = None, *, live: bool = False) -> PVector:
+        """The parameters of ``model``, those of ``layer_collection`` only where it is given: a detached copy.
+
+        ``live``: with their graph, so that what is computed from the vector has a gradient in the parameters. A penalty
+        ``M.vTMv(w - w0)`` in a loss takes a live ``w`` and a detached ``w0``: of two copies it would be a constant.
+        """
         lc = layer_collection or LayerCollection.from_model(model)
-        return PVector.from_dict(lc, {n: p.detach() for n, p in lc.parameters(model).items()})
+        return PVector.from_dict(lc, {n: p if live else p.detach() for n, p in lc.parameters(model).items()})
 
     @staticmethod
     def from_grad(model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
@@ -64,7 +68,7 @@ class PVector:
             batch = t.shape[: t.ndim - len(shape)]
             if tuple(t.shape[len(batch) :]) != shape:
                 raise ArgumentError(f"the tensor for {name!r} has shape {tuple(t.shape)}; expected (*batch, {', '.join(map(str, shape))})")
-            parts.append(t.reshape(*batch, math.prod(shape)))
+            parts.append(t.reshape((*batch, math.prod(shape))))
         extra = [n for n in tensors if n not in layer_collection]
         if extra:
             raise CollectionError(f"{extra[:6]} are not in the collection")
@@ -103,7 +107,7 @@ class PVector:
         if name not in table:
             raise CollectionError(f"no parameter {name!r} in this vector; it has {list(table)[:8]}")
         lo, shape = table[name]
-        return self.tensor[..., lo : lo + math.prod(shape)].reshape(*self.batch_shape, *shape)
+        return self.tensor[..., lo : lo + math.prod(shape)].reshape((*self.batch_shape, *shape))
 
     @property
     def batch_shape(self) -> torch.Size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from nngeom.analysis.alignment import kernel_label_alignment
 from nngeom.analysis.coherence import coherence
 from nngeom.analysis.geometric_complexity import geometric_complexity
+from nngeom.analysis.labels import class_labels
 from nngeom.analysis.rows import Function, Probe, require_labels, wide_kernels
 from nngeom.analysis.sharpness import non_uniformity, sharpness
 from nngeom.analysis.spectrum import effective_rank, spectrum, trace_ratios
 from nngeom.analysis.stiffness import stiffness
+from nngeom.metrics.categorical import Categorical
 from nngeom.metrics.loss import IdentityMetric, as_loss
 from nngeom.mgs.metrics import kernel_metrics
 from nngeom.space.collection import LayerCollection
@@ -88,9 +91,24 @@ def _loss(look: Look) -> Numbers:
 
 @quantity("accuracy")
 def _accuracy(look: Look) -> Numbers:
-    f, y = look.outputs, look.labels
-    guess = f.argmax(1) if f.shape[1] > 1 else (f[:, 0] > 0).to(y.dtype)
-    return {"probe_accuracy": float((guess == y.view(guess.shape)).double().mean())}
+    return {"probe_accuracy": accuracy(look.outputs, look.labels, as_loss(look.loss))}
+
+
+def accuracy(outputs: Tensor, targets: Tensor, loss: Any) -> float:
+    """The share of right labels, over positions too, but for ignored ones; NaN where the targets are no class labels.
+
+    With one output an example the sign is the guess, for labels 0 and 1 or -1 and 1.
+    """
+    labels = class_labels(targets) if targets.ndim < 2 or targets.numel() == len(targets) else targets
+    if labels is None or labels.is_floating_point():
+        return math.nan
+    if outputs[0].numel() == 1:
+        binary = labels.numel() == len(outputs) and not bool((labels.abs() > 1).any())
+        return float(((outputs.flatten() > 0) == (labels.flatten() > 0)).double().mean()) if binary else math.nan
+    categorical = getattr(loss, "categorical", None) or Categorical()
+    guess = (fitted := categorical.fit(outputs, labels)).logits(outputs).argmax(-1)
+    truth = fitted.labels(labels).reshape(guess.shape).to(guess.device)
+    return float((guess == truth)[truth != fitted.ignore_index].double().mean())
 
 
 @quantity("spectrum")
@@ -113,12 +131,13 @@ def _trace_ratios(look: Look) -> Numbers:
 
 @quantity("alignment")
 def _alignment(look: Look) -> Numbers:
-    return {"alignment": float(kernel_label_alignment(look.kernel, look.labels))}
+    return {"alignment": float(kernel_label_alignment(look.kernel, look.labels, shape=look.outputs.shape[1:]))}
 
 
 @quantity("alignment_by_layer")
 def _alignment_by_layer(look: Look) -> Numbers:
-    return {f"alignment/{layer}": float(kernel_label_alignment(k, look.labels)) for layer, k in look.kernels.items()}
+    of = lambda k: float(kernel_label_alignment(k, look.labels, shape=look.outputs.shape[1:]))
+    return {f"alignment/{layer}": of(k) for layer, k in look.kernels.items()}
 
 
 @quantity("mgs")
@@ -137,7 +156,8 @@ def _coherence(look: Look) -> Numbers:
 @quantity("stiffness")
 def _stiffness(look: Look) -> Numbers:
     found = stiffness(look.model, look.probe.batches, loss=look.loss, function=look.function, layer_collection=look.layer_collection, check=False)
-    return {"stiffness": float(found.mean), "stiffness_within": float(found.within), "stiffness_between": float(found.between)}
+    within, between = (found.within, found.between) if found.has_classes else (math.nan, math.nan)
+    return {"stiffness": float(found.mean), "stiffness_within": float(within), "stiffness_between": float(between)}
 
 
 @quantity("geometric_complexity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import os
@@ -47,13 +48,15 @@ class Tracker:
 
     ``metrics``: names (``nngeom.track.QUANTITIES``) and functions ``(model, batches) -> number or {column: number}``.
     ``every``: a number of steps, or a function ``step -> bool`` (``nngeom.track.geometric(1.15)``). The probe batches are read
-    once and kept. The model is measured in evaluation mode and put back; global random state is not touched.
+    once and kept. The model is measured in evaluation mode and put back; global random state is not touched. A number
+    of a function stands under the function's name, one of a second function of that name under ``name_2``, and so on.
 
     ``csv``, ``tensorboard``: a file and a log directory that are written to as measurements come (the latter needs the extra
     ``tensorboard``). ``history`` maps columns to lists of numbers of equal length, NaN where a number was not given.
     ``overhead`` is the share of wall time since the first :meth:`step` that went into measuring.
 
-    Raises :class:`ArgumentError` for an unknown metric, :class:`LoaderError` for an empty probe loader.
+    Raises :class:`ArgumentError` for an unknown metric and where two numbers would stand in one column,
+    :class:`LoaderError` for an empty probe loader.
     """
 
     def __init__(
@@ -69,12 +72,15 @@ class Tracker:
         csv: str | os.PathLike[str] | None = None,
         tensorboard: str | os.PathLike[str] | None = None,
     ):
+        metrics = tuple(metrics)
         unknown = [m for m in metrics if isinstance(m, str) and m not in QUANTITIES]
         if unknown:
             raise ArgumentError(f"metrics {unknown} are not known; expected some of {sorted(QUANTITIES)}, or functions (model, batches) -> number")
         if not callable(every) and (not isinstance(every, int) or every < 1):
             raise ArgumentError(f"every is {every!r}; expected a whole number of at least 1, or a function of the step")
-        self.model, self.metrics = model, tuple(metrics)
+        self.model = model
+        self.metrics = tuple(m for j, m in enumerate(metrics) if not isinstance(m, str) or m not in metrics[:j])
+        self._names = _names(self.metrics)
         self.every, self.loss, self.function, self.layer_collection = every, loss, function, layer_collection
         self.batches = list(Task.build(model, function, layer_collection).batches(probe_loader))
         self.history: dict[str, list[float]] = {"step": []}
@@ -98,11 +104,18 @@ class Tracker:
         begin = time.perf_counter()
         if self._begun is None:
             self._begun = begin
-        row: dict[str, float] = {"step": step, **{name: float(v) for name, v in scalars.items()}}
+        row: dict[str, float] = {"step": step, **{name: _number(name, v) for name, v in scalars.items()}}
         with evaluating(self.model):
             look = Look(self.model, self.batches, self.loss, self.function, self.layer_collection)
-            for metric in self.metrics:
-                row.update(QUANTITIES[metric](look) if isinstance(metric, str) else _named(metric, self.model, self.batches))
+            for metric, name in zip(self.metrics, self._names):
+                if isinstance(metric, str):
+                    new = QUANTITIES[metric](look)
+                else:
+                    new = _named(name, metric(self.model, self.batches))
+                twice = sorted(row.keys() & new.keys())
+                if twice:
+                    raise ArgumentError(f"metric {name!r} gives {twice}, which the row has already; rename one of them")
+                row.update(new)
         self._append(row)
         if self._writer is not None:
             self._writer.add(step, row)
@@ -176,17 +189,39 @@ class Tracker:
         return dashboard(self.history, path, title)
 
 
-def _named(metric: Callable[..., Any], model: nn.Module, batches: list[Any]) -> dict[str, float]:
-    value = metric(model, batches)
+def _named(name: str, value: Any) -> dict[str, float]:
+    """What a metric returned, as columns."""
     if isinstance(value, dict):
-        return {str(name): float(v) for name, v in value.items()}
-    if not isinstance(value, (int, float)) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
-        raise ArgumentError(f"the metric {_name(metric)!r} returned {type(value).__name__}; expected a number or a dict of numbers")
-    return {_name(metric): float(value)}
+        return {str(column): _number(f"{name}[{column!r}]", v) for column, v in value.items()}
+    return {name: _number(name, value)}
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ArgumentError(f"the metric {name!r} returned {given}; expected a number or a dict of numbers") from error
+
+
+def _names(metrics: Sequence[str | Callable[..., Any]]) -> list[str]:
+    """A name of its own for every metric."""
+    names: list[str] = []
+    for metric in metrics:
+        base = name = metric if isinstance(metric, str) else _name(metric)
+        count = 1
+        while name in names:
+            count += 1
+            name = f"{base}_{count}"
+        names.append(name)
+    return names
 
 
 def _name(metric: Callable[..., Any]) -> str:
-    return getattr(metric, "__name__", type(metric).__name__)
+    inner = metric.func if isinstance(metric, functools.partial) else metric
+    return getattr(inner, "__name__", type(inner).__name__)
 
 
 def write_whole(path: Path, text: str) -> None:

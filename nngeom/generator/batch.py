@@ -1,0 +1,193 @@
+"""Batches as people have them: which iterables are loaders, and how examples are moved, counted and taken.
+
+A batch is any nesting of tensors in tuples, lists, named tuples, mappings and dataclasses; it comes back in the same
+containers. A bare tensor given as one of several batches becomes ``(tensor,)``, so that what was once told apart from
+the parts of one batch stays so.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, LoaderError
+
+Batch = Any
+_LEAVES = (Tensor, np.ndarray, PackedSequence)
+_OFFER = (
+    "a list is an iterable of batches: for one batch pass tuple(batch) or [batch]; for several batches of inputs alone "
+    "pass [(x1,), (x2,)], or an iterator over them"
+)
+
+
+def as_batches(loader: Any) -> Iterable[Batch]:
+    """An iterable of batches; a tuple, a tensor, an array or a mapping given as loader is one batch.
+
+    Raises :class:`ArgumentError` for a list that looks like one batch, as ``next(iter(DataLoader))`` gives it, and
+    :class:`ArgumentTypeError` for what is no iterable of batches.
+    """
+    if isinstance(loader, (tuple, Mapping, *_LEAVES)) or (_is_record(loader) and not hasattr(loader, "__iter__")):
+        return [_bare(loader)]
+    if isinstance(loader, (str, bytes)) or not hasattr(loader, "__iter__") or hasattr(loader, "__array__"):
+        raise ArgumentTypeError(
+            f"loader is {type(loader).__name__}; expected a DataLoader, an iterable of batches, or one batch "
+            "(a tuple, tensor, array or dict)"
+        )
+    if isinstance(loader, list):
+        _require_batches(loader)
+        return [_bare(batch) for batch in loader]
+    return map(_bare, loader) if isinstance(loader, Iterator) else _Loader(loader)
+
+
+class _Loader:
+    """A loader that can be iterated again; ``len`` where it has one."""
+
+    def __init__(self, source: Iterable[Any]):
+        self.source = source
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(_bare, self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+
+def _bare(batch: Batch) -> Batch:
+    return (batch,) if isinstance(batch, _LEAVES) and not isinstance(batch, PackedSequence) else batch
+
+
+def _require_batches(items: list[Any]) -> None:
+    """Raise for a list of tensors that is more likely one batch than several: see :func:`as_batches`."""
+    arrays = [x for x in items if isinstance(x, (Tensor, np.ndarray))]
+    if len(items) < 2 or not arrays:
+        return
+    given = ", ".join(f"{type(x).__name__} {tuple(x.shape) if hasattr(x, 'shape') else ''}".strip() for x in items[:4])
+    given += ", ..." if len(items) > 4 else ""
+    if len(arrays) < len(items):
+        raise ArgumentError(f"loader is a list of unlike things, [{given}]; {_OFFER}")
+    sizes = {leading_size(x) for x in arrays}
+    if len(sizes) == 1 and None not in sizes and (len(items) < 4 or len({(x.dtype, x.ndim) for x in arrays}) > 1):
+        raise ArgumentError(
+            f"loader is a list of {len(items)} tensors with {sizes.pop()} rows each, [{given}], which is how a "
+            f"DataLoader gives one batch; {_OFFER}"
+        )
+
+
+def _is_record(x: Any) -> bool:
+    """Whether ``x`` is an instance of a dataclass."""
+    return dataclasses.is_dataclass(x) and not isinstance(x, type)
+
+
+# -- one batch ---------------------------------------------------------------------------------------------------------
+
+
+def each(batch: Batch, f: Callable[[Any], Any]) -> Batch:
+    """The batch with ``f`` of all its tensors, arrays and packed sequences, in the same containers."""
+    if isinstance(batch, _LEAVES):
+        return f(batch)
+    if isinstance(batch, Mapping):
+        changed = {key: each(value, f) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return changed
+        like = copy.copy(batch)
+        for key, value in changed.items():
+            like[key] = value
+        return like
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(each(value, f) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(each(value, f) for value in batch)
+    if _is_record(batch):
+        other = copy.copy(batch)
+        for entry in dataclasses.fields(batch):
+            object.__setattr__(other, entry.name, each(getattr(batch, entry.name), f))
+        return other
+    return batch
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """A batch with its tensors detached and on ``device``: arrays become tensors, inference tensors ordinary ones."""
+
+    def moved(x: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            x = _tensor(x)
+        if not isinstance(x, Tensor):
+            return x.to(device) if isinstance(x, PackedSequence) else x  # type: ignore[arg-type]
+        with torch.inference_mode(False):
+            return (x.clone() if x.is_inference() else x.detach()).to(device)
+
+    return each(batch, moved)
+
+
+def _tensor(x: np.ndarray) -> Any:
+    """A copy as a tensor; arrays of texts and objects as they are."""
+    if x.dtype.kind not in "biufc":
+        return x
+    try:
+        return torch.tensor(x)
+    except TypeError as error:
+        raise LoaderError(
+            f"a batch holds a NumPy array of dtype {x.dtype}, unknown to torch; pass x.astype('int64') or the like"
+        ) from error
+
+
+def leading_size(batch: Batch) -> int | None:
+    """The first axis of the first tensor of a batch."""
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    if isinstance(batch, Tensor):
+        return batch.size(0) if batch.ndim else None
+    if isinstance(batch, np.ndarray):
+        return len(batch) if batch.ndim else None
+    return next((size for item in _items(batch) if (size := leading_size(item)) is not None), None)
+
+
+def _items(batch: Batch) -> Iterable[Any]:
+    if isinstance(batch, Mapping):
+        return batch.values()
+    if isinstance(batch, (tuple, list)):
+        return batch
+    if _is_record(batch):
+        return [getattr(batch, entry.name) for entry in dataclasses.fields(batch)]
+    return ()
+
+
+def tensors(batch: Batch) -> Iterator[Tensor]:
+    """All tensors of a batch, however deep."""
+    if isinstance(batch, PackedSequence):
+        yield batch.data
+    elif isinstance(batch, Tensor):
+        yield batch
+    else:
+        for item in _items(batch):
+            yield from tensors(item)
+
+
+def take(batch: Batch, index: slice | list[int], n: int) -> Batch:
+    """The examples ``index`` of a batch, taken from every tensor with ``n`` rows."""
+    return each(batch, lambda x: rows(x, index) if leading_size(x) == n else x)
+
+
+def rows(x: Any, index: slice | list[int]) -> Any:
+    """Rows of a tensor, also of a nested or sparse one, or sequences of a packed one."""
+    if isinstance(x, PackedSequence):
+        padded, lengths = pad_packed_sequence(x, batch_first=True)
+        return pack_padded_sequence(padded[index], lengths[index], batch_first=True, enforce_sorted=False)
+    if not isinstance(x, Tensor) or (x.layout is torch.strided and not x.is_nested):
+        return x[index]
+    places = list(range(x.size(0)))[index] if isinstance(index, slice) else list(index)
+    if x.is_nested:
+        parts: Sequence[Tensor] = x.unbind()
+        return torch.nested.as_nested_tensor([parts[j] for j in places], layout=x.layout)
+    wanted, coordinates = torch.tensor(places, device=x.device), x.layout is torch.sparse_coo
+    chosen = (x if coordinates else x.to_sparse_coo()).index_select(0, wanted)
+    if coordinates:
+        return chosen
+    return chosen.to_sparse_csc() if x.layout is torch.sparse_csc else chosen.to_sparse_csr()

@@ -1,0 +1,50 @@
+"""The model an optimizer is given: a module, of this process alone.
+
+The rows of per-example gradients are those of a process's own examples, while ``.grad`` of a model replicated over
+several processes is the mean over all: preconditioned by curvatures that differ, the replicas would drift apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nngeom.core.errors import ArgumentTypeError, UnsupportedError
+
+
+def require_model(model: Any) -> nn.Module:
+    """``model``, checked: raises :class:`ArgumentTypeError` for anything but a module, as for its parameters, and
+    :class:`UnsupportedError` for one that is replicated over several processes."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(
+            f"model is {type(model).__name__}; expected the torch.nn.Module itself, whose forward passes are followed, "
+            "not its parameters: KFAC(model), with params= for parameter groups, layer_collection= for some of them"
+        )
+    for module in model.modules():
+        _require_alone(module)
+    return model
+
+
+@contextlib.contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """:func:`require_model` of what calls the model inside: it may be replicated since the optimizer was made."""
+    caller = DistributedDataParallel._get_active_ddp_module
+    handle = model.register_forward_pre_hook(lambda *_: _require_alone(caller()))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _require_alone(module: Any) -> None:
+    size = module.process_group.size() if isinstance(module, DistributedDataParallel) else 1
+    if size > 1:
+        raise UnsupportedError(
+            f"the model is replicated over {size} processes (DistributedDataParallel): gradients of single examples "
+            "are those of this process, .grad is of all, and the replicas would drift apart without a word; train in "
+            "one process, or with an optimizer of torch.optim"
+        )

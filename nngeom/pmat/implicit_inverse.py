@@ -1,0 +1,48 @@
+"""The inverse of an implicit matrix, itself known by its products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from nngeom.core.damping import Damping
+from nngeom.pmat.expression import PMatExpression
+from nngeom.pmat.implicit import PMatImplicit
+from nngeom.space.pvector import PVector
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImplicitInverse(PMatExpression):
+    """``(M + damping I)^-1`` of an implicit matrix: every product is a conjugate-gradient solve."""
+
+    operator: PMatImplicit
+    damping: Damping
+    options: dict[str, Any]
+    scale: float | Tensor = 1.0
+
+    @property
+    def collection(self):
+        return self.operator.collection
+
+    @property
+    def dtype(self):
+        return self.operator.dtype
+
+    @property
+    def device(self):
+        return self.operator.device
+
+    @property
+    def _held(self):
+        return self.operator._held
+
+    def _mv(self, x):
+        return self.scale * self.operator.solve(PVector(self.collection, x), self.damping, **self.options).flat()
+
+    def _scaled(self, c):
+        return replace(self, scale=c * self.scale)
+
+    def trace(self):
+        return self.to_dense().trace()

@@ -1,0 +1,53 @@
+"""Architectures of ``transformers``: a few of the list against autograd, and the page that shows all of them."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install nngeom[transformers]")
+
+import benchmarks.report as report
+from examples.architecture_zoo import ZOO
+from examples.architectures import DOCS, main, markdown, trial
+
+SOME = ("BERT", "GPT-2", "Llama", "Mixtral", "Mamba", "T5", "ResNet", "SegFormer", "wav2vec 2.0", "CLIP")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SOME)
+def test_usual_architectures_are_exact(name):
+    found = trial(name, seed=1)
+    assert found["outcome"] == "exact", found["reason"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_similarities_within_a_batch_are_refused():
+    found = trial("CLIP, similarities", seed=1)
+    assert found["outcome"] == "refused" and "mixes" in found["reason"], found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(2, 5))
+@pytest.mark.parametrize("name", ZOO)
+def test_every_architecture_is_exact_or_refused(name, seed):
+    found = trial(name, seed)
+    assert found["outcome"] in ("exact", "refused"), found["reason"]
+
+
+def test_the_page_shows_the_file():
+    results = report.load(str(DOCS / "data" / "architectures.json"))
+    assert [r["name"] for r in results["trials"]] == list(ZOO) and len(ZOO) == 50
+    assert {r["outcome"] for r in results["trials"]} <= {"exact", "refused"}
+    assert markdown(results) in (DOCS / "architectures.md").read_text()
+
+
+def test_a_run_writes_the_page(tmp_path, capsys):
+    """From the file to the page, and a run of one architecture, which writes nothing."""
+    (tmp_path / "data").mkdir()
+    for name in ("architectures.md", "data/architectures.json"):
+        (tmp_path / name).write_text((DOCS / name).read_text().replace(" encoder ", " other "))
+    main(["--render", "--docs", str(tmp_path)])
+    assert Path(tmp_path / "architectures.md").read_text() == (DOCS / "architectures.md").read_text()
+    main(["--only", "RoBERTa", "--seed", "3", "--docs", str(tmp_path)])
+    assert "Of 1: 1 exact" in capsys.readouterr().out

@@ -1,0 +1,100 @@
+"""Examples with a name: the data places examples, and there are more examples than weights that tell them apart."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from .named import Model, inputs, jacobian_holds
+from .placings import Permuted
+from .pools import POOLS
+
+X = inputs(6)
+
+
+# -- the data places examples ----------------------------------------------------------------------------------------
+
+
+def expert_dispatch(m, x):
+    one_hot = F.one_hot((x[:, 0] > 0).long(), 2)
+    slot = (one_hot.cumsum(0) - 1).masked_fill(one_hot == 0, -1)
+    dispatch = (slot[:, :, None] == torch.arange(len(x))).to(x.dtype)
+    y = m.a(torch.einsum("nec,nm->ecm", dispatch, x)).tanh()
+    return m.b(torch.einsum("nec,ecm->nm", dispatch, y))
+
+
+def permutation_matrix(m, x):
+    p = torch.eye(len(x), dtype=x.dtype)[x[:, 0].argsort()]
+    return m.b(p.T @ m.a(p @ x).tanh())
+
+
+def where_flipped(m, x):
+    c = (x[:, :1] + x[:, :1].flip(0)) > 0
+    y = m.a(torch.where(c, x, x.flip(0))).tanh()
+    return m.b(torch.where(c, y, y.flip(0)))
+
+
+def custom_permutation(m, x):
+    order = x[:, 0].argsort()
+    return m.b(Permuted.apply(m.a(Permuted.apply(x, order)).tanh(), order.argsort()))
+
+
+def sorted_and_back(m, x):
+    order = x[:, 0].argsort()
+    return m.b(m.a(x[order]).tanh()[order.argsort()])
+
+
+MOVERS = [expert_dispatch, permutation_matrix, where_flipped, custom_permutation, sorted_and_back]
+
+
+@pytest.mark.parametrize("mover", MOVERS, ids=lambda f: f.__name__)
+def test_one_batch_in_order_and_another_that_is_not(mover):
+    model, other = Model(mover), inputs(6, seed=2)
+    ordered = torch.cat([X[:, :1].abs().sort(0).values, X[:, 1:]], 1)  # sorted, of one expert, above zero
+    jacobian_holds(model, ordered)
+    jacobian_holds(model, other)
+    jacobian_holds(model, ordered, other, X)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_tokens_pooled_into_examples(pool):
+    def readout(m, x):
+        kept = x[..., 0] > -0.5
+        return m.b(POOLS[pool](m.a(x[kept]).tanh(), kept.nonzero()[:, 0], len(x)))
+
+    model = Model(readout, hidden=4)
+    full = inputs(5, 3, 4).abs()
+    jacobian_holds(model, full)
+    for seed in (2, 3):
+        jacobian_holds(model, inputs(5, 3, 4, seed=seed))
+
+
+# -- as many weights as examples -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 12])
+@pytest.mark.parametrize("mover", MOVERS, ids=lambda f: f.__name__)
+def test_any_two_examples_that_change_places_are_told_apart(mover, n):
+    for seed in range(6):
+        jacobian_holds(Model(mover), inputs(n, seed=seed))
+
+
+def test_the_mixing_of_later_examples_is_seen():
+    """Examples 4..7 of 8 are mixed, the others are not."""
+
+    def mixed(m, x):
+        h = m.a(x).tanh()
+        return m.b(torch.cat([h[:4], h[4:] + 0.1 * h[4:].roll(1, 0)]))
+
+    jacobian_holds(Model(mixed), inputs(8))
+
+
+def test_a_readout_of_many_small_graphs():
+    """Nodes of eight graphs in one table, in no order."""
+
+    def readout(m, x):
+        rows, owner = x.flatten(0, 1), torch.arange(len(x)).repeat_interleave(x.shape[1])
+        order = rows[:, 0].argsort()
+        h = m.a(rows[order]).tanh()
+        return m.b(h.new_zeros(len(x), 5).index_add(0, owner[order], h))
+
+    jacobian_holds(Model(readout), inputs(8, 3, 4))
