@@ -35,8 +35,9 @@ from nngeom.maps.pull_back import PullBackDense, PullBackImplicit
 from nngeom.maps.push_forward import PushForwardDense, PushForwardImplicit
 from nngeom.measure import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
 from nngeom.metrics.categorical import Categorical
+from nngeom.metrics.causal import CausalLM
+from nngeom.metrics.cross_entropy import CrossEntropy
 from nngeom.metrics.likelihood import Bernoulli, Gaussian, Likelihood, Poisson
-from nngeom.metrics.loss import CrossEntropy
 from nngeom.pmat.dense import PMatBlockDiag, PMatDense
 from nngeom.pmat.diag import PMatDiag
 from nngeom.pmat.ekfac import PMatEKFAC

@@ -61,7 +61,7 @@ def GradientCovariance(
     part_of = None if chosen is None else chosen.part_of
     task = Task.build(model, function, layer_collection)
     with memory.limit(memory_budget):
-        metric = EmpiricalFisher(as_loss(loss))
+        metric = EmpiricalFisher(as_loss(loss, model))
         sweep = Sweep(task, loader, metric, memory_budget, check, progress, part_of, reread=False, label="mean row")
         mean, layouts = mean_row(sweep)
         seen = list(task.batches(sweep.loader)) if chosen is None else sweep.loader

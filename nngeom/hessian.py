@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,21 +19,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nngeom.core import memory
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, CoverageError, NonFiniteError, UnsupportedError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from nngeom.core.layout import Layout
-from nngeom.core.linalg import accumulation_dtype, flat_rows
-from nngeom.generator.backward import pull_back
+from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.capture import capture
-from nngeom.generator.kernels import twice_differentiable
-from nngeom.generator.remedies import gradients
 from nngeom.generator.sweep import Sweep, require_examples
-from nngeom.generator.task import Batch, Task, gradients_on, require_finite, require_targets
+from nngeom.generator.task import Task
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.block import Block
 from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.pmat import Representation
+from nngeom.second_derivatives import Quadratic, SecondDerivatives, differentiated, require_connected, require_finite_rows, require_symmetric
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
@@ -71,7 +70,7 @@ def Hessian(
     task = Task.build(model, function, layer_collection)
     with memory.limit(memory_budget):
         batches = list(task.batches(loader)) if kind is PMatImplicit else loader
-        sweep = Sweep(task, batches, EmpiricalFisher(as_loss(loss)), memory_budget, check, progress, label="Hessian")
+        sweep = Sweep(task, batches, EmpiricalFisher(as_loss(loss, model)), memory_budget, check, progress, label="Hessian")
         if kind is PMatImplicit:
             first = next(batchwise(sweep))
             return ImplicitHessian(replace(sweep, check=False, progress=False), width=first.width // first.examples)
@@ -99,37 +98,6 @@ def _entries(kind: Any) -> str | None:
     return entries
 
 
-@dataclass(frozen=True, eq=False)
-class SecondDerivatives:
-    """The summed loss of one batch, differentiated once, with the graph to differentiate it again."""
-
-    task: Task
-    gradients: dict[str, Tensor | None]
-    examples: int
-    width: int  # bytes of the activations, roughly
-
-    def times(self, names: tuple[str, ...], columns: Callable[[int, int], Tensor], count: int) -> Iterator[tuple[int, int, Tensor]]:
-        """``(lo, hi, [hi - lo, p])``: the block of ``names`` times the vectors ``columns(lo, hi)``, as many as fit the budget."""
-        parameters = [self.task.parameters[n] for n in names]
-        used = [p.new_zeros(p.shape) if g is None else g for g, p in ((self.gradients[n], p) for n, p in zip(names, parameters))]
-        with gradients_on():  # under no_grad they would be joined without their graph, and every product be zero
-            flat = torch.cat([g.flatten() for g in used])
-        each = 4 * (flat.numel() * flat.element_size() + self.width)
-        for lo, hi in memory.pieces(count, each, "column of the Hessian"):
-            v = columns(lo, hi).to(flat.dtype)
-            if not flat.requires_grad:
-                yield lo, hi, torch.zeros_like(v)
-                continue
-            try:
-                with twice_differentiable(self.task.model):
-                    pulled = pull_back(flat, parameters, [p.shape for p in parameters], v, retain=True)
-            except RuntimeError as error:
-                if "not implemented" not in str(error) and "ouble backward" not in str(error):
-                    raise
-                raise once_only(str(error)) from error
-            yield lo, hi, torch.cat([flat_rows(x.detach()) for x in pulled], 1)
-
-
 def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivatives]:
     """The second derivatives of every batch. Without the ``width`` of an example, its bytes, the first batch is looked at:
     modes that mix examples or draw at random are refused, and the derivatives checked."""
@@ -141,57 +109,11 @@ def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivati
             activations = sum(use.shape.numel() for use in seen.uses) + seen.outputs.numel()
             width = 4 * activations * seen.outputs.element_size() // max(1, seen.outputs.shape[0])
             del seen
-        second = _differentiated(task, loss, batch, index, width)
+        second = differentiated(task, loss, batch, index, width)
         if index == 0 and sweep.check and not looked:
-            _require_connected(second)
-            _require_symmetric(second)
+            require_connected(second)
+            require_symmetric(second, partial(differentiated, task, Quadratic(), batch, 0, width))
         yield second
-
-
-def once_only(what: str) -> UnsupportedError:
-    """The error of a model with an operation that can be differentiated only once."""
-    return UnsupportedError(f"the model or the loss has an operation without second derivative ({what}); use GGN, or another operation")
-
-
-def _require_connected(second: SecondDerivatives) -> None:
-    """Raise for functions marked ``once_differentiable``: autograd would take their gradient for a constant."""
-    seen: set[Any] = set()
-    waiting = [g.grad_fn for g in second.gradients.values() if g is not None and g.grad_fn is not None]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name().endswith("::Error"):
-            raise once_only("a torch.autograd.Function marked once_differentiable")
-        waiting.extend(n for n, _ in node.next_functions if n is not None)
-
-
-def _require_symmetric(second: SecondDerivatives) -> None:
-    """Raise where ``<u, H v>`` and ``<v, H u>`` differ: some operation of the model has a wrong second derivative."""
-    task = second.task
-    w = torch.randn(2, task.collection.numel, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(task.device)
-    rows = torch.cat([rows for _, _, rows in second.times(task.collection.names, lambda lo, hi: w[lo:hi], 2)])
-    rows = _finite(rows, task.collection.names).to(w.dtype)
-    scale = rows.norm(dim=1).max()
-    tolerance = max(torch.finfo(p.dtype).eps for p in task.parameters.values()) ** 0.5 * scale
-    if not bool((rows[0] @ w[1] - rows[1] @ w[0]).abs() <= 100 * tolerance):  # room for TF32 convolutions
-        raise CoverageError(
-            f"the second derivatives of the model are not symmetric (<u, H v> = {float(rows[0] @ w[1]):.6e}, <v, H u> = {float(rows[1] @ w[0]):.6e}): an "
-            "operation, perhaps a custom torch.autograd.Function, is not differentiated rightly when differentiated twice"
-        )
-
-
-def _differentiated(task: Task, loss: Loss, batch: Batch, index: int, width: int) -> SecondDerivatives:
-    with gradients_on(), twice_differentiable(task.model):
-        outputs = task.run(batch)
-        require_finite(outputs.detach(), "outputs", index)
-        value = loss(outputs, require_targets(batch)).sum()
-        if not value.requires_grad:
-            raise CoverageError("the loss does not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside?)")
-        pulled = gradients(value, list(task.parameters.values()), None, create_graph=True)
-    n = outputs.shape[0]
-    return SecondDerivatives(task, dict(zip(task.parameters, pulled)), n, n * width)
 
 
 def squares(sweep: Sweep, groups: dict[Layout, tuple[str, ...]]) -> tuple[dict[Layout, Block], int]:
@@ -205,7 +127,7 @@ def squares(sweep: Sweep, groups: dict[Layout, tuple[str, ...]]) -> tuple[dict[L
                 sums[layout][lo:hi] += rows
         count += batch.examples
     require_examples(count)
-    return {layout: DenseBlock(_finite((m + m.T) / (2 * count), layout.names)) for layout, m in sums.items()}, count
+    return {layout: DenseBlock(require_finite_rows((m + m.T) / (2 * count), layout.names)) for layout, m in sums.items()}, count
 
 
 def diagonal(sweep: Sweep, width: int | None = None) -> tuple[Tensor, int]:
@@ -223,7 +145,7 @@ def diagonal(sweep: Sweep, width: int | None = None) -> tuple[Tensor, int]:
             layout.scatter_(total, (held + part).view(layout.sizes))
         count += batch.examples
     require_examples(count)
-    return _finite(total / count, collection.names), count
+    return require_finite_rows(total / count, collection.names), count
 
 
 def _units(p: int, like: Tensor) -> Callable[[int, int], Tensor]:
@@ -236,12 +158,6 @@ def _units(p: int, like: Tensor) -> Callable[[int, int], Tensor]:
         return out
 
     return rows
-
-
-def _finite(m: Tensor, names: tuple[str, ...]) -> Tensor:
-    if not bool(torch.isfinite(m).all()):
-        raise NonFiniteError(f"second derivatives of parameters {list(names)[:4]} contain NaN or infinity; check the inputs, or use model.double()")
-    return m
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -48,7 +48,8 @@ def FIM(
     """The Fisher information matrix, with the expectation over labels in closed form.
 
     ``F = 1/n sum_i E_y[s s^T]`` with the score ``s`` of ``log p(y | x_i)`` in the parameters; targets in the batches
-    are not used (but for positions that ``ignore_index`` leaves out). ``representation`` is a PMat class, one with
+    are not used (but for positions that ``ignore_index`` leaves out). For a causal language model of ``transformers`` and a
+    dict batch with labels ``"categorical"`` is :class:`CausalLM`. ``representation`` is a PMat class, one with
     options, or ``PMatMixed({...})``; ``options`` go to the representation. Outputs are ``(n, c)``, or ``(n, *shape)``
     with a likelihood that says what the axes are.
 
@@ -63,7 +64,7 @@ def FIM(
     :class:`NonFiniteError` and what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
     return measure(
-        model, loader, representation, probed(ExactFisher(as_likelihood(likelihood)), estimator, samples, generator), "FIM", estimator is None,
+        model, loader, representation, probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator), "FIM", estimator is None,
         function, layer_collection, progress, memory_budget, check, process_group, options,
     )  # fmt: skip
 
@@ -89,7 +90,7 @@ def FIM_MonteCarlo(
     Draws are keyed by (a seed taken from ``generator``, the running index of the example, the sample), so that they do
     not depend on the batch size. Other arguments and errors as :func:`FIM`.
     """
-    metric = MonteCarloFisher(as_likelihood(likelihood), require_samples(samples), seed_of(generator))
+    metric = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
     return measure(
         model, loader, representation, metric, "FIM_MonteCarlo", False,
         function, layer_collection, progress, memory_budget, check, process_group, options,
@@ -112,12 +113,14 @@ def EmpiricalFIM(
 ) -> Any:
     """The second moment of per-example loss gradients, ``1/n sum_i g_i g_i^T``, with the targets of the batches.
 
-    ``loss``: ``"cross_entropy"``, ``"mse"`` (``0.5 * (f - y)**2`` summed over outputs), :class:`CrossEntropy`, or a
-    function ``(outputs, targets) -> (n,)``. Not the Fisher matrix unless the model is right about its labels. Other
-    arguments and errors as :func:`FIM`.
+    ``loss``: ``"cross_entropy"``, ``"mse"`` (``0.5 * (f - y)**2`` summed over outputs), ``"bce"``, ``"poisson"``,
+    :class:`CrossEntropy`, :class:`CausalLM` (what ``"cross_entropy"`` is for causal language models of ``transformers``),
+    ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` and ``nn.PoissonNLLLoss`` modules, whose ``reduction``
+    is not ours, or a function ``(outputs, targets) -> (n,)``. Not the Fisher matrix unless the model is right about its
+    labels. Raises :class:`OutputError` on targets that do not fit; other arguments and errors as :func:`FIM`.
     """
     return measure(
-        model, loader, representation, EmpiricalFisher(as_loss(loss)), "EmpiricalFIM", True,
+        model, loader, representation, EmpiricalFisher(as_loss(loss, model)), "EmpiricalFIM", True,
         function, layer_collection, progress, memory_budget, check, process_group, options,
     )  # fmt: skip
 
@@ -145,7 +148,7 @@ def GGN(
     ``estimator="rademacher"``, ``samples`` and ``generator`` as in :func:`FIM`: random probes of very many outputs. Other arguments and errors as :func:`FIM`.
     """
     return measure(
-        model, loader, representation, probed(GaussNewton(as_loss(loss)), estimator, samples, generator), "GGN", estimator is None,
+        model, loader, representation, probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator), "GGN", estimator is None,
         function, layer_collection, progress, memory_budget, check, process_group, options,
     )  # fmt: skip
 

@@ -57,7 +57,7 @@ def coherence(
     total = torch.zeros(collection.numel, dtype=torch.float64, device=task.device)
     batches, count = [], 0
     with memory.limit(memory_budget), torch.no_grad():
-        for chunk in Sweep(task, loader, EmpiricalFisher(as_loss(loss)), memory_budget, check, label="coherence").chunks():
+        for chunk in Sweep(task, loader, EmpiricalFisher(as_loss(loss, model)), memory_budget, check, label="coherence").chunks():
             some = next(iter(chunk.jacobians.values()))
             sum_g = torch.zeros(collection.numel, dtype=some.dtype, device=some.device)
             batch_squares = 0.0

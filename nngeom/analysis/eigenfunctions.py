@@ -115,7 +115,7 @@ def step_modes(
     before = _outputs(probe)
     with gradients_on():
         f = before.detach().requires_grad_()
-        gradient = torch.autograd.grad(as_loss(loss)(f, y).mean(), f)[0]
+        gradient = torch.autograd.grad(as_loss(loss, model)(f, y).mean(), f)[0]
     pulled = _columns(gradient)
     weights = PVector.from_model(model, probe.task.collection)
     elsewhere = None if other is None else _outputs(other)

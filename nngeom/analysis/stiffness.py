@@ -92,7 +92,7 @@ def stiffness(
     Source: Fort et al. 2019, definitions of sign, cosine and class stiffness.
     """
     require_kind(kind)
-    measured = as_loss(loss)
+    measured = as_loss(loss, model)
     metric, ignored = EmpiricalFisher(measured), getattr(getattr(measured, "categorical", None), "ignore_index", None)
     with memory.limit(memory_budget), torch.no_grad():
         probes = [Probe.build(model, data, function, layer_collection) for data in ((loader,) if other is None else (loader, other))]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nngeom.core.draws import factors, outer
 from nngeom.generator.backward import pull_back
 from nngeom.layers.adapter import Use
 
@@ -83,7 +84,7 @@ def find_axes(outputs: Tensor, uses: Sequence[Use], asked: Sequence[int]) -> dic
     n = outputs.shape[0]
     edges, shapes = [uses[j].edge for j in asked], [uses[j].shape for j in asked]
     generator = torch.Generator().manual_seed(next(_DRAWS))
-    v = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    v = outer(factors(outputs.shape, generator, outputs.detach()))
     plain = pull_back(outputs, edges, shapes, v.unsqueeze(0), retain=True)
     left = {j: candidates(uses[j].lead, n) for j in asked}
     for weight in weights(n, outputs, generator):

@@ -13,11 +13,14 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from nngeom.core.draws import dot, factors, outer
 from nngeom.core.errors import NNGeomError
 from nngeom.generator.backward import dense
 from nngeom.generator.graph import read
 from nngeom.generator.kernels import WRITTEN_OUT, twice_differentiable
 from nngeom.generator.task import RUNNING, Batch, Task, gradients_on
+
+KEPT_BYTES = 2**26  # of a tangent that is held while the way to it is proved; larger ones are made once more
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,14 @@ class Linearization:
         for way in (self._forward, self._twice):
             try:
                 outputs, tangent = way(batch, v)
-                if self._is_right(way, batch, outputs):
+                known, key = _RIGHT.setdefault(self.task.model, {}), self._key(way, outputs)
+                if key not in known:
+                    kept = tangent if tangent.nbytes <= KEPT_BYTES else None  # asking takes as much memory as the product
+                    del tangent
+                    known[key] = self._is_right(way, batch, outputs)
+                    if known[key]:
+                        tangent = way(batch, v)[1] if kept is None else kept
+                if known[key]:
                     return outputs, tangent
             except (NNGeomError, torch.OutOfMemoryError):
                 raise
@@ -62,31 +72,31 @@ class Linearization:
             (tangent,) = torch.autograd.grad(torch.stack(parts).sum(), u, retain_graph=True, allow_unused=True)
             return outputs, torch.zeros_like(outputs) if tangent is None else tangent.detach()
 
+    def _key(self, way: Callable[..., tuple[Tensor, Tensor]], outputs: Tensor) -> tuple[object, ...]:
+        graph = read(outputs, self.task.ids, self.task.registered)
+        return way.__name__, graph.key, outputs.dtype, frozenset(self.task.hooked)
+
     def _is_right(self, way: Callable[..., tuple[Tensor, Tensor]], batch: Batch, outputs: Tensor) -> bool:
         """``<u, J v> = <J^T u, v>`` for a random ``u``, and ``v`` of every parameter so long that it adds between one and two."""
-        known = _RIGHT.setdefault(self.task.model, {})
-        graph = read(outputs, self.task.ids, self.task.registered)
-        key = (way.__name__, graph.key, outputs.dtype, frozenset(self.task.hooked))
-        if key not in known:
-            generator = torch.Generator().manual_seed(6)
-            u = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-            parameters = self.task.parameters
-            pulled = torch.autograd.grad(outputs, list(parameters.values()), u, retain_graph=True, allow_unused=True)
-            gradients = {name: dense(g).double() for name, g in zip(parameters, pulled) if g is not None}  # type: ignore[union-attr]
-            lengths = {name: float(g.norm()) for name, g in gradients.items()}
-            rounding = torch.finfo(outputs.dtype).eps
-            noise = 100 * rounding * max(lengths.values(), default=0.0)
-            v, total, room = {}, 0.0, 0.0
-            for name, p in parameters.items():
-                length, share = lengths.get(name, 0.0), 1.0 + float(torch.rand((), generator=generator))
-                asked = length > 10 * noise
-                v[name] = (gradients[name] * (share / length**2)).to(p.dtype) if asked else torch.zeros_like(p)
-                if asked:
-                    total, room = total + share, room + (share * noise / length) ** 2
-            terms = (u * way(batch, v)[1]).double()
-            room = room**0.5 + rounding**0.5 * total + 100 * rounding * float(terms.abs().sum())
-            known[key] = abs(float(terms.sum()) - total) <= room
-        return known[key]
+        generator = torch.Generator().manual_seed(6)
+        u = factors(outputs.shape, generator, outputs.detach())
+        parameters = self.task.parameters
+        pulled = torch.autograd.grad(outputs, list(parameters.values()), outer(u), retain_graph=True, allow_unused=True)
+        gradients = {name: dense(g) for name, g in zip(parameters, pulled) if g is not None}
+        del pulled
+        lengths = {name: dot(g, g)[0] ** 0.5 for name, g in gradients.items()}  # type: ignore[arg-type]
+        rounding = torch.finfo(outputs.dtype).eps
+        noise = 100 * rounding * max(lengths.values(), default=0.0)
+        v, total, room = {}, 0.0, 0.0
+        for name, p in parameters.items():
+            length, share = lengths.get(name, 0.0), 1.0 + float(torch.rand((), generator=generator))
+            g, asked = gradients.pop(name, None), length > 10 * noise
+            v[name] = (g * (share / length**2)).to(p.dtype) if asked else torch.zeros_like(p)  # type: ignore[operator]
+            if asked:
+                total, room = total + share, room + (share * noise / length) ** 2
+        tangent = way(batch, v)[1]
+        inner, terms = dot(outer(u), tangent)
+        return abs(inner - total) <= room**0.5 + rounding**0.5 * total + 100 * rounding * terms
 
     def vjp(self, outputs: Tensor, u: Tensor) -> Tensor:
         """``J^T u`` as a flat vector."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from nngeom.core.draws import factors, outer
 from nngeom.core.errors import CoverageError, ModeError, OutputError
 from nngeom.core.layout import Layout
 from nngeom.generator.axes import weights
@@ -58,7 +59,7 @@ def parts_make_the_whole(task: Task, seen: Capture, parts: Sequence[Batch], grad
     combination of them: where a factor is zero, outputs do not show what parts lack."""
     whole, lo = seen.outputs.detach(), 0
     parameters = list(task.parameters.values())
-    v = torch.randn(whole.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64).to(whole)
+    v = outer(factors(whole.shape, torch.Generator().manual_seed(8), whole))
     total = [torch.zeros_like(p) for p in parameters] if gradients else []
     for part in parts:
         try:
@@ -132,7 +133,7 @@ def inputs_are_separate(task: Task, batch: Batch, n: int) -> bool:
             return False
         outputs = task.run(watched)
         generator = torch.Generator().manual_seed(5)
-        v = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+        v = outer(factors(outputs.shape, generator, outputs.detach()))
         plain = _in_inputs(outputs, inputs, v)
         for weight in weights(n, outputs, generator):
             across = (-1, *[1] * (v.ndim - 1))

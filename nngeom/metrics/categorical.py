@@ -6,19 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nngeom.core.errors import OutputError
 from nngeom.generator.sweep import Columns
+from nngeom.metrics import softmax
 from nngeom.metrics.likelihood import Likelihood
+from nngeom.metrics.softmax import Labels, wide
 
 
 class Categorical(Likelihood):
     """Outputs are logits; axis ``dim`` holds the classes, every other axis but the first is a position.
 
-    ``dim=1`` for segmentation ``(n, c, h, w)``, ``dim=-1`` for tokens ``(n, t, V)``. Without ``dim`` it is the axis that
-    labels ``(n, *positions)`` lack; where there are no labels, or two axes would do, it must be said. Positions whose
-    target is ``ignore_index`` count for nothing.
+    ``dim=1`` for segmentation ``(n, c, h, w)``, ``dim=-1`` for tokens ``(n, t, V)``. Without ``dim`` it is the axis
+    that labels ``(n, *positions)`` lack; where there are no labels, or two axes would do, it must be said. Positions
+    whose target is ``ignore_index`` count for nothing; targets that are no label a position are not looked at.
     """
 
     def __init__(self, dim: int | None = None, ignore_index: int = -100):
@@ -33,8 +34,10 @@ class Categorical(Likelihood):
             return Categorical(lacking[0], self.ignore_index)
         given = "no targets" if shape is None else f"targets {tuple(shape)}"
         raise OutputError(
-            f"outputs have shape {tuple(outputs.shape)} with {given}; say which axis holds the classes, the others are positions: "
-            "Categorical(dim=1) or CrossEntropy(dim=1) for (n, c, ...), dim=-1 for (n, ..., c)"
+            f"outputs have shape {tuple(outputs.shape)} with {given}; say which axis holds the classes, the others "
+            "are positions: Categorical(dim=1) or "
+            "CrossEntropy(dim=1) for (n, c, ...), dim=-1 for (n, ..., c); for tokens (n, t, V) that predict the next "
+            "one CausalLM()"
         )
 
     def _axis(self, outputs: Tensor) -> int:
@@ -42,7 +45,8 @@ class Categorical(Likelihood):
         axis = dim if dim >= 0 else outputs.ndim + dim
         if not 1 <= axis < outputs.ndim:
             raise OutputError(
-                f"Categorical(dim={self.dim}) does not fit outputs of shape {tuple(outputs.shape)}; expected an axis of classes behind the examples"
+                f"Categorical(dim={self.dim}) does not fit outputs of shape {tuple(outputs.shape)}; expected an axis "
+                "of classes behind the examples"
             )
         return axis
 
@@ -50,107 +54,139 @@ class Categorical(Likelihood):
         axis = self._axis(outputs)
         if outputs.shape[axis] < 2:
             raise OutputError(
-                f"a categorical likelihood needs at least two classes, outputs have shape {tuple(outputs.shape)} with {outputs.shape[axis]} along axis {axis}; "
-                "use likelihood='bernoulli' for one logit"
+                f"a categorical likelihood needs at least two classes, outputs have shape {tuple(outputs.shape)} "
+                f"with {outputs.shape[axis]} along axis {axis}; "
+                "use likelihood='bernoulli' or loss='bce' for one logit"
             )
-        if isinstance(targets, Tensor) and not targets.is_floating_point():
-            positions = (*outputs.shape[:axis], *outputs.shape[axis + 1 :])
-            if targets.shape != positions and targets.numel() == torch.Size(positions).numel() == outputs.shape[0]:
-                return
-            if outputs.ndim > 2 and targets.shape != positions:
-                raise OutputError(
-                    f"targets have shape {tuple(targets.shape)} but outputs {tuple(outputs.shape)} with classes on axis {axis} have positions {positions}; "
-                    "say which axis holds the classes: likelihood=Categorical(dim=...)"
-                )
 
-    @staticmethod
-    def labels(targets: Tensor) -> Tensor:
-        """Labels of any integer type as int64, in which ``ignore_index`` is itself."""
-        return targets.long()
+    def rows(self, outputs: Tensor) -> Tensor:
+        """``[n * positions, c]``."""
+        return outputs.movedim(self._axis(outputs), -1).flatten(0, -2)
 
-    def logits(self, outputs: Tensor) -> Tensor:
-        """``[n, positions, c]``."""
-        return outputs.movedim(self._axis(outputs), -1).flatten(1, -2) if outputs.ndim > 2 else outputs.unsqueeze(1)
+    def _positions(self, outputs: Tensor) -> list[int]:
+        axis = self._axis(outputs)
+        return [size for j, size in enumerate(outputs.shape) if j not in (0, axis)]
 
     def unmove(self, v: Tensor, outputs: Tensor) -> Tensor:
-        """``[*b, n, positions, c]`` back to ``[*b, *outputs.shape]``."""
-        axis = self._axis(outputs)
-        positions = [size for j, size in enumerate(outputs.shape) if j not in (0, axis)]
-        b = v.shape[:-3]
-        return v.reshape(*b, outputs.shape[0], *positions, outputs.shape[axis]).movedim(-1, len(b) + axis)
+        """``[*b, n * positions, c]`` back to ``[*b, *outputs.shape]``."""
+        sizes = (*v.shape[:-2], outputs.shape[0], *self._positions(outputs), v.shape[-1])
+        return v.reshape(sizes).movedim(-1, v.ndim - 2 + self._axis(outputs))
 
-    def mask(self, outputs: Tensor, targets: Any) -> Tensor | None:
-        """``[n, positions]``: 0 where the target is ``ignore_index``; ``None`` where nothing is ignored."""
-        if not isinstance(targets, Tensor) or targets.is_floating_point():
+    def labels(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        """One class a position, ``[n * positions]`` int64, if that is what targets are, whole numbers of any type;
+        else ``None``."""
+        size = outputs.numel() // outputs.shape[self._axis(outputs)]
+        if (
+            not isinstance(targets, Tensor)
+            or targets.is_complex()
+            or targets.numel() != size
+            or targets.shape[:1] != outputs.shape[:1]
+        ):
             return None
-        n, p = self.logits(outputs).shape[:2]
-        if targets.numel() != n * p:
+        if targets.is_floating_point() and not bool((targets == targets.round()).all()):
             return None
-        keep = self.labels(targets).reshape(n, p) != self.ignore_index
-        return None if bool(keep.all()) else keep.to(outputs)
+        return targets.reshape(size).long()
+
+    def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        """``[n * positions]``: 0 where the target is ``ignore_index``; ``None`` where nothing is ignored."""
+        y = self.labels(outputs, targets)
+        if y is None:
+            return None
+        keep = y != self.ignore_index
+        return None if bool(keep.all()) else keep.to(outputs.dtype)
 
     def square_root(self, outputs, targets=None):
-        """``c - 1`` columns a position, ``v_j = sqrt(p_j q_{j+1} / q_j) (e_j - p / q_{j+1} on l > j)``, ``q_j = sum_{l >= j} p_l``.
+        """``c - 1`` columns a position, ``v_j = sqrt(p_j q_{j+1} / q_j) (e_j - p / q_{j+1} on l > j)``, and
+        ``q_j = sum_{l >= j} p_l``.
 
-        The closed-form Cholesky factor of ``diag(p) - p p^T`` (Tanabe & Sagae 1992), in logarithms, so that saturated
-        probabilities neither overflow nor divide by zero.
+        The closed-form Cholesky factor of ``diag(p) - p p^T`` (Tanabe & Sagae 1992): products and sums of positive
+        numbers, nothing cancels. Made some columns at a time; nothing has ``c`` by ``c`` numbers unless that is asked
+        for.
         """
-        wide = torch.float32 if outputs.dtype in (torch.float16, torch.bfloat16) else outputs.dtype
-        logp = F.log_softmax(self.logits(outputs).to(wide), -1)
-        logq = logp.flip(-1).logcumsumexp(-1).flip(-1)
-        mask = self.mask(outputs, targets)
-        n, positions, c = logp.shape
-        above = torch.ones(c, c, dtype=torch.bool, device=outputs.device).triu(1)
+        axis = self._axis(outputs)
+        n, c = outputs.shape[0], outputs.shape[axis]
+        z = outputs.movedim(axis, -1).reshape(n, -1, c)
+        positions, counted = z.shape[1], self.counted(outputs, targets)
+        keep = None if counted is None else counted.view(n, positions)
+        dtype = torch.float32 if outputs.dtype in (torch.float16, torch.bfloat16) else outputs.dtype
 
-        def at(position: int, lo: int, hi: int) -> Tensor:
-            p, q = logp[:, position], logq[:, position]
-            size = (0.5 * (p[:, lo:hi] + q[:, lo + 1 : hi + 1] - q[:, lo:hi])).exp().T  # [k n]
-            v = -(p[None] - q[:, lo + 1 : hi + 1].T.unsqueeze(-1)).masked_fill(~above[lo:hi, None], -torch.inf).exp()
-            column = torch.arange(lo, hi, device=v.device)
-            v[column - lo, :, column] = 1
-            if mask is not None:
-                size = size * mask[:, position]
-            return v * size.unsqueeze(-1)
+        def at(position: int, lo: int, hi: int, v: Tensor) -> None:
+            p = wide(z[:, position]).softmax(-1)  # [n c]
+            smallest = 4 * torch.finfo(p.dtype).tiny  # whose inverse is finite
+            q = p.flip(-1).cumsum(-1).flip(-1).T
+            inverse = torch.where(q > smallest, 1 / q, 0)  # below, the columns are zero to rounding
+            size = (p[:, lo:hi].T * q[lo + 1 : hi + 1] * inverse[lo:hi]).sqrt()  # [k n]
+            if keep is not None:
+                size = size * keep[:, position]
+            slope = -(size * inverse[lo + 1 : hi + 1]).unsqueeze(-1)
+            classes, group = torch.arange(c, device=p.device), max(1, softmax.NUMBERS // (n * c))
+            for first in range(0, hi - lo, group):
+                part = slice(first, min(first + group, hi - lo))
+                before = classes <= (lo + first + classes[: part.stop - first]).view(-1, 1, 1)
+                v[part] = (p * slope[part]).masked_fill(before, 0)
+            j = torch.arange(hi - lo, device=p.device)
+            v[j, :, j + lo] = size.to(v)
 
         def make(lo: int, hi: int) -> Tensor:
-            v = logp.new_zeros(hi - lo, n, positions, c)
+            v = z.new_zeros(hi - lo, n, positions, c, dtype=dtype)
             for position in range(lo // (c - 1), (hi - 1) // (c - 1) + 1):
                 first, last = max(lo, position * (c - 1)), min(hi, (position + 1) * (c - 1))
-                v[first - lo : last - lo, :, position] = at(position, first - position * (c - 1), last - position * (c - 1))
-            return self.unmove(v, outputs).to(outputs.dtype)
+                at(
+                    position,
+                    first - position * (c - 1),
+                    last - position * (c - 1),
+                    v[first - lo : last - lo, :, position],
+                )
+            return self.unmove(v.flatten(1, 2), outputs).to(outputs.dtype)
 
         return Columns(positions * (c - 1), make)
 
     def root_times(self, outputs, noise, targets=None):
-        """``sqrt(p) r - p <sqrt(p), r>`` at every position: the root ``diag(sqrt(p)) - p sqrt(p)^T`` of ``c`` columns, never formed."""
-        wide = torch.float32 if outputs.dtype in (torch.float16, torch.bfloat16) else outputs.dtype
-        logp = F.log_softmax(self.logits(outputs).to(wide), -1)
-        v = (0.5 * logp).exp() * noise(*logp.shape[1:]).to(wide)
-        v = v - logp.exp() * v.sum(-1, keepdim=True)
-        mask = self.mask(outputs, targets)
-        return self.unmove(v if mask is None else v * mask.unsqueeze(-1), outputs).to(outputs.dtype)
+        """``sqrt(p) r - p <sqrt(p), r>`` at every position: the root ``diag(sqrt(p)) - p sqrt(p)^T`` of ``c``
+        columns, never formed."""
+        z, counted = self.rows(outputs), self.counted(outputs, targets)
+        r = noise(len(z) // outputs.shape[0], z.shape[-1])
+        v = [softmax.root_times(z, one.reshape(z.shape), counted) for one in r]
+        return self.unmove(torch.stack(v), outputs)
 
     def sample(self, outputs, uniform):
-        logits = self.logits(outputs)
-        cumulative = logits.double().softmax(-1).cumsum(-1)
-        u = uniform(logits.shape[1]).to(cumulative) * cumulative[..., -1]
-        return torch.searchsorted(cumulative, u.unsqueeze(-1), right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+        z = self.rows(outputs)
+        u = uniform(len(z) // outputs.shape[0]).reshape(len(z), 1)
+
+        def some(part: slice) -> Tensor:
+            cumulative = wide(z[part]).softmax(-1).cumsum(-1)
+            drawn = torch.searchsorted(cumulative, u[part].to(cumulative) * cumulative[:, -1:], right=True)
+            return drawn.squeeze(-1).clamp_max(z.shape[-1] - 1)
+
+        return softmax.in_rows(z, some).view(outputs.shape[0], -1)
 
     def log_prob(self, outputs, targets):
-        logp = F.log_softmax(self.logits(outputs), -1)
-        y = self.labels(targets).reshape(logp.shape[:2])
-        keep = y != self.ignore_index
-        return (logp.gather(-1, y.where(keep, torch.zeros_like(y)).unsqueeze(-1)).squeeze(-1) * keep).sum(1)
+        z = self.rows(outputs)
+        return (
+            -softmax.cross_entropy(z, Labels(self._required(outputs, targets), None, 0.0, self.ignore_index))
+            .view(outputs.shape[0], -1)
+            .sum(1)
+        )
 
     def score(self, outputs, labels, targets=None):
-        p = self.logits(outputs).softmax(-1)
-        v = -p
-        v.scatter_add_(-1, labels.reshape(*p.shape[:2], 1), torch.ones_like(p[..., :1]))
-        mask = self.mask(outputs, targets)
-        return self.unmove(v if mask is None else v * mask.unsqueeze(-1), outputs)
+        """Labels are drawn ones, so that ``ignore_index`` among them is a class; positions whose target it is count
+        for nothing."""
+        y, counted = self._required(outputs, labels).clamp_min(-1), self.counted(outputs, targets)
+        y = y if counted is None else y.masked_fill(counted == 0, -1)
+        return -self.unmove(softmax.residual(self.rows(outputs), Labels(y, None, 0.0, -1)), outputs)
 
     def fisher_times(self, outputs, tangent, targets=None):
-        p, x = self.logits(outputs).softmax(-1), self.logits(tangent)
-        v = p * x - p * (p * x).sum(-1, keepdim=True)
-        mask = self.mask(outputs, targets)
-        return self.unmove(v if mask is None else v * mask.unsqueeze(-1), outputs)
+        return self.unmove(
+            softmax.times(self.rows(outputs), self.rows(tangent), self.counted(outputs, targets)), outputs
+        )
+
+    def _required(self, outputs: Tensor, labels: Any) -> Tensor:
+        y = self.labels(outputs, labels)
+        if y is None:
+            given = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            raise OutputError(
+                f"labels are {given}; expected a whole number a position, "
+                f"{(outputs.shape[0], *self._positions(outputs))}, "
+                f"for outputs {tuple(outputs.shape)} with classes on axis {self._axis(outputs)}"
+            )
+        return y

@@ -7,34 +7,57 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.generator.sweep import Columns
-from nngeom.generator.task import targets
 from nngeom.metrics.categorical import Categorical
+from nngeom.metrics.causal import CausalByName, CausalLM
+from nngeom.metrics.language_models import is_causal_lm
 from nngeom.metrics.likelihood import Bernoulli, Gaussian, Likelihood, Poisson, as_columns
 
-_NAMES: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian, "poisson": Poisson}
+_NAMES: dict[str, type[Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+    "poisson": Poisson,
+}
 
 
-def as_likelihood(likelihood: Any) -> Likelihood:
-    """A likelihood by name, class or instance."""
+def as_likelihood(likelihood: Any, model: nn.Module | None = None) -> Likelihood:
+    """A likelihood by name, class or instance.
+
+    ``model``: whose outputs it is of; ``"categorical"`` of a causal language model is that of the next token
+    (:class:`CausalLM`). Raises :class:`ArgumentError` or :class:`ArgumentTypeError` for anything else.
+    """
+    if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
+        return likelihood()
+    if isinstance(likelihood, CausalLM) and likelihood.reduction == "mean":
+        raise ArgumentError(
+            "CausalLM(reduction='mean') is no likelihood: the log-likelihood of a sequence is the sum over its "
+            "positions; "
+            "use reduction='sum', or GGN with the loss"
+        )
     if isinstance(likelihood, Likelihood):
         return likelihood
     if isinstance(likelihood, str) and likelihood in _NAMES:
-        return _NAMES[likelihood]()
-    if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
-        return likelihood()
+        plain = _NAMES[likelihood]()
+        return (
+            CausalByName(model, plain)
+            if isinstance(plain, Categorical) and model is not None and is_causal_lm(model)
+            else plain
+        )
     kind = ArgumentError if isinstance(likelihood, str) else ArgumentTypeError
     raise kind(f"likelihood is {likelihood!r}; expected one of {sorted(_NAMES)} or an instance of a Likelihood")
 
 
-def fitted(likelihood: Likelihood, outputs: Tensor, y: Any) -> Likelihood:
-    """The likelihood fitted to outputs that it was checked to fit."""
+def fitted(likelihood: Likelihood, outputs: Tensor, batch: Any) -> tuple[Likelihood, Any]:
+    """The likelihood fitted to outputs of a batch, which it was checked to fit, and the targets there are."""
+    likelihood = likelihood.resolved(outputs, batch)
+    y = likelihood.targets_of(outputs, batch)
     likelihood = likelihood.fit(outputs, y)
     likelihood.check(outputs, y)
-    return likelihood
+    return likelihood, y
 
 
 @dataclass(frozen=True)
@@ -45,18 +68,18 @@ class ExactFisher:
 
     def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
         """One column of the square root a cotangent."""
-        y = targets(batch)
-        return as_columns(fitted(self.likelihood, outputs, y).square_root(outputs, y))
+        likelihood, y = fitted(self.likelihood, outputs, batch)
+        return as_columns(likelihood.square_root(outputs, y))
 
     def times(self, outputs: Tensor, tangent: Tensor, batch: Any, start: int) -> Tensor:
         """The metric of the outputs times a tangent."""
-        y = targets(batch)
-        return self.likelihood.fit(outputs, y).fisher_times(outputs, tangent, y)
+        likelihood, y = fitted(self.likelihood, outputs, batch)
+        return likelihood.fisher_times(outputs, tangent, y)
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], batch: Any) -> Tensor:
         """The square root of the metric times noise ``(k, n, *shape)``."""
-        y = targets(batch)
-        return fitted(self.likelihood, outputs, y).root_times(outputs, noise, y)
+        likelihood, y = fitted(self.likelihood, outputs, batch)
+        return likelihood.root_times(outputs, noise, y)
 
 
 @dataclass(frozen=True)
@@ -69,13 +92,13 @@ class MonteCarloFisher:
 
     def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
         """One score a sample, divided by ``sqrt(samples)``."""
-        y = targets(batch)
-        likelihood = fitted(self.likelihood, outputs, y)
+        likelihood, y = fitted(self.likelihood, outputs, batch)
         n = outputs.shape[0]
 
         def make(lo: int, hi: int) -> Tensor:
             scores = [
-                likelihood.score(outputs, likelihood.sample(outputs, Stream(self.seed, start, n, j, outputs.device)), y) for j in range(lo, hi)
+                likelihood.score(outputs, likelihood.sample(outputs, Stream(self.seed, start, n, j, outputs.device)), y)
+                for j in range(lo, hi)
             ]
             return torch.stack(scores) / self.samples**0.5
 

@@ -16,13 +16,18 @@ from torch import Tensor
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, OutputError, UnsupportedError
 from nngeom.generator.sweep import Columns
+from nngeom.metrics import logistic
+from nngeom.metrics.precise import Precise
+from nngeom.metrics.reading import Reading
+from nngeom.metrics.softmax import wide
 
 
-class Likelihood(ABC):
+class Likelihood(Reading, ABC):
     """``p(y | outputs)`` for outputs ``(n, *shape)``; positions of one example are independent given the outputs."""
 
     def fit(self, outputs: Tensor, targets: Any = None) -> Likelihood:
-        """This likelihood with what it left open (an axis) read off the shapes; raises :class:`OutputError` where they do not tell."""
+        """This likelihood with what it left open (an axis) read off the shapes; raises :class:`OutputError` where
+        they do not tell."""
         return self
 
     def check(self, outputs: Tensor, targets: Any = None) -> None:
@@ -30,19 +35,26 @@ class Likelihood(ABC):
 
     def square_root(self, outputs: Tensor, targets: Any = None) -> Columns | Tensor:
         """Cotangents ``v [k, n, *shape]`` with ``sum_k v_k v_k^T`` the Fisher information of the outputs."""
-        raise UnsupportedError(f"{type(self).__name__} defines no square_root; use FIM_MonteCarlo, or define it for the exact Fisher")
+        raise UnsupportedError(
+            f"{type(self).__name__} defines no square_root; use FIM_MonteCarlo, or define it for the exact Fisher"
+        )
 
     def sample(self, outputs: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
-        """Targets drawn from the model, ``(n, ...)``; ``uniform(*shape)`` gives numbers in (0, 1) ``(n, *shape)``, a fresh stream an example."""
-        raise UnsupportedError(f"{type(self).__name__} defines no sample; use FIM, or define it for Monte-Carlo Fisher matrices")
+        """Targets drawn from the model, ``(n, ...)``; ``uniform(*shape)`` gives numbers in (0, 1) ``(n, *shape)``, a
+        fresh stream an example."""
+        raise UnsupportedError(
+            f"{type(self).__name__} defines no sample; use FIM, or define it for Monte-Carlo Fisher matrices"
+        )
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``log p(targets | outputs)``, ``(n,)``, summed over positions; differentiable in the outputs."""
-        raise UnsupportedError(f"{type(self).__name__} defines no log_prob; use FIM, or define it for Monte-Carlo Fisher matrices")
+        raise UnsupportedError(
+            f"{type(self).__name__} defines no log_prob; use FIM, or define it for Monte-Carlo Fisher matrices"
+        )
 
     def score(self, outputs: Tensor, labels: Tensor, targets: Any = None) -> Tensor:
         """``d log p(labels | outputs) / d outputs``, ``(n, *shape)``."""
-        with torch.enable_grad():
+        with torch.enable_grad(), Precise():
             f = outputs.detach().requires_grad_()
             return torch.autograd.grad(self.log_prob(f, labels).sum(), f)[0]
 
@@ -54,7 +66,8 @@ class Likelihood(ABC):
         return (inner.view(*inner.shape, *[1] * (v.ndim - 2)) * v).sum(0)
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any = None) -> Tensor:
-        """``L r (k, n, *shape)`` for the square root ``L`` of the Fisher information of the outputs; ``noise(*size)`` gives ``r (k, n, *size)``."""
+        """``L r (k, n, *shape)`` for the square root ``L`` of the Fisher information of the outputs; ``noise(*size)``
+        gives ``r (k, n, *size)``."""
         return columns_times(as_columns(self.square_root(outputs, targets)), outputs, noise)
 
 
@@ -72,11 +85,18 @@ def as_columns(v: Columns | Tensor) -> Columns:
     return Columns(v.shape[0], lambda lo, hi: v[lo:hi]) if isinstance(v, Tensor) else v
 
 
-def _like(targets: Tensor, outputs: Tensor) -> Tensor:
-    """Targets in the shape and dtype of the outputs; raises :class:`OutputError` where there are not as many."""
-    if targets.numel() != outputs.numel():
-        raise OutputError(f"targets have shape {tuple(targets.shape)}; expected that of the outputs, {tuple(outputs.shape)}")
-    return targets.to(outputs).reshape(outputs.shape)
+def like(targets: Any, outputs: Tensor) -> Tensor:
+    """Targets in the shape of the outputs, as exact as they are; raises :class:`OutputError` where there are not as
+    many."""
+    if not isinstance(targets, Tensor):
+        raise OutputError(
+            f"targets are {type(targets).__name__}; expected a tensor of the outputs' shape, {tuple(outputs.shape)}"
+        )
+    if targets.numel() != outputs.numel() or targets.shape[:1] != outputs.shape[:1]:
+        raise OutputError(
+            f"targets have shape {tuple(targets.shape)}; expected that of the outputs, {tuple(outputs.shape)}"
+        )
+    return wide(targets.to(outputs.device)).reshape(outputs.shape)
 
 
 def diagonal_columns(root: Tensor) -> Columns:
@@ -117,14 +137,13 @@ class Bernoulli(Independent):
         return (outputs.sigmoid() * torch.sigmoid(-outputs)).sqrt()
 
     def sample(self, outputs, uniform):
-        return (uniform(*outputs.shape[1:]) < outputs.sigmoid()).to(outputs.dtype)
+        return (uniform(*outputs.shape[1:]) < wide(outputs).sigmoid()).to(outputs.dtype)
 
     def log_prob(self, outputs, targets):
-        y = _like(targets, outputs)
-        return -torch.nn.functional.binary_cross_entropy_with_logits(outputs, y, reduction="none").flatten(1).sum(1)
+        return -logistic.binary_cross_entropy(wide(outputs), like(targets, outputs)).flatten(1).sum(1).to(outputs.dtype)
 
     def score(self, outputs, labels, targets=None):
-        return _like(labels, outputs) - outputs.sigmoid()
+        return -logistic.slope(wide(outputs), like(labels, outputs)).to(outputs.dtype)
 
 
 class Gaussian(Independent):
@@ -139,7 +158,10 @@ class Gaussian(Independent):
         try:
             return self.variance.to(outputs).sqrt().expand(outputs.shape)
         except RuntimeError:
-            raise OutputError(f"the variance has shape {tuple(self.variance.shape)}; it does not broadcast to outputs {tuple(outputs.shape)}") from None
+            raise OutputError(
+                f"the variance has shape {tuple(self.variance.shape)}; it does not broadcast to outputs "
+                f"{tuple(outputs.shape)}"
+            ) from None
 
     def root(self, outputs):
         return 1 / self._deviation(outputs)
@@ -150,12 +172,19 @@ class Gaussian(Independent):
         return outputs + self._deviation(outputs) * (radius * torch.cos(2 * torch.pi * uniform(*shape))).to(outputs)
 
     def log_prob(self, outputs, targets):
-        deviation = self._deviation(outputs)
-        z = (_like(targets, outputs) - outputs) / deviation
-        return (-0.5 * z.square() - deviation.log() - 0.5 * torch.log(z.new_tensor(2 * torch.pi))).flatten(1).sum(1)
+        f = wide(outputs)
+        deviation = self._deviation(f)
+        z = (like(targets, outputs) - f) / deviation
+        return (
+            (-0.5 * z.square() - deviation.log() - 0.5 * torch.log(z.new_tensor(2 * torch.pi)))
+            .flatten(1)
+            .sum(1)
+            .to(outputs.dtype)
+        )
 
     def score(self, outputs, labels, targets=None):
-        return (_like(labels, outputs) - outputs) / self._deviation(outputs).square()
+        f = wide(outputs)
+        return ((like(labels, outputs) - f) / self._deviation(f).square()).to(outputs.dtype)
 
 
 class Poisson(Independent):
@@ -171,8 +200,8 @@ class Poisson(Independent):
         return torch.as_tensor(poisson.ppf(u, rate)).to(outputs)
 
     def log_prob(self, outputs, targets):
-        y = _like(targets, outputs)
-        return (y * outputs - outputs.exp() - torch.lgamma(y + 1)).flatten(1).sum(1)
+        f, y = wide(outputs), like(targets, outputs)
+        return (y * f - f.exp() - torch.lgamma(y + 1)).flatten(1).sum(1).to(outputs.dtype)
 
     def score(self, outputs, labels, targets=None):
-        return _like(labels, outputs) - outputs.exp()
+        return (like(labels, outputs) - wide(outputs).exp()).to(outputs.dtype)

@@ -46,7 +46,7 @@ def sample_fisher_trace(
 
     Large near the decision boundary, small for confident inputs. Source: Martin and Elster 2019.
     """
-    metric = ExactFisher(as_likelihood(likelihood))
+    metric = ExactFisher(as_likelihood(likelihood, model))
     return squared_norms(Probe.build(model, inputs, function, layer_collection), metric, check, memory_budget)
 
 
@@ -82,4 +82,4 @@ def auroc(negatives: Tensor, positives: Tensor) -> float:
 def _ascent(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Any) -> Tensor:
     with gradients_on():
         x = inputs.detach().clone().requires_grad_()
-        return torch.autograd.grad(as_loss(loss)(model(x), targets).sum(), x)[0]
+        return torch.autograd.grad(as_loss(loss, model)(model(x), targets).sum(), x)[0]

@@ -20,7 +20,7 @@ from nngeom.generator.sweep import Sweep
 from nngeom.generator.task import Task, gradients_on
 from nngeom.gram import GramMatrix
 from nngeom.layers.adapter import Use
-from nngeom.metrics.loss import IdentityMetric, as_loss
+from nngeom.metrics.loss import IdentityMetric, as_loss, judged
 from nngeom.solve.hutchinson import rademacher
 from nngeom.space.collection import LayerCollection
 
@@ -120,9 +120,10 @@ def loss_gradient_penalty(
     variables = list(task.parameters.values())
     if wrt == "inputs":
         batch, variables = with_input_gradients(batch)  # type: ignore[assignment]
-    moved = batch["labels"] if isinstance(batch, dict) else batch[1]
     with gradients_on(), twice_differentiable():
-        value = as_loss(loss)(task.run(batch), moved).mean()
+        outputs = task.run(batch)
+        measured, moved = judged(as_loss(loss, model), outputs, batch)
+        value = measured.precisely(outputs, moved).mean()
         grads = gradients(value, variables, None, create_graph=True)
         square = sum((g.square().sum() for g in grads if g is not None), start=value.new_zeros(()))
         if squared:

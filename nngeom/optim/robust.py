@@ -180,6 +180,6 @@ def _gradients(model: nn.Module, batch: Any, loss: Any, function: Any, collectio
     """The gradients of every example's own loss."""
     task = Task.build(require_model(model), function, collection)
     examples = _Examples(task.collection)
-    for chunk in Sweep(task, batch, EmpiricalFisher(as_loss(loss))).chunks():
+    for chunk in Sweep(task, batch, EmpiricalFisher(as_loss(loss, model))).chunks():
         examples.add(chunk)
     return task, examples

@@ -25,6 +25,8 @@ from nngeom.solve.lanczos import lanczos
 from nngeom.solve.slq import SpectralDensity, spectral_density
 from nngeom.space.pvector import PVector
 
+FEW_BYTES = 2**26  # of the cotangents of the first look
+
 
 @dataclass(frozen=True, eq=False)
 class PMatImplicit(ParameterOperator):
@@ -260,7 +262,8 @@ class _Few:
     metric: Metric
 
     def columns(self, outputs: Tensor, batch: Batch, start: int) -> Columns:
-        """At most four."""
+        """At most four; fewer of very many outputs, down to one."""
         columns = self.metric.columns(outputs, batch, start)
-        return Columns(min(4, columns.count), columns.make)
+        fit = FEW_BYTES // max(1, outputs.numel() * outputs.element_size())
+        return Columns(max(1, min(4, fit, columns.count)), columns.make)
 

@@ -86,7 +86,7 @@ def quantity(name: str) -> Callable[[Callable[[Look], Numbers]], Callable[[Look]
 @quantity("loss")
 def _loss(look: Look) -> Numbers:
     with torch.no_grad():
-        return {"probe_loss": float(as_loss(look.loss)(look.outputs, look.labels).mean())}
+        return {"probe_loss": float(as_loss(look.loss, look.model)(look.outputs, look.labels).mean())}
 
 
 @quantity("accuracy")

@@ -1,0 +1,39 @@
+"""Random cotangents as large as the outputs of a model, and inner products of such, in little time and memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PIECE = 2**20  # numbers that are widened at once
+
+
+def factors(size: Sequence[int], generator: torch.Generator, like: Tensor) -> list[Tensor]:
+    """A vector for each axis, of random signs and sizes between one and two; their :func:`outer` product has no zero.
+
+    A linear function that vanishes at such a product does so by chance of probability zero, as at one of independent numbers,
+    which take as much memory as the outputs and, drawn one by one, longer than a pass through their last layer.
+    """
+    drawn = []
+    for axis, n in enumerate(size):
+        x = torch.rand(2, n, generator=generator, dtype=torch.float64)
+        vector = (1 + x[0]) * torch.where(x[1] < 0.5, -1.0, 1.0)
+        drawn.append(vector.to(like).view(*[1] * axis, n, *[1] * (len(size) - axis - 1)))
+    return drawn
+
+
+def outer(vectors: list[Tensor]) -> Tensor:
+    """The product of all, an axis each."""
+    return functools.reduce(torch.mul, vectors)
+
+
+def dot(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """``<x, y>`` and the sum of the absolute values of its terms, both added up in double precision."""
+    total, most = 0.0, 0.0
+    for a, b in zip(x.flatten().split(PIECE), y.flatten().split(PIECE)):
+        terms = a.double() * b.double()
+        total, most = total + float(terms.sum()), most + float(terms.abs().sum())
+    return total, most
