@@ -95,6 +95,17 @@ def jac(model, batch):
     return torch.stack([torch.stack([flat(f) for f in out[:, c]]) for c in range(out.shape[1])])
 
 
+def test_products_are_asked_again_where_a_zero_answered():
+    model, x = Net(WAYS["closure"]), torch.randn(6, 4, dtype=f64)
+    weight = model.second.weight.detach().clone()
+    model.second.weight.data.zero_()
+    matrix = nng.FIM(model, [x], nng.PMatImplicit)
+    torch.testing.assert_close(matrix.to_dense(), reference.fisher(model, x))
+    model.second.weight.data.copy_(weight)
+    torch.testing.assert_close(nng.FIM(model, [x], nng.PMatImplicit).to_dense(), reference.fisher(model, x))
+    torch.testing.assert_close(matrix.to_dense(), reference.fisher(model, x))
+
+
 def test_threads_share_a_model():
     model, x = Net(WAYS["plain"]), torch.randn(6, 4, dtype=f64)
     matrix = nng.FIM(model, [x], nng.PMatImplicit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -21,6 +21,7 @@ from nngeom.generator.kernels import WRITTEN_OUT, twice_differentiable
 from nngeom.generator.task import RUNNING, Batch, Task, gradients_on
 
 KEPT_BYTES = 2**26  # of a tangent that is held while the way to it is proved; larger ones are made once more
+MOST = 1024  # answers of one model that are remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +40,14 @@ class Linearization:
         for way in (self._forward, self._twice):
             try:
                 outputs, tangent = way(batch, v)
-                known, key = _RIGHT.setdefault(self.task.model, {}), self._key(way, outputs)
-                if key not in known:
+                right = self._known(way, outputs)
+                if right is None:
                     kept = tangent if tangent.nbytes <= KEPT_BYTES else None  # asking takes as much memory as the product
                     del tangent
-                    known[key] = self._is_right(way, batch, outputs)
-                    if known[key]:
+                    right = self._ask(way, batch, outputs)
+                    if right:
                         tangent = way(batch, v)[1] if kept is None else kept
-                if known[key]:
+                if right:
                     return outputs, tangent
             except (NNGeomError, torch.OutOfMemoryError):
                 raise
@@ -72,12 +73,31 @@ class Linearization:
             (tangent,) = torch.autograd.grad(torch.stack(parts).sum(), u, retain_graph=True, allow_unused=True)
             return outputs, torch.zeros_like(outputs) if tangent is None else tangent.detach()
 
-    def _key(self, way: Callable[..., tuple[Tensor, Tensor]], outputs: Tensor) -> tuple[object, ...]:
+    def _keys(self, way: Callable[..., tuple[Tensor, Tensor]], outputs: Tensor) -> Iterator[tuple[object, ...]]:
+        """Of the graph, then of these very outputs."""
         graph = read(outputs, self.task.ids, self.task.registered)
-        return way.__name__, graph.key, outputs.dtype, frozenset(self.task.hooked)
+        key = way.__name__, graph.key, outputs.dtype, frozenset(self.task.hooked)
+        yield key
+        yield *key, float(outputs.detach().sum(dtype=torch.float64))
 
-    def _is_right(self, way: Callable[..., tuple[Tensor, Tensor]], batch: Batch, outputs: Tensor) -> bool:
-        """``<u, J v> = <J^T u, v>`` for a random ``u``, and ``v`` of every parameter so long that it adds between one and two."""
+    def _known(self, way: Callable[..., tuple[Tensor, Tensor]], outputs: Tensor) -> bool | None:
+        known = _RIGHT.setdefault(self.task.model, {})
+        return next((known[key] for key in self._keys(way, outputs) if key in known), None)
+
+    def _ask(self, way: Callable[..., tuple[Tensor, Tensor]], batch: Batch, outputs: Tensor) -> bool:
+        """Whether ``<u, J v> = <J^T u, v>`` for a random ``u``, and ``v`` of every parameter so long that it adds between one and two.
+
+        It is remembered of the graph, or where some parameter had no gradient to ask with, of these outputs.
+        """
+        known = _RIGHT.setdefault(self.task.model, {})
+        if len(known) >= MOST:
+            known.clear()
+        right, all_asked = self._is_right(way, batch, outputs)
+        of_graph, of_outputs = self._keys(way, outputs)
+        known[of_graph if all_asked or not right else of_outputs] = right
+        return right
+
+    def _is_right(self, way: Callable[..., tuple[Tensor, Tensor]], batch: Batch, outputs: Tensor) -> tuple[bool, bool]:
         generator = torch.Generator().manual_seed(6)
         u = factors(outputs.shape, generator, outputs.detach())
         parameters = self.task.parameters
@@ -96,7 +116,8 @@ class Linearization:
                 total, room = total + share, room + (share * noise / length) ** 2
         tangent = way(batch, v)[1]
         inner, terms = dot(outer(u), tangent)
-        return abs(inner - total) <= room**0.5 + rounding**0.5 * total + 100 * rounding * terms
+        right = abs(inner - total) <= room**0.5 + rounding**0.5 * total + 100 * rounding * terms
+        return right, min(lengths.get(name, 0.0) for name in parameters) > 10 * noise
 
     def vjp(self, outputs: Tensor, u: Tensor) -> Tensor:
         """``J^T u`` as a flat vector."""
