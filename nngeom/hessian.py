@@ -23,6 +23,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedErro
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.capture import capture
+from nngeom.generator.passes import Pass
 from nngeom.generator.sweep import Sweep, require_examples
 from nngeom.generator.task import Task
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
@@ -106,6 +107,8 @@ def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivati
     for index, batch in enumerate(tqdm(task.batches(sweep.loader), desc=sweep.label, disable=not sweep.progress)):
         if width is None:
             seen = capture(task, batch)
+            if sweep.check:
+                Pass(task, seen, set()).require_separate()
             activations = sum(use.shape.numel() for use in seen.uses) + seen.outputs.numel()
             width = 4 * activations * seen.outputs.element_size() // max(1, seen.outputs.shape[0])
             del seen

@@ -74,8 +74,8 @@ class Pass:
 
     def prove(self, separate: bool = True) -> None:
         """Ask what is not known of the graph yet: whether parts of the batch run as in the whole, and rows are autograd's."""
-        if separate and not self.proof.separate:
-            require_separate(self.task, self.seen.batch, self.seen.outputs)
+        if separate:
+            self.require_separate()
         self.proof.separate = True
         compared, wrong = compare(self.task, self.seen, self.units)
         self.proof.compared |= compared
@@ -84,6 +84,12 @@ class Pass:
             self.demoted |= wrong
             self._bar()
             self.resolve(check=True)
+
+    def require_separate(self) -> None:
+        """Raise where parts of the batch do not run as in the whole, unless that was seen of a pass like it."""
+        if not self.proof.separate:
+            require_separate(self.task, self.seen.batch, self.seen.outputs)
+        self.proof.separate = True
 
     def _bar(self) -> None:
         """Forget the uses of parameters that are left to the fallback."""
