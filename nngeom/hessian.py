@@ -23,6 +23,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedErro
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.capture import capture
+from nngeom.generator.graph import require_differentiable
 from nngeom.generator.passes import Pass
 from nngeom.generator.sweep import Sweep, require_examples
 from nngeom.generator.task import Task
@@ -32,7 +33,7 @@ from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.pmat import Representation
-from nngeom.second_derivatives import Quadratic, SecondDerivatives, differentiated, require_connected, require_finite_rows, require_symmetric
+from nngeom.second_derivatives import Quadratic, SecondDerivatives, differentiated, require_finite_rows, require_symmetric
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
@@ -114,7 +115,7 @@ def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivati
             del seen
         second = differentiated(task, loss, batch, index, width)
         if index == 0 and sweep.check and not looked:
-            require_connected(second)
+            require_differentiable(second.gradients.values())
             require_symmetric(second, partial(differentiated, task, Quadratic(), batch, 0, width))
         yield second
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nngeom.core import memory
-from nngeom.core.errors import CoverageError, NonFiniteError, UnsupportedError
+from nngeom.core.errors import CoverageError, NonFiniteError
 from nngeom.core.linalg import flat_rows
 from nngeom.generator.backward import pull_back
+from nngeom.generator.graph import once_only
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.remedies import gradients
 from nngeom.generator.task import Batch, Task, gradients_on, require_finite
@@ -57,27 +57,6 @@ class SecondDerivatives:
                     raise
                 raise once_only(str(error)) from error
             yield lo, hi, torch.cat([flat_rows(x.detach()) for x in pulled], 1)
-
-
-def once_only(what: str) -> UnsupportedError:
-    """The error of a model with an operation that can be differentiated only once."""
-    return UnsupportedError(
-        f"the model or the loss has an operation without second derivative ({what}); use GGN, or another operation"
-    )
-
-
-def require_connected(second: SecondDerivatives) -> None:
-    """Raise for functions marked ``once_differentiable``: autograd would take their gradient for a constant."""
-    seen: set[Any] = set()
-    waiting = [g.grad_fn for g in second.gradients.values() if g is not None and g.grad_fn is not None]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name().endswith("::Error"):
-            raise once_only("a torch.autograd.Function marked once_differentiable")
-        waiting.extend(n for n, _ in node.next_functions if n is not None)
 
 
 def require_symmetric(second: SecondDerivatives, usual: Callable[[], SecondDerivatives]) -> None:

@@ -7,7 +7,7 @@ Two passes with the same :attr:`Graph.key` did the same to other numbers. Whethe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from nngeom.core.errors import UnsupportedError
 from nngeom.layers.adapter import Use
 
 Edge = tuple[Any, int]  # a node, and which of its outputs
@@ -197,6 +198,30 @@ def _bypassed(graph: Graph, uses: Sequence[Use]) -> set[str]:
         return set()
     consumers = [(edge, node) for node in graph.nodes for edge in node.next_functions]
     return {name for edge, node in consumers if node not in copies.get(edge, {node}) for name in names[edge]}
+
+
+def require_differentiable(gradients: Iterable[Tensor | None]) -> None:
+    """Raise :class:`UnsupportedError` where gradients, kept with their graph, cannot be differentiated again.
+
+    Of functions marked ``once_differentiable`` autograd would say so only later, or take their gradient for a constant.
+    """
+    waiting = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name().endswith(("::Error", "::NotImplemented")):
+            raise once_only("a torch.autograd.Function marked once_differentiable, or an operation torch has no formula for")
+        following = {f for f, _ in node.next_functions if f is not None} - seen
+        seen |= following
+        waiting.extend(following)
+
+
+def once_only(what: str) -> UnsupportedError:
+    """The error of a model with an operation that can be differentiated only once."""
+    return UnsupportedError(
+        f"the model or the loss has an operation without second derivative ({what}); use a measure of first derivatives "
+        "(GGN instead of Hessian, a kernel without differentiable=True), or another operation"
+    )
 
 
 def sequence_number() -> int:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from nngeom.core import memory
 from nngeom.core.errors import CoverageError
 from nngeom.generator import fallback
 from nngeom.generator.axes import ExampleAxis, candidates, find_axes
+from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import Capture
 from nngeom.generator.descent import Descent, Rows
+from nngeom.generator.graph import require_differentiable
 from nngeom.generator.proofs import proof_of
 from nngeom.generator.safe import ASK, Unknown
 from nngeom.generator.stages import Stage
@@ -77,6 +80,10 @@ class Pass:
         if separate:
             self.require_separate()
         self.proof.separate = True
+        if self.keep_graph:
+            v = torch.ones_like(self.seen.outputs).unsqueeze(0)
+            edges = [use.edge for use in self.seen.uses]
+            require_differentiable(pull_back(self.seen.outputs, edges, [use.shape for use in self.seen.uses], v, retain=True, create_graph=True))
         compared, wrong = compare(self.task, self.seen, self.units)
         self.proof.compared |= compared
         if wrong:
