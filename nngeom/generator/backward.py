@@ -97,7 +97,13 @@ def _with_graph(outputs: Any, inputs: Sequence[Any], v: Tensor, large: bool) -> 
         with contextlib.suppress(RuntimeError):
             return _batched(outputs, inputs, v, True)
     rows = [_grad(outputs, inputs, c, True, True) for c in v]
-    return [None if c[0] is None else torch.stack(c, 1).transpose(0, 1) for c in zip(*rows)]  # examples first in memory: products are batched over them
+    return [None if c[0] is None else _stacked(c) for c in zip(*rows)]
+
+
+def _stacked(gradients: Sequence[Tensor]) -> Tensor:
+    """``[k, ...]``, examples first in memory: products are batched over them."""
+    dim = min(1, gradients[0].ndim)
+    return torch.stack(list(gradients), dim).transpose(0, dim)
 
 
 def _batched(outputs: Any, inputs: Sequence[Any], v: Tensor, create_graph: bool) -> list[Tensor | None]:

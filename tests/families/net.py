@@ -70,7 +70,8 @@ class Truth:
     """
 
     def __init__(self, call: Callable[[Any], Tensor], model: nn.Module, batches: list[tuple[Tensor, Tensor]]):
-        self.call, self.model, self.batches = call, model, batches
+        self.call, self.model = call, model
+        self.batches = [(x.clone(), y.clone()) for x, y in batches]  # inference tensors have no derivatives
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.n = sum(len(x) for x, _ in batches)
 
