@@ -119,7 +119,7 @@ LAYOUTS = {
     "sliced": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
 }
 LOADERS = {
-    "list": lambda batches: batches,
+    "list": lambda batches: [(x,) for x in batches],
     "pairs": lambda batches: [(x, torch.zeros(len(x), dtype=torch.long)) for x in batches],
     "generator": lambda batches: (x for x in batches),
     "loader": lambda batches: DataLoader(TensorDataset(torch.cat(batches)), batch_size=len(batches[0]), shuffle=True),

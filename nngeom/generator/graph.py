@@ -33,8 +33,8 @@ class Graph:
 
     @property
     def reached(self) -> set[str]:
-        """The selected parameters that some path leads to."""
-        return set(self.names.values())
+        """The selected parameters that some path leads to, but for those without elements."""
+        return {name for node, name in self.names.items() if self.leaves[node].numel()}
 
     def consumers_first(self) -> Iterator[Any]:
         """All nodes, each after those that use its outputs."""

@@ -20,6 +20,7 @@ from nngeom.analysis.sharpness import non_uniformity, sharpness
 from nngeom.analysis.spectrum import effective_rank, spectrum, trace_ratios
 from nngeom.analysis.stiffness import stiffness
 from nngeom.metrics.categorical import Categorical
+from nngeom.metrics.causal import CausalLM
 from nngeom.metrics.loss import IdentityMetric, as_loss
 from nngeom.mgs.metrics import kernel_metrics
 from nngeom.space.collection import LayerCollection
@@ -106,9 +107,12 @@ def accuracy(outputs: Tensor, targets: Tensor, loss: Any) -> float:
         binary = labels.numel() == len(outputs) and not bool((labels.abs() > 1).any())
         return float(((outputs.flatten() > 0) == (labels.flatten() > 0)).double().mean()) if binary else math.nan
     categorical = getattr(loss, "categorical", None) or Categorical()
-    guess = (fitted := categorical.fit(outputs, labels)).logits(outputs).argmax(-1)
-    truth = fitted.labels(labels).reshape(guess.shape).to(guess.device)
-    return float((guess == truth)[truth != fitted.ignore_index].double().mean())
+    labels = loss.aligned(outputs, labels) if isinstance(loss, CausalLM) else labels
+    fitted = categorical.fit(outputs, labels)
+    guess, truth = fitted.rows(outputs).argmax(-1), fitted.labels(outputs, labels)
+    if truth is None:
+        return math.nan
+    return float((guess == truth.to(guess.device))[(truth != fitted.ignore_index).to(guess.device)].double().mean())
 
 
 @quantity("spectrum")
