@@ -24,8 +24,8 @@ def sum_positions(g: Tensor, a: Tensor) -> Tensor:
     """``[k n t s o], [n t s i] -> [k n s o i]``: rows, by one product an example (and group)."""
     k, n, t, s, o = g.shape
     left = g.permute(1, 3, 0, 4, 2).reshape(n * s, k * o, t)
-    right = a.permute(0, 2, 1, 3).reshape(n * s, t, -1)
-    return torch.bmm(left, right).reshape(n, s, k, o, -1).permute(2, 0, 1, 3, 4)
+    right = a.permute(0, 2, 1, 3).reshape(n * s, t, a.shape[-1])
+    return torch.bmm(left, right).reshape(n, s, k, o, a.shape[-1]).permute(2, 0, 1, 3, 4)
 
 
 def scaled_sums(g: Tensor, a: Tensor, ones: bool) -> Tensor:

@@ -246,7 +246,7 @@ class LookupJacobian(FactoredJacobian):
         pairs, slot = key.flatten().unique(return_inverse=True)
         total = torch.zeros(self.size, self.g.shape[-1], dtype=linalg.accumulation_dtype(self.dtype), device=self.device)
         for g in self.g:
-            sums = g.new_zeros(len(pairs), g.shape[-1]).index_add_(0, slot, g.reshape(n * t, -1))
+            sums = g.new_zeros(len(pairs), g.shape[-1]).index_add_(0, slot, g.reshape(n * t, g.shape[-1]))
             total.index_add_(0, pairs % self.size, sums.square().to(total.dtype))
         return total.T.unsqueeze(0)
 

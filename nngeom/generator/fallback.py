@@ -27,13 +27,16 @@ from nngeom.generator.verify import COMPARED, MIXES, require_separate, same_outp
 
 
 def full_jacobians(
-    task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, *, create_graph: bool = False, check: bool = True
+    task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, *, create_graph: bool = False, apart: bool = True, check: bool = True
 ) -> list[LayerJacobian]:
     """``v [k, n, *out]`` -> the rows ``[k, n, 1, 1, p]`` of each parameter.
 
-    ``check``: raises :class:`CoverageError` where an example by itself shows that the model mixes them.
+    ``check``: raises :class:`CoverageError` where an example by itself shows that the model mixes them. With a graph to be
+    differentiated again, examples are run by themselves only where they are known to be ``apart``: rows that agree where a
+    factor is zero have other derivatives.
     """
-    rows = _alone(task, seen, parameters, v, create_graph, check) if seen.outputs.shape[0] > 1 else None
+    several = seen.outputs.shape[0] > 1 and (apart or not create_graph)
+    rows = _alone(task, seen, parameters, v, create_graph, check) if several else None
     rows = rows or _masked(seen.outputs, parameters, v, create_graph)
     return [FullJacobian(r.to(accumulation_dtype(r.dtype))[:, :, None, None]) for r in rows]
 

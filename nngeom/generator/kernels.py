@@ -187,11 +187,18 @@ def _log_softmax(input: Tensor, dim: int | None = None, *options: Any, **named: 
     return x - x.exp().sum(dim, keepdim=True).log()
 
 
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """Where the input is zero the slope is that of its negative side, as in reverse mode; torch's forward mode takes one."""
+    slope = weight.view(-1, *[1] * (input.ndim - 2)) if weight.numel() > 1 and input.ndim > 1 else weight
+    return torch.where(input > 0, input, slope * input)
+
+
 WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
     torch.instance_norm: _instance_norm,
+    **dict.fromkeys((F.prelu, torch.prelu, Tensor.prelu), _prelu),
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
     **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
 }

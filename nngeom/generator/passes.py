@@ -20,7 +20,7 @@ from nngeom.generator.safe import ASK, Unknown
 from nngeom.generator.stages import Stage
 from nngeom.generator.task import Task
 from nngeom.generator.units import Unit, build_units
-from nngeom.generator.verify import compare, require_separate
+from nngeom.generator.verify import answers, compare, require_separate, require_separate_gradients
 
 
 class Pass:
@@ -63,7 +63,9 @@ class Pass:
         """
         axes, asked = self._placed(), [j for j, use in enumerate(self.seen.uses) if self.proof.place(use.place) is ASK]
         open_ = [j for j in asked if check or len(candidates(self.seen.uses[j].lead, self.n)) > 1]
-        if open_:
+        if open_ and self.keep_graph and check:  # a row that is zero now tells nothing of its derivative
+            axes = [None if j in asked else axis for j, axis in enumerate(axes)]
+        elif open_:
             for j, axis in find_axes(self.seen.outputs, self.seen.uses, open_).items():
                 axes[j] = axis
         self.units, self.rest = self._units(axes)
@@ -79,7 +81,8 @@ class Pass:
         """Ask what is not known of the graph yet: whether parts of the batch run as in the whole, and rows are autograd's."""
         if separate:
             self.require_separate()
-        self.proof.separate = True
+        else:
+            self.proof.separate = True
         if self.keep_graph:
             v = torch.ones_like(self.seen.outputs).unsqueeze(0)
             edges = [use.edge for use in self.seen.uses]
@@ -96,7 +99,9 @@ class Pass:
         """Raise where parts of the batch do not run as in the whole, unless that was seen of a pass like it."""
         if not self.proof.separate:
             require_separate(self.task, self.seen.batch, self.seen.outputs)
-        self.proof.separate = True
+            self.proof.separate = answers(self.seen.outputs)
+            if not self.proof.separate:
+                require_separate_gradients(self.task, self.seen)
 
     def _bar(self) -> None:
         """Forget the uses of parameters that are left to the fallback."""
@@ -149,5 +154,5 @@ class Pass:
         if not self.rest:
             return {}
         v, parameters = v.to(self.seen.outputs.dtype), [self.task.parameters[name] for name in self.rest]
-        rows = fallback.full_jacobians(self.task, self.seen, parameters, v, create_graph=self.keep_graph, check=self.check)
+        rows = fallback.full_jacobians(self.task, self.seen, parameters, v, create_graph=self.keep_graph, apart=self.proof.apart, check=self.check)
         return {self.task.collection.span([name]): j for name, j in zip(self.rest, rows)}

@@ -39,6 +39,7 @@ class Proof:
 
     places: dict[int, Place] = field(default_factory=dict)  # of the examples, by place of the use, where they are known
     reached: frozenset[str] = frozenset()  # parameters that some path leads to
+    apart: bool = True  # every tensor on the way has its examples on an axis of their own
     left: set[str] = field(default_factory=set)  # parameters left to the fallback: some path is unknown, or rows differed
     compared: set[str] = field(default_factory=set)  # parameters whose rows were compared with autograd's
     separate: bool = False  # parts of the batch gave the outputs of the whole
@@ -93,17 +94,19 @@ def _concluded(task: Task, seen: Capture, graph: Graph) -> Proof:
         )
     n = seen.outputs.shape[0]
     known: dict[int, Place] = {}
+    apart = True
     if n == 1:
         known = {use.place: ExampleAxis(None) for use in seen.uses}
     elif graph.nodes:
         found = places(graph, n, seen.training)
+        apart = all(isinstance(place, ExampleAxis) for edge, place in found.items() if edge[0] not in graph.leaves)
         for use in seen.uses:
             edge = use.edge.node, use.edge.output_nr  # type: ignore[union-attr]
             place = found.get(edge, ASK)
             if isinstance(place, ExampleAxis):
                 place = read_axis(use, place, n, seen.outputs.device) or ASK
             known[use.place] = place
-    return Proof(known, frozenset(graph.reached), unexplained(graph, seen.uses))
+    return Proof(known, frozenset(graph.reached), apart, unexplained(graph, seen.uses))
 
 
 def _require_reached(task: Task, graph: Graph) -> None:

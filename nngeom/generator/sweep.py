@@ -168,8 +168,9 @@ class Sweep:
 
         Those up to the one that starts with the example and the cotangent ``after`` are left out.
         """
+        each = bytes_each_cotangent(seen, self.keep_graph)  # of all uses: cuts must not depend on which are left to the fallback by now
         run, columns = self.begin(seen)
-        size = memory.step(columns.count, bytes_each_cotangent(run.seen, self.keep_graph), "output of one batch", memory.budget() // self.shares)
+        size = memory.step(columns.count, each, "output of one batch", memory.budget() // self.shares)
         self._resolve(run)
         for lo in range(0, columns.count, size):
             if (self.count, lo) <= after:

@@ -22,6 +22,10 @@ from nngeom.generator.task import Batch, Task, gradients_on, take
 from nngeom.generator.units import Unit
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # parts of a float64 model may compute in float32
+CHANGES = (
+    "the model changes from one call to the next, on the same batch: it draws random numbers or keeps a state, so a measure of "
+    "it would be random; call model.eval(), or fix what it draws"
+)
 MIXES = (
     "the model mixes the examples of a batch: the outputs of some change when they are run without the others; per-example "
     "derivatives do not exist then, so expected a model that treats examples separately (check=False skips this test)"
@@ -46,17 +50,30 @@ def require_separate(task: Task, batch: Batch, outputs: Tensor, parts: Sequence[
             with gradients_on():
                 again = task.run(batch).detach()
             if not same_outputs(again, outputs, outputs):
-                raise ModeError(
-                    "the outputs change from one call to the next, on the same batch: the model draws random numbers or keeps "
-                    "a state, so a measure of it would be random; call model.eval(), or fix what it draws"
-                )
+                raise ModeError(CHANGES)
             if n > 1 and not inputs_are_separate(task, batch, n):
                 raise CoverageError(MIXES)
 
 
-def parts_make_the_whole(task: Task, seen: Capture, parts: Sequence[Batch], gradients: bool) -> bool:
+def answers(outputs: Tensor) -> bool:
+    """Whether outputs could show what examples have to do with each other: not where all are the same, as of a head of zeros."""
+    outputs = outputs.detach() if len(outputs) > 1 else outputs.detach().flatten()
+    return not same_outputs(outputs, outputs[:1].expand_as(outputs), outputs)
+
+
+def require_separate_gradients(task: Task, seen: Capture) -> None:
+    """As :func:`require_separate`, of the gradients of the parameters."""
+    n = seen.outputs.shape[0]
+    if parts_make_the_whole(task, seen, [seen.batch], gradients=True) is False:
+        raise ModeError(CHANGES)
+    halves = [take(seen.batch, slice(lo, hi), n) for lo, hi in ((0, n // 2), (n // 2, n))]
+    if n > 1 and parts_make_the_whole(task, seen, halves, gradients=True) is False:
+        raise CoverageError(MIXES)
+
+
+def parts_make_the_whole(task: Task, seen: Capture, parts: Sequence[Batch], gradients: bool) -> bool | None:
     """Whether the parts of a batch, one after the other, have its outputs, and with ``gradients`` its gradient of a random
-    combination of them: where a factor is zero, outputs do not show what parts lack."""
+    combination of them: where a factor is zero, outputs do not show what parts lack. ``None`` where a part does not run."""
     whole, lo = seen.outputs.detach(), 0
     parameters = list(task.parameters.values())
     v = outer(factors(whole.shape, torch.Generator().manual_seed(8), whole))
@@ -66,7 +83,9 @@ def parts_make_the_whole(task: Task, seen: Capture, parts: Sequence[Batch], grad
             with gradients_on():
                 out = task.run(part)
         except Exception:  # a model for one size of batch
-            return False
+            return None
+        if lo + len(out) > len(whole) or out.shape[1:] != whole.shape[1:]:
+            return None
         hi = lo + out.shape[0]
         if not same_outputs(out.detach(), whole[lo:hi], whole):
             return False

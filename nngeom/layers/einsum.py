@@ -57,7 +57,7 @@ def einsum(call: Call, equation: str, *operands) -> Use:
         slot,
         None,
         tuple(size[c] for c in lead),
-        gradients=lambda g: read(g.reshape(-1, *out_shape), result, 1, outs, total(outs)),
+        gradients=lambda g: read(g.reshape(g.shape[0], *out_shape), result, 1, outs, total(outs)),
         inputs=lambda: read(kept.reshape(x_shape), own, 0, ins, total(ins)),
     )
 

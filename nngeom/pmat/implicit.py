@@ -18,7 +18,7 @@ from nngeom.generator.sweep import Columns, Metric, Sweep
 from nngeom.generator.task import Batch, Task
 from nngeom.pmat.operator import ParameterOperator, require_frobenius
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.tangents import tangents_or_rows, times_rows
+from nngeom.pmat.tangents import require_adjoint, tangents_or_rows, times_rows
 from nngeom.solve.cg import conjugate_gradient
 from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos
@@ -209,7 +209,9 @@ class ImplicitFisher(PMatImplicit):
         total, count = torch.zeros_like(x), 0
         for batch in self.task.batches(self.sweep.loader):
             outputs, tangent = linear.jvp(batch, v)
-            pulled = linear.vjp(outputs, self._metric_times(outputs.detach(), tangent, batch, count))
+            u = self._metric_times(outputs.detach(), tangent, batch, count)
+            pulled = linear.vjp(outputs, u)
+            require_adjoint(u, tangent, pulled, x)
             total += pulled
             count += outputs.shape[0]
         return total / count

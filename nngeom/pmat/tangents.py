@@ -25,6 +25,15 @@ def tangents_or_rows(by_tangents: Callable[[], Tensor], by_rows: Callable[[], Te
         return by_rows()
 
 
+def require_adjoint(u: Tensor, tangent: Tensor, pulled: Tensor, v: Tensor) -> None:
+    """Raise ``RuntimeError`` where ``<u, J v>`` and ``<J^T u, v>`` differ: the two modes disagree at these very numbers."""
+    left, right = (u * tangent).double(), (pulled * v).double()
+    rounding = torch.finfo(u.dtype).eps
+    room = rounding**0.5 * left.sum().abs() + 100 * rounding * (left.abs().sum() + right.abs().sum())
+    if not bool((left.sum() - right.sum()).abs() <= room) and bool(torch.isfinite(room)):
+        raise RuntimeError("forward and reverse mode disagree at these numbers")
+
+
 def times_rows(chunk: Chunk, v: Tensor) -> Tensor:
     """``J v`` for the rows of a chunk: ``[*b, d] -> [*b, k, n]``; zero where it uses no parameter."""
     parts = [j.jvp(layout.gather(v).to(j.dtype)).to(v.dtype) for layout, j in chunk.jacobians.items()]
