@@ -62,6 +62,20 @@ def tokens(size: int, *shape: int) -> Callable[[int], Tensor]:
     return lambda n: torch.randint(0, size, (n, *shape))
 
 
+class Unseen(torch.autograd.Function):
+    """``x @ w.T`` in a function of its own, which no function-call mode sees."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x.detach() @ w.detach().T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.mT @ x
+
+
 class Head(nn.Module):
     """Any body, pooled to three outputs by fixed nonlinear functions of all its features."""
 

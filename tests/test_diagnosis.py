@@ -2,25 +2,12 @@
 
 import pytest
 import torch
+from cases import Unseen
 from torch import nn
 
 import nngeom as nng
 
 f64 = torch.float64
-
-
-class Unseen(torch.autograd.Function):
-    """A product that no function-call mode sees."""
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x.detach() @ w.detach().T
-
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        return g @ w, g.mT @ x
 
 
 class Net(nn.Module):

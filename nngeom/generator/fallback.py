@@ -22,8 +22,8 @@ from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import Capture
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.remedies import gradients
+from nngeom.generator.separate import ADDED_UP, MIXES, require_separate, same_outputs
 from nngeom.generator.task import Task, gradients_on, take
-from nngeom.generator.verify import ADDED_UP, MIXES, require_separate, same_outputs
 
 
 def full_jacobians(

@@ -17,10 +17,11 @@ from nngeom.generator.descent import Descent, Rows
 from nngeom.generator.graph import require_differentiable
 from nngeom.generator.proofs import proof_of
 from nngeom.generator.safe import ASK, Unknown
+from nngeom.generator.separate import answers, require_separate, require_separate_gradients
 from nngeom.generator.stages import Stage
 from nngeom.generator.task import Task
 from nngeom.generator.units import Unit, build_units
-from nngeom.generator.verify import answers, compare, require_separate, require_separate_gradients
+from nngeom.generator.verify import compare
 
 
 class Pass:

@@ -18,8 +18,8 @@ from nngeom.generator.capture import Capture, capture
 from nngeom.generator.descent import bytes_each_cotangent
 from nngeom.generator.passes import Pass
 from nngeom.generator.proofs import Proof, keeps_apart
+from nngeom.generator.separate import parts_make_the_whole
 from nngeom.generator.task import Batch, Task, as_batches, leading_size, require_finite, take
-from nngeom.generator.verify import parts_make_the_whole
 
 START = (-1, -1)  # before the first chunk, which starts with example 0 and cotangent 0
 
