@@ -59,6 +59,14 @@ def ask(process: subprocess.Popen[str], line: str) -> float | None:
     return None if answer == "-" else float(answer)
 
 
+def turn(here: subprocess.Popen[str], before: subprocess.Popen[str], line: str, swapped: bool) -> tuple[float | None, float | None]:
+    """Seconds of both; which of them is first changes, since the first call after a pause is the slower one."""
+    if swapped:
+        theirs = ask(before, line)
+        return ask(here, line), theirs
+    return ask(here, line), ask(before, line)
+
+
 def main() -> None:
     """Print a row a job and workload."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
@@ -76,7 +84,7 @@ def main() -> None:
                 for name in options.workloads:
                     for contender in ("nngeom", "nngeom (first call)", "nngeom (one random probe)"):
                         line = f"{name}|{job}|{contender}"
-                        pairs = [(ask(here, line), ask(before, line)) for _ in range(options.rounds)]
+                        pairs = [turn(here, before, line, bool(j % 2)) for j in range(options.rounds)]
                         if None in pairs[0]:
                             continue
                         mine, theirs = (statistics.median(x) for x in zip(*pairs))  # type: ignore[type-var]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -74,10 +75,18 @@ def _needed(node: Any) -> list[GradientEdge]:
     return [] if following is None else [GradientEdge(following, number)]
 
 
+PERIOD = 65_521  # a prime: random numbers repeat behind so many, with a period that no axis has
+
+
+@functools.cache
+def _pool() -> Tensor:
+    return torch.randn(PERIOD + 1024, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
 def _random(seed: int, sizes: torch.Size, edge: Any) -> Tensor:
-    """Random numbers in the dtype of an edge; beyond the first 65 521 they repeat, with a period that no axis has."""
-    period, generator = min(sizes.numel(), 65_521), torch.Generator().manual_seed(seed)
-    drawn = torch.randn(period, generator=generator, dtype=torch.float64).to(edge.node._input_metadata[edge.output_nr].dtype)
+    """Random numbers in the dtype of an edge, others for another ``seed``."""
+    start, period = 37 * seed % 1024, min(sizes.numel(), PERIOD)
+    drawn = _pool()[start : start + period].to(edge.node._input_metadata[edge.output_nr].dtype)
     return (drawn.repeat(-(-sizes.numel() // period)) if period else drawn)[: sizes.numel()].view(sizes)
 
 
