@@ -35,12 +35,17 @@ class Linearization:
 
     task: Task
 
-    def jvp(self, batch: Batch, v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Outputs (with their graph) and ``J v``, for one tangent; raises :class:`RuntimeError` where neither way is right."""
+    def jvp(self, batch: Batch, v: dict[str, Tensor], *, ask: bool = True) -> tuple[Tensor, Tensor]:
+        """Outputs (with their graph) and ``J v``, for one tangent; raises :class:`RuntimeError` where neither way is right.
+
+        ``ask=False``: for a caller that compares the product with one in reverse mode itself.
+        """
         for way in (self._forward, self._twice):
             try:
                 outputs, tangent = way(batch, v)
                 right = self._known(way, outputs)
+                if right is None and not ask:
+                    return outputs, tangent
                 if right is None:
                     kept = tangent if tangent.nbytes <= KEPT_BYTES else None  # asking takes as much memory as the product
                     del tangent

@@ -206,6 +206,12 @@ class Sweep:
         self._resolve(run)
         return (run, columns.make(0, columns.count)) if run.most_bytes(columns.count) <= memory.budget() else None
 
+    def look(self, batch: Batch) -> None:
+        """Raise what a sweep would raise of this batch, the first: what is asked of it does not depend on cotangents."""
+        seen = capture(self.task, batch)
+        require_finite(seen.outputs.detach(), "outputs", 0)
+        self.proved(seen)
+
     def proved(self, seen: Capture) -> Proof:
         """What is known of a pass, checked now if no pass like it was."""
         run, _ = self.begin(seen)

@@ -14,11 +14,11 @@ from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.core.linear import identity, solution, symmetric
 from nngeom.generator.linearization import Linearization
-from nngeom.generator.sweep import Columns, Metric, Sweep
+from nngeom.generator.sweep import Columns, Sweep
 from nngeom.generator.task import Batch, Task
 from nngeom.pmat.operator import ParameterOperator, require_frobenius
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.tangents import require_adjoint, tangents_or_rows, times_rows
+from nngeom.pmat.tangents import are_adjoint, tangents_or_rows, times_rows
 from nngeom.solve.cg import conjugate_gradient
 from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos
@@ -208,10 +208,15 @@ class ImplicitFisher(PMatImplicit):
         linear, v = Linearization(self.task), self._split(x)
         total, count = torch.zeros_like(x), 0
         for batch in self.task.batches(self.sweep.loader):
-            outputs, tangent = linear.jvp(batch, v)
+            outputs, tangent = linear.jvp(batch, v, ask=False)
             u = self._metric_times(outputs.detach(), tangent, batch, count)
             pulled = linear.vjp(outputs, u)
-            require_adjoint(u, tangent, pulled, x)
+            if not bool(tangent.any()) or not are_adjoint(u, tangent, pulled, x):  # else that is the proof
+                outputs, tangent = linear.jvp(batch, v)
+                u = self._metric_times(outputs.detach(), tangent, batch, count)
+                pulled = linear.vjp(outputs, u)
+                if not are_adjoint(u, tangent, pulled, x):
+                    raise RuntimeError("forward and reverse mode disagree at these numbers")
             total += pulled
             count += outputs.shape[0]
         return total / count
@@ -253,19 +258,5 @@ def implicit(sweep: Sweep) -> ImplicitFisher:
     """The implicit matrix of a sweep, after a look at some cotangents of the first batch, checked."""
     sweep.loader = list(sweep.task.batches(sweep.loader))
     if sweep.check:
-        next(iter(replace(sweep, metric=_Few(sweep.metric)).chunks()))
+        sweep.look(sweep.loader[0])
     return ImplicitFisher(sweep)
-
-
-@dataclass(frozen=True)
-class _Few:
-    """The first cotangents of a metric: what uses the parameters does not depend on how many there are."""
-
-    metric: Metric
-
-    def columns(self, outputs: Tensor, batch: Batch, start: int) -> Columns:
-        """At most four; fewer of very many outputs, down to one."""
-        columns = self.metric.columns(outputs, batch, start)
-        fit = FEW_BYTES // max(1, outputs.numel() * outputs.element_size())
-        return Columns(max(1, min(4, fit, columns.count)), columns.make)
-
