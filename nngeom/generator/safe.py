@@ -176,7 +176,10 @@ def _reduced(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes
 @_safe("Index")
 def _indexed(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n: int) -> Place:
     """One axis indexed by a tensor, whatever it holds; the others are left as they are."""
-    indices = list(node._saved_indices)
+    try:
+        indices = list(node._saved_indices)
+    except RuntimeError:  # saved by a checkpoint, which would compute them again
+        return ASK
     at = [dim for dim, index in enumerate(indices) if index is not None]
     if number or len(at) != 1 or indices[at[0]].dtype not in (torch.int64, torch.int32):
         return ASK  # a mask may stand for several axes
