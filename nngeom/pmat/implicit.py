@@ -211,7 +211,7 @@ class ImplicitFisher(PMatImplicit):
             outputs, tangent = linear.jvp(batch, v, ask=False)
             u = self._metric_times(outputs.detach(), tangent, batch, count)
             pulled = linear.vjp(outputs, u)
-            if not bool(tangent.any()) or not are_adjoint(u, tangent, pulled, x):  # else that is the proof
+            if not are_adjoint(u, tangent, pulled, x) or not bool(tangent.any()):  # else that is the proof
                 outputs, tangent = linear.jvp(batch, v)
                 u = self._metric_times(outputs.detach(), tangent, batch, count)
                 pulled = linear.vjp(outputs, u)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from nngeom.core.draws import dot
 from nngeom.core.errors import NNGeomError
 from nngeom.generator.sweep import Chunk
 
@@ -29,10 +27,10 @@ def tangents_or_rows(by_tangents: Callable[[], Tensor], by_rows: Callable[[], Te
 
 def are_adjoint(u: Tensor, tangent: Tensor, pulled: Tensor, v: Tensor) -> bool:
     """Whether ``<u, J v> = <J^T u, v>`` to rounding; infinite ones are left to who looks for them."""
-    (left, most), (right, more) = dot(u, tangent), dot(pulled, v)
+    left, right = torch.dot(u.flatten(), tangent.flatten()), torch.dot(pulled, v)
     rounding = torch.finfo(u.dtype).eps
-    room = rounding**0.5 * abs(left) + 100 * rounding * (most + more)
-    return abs(left - right) <= room or not math.isfinite(room)
+    room = rounding**0.5 * left.abs() + 100 * rounding * (u.norm() * tangent.norm() + pulled.norm() * v.norm())
+    return bool(((left - right).abs() <= room) | ~torch.isfinite(room))
 
 
 def times_rows(chunk: Chunk, v: Tensor) -> Tensor:
