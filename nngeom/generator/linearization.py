@@ -121,7 +121,7 @@ class Linearization:
                 total, room = total + share, room + (share * noise / length) ** 2
         tangent = way(batch, v)[1]
         inner, terms = dot(outer(u), tangent)
-        right = abs(inner - total) <= room**0.5 + rounding**0.5 * total + 100 * rounding * terms
+        right = abs(inner - total) <= room**0.5 + max(rounding**0.5, 1e-6) * total + 100 * rounding * terms
         return right, min(lengths.get(name, 0.0) for name in parameters) > 10 * noise
 
     def vjp(self, outputs: Tensor, u: Tensor) -> Tensor:
