@@ -100,6 +100,10 @@ class Quadratic(SquaredError):
 
 
 def differentiated(task: Task, loss: Loss, batch: Batch, index: int, width: int) -> SecondDerivatives:
+    """The summed loss of batch ``index`` differentiated once; ``width``: bytes of the activations of an example, roughly.
+
+    Raises :class:`NonFiniteError`, and :class:`CoverageError` where the loss reaches no selected parameter.
+    """
     with gradients_on(), twice_differentiable(task.model):
         outputs = task.run(batch)
         require_finite(outputs.detach(), "outputs", index)
@@ -116,6 +120,7 @@ def differentiated(task: Task, loss: Loss, batch: Batch, index: int, width: int)
 
 
 def require_finite_rows(m: Tensor, names: tuple[str, ...]) -> Tensor:
+    """``m``; raises :class:`NonFiniteError` naming the parameters ``names`` where it holds NaN or infinity."""
     if not bool(torch.isfinite(m).all()):
         raise NonFiniteError(
             f"second derivatives of parameters {list(names)[:4]} contain NaN or infinity; check the inputs, or use "

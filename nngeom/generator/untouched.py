@@ -31,8 +31,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.device = device
-        self.drew = False  # some pass drew numbers
-        self.harmless = False  # which were seen to be unused
+        self.harmless = False  # numbers that are drawn were seen to be unused
         self._model = model
         self._places = [(m, key) for m in model.modules() for key in _names(m)]
         self._held: list[tuple[Tensor | None, int, Tensor | None]] = [(None, -1, None)] * len(self._places)
@@ -65,10 +64,8 @@ class Watch:
                 "counter, a moving average, spectral normalisation in training mode?); call model.eval(), or keep them fixed "
                 "while it is measured (of a table made on the first call: call the model once before). They were put back"
             )
-        if any(drew):
-            self.drew = True
-            if not self.harmless:
-                raise Drew(f"the model draws random numbers in its forward pass, {_HINT}")
+        if any(drew) and not self.harmless:
+            raise Drew(f"the model draws random numbers in its forward pass, {_HINT}")
 
     @contextlib.contextmanager
     def own(self, states: dict[torch.Generator, Tensor]) -> Iterator[None]:

@@ -195,7 +195,7 @@ class ImplicitFisher(PMatImplicit):
     def _by_rows(self, x: Tensor) -> Tensor:
         """The product by explicit cotangents, as every stored representation has them."""
         total, count = torch.zeros_like(x), 0
-        for chunk in replace(self.sweep, check=False).chunks():
+        for chunk in replace(self.sweep, progress=False).chunks():
             inner = times_rows(chunk, x)
             for layout, j in chunk.jacobians.items():
                 part = torch.zeros_like(x)
@@ -255,7 +255,7 @@ class ImplicitFisher(PMatImplicit):
 
 
 def implicit(sweep: Sweep) -> ImplicitFisher:
-    """The implicit matrix of a sweep, after a look at some cotangents of the first batch, checked."""
+    """The implicit matrix of a sweep, after a look at its first batch, checked."""
     sweep.loader = list(sweep.task.batches(sweep.loader))
     if sweep.check:
         sweep.look(sweep.loader[0])

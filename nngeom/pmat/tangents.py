@@ -30,8 +30,8 @@ AGREE = 1e-6  # relative; parts of a float64 model may compute in float32
 
 def are_adjoint(u: Tensor, tangent: Tensor, pulled: Tensor, v: Tensor) -> bool:
     """Whether ``<u, J v> = <J^T u, v>`` to rounding; infinite ones are left to who looks for them."""
-    left, right = torch.dot(u.flatten(), tangent.flatten()), torch.dot(pulled, v)
-    rounding = torch.finfo(u.dtype).eps
+    left, right = torch.dot(u.flatten().to(tangent.dtype), tangent.flatten()), torch.dot(pulled.to(v.dtype), v)
+    rounding = torch.finfo(tangent.dtype).eps
     room = max(rounding**0.5, AGREE) * left.abs() + 100 * rounding * (u.norm() * tangent.norm() + pulled.norm() * v.norm())
     return bool(((left - right).abs() <= room) | ~torch.isfinite(room))
 

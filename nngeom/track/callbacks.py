@@ -104,4 +104,4 @@ def _first(modules: tuple[str, ...], extra: str) -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise MissingExtraError(f"{modules[0]} is not installed; pip install 'nngeom[{extra}]'")
+    raise MissingExtraError(f"{modules[0]} is not installed; install it: pip install {extra}")

@@ -29,7 +29,7 @@ def dashboard(history: History, path: str | os.PathLike[str] | None = None, titl
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError("matplotlib is not installed; pip install 'nngeom[plot]'") from error
+        raise MissingExtraError("matplotlib is not installed; install it: pip install matplotlib") from error
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(12, 6.6), layout="constrained")
         axes = fig.subplots(2, 3)

@@ -15,7 +15,7 @@ class Writer:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingExtraError("TensorBoard is not installed; pip install 'nngeom[tensorboard]'") from error
+            raise MissingExtraError("TensorBoard is not installed; install it: pip install tensorboard") from error
         self._writer = SummaryWriter(str(directory))
 
     def add(self, step: int, row: dict[str, float]) -> None:

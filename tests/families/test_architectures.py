@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is not installed: pip install nngeom[transformers]")
+pytest.importorskip("transformers", reason="transformers is not installed")
 
 import benchmarks.report as report
 from examples.architecture_zoo import ZOO
