@@ -251,3 +251,22 @@ def test_the_callers_grad_mode_changes_nothing(off):
 def _under(mode, numbers):
     with mode():
         return list(numbers())
+
+
+def test_rows_of_products_are_placed_in_every_batch():
+    """Examples that the data places, behind an operation without second derivative: the likeliest axis is the wrong one."""
+
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 5, dtype=torch.float64), nn.Linear(5, 3, dtype=torch.float64)
+
+        def forward(self, x):
+            order = x[:, 0].argsort()
+            h = self.first(x[order]).tanh()[order.argsort()]
+            return self.second(torch.cdist(h, torch.ones(5, 5, dtype=torch.float64)))
+
+    model, x = Sorted(), torch.randn(6, 4, dtype=torch.float64)
+    matrix = nng.FIM(model, [(x[:3],), (x[3:],)], nng.PMatImplicit)
+    torch.testing.assert_close(matrix.to_dense(), reference.fisher(model, x))
+    torch.testing.assert_close(matrix._by_rows(torch.eye(len(matrix.to_dense()), dtype=torch.float64)[0]), reference.fisher(model, x)[0])

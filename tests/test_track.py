@@ -214,13 +214,13 @@ def test_extras_are_named(case, tmp_path, monkeypatch):
     for module in ("torch.utils.tensorboard", "matplotlib", "matplotlib.figure", "lightning.pytorch", "lightning", "pytorch_lightning", "transformers"):
         monkeypatch.setitem(sys.modules, module, None)
     tracker = Tracker(case.model, case.loader, ["loss"])
-    for call, extra in (
+    for call, library in (
         (lambda: Tracker(case.model, case.loader, tensorboard=tmp_path), "tensorboard"),
-        (lambda: tracker.plot(tmp_path / "a.png"), "plot"),
+        (lambda: tracker.plot(tmp_path / "a.png"), "matplotlib"),
         (lambda: lightning_callback(tracker), "lightning"),
         (lambda: huggingface_callback(tracker), "transformers"),
     ):
-        with pytest.raises(nng.MissingExtraError, match=rf"nngeom\[{extra}\]"):
+        with pytest.raises(nng.MissingExtraError, match=f"pip install {library}"):
             call()
 
 
