@@ -187,7 +187,8 @@ def _first_look(rows: Side, columns: Side | None) -> None:
     """Refuse now what products would only meet later: models that mix examples, non-finite outputs, odd batches."""
     for side in (rows, columns):
         if side is not None and side.sweep.check:
-            next(iter(side.chunks()))
+            for index, batch in enumerate(side.sweep.loader):
+                side.sweep.look(batch, index)
 
 
 def _estimate(task, loader, other, kind, estimator, samples, generator, centered, differentiable, out, progress, check) -> Any:

@@ -25,6 +25,7 @@ from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.capture import capture
 from nngeom.generator.graph import require_differentiable
 from nngeom.generator.passes import Pass
+from nngeom.generator.proofs import Proof
 from nngeom.generator.sweep import Sweep, require_examples
 from nngeom.generator.task import Task
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
@@ -74,8 +75,8 @@ def Hessian(
         batches = list(task.batches(loader)) if kind is PMatImplicit else loader
         sweep = Sweep(task, batches, EmpiricalFisher(as_loss(loss, model)), memory_budget, check, progress, label="Hessian")
         if kind is PMatImplicit:
-            first = next(batchwise(sweep))
-            return ImplicitHessian(replace(sweep, check=False, progress=False), width=first.width // first.examples)
+            width = max((second.width // second.examples for second in batchwise(sweep)), default=0)
+            return ImplicitHessian(replace(sweep, check=False, progress=False), width=width)
         collection, span = task.collection, task.collection.span()
         if entries == "diagonal":
             values, count = diagonal(sweep)
@@ -101,22 +102,29 @@ def _entries(kind: Any) -> str | None:
 
 
 def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivatives]:
-    """The second derivatives of every batch. Without the ``width`` of an example, its bytes, the first batch is looked at:
-    modes that mix examples or draw at random are refused, and the derivatives checked."""
+    """The second derivatives of every batch. Without the ``width`` of an example, its bytes, every batch is looked at: modes that
+    mix examples or draw at random are refused, and the derivatives checked, once for each graph of the model."""
     task, loss = sweep.task, sweep.metric.loss  # type: ignore[attr-defined]
-    looked = width is not None
+    known: list[Proof] = []  # of graphs whose second derivatives were checked
     for index, batch in enumerate(tqdm(task.batches(sweep.loader), desc=sweep.label, disable=not sweep.progress)):
-        if width is None:
-            seen = capture(task, batch)
-            if sweep.check:
-                Pass(task, seen, set()).require_separate()
-            activations = sum(use.shape.numel() for use in seen.uses) + seen.outputs.numel()
-            width = 4 * activations * seen.outputs.element_size() // max(1, seen.outputs.shape[0])
-            del seen
-        second = differentiated(task, loss, batch, index, width)
-        if index == 0 and sweep.check and not looked:
+        if width is not None:
+            yield differentiated(task, loss, batch, index, width)
+            continue
+        seen = capture(task, batch)
+        activations = sum(use.shape.numel() for use in seen.uses) + seen.outputs.numel()
+        each = 4 * activations * seen.outputs.element_size() // max(1, seen.outputs.shape[0])
+        proof = None
+        if sweep.check:
+            run = Pass(task, seen, set())
+            run.require_separate()
+            proof = run.proof
+            del run
+        del seen
+        second = differentiated(task, loss, batch, index, each)
+        if proof is not None and not any(proof is other for other in known):
             require_differentiable(second.gradients.values())
-            require_symmetric(second, partial(differentiated, task, Quadratic(), batch, 0, width))
+            require_symmetric(second, partial(differentiated, task, Quadratic(), batch, index, each))
+            known.append(proof)
         yield second
 
 

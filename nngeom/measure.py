@@ -269,7 +269,7 @@ def implicit_estimate(sweep: Sweep) -> MatrixEstimate:
     """Products with the mean over all probes, and with each."""
     matrix, probes = implicit(sweep), sweep.metric
     alone = [replace(probes, count=1, first=j, scale=1.0) for j in range(probes.count)]  # type: ignore[attr-defined, type-var]
-    return MatrixEstimate(matrix, tuple(replace(matrix, sweep=replace(matrix.sweep, metric=m, check=False)) for m in alone))
+    return MatrixEstimate(matrix, tuple(replace(matrix, sweep=replace(matrix.sweep, metric=m)) for m in alone))
 
 
 def one_dtype(means: Means) -> Means:

@@ -269,4 +269,3 @@ def test_rows_of_products_are_placed_in_every_batch():
     model, x = Sorted(), torch.randn(6, 4, dtype=torch.float64)
     matrix = nng.FIM(model, [(x[:3],), (x[3:],)], nng.PMatImplicit)
     torch.testing.assert_close(matrix.to_dense(), reference.fisher(model, x))
-    torch.testing.assert_close(matrix._by_rows(torch.eye(len(matrix.to_dense()), dtype=torch.float64)[0]), reference.fisher(model, x)[0])

@@ -122,3 +122,37 @@ def test_a_batch_with_a_table_of_as_many_rows_as_examples_is_not_divided():
     batch = {"x": torch.randn(6, 3, dtype=f64), "table": torch.tensor([0, 1, 1, 2, 3, 4])}
     whole = nng.GramMatrix(model, [batch]).tensor
     torch.testing.assert_close(nng.GramMatrix(model, [batch], memory_budget=800).tensor, whole)
+
+
+@pytest.mark.parametrize("measure", ["FIM", "kernel", "map", "Hessian", "dense Hessian"])
+def test_a_later_batch_that_mixes_is_refused_by_products_too(measure):
+    """One batch does not stand for the others."""
+
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 5, dtype=f64), nn.Linear(5, 3, dtype=f64)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.second((h - h.mean(0) if x[0, 0] > 9 else h).tanh())
+
+    model, x, y = Centred(), torch.randn(8, 4, dtype=f64), torch.zeros(8, dtype=torch.long)
+    x[4:, 0] = 10
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    call = {
+        "FIM": lambda: nng.FIM(model, data, nng.PMatImplicit),
+        "kernel": lambda: nng.GramMatrix(model, data, nng.FMatImplicit),
+        "map": lambda: nng.Jacobian(model, data, nng.PushForwardImplicit),
+        "Hessian": lambda: nng.Hessian(model, data, loss="cross_entropy"),
+        "dense Hessian": lambda: nng.Hessian(model, data, nng.PMatDense, loss="cross_entropy"),
+    }[measure]
+    with pytest.raises(nng.CoverageError, match="mixes"):
+        call()
+
+
+def test_a_determinant_penalty_knows_where_examples_lie():
+    model, x = Sorting(), torch.randn(5, 4, dtype=f64)
+    value = nng.mgs.logdet_penalty(model, x, jitter=0.1)
+    expected = torch.linalg.slogdet(kernel(model, x) + 0.1 * torch.eye(15, dtype=f64))[1]
+    torch.testing.assert_close(value, expected)

@@ -206,10 +206,10 @@ class Sweep:
         self._resolve(run)
         return (run, columns.make(0, columns.count)) if run.most_bytes(columns.count) <= memory.budget() else None
 
-    def look(self, batch: Batch) -> None:
-        """Raise what a sweep would raise of this batch, the first: what is asked of it does not depend on cotangents."""
+    def look(self, batch: Batch, index: int) -> None:
+        """Raise what a sweep would raise of this batch, number ``index``: what is asked of it does not depend on cotangents."""
         seen = capture(self.task, batch)
-        require_finite(seen.outputs.detach(), "outputs", 0)
+        require_finite(seen.outputs.detach(), "outputs", index)
         self.proved(seen)
 
     def proved(self, seen: Capture) -> Proof:

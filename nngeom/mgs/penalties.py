@@ -87,7 +87,7 @@ def logdet_penalty(
     require_reduction(reduction)
     if not jitter > 0:
         raise ArgumentError(f"jitter is {jitter}; expected a positive number: the kernel may be singular")
-    kernel = GramMatrix(model, [inputs], function=function, layer_collection=layer_collection, differentiable=True, check=False)
+    kernel = GramMatrix(model, [inputs], function=function, layer_collection=layer_collection, differentiable=True)
     value = kernel.logdet(jitter)
     return value if reduction == "sum" else value / kernel.shape[0]
 

@@ -255,8 +255,9 @@ class ImplicitFisher(PMatImplicit):
 
 
 def implicit(sweep: Sweep) -> ImplicitFisher:
-    """The implicit matrix of a sweep, after a look at its first batch, checked."""
+    """The implicit matrix of a sweep, after a look at every batch, checked."""
     sweep.loader = list(sweep.task.batches(sweep.loader))
     if sweep.check:
-        sweep.look(sweep.loader[0])
+        for index, batch in enumerate(sweep.loader):
+            sweep.look(batch, index)
     return ImplicitFisher(sweep)

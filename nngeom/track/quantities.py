@@ -59,7 +59,7 @@ class Look:
     def kernels(self) -> dict[str, Tensor]:
         """``{layer: (c, n, c, n)}``, in float64."""
         with torch.no_grad():
-            return wide_kernels(self.probe.side(IdentityMetric(), check=False), by_layer=True)
+            return wide_kernels(self.probe.side(IdentityMetric()), by_layer=True)
 
     @functools.cached_property
     def kernel(self) -> Tensor:
@@ -153,13 +153,13 @@ def _mgs(look: Look) -> Numbers:
 
 @quantity("coherence")
 def _coherence(look: Look) -> Numbers:
-    found = coherence(look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection, check=False)
+    found = coherence(look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection)
     return {"coherence": float(found.alpha), "coherence_ratio": float(found.ratio)}
 
 
 @quantity("stiffness")
 def _stiffness(look: Look) -> Numbers:
-    found = stiffness(look.model, look.probe.batches, loss=look.loss, function=look.function, layer_collection=look.layer_collection, check=False)
+    found = stiffness(look.model, look.probe.batches, loss=look.loss, function=look.function, layer_collection=look.layer_collection)
     within, between = (found.within, found.between) if found.has_classes else (math.nan, math.nan)
     return {"stiffness": float(found.mean), "stiffness_within": float(within), "stiffness_between": float(between)}
 
