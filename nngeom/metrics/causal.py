@@ -13,7 +13,7 @@ from nngeom.generator.sweep import Columns
 from nngeom.generator.task import targets as targets_in
 from nngeom.metrics.categorical import Categorical
 from nngeom.metrics.cross_entropy import CrossEntropy
-from nngeom.metrics.language_models import shifts_labels
+from nngeom.metrics.language_models import is_causal_lm, shifts_labels
 from nngeom.metrics.likelihood import Likelihood
 from nngeom.metrics.per_example import Loss
 
@@ -160,6 +160,12 @@ class CausalLM(Likelihood, Loss):
 
 def _shared(x: Tensor, shares: Tensor | None) -> Tensor:
     return x if shares is None else x * shares
+
+
+def by_name(plain: Any, model: nn.Module | None) -> Any:
+    """What the name of a likelihood or loss means for a model: ``plain``, but for classes of a causal language model."""
+    classes = isinstance(plain, (Categorical, CrossEntropy)) and model is not None and is_causal_lm(model)
+    return CausalByName(model, plain) if classes and model is not None else plain
 
 
 class CausalByName(CausalLM):

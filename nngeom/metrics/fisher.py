@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.generator.sweep import Columns
 from nngeom.metrics.categorical import Categorical
-from nngeom.metrics.causal import CausalByName, CausalLM
-from nngeom.metrics.language_models import is_causal_lm
+from nngeom.metrics.causal import CausalLM, by_name
 from nngeom.metrics.likelihood import Bernoulli, Gaussian, Likelihood, Poisson, as_columns
 
 _NAMES: dict[str, type[Likelihood]] = {
@@ -41,12 +40,7 @@ def as_likelihood(likelihood: Any, model: nn.Module | None = None) -> Likelihood
     if isinstance(likelihood, Likelihood):
         return likelihood
     if isinstance(likelihood, str) and likelihood in _NAMES:
-        plain = _NAMES[likelihood]()
-        return (
-            CausalByName(model, plain)
-            if isinstance(plain, Categorical) and model is not None and is_causal_lm(model)
-            else plain
-        )
+        return by_name(_NAMES[likelihood](), model)
     kind = ArgumentError if isinstance(likelihood, str) else ArgumentTypeError
     raise kind(f"likelihood is {likelihood!r}; expected one of {sorted(_NAMES)} or an instance of a Likelihood")
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.generator.sweep import Columns
 from nngeom.generator.task import require_targets
-from nngeom.metrics.causal import CausalByName
+from nngeom.metrics.causal import by_name
 from nngeom.metrics.cross_entropy import CrossEntropy
-from nngeom.metrics.language_models import is_causal_lm
 from nngeom.metrics.likelihood import diagonal_columns
 from nngeom.metrics.of_torch import known
 from nngeom.metrics.per_example import CallableLoss, Loss
@@ -37,12 +36,7 @@ def as_loss(loss: Any, model: nn.Module | None = None) -> Loss:
     if isinstance(loss, Loss):
         return loss
     if isinstance(loss, str) and loss in _NAMES:
-        plain = _NAMES[loss]()
-        return (
-            CausalByName(model, plain)
-            if isinstance(plain, CrossEntropy) and model is not None and is_causal_lm(model)
-            else plain
-        )
+        return by_name(_NAMES[loss](), model)
     if isinstance(loss, type) and issubclass(loss, Loss):
         return loss()
     expected = (
