@@ -21,7 +21,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -o timeout=7200
 
 check: setup
 	$(BIN)/ruff check .

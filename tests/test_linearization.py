@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeom as nng
+from nngeom.pmat.tangents import are_adjoint
 
 f64 = torch.float64
 
@@ -107,3 +108,11 @@ def test_threads_share_a_model():
     assert len(found) == 40
     for got in found:
         torch.testing.assert_close(got, expected)
+
+
+def test_long_sums_in_float32_agree():
+    """Inner products over tens of millions of float32 numbers of one sign, where plain sums lose four digits."""
+    u, tangent = torch.full((2**25,), 0.1), torch.rand(2**25, generator=torch.Generator().manual_seed(0))
+    pulled = torch.dot(u.double(), tangent.double()).to(torch.float32)[None]
+    assert are_adjoint(u, tangent, pulled, torch.ones(1))
+    assert not are_adjoint(u, tangent, 1.01 * pulled, torch.ones(1))

@@ -285,9 +285,12 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 
 @pytest.mark.parametrize(("measure", "n"), [pytest.param("FIM", 1, marks=pytest.mark.slow), ("GGN", 2)])
 def test_a_large_vocabulary_takes_no_square_of_it(measure, n):
-    """Below 1 GiB above the model; one ``V x V`` of booleans alone would be 61."""
+    """Below 1 GiB above the model; one ``V x V`` of booleans alone would be 61.
+
+    And in one pass, not by 33 million rows: float32 sums of so many terms still agree in both modes.
+    """
     code = textwrap.dedent(VOCABULARY).format(n=n, measure=measure)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
     assert float(done.stdout) < 1, done.stdout
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from nngeom.core.draws import dot
 from nngeom.core.errors import NNGeomError
 from nngeom.generator.sweep import Chunk
 
@@ -30,10 +32,10 @@ AGREE = 1e-6  # relative; parts of a float64 model may compute in float32
 
 def are_adjoint(u: Tensor, tangent: Tensor, pulled: Tensor, v: Tensor) -> bool:
     """Whether ``<u, J v> = <J^T u, v>`` to rounding; infinite ones are left to who looks for them."""
-    left, right = torch.dot(u.flatten().to(tangent.dtype), tangent.flatten()), torch.dot(pulled.to(v.dtype), v)
+    left, right = dot(u, tangent)[0], dot(pulled, v)[0]
     rounding = torch.finfo(tangent.dtype).eps
-    room = max(rounding**0.5, AGREE) * left.abs() + 100 * rounding * (u.norm() * tangent.norm() + pulled.norm() * v.norm())
-    return bool(((left - right).abs() <= room) | ~torch.isfinite(room))
+    room = max(rounding**0.5, AGREE) * abs(left) + 100 * rounding * float(u.norm() * tangent.norm() + pulled.norm() * v.norm())
+    return not math.isfinite(room) or abs(left - right) <= room
 
 
 def times_rows(chunk: Chunk, v: Tensor) -> Tensor:
