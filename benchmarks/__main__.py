@@ -1,4 +1,6 @@
-"""``python -m benchmarks``: one cell or the whole table of workloads and jobs, as multiples of one forward and backward pass."""
+"""``python -m benchmarks``: one cell or the whole table of workloads and jobs, as multiples of one forward and backward
+pass.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ ALL_JOBS = [f"J{j}" for j in range(1, 12)]
 TOLERANCE = 1e-3
 
 
-def cell(name: str, job: str, device: str, repeats: int, only: str = "", check: bool = True, memory: bool = True) -> dict[str, Any]:
+def cell(
+    name: str, job: str, device: str, repeats: int, only: str = "", check: bool = True, memory: bool = True
+) -> dict[str, Any]:
     """One workload and job: who agrees, then how fast, then how much memory."""
     contenders = {k: f for k, f in {**OURS.get(job, {}), **peers(job)}.items() if only in k}
     skipped, setups = {}, {}
@@ -41,7 +45,13 @@ def cell(name: str, job: str, device: str, repeats: int, only: str = "", check: 
     floor = for_job(name, job, device=device).floor
     series = interleaved(floor, setups, repeats, device)
     timed = {k: s.summary() for k, s in series.items()}
-    result: dict[str, Any] = {"workload": name, "job": job, "floor": timed.pop("floor"), "contenders": timed, "skipped": skipped}
+    result: dict[str, Any] = {
+        "workload": name,
+        "job": job,
+        "floor": timed.pop("floor"),
+        "contenders": timed,
+        "skipped": skipped,
+    }
     if memory:
         for label in setups:
             result["contenders"][label]["peak_bytes"] = _peak_in_fresh_process(name, job, label, device)
@@ -52,7 +62,12 @@ def _peak_in_fresh_process(name: str, job: str, label: str, device: str) -> int 
     cell_of = ["--workload", name, "--job", job, "--device", device, "--threads", str(torch.get_num_threads())]
     # every block of 64 KiB is given back when it is freed, so that the mark shows what is in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-m", "benchmarks", "--peak-of", label, *cell_of], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--peak-of", label, *cell_of],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     last = done.stdout.split()[-1:]
     return int(last[0]) if done.returncode == 0 and last and last != ["None"] else None
 
@@ -79,11 +94,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="contenders whose name contains this")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with the slow reference")
     parser.add_argument("--no-memory", action="store_true", help="skip the measurement of peak memory")
-    parser.add_argument("--scaling", action="store_true", help="time and memory against n, c, d, t and the batch size instead")
+    parser.add_argument(
+        "--scaling", action="store_true", help="time and memory against n, c, d, t and the batch size instead"
+    )
     parser.add_argument("--quick", action="store_true", help="one round, without memory")
-    parser.add_argument("--json", help="write the results here; cells of the file that are not run again stay, with --only their contenders too")
+    parser.add_argument(
+        "--json",
+        help="write the results here; cells of the file that are not run again stay, with --only their contenders too",
+    )
     parser.add_argument("--plot", help="write a figure here")
-    parser.add_argument("--render", action="store_true", help="run nothing: print the table of the file given by --json, draw --plot")
+    parser.add_argument(
+        "--render", action="store_true", help="run nothing: print the table of the file given by --json, draw --plot"
+    )
     parser.add_argument("--docs", help="write the table into this Markdown file, between its marks")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -96,7 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.scaling:
         from benchmarks.scaling import studies
 
-        results = report.merge(options.json, environment=report.environment(options.device), scaling=studies(options.repeats))
+        results = report.merge(
+            options.json, environment=report.environment(options.device), scaling=studies(options.repeats)
+        )
     elif options.render:
         results = report.load(options.json)
         print(report.markdown(results))
@@ -113,7 +137,9 @@ def _table(options: argparse.Namespace) -> dict[str, Any]:
     environment, absent = report.environment(options.device), missing()
     results = report.load(options.json)
     if results and results["environment"] != environment:
-        raise SystemExit(f"{options.json} was measured in {results['environment']}, this is {environment}; give another file")
+        raise SystemExit(
+            f"{options.json} was measured in {results['environment']}, this is {environment}; give another file"
+        )
     for library, why in absent.items():
         print(f"{library} skipped: {why}")
     for job in options.job:
@@ -121,7 +147,9 @@ def _table(options: argparse.Namespace) -> dict[str, Any]:
             if job not in OURS:
                 print(f"{job} {name}: not offered by the installed version")
                 continue
-            found = cell(name, job, options.device, options.repeats, options.only, not options.no_check, not options.no_memory)
+            found = cell(
+                name, job, options.device, options.repeats, options.only, not options.no_check, not options.no_memory
+            )
             print(report.line(found), flush=True)
             results = report.with_cell(results, found, keep=bool(options.only))
             results = report.merge(options.json, environment=environment, missing=absent, cells=results["cells"])

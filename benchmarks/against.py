@@ -1,8 +1,8 @@
 """This checkout against another commit: the jobs of both in one run, call by call in turn.
 
-``python -m benchmarks.against REVISION [--jobs J1 J2] [--workloads W1] [--rounds 9]`` checks the revision out into a temporary
-folder, runs one process in each tree on one thread, and prints the ratio of the medians of processor seconds, of later and
-of first calls.
+``python -m benchmarks.against REVISION [--jobs J1 J2] [--workloads W1] [--rounds 9]`` checks the revision out into a
+temporary folder, runs one process in each tree on one thread, and prints the ratio of the medians of processor seconds,
+of later and of first calls.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def ask(process: subprocess.Popen[str], line: str) -> float | None:
     return None if answer == "-" else float(answer)
 
 
-def turn(here: subprocess.Popen[str], before: subprocess.Popen[str], line: str, swapped: bool) -> tuple[float | None, float | None]:
+def turn(
+    here: subprocess.Popen[str], before: subprocess.Popen[str], line: str, swapped: bool
+) -> tuple[float | None, float | None]:
     """Seconds of both; which of them is first changes, since the first call after a pause is the slower one."""
     if swapped:
         theirs = ask(before, line)
@@ -77,7 +79,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         there = Path(folder) / "there"
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(there), options.revision], cwd=ROOT, check=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--quiet", "--detach", str(there), options.revision], cwd=ROOT, check=True
+        )
         here, before = worker(ROOT), worker(there)
         try:
             for job in options.jobs:
@@ -88,7 +92,11 @@ def main() -> None:
                         if None in pairs[0]:
                             continue
                         mine, theirs = (statistics.median(x) for x in zip(*pairs))  # type: ignore[type-var]
-                        print(f"{job} {name} {contender:26s} {1e3 * mine:9.2f} ms {1e3 * theirs:9.2f} ms  ratio {mine / theirs:.3f}", flush=True)
+                        print(
+                            f"{job} {name} {contender:26s} {1e3 * mine:9.2f} ms {1e3 * theirs:9.2f} ms  ratio "
+                            f"{mine / theirs:.3f}",
+                            flush=True,
+                        )
         finally:
             for process in (here, before):
                 process.kill()

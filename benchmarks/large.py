@@ -1,7 +1,8 @@
 """``python -m benchmarks.large``: two larger nets, each job in a process of its own with a limit on its memory.
 
-``resnet50``: 24 million parameters, 64 x 64 images, 200 outputs. ``gpt2``: 12 layers of width 768, 50 257 tokens, tied head,
-sequences of 64. Random weights and data, float32. Time and peak memory are of one call, after nothing but building model and data.
+``resnet50``: 24 million parameters, 64 x 64 images, 200 outputs. ``gpt2``: 12 layers of width 768, 50 257 tokens, tied
+head, sequences of 64. Random weights and data, float32. Time and peak memory are of one call, after nothing but
+building model and data.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from benchmarks.large_models import Decoder, resnet
 from benchmarks.timing import clock, peak_memory
 
 SAMPLES = 5
-TOY = {"resnet50": {"blocks": (1, 1, 1, 1), "width": 4, "outputs": 10}, "gpt2": {"depth": 1, "width": 16, "heads": 2, "vocabulary": 50, "positions": 16}}
+TOY = {
+    "resnet50": {"blocks": (1, 1, 1, 1), "width": 4, "outputs": 10},
+    "gpt2": {"depth": 1, "width": 16, "heads": 2, "vocabulary": 50, "positions": 16},
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class Large:
     def monte_carlo(self, representation: Any, samples: int) -> Any:
         """A Fisher matrix from labels drawn from the model."""
         g = torch.Generator().manual_seed(0)
-        return nng.FIM_MonteCarlo(self.model, self.batches, representation, likelihood=self.likelihood, samples=samples, generator=g)
+        return nng.FIM_MonteCarlo(
+            self.model, self.batches, representation, likelihood=self.likelihood, samples=samples, generator=g
+        )
 
     def fisher_vector(self) -> Callable[[], Any]:
         """A product with the exact Fisher matrix; the operator is built before."""
@@ -59,7 +65,9 @@ class Large:
         return lambda: m.mv(v)
 
 
-def build(model: str, examples: int, batch: int, device: str = "cpu", toy: bool = False, dtype: torch.dtype = torch.float32) -> Large:
+def build(
+    model: str, examples: int, batch: int, device: str = "cpu", toy: bool = False, dtype: torch.dtype = torch.float32
+) -> Large:
     """One of the two nets with random data, seeded."""
     torch.manual_seed(0)
     options: dict[str, Any] = TOY[model] if toy else {}
@@ -77,7 +85,9 @@ def build(model: str, examples: int, batch: int, device: str = "cpu", toy: bool 
 
 @dataclass(frozen=True)
 class Job:
-    """What is run, ``prepare(large) -> run``; how its result is one number; on how many examples, in batches of which size."""
+    """What is run, ``prepare(large) -> run``; how its result is one number; on how many examples, in batches of which
+    size.
+    """
 
     title: str
     prepare: Callable[[Large], Callable[[], Any]]
@@ -92,25 +102,63 @@ def _trace(m: Any) -> Any:
 
 def _signs(large: Large) -> Callable[[], Any]:
     g = torch.Generator().manual_seed(0)
-    return lambda: nng.GramMatrix(large.model, large.batches, nng.FMatDiag, estimator="rademacher", samples=SAMPLES, generator=g).trace()
+    return lambda: nng.GramMatrix(
+        large.model, large.batches, nng.FMatDiag, estimator="rademacher", samples=SAMPLES, generator=g
+    ).trace()
 
 
 JOBS: dict[str, dict[str, Job]] = {
     "resnet50": {
-        "kfac": Job(f"KFAC, Monte Carlo, {SAMPLES} samples", lambda w: lambda: w.monte_carlo(nng.PMatKFAC, SAMPLES), _trace, 32, 8),
-        "ekfac": Job(f"EKFAC, Monte Carlo, {SAMPLES} samples", lambda w: lambda: w.monte_carlo(nng.PMatEKFAC, SAMPLES), _trace, 32, 8),
-        "fvp": Job("product of the exact Fisher matrix with a vector, matrix-free", Large.fisher_vector, lambda v: v.norm(), 32, 8),
-        "ntk-trace": Job("trace of the NTK, all 200 outputs", lambda w: lambda: nng.GramMatrix(w.model, w.batches, nng.FMatDiag), _trace, 8, 4),
+        "kfac": Job(
+            f"KFAC, Monte Carlo, {SAMPLES} samples",
+            lambda w: lambda: w.monte_carlo(nng.PMatKFAC, SAMPLES),
+            _trace,
+            32,
+            8,
+        ),
+        "ekfac": Job(
+            f"EKFAC, Monte Carlo, {SAMPLES} samples",
+            lambda w: lambda: w.monte_carlo(nng.PMatEKFAC, SAMPLES),
+            _trace,
+            32,
+            8,
+        ),
+        "fvp": Job(
+            "product of the exact Fisher matrix with a vector, matrix-free",
+            Large.fisher_vector,
+            lambda v: v.norm(),
+            32,
+            8,
+        ),
+        "ntk-trace": Job(
+            "trace of the NTK, all 200 outputs",
+            lambda w: lambda: nng.GramMatrix(w.model, w.batches, nng.FMatDiag),
+            _trace,
+            8,
+            4,
+        ),
     },
     "gpt2": {
-        "diag": Job("diagonal Fisher, Monte Carlo, 1 sample", lambda w: lambda: w.monte_carlo(nng.PMatDiag, 1), _trace, 8, 2),
-        "kfac": Job("KFAC, Monte Carlo, 1 sample, vocabulary side diagonal", lambda w: lambda: w.monte_carlo(nng.PMatKFAC, 1), _trace, 8, 2),
-        "mgs-trace": Job(f"trace of the kernel of all logits, {SAMPLES} random probes", _signs, lambda e: e.value, 8, 2),
+        "diag": Job(
+            "diagonal Fisher, Monte Carlo, 1 sample", lambda w: lambda: w.monte_carlo(nng.PMatDiag, 1), _trace, 8, 2
+        ),
+        "kfac": Job(
+            "KFAC, Monte Carlo, 1 sample, vocabulary side diagonal",
+            lambda w: lambda: w.monte_carlo(nng.PMatKFAC, 1),
+            _trace,
+            8,
+            2,
+        ),
+        "mgs-trace": Job(
+            f"trace of the kernel of all logits, {SAMPLES} random probes", _signs, lambda e: e.value, 8, 2
+        ),
     },
 }
 
 
-def measured(model: str, job: str, examples: int | None, batch: int | None, device: str, toy: bool = False) -> dict[str, Any]:
+def measured(
+    model: str, job: str, examples: int | None, batch: int | None, device: str, toy: bool = False
+) -> dict[str, Any]:
     """One job in this process: seconds, multiples of the floor, peak bytes above model and data."""
     what = JOBS[model][job]
     n, size = examples or what.examples, batch or what.batch
@@ -131,9 +179,18 @@ def measured(model: str, job: str, examples: int | None, batch: int | None, devi
     spent = found["cpu_seconds"] if device == "cpu" and torch.get_num_threads() == 1 else found["seconds"]
     parameters = sum(p.numel() for p in w.model.parameters())
     return {
-        "model": model, "job": job, "title": what.title, "device": device.split(":")[0], "parameters": parameters, "examples": n, "batch": size,
-        **found, "floor_seconds": floor, "floors": spent / floor, "peak_bytes": peak,
-    }  # fmt: skip
+        "model": model,
+        "job": job,
+        "title": what.title,
+        "device": device.split(":")[0],
+        "parameters": parameters,
+        "examples": n,
+        "batch": size,
+        **found,
+        "floor_seconds": floor,
+        "floors": spent / floor,
+        "peak_bytes": peak,
+    }
 
 
 def limit_memory(gib: float, device: str) -> None:
@@ -149,7 +206,18 @@ def limit_memory(gib: float, device: str) -> None:
 
 def in_own_process(model: str, job: str, options: argparse.Namespace) -> dict[str, Any]:
     """The record that a fresh process prints last; where it fails, its last words."""
-    command = [sys.executable, "-m", "benchmarks.large", "--inside", "--model", model, "--job", job, "--device", options.device]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.large",
+        "--inside",
+        "--model",
+        model,
+        "--job",
+        job,
+        "--device",
+        options.device,
+    ]
     command += ["--threads", str(options.threads), "--limit-gib", str(options.limit_gib)]
     for name in ("examples", "batch"):
         if getattr(options, name) is not None:
@@ -167,7 +235,10 @@ def line(r: dict[str, Any]) -> str:
     """One record, for the terminal."""
     peak = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.2f} GiB"
     size = f"{r['examples']} examples in batches of {r['batch']}"
-    return f"{r['model']} {r['job']} ({r['device']}, {size}): {r['seconds']:.1f} s, {r['floors']:.1f} floors of {r['floor_seconds']:.2f} s, {peak}"
+    return (
+        f"{r['model']} {r['job']} ({r['device']}, {size}): {r['seconds']:.1f} s, {r['floors']:.1f} floors of "
+        f"{r['floor_seconds']:.2f} s, {peak}"
+    )
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -185,7 +256,9 @@ def markdown(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, run every chosen job, write JSON where asked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.large", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", nargs="*", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--job", nargs="*", choices=sorted({job for jobs in JOBS.values() for job in jobs}))
     parser.add_argument("--device", default="cpu")
@@ -195,14 +268,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit-gib", type=float, default=24)
     parser.add_argument("--toy", action="store_true", help="the same jobs on very small nets")
     parser.add_argument("--json", help="write the results here; records of other jobs in the file stay")
-    parser.add_argument("--render", action="store_true", help="run nothing; write the table of the file given by --json")
+    parser.add_argument(
+        "--render", action="store_true", help="run nothing; write the table of the file given by --json"
+    )
     parser.add_argument("--docs", help="write the table into this Markdown file, between its marks")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.inside:
         torch.set_num_threads(options.threads)
         limit_memory(options.limit_gib, options.device)
-        record = measured(options.model[0], options.job[0], options.examples, options.batch, options.device, options.toy)
+        record = measured(
+            options.model[0], options.job[0], options.examples, options.batch, options.device, options.toy
+        )
         print(json.dumps({**record, "limit_gib": options.limit_gib, "environment": report.environment(options.device)}))
         return
     results = report.load(options.json)

@@ -19,7 +19,11 @@ class Bottleneck(nn.Module):
         self.conv2, self.norm2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
         self.conv3, self.norm3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
         same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(n, inputs, h, w)`` to ``(n, 4 width, h / stride, w / stride)``."""
@@ -30,7 +34,12 @@ class Bottleneck(nn.Module):
 
 def resnet(blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, outputs: int = 200) -> nn.Module:
     """Bottleneck blocks behind a 7x7 stem; BatchNorm in evaluation mode, with the statistics of a random batch."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
     channels = width
     for stage, count in enumerate(blocks):
         for block in range(count):
@@ -58,14 +67,18 @@ class DecoderBlock(EncoderBlock):
 class Decoder(nn.Module):
     """A causal language model whose head is its embedding."""
 
-    def __init__(self, depth: int = 12, width: int = 768, heads: int = 12, vocabulary: int = 50_257, positions: int = 1024):
+    def __init__(
+        self, depth: int = 12, width: int = 768, heads: int = 12, vocabulary: int = 50_257, positions: int = 1024
+    ):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
         self.blocks = nn.Sequential(*(DecoderBlock(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02 / (2 * depth) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 0.02)
+                nn.init.normal_(
+                    p, std=0.02 / (2 * depth) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 0.02
+                )
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 

@@ -1,4 +1,6 @@
-"""The jobs in this library. A contender is ``(workload) -> (run, canonical)``; ``canonical`` makes results comparable."""
+"""The jobs in this library. A contender is ``(workload) -> (run, canonical)``; ``canonical`` makes results
+comparable.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ def vector(w: Workload, lc: Any) -> nng.PVector:
     return nng.PVector.from_flat(lc, w.vector())
 
 
-def fisher(representation: Any, canonical: Callable[[Any, Workload], Tensor], measure: Callable[..., Any] = nng.FIM, **options: Any) -> Contender:
+def fisher(
+    representation: Any,
+    canonical: Callable[[Any, Workload], Tensor],
+    measure: Callable[..., Any] = nng.FIM,
+    **options: Any,
+) -> Contender:
     """A build of a Fisher matrix."""
 
     def setup(w: Workload):
@@ -102,7 +109,9 @@ def penalty_step(estimator: str) -> Contender:
         x, y = w.batches[0]
 
         def run():
-            trace, outputs = nng.mgs.trace_penalty(w.model, x, estimator=estimator, reduction="mean", return_outputs=True)
+            trace, outputs = nng.mgs.trace_penalty(
+                w.model, x, estimator=estimator, reduction="mean", return_outputs=True
+            )
             loss = F.cross_entropy(outputs, y) + 1e-3 * trace
             return torch.autograd.grad(loss, parameters, materialize_grads=True)
 

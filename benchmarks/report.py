@@ -84,13 +84,19 @@ def replaced(records: list[dict[str, Any]], new: dict[str, Any], identity: tuple
 
 
 def with_cell(results: dict[str, Any], found: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """A cell in the place of the one before, sorted by job and workload; ``keep``: contenders not run again stay (their ratios are to their own floor)."""
+    """A cell in the place of the one before, sorted by job and workload; ``keep``: contenders not run again stay (their
+    ratios are to their own floor).
+    """
     cells = results.get("cells", [])
     old = next((c for c in cells if (c["workload"], c["job"]) == (found["workload"], found["job"])), None)
     if old is not None and keep:
         again = {*found["contenders"], *found["skipped"]}
         others = lambda entries: {label: value for label, value in entries.items() if label not in again}
-        found = {**found, "contenders": others(old["contenders"]) | found["contenders"], "skipped": others(old["skipped"]) | found["skipped"]}
+        found = {
+            **found,
+            "contenders": others(old["contenders"]) | found["contenders"],
+            "skipped": others(old["skipped"]) | found["skipped"],
+        }
     cells = sorted(replaced(cells, found, ("workload", "job")), key=lambda c: (int(c["job"][1:]), c["workload"]))
     return {**results, "cells": cells}
 
@@ -110,7 +116,10 @@ def into(path: str, mark: str, text: str) -> None:
 def line(found: dict[str, Any]) -> str:
     """One cell, for the terminal."""
     job, name = found["job"], found["workload"]
-    parts = [f"{job:>3} {name} floor {found['floor']['median_ms']:6.1f} ms | written by hand {REFERENCE[job][name]:g}, best peer {PEER[job][name]:g} |"]
+    parts = [
+        f"{job:>3} {name} floor {found['floor']['median_ms']:6.1f} ms | written by hand "
+        f"{REFERENCE[job][name]:g}, best peer {PEER[job][name]:g} |"
+    ]
     for label, s in sorted(found["contenders"].items(), key=lambda item: item[1]["ratio"]):
         memory = f", {s['peak_bytes'] / 2**20:.0f} MiB" if s.get("peak_bytes") is not None else ""
         parts.append(f"{label} {s['ratio']:.2f} [{s['ratio_q1']:.2f} {s['ratio_q3']:.2f}]{memory};")
@@ -125,13 +134,26 @@ def _mebibytes(timed: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table of the documentation."""
-    head = ["job", "workload", "floor ms", "nngeom (quartiles)", "first call, or one probe", "peak MiB", "by hand*", "best peer*", "peers [peak MiB]"]
+    head = [
+        "job",
+        "workload",
+        "floor ms",
+        "nngeom (quartiles)",
+        "first call, or one probe",
+        "peak MiB",
+        "by hand*",
+        "best peer*",
+        "peers [peak MiB]",
+    ]
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for found in results["cells"]:
         job, name, timed = found["job"], found["workload"], found["contenders"]
         ours = timed.get("nngeom", {})
         beside = timed.get("nngeom (first call)") or timed.get("nngeom (one random probe)")
-        peers = sorted(((label, s) for label, s in timed.items() if label.split(" ")[0] != "nngeom"), key=lambda item: item[1]["ratio"])
+        peers = sorted(
+            ((label, s) for label, s in timed.items() if label.split(" ")[0] != "nngeom"),
+            key=lambda item: item[1]["ratio"],
+        )
         others = ", ".join(f"{_short(s['ratio'])} {label} [{_mebibytes(s)}]" for label, s in peers)
         spread = f"{ours['ratio']:.2f} ({ours['ratio_q1']:.2f}-{ours['ratio_q3']:.2f})" if ours else "-"
         other = f"{beside['ratio']:.2f}" if beside else "-"
@@ -147,7 +169,10 @@ def _short(ratio: float) -> str:
 
 
 def _best_peer(found: dict[str, Any]) -> float:
-    return min((s["ratio"] for label, s in found["contenders"].items() if label.split(" ")[0] != "nngeom"), default=float("nan"))
+    return min(
+        (s["ratio"] for label, s in found["contenders"].items() if label.split(" ")[0] != "nngeom"),
+        default=float("nan"),
+    )
 
 
 def plot(results: dict[str, Any], path: str) -> None:

@@ -1,4 +1,6 @@
-"""Time and memory against the number of examples, outputs, parameters, positions and the batch size, with fitted exponents."""
+"""Time and memory against the number of examples, outputs, parameters, positions and the batch size, with fitted
+exponents.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class _Tokens(nn.Module):
         return self.down(torch.relu(self.up(x)).mean(1))
 
 
-def _fim(kind: str, n: int = 512, batch: int = 128, outputs: int = 10, width: int = 200, depth: int = 3) -> Callable[[], Any]:
+def _fim(
+    kind: str, n: int = 512, batch: int = 128, outputs: int = 10, width: int = 200, depth: int = 3
+) -> Callable[[], Any]:
     model, data = mlp(width, depth, 128, outputs), _data(n, batch, 128)
     return lambda: nng.FIM(model, data, getattr(nng, kind))
 
@@ -53,7 +57,12 @@ STUDIES: dict[str, tuple[list[int], Callable[[int], Callable[[], Any]], float, f
     "KFAC, examples n": ([1024, 2048, 4096, 8192], lambda n: _fim("PMatKFAC", n=n), 1.0, 0.0),
     "diagonal, examples n": ([1024, 2048, 4096, 8192], lambda n: _fim("PMatDiag", n=n), 1.0, 0.0),
     "KFAC, outputs c": ([20, 40, 80, 160], lambda c: _fim("PMatKFAC", n=256, outputs=c), 1.0, None),
-    "KFAC, parameters d (width)": ([400, 800, 1600], lambda w: _fim("PMatKFAC", n=256, outputs=4, width=w, depth=2), 1.0, 1.0),
+    "KFAC, parameters d (width)": (
+        [400, 800, 1600],
+        lambda w: _fim("PMatKFAC", n=256, outputs=4, width=w, depth=2),
+        1.0,
+        1.0,
+    ),
     "diagonal, positions t": ([64, 128, 256, 512], lambda t: _tokens("PMatDiag", t), 1.0, None),
     "KFAC, batch size": ([16, 64, 256], lambda b: _fim("PMatKFAC", n=1024, batch=b), 0.0, None),
     "Gram matrix, examples n": ([100, 200, 400], _gram, 2.0, 2.0),
@@ -91,7 +100,9 @@ def _peak(title: str, value: int) -> int:
     """In a process of its own, which gives every block of a megabyte back when it is freed."""
     code = "import sys; from benchmarks import scaling; scaling.print_peak(sys.argv[1], int(sys.argv[2]))"
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
-    done = subprocess.run([sys.executable, "-c", code, title, str(value)], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, title, str(value)], capture_output=True, text=True, env=environment, check=True
+    )
     return int(done.stdout.split()[-1])
 
 
@@ -119,7 +130,12 @@ def plot(found: dict[str, Any], path: str) -> None:
     for axis, (title, s) in zip(axes.flat, found.items()):
         axis.loglog(s["values"], s["seconds"], "o-", label=f"seconds, exponent {s['time_exponent']:.2f}")
         if s["memory_exponent"] is not None:
-            axis.loglog(s["values"], [b / 2**30 for b in s["peak_bytes"]], "s--", label=f"peak GiB, exponent {s['memory_exponent']:.2f}")
+            axis.loglog(
+                s["values"],
+                [b / 2**30 for b in s["peak_bytes"]],
+                "s--",
+                label=f"peak GiB, exponent {s['memory_exponent']:.2f}",
+            )
         axis.set_title(title, fontsize=9)
         axis.legend(fontsize=7)
     for axis in list(axes.flat)[len(found) :]:

@@ -48,7 +48,11 @@ def clock(run: Callable[[], Any], device: str, least: float = 0.0) -> float:
 
 
 def interleaved(
-    floor: Callable[[], Any], contenders: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu", least: float = 0.03
+    floor: Callable[[], Any],
+    contenders: dict[str, Callable[[], Any]],
+    repeats: int,
+    device: str = "cpu",
+    least: float = 0.03,
 ) -> dict[str, Series]:
     """Rounds of floor and every contender in turn, after one round to warm up; disturbances hit all alike."""
     series = {name: Series() for name in ("floor", *contenders)}
@@ -71,7 +75,9 @@ def _synchronize(device: str) -> None:
 
 
 def peak_memory(run: Callable[[], Any], device: str = "cpu") -> int | None:
-    """Bytes above the start that one call takes at its peak, its result included; ``None`` where it can't be measured."""
+    """Bytes above the start that one call takes at its peak, its result included; ``None`` where it can't be
+    measured.
+    """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

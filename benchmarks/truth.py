@@ -44,9 +44,13 @@ def in_kronecker_layers(w: Workload) -> Tensor:
 
 
 def factors(w: Workload) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer to ``(a, g)``: second moments of (input, 1) summed over positions, of output gradients averaged over them."""
+    """Layer to ``(a, g)``: second moments of (input, 1) summed over positions, of output gradients averaged over
+    them.
+    """
     layers, seen = kronecker_layers(w), {}
-    hooks = [m.register_forward_hook(lambda m, i, o, name=name: seen.update({name: (i[0], o)})) for name, m in layers.items()]
+    hooks = [
+        m.register_forward_hook(lambda m, i, o, name=name: seen.update({name: (i[0], o)})) for name, m in layers.items()
+    ]
     outputs = w.model(w.inputs)
     for hook in hooks:
         hook.remove()
@@ -67,7 +71,9 @@ def factors(w: Workload) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def in_layers(w: Workload, act) -> Tensor:
-    """A flat vector from ``act(name, matrix [o, i + 1])`` over the Kronecker layers of the workload's direction; 0 elsewhere."""
+    """A flat vector from ``act(name, matrix [o, i + 1])`` over the Kronecker layers of the workload's direction; 0
+    elsewhere.
+    """
     parts = dict(zip(w.parameters, w.vector().split([p.numel() for p in w.parameters.values()])))
     out = {name: torch.zeros_like(v) for name, v in parts.items()}
     for name in kronecker_layers(w):
@@ -90,7 +96,11 @@ def kfac_solve(w: Workload) -> Tensor:
     def act(name, v):
         a, g = fs[name]
         pi = ((a.trace() / len(a)) / (g.trace() / len(g))).sqrt()
-        return torch.linalg.inv(g + root / pi * torch.eye(len(g), dtype=g.dtype)) @ v @ torch.linalg.inv(a + pi * root * torch.eye(len(a), dtype=a.dtype))
+        return (
+            torch.linalg.inv(g + root / pi * torch.eye(len(g), dtype=g.dtype))
+            @ v
+            @ torch.linalg.inv(a + pi * root * torch.eye(len(a), dtype=a.dtype))
+        )
 
     return in_layers(w, act)
 
@@ -114,14 +124,18 @@ def ekfac_times(w: Workload) -> Tensor:
 def loss_gradients(w: Workload) -> Tensor:
     """``(n d,)``."""
     parameters = list(w.model.parameters())
-    grads = [torch.autograd.grad(F.cross_entropy(w.model(x[None]), y[None]), parameters) for x, y in zip(w.inputs, w.targets)]
+    grads = [
+        torch.autograd.grad(F.cross_entropy(w.model(x[None]), y[None]), parameters) for x, y in zip(w.inputs, w.targets)
+    ]
     return torch.cat([g.flatten() for gs in grads for g in gs])
 
 
 def penalty_step(w: Workload) -> Tensor:
     """Gradient of the mean loss plus 1e-3 times the mean over examples of ``|J_n|^2``."""
     loss = F.cross_entropy(w.model(w.inputs), w.targets) + 1e-3 * jacobian(w, create_graph=True).square().sum() / w.n
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(w.model.parameters()), materialize_grads=True)])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, list(w.model.parameters()), materialize_grads=True)]
+    )
 
 
 def gram(w: Workload) -> Tensor:
@@ -133,7 +147,9 @@ def gram(w: Workload) -> Tensor:
 TRUTHS = {
     "J1": lambda w: fisher_rows(w).square().sum((0, 1)) / w.n,
     "J2": kfac_times,
-    "J3": lambda w: torch.cat([(a / a.norm()).flatten() for a in (a[:-1, :-1] for a, _ in factors(w).values())]),  # not all have the bias inside
+    "J3": lambda w: torch.cat(
+        [(a / a.norm()).flatten() for a in (a[:-1, :-1] for a, _ in factors(w).values())]
+    ),  # not all have the bias inside
     "J4": ekfac_times,
     "J5": lambda w: jacobian(w).flatten(),
     "J6": gram,

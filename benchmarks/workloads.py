@@ -1,4 +1,6 @@
-"""Four models with random weights and data: an MLP, LeNet-5, a narrow VGG-11, a small transformer encoder; 10 outputs."""
+"""Four models with random weights and data: an MLP, LeNet-5, a narrow VGG-11, a small transformer encoder; 10
+outputs.
+"""
 
 from __future__ import annotations
 
@@ -67,17 +69,35 @@ def mlp(width: int = 300, depth: int = 6, inputs: int = 784, outputs: int = OUTP
 def lenet() -> nn.Module:
     """LeNet-5 on one channel of 28 x 28."""
     return nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, OUTPUTS),
-    )  # fmt: skip
+        nn.Conv2d(1, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(400, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, OUTPUTS),
+    )
 
 
 def vgg() -> nn.Module:
     """VGG-11 at a quarter of its width, without normalisation, on 3 x 32 x 32."""
     layers: list[nn.Module] = []
     before = 3
-    for width, pool in ((16, True), (32, True), (64, False), (64, True), (128, False), (128, True), (128, False), (128, True)):
+    for width, pool in (
+        (16, True),
+        (32, True),
+        (64, False),
+        (64, True),
+        (128, False),
+        (128, True),
+        (128, False),
+        (128, True),
+    ):
         layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()] + ([nn.MaxPool2d(2)] if pool else [])
         before = width
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, OUTPUTS))
@@ -121,18 +141,31 @@ class Encoder(nn.Module):
         return self.head(self.blocks(self.embed(x)).mean(1))
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {  # model, shape of an input, examples, batch size
+MODELS: dict[
+    str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]
+] = {  # model, shape of an input, examples, batch size
     "W1": (mlp, (784,), 512, 128),
     "W2": (lenet, (1, 28, 28), 256, 64),
     "W3": (vgg, (3, 32, 32), 64, 32),
     "W4": (Encoder, (32, 64), 64, 32),
 }
-EXPLICIT = {"W1": 64, "W2": 64, "W3": 32, "W4": 32}  # examples where explicit rows, or a step on one batch, are the result
+EXPLICIT = {
+    "W1": 64,
+    "W2": 64,
+    "W3": 32,
+    "W4": 32,
+}  # examples where explicit rows, or a step on one batch, are the result
 GRAM = {"W1": 100, "W2": 100, "W3": 32, "W4": 32}
 STEP = {"W1": 128, "W2": 64, "W3": 32, "W4": 32}
 
 
-def workload(name: str, examples: int | None = None, batch: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Workload:
+def workload(
+    name: str,
+    examples: int | None = None,
+    batch: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Workload:
     """A workload by name, seeded."""
     build, shape, n, size = MODELS[name]
     torch.manual_seed(0)

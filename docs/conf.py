@@ -30,7 +30,18 @@ html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 html_math_renderer = "mathml"  # formulas are part of the page: nothing is loaded from elsewhere
 
-PLACED = {"index", "quickstart", "concepts", "models", "architectures", "errors", "measures", "representations", "extending", "api"}
+PLACED = {
+    "index",
+    "quickstart",
+    "concepts",
+    "models",
+    "architectures",
+    "errors",
+    "measures",
+    "representations",
+    "extending",
+    "api",
+}
 
 
 def others(page):
@@ -38,8 +49,12 @@ def others(page):
     import nngeom
 
     placed = set(re.findall(r"^\.\. auto\w+:: nngeom\.(\w+)$", page, re.M))
-    names = [n for n, x in vars(nngeom).items() if not n.startswith("_") and not inspect.ismodule(x) and n not in placed]
-    lines = [f".. auto{'class' if inspect.isclass(getattr(nngeom, n)) else 'function'}:: nngeom.{n}" for n in sorted(names)]
+    names = [
+        n for n, x in vars(nngeom).items() if not n.startswith("_") and not inspect.ismodule(x) and n not in placed
+    ]
+    lines = [
+        f".. auto{'class' if inspect.isclass(getattr(nngeom, n)) else 'function'}:: nngeom.{n}" for n in sorted(names)
+    ]
     return "\n".join(["## Others", "", "```{eval-rst}", *lines, "```"]) if names else ""
 
 
@@ -59,7 +74,9 @@ def setup(app):
     """Pages of the parts built on top of the core join the table of contents by being there."""
     order = ["function_space", "analysis", "linearized", "optimizers", "tracking", "distributed", "benchmarks"]
     rank = lambda name: next((j for j, first in enumerate(order) if name.startswith(first)), len(order))
-    found = sorted((p.stem for p in Path(app.srcdir).glob("*.md") if p.stem not in PLACED), key=lambda name: (rank(name), name))
+    found = sorted(
+        (p.stem for p in Path(app.srcdir).glob("*.md") if p.stem not in PLACED), key=lambda name: (rank(name), name)
+    )
 
     def insert(app, name, source):
         if name == "index":

@@ -41,8 +41,17 @@ STATE = {"state_size": 4, "expand": 2, "conv_kernel": 3, "time_step_rank": 2}
 SCAN = {"n_groups": 1, "num_heads": 4, "head_dim": 4, "chunk_size": 4}
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 MEL = {"num_mel_bins": 6, "max_source_positions": 8, "max_target_positions": 8}
-LATENT = {"q_lora_rank": 6, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
-          "n_group": 1, "topk_group": 1, "moe_intermediate_size": 6, "first_k_dense_replace": 0}  # fmt: skip
+LATENT = {
+    "q_lora_rank": 6,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 6,
+    "first_k_dense_replace": 0,
+}
 
 Options = Callable[[Size], dict[str, Any]]
 Make = Callable[[Size], tuple[str, str, dict[str, Any]]]
@@ -59,8 +68,13 @@ no_inner: Options = lambda s: {k: v for k, v in s.text.items() if k != "intermed
 one_key: Options = lambda s: {**s.text, "num_key_value_heads": 1}
 all_keys: Options = lambda s: {**s.text, "num_key_value_heads": s.heads}
 plain_text, grouped, bart, t5, pixels, speech = (
-    lambda s: s.text, lambda s: s.grouped, lambda s: s.bart, lambda s: s.t5, lambda s: s.image, lambda s: s.speech
-)  # fmt: skip
+    lambda s: s.text,
+    lambda s: s.grouped,
+    lambda s: s.bart,
+    lambda s: s.t5,
+    lambda s: s.image,
+    lambda s: s.speech,
+)
 ZOO: dict[str, tuple[str, Callable[[Size], dict[str, Tensor]], Make]] = {
     "BERT": ("encoder", text, of("Bert", CLASSIFIER, plain_text)),
     "RoBERTa": ("encoder", text, of("Roberta", CLASSIFIER, plain_text)),

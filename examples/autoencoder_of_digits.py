@@ -4,10 +4,11 @@ The experiment of George et al. 2018 (figure 3), small: layers 64-100-50-25-6 an
 N(0, 1 / fan-in), logistic outputs, half the squared error summed over pixels, batches of 200. Every method gets 50
 settings on one seed (5 lr x 5 dampings, or 25 lr, each with momentum 0 and 0.9), the best of which is run on three.
 
-    python examples/autoencoder_of_digits.py            # all of it: docs/data/autoencoder.json, docs/images/autoencoder.png
-    python examples/autoencoder_of_digits.py --quick    # one setting of each, 20 epochs
-    python examples/autoencoder_of_digits.py --plot     # the image from the data
-    python examples/autoencoder_of_digits.py --mnist FOLDER    # the paper's own size, 784-1000-500-250-30, on MNIST's files: out/autoencoder_mnist.json
+    python examples/autoencoder_of_digits.py            # all of it: docs/data/autoencoder.json,
+    docs/images/autoencoder.png python examples/autoencoder_of_digits.py --quick    # one setting of each, 20 epochs
+    python examples/autoencoder_of_digits.py --plot     # the image from the data python
+    examples/autoencoder_of_digits.py --mnist FOLDER    # the paper's own size, 784-1000-500-250-30, on MNIST's files:
+    out/autoencoder_mnist.json
 """
 
 from __future__ import annotations
@@ -98,9 +99,15 @@ def main() -> None:
     if options.quick:
         for method, setting in QUICK.items():
             run = train(task, method, setting, 0, min(options.epochs, 20))
-            print(f"{method:18s} loss {run['loss'][-1]:.3f} after {len(run['loss'])} epochs, {run['seconds'][-1]:.2f} s")
+            print(
+                f"{method:18s} loss {run['loss'][-1]:.3f} after {len(run['loss'])} epochs, {run['seconds'][-1]:.2f} s"
+            )
         return
-    data, images, name = (DOCS / "data", DOCS / "images", "autoencoder") if options.mnist is None else (Path("out"), Path("out"), "autoencoder_mnist")
+    data, images, name = (
+        (DOCS / "data", DOCS / "images", "autoencoder")
+        if options.mnist is None
+        else (Path("out"), Path("out"), "autoencoder_mnist")
+    )
     if not options.plot:
         experiment(task, GRIDS, options.epochs, data / f"{name}.json")
     plot(data / f"{name}.json", images / f"{name}.png")

@@ -1,11 +1,13 @@
-"""Gradients that agree: coherence on real and random labels, stiffness before and after, geometric complexity by regulariser.
+"""Gradients that agree: coherence on real and random labels, stiffness before and after, geometric complexity by
+regulariser.
 
     python examples/coherence.py [--data FOLDER] [--seeds 5]
 
-(a) 400 digits, two hidden layers of 100, SGD 0.1, batches of 50, with true and with random labels: m-coherence of the training set,
-and its estimate from mean gradients of batches of 40 (five partitions). (b) Class stiffness of 200 validation images at the start, after the
-first learning and at the end. (c) Geometric complexity after training under several regularisers. Writes out/coherence.png,
-out/stiffness.png and prints (c). Protocol: Chatterjee and Zielinski 2020; Fort et al. 2019; Dherin et al. 2022.
+(a) 400 digits, two hidden layers of 100, SGD 0.1, batches of 50, with true and with random labels: m-coherence of the
+training set, and its estimate from mean gradients of batches of 40 (five partitions). (b) Class stiffness of 200
+validation images at the start, after the first learning and at the end. (c) Geometric complexity after training under
+several regularisers. Writes out/coherence.png, out/stiffness.png and prints (c). Protocol: Chatterjee and Zielinski
+2020; Fort et al. 2019; Dherin et al. 2022.
 """
 
 from __future__ import annotations
@@ -23,9 +25,15 @@ from nngeom import analysis, mgs
 from nngeom.track import Tracker, geometric
 
 NAMES = (
-    "none", "weight decay 1e-3", "weight decay 1e-2", "spectral norm 0.01", "flatness 0.1", "fresh label noise 0.3",
-    "geometric complexity 1e-3", "fixed random labels",
-)  # fmt: skip
+    "none",
+    "weight decay 1e-3",
+    "weight decay 1e-2",
+    "spectral norm 0.01",
+    "flatness 0.1",
+    "fresh label noise 0.3",
+    "geometric complexity 1e-3",
+    "fixed random labels",
+)
 
 
 def batch_estimates(model: nn.Module, batches_: list[Any]) -> dict[str, float]:
@@ -35,7 +43,10 @@ def batch_estimates(model: nn.Module, batches_: list[Any]) -> dict[str, float]:
         for bx, by in batches(x, y, 40, g):
             grads = torch.autograd.grad(F.cross_entropy(model(bx), by), list(model.parameters()))
             gradients.append(torch.cat([t.flatten() for t in grads]).double())
-    found = {s: analysis.coherence_from_batch_gradients(gradients, 40, examples=len(x), scheme=s) for s in ("partition", "iid")}
+    found = {
+        s: analysis.coherence_from_batch_gradients(gradients, 40, examples=len(x), scheme=s)
+        for s in ("partition", "iid")
+    }
     return {name: float(c.ratio) for name, c in found.items()}
 
 
@@ -75,8 +86,15 @@ def stiffness_run(data: Data, path: Any, steps: int) -> None:
                     s = analysis.stiffness(model, validation, kind)
                     ax = axes[row, points.index(step)]
                     image = ax.imshow(s.by_class, vmin=-1, vmax=1, cmap="RdBu_r")
-                    ax.set(title=f"{kind}, step {step}\nwithin {float(s.within):.2f}, between {float(s.between):.2f}", xticks=[], yticks=[])
-                    print(f"stiffness {kind:6s} step {step:5d}: within {float(s.within):.3f} between {float(s.between):.3f} mean {float(s.mean):.3f}")
+                    ax.set(
+                        title=f"{kind}, step {step}\nwithin {float(s.within):.2f}, between {float(s.between):.2f}",
+                        xticks=[],
+                        yticks=[],
+                    )
+                    print(
+                        f"stiffness {kind:6s} step {step:5d}: within {float(s.within):.3f} between "
+                        f"{float(s.between):.3f} mean {float(s.mean):.3f}"
+                    )
             optimizer.zero_grad()
             F.cross_entropy(model(bx), by).backward()
             optimizer.step()
@@ -131,17 +149,35 @@ def main() -> None:
         if not random:
             band(axes[0, 1], x, table("test_accuracy"), "test, true labels", COLOURS[2], ls="--")
             for key, colour in (("coherence_ratio", COLOURS[0]), ("partition", COLOURS[3]), ("iid", COLOURS[4])):
-                band(axes[0, 2], x, table(key), {"coherence_ratio": "all examples", "partition": "batches, finite set", "iid": "batches, i.i.d."}[key], colour)
+                band(
+                    axes[0, 2],
+                    x,
+                    table(key),
+                    {"coherence_ratio": "all examples", "partition": "batches, finite set", "iid": "batches, i.i.d."}[
+                        key
+                    ],
+                    colour,
+                )
         ratio = table("coherence_ratio").mean(0)
-        print(f"{name}: m alpha start {ratio[0]:.2f}, highest {ratio.max():.2f} at step {x[int(ratio.argmax())]:.0f}, end {ratio[-1]:.2f}", flush=True)
-    for ax, title in zip(axes[0], (r"coherence $m\,\alpha$", "accuracy", r"$m\,\alpha$ from batches of 40, true labels")):
+        print(
+            f"{name}: m alpha start {ratio[0]:.2f}, highest {ratio.max():.2f} at step "
+            f"{x[int(ratio.argmax())]:.0f}, end {ratio[-1]:.2f}",
+            flush=True,
+        )
+    for ax, title in zip(
+        axes[0], (r"coherence $m\,\alpha$", "accuracy", r"$m\,\alpha$ from batches of 40, true labels")
+    ):
         ax.set(title=title, xlabel="step", xscale="symlog", xlim=(0, None))
         ax.legend(fontsize=7.5)
     save(fig, args.out / "coherence.png")
     stiffness_run(data, args.out / "stiffness.png", steps)
     for name in NAMES:
         found = np.array([complexity_run(data, name, steps, seed) for seed in range(args.seeds)])
-        print(f"geometric complexity, {name:26s} {found[:, 0].mean():9.1f} +- {found[:, 0].std():.1f}   test {found[:, 1].mean():.3f}", flush=True)
+        print(
+            f"geometric complexity, {name:26s} {found[:, 0].mean():9.1f} +- {found[:, 0].std():.1f}   test "
+            f"{found[:, 1].mean():.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The complexity of the trajectory against the generalisation gap, when label noise and width vary; beside other measures.
+"""The complexity of the trajectory against the generalisation gap, when label noise and width vary; beside other
+measures.
 
     python examples/complexity.py [--data FOLDER] [--seeds 5]
 
-500 digits, one hidden layer, full passes of batches of 50 (learning rate 0.1, momentum 0.9) until the training loss is 0.01. The
-complexity ``C / n`` on a probe of 50 training images, the gap ``test loss - training loss``, and for comparison the norm of the
-parameters, their distance from the start, their number, and the trace of the final kernel. Rank correlations with the gap over all
-settings of a sweep. Writes out/complexity.png. Protocol: Baratin et al. 2021, fig. 6 (captioned: width left, noise right).
+500 digits, one hidden layer, full passes of batches of 50 (learning rate 0.1, momentum 0.9) until the training loss is
+0.01. The complexity ``C / n`` on a probe of 50 training images, the gap ``test loss - training loss``, and for
+comparison the norm of the parameters, their distance from the start, their number, and the trace of the final kernel.
+Rank correlations with the gap over all settings of a sweep. Writes out/complexity.png. Protocol: Baratin et al. 2021,
+fig. 6 (captioned: width left, noise right).
 """
 
 from __future__ import annotations
@@ -50,13 +52,26 @@ def run(data: Data, width: int, noise: float, seed: int, most: int) -> dict[str,
         if train < 0.01:
             break
     with torch.no_grad():
-        gap = float(F.cross_entropy(model(data.x_test), corrupt(data.y_test, noise, torch.Generator().manual_seed(seed + 1)))) - train
+        gap = (
+            float(
+                F.cross_entropy(
+                    model(data.x_test), corrupt(data.y_test, noise, torch.Generator().manual_seed(seed + 1))
+                )
+            )
+            - train
+        )
     end = nng.PVector.from_model(model)
     trace = float(nng.GramMatrix(model, probe, nng.FMatDiag).trace().sqrt()) / 50
     return {
-        "gap": gap, "complexity": measure.normalized, "norm": float(end.norm()), "distance": float((end - start).norm()),
-        "parameters": float(end.flat().numel()), "trace": trace, "loss": train, "steps": measure.steps,
-    }  # fmt: skip
+        "gap": gap,
+        "complexity": measure.normalized,
+        "norm": float(end.norm()),
+        "distance": float((end - start).norm()),
+        "parameters": float(end.flat().numel()),
+        "trace": trace,
+        "loss": train,
+        "steps": measure.steps,
+    }
 
 
 def main() -> None:
@@ -64,10 +79,16 @@ def main() -> None:
     args = arguments(__doc__, seeds=5, epochs=400)
     torch.set_num_threads(1)
     data = load(args.data, 500, 500)
-    sweeps: dict[str, list[Any]] = {"hidden width": [8, 16, 32, 64, 128, 256, 512], "label noise": [0.0, 0.1, 0.2, 0.3, 0.5]}
+    sweeps: dict[str, list[Any]] = {
+        "hidden width": [8, 16, 32, 64, 128, 256, 512],
+        "label noise": [0.0, 0.1, 0.2, 0.3, 0.5],
+    }
     fig, axes = figure(2, len(MEASURES), 14, 5)
     for row, (name, values) in enumerate(sweeps.items()):
-        runs = [[run(data, v if row == 0 else 256, 0.0 if row == 0 else v, seed, args.epochs) for v in values] for seed in range(args.seeds)]
+        runs = [
+            [run(data, v if row == 0 else 256, 0.0 if row == 0 else v, seed, args.epochs) for v in values]
+            for seed in range(args.seeds)
+        ]
         for ax, colour, (key, title) in zip(axes[row], COLOURS, MEASURES.items()):
             table = np.array([[r[key] for r in line] for line in runs])
             band(ax, values, table, title, colour, marker="o", ms=3)

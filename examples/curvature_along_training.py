@@ -1,4 +1,5 @@
-"""How far stale Kronecker factors fall behind: KFAC and EKFAC with a basis of the start of training, and of every 100 steps.
+"""How far stale Kronecker factors fall behind: KFAC and EKFAC with a basis of the start of training, and of every 100
+steps.
 
 A small sigmoid classifier of digits (64-20-20-20-10, Xavier weights of gain 4) trained by SGD with momentum, three
 times. On a fixed probe set, layer by layer: the relative error ``|F - M| / |F|`` of the empirical Fisher matrix in
@@ -42,7 +43,9 @@ def network(seed: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1]).double()
 
 
-def measured(model: nn.Module, lc: nng.LayerCollection, probe: tuple[Tensor, Tensor]) -> tuple[Tensor, Layout, EigenBlock]:
+def measured(
+    model: nn.Module, lc: nng.LayerCollection, probe: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Layout, EigenBlock]:
     """The dense block of a layer, and KFAC's block of it in its eigenbasis."""
     dense = nng.EmpiricalFIM(model, probe, nng.PMatDense, loss="cross_entropy", layer_collection=lc).to_dense()
     kfac = nng.EmpiricalFIM(model, probe, nng.PMatKFAC, loss="cross_entropy", layer_collection=lc)
@@ -82,10 +85,14 @@ class Layer:
         if step % REFRESH == 0:
             self.recent = fresh
         blocks = {
-            "KFAC, fresh": fresh, "KFAC, every 100 steps": self.recent, "KFAC, first basis": self.first,
-            "EKFAC, fresh": in_basis(dense, self.layout, fresh), "EKFAC, every 100 steps": in_basis(dense, self.layout, self.recent),
-            "EKFAC, first basis": in_basis(dense, self.layout, self.first), "EKFAC-ra, first basis": self.running,
-        }  # fmt: skip
+            "KFAC, fresh": fresh,
+            "KFAC, every 100 steps": self.recent,
+            "KFAC, first basis": self.first,
+            "EKFAC, fresh": in_basis(dense, self.layout, fresh),
+            "EKFAC, every 100 steps": in_basis(dense, self.layout, self.recent),
+            "EKFAC, first basis": in_basis(dense, self.layout, self.first),
+            "EKFAC-ra, first basis": self.running,
+        }
         spectrum = torch.linalg.eigvalsh(dense)
         for name, block in blocks.items():
             self.curves.setdefault(name, []).append(errors(dense, spectrum, self.layout, block))
@@ -117,7 +124,13 @@ def trained(seed: int) -> dict[str, dict[str, list]]:
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     runs = [trained(seed) for seed in SEEDS]
-    curves = {name: {kind: [[[float(f"{v:.4g}") for v in pair] for pair in run[name][kind]] for run in runs] for kind in runs[0][name]} for name in LAYERS}
+    curves = {
+        name: {
+            kind: [[[float(f"{v:.4g}") for v in pair] for pair in run[name][kind]] for run in runs]
+            for kind in runs[0][name]
+        }
+        for name in LAYERS
+    }
     path = out / "data" / "curvature.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"step": list(range(0, STEPS + 1, EVERY)), "layers": curves}))
@@ -139,7 +152,13 @@ def plot(results: dict, out: Path) -> None:
             kind, age = name.split(", ")
             values = torch.tensor(runs)  # [seed, step, measure]
             for axis, v in zip(axes[:, column], values.unbind(-1)):
-                axis.plot(results["step"], v.mean(0), {"KFAC": "--", "EKFAC": "-", "EKFAC-ra": ":"}[kind], color=colours[age], label=name)
+                axis.plot(
+                    results["step"],
+                    v.mean(0),
+                    {"KFAC": "--", "EKFAC": "-", "EKFAC-ra": ":"}[kind],
+                    color=colours[age],
+                    label=name,
+                )
                 axis.fill_between(results["step"], v.amin(0), v.amax(0), color=colours[age], alpha=0.08)
     for axis, label in zip(axes[:, 0], ("relative error", "distance of spectra")):
         axis.set(ylabel=label, yscale="log")

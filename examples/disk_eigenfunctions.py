@@ -2,9 +2,10 @@
 
     python examples/disk_eigenfunctions.py [--seeds 3]
 
-Points uniform on [-1, 1]^2, label 1 inside the disk that holds half the area; 500 points, 6 hidden layers of 256, full-batch
-gradient descent (0.01, momentum 0.9) on binary cross-entropy. The centred kernel on a 20 x 20 grid: eigenfunctions at the start
-and the end, and the ratio of eigenvalue 20 to the first along training. Writes out/disk_eigenfunctions.png.
+Points uniform on [-1, 1]^2, label 1 inside the disk that holds half the area; 500 points, 6 hidden layers of 256,
+full-batch gradient descent (0.01, momentum 0.9) on binary cross-entropy. The centred kernel on a 20 x 20 grid:
+eigenfunctions at the start and the end, and the ratio of eigenvalue 20 to the first along training. Writes
+out/disk_eigenfunctions.png.
 
 Protocol: Baratin et al. 2021, fig. 1 (there 50 x 50; the ratio falls from 1.5 % to 0.2 %).
 """
@@ -67,17 +68,38 @@ def main() -> None:
     for row, (name, entry) in enumerate((("start", runs[0][0]), ("end", runs[0][-1]))):
         for j, ax in enumerate(axes[row]):
             u = entry["u"][j].view(SIDE, SIDE).T
-            ax.imshow(u, origin="lower", extent=(-1, 1, -1, 1), cmap="RdBu_r", vmin=-u.abs().max(), vmax=u.abs().max(), interpolation="bilinear")
-            ax.plot(math.sqrt(2 / math.pi) * np.cos(angle), math.sqrt(2 / math.pi) * np.sin(angle), color="black", lw=0.7)
+            ax.imshow(
+                u,
+                origin="lower",
+                extent=(-1, 1, -1, 1),
+                cmap="RdBu_r",
+                vmin=-u.abs().max(),
+                vmax=u.abs().max(),
+                interpolation="bilinear",
+            )
+            ax.plot(
+                math.sqrt(2 / math.pi) * np.cos(angle), math.sqrt(2 / math.pi) * np.sin(angle), color="black", lw=0.7
+            )
             ax.set(xticks=[], yticks=[], title=f"{name}: $u_{j + 1}$")
     for ax in axes[2]:
         ax.remove()
     grid = axes[0, 0].get_gridspec()
-    panels = {"ratio": (r"$\lambda_{20} / \lambda_1$", "log"), "rank": ("effective rank", "linear"), "cka": ("CKA with the labels", "linear")}
+    panels = {
+        "ratio": (r"$\lambda_{20} / \lambda_1$", "log"),
+        "rank": ("effective rank", "linear"),
+        "cka": ("CKA with the labels", "linear"),
+    }
     for j, (key, (title, scale)) in enumerate(panels.items()):
         ax = fig.add_subplot(grid[2, 2 * j : 2 * j + 2])
         for seed, seen in enumerate(runs):
-            ax.plot([e["step"] for e in seen], [e[key] for e in seen], color=COLOURS[seed % len(COLOURS)], marker="o", ms=3, label=f"seed {seed}")
+            ax.plot(
+                [e["step"] for e in seen],
+                [e[key] for e in seen],
+                color=COLOURS[seed % len(COLOURS)],
+                marker="o",
+                ms=3,
+                label=f"seed {seed}",
+            )
         ax.set(title=title, xlabel="step", yscale=scale, xscale="symlog", xlim=(0, None))
     save(fig, args.out / "disk_eigenfunctions.png")
 

@@ -158,8 +158,14 @@ def assess(matrices: dict[str, Any], gradients: nng.PVector) -> dict[str, Accura
         implicit = isinstance(m, nng.PMatImplicit)
         mv = m @ v
         # E |(M - F) v|^2 = |M - F|_F^2 / d on the sphere: an estimate from products where there is no explicit matrix
-        difference = (mv - fv).norm().square().mean().sqrt() * math.sqrt(len(dense)) if implicit else (m.to_dense() - dense).norm()
-        a = out[name] = Accuracy(float(difference / dense.norm()), float((m.trace() - trace).abs() / trace), cosine(fv, mv))
+        difference = (
+            (mv - fv).norm().square().mean().sqrt() * math.sqrt(len(dense))
+            if implicit
+            else (m.to_dense() - dense).norm()
+        )
+        a = out[name] = Accuracy(
+            float(difference / dense.norm()), float((m.trace() - trace).abs() / trace), cosine(fv, mv)
+        )
         few = 2 if implicit else DRAWS  # each is a run of conjugate gradients
         for x in [TABLE_DAMPING] if name in EXACT else DAMPINGS:
             right = torch.cat([gradients.flat()[:few], (fv + x * v).flat()[:few]])
@@ -200,7 +206,7 @@ def costs(model: nn.Module, loader: list, matrices: dict[str, Any]) -> dict[str,
     return out
 
 
-# -- what is printed, written and drawn ----------------------------------------------------------------------------------
+# -- what is printed, written and drawn --------------------------------------------------------------------------------
 
 Run = dict[str, dict[str, Accuracy]]  # {checkpoint: {representation: accuracy}}
 
@@ -214,7 +220,13 @@ def size(megabytes: float) -> str:
     """Bytes for people."""
     if megabytes == 0:
         return "data only"
-    return f"{megabytes:.1f} MB" if megabytes >= 1 else f"{1000 * megabytes:.0f} kB" if megabytes >= 1e-3 else f"{1e6 * megabytes:.0f} B"
+    return (
+        f"{megabytes:.1f} MB"
+        if megabytes >= 1
+        else f"{1000 * megabytes:.0f} kB"
+        if megabytes >= 1e-3
+        else f"{1e6 * megabytes:.0f} B"
+    )
 
 
 def table(accuracy: dict[str, Accuracy], cost: dict[str, Cost]) -> str:
@@ -225,23 +237,52 @@ def table(accuracy: dict[str, Accuracy], cost: dict[str, Cost]) -> str:
     for name, a in accuracy.items():
         c = cost[name]
         spent = size(c.megabytes), f"{1000 * c.seconds:.0f} ms", f"{c.gradients:.0f}"
-        lines.append((name, *spent, small(a.frobenius), small(a.trace), cell(a.forward), cell(a.natural.get(TABLE_DAMPING, []))))
+        lines.append(
+            (name, *spent, small(a.frobenius), small(a.trace), cell(a.forward), cell(a.natural.get(TABLE_DAMPING, [])))
+        )
     widths = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
-    text = ["  ".join(x.ljust(w) if j == 0 else x.rjust(w) for j, (x, w) in enumerate(zip(line, widths))) for line in lines]
+    text = [
+        "  ".join(x.ljust(w) if j == 0 else x.rjust(w) for j, (x, w) in enumerate(zip(line, widths))) for line in lines
+    ]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
 def write_csv(path: Path, run: Run, cost: dict[str, Cost]) -> None:
     """One line a checkpoint, representation and damping."""
-    header = ["checkpoint", "representation", "megabytes", "build seconds", "build gradients", "frobenius error", "trace error"]
-    header += ["forward cos", "forward cos std", "damping", "natural gradient cos", "natural gradient cos std", "solve cos", "solve cos std"]
+    header = [
+        "checkpoint",
+        "representation",
+        "megabytes",
+        "build seconds",
+        "build gradients",
+        "frobenius error",
+        "trace error",
+    ]
+    header += [
+        "forward cos",
+        "forward cos std",
+        "damping",
+        "natural gradient cos",
+        "natural gradient cos std",
+        "solve cos",
+        "solve cos std",
+    ]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for checkpoint, accuracy in run.items():
             for name, a in accuracy.items():
                 c = cost[name]
-                first = [checkpoint, name, c.megabytes, c.seconds, c.gradients, a.frobenius, a.trace, *moments(a.forward)]
+                first = [
+                    checkpoint,
+                    name,
+                    c.megabytes,
+                    c.seconds,
+                    c.gradients,
+                    a.frobenius,
+                    a.trace,
+                    *moments(a.forward),
+                ]
                 for x in [TABLE_DAMPING] if name in EXACT else DAMPINGS:
                     writer.writerow([*first, x, *moments(a.natural.get(x, [])), *moments(a.solve.get(x, []))])
 
@@ -249,7 +290,9 @@ def write_csv(path: Path, run: Run, cost: dict[str, Cost]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the CSV file and the figure (default: out)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder for the CSV file and the figure (default: out)"
+    )
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -257,21 +300,32 @@ def main(arguments: list[str] | None = None) -> None:
     images, labels, test_images, test_labels = digits()
     model = ConvNet().double()
     loader = [(images[lo : lo + 128], labels[lo : lo + 128]) for lo in range(0, FISHER_EXAMPLES, 128)]
-    print(f"{sum(p.numel() for p in model.parameters())} parameters; exact Fisher over {FISHER_EXAMPLES} of {len(images)} training images, float64")
+    print(
+        f"{sum(p.numel() for p in model.parameters())} parameters; exact Fisher over {FISHER_EXAMPLES} of "
+        f"{len(images)} training images, float64"
+    )
     run: Run = {}
     matrices: dict[str, Any] = {}
 
     def visit(checkpoint: str) -> None:
         correct = (model(test_images).argmax(1) == test_labels).double().mean()
         print(f"  {checkpoint} (step {CHECKPOINTS[checkpoint]}): test accuracy {float(correct):.1%}", flush=True)
-        matrices.update({name: nng.FIM(model, loader, representation) for name, representation in REPRESENTATIONS.items()})
+        matrices.update(
+            {name: nng.FIM(model, loader, representation) for name, representation in REPRESENTATIONS.items()}
+        )
         run[checkpoint] = assess(matrices, minibatch_gradients(model, images, labels))
 
     train(model, images, labels, visit)
     cost = costs(model, loader, matrices)
     print(f"\nTrained net, damping {TABLE_DAMPING:g}:\n\n{table(run['trained'], cost)}\n")
-    print("memory: tensors kept. build: fastest of several runs; gradients: the same in forward and backward passes over these images.")
-    print(f"Frobenius, trace: relative errors (0: below 1e-9). cosines with the exact vectors: mean ± standard deviation over {DRAWS} draws")
+    print(
+        "memory: tensors kept. build: fastest of several runs; gradients: the same in forward and backward "
+        "passes over these images."
+    )
+    print(
+        "Frobenius, trace: relative errors (0: below 1e-9). cosines with the exact vectors: mean ± standard "
+        f"deviation over {DRAWS} draws"
+    )
     print("(2 for the solves of Implicit); indefinite: no natural gradient at this damping.")
     write_csv(out / "fisher_of_digits.csv", run, cost)
     names = [name for name in REPRESENTATIONS if name not in EXACT]

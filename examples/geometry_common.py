@@ -1,4 +1,6 @@
-"""What the examples of training geometry share: data (digits, or a folder of MNIST or CIFAR-10 files), nets, figures."""
+"""What the examples of training geometry share: data (digits, or a folder of MNIST or CIFAR-10 files), nets,
+figures.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,11 @@ def load(folder: Path | None, train: int, test: int, seed: int = 0) -> Data:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         first, last = order[:train], order[-test:]
         return Data(x[first], y[first], x[last], y[last])
-    sets = [_idx(folder, "train"), _idx(folder, "t10k")] if _find(folder, "train-images") else [_cifar(folder, "data_batch"), _cifar(folder, "test_batch")]
+    sets = (
+        [_idx(folder, "train"), _idx(folder, "t10k")]
+        if _find(folder, "train-images")
+        else [_cifar(folder, "data_batch"), _cifar(folder, "test_batch")]
+    )
     parts: list[Tensor] = []
     for (x, y), size in zip(sets, (train, test)):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:size]
@@ -97,9 +103,21 @@ def lenet(shape: tuple[int, int, int], outputs: int = 10, dropout: float = 0.0) 
     channels, height, width = shape
     drop: Callable[[], list[nn.Module]] = lambda: [nn.Dropout(dropout)] if dropout else []
     return nn.Sequential(
-        nn.Conv2d(channels, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(16 * (height // 4) * (width // 4), 120), nn.ReLU(), *drop(), nn.Linear(120, 84), nn.ReLU(), *drop(), nn.Linear(84, outputs),
-    )  # fmt: skip
+        nn.Conv2d(channels, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * (height // 4) * (width // 4), 120),
+        nn.ReLU(),
+        *drop(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        *drop(),
+        nn.Linear(84, outputs),
+    )
 
 
 def batches(x: Tensor, y: Tensor, size: int, generator: torch.Generator) -> Any:
@@ -121,7 +139,9 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def arguments(text: str | None, **extra: Any) -> argparse.Namespace:
     """``--data folder --seeds k --out folder --quick`` and what else is given by name and default."""
     parser = argparse.ArgumentParser(description=(text or "").strip().splitlines()[0])
-    parser.add_argument("--data", type=Path, default=None, help="a folder with MNIST or CIFAR-10 files; default: scikit-learn's digits")
+    parser.add_argument(
+        "--data", type=Path, default=None, help="a folder with MNIST or CIFAR-10 files; default: scikit-learn's digits"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--quick", action="store_true", help="one seed and a fifth of the steps")
     for name, default in extra.items():
@@ -140,7 +160,15 @@ def figure(rows: int, columns: int, width: float, height: float, **options: Any)
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "legend.frameon": False})
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 9.5,
+            "legend.frameon": False,
+        }
+    )
     return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, constrained_layout=True, **options)
 
 

@@ -30,9 +30,9 @@ def descend(
 ) -> Run:
     """Full-batch gradient descent with momentum 0.9 on the alpha-scaled model, at the learning rate ``lr / alpha**2``.
 
-    ``losses(outputs, y) -> (n,)``. A record has ``step``, ``loss`` and what ``measure(scaled, example losses)`` returns;
-    records are taken when the step has grown by the share ``every`` (and at every one of the first), until the mean loss
-    is below ``until`` or ``steps`` are done.
+    ``losses(outputs, y) -> (n,)``. A record has ``step``, ``loss`` and what ``measure(scaled, example losses)``
+    returns; records are taken when the step has grown by the share ``every`` (and at every one of the first), until the
+    mean loss is below ``until`` or ``steps`` are done.
     """
     scaled, run, due = Scaled(model, alpha), Run(), 0
     optimizer = torch.optim.SGD(scaled.parameters(), lr=scaled.learning_rate(lr), momentum=0.9)
@@ -59,7 +59,9 @@ def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
     import matplotlib.pyplot as plt
 
     spines = {"axes.spines.top": False, "axes.spines.right": False}
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "legend.frameon": False, "lines.linewidth": 1.6, **spines})
+    plt.rcParams.update(
+        {"font.size": 9, "axes.titlesize": 9.5, "legend.frameon": False, "lines.linewidth": 1.6, **spines}
+    )
     return plt.subplots(rows, columns, figsize=(width, height), constrained_layout=True, squeeze=False)
 
 

@@ -1,4 +1,5 @@
-"""Easy groups first, and more so in feature learning: wrong labels, difficulty deciles and a spurious feature on digits.
+"""Easy groups first, and more so in feature learning: wrong labels, difficulty deciles and a spurious feature on
+digits.
 
     python examples/lazy_digits.py [--seeds 3] [--workers 2] [--only scores]
 
@@ -12,7 +13,8 @@ descent (learning rate 0.05, momentum 0.9), from one start with alpha = 0.5, 1 a
     spurious   600 digits, class "5 or more", one more column +-0.1 + N(0, 0.3^2) that agrees with the label for 95 %;
                accuracy where it does and where it does not, in training and on a balanced test set
 
-Finished runs are kept in out/lazy_digits/. Writes out/lazy_digits.png. Protocol: George 2023, thesis, section 5.3.2-5.3.3.
+Finished runs are kept in out/lazy_digits/. Writes out/lazy_digits.png. Protocol: George 2023, thesis, section
+5.3.2-5.3.3.
 """
 
 from __future__ import annotations
@@ -31,12 +33,25 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from nngeom.linearized import add_spurious_feature, c_scores, flip_labels, groups_by_attribute, groups_by_flag, groups_by_score, linearity
+from nngeom.linearized import (
+    add_spurious_feature,
+    c_scores,
+    flip_labels,
+    groups_by_attribute,
+    groups_by_flag,
+    groups_by_score,
+    linearity,
+)
 
 LEARNING_RATE = 0.05
 SLOW = {"noise at 0.01": 0.01, "noise at 0.003": 0.003}  # controls at alpha = 1: is it the size of the steps?
 # Where a run may stop: a training loss, or a number of steps.
-LIMITS = {"noise": (0.03, 15000), "scores": (0.04, 6000), "spurious": (0.03, 6000), **dict.fromkeys(SLOW, (0.03, 15000))}
+LIMITS = {
+    "noise": (0.03, 15000),
+    "scores": (0.04, 6000),
+    "spurious": (0.03, 6000),
+    **dict.fromkeys(SLOW, (0.03, 15000)),
+}
 ALPHAS = {name: (1.0,) if name in SLOW else (0.5, 1.0, 100.0) for name in LIMITS}
 OUT = Path("out/lazy_digits")
 
@@ -68,7 +83,9 @@ def right(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def experiment(name: str, seed: int):
-    """``(train inputs, train labels, number of outputs, measure)``; ``measure(scaled, example losses)`` gives the curves."""
+    """``(train inputs, train labels, number of outputs, measure)``; ``measure(scaled, example losses)`` gives the
+    curves.
+    """
     g = torch.Generator().manual_seed(seed)
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=g)
@@ -114,7 +131,11 @@ def one_run(job: tuple[str, int, float]) -> tuple[tuple[str, int, float], dict[s
 
         def everything(scaled, each):
             now = linearity(scaled, None, probe)
-            likeness = {"signs": now.sign_similarity, "kernel": now.kernel_alignment, "representation": now.representation_alignment}
+            likeness = {
+                "signs": now.sign_similarity,
+                "kernel": now.kernel_alignment,
+                "representation": now.representation_alignment,
+            }
             return {**measure(scaled, each), **likeness}
 
         until, steps = LIMITS[name]
@@ -122,7 +143,11 @@ def one_run(job: tuple[str, int, float]) -> tuple[tuple[str, int, float], dict[s
         run = descend(model, alpha, x, y, cross_entropy, everything, lr=lr, every=0.05, until=until, steps=steps)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **{k: v.numpy() for k, v in run.items()})
-        print(f"{name} seed {seed} alpha {alpha:g}: {int(run['step'][-1])} steps, training loss {float(run['loss'][-1]):.3f}", flush=True)
+        print(
+            f"{name} seed {seed} alpha {alpha:g}: {int(run['step'][-1])} steps, training loss "
+            f"{float(run['loss'][-1]):.3f}",
+            flush=True,
+        )
     return job, dict(np.load(path))
 
 

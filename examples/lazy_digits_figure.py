@@ -13,7 +13,11 @@ from nngeom.linearized import equal_progress
 
 Runs = dict[tuple[str, int, float], dict[str, np.ndarray]]
 PROGRESS = {"noise": "clean", "scores": "loss", "spurious": "loss"}
-LEVELS = {"noise": [1.0, 0.7, 0.4, 0.2, 0.1, 0.05], "scores": [1.0, 0.5, 0.2, 0.1, 0.05], "spurious": [0.4, 0.3, 0.2, 0.1, 0.05]}
+LEVELS = {
+    "noise": [1.0, 0.7, 0.4, 0.2, 0.1, 0.05],
+    "scores": [1.0, 0.5, 0.2, 0.1, 0.05],
+    "spurious": [0.4, 0.3, 0.2, 0.1, 0.05],
+}
 SLOW = {"noise at 0.01": "--", "noise at 0.003": ":"}
 COLUMNS = {
     "noise": ["noisy", "noisy_right", "test", "test_right", "kernel", "signs"],
@@ -33,8 +37,15 @@ def report(runs: Runs) -> None:
     """Means over seeds, and of the ratio of the hardest to the easiest decile."""
     for name in dict.fromkeys(n for n, _, _ in runs):
         kind = name.split()[0]
-        print(f"\n{name}: means of {seeds(runs, name)} at equal {'loss of the clean examples' if kind == 'noise' else 'training loss'}")
-        print("alpha  level   steps  " + "  ".join(f"{c:>12s}" for c in COLUMNS[kind]) + ("  ratio q10/q1" if name == "scores" else ""))
+        print(
+            f"\n{name}: means of {seeds(runs, name)} at equal "
+            f"{'loss of the clean examples' if kind == 'noise' else 'training loss'}"
+        )
+        print(
+            "alpha  level   steps  "
+            + "  ".join(f"{c:>12s}" for c in COLUMNS[kind])
+            + ("  ratio q10/q1" if name == "scores" else "")
+        )
         for alpha in dict.fromkeys(a for n, _, a in runs if n == name):
             at = resampled(runs, name, alpha, LEVELS[kind])
             for k, level in enumerate(LEVELS[kind]):
@@ -43,8 +54,15 @@ def report(runs: Runs) -> None:
                 print(f"{alpha:5g} {level:6.2f} {_mean(at['step'][:, k]):7.0f}  {numbers}{ratio}")
         if name == "noise":
             for alpha in COLOURS:
-                best = [(run["test"].min(), run["test_right"].max()) for (n, _, a), run in runs.items() if n == name and a == alpha]
-                print(f"alpha {alpha:g}: best test loss {np.mean([b for b, _ in best]):.3f}, best test accuracy {np.mean([b for _, b in best]):.3f}")
+                best = [
+                    (run["test"].min(), run["test_right"].max())
+                    for (n, _, a), run in runs.items()
+                    if n == name and a == alpha
+                ]
+                print(
+                    f"alpha {alpha:g}: best test loss {np.mean([b for b, _ in best]):.3f}, best test accuracy "
+                    f"{np.mean([b for _, b in best]):.3f}"
+                )
 
 
 def seeds(runs: Runs, name: str) -> str:
@@ -62,7 +80,11 @@ def draw(path: Path, runs: Runs) -> None:
     """Noise and the spurious feature above, deciles and linearity below."""
     fig, axes = figure(2, 4, 12.5, 6)
     (noise, test, train, balanced), (hasty, lazy, spread, likeness) = axes
-    levels = {"noise": np.geomspace(2.2, 0.03, 60), "scores": np.geomspace(2.2, 0.045, 60), "spurious": np.geomspace(0.55, 0.04, 12)}
+    levels = {
+        "noise": np.geomspace(2.2, 0.03, 60),
+        "scores": np.geomspace(2.2, 0.045, 60),
+        "spurious": np.geomspace(0.55, 0.04, 12),
+    }
     for alpha, colour in COLOURS.items():
         label = f"alpha = {alpha:g}"
         at = resampled(runs, "noise", alpha, levels["noise"])
@@ -72,13 +94,29 @@ def draw(path: Path, runs: Runs) -> None:
             _curve(likeness, levels["noise"], at[kind], colour, style, band=False, label=kind if alpha == 0.5 else None)
         at = resampled(runs, "spurious", alpha, levels["spurious"])
         for ax, prefix in ((train, ""), (balanced, "test_")):
-            _curve(ax, levels["spurious"], at[f"{prefix}with"] - at[f"{prefix}without"], colour, label=label, marker="o", markersize=3)
+            _curve(
+                ax,
+                levels["spurious"],
+                at[f"{prefix}with"] - at[f"{prefix}without"],
+                colour,
+                label=label,
+                marker="o",
+                markersize=3,
+            )
         at = resampled(runs, "scores", alpha, levels["scores"])
         _curve(spread, levels["scores"], at["q10"] / at["q1"], colour, label=label)
     for name, style in SLOW.items():
         if any(n == name for n, _, _ in runs):
             at = resampled(runs, name, 1.0, levels["noise"])
-            _curve(noise, levels["noise"], at["noisy"], COLOURS[1.0], style, band=False, label=f"alpha = 1, rate {name.split()[-1]}")
+            _curve(
+                noise,
+                levels["noise"],
+                at["noisy"],
+                COLOURS[1.0],
+                style,
+                band=False,
+                label=f"alpha = 1, rate {name.split()[-1]}",
+            )
     for ax, alpha in ((hasty, 1.0), (lazy, 100.0)):
         at = resampled(runs, "scores", alpha, levels["scores"])
         _deciles(ax, levels["scores"], at)
@@ -88,7 +126,11 @@ def draw(path: Path, runs: Runs) -> None:
     balanced.set(title="(d) the same on a balanced test set", xlabel="training loss")
     for ax in (train, balanced):
         ax.axhline(0, color="#888888", linewidth=0.8)
-    hasty.set(title=f"(e) difficulty deciles, alpha = 1, {seeds(runs, 'scores')}", xlabel="training loss", ylabel="loss of the decile")
+    hasty.set(
+        title=f"(e) difficulty deciles, alpha = 1, {seeds(runs, 'scores')}",
+        xlabel="training loss",
+        ylabel="loss of the decile",
+    )
     lazy.set(title="(f) difficulty deciles, alpha = 100", xlabel="training loss")
     spread.set(title="(g) hardest over easiest decile", xlabel="training loss", yscale="log")
     likeness.set(title="(h) likeness to the start, run of (a)", xlabel="loss of the clean examples", ylim=(0, 1.03))
@@ -105,7 +147,9 @@ def draw(path: Path, runs: Runs) -> None:
     save(fig, path)
 
 
-def _curve(ax: Any, x: np.ndarray, values: np.ndarray, colour: str, style: str = "-", band: bool = True, **options: Any) -> None:
+def _curve(
+    ax: Any, x: np.ndarray, values: np.ndarray, colour: str, style: str = "-", band: bool = True, **options: Any
+) -> None:
     """The mean over seeds and one standard error, where most seeds have a value."""
     known = np.isfinite(values).mean(0) > 0.5
     x, values = x[known], values[:, known]

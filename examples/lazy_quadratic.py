@@ -10,8 +10,8 @@ numerically as dots) and, below, two-layer networks without constraint (100 unit
     2  n = 20 examples, 5 with a wrong label on the common feature: the noisy ones come later, and first get worse
     3  n = 20 examples, 5 of a minority against a spurious feature: the minority comes later
 
-Curves are squared errors of groups against the training loss, both relative to the start. Writes out/lazy_quadratic.png.
-Source: George 2023, thesis, section 5.4 and C.7.
+Curves are squared errors of groups against the training loss, both relative to the start. Writes
+out/lazy_quadratic.png. Source: George 2023, thesis, section 5.4 and C.7.
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ def quadratic(data: QuadraticData, groups: Groups, regime: str, flow: bool = Fal
     modes = singular_modes(data.X, data.y)
     w0 = torch.full_like(modes.mu, SIGMA**0.5)
     live = modes.mu > 0
-    slowest = (SIGMA * modes.mu[live]).min() if regime == "linear" else 2 * (modes.mu.sqrt() * modes.target)[modes.target > 1e-9].min()
+    slowest = (
+        (SIGMA * modes.mu[live]).min()
+        if regime == "linear"
+        else 2 * (modes.mu.sqrt() * modes.target)[modes.target > 1e-9].min()
+    )
     horizon = (8.0 if regime == "linear" else 14.0) / float(slowest)
     times = torch.linspace(0, horizon, 60 if flow else 6000, dtype=torch.float64)
     theta = (gradient_flow if flow else quadratic_modes)(data.X, data.y, w0, times, regime)
@@ -84,7 +88,9 @@ def quadratic(data: QuadraticData, groups: Groups, regime: str, flow: bool = Fal
 def network(data: QuadraticData, groups: Groups, regime: str, activation: nn.Module, seed: int) -> Run:
     """A dense two-layer network, as it is or linearised at the start; the step is set by its tangent kernel."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(data.X.shape[1], 100, bias=False), activation, nn.Linear(100, 1, bias=False)).double()
+    model = nn.Sequential(
+        nn.Linear(data.X.shape[1], 100, bias=False), activation, nn.Linear(100, 1, bias=False)
+    ).double()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(0.1)

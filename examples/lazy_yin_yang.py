@@ -2,10 +2,11 @@
 
     python examples/lazy_yin_yang.py [--seeds 100] [--workers 2]
 
-For every seed: 100 points of the yin-yang data, a 4-layer ReLU network (2-60-60-60-1, PyTorch's initialisation), full-batch
-gradient descent (learning rate 0.05, momentum 0.9, logistic loss, float64) with alpha = 1 and, from the same start, with
-alpha = 100. Both runs are read where their training loss first reaches 0.6, 0.5, 0.4 and 0.3; the map shows the loss of
-alpha = 1 minus that of alpha = 100 on a grid, averaged over the seeds. Finished seeds are kept in out/lazy_yin_yang/.
+For every seed: 100 points of the yin-yang data, a 4-layer ReLU network (2-60-60-60-1, PyTorch's initialisation),
+full-batch gradient descent (learning rate 0.05, momentum 0.9, logistic loss, float64) with alpha = 1 and, from the same
+start, with alpha = 100. Both runs are read where their training loss first reaches 0.6, 0.5, 0.4 and 0.3; the map shows
+the loss of alpha = 1 minus that of alpha = 100 on a grid, averaged over the seeds. Finished seeds are kept in
+out/lazy_yin_yang/.
 
 Writes out/lazy_yin_yang.png. Protocol: George 2023, thesis, section 5.3.1 and fig. 5.1.
 """
@@ -62,9 +63,14 @@ def one_seed(seed: int) -> dict[str, np.ndarray]:
             "representation": now.representation_alignment,
         }
 
-    hasty, lazy = (descend(model, a, x, y, logistic, measure, lr=0.05, every=0.03, until=0.28, steps=12000) for a in (1.0, 100.0))
+    hasty, lazy = (
+        descend(model, a, x, y, logistic, measure, lr=0.05, every=0.03, until=0.28, steps=12000) for a in (1.0, 100.0)
+    )
     both = equal_progress(hasty, lazy, LEVELS)
-    out = {"difference": both.difference("grid").numpy(), "reached": np.stack([both.a["step"].numpy(), both.b["step"].numpy()])}
+    out = {
+        "difference": both.difference("grid").numpy(),
+        "reached": np.stack([both.a["step"].numpy(), both.b["step"].numpy()]),
+    }
     for name in ("signs", "kernel", "representation"):
         out[name] = np.stack([both.a[name].numpy(), both.b[name].numpy()])
     steps = np.unique(np.geomspace(1, 12000, 80).astype(int))
@@ -105,7 +111,15 @@ def draw(path: Path, runs: dict[str, np.ndarray]) -> None:
     for style, kind in (("-", "kernel"), ("--", "signs"), (":", "representation")):
         for i, alpha in enumerate(names):
             mean = np.concatenate([[1.0], np.nanmean(runs[kind][:, i], 0)])
-            top[2].plot([0.69, *LEVELS], mean, style, color=COLOURS[alpha], marker="o", markersize=3, label=kind if i == 0 else None)
+            top[2].plot(
+                [0.69, *LEVELS],
+                mean,
+                style,
+                color=COLOURS[alpha],
+                marker="o",
+                markersize=3,
+                label=kind if i == 0 else None,
+            )
     top[2].invert_xaxis()
     top[2].set(title="(c) likeness to the start", xlabel="training loss", ylim=(0, 1.03))
     legend = top[2].legend(loc="lower left")
@@ -122,8 +136,16 @@ def draw(path: Path, runs: dict[str, np.ndarray]) -> None:
     maps = np.nanmean(runs["difference"], 0)
     bound = np.quantile(np.abs(maps), 0.998)
     for ax, letter, level, values in zip(axes[1], "efgh", LEVELS, maps):
-        shown = ax.imshow(GRID.image(torch.as_tensor(values)), extent=box, origin="lower", cmap="RdBu_r", vmin=-bound, vmax=bound)
-        ax.contour(*[GRID.image(points[:, k]) for k in (0, 1)], GRID.image(yin_yang_label(points)).double(), [0.5], colors="#000000", linewidths=0.8)
+        shown = ax.imshow(
+            GRID.image(torch.as_tensor(values)), extent=box, origin="lower", cmap="RdBu_r", vmin=-bound, vmax=bound
+        )
+        ax.contour(
+            *[GRID.image(points[:, k]) for k in (0, 1)],
+            GRID.image(yin_yang_label(points)).double(),
+            [0.5],
+            colors="#000000",
+            linewidths=0.8,
+        )
         ax.set(title=f"({letter}) at training loss {level}", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
     fig.colorbar(shown, ax=axes[1], label=f"loss at alpha = 1 minus 100\nmean of {seeds} seeds", shrink=0.9)
     save(fig, path)
@@ -143,13 +165,18 @@ def main() -> None:
         results = [saved_seed(seed) for seed in range(args.seeds)]
     runs = {name: np.stack([r[name] for r in results]) for name in results[0]}
     table = {name: runs["difference"][..., mask.numpy()].mean(-1) for name, mask in regions().items()}
-    print(f"{args.seeds} seeds: loss of alpha = 1 minus loss of alpha = 100, mean over the region, at equal training loss")
+    print(
+        f"{args.seeds} seeds: loss of alpha = 1 minus loss of alpha = 100, mean over the region, at equal training loss"
+    )
     print("training loss     steps 1 / 100      easy     disks   easy < disks   kernel 1 / 100   signs 1 / 100")
     for k, level in enumerate(LEVELS):
         easy, disks = table["easy"][:, k], table["disks"][:, k]
         ok = np.isfinite(easy) & np.isfinite(disks)
         steps, kernel, signs = (np.nanmean(runs[name][:, :, k], 0) for name in ("reached", "kernel", "signs"))
-        line = f"{level:13.1f} {steps[0]:9.0f} /{steps[1]:6.0f} {easy[ok].mean():9.3f} {disks[ok].mean():9.3f} {(easy[ok] < disks[ok]).mean():14.2f}"
+        line = (
+            f"{level:13.1f} {steps[0]:9.0f} /{steps[1]:6.0f} {easy[ok].mean():9.3f} {disks[ok].mean():9.3f} "
+            f"{(easy[ok] < disks[ok]).mean():14.2f}"
+        )
         print(f"{line} {kernel[0]:10.3f} / {kernel[1]:.3f} {signs[0]:9.3f} / {signs[1]:.3f}   ({ok.sum()} reached)")
     draw(args.figure, runs)
 

@@ -1,14 +1,16 @@
-"""Model Gradient Similarity as a regulariser, on digits with flipped labels: accuracy tables, metrics, attacks, circles.
+"""Model Gradient Similarity as a regulariser, on digits with flipped labels: accuracy tables, metrics, attacks,
+circles.
 
     python examples/mgs_digits.py [--data FOLDER] [--seeds 5] [--epochs 60] [--nets FCN,LeNet]
 
-Motion-blurred training images, clean test images (as in the later version of the paper), 0/30/60/80 % flipped labels, a fully
-connected net and a LeNet-style one. No regulariser, dropout, weight decay, the norm of the loss gradient, and the MGS trace
-penalty (one random sign vector a step): each strength is tuned at 50 % noise on a validation split (three seeds), then fixed. Writes
+Motion-blurred training images, clean test images (as in the later version of the paper), 0/30/60/80 % flipped labels, a
+fully connected net and a LeNet-style one. No regulariser, dropout, weight decay, the norm of the loss gradient, and the
+MGS trace penalty (one random sign vector a step): each strength is tuned at 50 % noise on a validation split (three
+seeds), then fixed. Writes
 
-    out/mgs_digits.csv      final (mean of the last five evaluations) and best test accuracy, mean and deviation over seeds
-    out/mgs_digits.png      accuracy and metrics along training at 60 % noise;  out/mgs_circles.png  decision boundaries
-    out/mgs_attacks.csv     AUROC of the two adversarial scores
+    out/mgs_digits.csv      final (mean of the last five evaluations) and best test accuracy, mean and deviation over
+    seeds out/mgs_digits.png      accuracy and metrics along training at 60 % noise;  out/mgs_circles.png  decision
+    boundaries out/mgs_attacks.csv     AUROC of the two adversarial scores
 
 Protocol: Szolnoky et al. 2022, section 5 and appendices A and C, on nets and data that fit minutes on one core.
 """
@@ -22,7 +24,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from geometry_common import COLOURS, Data, accuracy, arguments, band, batches, corrupt, figure, lenet, load, mlp, motion_blur, save
+from geometry_common import (
+    COLOURS,
+    Data,
+    accuracy,
+    arguments,
+    band,
+    batches,
+    corrupt,
+    figure,
+    lenet,
+    load,
+    mlp,
+    motion_blur,
+    save,
+)
 from sklearn.datasets import make_circles
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,7 +104,9 @@ def step_loss(model: nn.Module, x: Tensor, y: Tensor, method: str, strength: flo
 
 
 def tune(kind: str, data: Data, epochs: int, seeds: int) -> dict[str, float]:
-    """The strength of each method with the best final accuracy on a validation split, at 50 % noise, mean over seeds 99, 98, ..."""
+    """The strength of each method with the best final accuracy on a validation split, at 50 % noise, mean over seeds
+    99, 98, ...
+    """
     cut = len(data.x) * 3 // 4
     split = Data(data.x[:cut], data.y[:cut], data.x[cut:], data.y[cut:])
 
@@ -100,7 +118,10 @@ def tune(kind: str, data: Data, epochs: int, seeds: int) -> dict[str, float]:
     for method, grid in GRIDS.items():
         finals = [np.mean([final(method, s, 99 - k) for k in range(seeds)]) if len(grid) > 1 else 0.0 for s in grid]
         chosen[method] = grid[int(np.argmax(finals))]
-        print(f"{kind:6s} {method:14s} grid {grid} -> {[round(float(f), 3) for f in finals]} -> {chosen[method]}", flush=True)
+        print(
+            f"{kind:6s} {method:14s} grid {grid} -> {[round(float(f), 3) for f in finals]} -> {chosen[method]}",
+            flush=True,
+        )
     return chosen
 
 
@@ -122,9 +143,28 @@ def tables(args: Any, data: Data) -> None:
                 curves = np.array([r["accuracy"] for r in runs])
                 finals = curves[:, -5:].mean(1)
                 best = curves.mean(0).argmax()
-                rows.append([kind, noise, method, strength, finals.mean(), finals.std(), curves.mean(0)[best], curves[:, best].std()])
-                print(f"{kind:6s} noise {noise:.1f} {method:14s} final {finals.mean():.3f} +- {finals.std():.3f}  best {rows[-1][6]:.3f}", flush=True)
-                write(args.out / "mgs_digits.csv", ["net", "noise", "method", "strength", "final", "final_std", "best", "best_std"], rows)
+                rows.append(
+                    [
+                        kind,
+                        noise,
+                        method,
+                        strength,
+                        finals.mean(),
+                        finals.std(),
+                        curves.mean(0)[best],
+                        curves[:, best].std(),
+                    ]
+                )
+                print(
+                    f"{kind:6s} noise {noise:.1f} {method:14s} final {finals.mean():.3f} +- {finals.std():.3f}  "
+                    f"best {rows[-1][6]:.3f}",
+                    flush=True,
+                )
+                write(
+                    args.out / "mgs_digits.csv",
+                    ["net", "noise", "method", "strength", "final", "final_std", "best", "best_std"],
+                    rows,
+                )
         if kind == "FCN":
             draw_training(shown, args.out / "mgs_digits.png")
 
@@ -138,7 +178,12 @@ def write(path: Path, header: list[str], rows: list[list[Any]]) -> None:
 def draw_training(shown: dict[str, Any], path: Path) -> None:
     """Accuracy, trace and log-determinant along training."""
     fig, axes = figure(1, 4, 12, 3)
-    titles = {"accuracy": "test accuracy", "trace": "mean eigenvalue, tr K / N", "logdet": "mean log eigenvalue", "rank": "effective rank of K"}
+    titles = {
+        "accuracy": "test accuracy",
+        "trace": "mean eigenvalue, tr K / N",
+        "logdet": "mean log eigenvalue",
+        "rank": "effective rank of K",
+    }
     for ax, (key, title) in zip(axes[0], titles.items()):
         for colour, (method, runs) in zip(COLOURS, shown.items()):
             band(ax, runs[0]["epoch"], [r[key] for r in runs], method, colour)
@@ -154,7 +199,9 @@ def attacks(args: Any, clean: Data) -> None:
         "FGSM 0.2": lambda m, x, y: mgs.fgsm(m, x, y, 0.2),
         "PGD 0.2, 20 steps": lambda m, x, y: mgs.pgd(m, x, y, 0.2, 20),
         "PGD 0.4, 40 steps": lambda m, x, y: mgs.pgd(m, x, y, 0.4, 40),
-        "sign noise 0.2": lambda m, x, y: x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).sign(),
+        "sign noise 0.2": lambda m, x, y: (
+            x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).sign()
+        ),
     }
     scores = np.zeros((args.seeds, len(cases), 2))
     for seed in range(args.seeds):
@@ -178,7 +225,9 @@ def attacks(args: Any, clean: Data) -> None:
 
 
 def circles(args: Any) -> None:
-    """Decision boundaries on two circles with flipped labels: nothing, weight decay, trace and log-determinant penalties."""
+    """Decision boundaries on two circles with flipped labels: nothing, weight decay, trace and log-determinant
+    penalties.
+    """
     x, y = make_circles(150, noise=0.2, factor=0.4, random_state=0)
     xt, yt = make_circles(500, noise=0.2, factor=0.4, random_state=1)
     flip = np.random.default_rng(0).random(len(y)) < 0.15
@@ -190,7 +239,9 @@ def circles(args: Any) -> None:
     for ax, (method, strength) in zip(axes[0], methods.items()):
         torch.manual_seed(0)
         model = mlp(2, 64, 3, outputs=1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=strength if method == "weight decay" else 0.0)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, weight_decay=strength if method == "weight decay" else 0.0
+        )
         for step in range(300 if args.quick else 1500):
             optimizer.zero_grad()
             loss = F.binary_cross_entropy_with_logits(model(inputs)[:, 0], labels)

@@ -2,9 +2,10 @@
 
     python examples/ntk_of_digits.py [--data FOLDER] [--seeds 3]
 
-(a) 1000 digits, 0 or 50 % flipped labels, 5 hidden layers of 80, SGD 0.02 with momentum 0.9: kernels of 50 training and 50 test
-images. (b) 1400 digits of which 140 carry random labels: alignment of the kernel restricted to easy and to difficult ones, for
-depth 2, 4 and 6. Writes out/ntk_of_digits.png, out/ntk_depth.png and the dashboard of one run, out/ntk_dashboard.png.
+(a) 1000 digits, 0 or 50 % flipped labels, 5 hidden layers of 80, SGD 0.02 with momentum 0.9: kernels of 50 training and
+50 test images. (b) 1400 digits of which 140 carry random labels: alignment of the kernel restricted to easy and to
+difficult ones, for depth 2, 4 and 6. Writes out/ntk_of_digits.png, out/ntk_depth.png and the dashboard of one run,
+out/ntk_dashboard.png.
 
 Protocol: Baratin et al. 2021, figs 2-4.
 """
@@ -40,7 +41,10 @@ def noisy_run(data: Data, noise: float, steps: int, seed: int, dashboard: Path |
         for bx, by in batches(data.x, y, 100, order):
             loss = F.cross_entropy(model(bx), by)
             if train.step(step, train_loss=float(loss.detach())) is not None:
-                scores = {"train_accuracy": accuracy(model, data.x, y), "test_accuracy": accuracy(model, data.x_test, data.y_test)}
+                scores = {
+                    "train_accuracy": accuracy(model, data.x, y),
+                    "test_accuracy": accuracy(model, data.x_test, data.y_test),
+                }
                 test.step(step, train_loss=float(loss.detach()), **scores)
             optimizer.zero_grad()
             loss.backward()
@@ -86,7 +90,10 @@ def main() -> None:
     data = load(args.data, 1000, 300)
     fig, axes = figure(2, 4, 12, 5.6)
     for row, noise in enumerate((0.0, 0.5)):
-        runs = [noisy_run(data, noise, steps, seed, args.out / "ntk_dashboard.png" if seed == noise == 0 else None) for seed in range(args.seeds)]
+        runs = [
+            noisy_run(data, noise, steps, seed, args.out / "ntk_dashboard.png" if seed == noise == 0 else None)
+            for seed in range(args.seeds)
+        ]
         x = runs[0]["train"]["step"]
         column = lambda part, key, runs=runs: np.array([r[part][key] for r in runs])
         ax = axes[row]
@@ -102,9 +109,17 @@ def main() -> None:
         for part in ("train", "test"):
             rank, cka = column(part, "effective_rank").mean(0), column(part, "alignment").mean(0)
             low = int(rank.argmin())
-            print(f"noise {noise}: {part:5s} effective rank start {rank[0]:.0f}, lowest {rank[low]:.0f} at step {x[low]:.0f}, end {rank[-1]:.0f}", end="; ")
+            print(
+                f"noise {noise}: {part:5s} effective rank start {rank[0]:.0f}, lowest {rank[low]:.0f} at step "
+                f"{x[low]:.0f}, end {rank[-1]:.0f}",
+                end="; ",
+            )
             print(f"CKA start {cka[0]:.3f}, highest {cka.max():.3f}, end {cka[-1]:.3f}")
-        print(f"noise {noise}: test accuracy best {test.max():.3f} at step {x[int(test.argmax())]:.0f}, end {test[-1]:.3f}", flush=True)
+        print(
+            f"noise {noise}: test accuracy best {test.max():.3f} at step {x[int(test.argmax())]:.0f}, end "
+            f"{test[-1]:.3f}",
+            flush=True,
+        )
     save(fig, args.out / "ntk_of_digits.png")
     data = load(args.data, 1400, 300)
     fig, axes = figure(1, 4, 12, 3)

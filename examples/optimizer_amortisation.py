@@ -1,6 +1,8 @@
-"""What it costs to compute bases and inverses seldom: KFAC, EKFAC and EKFAC-ra on the auto-encoder, every 1, 10, 50 and 200 steps.
+"""What it costs to compute bases and inverses seldom: KFAC, EKFAC and EKFAC-ra on the auto-encoder, every 1, 10, 50 and
+200 steps.
 
-24 settings each (3 lr x 4 dampings, with momentum 0 and 0.9) on one seed, the best on three; training loss after 40 epochs of 8 steps.
+24 settings each (3 lr x 4 dampings, with momentum 0 and 0.9) on one seed, the best on three; training loss after 40
+epochs of 8 steps.
 
     python examples/optimizer_amortisation.py        # docs/data/amortisation.json, docs/images/amortisation.png
 """
@@ -34,13 +36,20 @@ def plot(path: Path, image: Path) -> None:
     results = json.loads(path.read_text())
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
     for method in METHODS:
-        losses = [[final(r, results["epochs"]) for r in results["best"][f"{method}, every {period}"]] for period in PERIODS]
+        losses = [
+            [final(r, results["epochs"]) for r in results["best"][f"{method}, every {period}"]] for period in PERIODS
+        ]
         finite = [(period, [v for v in row if math.isfinite(v)]) for period, row in zip(PERIODS, losses)]
         at = [period for period, row in finite if row]
         rows = [row for _, row in finite if row]
         (line,) = axis.plot(at, [sum(row) / len(row) for row in rows], "o-", label=method)
         axis.fill_between(at, [min(row) for row in rows], [max(row) for row in rows], alpha=0.2, color=line.get_color())
-    axis.set(xlabel="steps between bases or inverses", ylabel=f"training loss after {results['epochs']} epochs", xscale="log", yscale="log")
+    axis.set(
+        xlabel="steps between bases or inverses",
+        ylabel=f"training loss after {results['epochs']} epochs",
+        xscale="log",
+        yscale="log",
+    )
     axis.legend(fontsize=7)
     figure.tight_layout()
     image.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +59,9 @@ def plot(path: Path, image: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=DOCS, help="where data/amortisation.json and images/amortisation.png go")
+    parser.add_argument(
+        "--out", type=Path, default=DOCS, help="where data/amortisation.json and images/amortisation.png go"
+    )
     parser.add_argument("--plot", action="store_true", help="only draw docs/data/amortisation.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

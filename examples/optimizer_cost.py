@@ -41,12 +41,29 @@ def conv_net() -> nn.Sequential:
     """Three convolutions on 16 x 16 images, 60 000 parameters."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 32), nn.ReLU(), nn.Linear(32, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1024, 32),
+        nn.ReLU(),
+        nn.Linear(32, 10),
+    )
 
 
-def run(model: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor], steps: int) -> float:
+def run(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+) -> float:
     """Seconds of processor time."""
     start = time.process_time()
     for _ in range(steps):
@@ -72,7 +89,10 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images, colours, labels = torch.rand(1000, 64), torch.randn(128, 3, 16, 16), torch.randint(0, 10, (128,))
-    tasks: dict[str, Task] = {f"auto-encoder, batch {n}": (lambda: autoencoder(0), images[:n], images[:n], loss_of) for n in (100, 200, 500, 1000)}
+    tasks: dict[str, Task] = {
+        f"auto-encoder, batch {n}": (lambda: autoencoder(0), images[:n], images[:n], loss_of)
+        for n in (100, 200, 500, 1000)
+    }
     tasks["conv net, batch 128"] = (conv_net, colours, labels, F.cross_entropy)
     table: dict[str, dict] = {}
     for task, (make, x, y, loss) in tasks.items():

@@ -1,4 +1,5 @@
-"""Small tasks, 20 epochs: EKFAC and KFAC as they come, with other numbers, Adam as it comes, SGD with momentum at its best learning rate.
+"""Small tasks, 20 epochs: EKFAC and KFAC as they come, with other numbers, Adam as it comes, SGD with momentum at its
+best learning rate.
 
     python examples/optimizer_defaults.py        # docs/data/defaults.json, and the table on the screen
 
@@ -57,11 +58,15 @@ def conv_net(seed: int) -> nn.Module:
     """Two convolutions and a linear layer for 8 x 8 images."""
     torch.manual_seed(seed)
     first, second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
-    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)), first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)
+    )
 
 
 def problems() -> dict[str, Problem]:
-    """The five tasks on which the defaults were chosen, then three others; inputs standardised, regression targets too."""
+    """The five tasks on which the defaults were chosen, then three others; inputs standardised, regression targets
+    too.
+    """
     from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
 
     def standard(x: Tensor) -> Tensor:
@@ -79,7 +84,10 @@ def problems() -> dict[str, Problem]:
         "digits, conv net": Problem(conv_net, F.cross_entropy, (pixels, labels), 128),
         "digits, MLP": Problem(mlp(64, 64, 64, 10), F.cross_entropy, (pixels, labels), 128),
         "diabetes, MLP": Problem(
-            mlp(10, 32, 32, 1), squared, (standard(torch.tensor(t.data).float()), standard(torch.tensor(t.target).float()[:, None])), 64
+            mlp(10, 32, 32, 1),
+            squared,
+            (standard(torch.tensor(t.data).float()), standard(torch.tensor(t.target).float()[:, None])),
+            64,
         ),
         "breast cancer, MLP": Problem(mlp(30, 32, 32, 2), F.cross_entropy, classes(load_breast_cancer()), 64),
         "wine, MLP": Problem(mlp(13, 32, 32, 3), F.cross_entropy, classes(load_wine()), 32),
@@ -132,7 +140,10 @@ def main(out: Path) -> None:
     for name, problem in problems().items():
         sgd = lambda lr: lambda model: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         best = min(RATES, key=lambda lr: train(problem, sgd(lr), SEEDS[0]))
-        table[name] = {method: mean(problem, make) for method, make in METHODS.items()} | {"SGD": mean(problem, sgd(best)), "SGD lr": float(f"{best:.2g}")}
+        table[name] = {method: mean(problem, make) for method, make in METHODS.items()} | {
+            "SGD": mean(problem, sgd(best)),
+            "SGD lr": float(f"{best:.2g}"),
+        }
         print(f"{name:20s}", {k: float(f"{v:.3g}") for k, v in table[name].items()}, flush=True)
     path = out / "data" / "defaults.json"
     path.parent.mkdir(parents=True, exist_ok=True)

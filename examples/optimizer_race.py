@@ -1,4 +1,6 @@
-"""Optimizers against each other on one task: the same number of settings each, the best of them on several seeds, curves and plot."""
+"""Optimizers against each other on one task: the same number of settings each, the best of them on several seeds,
+curves and plot.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def grid(rates: Iterable[float], dampings: Iterable[float | None] = (None,), mom
 
 
 def optimizer(method: str, model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
-    """A method at one setting of its grid; ``"KFAC, every 10"`` says after how many steps bases and inverses are computed anew, default 50.
+    """A method at one setting of its grid; ``"KFAC, every 10"`` says after how many steps bases and inverses are
+    computed anew, default 50.
 
     KFAC damps its factors as EKFAC does (``pi = 1``), ``"KFAC balanced"`` as Martens & Grosse 2015 do.
     """
@@ -61,7 +64,9 @@ def optimizer(method: str, model: nn.Module, setting: Setting) -> torch.optim.Op
     damped, every = nng.FactoredTikhonov(damping, balanced=name.endswith("balanced")), int(period or 50)
     if name.startswith("KFAC"):
         return nng.optim.KFAC(model, lr, momentum, damped, inverse_every=every)
-    return nng.optim.EKFAC(model, lr, momentum, damped, basis_every=every, scalings="running" if name == "EKFAC-ra" else "batch")
+    return nng.optim.EKFAC(
+        model, lr, momentum, damped, basis_every=every, scalings="running" if name == "EKFAC-ra" else "batch"
+    )
 
 
 def train(task: Training, method: str, setting: Setting, seed: int, epochs: int) -> dict:
@@ -90,7 +95,13 @@ def train(task: Training, method: str, setting: Setting, seed: int, epochs: int)
         seconds.append(round(spent, 4))
         if losses[-1] is None or value > 100:
             break
-    return {"method": method, **setting._asdict(), "seed": seed, "loss": [v and float(f"{v:.5g}") for v in losses], "seconds": seconds}
+    return {
+        "method": method,
+        **setting._asdict(),
+        "seed": seed,
+        "loss": [v and float(f"{v:.5g}") for v in losses],
+        "seconds": seconds,
+    }
 
 
 def final(run: dict, epochs: int) -> float:
@@ -109,9 +120,15 @@ def experiment(task: Training, grids: dict[str, Grid], epochs: int, path: Path) 
         runs = [train(task, method, setting, SEEDS[0], epochs) for setting in grid]
         best = min(runs, key=lambda r: final(r, epochs))
         chosen = grid[runs.index(best)]
-        results["grid"][method] = [{**setting._asdict(), "final": r["loss"][-1] if len(r["loss"]) == epochs else None} for setting, r in zip(grid, runs)]
+        results["grid"][method] = [
+            {**setting._asdict(), "final": r["loss"][-1] if len(r["loss"]) == epochs else None}
+            for setting, r in zip(grid, runs)
+        ]
         results["best"][method] = [best] + [train(task, method, chosen, seed, epochs) for seed in SEEDS[1:]]
-        print(f"{method:18s} {tuple(chosen)}: {[float(f'{final(r, epochs):.3g}') for r in results['best'][method]]}", flush=True)
+        print(
+            f"{method:18s} {tuple(chosen)}: {[float(f'{final(r, epochs):.3g}') for r in results['best'][method]]}",
+            flush=True,
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results))
 

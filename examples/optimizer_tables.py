@@ -1,6 +1,6 @@
 """The tables of docs/optimizers.md, written between their markers from docs/data/*.json.
 
-    python examples/optimizer_tables.py
+python examples/optimizer_tables.py
 """
 
 from __future__ import annotations
@@ -33,13 +33,27 @@ def race(name: str) -> str:
         settings = sum(c["final"] is not None for c in results["grid"][method])
         rows.append(
             [
-                method, f"{runs[0]['lr']:.2g}", "" if runs[0]["damping"] is None else f"{runs[0]['damping']:g}", f"{runs[0]['momentum']:g}",
-                f"{quarter:.2g}" if whole else "", losses, f"{sum(r['seconds'][-1] for r in whole) / len(whole):.1f}" if whole else "",
+                method,
+                f"{runs[0]['lr']:.2g}",
+                "" if runs[0]["damping"] is None else f"{runs[0]['damping']:g}",
+                f"{runs[0]['momentum']:g}",
+                f"{quarter:.2g}" if whole else "",
+                losses,
+                f"{sum(r['seconds'][-1] for r in whole) / len(whole):.1f}" if whole else "",
                 f"{settings} of {len(results['grid'][method])}",
             ]
-        )  # fmt: skip
+        )
     epochs = results["epochs"]
-    head = ["method", "lr", "damping", "momentum", f"loss after {epochs // 4} epochs", f"after {epochs}, each seed", "seconds", "settings that ended finite"]
+    head = [
+        "method",
+        "lr",
+        "damping",
+        "momentum",
+        f"loss after {epochs // 4} epochs",
+        f"after {epochs}, each seed",
+        "seconds",
+        "settings that ended finite",
+    ]
     return table(head, rows)
 
 
@@ -51,9 +65,15 @@ def amortisation() -> str:
 
     def cell(method: str, period: int) -> str:
         runs = results["best"][f"{method}, every {period}"]
-        return ", ".join(f"{r['loss'][-1]:.2g}" if len(r["loss"]) == results["epochs"] and r["loss"][-1] is not None else "diverged" for r in runs)
+        return ", ".join(
+            f"{r['loss'][-1]:.2g}" if len(r["loss"]) == results["epochs"] and r["loss"][-1] is not None else "diverged"
+            for r in runs
+        )
 
-    return table(["", *(f"every {period}" if period > 1 else "every step" for period in periods)], [[m, *(cell(m, p) for p in periods)] for m in methods])
+    return table(
+        ["", *(f"every {period}" if period > 1 else "every step" for period in periods)],
+        [[m, *(cell(m, p) for p in periods)] for m in methods],
+    )
 
 
 def number(x: float | None) -> str:
@@ -64,8 +84,21 @@ def number(x: float | None) -> str:
 def defaults() -> str:
     """Loss after 20 epochs, as the optimizers come."""
     kinds = ("EKFAC", "KFAC", "KFAC, balanced", "Adam")
-    rows = [[task, *(number(r[kind]) for kind in kinds), f"{r['SGD']:.2g} ({r['SGD lr']:g})"] for task, r in load("defaults").items()]
-    return table(["task", "EKFAC, defaults", "KFAC, defaults", "KFAC, balanced damping", "Adam, defaults", "SGD with momentum, best lr"], rows)
+    rows = [
+        [task, *(number(r[kind]) for kind in kinds), f"{r['SGD']:.2g} ({r['SGD lr']:g})"]
+        for task, r in load("defaults").items()
+    ]
+    return table(
+        [
+            "task",
+            "EKFAC, defaults",
+            "KFAC, defaults",
+            "KFAC, balanced damping",
+            "Adam, defaults",
+            "SGD with momentum, best lr",
+        ],
+        rows,
+    )
 
 
 def numbers() -> str:
@@ -81,7 +114,11 @@ def cost() -> str:
     results = load("cost")
     last = {task.partition(",")[0]: task for task in results}  # the state does not depend on the batch
     rows = [
-        [method, *(f"{rows[method]['ratio']:.2f}" for rows in results.values()), *(f"{results[t][method]['state, in parameters']:.2g}" for t in last.values())]
+        [
+            method,
+            *(f"{rows[method]['ratio']:.2f}" for rows in results.values()),
+            *(f"{results[t][method]['state, in parameters']:.2g}" for t in last.values()),
+        ]
         for method in next(iter(results.values()))
     ]
     return table(["time / SGD", *results, *(f"state / parameters, {name}" for name in last)], rows)
@@ -93,19 +130,31 @@ def curvature() -> str:
     at, layers = results["step"].index(480), list(results["layers"].values())
     mean = lambda runs, j: sum(run[at][j] for run in runs) / len(runs)
     rows = [[name, *(f"{mean(curves[name], j):.2g}" for j in (0, 1) for curves in layers)] for name in layers[0]]
-    return table(["", *(f"{what}, layer {j + 1}" for what in ("error", "distance of spectra") for j in range(len(layers)))], rows)
+    return table(
+        ["", *(f"{what}, layer {j + 1}" for what in ("error", "distance of spectra") for j in range(len(layers)))], rows
+    )
 
 
 def main() -> None:
     page = DOCS / "optimizers.md"
     text = page.read_text()
     for name, made in {
-        "autoencoder": race("autoencoder"), "residual": race("residual"), "amortisation": amortisation(), "defaults": defaults(), "numbers": numbers(),
-        "cost": cost(), "curvature": curvature(),
-    }.items():  # fmt: skip
+        "autoencoder": race("autoencoder"),
+        "residual": race("residual"),
+        "amortisation": amortisation(),
+        "defaults": defaults(),
+        "numbers": numbers(),
+        "cost": cost(),
+        "curvature": curvature(),
+    }.items():
         if f"<!-- {name} -->" not in text:
             raise SystemExit(f"{page} has no place <!-- {name} -->")
-        text = re.sub(rf"(<!-- {name} -->\n)(.*?)(<!-- end -->)", lambda m, made=made: m.group(1) + made + "\n" + m.group(3), text, flags=re.S)
+        text = re.sub(
+            rf"(<!-- {name} -->\n)(.*?)(<!-- end -->)",
+            lambda m, made=made: m.group(1) + made + "\n" + m.group(3),
+            text,
+            flags=re.S,
+        )
     page.write_text(text)
 
 

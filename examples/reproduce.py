@@ -44,8 +44,13 @@ def main() -> int:
     for name in arguments.only:
         print(f"== {name}", flush=True)
         start = time.perf_counter()
-        code = subprocess.run([sys.executable, str(HERE / f"{name}.py"), *SCRIPTS[name][arguments.quick]], check=False).returncode
-        print(f"== {name}: {'done' if code == 0 else f'failed with {code}'} in {time.perf_counter() - start:.0f} s", flush=True)
+        code = subprocess.run(
+            [sys.executable, str(HERE / f"{name}.py"), *SCRIPTS[name][arguments.quick]], check=False
+        ).returncode
+        print(
+            f"== {name}: {'done' if code == 0 else f'failed with {code}'} in {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
         if code:
             failed.append(name)
     print("all done" if not failed else f"failed: {', '.join(failed)}")

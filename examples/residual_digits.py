@@ -1,4 +1,5 @@
-"""A residual convolutional net without batch normalisation on 8 x 8 digits: EKFAC-ra, EKFAC, KFAC, SGD with momentum, Adam.
+"""A residual convolutional net without batch normalisation on 8 x 8 digits: EKFAC-ra, EKFAC, KFAC, SGD with momentum,
+Adam.
 
 Initialisation of George et al. 2018, appendix A.3 (``n`` the fan-in): N(0, 2/n) behind a ReLU, N(0, 1/n) where no
 activation precedes, N(0, 0.2/n) for the last convolution of a residual block, biases 0. Bases and inverses every 50
@@ -50,7 +51,15 @@ def network(seed: int, batch_norm: bool = False) -> nn.Sequential:
     """Two residual blocks of 8 and 16 channels; there is none with batch normalisation."""
     generator = torch.Generator().manual_seed(seed)
     blocks = [Block(8, 8, 1), Block(8, 16, 2)]
-    model = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3, 1, 1), *blocks, nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, 10))
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 8, 3, 1, 1),
+        *blocks,
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
     last, bare = {block.last for block in blocks}, {block.skip for block in blocks} | {model[1]}
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

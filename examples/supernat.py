@@ -2,9 +2,10 @@
 
     python examples/supernat.py [--seeds 40]
 
-Linear regression from n = 50 points: one signal feature ``phi ~ N(0, 1)``, d = 10 noise features ``N(0, I/d)``, and labels
-``y = phi + Phi_noise Phi_noise^T e`` with ``e ~ N(0, 0.1 I)``; the test error is against the signal alone. Full-batch steps of 0.5
-on the mean loss. Writes out/supernat.png and prints the errors. Protocol: Baratin et al. 2021, fig. 5.
+Linear regression from n = 50 points: one signal feature ``phi ~ N(0, 1)``, d = 10 noise features ``N(0, I/d)``, and
+labels ``y = phi + Phi_noise Phi_noise^T e`` with ``e ~ N(0, 0.1 I)``; the test error is against the signal alone.
+Full-batch steps of 0.5 on the mean loss. Writes out/supernat.png and prints the errors. Protocol: Baratin et al. 2021,
+fig. 5.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def main() -> None:
     fig, axes = figure(1, 3, 11, 3.2)
     for colour, (name, e) in zip(COLOURS, errors.items()):
         band(axes[0, 0], range(1, STEPS + 1), e, name, colour)
-        print(f"{name:26s} test error at step {STEPS}: {e[:, -1].mean():.3f} +- {e[:, -1].std() / args.seeds**0.5:.3f}, lowest {e.mean(0).min():.3f}")
+        print(
+            f"{name:26s} test error at step {STEPS}: {e[:, -1].mean():.3f} +- "
+            f"{e[:, -1].std() / args.seeds**0.5:.3f}, lowest {e.mean(0).min():.3f}"
+        )
     axes[0, 0].set(title="test error against the signal", xlabel="step", yscale="log", xscale="log")
     axes[0, 0].legend(fontsize=7.5)
     for ax, name in zip(axes[0, 1:], ("gradient descent", "SuperNat, kappa = max")):

@@ -3,10 +3,11 @@
     python examples/which_norm.py [--seeds 100]
 
 1000 random features of a Gaussian kernel (gamma = 1) on 1000 points of [-5, 5], with singular value decomposition
-``Phi = sum_j sqrt(l_j) psi_j phi_j^T``. The squared singular values are moved from whitened (c = 0) to their own (c = 1),
-``1 + c (l_j - 1)``; labels are the sign of the first ``psi`` of which either sign holds a fifth of the points. For subsamples of 50
-points: the least-norm interpolator, its error on the other points, the bound of the plain norm and that of the best rescaling of
-singular values. Eigenvalues below 1e-10 of the largest count as zero. Writes out/which_norm.png. ``--seeds``: the subsamples.
+``Phi = sum_j sqrt(l_j) psi_j phi_j^T``. The squared singular values are moved from whitened (c = 0) to their own (c =
+1), ``1 + c (l_j - 1)``; labels are the sign of the first ``psi`` of which either sign holds a fifth of the points. For
+subsamples of 50 points: the least-norm interpolator, its error on the other points, the bound of the plain norm and
+that of the best rescaling of singular values. Eigenvalues below 1e-10 of the largest count as zero. Writes
+out/which_norm.png. ``--seeds``: the subsamples.
 
 Protocol: Baratin et al. 2021, appendix B.5, fig. 9.
 """
@@ -47,8 +48,15 @@ def subsample(psi: Tensor, l: Tensor, y: Tensor, index: Tensor) -> tuple[Tensor,
     out = torch.ones(N, dtype=torch.bool)
     out[index] = False
     predicted = (psi[out] * l.sqrt()) @ weights
-    wrong = torch.where(predicted.abs() < 1e-9, torch.full_like(predicted, 0.5), (predicted.sign() != y[out]).double())  # no answer: half wrong
-    return weights, float(wrong.mean()), float(analysis.interpolation_bound(K, y[index])), float(analysis.rescaled_bound(K, y[index]))
+    wrong = torch.where(
+        predicted.abs() < 1e-9, torch.full_like(predicted, 0.5), (predicted.sign() != y[out]).double()
+    )  # no answer: half wrong
+    return (
+        weights,
+        float(wrong.mean()),
+        float(analysis.interpolation_bound(K, y[index])),
+        float(analysis.rescaled_bound(K, y[index])),
+    )
 
 
 def main() -> None:
@@ -70,8 +78,21 @@ def main() -> None:
         print(f"c {c:5.3f}: error {error:.3f}, bound of the plain norm {plain:.3g}, rescaled {best:.3f}", end="; ")
         print(f"median deviation along phi_1 {spread[0]:.1e}, phi_10 {spread[1]:.1e}", flush=True)
         if c in SHOWN:
-            axes[0, 0].scatter(weights[:, 0], weights[:, 9], s=7, color=COLOURS[SHOWN.index(c)], label=f"c = {c:g}", zorder=3 - i / len(SCALES))
-    axes[0, 0].set(title="least-norm solutions, centred", xlabel=r"along $\varphi_1$", ylabel=r"along $\varphi_{10}$", xlim=(-600, 600), ylim=(-600, 600))
+            axes[0, 0].scatter(
+                weights[:, 0],
+                weights[:, 9],
+                s=7,
+                color=COLOURS[SHOWN.index(c)],
+                label=f"c = {c:g}",
+                zorder=3 - i / len(SCALES),
+            )
+    axes[0, 0].set(
+        title="least-norm solutions, centred",
+        xlabel=r"along $\varphi_1$",
+        ylabel=r"along $\varphi_{10}$",
+        xlim=(-600, 600),
+        ylim=(-600, 600),
+    )
     axes[0, 0].set_xscale("symlog", linthresh=1)
     axes[0, 0].set_yscale("symlog", linthresh=1)
     axes[0, 0].set(xticks=(-100, -1, 0, 1, 100), yticks=(-100, -10, -1, 0, 1, 10, 100))
@@ -79,7 +100,9 @@ def main() -> None:
     titles = ("error on other points", "bound of the plain norm", "bound of the best rescaling")
     for ax, colour, title, runs in zip(axes[0, 1:], COLOURS, titles, table):
         band(ax, range(len(SCALES)), runs, title, colour)
-        ax.set(title=title, xlabel="c", xticks=range(len(SCALES)), xticklabels=[f"{c:g}" for c in SCALES], ylim=(0, None))
+        ax.set(
+            title=title, xlabel="c", xticks=range(len(SCALES)), xticklabels=[f"{c:g}" for c in SCALES], ylim=(0, None)
+        )
         ax.tick_params(axis="x", rotation=60)
     axes[0, 2].set(yscale="log", ylim=(0.3, 2e3))
     save(fig, args.out / "which_norm.png")

@@ -77,7 +77,9 @@ def GradientCovariance(
 
 def mean_row(sweep: Sweep) -> tuple[Tensor, tuple[Layout, ...]]:
     """The mean row ``(d,)`` over examples, of one cotangent, and every layout met."""
-    total = torch.zeros(sweep.task.collection.numel, dtype=accumulation_dtype(sweep.task.dtype), device=sweep.task.device)
+    total = torch.zeros(
+        sweep.task.collection.numel, dtype=accumulation_dtype(sweep.task.dtype), device=sweep.task.device
+    )
     layouts: dict[Layout, None] = {}
     for chunk in sweep.chunks():
         part = torch.zeros_like(total)
@@ -120,7 +122,9 @@ class CentredJacobian(LayerJacobian):
 
 @dataclass
 class CentredSweep(Sweep):
-    """A sweep whose rows have their mean taken from them; parameters that a batch does not use have zero rows before."""
+    """A sweep whose rows have their mean taken from them; parameters that a batch does not use have zero rows
+    before.
+    """
 
     mean: Tensor | None = None
     layouts: tuple[Layout, ...] = ()
@@ -133,7 +137,9 @@ class CentredSweep(Sweep):
                 if covered.isdisjoint(layout.names):
                     jacobians[layout] = FullJacobian(self.mean.new_zeros(1, chunk.examples, *layout.sizes))  # type: ignore[union-attr]
                     covered |= set(layout.names)
-            yield replace(chunk, jacobians={layout: CentredJacobian(j, layout.gather(self.mean)) for layout, j in jacobians.items()})  # type: ignore[arg-type]
+            mean: Tensor = self.mean  # type: ignore[assignment]
+            centred = {layout: CentredJacobian(j, layout.gather(mean)) for layout, j in jacobians.items()}
+            yield replace(chunk, jacobians=centred)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,4 +1,6 @@
-"""What is known of a model on one batch, and how: from the graph, from numbers, or not at all; and what its outputs depend on."""
+"""What is known of a model on one batch, and how: from the graph, from numbers, or not at all; and what its outputs
+depend on.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Effect:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Two tables; print them. ``diagnosis[name]`` is the :class:`Finding` of a parameter, or the :class:`Effect` of that name."""
+    """Two tables; print them. ``diagnosis[name]`` is the :class:`Finding` of a parameter, or the :class:`Effect` of
+    that name.
+    """
 
     findings: tuple[Finding, ...]
     effects: tuple[Effect, ...]
@@ -60,14 +64,18 @@ class Diagnosis:
 
 
 def diagnose(
-    model: nn.Module, batch: Any, *, function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None
+    model: nn.Module,
+    batch: Any,
+    *,
+    function: Callable[..., Tensor] | None = None,
+    layer_collection: LayerCollection | None = None,
 ) -> Diagnosis:
     """What was proved of ``model`` on one batch (as a loader would give it) and how; what its outputs depend on.
 
-    ``function`` and ``layer_collection`` as for :func:`FIM`. Of every parameter: whether its rows are *complete*, *placed* and
-    *right* by the graph alone, by numbers, or by numbers in every batch (see "The check" in the page on concepts), or come
-    from the per-example fallback, and why. Of the outputs: how much they change with the number of examples in the batch,
-    their order, a repeated call, padding (batches with an ``attention_mask``), and the dtype.
+    ``function`` and ``layer_collection`` as for :func:`FIM`. Of every parameter: whether its rows are *complete*,
+    *placed* and *right* by the graph alone, by numbers, or by numbers in every batch (see "The check" in the page on
+    concepts), or come from the per-example fallback, and why. Of the outputs: how much they change with the number of
+    examples in the batch, their order, a repeated call, padding (batches with an ``attention_mask``), and the dtype.
 
     Raises what :func:`FIM` raises for models that are random or keep a state, :class:`OutputError` and
     :class:`ArgumentTypeError`; a model that mixes examples is reported.
@@ -115,7 +123,9 @@ def _effects(task: Task, seen: Capture) -> list[Effect]:
     alone = lambda: torch.cat([_run(task, take(batch, [j], n)) for j in few])
     backwards = list(range(n - 1, -1, -1))
     return [
-        _effect("number of examples", alone, outputs[few], outputs) if few else Effect("number of examples", None, "one example"),
+        _effect("number of examples", alone, outputs[few], outputs)
+        if few
+        else Effect("number of examples", None, "one example"),
         _effect("order", lambda: _run(task, take(batch, backwards, n)), outputs.flip(0), outputs),
         _effect("repetition", lambda: _run(task, batch), outputs, outputs),
         _padding(task, batch, outputs),

@@ -1,4 +1,6 @@
-"""What the engine sees in a model: for each parameter the operation, the structure, and what representations would hold."""
+"""What the engine sees in a model: for each parameter the operation, the structure, and what representations would
+hold.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def as_text(lines: list[list[str]], numbers: int = 0) -> str:
     """Lines of cells as a table whose last columns are ``numbers``."""
     widths = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
     words = len(widths) - numbers
-    aligned = lambda line: [cell.ljust(w) if j < words else cell.rjust(w) for j, (cell, w) in enumerate(zip(line, widths))]
+    aligned = lambda line: [
+        cell.ljust(w) if j < words else cell.rjust(w) for j, (cell, w) in enumerate(zip(line, widths))
+    ]
     return "\n".join("  ".join(aligned(line)).rstrip() for line in lines)
 
 
@@ -51,12 +55,24 @@ class Explanation:
         kinds = list(self.rows[0].numbers)
         head = ["parameter", "shape", "used in", "structure", "block s x o x i", *kinds]
         body = [
-            [r.name, "x".join(map(str, r.shape)), _counted(r.operations), r.structure, "x".join(map(str, r.block)), *(f"{r.numbers[k]:,}" for k in kinds)]
+            [
+                r.name,
+                "x".join(map(str, r.shape)),
+                _counted(r.operations),
+                r.structure,
+                "x".join(map(str, r.block)),
+                *(f"{r.numbers[k]:,}" for k in kinds),
+            ]
             for r in self.rows
         ]
         table = as_text([head, *body], numbers=len(kinds))
         slow = [r.name for r in self.rows if r.structure == "fallback"]
-        note = f"{len(slow)} of {len(self.rows)} parameters take one backward pass an example and output: {', '.join(slow[:6])}" if slow else ""
+        note = (
+            f"{len(slow)} of {len(self.rows)} parameters take one backward pass an example and output: "
+            f"{', '.join(slow[:6])}"
+            if slow
+            else ""
+        )
         return "\n".join([table, *([note] if note else [])])
 
     def __getitem__(self, name: str) -> Row:
@@ -64,7 +80,11 @@ class Explanation:
 
 
 def explain(
-    model: nn.Module, batch: Any, *, function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None
+    model: nn.Module,
+    batch: Any,
+    *,
+    function: Callable[..., Tensor] | None = None,
+    layer_collection: LayerCollection | None = None,
 ) -> Explanation:
     """Look at one forward and backward pass of ``model`` on one batch (as a loader would give it) and report.
 
@@ -84,7 +104,13 @@ def explain(
     for layout, jacobian in chunk.jacobians.items():
         for name in layout.names:
             operations = tuple(used.get(name, ()))
-            rows[name] = _row(task.collection, name, layout, operations, _structure(jacobian, name in sweep.fallback_names, operations))
+            rows[name] = _row(
+                task.collection,
+                name,
+                layout,
+                operations,
+                _structure(jacobian, name in sweep.fallback_names, operations),
+            )
     missing = [name for name in task.collection.names if name not in rows]
     for name in missing:
         rows[name] = _row(task.collection, name, task.collection.span([name]), (), "unused")

@@ -49,7 +49,8 @@ def GramMatrix(
     check: bool = True,
     process_group: Any = None,
 ) -> Any:
-    """The Gram matrix of the gradients of all outputs (the empirical neural tangent kernel), not normalised: ``K = J J^T``.
+    """The Gram matrix of the gradients of all outputs (the empirical neural tangent kernel), not normalised: ``K = J
+    J^T``.
 
     ``K.tensor[k, n, l, m] = <d f_k(x_n) / dw, d f_l(x_m) / dw>``, ``(c, n, c, m)``; rows keep the order of the loader.
 
@@ -69,35 +70,47 @@ def GramMatrix(
     on it. The tensor is mapped from the file: writing to it changes it for this process only. ``memory_budget`` in
     bytes cuts the work into tiles and does not change the result.
 
-    Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError`,
-    :class:`ArgumentError`, :class:`FileError`. Source: Jacot et al. 2018; Baratin et al. 2021, eq. 1; George 2023, thesis, section 3.2.3.
+    Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`,
+    :class:`NonFiniteError`,
+    :class:`ArgumentError`, :class:`FileError`. Source: Jacot et al. 2018; Baratin et al. 2021, eq. 1; George 2023,
+    thesis, section 3.2.3.
     """
     _require_alone(process_group)
     kind = _representation(representation)
     with _settings(memory_budget, differentiable):
         task = Task.build(model, function, layer_collection)
         if estimator is not None:
-            return _estimate(task, loader, other, kind, estimator, samples, generator, centered, differentiable, out, progress, check)
-        side = lambda data: _side(task, data, IdentityMetric(), differentiable, progress, check, watch=kind is FMatImplicit)
+            return _estimate(
+                task, loader, other, kind, estimator, samples, generator, centered, differentiable, out, progress, check
+            )
+        side = lambda data: _side(
+            task, data, IdentityMetric(), differentiable, progress, check, watch=kind is FMatImplicit
+        )
         if kind is FMatImplicit:
             _refuse_with_implicit(differentiable, out)
         if out is not None:
             if kind is not FMatDense or differentiable:
-                raise ArgumentError(f"out= writes an FMatDense without graph; got {kind.__name__} with differentiable={differentiable}")
+                raise ArgumentError(
+                    f"out= writes an FMatDense without graph; got {kind.__name__} with differentiable={differentiable}"
+                )
             return _in_file(out, side, loader, other, centered=centered, progress=progress)
         rows, columns = side(loader), None if other is None else side(other)
         if kind is FMatImplicit:
             _first_look(rows, columns)
             return FMatImplicit(rows, columns or rows, centered)
         if kind is FMatDiag and columns is not None:
-            raise ArgumentError("a kernel between two sets of examples has no diagonal; use FMatDense or FMatBlockDiag with other=")
+            raise ArgumentError(
+                "a kernel between two sets of examples has no diagonal; use FMatDense or FMatBlockDiag with other="
+            )
         return build(kind, rows, columns, EVERYTHING, centered, None, progress)[""]
 
 
 def _in_file(
     out: Any, side: Callable[[Any], Side], loader: Any, other: Any, *, centered: bool, progress: bool
 ) -> FMatDense:
-    """The kernel of a file, computed unless it is there; whether that can be written is known before any batch is read."""
+    """The kernel of a file, computed unless it is there; whether that can be written is known before any batch is
+    read.
+    """
     with FileStore(out) as store:
         rows, columns = side(loader), None if other is None else side(other)
         about = Fingerprint.of(rows, columns, centered=centered)
@@ -130,7 +143,10 @@ def GramMatrices(
     _require_alone(process_group)
     kind = _representation(representation)
     if kind is FMatImplicit:
-        raise ArgumentError("GramMatrices holds its kernels; expected FMatDense, FMatBlockDiag or FMatDiag (FMatImplicit: GramMatrix with a layer_collection)")
+        raise ArgumentError(
+            "GramMatrices holds its kernels; expected FMatDense, FMatBlockDiag or FMatDiag (FMatImplicit: "
+            "GramMatrix with a layer_collection)"
+        )
     with _settings(memory_budget, differentiable):
         task = Task.build(model, function, layer_collection)
         side = lambda data: _side(task, data, IdentityMetric(), differentiable, progress, check)
@@ -164,7 +180,10 @@ def Jacobian(
             _first_look(side, None)
             return representation(side)
         if representation not in (PushForwardDense, PullBackDense):
-            raise ArgumentTypeError(f"representation is {representation!r}; expected PushForwardDense, PushForwardImplicit, PullBackDense or PullBackImplicit")
+            raise ArgumentTypeError(
+                f"representation is {representation!r}; expected PushForwardDense, PushForwardImplicit, "
+                "PullBackDense or PullBackImplicit"
+            )
         return representation(task.collection, dense_rows(side))
 
 
@@ -176,7 +195,14 @@ def _settings(memory_budget: int | None, differentiable: bool):
 
 
 def _side(
-    task: Task, data: Any, metric: Metric, differentiable: bool, progress: bool, check: bool, watch: bool = False, label: str = "GramMatrix"
+    task: Task,
+    data: Any,
+    metric: Metric,
+    differentiable: bool,
+    progress: bool,
+    check: bool,
+    watch: bool = False,
+    label: str = "GramMatrix",
 ) -> Side:
     shown = progress and label != "GramMatrix"
     sweep = Sweep(task, data, metric, memory.budget(), check, shown, keep_graph=differentiable, label=label)
@@ -191,18 +217,25 @@ def _first_look(rows: Side, columns: Side | None) -> None:
                 side.sweep.look(batch, index)
 
 
-def _estimate(task, loader, other, kind, estimator, samples, generator, centered, differentiable, out, progress, check) -> Any:
+def _estimate(
+    task, loader, other, kind, estimator, samples, generator, centered, differentiable, out, progress, check
+) -> Any:
     if estimator != "rademacher":
         raise ArgumentError(f"estimator is {estimator!r}; expected 'rademacher', or None for all outputs")
     if not isinstance(samples, int) or samples < 1:
         raise ArgumentError(f"samples is {samples!r}; expected a whole number of at least 1")
     if kind not in (FMatDiag, FMatDense) or centered or out is not None or (kind is FMatDiag and other is not None):
-        raise ArgumentError("estimator='rademacher' goes with FMatDiag (the trace) or FMatDense (the kernel summed over outputs), without centered= or out=")
+        raise ArgumentError(
+            "estimator='rademacher' goes with FMatDiag (the trace) or FMatDense (the kernel summed over "
+            "outputs), without centered= or out="
+        )
     metric = RandomSigns(samples, seed_of(generator), shared=kind is FMatDense)
     side = lambda data: _side(task, data, metric, differentiable, progress, check)
     if kind is FMatDiag:
         return TraceEstimate(build(FMatDiag, side(loader), None, EVERYTHING)[""].tensor)
-    draws = build(FMatBlockDiag, side(loader), None if other is None else side(other), EVERYTHING, progress=progress)[""]
+    draws = build(FMatBlockDiag, side(loader), None if other is None else side(other), EVERYTHING, progress=progress)[
+        ""
+    ]
     return kernel_estimate(draws.tensor)
 
 
@@ -212,11 +245,17 @@ def _refuse_with_implicit(differentiable: bool, out: Any) -> None:
 
 
 def _representation(representation: Any) -> Any:
-    if representation is FMatImplicit or (isinstance(representation, type) and issubclass(representation, FMat) and representation is not FMat):
+    if representation is FMatImplicit or (
+        isinstance(representation, type) and issubclass(representation, FMat) and representation is not FMat
+    ):
         return representation
-    raise ArgumentTypeError(f"representation is {representation!r}; expected FMatDense, FMatBlockDiag, FMatDiag or FMatImplicit")
+    raise ArgumentTypeError(
+        f"representation is {representation!r}; expected FMatDense, FMatBlockDiag, FMatDiag or FMatImplicit"
+    )
 
 
 def _require_alone(process_group: Any) -> None:
     if process_group is not None:
-        raise UnsupportedError("process_group is not available yet; pass process_group=None and merge shards afterwards")
+        raise UnsupportedError(
+            "process_group is not available yet; pass process_group=None and merge shards afterwards"
+        )

@@ -1,10 +1,11 @@
 """The Hessian of the mean loss: products by differentiating the gradient, columns of blocks by many products at once.
 
-Double backward, not a backward pass through a forward-mode tangent. In torch 2.13 the latter is silently wrong where the model
-has a layer norm or an instance norm (by 38 and 21 % in a small example: the forward formula takes the mean and deviation it
-saved for constants), and with plain dual numbers raises for softmax, log_softmax and logsumexp. Nor is it faster for the
-columns of a block: the graph of the gradient serves all vectors, so that eight products cost 1.9 to 2.3 forward and backward
-passes each, those through tangents 2.0 to 3.1 (MLP, LeNet, VGG, transformer on a CPU; one product alone 2.8 to 3.1 against 2.2 to 3.0).
+Double backward, not a backward pass through a forward-mode tangent. In torch 2.13 the latter is silently wrong where
+the model has a layer norm or an instance norm (by 38 and 21 % in a small example: the forward formula takes the mean
+and deviation it saved for constants), and with plain dual numbers raises for softmax, log_softmax and logsumexp. Nor is
+it faster for the columns of a block: the graph of the gradient serves all vectors, so that eight products cost 1.9 to
+2.3 forward and backward passes each, those through tangents 2.0 to 3.1 (MLP, LeNet, VGG, transformer on a CPU; one
+product alone 2.8 to 3.1 against 2.2 to 3.0).
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.pmat import Representation
-from nngeom.second_derivatives import Quadratic, SecondDerivatives, differentiated, require_finite_rows, require_symmetric
+from nngeom.second_derivatives import (
+    Quadratic,
+    SecondDerivatives,
+    differentiated,
+    require_finite_rows,
+    require_symmetric,
+)
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
@@ -53,7 +60,8 @@ def Hessian(
     process_group: Any = None,
     **options: Any,
 ) -> Any:
-    """The Hessian of the mean loss, ``1/n sum_i d2 loss_i / dw2``, as PMatImplicit, PMatDense, PMatBlockDiag or PMatDiag.
+    """The Hessian of the mean loss, ``1/n sum_i d2 loss_i / dw2``, as PMatImplicit, PMatDense, PMatBlockDiag or
+    PMatDiag.
 
     Losses as in :func:`EmpiricalFIM`; the loss of an example is summed over its positions, and averaged over examples.
     The matrix need not be positive: a solve, inverse or sample whose damping is below its most negative eigenvalue
@@ -63,7 +71,9 @@ def Hessian(
     Raises :class:`UnsupportedError` for other representations, else as :func:`FIM`. Source: Pearlmutter 1994.
     """
     if process_group is not None:
-        raise UnsupportedError("process_group is not available for the Hessian; pass process_group=None and merge shards afterwards")
+        raise UnsupportedError(
+            "process_group is not available for the Hessian; pass process_group=None and merge shards afterwards"
+        )
     kind: Any = representation.kind if isinstance(representation, Representation) else representation
     entries = _entries(kind)
     if isinstance(representation, Representation):
@@ -73,7 +83,9 @@ def Hessian(
     task = Task.build(model, function, layer_collection)
     with memory.limit(memory_budget):
         batches = list(task.batches(loader)) if kind is PMatImplicit else loader
-        sweep = Sweep(task, batches, EmpiricalFisher(as_loss(loss, model)), memory_budget, check, progress, label="Hessian")
+        sweep = Sweep(
+            task, batches, EmpiricalFisher(as_loss(loss, model)), memory_budget, check, progress, label="Hessian"
+        )
         if kind is PMatImplicit:
             width = max((second.width // second.examples for second in batchwise(sweep)), default=0)
             return ImplicitHessian(replace(sweep, check=False, progress=False), width=width)
@@ -102,8 +114,10 @@ def _entries(kind: Any) -> str | None:
 
 
 def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivatives]:
-    """The second derivatives of every batch. Without the ``width`` of an example, its bytes, every batch is looked at: modes that
-    mix examples or draw at random are refused, and the derivatives checked, once for each graph of the model."""
+    """The second derivatives of every batch. Without the ``width`` of an example, its bytes, every batch is looked at:
+    modes that mix examples or draw at random are refused, and the derivatives checked, once for each graph of the
+    model.
+    """
     task, loss = sweep.task, sweep.metric.loss  # type: ignore[attr-defined]
     known: list[Proof] = []  # of graphs whose second derivatives were checked
     for index, batch in enumerate(tqdm(task.batches(sweep.loader), desc=sweep.label, disable=not sweep.progress)):
@@ -139,7 +153,9 @@ def squares(sweep: Sweep, groups: dict[Layout, tuple[str, ...]]) -> tuple[dict[L
                 sums[layout][lo:hi] += rows
         count += batch.examples
     require_examples(count)
-    return {layout: DenseBlock(require_finite_rows((m + m.T) / (2 * count), layout.names)) for layout, m in sums.items()}, count
+    return {
+        layout: DenseBlock(require_finite_rows((m + m.T) / (2 * count), layout.names)) for layout, m in sums.items()
+    }, count
 
 
 def diagonal(sweep: Sweep, width: int | None = None) -> tuple[Tensor, int]:

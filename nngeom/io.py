@@ -89,21 +89,35 @@ def merge(a: PMat, b: PMat) -> PMat:
     """
     for m in (a, b):
         if not isinstance(m, PMat):
-            raise ArgumentTypeError(f"cannot merge {type(m).__name__}; expected two measured matrices of one representation (not implicit, no sums)")
+            raise ArgumentTypeError(
+                f"cannot merge {type(m).__name__}; expected two measured matrices of one representation (not "
+                "implicit, no sums)"
+            )
     a.collection.require(b.collection, "the second matrix")
     if type(a) is not type(b) or a.blocks.keys() != b.blocks.keys():
-        differ = f"{type(a).__name__} and {type(b).__name__}" if type(a) is not type(b) else f"two {type(a).__name__} with different blocks"
-        raise StructureError(f"cannot merge {differ}; expected the same representation of the same model, with the same options")
+        differ = (
+            f"{type(a).__name__} and {type(b).__name__}"
+            if type(a) is not type(b)
+            else f"two {type(a).__name__} with different blocks"
+        )
+        raise StructureError(
+            f"cannot merge {differ}; expected the same representation of the same model, with the same options"
+        )
     n = a.examples + b.examples
     if min(a.examples, b.examples) < 1:
-        raise ArgumentError(f"cannot merge matrices of {a.examples} and {b.examples} examples; expected measured ones, with at least one example each")
+        raise ArgumentError(
+            f"cannot merge matrices of {a.examples} and {b.examples} examples; expected measured ones, with at "
+            "least one example each"
+        )
     blocks = {}
     for layout, block in a.blocks.items():
         both = block.merged(b.blocks[layout], a.examples / n, b.examples / n)
         if both is None:
             raise StructureError(
-                f"cannot merge the blocks of {list(layout.names)[:4]}: {type(block).__name__} and {type(b.blocks[layout]).__name__} have no common mean "
-                "(eigenvalues in different bases are not comparable); measure both with M.rescaled in one basis, or on all data at once"
+                f"cannot merge the blocks of {list(layout.names)[:4]}: {type(block).__name__} and "
+                f"{type(b.blocks[layout]).__name__} have no common mean "
+                "(eigenvalues in different bases are not comparable); measure both with M.rescaled in one basis, "
+                "or on all data at once"
             )
         blocks[layout] = both
     return a._make(a.layer_collection, blocks, n)

@@ -48,25 +48,37 @@ def FIM(
     """The Fisher information matrix, with the expectation over labels in closed form.
 
     ``F = 1/n sum_i E_y[s s^T]`` with the score ``s`` of ``log p(y | x_i)`` in the parameters; targets in the batches
-    are not used (but for positions that ``ignore_index`` leaves out). For a causal language model of ``transformers`` and a
-    dict batch with labels ``"categorical"`` is :class:`CausalLM`. ``representation`` is a PMat class, one with
+    are not used (but for positions that ``ignore_index`` leaves out). For a causal language model of ``transformers``
+    and a dict batch with labels ``"categorical"`` is :class:`CausalLM`. ``representation`` is a PMat class, one with
     options, or ``PMatMixed({...})``; ``options`` go to the representation. Outputs are ``(n, c)``, or ``(n, *shape)``
     with a likelihood that says what the axes are.
 
-    ``estimator="rademacher"``: for very many outputs, ``samples`` (default 8) random probes ``u = L r`` of them replace the columns
-    of the square root ``L`` of their Fisher information, one backward pass each. The result is a
-    :class:`MatrixEstimate`: its ``matrix`` is unbiased where the representation is linear in second moments of gradients
-    (not EKFAC in a basis from the probes, but its trace; not the joined factors of KFAC for a parameter in unlike uses),
-    its readings have standard errors, and it keeps ``samples`` matrices for them. Signs ``r`` are keyed as the draws of
+    ``estimator="rademacher"``: for very many outputs, ``samples`` (default 8) random probes ``u = L r`` of them replace
+    the columns of the square root ``L`` of their Fisher information, one backward pass each. The result is a
+    :class:`MatrixEstimate`: its ``matrix`` is unbiased where the representation is linear in second moments of
+    gradients (not EKFAC in a basis from the probes, but its trace; not the joined factors of KFAC for a parameter in
+    unlike uses), its readings have standard errors, and it keeps ``samples`` matrices for them. Signs ``r`` are keyed
+    as the draws of
     :func:`FIM_MonteCarlo`. Source: Hutchinson 1989.
 
     Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`,
     :class:`NonFiniteError` and what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
     return measure(
-        model, loader, representation, probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator), "FIM", estimator is None,
-        function, layer_collection, progress, memory_budget, check, process_group, options,
-    )  # fmt: skip
+        model,
+        loader,
+        representation,
+        probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator),
+        "FIM",
+        estimator is None,
+        function,
+        layer_collection,
+        progress,
+        memory_budget,
+        check,
+        process_group,
+        options,
+    )
 
 
 def FIM_MonteCarlo(
@@ -85,16 +97,28 @@ def FIM_MonteCarlo(
     process_group: Any = None,
     **options: Any,
 ) -> Any:
-    """The Fisher information matrix with ``samples`` labels an example drawn from the model: unbiased, one backward a sample.
+    """The Fisher information matrix with ``samples`` labels an example drawn from the model: unbiased, one backward a
+    sample.
 
     Draws are keyed by (a seed taken from ``generator``, the running index of the example, the sample), so that they do
     not depend on the batch size. Other arguments and errors as :func:`FIM`.
     """
     metric = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
     return measure(
-        model, loader, representation, metric, "FIM_MonteCarlo", False,
-        function, layer_collection, progress, memory_budget, check, process_group, options,
-    )  # fmt: skip
+        model,
+        loader,
+        representation,
+        metric,
+        "FIM_MonteCarlo",
+        False,
+        function,
+        layer_collection,
+        progress,
+        memory_budget,
+        check,
+        process_group,
+        options,
+    )
 
 
 def EmpiricalFIM(
@@ -114,15 +138,27 @@ def EmpiricalFIM(
     """The second moment of per-example loss gradients, ``1/n sum_i g_i g_i^T``, with the targets of the batches.
 
     ``loss``: ``"cross_entropy"``, ``"mse"`` (``0.5 * (f - y)**2`` summed over outputs), ``"bce"``, ``"poisson"``,
-    :class:`CrossEntropy`, :class:`CausalLM` (what ``"cross_entropy"`` is for causal language models of ``transformers``),
-    ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` and ``nn.PoissonNLLLoss`` modules, whose ``reduction``
-    is not ours, or a function ``(outputs, targets) -> (n,)``. Not the Fisher matrix unless the model is right about its
-    labels. Raises :class:`OutputError` on targets that do not fit; other arguments and errors as :func:`FIM`.
+    :class:`CrossEntropy`, :class:`CausalLM` (what ``"cross_entropy"`` is for causal language models of
+    ``transformers``), ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` and ``nn.PoissonNLLLoss``
+    modules, whose ``reduction`` is not ours, or a function ``(outputs, targets) -> (n,)``. Not the Fisher matrix unless
+    the model is right about its labels. Raises :class:`OutputError` on targets that do not fit; other arguments and
+    errors as :func:`FIM`.
     """
     return measure(
-        model, loader, representation, EmpiricalFisher(as_loss(loss, model)), "EmpiricalFIM", True,
-        function, layer_collection, progress, memory_budget, check, process_group, options,
-    )  # fmt: skip
+        model,
+        loader,
+        representation,
+        EmpiricalFisher(as_loss(loss, model)),
+        "EmpiricalFIM",
+        True,
+        function,
+        layer_collection,
+        progress,
+        memory_budget,
+        check,
+        process_group,
+        options,
+    )
 
 
 def GGN(
@@ -145,19 +181,36 @@ def GGN(
     """The generalised Gauss-Newton matrix ``1/n sum_i J_i^T (d2 loss_i / df2) J_i`` of a loss convex in the outputs.
 
     Losses as in :func:`EmpiricalFIM`; a function that is not convex in the outputs raises :class:`ArgumentError`.
-    ``estimator="rademacher"``, ``samples`` and ``generator`` as in :func:`FIM`: random probes of very many outputs. Other arguments and errors as :func:`FIM`.
+    ``estimator="rademacher"``, ``samples`` and ``generator`` as in :func:`FIM`: random probes of very many outputs.
+    Other arguments and errors as :func:`FIM`.
     """
     return measure(
-        model, loader, representation, probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator), "GGN", estimator is None,
-        function, layer_collection, progress, memory_budget, check, process_group, options,
-    )  # fmt: skip
+        model,
+        loader,
+        representation,
+        probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator),
+        "GGN",
+        estimator is None,
+        function,
+        layer_collection,
+        progress,
+        memory_budget,
+        check,
+        process_group,
+        options,
+    )
 
 
-def probed(metric: ExactFisher | GaussNewton, estimator: str | None, samples: int | None, generator: torch.Generator | None) -> Metric:
+def probed(
+    metric: ExactFisher | GaussNewton, estimator: str | None, samples: int | None, generator: torch.Generator | None
+) -> Metric:
     """The metric, or random probes of it."""
     if estimator is None:
         if samples is not None or generator is not None:
-            raise ArgumentError("samples= and generator= go with estimator='rademacher'; without it the measure is exact (FIM_MonteCarlo draws labels)")
+            raise ArgumentError(
+                "samples= and generator= go with estimator='rademacher'; without it the measure is exact "
+                "(FIM_MonteCarlo draws labels)"
+            )
         return metric
     if estimator != "rademacher":
         raise ArgumentError(f"estimator is {estimator!r}; expected 'rademacher', or None for all outputs")
@@ -189,7 +242,9 @@ def measure(
 ) -> Any:
     """Any metric in any representation: the representation's recipe driven over sweeps of the data."""
     if process_group is not None:
-        raise UnsupportedError("process_group is not available yet; pass process_group=None and merge shards afterwards")
+        raise UnsupportedError(
+            "process_group is not available yet; pass process_group=None and merge shards afterwards"
+        )
     task = Task.build(model, function, layer_collection)
     with memory.limit(memory_budget):
         sweep = Sweep(task, loader, metric, memory_budget, check, progress, reread=reread, label=label)
@@ -225,7 +280,9 @@ def drive(recipe: Any, sweep: Sweep, passes: int) -> dict[Any, Any]:
 
 
 def estimate(chosen: Representation, sweep: Sweep) -> MatrixEstimate:
-    """The matrix of every probe by itself, and of all, in one sweep; representations of several sweeps take their basis from a matrix of all first."""
+    """The matrix of every probe by itself, and of all, in one sweep; representations of several sweeps take their basis
+    from a matrix of all first.
+    """
     probes: Probes = sweep.metric  # type: ignore[assignment]
     scope = Scope(sweep.task.collection, sweep.task.collection.names)
     make = lambda blocks: chosen.kind._make(sweep.task.collection, blocks, sweep.count)
@@ -253,7 +310,14 @@ def cotangents(chunk: Chunk) -> Iterator[tuple[int, Chunk]]:
     """Every cotangent of a chunk by itself, with its number."""
     lo, total = chunk.outputs
     for j in range(next((x.shape[0] for x in chunk.jacobians.values()), 0)):
-        yield lo + j, replace(chunk, jacobians={lay: x.outputs(j, j + 1) for lay, x in chunk.jacobians.items()}, outputs=(lo + j, total))
+        yield (
+            lo + j,
+            replace(
+                chunk,
+                jacobians={lay: x.outputs(j, j + 1) for lay, x in chunk.jacobians.items()},
+                outputs=(lo + j, total),
+            ),
+        )
 
 
 def _finish(recipe: Any, means: dict[Any, dict[str, Tensor]]) -> dict[Any, Any]:
@@ -262,7 +326,9 @@ def _finish(recipe: Any, means: dict[Any, dict[str, Tensor]]) -> dict[Any, Any]:
         recipe.send(means)
     except StopIteration as end:
         return end.value
-    raise UnsupportedError("a representation of several sweeps is not estimated from random probes; use one of a single sweep")
+    raise UnsupportedError(
+        "a representation of several sweeps is not estimated from random probes; use one of a single sweep"
+    )
 
 
 def implicit_estimate(sweep: Sweep) -> MatrixEstimate:
@@ -291,5 +357,3 @@ def _require_finite(means: dict[Any, dict[str, Tensor]], sweep: Sweep) -> None:
                     "examples; "
                     "scale the inputs or use a wider dtype, model.double()"
                 )
-
-

@@ -15,13 +15,15 @@ from nngeom.fmat.operator import FunctionOperator
 from nngeom.space.fvector import FVector
 
 
-def kernel_regression(K_train: FunctionOperator, y: FVector, K_test_train: FunctionOperator, damping: float | Damping = 0.0) -> FVector:
+def kernel_regression(
+    K_train: FunctionOperator, y: FVector, K_test_train: FunctionOperator, damping: float | Damping = 0.0
+) -> FVector:
     """Kernel ridge regression, ``K_test_train (K_train + damping I)^-1 y``: ``(*batch, c, n_test)``.
 
-    ``y (*batch, c, n_train)``: targets; for a network at initialisation ``y - f_0``, to which ``f_0`` at the test points
-    is added afterwards. With the tangent kernel this is the minimum-norm (``damping=0``) or ridge solution of the
-    linearised network. Raises :class:`ArgumentError` on kernels that do not fit, :class:`SingularError` on too little
-    damping. Source: Jacot et al. 2018, section 5; Lee et al. 2019, eq. 16.
+    ``y (*batch, c, n_train)``: targets; for a network at initialisation ``y - f_0``, to which ``f_0`` at the test
+    points is added afterwards. With the tangent kernel this is the minimum-norm (``damping=0``) or ridge solution of
+    the linearised network. Raises :class:`ArgumentError` on kernels that do not fit, :class:`SingularError` on too
+    little damping. Source: Jacot et al. 2018, section 5; Lee et al. 2019, eq. 16.
     """
     _require_pair(K_train, K_test_train)
     return K_test_train.mv(_solver(K_train).solve(y, damping))
@@ -35,15 +37,18 @@ def gradient_flow_mse(
     K_test_train: FunctionOperator | None = None,
     f0_test: FVector | None = None,
 ) -> FVector:
-    """Outputs at ``time`` of the linearised network trained by gradient flow on ``0.5 |f - y|**2`` (summed, not averaged).
+    """Outputs at ``time`` of the linearised network trained by gradient flow on ``0.5 |f - y|**2`` (summed, not
+    averaged).
 
     ``f_t = y + exp(-t K) (f_0 - y)`` on the training points; with ``K_test_train`` on the test points
     ``f_t(x) = f_0(x) - K(x) K^-1 (I - exp(-t K)) (f_0 - y)``, which stays right where ``K`` is singular. ``time`` is
-    learning rate times steps, or ``math.inf`` for the end of training; for a mean over ``n`` targets divide it by ``n``.
-    ``f0``, ``f0_test``: outputs at the start (0 when not given). Source: Lee et al. 2019, eqs. 10-11.
+    learning rate times steps, or ``math.inf`` for the end of training; for a mean over ``n`` targets divide it by
+    ``n``. ``f0``, ``f0_test``: outputs at the start (0 when not given). Source: Lee et al. 2019, eqs. 10-11.
     """
     if not isinstance(K_train, FMat):
-        raise ArgumentTypeError(f"the kernel is {type(K_train).__name__}; expected one that holds its entries, such as FMatDense")
+        raise ArgumentTypeError(
+            f"the kernel is {type(K_train).__name__}; expected one that holds its entries, such as FMatDense"
+        )
     if not isinstance(time, (int, float)) or math.isnan(time) or time < 0:
         raise ArgumentError(f"time is {time!r}; expected a number >= 0 or math.inf")
     target = K_train._operand(y, K_train.columns)
@@ -62,7 +67,9 @@ def gradient_flow_mse(
 
 
 def _integral(values: Tensor, time: float) -> Tensor:
-    """``(1 - exp(-t x)) / x``, which is ``t`` at 0; modes of eigenvalue 0 are never seen by a kernel of the same features."""
+    """``(1 - exp(-t x)) / x``, which is ``t`` at 0; modes of eigenvalue 0 are never seen by a kernel of the same
+    features.
+    """
     zero = values == 0
     safe = torch.where(zero, torch.ones_like(values), values)
     decayed = -torch.expm1(-time * safe) if math.isfinite(time) else torch.ones_like(safe)
@@ -72,10 +79,16 @@ def _integral(values: Tensor, time: float) -> Tensor:
 def _require_pair(K_train: Any, K_test_train: Any) -> None:
     for name, K in (("K_train", K_train), ("K_test_train", K_test_train)):
         if not isinstance(K, FunctionOperator):
-            raise ArgumentTypeError(f"{name} is {type(K).__name__}; expected a kernel (GramMatrix(model, test, other=train) for the second)")
-    if (K_test_train.outputs, K_test_train.columns) != (K_train.outputs, K_train.rows) or K_train.rows != K_train.columns:
+            raise ArgumentTypeError(
+                f"{name} is {type(K).__name__}; expected a kernel (GramMatrix(model, test, other=train) for the second)"
+            )
+    if (K_test_train.outputs, K_test_train.columns) != (
+        K_train.outputs,
+        K_train.rows,
+    ) or K_train.rows != K_train.columns:
         raise ArgumentError(
-            f"K_train is {K_train!r} and K_test_train {K_test_train!r}; expected (n, n) and (n_test, n) examples with the same outputs: "
+            f"K_train is {K_train!r} and K_test_train {K_test_train!r}; expected (n, n) and (n_test, n) examples "
+            "with the same outputs: "
             "GramMatrix(model, test, other=train)"
         )
 

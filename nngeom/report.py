@@ -23,9 +23,11 @@ EXPLICIT_LIMIT, IMPLICIT_LIMIT = 4000, 400  # parameters up to which dense matri
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Named rows by named columns of numbers, ``values [rows, columns]``, with standard errors over random draws (0 where exact).
+    """Named rows by named columns of numbers, ``values [rows, columns]``, with standard errors over random draws (0
+    where exact).
 
-    A cell is NaN where the measure does not exist (a matrix that is singular at this damping, or too large to be dense).
+    A cell is NaN where the measure does not exist (a matrix that is singular at this damping, or too large to be
+    dense).
     """
 
     rows: tuple[str, ...]
@@ -64,7 +66,10 @@ class Table:
         for row, line in zip(self.rows, self.values.tolist()):
             cells.append([row, *("-" if math.isnan(x) else f"{x:.3g}" for x in line)])
         widths = [max(len(line[j]) for line in cells) for j in range(len(cells[0]))]
-        lines = ["  ".join(c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(line, widths))) for line in cells]
+        lines = [
+            "  ".join(c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(line, widths)))
+            for line in cells
+        ]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -109,7 +114,11 @@ def approximation_report(
     v = (v / v.norm(dim=1, keepdim=True)).to(reference.dtype)
     fv = reference._mv(v)
     if dense_limit is None:
-        dense_limit = IMPLICIT_LIMIT if any(isinstance(m, PMatImplicit) for m in (reference, *matrices.values())) else EXPLICIT_LIMIT
+        dense_limit = (
+            IMPLICIT_LIMIT
+            if any(isinstance(m, PMatImplicit) for m in (reference, *matrices.values()))
+            else EXPLICIT_LIMIT
+        )
     dense = reference.to_dense() if reference.shape[0] <= dense_limit else None
     lines = [_measures(m, v, fv, trace, [float(x.value) for x in checked], dense) for m in matrices.values()]
     cells = [[_mean(x) for x in line.values()] for line in lines]
@@ -117,7 +126,9 @@ def approximation_report(
     return Table(tuple(matrices), tuple(lines[0]), values, errors)
 
 
-def _measures(m: ParameterOperator, v: Tensor, fv: Tensor, trace: float, dampings: list[float], dense: Tensor | None) -> dict[str, Tensor]:
+def _measures(
+    m: ParameterOperator, v: Tensor, fv: Tensor, trace: float, dampings: list[float], dense: Tensor | None
+) -> dict[str, Tensor]:
     """``{column: one number a draw, or one number}``."""
     mv = m._mv(v.to(m.dtype)).to(v)
     quadratic = (v * fv).sum(-1)
@@ -131,7 +142,9 @@ def _measures(m: ParameterOperator, v: Tensor, fv: Tensor, trace: float, damping
         u = _solved(m, fv + x * v, x)
         out[f"solve cos {x:.2g}"] = torch.cosine_similarity(v, u, eps=0.0)
         out[f"solve residual {x:.2g}"] = (v - u).norm(dim=-1) / u.norm(dim=-1)
-    out["frobenius"] = torch.tensor(math.nan) if dense is None else (m.to_dense().to(dense) - dense).norm() / dense.norm()
+    out["frobenius"] = (
+        torch.tensor(math.nan) if dense is None else (m.to_dense().to(dense) - dense).norm() / dense.norm()
+    )
     return out
 
 

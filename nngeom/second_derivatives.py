@@ -100,7 +100,8 @@ class Quadratic(SquaredError):
 
 
 def differentiated(task: Task, loss: Loss, batch: Batch, index: int, width: int) -> SecondDerivatives:
-    """The summed loss of batch ``index`` differentiated once; ``width``: bytes of the activations of an example, roughly.
+    """The summed loss of batch ``index`` differentiated once; ``width``: bytes of the activations of an example,
+    roughly.
 
     Raises :class:`NonFiniteError`, and :class:`CoverageError` where the loss reaches no selected parameter.
     """

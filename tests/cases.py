@@ -1,4 +1,6 @@
-"""The zoo: small models nobody tuned to, each with a ragged loader in float64. A new member is one line in ``CASES``."""
+"""The zoo: small models nobody tuned to, each with a ragged loader in float64. A new member is one line in
+``CASES``.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +180,11 @@ class Residual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.c1, self.c2, self.norm = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2)
+        self.c1, self.c2, self.norm = (
+            nn.Conv2d(2, 2, 3, padding=1),
+            nn.Conv2d(2, 2, 3, padding=1, bias=False),
+            nn.BatchNorm2d(2),
+        )
         self.head = nn.Linear(18, 3)
 
     def forward(self, x):
@@ -270,7 +276,11 @@ class SlicedPositions(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.positions, self.shifts, self.head = nn.Parameter(torch.empty(1, 6, 3)), nn.Parameter(torch.empty(7)), nn.Linear(3, 3)
+        self.positions, self.shifts, self.head = (
+            nn.Parameter(torch.empty(1, 6, 3)),
+            nn.Parameter(torch.empty(7)),
+            nn.Linear(3, 3),
+        )
 
     def forward(self, x):
         return self.head(torch.tanh(x + self.positions[:, : x.shape[1]] + self.shifts[2:5])).cumsum(1)[:, -1]
@@ -306,7 +316,11 @@ class Temperature(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.scale, self.shift = nn.Linear(4, 3), nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
+        self.layer, self.scale, self.shift = (
+            nn.Linear(4, 3),
+            nn.Parameter(torch.empty(())),
+            nn.Parameter(torch.empty(())),
+        )
 
     def forward(self, x):
         return torch.tanh(self.layer(x) * self.scale - self.shift) * self.scale.exp()

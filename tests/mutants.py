@@ -33,13 +33,28 @@ FOLDERS = ("core", "pmat", "fmat", "metrics", "generator", "optim")
 LIKELY = 6  # test files that are run by themselves, the likeliest first
 MEMORY = 24 * 2**30  # bytes of addresses: a change may allocate without end
 EXCHANGED = {
-    ast.Lt: ("<", (">", "<=")), ast.Gt: (">", ("<", ">=")), ast.LtE: ("<=", ("<", ">")), ast.GtE: (">=", (">", "<")),
-    ast.Eq: ("==", ("!=",)), ast.NotEq: ("!=", ("==",)), ast.Is: ("is", ("is not",)), ast.IsNot: ("is not", ("is",)),
-    ast.In: ("in", ("not in",)), ast.NotIn: ("not in", ("in",)), ast.And: ("and", ("or",)), ast.Or: ("or", ("and",)),
-    ast.Add: ("+", ("-",)), ast.Sub: ("-", ("+",)), ast.Mult: ("*", ("/",)), ast.Div: ("/", ("*",)),
-    ast.FloorDiv: ("//", ("*",)), ast.Mod: ("%", ("//",)), ast.Pow: ("**", ("*",)),
-    ast.BitAnd: ("&", ("|",)), ast.BitOr: ("|", ("&",)),
-}  # fmt: skip
+    ast.Lt: ("<", (">", "<=")),
+    ast.Gt: (">", ("<", ">=")),
+    ast.LtE: ("<=", ("<", ">")),
+    ast.GtE: (">=", (">", "<")),
+    ast.Eq: ("==", ("!=",)),
+    ast.NotEq: ("!=", ("==",)),
+    ast.Is: ("is", ("is not",)),
+    ast.IsNot: ("is not", ("is",)),
+    ast.In: ("in", ("not in",)),
+    ast.NotIn: ("not in", ("in",)),
+    ast.And: ("and", ("or",)),
+    ast.Or: ("or", ("and",)),
+    ast.Add: ("+", ("-",)),
+    ast.Sub: ("-", ("+",)),
+    ast.Mult: ("*", ("/",)),
+    ast.Div: ("/", ("*",)),
+    ast.FloorDiv: ("//", ("*",)),
+    ast.Mod: ("%", ("//",)),
+    ast.Pow: ("**", ("*",)),
+    ast.BitAnd: ("&", ("|",)),
+    ast.BitOr: ("|", ("&",)),
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class Mutant:
         return "\n".join(difflib.unified_diff(*lines, self.file, self.file, n=2, lineterm=""))
 
 
-# -- changes ---------------------------------------------------------------------------------------------------------
+# -- changes -----------------------------------------------------------------------------------------------------------
 
 
 def changes(source: str) -> Iterator[tuple[Change, int, str]]:
@@ -174,7 +189,7 @@ def draw(count: int, seed: int, root: Path = ROOT, only: str = "") -> list[Mutan
     return list(itertools.islice((m for m in made if differs(m.changed, m.source)), count))
 
 
-# -- tests -----------------------------------------------------------------------------------------------------------
+# -- tests -------------------------------------------------------------------------------------------------------------
 
 
 def ordered_tests(mutant: Mutant, root: Path = ROOT) -> list[str]:

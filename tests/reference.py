@@ -19,7 +19,9 @@ def jacobian(model: nn.Module, inputs: Tensor, function=None) -> Tensor:
         example = []
         for f in out:
             grads = torch.autograd.grad(f, params, retain_graph=True, allow_unused=True)
-            example.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, params)]))
+            example.append(
+                torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, params)])
+            )
         rows.append(torch.stack(example))
     return torch.stack(rows, 1)
 
@@ -57,6 +59,10 @@ def hessian(model: nn.Module, inputs: Tensor, targets, loss) -> Tensor:
     flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, params)])
     rows = []
     for f in flat:
-        second = torch.autograd.grad(f, params, retain_graph=True, allow_unused=True) if f.requires_grad else [None] * len(params)
+        second = (
+            torch.autograd.grad(f, params, retain_graph=True, allow_unused=True)
+            if f.requires_grad
+            else [None] * len(params)
+        )
         rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(second, params)]))
     return torch.stack(rows)

@@ -16,10 +16,12 @@ from nngeom.optim import EKFAC, KFAC, LevenbergMarquardt, NaturalGradient, Winso
 from nngeom.optim.robust import median_of_means_gradient, winsorized_gradient
 
 OPTIMIZERS = {
-    "KFAC": KFAC, "EKFAC": EKFAC, "WinsorizedSGD": WinsorizedSGD,
+    "KFAC": KFAC,
+    "EKFAC": EKFAC,
+    "WinsorizedSGD": WinsorizedSGD,
     "NaturalGradient": lambda m: NaturalGradient(m, nng.PMatDiag),
     "LevenbergMarquardt": lambda m: KFAC(m, damping=LevenbergMarquardt()),
-}  # fmt: skip
+}
 
 
 def refused(call) -> bool:

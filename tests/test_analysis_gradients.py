@@ -31,10 +31,16 @@ def case(request):
 
 
 def close(x, y, tol=1e-9):
-    torch.testing.assert_close(torch.as_tensor(x, dtype=torch.float64), torch.as_tensor(y, dtype=torch.float64), rtol=tol, atol=tol, equal_nan=True)
+    torch.testing.assert_close(
+        torch.as_tensor(x, dtype=torch.float64),
+        torch.as_tensor(y, dtype=torch.float64),
+        rtol=tol,
+        atol=tol,
+        equal_nan=True,
+    )
 
 
-# -- stiffness -----------------------------------------------------------------------------------------------------------
+# -- stiffness ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["cosine", "sign"])
@@ -93,9 +99,15 @@ def test_stiffness_extremes():
 
 
 def test_gradients_that_are_not_finite():
-    """Neither a zero gradient nor a coherent set: refused. So is a coherence that is none, which would bound a gap by 0."""
+    """Neither a zero gradient nor a coherent set: refused. So is a coherence that is none, which would bound a gap by
+    0.
+    """
     g = torch.tensor([[1.0, 2.0], [math.nan, 1.0]])
-    for call in (lambda: analysis.gradient_stiffness(g), lambda: analysis.gradient_stiffness(g[:1], g), lambda: analysis.gradient_coherence(g)):
+    for call in (
+        lambda: analysis.gradient_stiffness(g),
+        lambda: analysis.gradient_stiffness(g[:1], g),
+        lambda: analysis.gradient_coherence(g),
+    ):
         with pytest.raises(nng.NonFiniteError, match="NaN"):
             call()
     for alpha in (math.nan, -0.1, 1.1):
@@ -115,7 +127,7 @@ def test_examples_without_gradients():
     close(analysis.coherence(model, [(x[:1], torch.tensor([1]))]).ratio, 1)
 
 
-# -- coherence -----------------------------------------------------------------------------------------------------------
+# -- coherence ---------------------------------------------------------------------------------------------------------
 
 
 def test_coherence_against_its_definition(case):
@@ -192,7 +204,9 @@ def test_the_iid_inverse_is_biased_on_a_partition():
     means = eye.view(4, 3, 12).mean(1)
     close(12 * analysis.coherence_from_batch_gradients(means, 3, scheme="iid").alpha, 12 / 10)
     close(analysis.coherence_from_batch_gradients(means, 3).ratio, 1)
-    assert analysis.coherence_from_batch_gradients(means.mean(0, keepdim=True), 12).alpha.isnan()  # one batch: nothing to learn
+    assert analysis.coherence_from_batch_gradients(
+        means.mean(0, keepdim=True), 12
+    ).alpha.isnan()  # one batch: nothing to learn
     close(analysis.coherence_from_batch_gradients([eye[0], eye[1]], 1).alpha, 0.5)
     for options in ({"batch_size": 3, "scheme": "other"}, {"batch_size": 0}, {"batch_size": 3, "examples": 2}):
         with pytest.raises(nng.ArgumentError):
@@ -203,14 +217,16 @@ def test_gap_bound():
     close(analysis.generalization_gap_bound([1.0] * 5, [0.1] * 5, 10), 0)
     close(analysis.generalization_gap_bound([0.0] * 5, [0.1] * 5, 10, lipschitz=3), math.sqrt(2) * 9 * 0.5 / 10)
     doubled = analysis.generalization_gap_bound([0.3, 0.6], [0.2, 0.4], 10)
-    close(doubled, 2 * analysis.generalization_gap_bound([0.3, 0.6], [0.1, 0.2], 10))  # linear in the rates for beta = 0
+    close(
+        doubled, 2 * analysis.generalization_gap_bound([0.3, 0.6], [0.1, 0.2], 10)
+    )  # linear in the rates for beta = 0
     expected = 0.1 * 1.2 * math.sqrt(2 * 0.7) + 0.2 * math.sqrt(2 * 0.4)
     close(analysis.generalization_gap_bound([0.3, 0.6], [0.1, 0.2], 1, smoothness=1), expected)
     with pytest.raises(nng.ArgumentError, match="one of each"):
         analysis.generalization_gap_bound([0.3], [0.1, 0.2], 1)
 
 
-# -- geometric complexity ------------------------------------------------------------------------------------------------
+# -- geometric complexity ----------------------------------------------------------------------------------------------
 
 
 def input_jacobians(model, inputs):
@@ -256,7 +272,9 @@ def test_geometric_complexity_facts():
     linear = nn.Linear(4, 3).double()
     x = torch.randn(6, 4, dtype=torch.float64)
     close(analysis.geometric_complexity(linear, [x]), linear.weight.detach().square().sum())
-    close(analysis.geometric_complexity(linear, [x], function=lambda x: linear.bias.expand(len(x), 3)), 0)  # outputs that ignore the inputs
+    close(
+        analysis.geometric_complexity(linear, [x], function=lambda x: linear.bias.expand(len(x), 3)), 0
+    )  # outputs that ignore the inputs
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     a, b = net[0].weight.detach(), net[2].weight.detach()
     on = (net[0](x) > 0).double()
@@ -278,7 +296,7 @@ def test_geometric_complexity_refuses():
         analysis.geometric_complexity(nn.Linear(2, 2), [torch.randn(3, 2)], estimator="other")
 
 
-# -- sharpness and stability ---------------------------------------------------------------------------------------------
+# -- sharpness and stability -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mlp", "tied", "language-model", "attention"])
@@ -307,7 +325,9 @@ def test_sharpness_is_the_largest_and_not_the_largest_in_modulus():
 def test_non_uniformity(name):
     c = build(name, sizes=(2, 1))
     with sdpa_kernel(SDPBackend.MATH):
-        single = torch.stack([reference.hessian(c.model, x[None], y[None], cross_entropy) for x, y in zip(c.inputs, c.targets)])
+        single = torch.stack(
+            [reference.hessian(c.model, x[None], y[None], cross_entropy) for x, y in zip(c.inputs, c.targets)]
+        )
     h = single.mean(0)
     covariance = (single @ single).mean(0) - h @ h
     close(analysis.non_uniformity(c.model, c.loader), torch.linalg.eigvalsh(covariance)[-1].sqrt(), 1e-6)
@@ -327,7 +347,11 @@ def test_stability_condition():
     step = torch.eye(3, dtype=torch.float64) - 0.1 * h
     close(analysis.stability_eigenvalue(single, 0.1, 6), torch.linalg.eigvalsh(step @ step)[-1])
     verdict = analysis.sgd_stability(3.9, 1.0, lr=0.5, batch_size=2, n=10)
-    assert verdict and verdict.largest_sharpness == 4 and verdict.largest_non_uniformity == pytest.approx(2 * math.sqrt(18 / 8))
+    assert (
+        verdict
+        and verdict.largest_sharpness == 4
+        and verdict.largest_non_uniformity == pytest.approx(2 * math.sqrt(18 / 8))
+    )
     assert not analysis.sgd_stability(4.1, 0.0, 0.5, 2, 10)
     assert not analysis.sgd_stability(1.0, 3.1, 0.5, 2, 10)
     assert analysis.sgd_stability(1.0, 1e9, 0.5, 10, 10)  # full batches

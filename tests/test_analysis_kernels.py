@@ -18,7 +18,13 @@ ZOO = ["mlp", "conv2d", "attention", "language-model"]
 
 
 def close(x, y, tol=1e-9):
-    torch.testing.assert_close(torch.as_tensor(x, dtype=torch.float64), torch.as_tensor(y, dtype=torch.float64), rtol=tol, atol=tol, equal_nan=True)
+    torch.testing.assert_close(
+        torch.as_tensor(x, dtype=torch.float64),
+        torch.as_tensor(y, dtype=torch.float64),
+        rtol=tol,
+        atol=tol,
+        equal_nan=True,
+    )
 
 
 @pytest.fixture(params=ZOO, scope="module")
@@ -35,7 +41,7 @@ def psd(n, rank=None, c=1, seed=0):
     return torch.einsum("knd,lmd->knlm", phi, phi), phi
 
 
-# -- spectrum ------------------------------------------------------------------------------------------------------------
+# -- spectrum ----------------------------------------------------------------------------------------------------------
 
 
 def test_effective_rank_values():
@@ -70,7 +76,11 @@ def test_effective_rank_of_every_kind_of_matrix(case):
 def test_renyi_ordering_and_trace_ratios(case):
     k = nng.GramMatrix(case.model, case.loader)
     s = analysis.spectrum_summary(k)
-    assert s.trace / s.largest <= s.participation + 1e-9 and s.participation <= s.effective_rank + 1e-9 and s.effective_rank <= s.rank + 1e-9
+    assert (
+        s.trace / s.largest <= s.participation + 1e-9
+        and s.participation <= s.effective_rank + 1e-9
+        and s.effective_rank <= s.rank + 1e-9
+    )
     ratios = analysis.trace_ratios(k, range(s.rank + 2))
     assert bool((ratios.diff() >= 0).all())
     close(ratios[0], 0)
@@ -81,7 +91,7 @@ def test_renyi_ordering_and_trace_ratios(case):
         analysis.trace_ratios(k, [-1])
 
 
-# -- alignment -----------------------------------------------------------------------------------------------------------
+# -- alignment ---------------------------------------------------------------------------------------------------------
 
 
 def test_alignment_properties():
@@ -101,7 +111,10 @@ def test_alignment_properties():
     close(analysis.alignment(k + 5, other, "global"), analysis.alignment(k, other, "global"))
     shifted = phi + torch.randn(2, 1, 9, dtype=torch.float64)  # one shift an output
     close(analysis.alignment(torch.einsum("knd,lmd->knlm", shifted, shifted), other), analysis.alignment(k, other))
-    close(analysis.hsic(k, other), analysis.alignment(k, other) * analysis.center(k).norm() * analysis.center(other).norm())
+    close(
+        analysis.hsic(k, other),
+        analysis.alignment(k, other) * analysis.center(k).norm() * analysis.center(other).norm(),
+    )
     assert analysis.alignment(torch.zeros(3, 3), torch.eye(3)).isnan()
     with pytest.raises(nng.ArgumentError, match="shapes"):
         analysis.alignment(torch.eye(3), torch.eye(4))
@@ -140,7 +153,10 @@ def test_the_fast_formula_of_label_alignment(case):
 
 @pytest.mark.filterwarnings("ignore::nngeom.core.errors.MemoryWarning")
 def test_label_alignment_is_cut_to_a_budget(case):
-    close(analysis.label_alignment(case.model, case.loader, memory_budget=3000), analysis.label_alignment(case.model, case.loader))
+    close(
+        analysis.label_alignment(case.model, case.loader, memory_budget=3000),
+        analysis.label_alignment(case.model, case.loader),
+    )
 
 
 def test_perfect_alignment():
@@ -148,7 +164,9 @@ def test_perfect_alignment():
     v = analysis.label_vector(y, 3, torch.float64)
     centred = v - v.mean(1, keepdim=True)
     close(analysis.kernel_label_alignment(centred[:, :, None, None] * centred[None, None] + 0, y), 1)
-    assert analysis.kernel_label_alignment(analysis.label_kernel(torch.zeros(4, dtype=torch.long), 3), torch.zeros(4, dtype=torch.long)).isnan()
+    assert analysis.kernel_label_alignment(
+        analysis.label_kernel(torch.zeros(4, dtype=torch.long), 3), torch.zeros(4, dtype=torch.long)
+    ).isnan()
 
 
 def test_group_alignment(case):
@@ -209,7 +227,7 @@ def test_pictures_of_kernels():
         analysis.kernel_pca(k, 7)
 
 
-# -- eigenfunctions and steps --------------------------------------------------------------------------------------------
+# -- eigenfunctions and steps ------------------------------------------------------------------------------------------
 
 
 def test_eigenfunctions(case):
@@ -242,7 +260,9 @@ def test_perturbation_along_a_principal_direction():
     j = nng.Jacobian(c.model, c.loader).tensor
     before = c.model(c.inputs).detach()
     for value, u in zip(found.eigenvalues, found.functions):
-        v = nng.PVector.from_flat(nng.LayerCollection.from_model(c.model), torch.einsum("cn,cnd->d", u, j) / value.sqrt())
+        v = nng.PVector.from_flat(
+            nng.LayerCollection.from_model(c.model), torch.einsum("cn,cnd->d", u, j) / value.sqrt()
+        )
         close(v.norm(), 1)
         v.add_to(c.model, 1e-6)
         change = (c.model(c.inputs).detach() - before).norm()
@@ -285,7 +305,7 @@ def test_linear_dynamics():
     close(analysis.linear_dynamics(k, start, y, lr, 7), f)
 
 
-# -- complexity ----------------------------------------------------------------------------------------------------------
+# -- complexity --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "attention"])
@@ -321,7 +341,7 @@ def test_norm_of_the_features_is_the_root_of_the_trace(case):
     close(case.jacobian.norm(), nng.GramMatrix(case.model, case.loader).trace().sqrt())
 
 
-# -- Rademacher ----------------------------------------------------------------------------------------------------------
+# -- Rademacher --------------------------------------------------------------------------------------------------------
 
 
 def test_rademacher_of_linear_classes():
@@ -384,7 +404,7 @@ def test_the_best_rescaling():
         analysis.rescaled_bound(k, y[:3])
 
 
-# -- SuperNat ------------------------------------------------------------------------------------------------------------
+# -- SuperNat ----------------------------------------------------------------------------------------------------------
 
 
 def test_supernat_without_rescaling_is_gradient_descent():
@@ -400,7 +420,9 @@ def test_supernat_without_rescaling_is_gradient_descent():
 
 @pytest.mark.parametrize("kappa", ["max", "trace", 0.7])
 def test_supernat_step_by_its_definition(kappa):
-    """One step with explicit features: gradient step, then ``A = sum sqrt(nu) v v^T``, ``w <- A^T w``, ``Phi <- Phi A^-T``."""
+    """One step with explicit features: gradient step, then ``A = sum sqrt(nu) v v^T``, ``w <- A^T w``, ``Phi <- Phi
+    A^-T``.
+    """
     x, y = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
     model, phi, w = analysis.SuperNat(x, y, 0.3, kappa), x, torch.zeros(4, dtype=torch.float64)
     for _ in range(3):
@@ -458,11 +480,18 @@ def test_nothing_is_left_on_the_model(case):
 def test_nothing_left_after_centring():
     """One class, one example, or copies of one: an alignment of zero with zero has no value."""
     c = build("mlp")
-    for x, y in ((c.inputs, torch.ones_like(c.targets)), (c.inputs[:1], c.targets[:1]), (c.inputs[[0, 0, 0]], torch.arange(3))):
+    for x, y in (
+        (c.inputs, torch.ones_like(c.targets)),
+        (c.inputs[:1], c.targets[:1]),
+        (c.inputs[[0, 0, 0]], torch.arange(3)),
+    ):
         assert analysis.label_alignment(c.model, [(x, y)]).isnan()
         assert all(v.isnan() for v in analysis.label_alignment(c.model, [(x, y)], by_layer=True).values())
         assert analysis.kernel_label_alignment(nng.GramMatrix(c.model, [x]), y).isnan()
-    assert analysis.trace_ratios(torch.zeros(3), 1).isnan() and analysis.rescaled_bound(torch.zeros(4, 4), torch.ones(4)) == 0
+    assert (
+        analysis.trace_ratios(torch.zeros(3), 1).isnan()
+        and analysis.rescaled_bound(torch.zeros(4, 4), torch.ones(4)) == 0
+    )
 
 
 def test_one_example_and_linear_head():

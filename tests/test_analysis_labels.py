@@ -18,15 +18,24 @@ from nngeom.track import Tracker
 
 f64 = torch.float64
 WRITTEN = {
-    "long": lambda y: y, "int32": lambda y: y.int(), "uint8": lambda y: y.to(torch.uint8), "float": lambda y: y.float(),
-    "double": lambda y: y.double(), "half": lambda y: y.half(), "column": lambda y: y[:, None],
-    "float column": lambda y: y.double()[:, None], "three axes": lambda y: y[:, None, None],
-}  # fmt: skip
+    "long": lambda y: y,
+    "int32": lambda y: y.int(),
+    "uint8": lambda y: y.to(torch.uint8),
+    "float": lambda y: y.float(),
+    "double": lambda y: y.double(),
+    "half": lambda y: y.half(),
+    "column": lambda y: y[:, None],
+    "float column": lambda y: y.double()[:, None],
+    "three axes": lambda y: y[:, None, None],
+}
 NO_CLASSES = {
-    "fractions": torch.tensor([0.5, 1.0, 0.0, 1.0, 2.0, 0.0]), "nan": torch.tensor([math.nan, 1, 0, 1, 2, 0]),
-    "infinity": torch.tensor([math.inf, 1, 0, 1, 2, 0]), "one-hot": F.one_hot(torch.tensor([0, 1, 0, 1, 2, 0])),
-    "positions": torch.zeros(6, 4, dtype=torch.long), "complex": torch.zeros(6, dtype=torch.complex64),
-}  # fmt: skip
+    "fractions": torch.tensor([0.5, 1.0, 0.0, 1.0, 2.0, 0.0]),
+    "nan": torch.tensor([math.nan, 1, 0, 1, 2, 0]),
+    "infinity": torch.tensor([math.inf, 1, 0, 1, 2, 0]),
+    "one-hot": F.one_hot(torch.tensor([0, 1, 0, 1, 2, 0])),
+    "positions": torch.zeros(6, 4, dtype=torch.long),
+    "complex": torch.zeros(6, dtype=torch.complex64),
+}
 
 
 def equal(x, y):
@@ -38,7 +47,7 @@ def loss_of(y):
     return lambda f, t: F.cross_entropy(f, t.reshape(len(t)).long(), reduction="none")
 
 
-# -- stiffness -------------------------------------------------------------------------------------------------------
+# -- stiffness ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("written", WRITTEN)
@@ -89,7 +98,7 @@ def test_class_labels():
     assert class_labels(torch.zeros(0)).tolist() == []
 
 
-# -- alignment with labels -------------------------------------------------------------------------------------------
+# -- alignment with labels ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("c", [1, 3])
@@ -166,7 +175,7 @@ def test_groups_of_a_kernel():
             analysis.group_alignment(k, y, {"bad": bad})
 
 
-# -- margins and bounds ----------------------------------------------------------------------------------------------
+# -- margins and bounds ------------------------------------------------------------------------------------------------
 
 
 def test_margins_however_labels_are_written():
@@ -218,7 +227,7 @@ def test_numbers_of_samples_and_shares():
             analysis.sgd_stability(a, s, 0.1, 2, 10)
 
 
-# -- linearity, difficulty, progress ---------------------------------------------------------------------------------
+# -- linearity, difficulty, progress -----------------------------------------------------------------------------------
 
 
 def test_linearity_of_a_network_without_rectifiers_is_nan():
@@ -289,7 +298,7 @@ def test_records_of_unlike_columns_are_refused():
         linearized.equal_progress(run, run, [1.5])
 
 
-# -- the tracker -----------------------------------------------------------------------------------------------------
+# -- the tracker -------------------------------------------------------------------------------------------------------
 
 
 def power(model, batches, p=1):
@@ -315,10 +324,15 @@ def test_every_metric_has_a_column_of_its_own():
     assert len(row) == 8 and {len(c) for c in tracker.history.values()} == {2}
 
 
-@pytest.mark.parametrize("metrics, scalars", [
-    ([lambda m, b: {"loss": 1}, lambda m, b: {"loss": 2}], {}), ([lambda m, b: {"step": 1}], {}),
-    (["loss"], {"probe_loss": 1.0}), ([lambda m, b: {"probe_loss": 1}, "loss"], {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "metrics, scalars",
+    [
+        ([lambda m, b: {"loss": 1}, lambda m, b: {"loss": 2}], {}),
+        ([lambda m, b: {"step": 1}], {}),
+        (["loss"], {"probe_loss": 1.0}),
+        ([lambda m, b: {"probe_loss": 1}, "loss"], {}),
+    ],
+)
 def test_two_numbers_in_one_column_are_refused(metrics, scalars):
     case = build("mlp")
     with pytest.raises(nng.ArgumentError, match="rename one of them"):

@@ -89,9 +89,13 @@ def close(x, y):
 
 MIXED = nng.PMatMixed({"*bias": PMatNamedDiag}, default=PMatUnit)
 TAKEN = {
-    "unit": PMatUnit, "diag": PMatNamedDiag, "layers": PMatNamedBlocks, "dense": PMatNamedDense, "mixed": MIXED,
+    "unit": PMatUnit,
+    "diag": PMatNamedDiag,
+    "layers": PMatNamedBlocks,
+    "dense": PMatNamedDense,
+    "mixed": MIXED,
     "mixed-with-options": nng.PMatMixed({"*weight": nng.PMatQuasiDiag}, default=nng.PMatBlockDiag),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "transformer", "reused"])

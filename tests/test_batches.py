@@ -40,7 +40,7 @@ def fisher(model, loader, **options):
     return nng.FIM(model, loader, nng.PMatDense, **options).to_dense()
 
 
-# -- lists: several batches, or one -----------------------------------------------------------------------------------
+# -- lists: several batches, or one ------------------------------------------------------------------------------------
 
 
 def one_batch(x, y):
@@ -125,7 +125,7 @@ def test_a_data_frame_is_no_loader(net):
         nng.FIM(net, Frame())
 
 
-# -- what tensors are made of -----------------------------------------------------------------------------------------
+# -- what tensors are made of ------------------------------------------------------------------------------------------
 
 
 def test_tensors_of_inference_mode(net, x, y):
@@ -267,7 +267,7 @@ def test_outputs_that_are_no_plain_tensors(net, x):
         nng.FIM(net, x, function=lambda x: torch.nested.as_nested_tensor(list(net(x)), layout=torch.jagged))
 
 
-# -- containers -------------------------------------------------------------------------------------------------------
+# -- containers --------------------------------------------------------------------------------------------------------
 
 Pair = collections.namedtuple("Pair", "inputs targets")
 
@@ -363,7 +363,7 @@ def test_packed_sequences(budget):
     )
 
 
-# -- calls inside the model -------------------------------------------------------------------------------------------
+# -- calls inside the model --------------------------------------------------------------------------------------------
 
 
 class Inside(nn.Module):

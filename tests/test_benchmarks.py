@@ -41,7 +41,11 @@ def test_contenders_of_torch_func_agree_too(job):
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
-    library = {"nowhere": ("no_such_module", "no-such-distribution"), "namesake": ("json.no_such_part", "no-such-part"), "broken": ("json", "json")}
+    library = {
+        "nowhere": ("no_such_module", "no-such-distribution"),
+        "namesake": ("json.no_such_part", "no-such-part"),
+        "broken": ("json", "json"),
+    }
     monkeypatch.setattr(peers, "LIBRARIES", library)
     missing = peers.missing()
     assert missing["nowhere"] == "not installed (pip install no-such-distribution)"
@@ -51,8 +55,16 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
 
 def cell(workload, job, skipped=(), **ratios):
-    timed = {label: {"ratio": r, "ratio_q1": r, "ratio_q3": r, "median_ms": r, "min_ms": r} for label, r in ratios.items()}
-    return {"workload": workload, "job": job, "floor": {"median_ms": 1.0}, "contenders": timed, "skipped": dict.fromkeys(skipped, "why")}
+    timed = {
+        label: {"ratio": r, "ratio_q1": r, "ratio_q3": r, "median_ms": r, "min_ms": r} for label, r in ratios.items()
+    }
+    return {
+        "workload": workload,
+        "job": job,
+        "floor": {"median_ms": 1.0},
+        "contenders": timed,
+        "skipped": dict.fromkeys(skipped, "why"),
+    }
 
 
 def test_cells_are_merged():
@@ -84,7 +96,9 @@ def test_tables_are_rendered_from_the_file(tmp_path, capsys):
 
 def test_rounds_are_interleaved():
     calls = []
-    series = interleaved(lambda: calls.append("floor"), {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, least=0.0)
+    series = interleaved(
+        lambda: calls.append("floor"), {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, least=0.0
+    )
     assert calls == ["a", "b", "floor"] + 2 * ["floor", "a", "b", "floor"]
     assert set(series) == {"floor", "a", "b"} and len(series["a"].ratios) == 2
 
@@ -98,7 +112,22 @@ def test_command(tmp_path, capsys):
     path, figure = tmp_path / "out.json", tmp_path / "out.png"
     threads = torch.get_num_threads()
     try:
-        main(["--workload", "W2", "--job", "J8", "--repeats", "1", "--no-check", "--no-memory", "--json", str(path), "--plot", str(figure)])
+        main(
+            [
+                "--workload",
+                "W2",
+                "--job",
+                "J8",
+                "--repeats",
+                "1",
+                "--no-check",
+                "--no-memory",
+                "--json",
+                str(path),
+                "--plot",
+                str(figure),
+            ]
+        )
     finally:
         torch.set_num_threads(threads)
     results = json.loads(path.read_text())

@@ -1,4 +1,6 @@
-"""The two larger nets, very small: every job runs and is what autograd says; a job in a process of its own; its limit."""
+"""The two larger nets, very small: every job runs and is what autograd says; a job in a process of its own; its
+limit.
+"""
 
 import json
 
@@ -55,7 +57,11 @@ def test_fisher_vector():
     large = build("resnet50", 3, 2, toy=True, dtype=torch.float64)
     j = rows(large)
     p = large.model(torch.cat([x for x, _ in large.batches])).softmax(-1)
-    v = nng.PVector.randn(nng.LayerCollection.from_model(large.model), generator=torch.Generator().manual_seed(7)).flat().double()
+    v = (
+        nng.PVector.randn(nng.LayerCollection.from_model(large.model), generator=torch.Generator().manual_seed(7))
+        .flat()
+        .double()
+    )
     moved = j @ (v / v.norm())
     expected = torch.einsum("ncd,nc->d", j, p * moved - p * (p * moved).sum(-1, keepdim=True)) / 3
     torch.testing.assert_close(JOBS["resnet50"]["fvp"].prepare(large)().flat(), expected, rtol=1e-5, atol=1e-8)

@@ -1,7 +1,9 @@
-"""Confident models: margins of 0 to 80 between logits, where ``1 - p`` and ``p (1 - p)`` are far below the rounding of 1.
+"""Confident models: margins of 0 to 80 between logits, where ``1 - p`` and ``p (1 - p)`` are far below the rounding of
+1.
 
-The reference is exact arithmetic of 120 digits. The outputs of the model are the sum of its parameter and its input, so that
-products with a matrix are those with the metric of the outputs, and every number of the inputs is exact in both dtypes.
+The reference is exact arithmetic of 120 digits. The outputs of the model are the sum of its parameter and its input, so
+that products with a matrix are those with the metric of the outputs, and every number of the inputs is exact in both
+dtypes.
 """
 
 import functools
@@ -282,7 +284,9 @@ def test_convex_functions_are_never_called_otherwise(name, margin, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce", HARD["by hand"]])
 def test_a_fitted_network_is_not_refused(loss, dtype):
-    """Second derivatives of a saturated loss, to rounding or below what the dtype holds, are no reason to suspect the model."""
+    """Second derivatives of a saturated loss, to rounding or below what the dtype holds, are no reason to suspect the
+    model.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
     x = torch.randn(7, 4, dtype=dtype)

@@ -64,7 +64,7 @@ def write(path, tree, tensors):
     safetensors.torch.save_file(tensors, path, {"nngeom": header, "checksum": _checksum(header, tensors)})
 
 
-# -- the container ---------------------------------------------------------------------------------------------------
+# -- the container -----------------------------------------------------------------------------------------------------
 
 ENTRY = lambda offsets=(0, 8), shape=(2,), dtype="F32": {
     "dtype": dtype,
@@ -166,7 +166,7 @@ def test_what_was_loaded_does_not_follow_the_file(tmp_path):
     assert torch.equal(copy.to_dense(), m.to_dense())
 
 
-# -- the tree --------------------------------------------------------------------------------------------------------
+# -- the tree ----------------------------------------------------------------------------------------------------------
 
 FIELDS = lambda tree: tree["object"]["fields"]
 COLLECTION = lambda tree: FIELDS(tree)["layer_collection"]["fields"]
@@ -309,7 +309,7 @@ def in_folder(folder, program):
     )
 
 
-# -- memory ----------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="high-water marks are read from /proc")
@@ -378,7 +378,7 @@ def crafted():
             yield f"{name} {cover}", {"format": 1, "object": named("PMatKFAC", fields_)}, tensors
 
 
-# -- crashes while saving --------------------------------------------------------------------------------------------
+# -- crashes while saving ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

@@ -120,9 +120,7 @@ def same_derivatives(f, g, inputs, tol=1e-8):
         da, db = (grad(y, t, create_graph=True, allow_unused=True) for y, t in ((a, one), (b, two)))
         for x, y, t in zip(da, db, inputs):
             x, y = (torch.zeros_like(t) if z is None else z for z in (x, y))
-            torch.testing.assert_close(
-                x, y, rtol=tol, atol=tol * (1 + float(y.detach().abs().max()))
-            )
+            torch.testing.assert_close(x, y, rtol=tol, atol=tol * (1 + float(y.detach().abs().max())))
         a, b = (
             sum((z * z.detach().cos()).sum() + z.square().sum() for z in d if z is not None and z.requires_grad)
             for d in (da, db)

@@ -1,4 +1,6 @@
-"""What a device other than the CPU asks for, seen on the CPU: tensors made where the model is, and few waits for results."""
+"""What a device other than the CPU asks for, seen on the CPU: tensors made where the model is, and few waits for
+results.
+"""
 
 import traceback
 
@@ -34,12 +36,19 @@ class Homeless(TorchFunctionMode):
 
 
 OPERATIONS = {
-    "fisher": lambda c: [nng.FIM(c.model, c.loader, k).solve(nng.PVector.from_model(c.model), 0.1) for k in (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC)],
-    "dense": lambda c: [nng.FIM(c.model, c.loader, k).trace() for k in (nng.PMatDense, nng.PMatQuasiDiag, nng.PMatLowRank, nng.PMatEye)],
+    "fisher": lambda c: [
+        nng.FIM(c.model, c.loader, k).solve(nng.PVector.from_model(c.model), 0.1)
+        for k in (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC)
+    ],
+    "dense": lambda c: [
+        nng.FIM(c.model, c.loader, k).trace() for k in (nng.PMatDense, nng.PMatQuasiDiag, nng.PMatLowRank, nng.PMatEye)
+    ],
     "drawn": lambda c: nng.FIM_MonteCarlo(c.model, c.loader, nng.PMatKFAC),
     "loss": lambda c: nng.GGN(c.model, c.loader, nng.PMatDiag, loss="cross_entropy"),
     "products": lambda c: nng.FIM(c.model, c.loader, nng.PMatImplicit).mv(nng.PVector.from_model(c.model)),
-    "kernels": lambda c: [nng.GramMatrix(c.model, c.loader, k, centered=True) for k in (nng.FMatDense, nng.FMatDiag, nng.FMatBlockDiag)],
+    "kernels": lambda c: [
+        nng.GramMatrix(c.model, c.loader, k, centered=True) for k in (nng.FMatDense, nng.FMatDiag, nng.FMatBlockDiag)
+    ],
     "penalties": lambda c: [nng.mgs.trace_penalty(c.model, c.inputs, kind) for kind in ("exact", "rademacher")],
     "statistics": lambda c: (nng.analysis.stiffness(c.model, c.loader), nng.analysis.coherence(c.model, c.loader)),
     "hessian": lambda c: nng.Hessian(c.model, c.loader, nng.PMatDense, loss="cross_entropy"),
@@ -64,7 +73,12 @@ class Waits(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten._unique2, torch.ops.aten.equal)
+        self.count += func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten._unique2,
+            torch.ops.aten.equal,
+        )
         return func(*args, **(kwargs or {}))
 
 

@@ -25,10 +25,17 @@ X = torch.randn(6, 4, dtype=f64)
 
 def test_what_the_graph_tells_and_what_falls_back():
     d = nng.diagnose(Net(lambda net, x, h: h.tanh()), X)
-    assert (d["first.weight"].rows, d["first.weight"].placed, d["first.weight"].right) == ("captured", "graph", "compared")
+    assert (d["first.weight"].rows, d["first.weight"].placed, d["first.weight"].right) == (
+        "captured",
+        "graph",
+        "compared",
+    )
     assert d["odd"].rows == "fallback" and "adapter" in d["odd"].complete
     assert d["idle"].rows == "unused"
-    assert all(d[name].change < 1e-12 for name in ("number of examples", "order", "repetition")) and 0 < d["dtype"].change < 1e-5
+    assert (
+        all(d[name].change < 1e-12 for name in ("number of examples", "order", "repetition"))
+        and 0 < d["dtype"].change < 1e-5
+    )
     assert d["padding"].change is None
     assert "first.weight" in str(d) and "number of examples" in str(d)
 

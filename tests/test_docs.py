@@ -32,7 +32,9 @@ def test_public_names_are_documented():
     public = {n for n, x in vars(nng).items() if not n.startswith("_") and not isinstance(x, type(sys))}
     listed = set(re.findall(r"^\.\. auto\w+:: nngeom\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M))
     assert listed - public == set(), "these are gone: take them out of docs/api.md"
-    assert [n for n in sorted(public) if not (getattr(nng, n).__doc__ or "").strip()] == []  # the page adds what it does not place
+    assert [
+        n for n in sorted(public) if not (getattr(nng, n).__doc__ or "").strip()
+    ] == []  # the page adds what it does not place
 
 
 def test_links_between_pages_resolve():
@@ -48,7 +50,11 @@ def test_demo(tmp_path, monkeypatch, capsys):
 
     net = demo.ConvNet
     monkeypatch.setattr(demo, "ConvNet", lambda: net((2, 2, 2)))
-    for name, value in {"CHECKPOINTS": {"initialisation": 0, "early": 1, "trained": 30}, "FISHER_EXAMPLES": 24, "DRAWS": 3}.items():
+    for name, value in {
+        "CHECKPOINTS": {"initialisation": 0, "early": 1, "trained": 30},
+        "FISHER_EXAMPLES": 24,
+        "DRAWS": 3,
+    }.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "seconds", lambda f: (f(), 1.0)[1])
     demo.main(["--out", str(tmp_path)])

@@ -1,4 +1,6 @@
-"""What the examples of training geometry are built from: readers of data files, corruptions, one step of every method."""
+"""What the examples of training geometry are built from: readers of data files, corruptions, one step of every
+method.
+"""
 
 import gzip
 import sys
@@ -37,7 +39,9 @@ def test_cifar_files(tmp_path):
         (tmp_path / name).write_bytes(rows.tobytes())
     data = common.load(tmp_path, 10, 5)
     assert data.shape == (3, 32, 32) and len(data.y) == 10
-    assert torch.equal((data.x_test[data.y_test == 2][0] * 255).round().flatten(), torch.from_numpy(rows[2, 1:].copy()).float())
+    assert torch.equal(
+        (data.x_test[data.y_test == 2][0] * 255).round().flatten(), torch.from_numpy(rows[2, 1:].copy()).float()
+    )
 
 
 def test_corruptions():
@@ -63,7 +67,9 @@ def test_one_step_of_every_method(kind, method):
 
 
 def test_supernat_wins_on_its_problem():
-    """Lower test error than gradient descent at the end, on the mean of five draws; not with the trace-preserving scale."""
+    """Lower test error than gradient descent at the end, on the mean of five draws; not with the trace-preserving
+    scale.
+    """
     errors = dict.fromkeys(supernat.METHODS, 0.0)
     for seed in range(5):
         x, y, xt, yt = supernat.problem(seed)
@@ -84,24 +90,36 @@ def test_frequencies_of_waves():
 
 
 def test_random_net_prefers_slow_functions():
-    """The rank correlation and the fast decay hold for the default initialisation; He's without biases is linear beside 0: centred rank 2."""
+    """The rank correlation and the fast decay hold for the default initialisation; He's without biases is linear beside
+    0: centred rank 2.
+    """
     grid = torch.linspace(0, 1, 50, dtype=torch.float64)[:, None]
     found = analysis.eigenfunctions(fourier_bias.net(0), [grid], 50, centered=True)
     frequency = fourier_bias.mean_frequency(found.functions[:, 0])
     assert fourier_bias.spearmanr(range(25), frequency[:25]).statistic > 0.8
     assert 0.002 < found.eigenvalues[9] / found.eigenvalues[0] < 0.03
-    assert (analysis.spectrum(analysis.eigenfunctions(fourier_bias.net(0, he=True), [grid], 50, centered=True).eigenvalues) > 0).sum() <= 2
+    assert (
+        analysis.spectrum(analysis.eigenfunctions(fourier_bias.net(0, he=True), [grid], 50, centered=True).eigenvalues)
+        > 0
+    ).sum() <= 2
 
 
 @pytest.mark.parametrize("c", [0.0, 0.5, 1.0])
 def test_which_norm(c):
     """The weights interpolate; the bounds are those of their definitions, by the singular values of the rows."""
     psi, l, y = which_norm.features()
-    assert torch.allclose(psi.T @ psi, torch.eye(1000, dtype=torch.float64), atol=1e-10) and 0.2 < float((y > 0).double().mean()) < 0.8
+    assert (
+        torch.allclose(psi.T @ psi, torch.eye(1000, dtype=torch.float64), atol=1e-10)
+        and 0.2 < float((y > 0).double().mean()) < 0.8
+    )
     index, l = torch.arange(7, 1000, 20), 1 + c * (l - 1)
     weights, error, plain, best = which_norm.subsample(psi, l, y, index)
     rows = psi[index] * l.sqrt()
-    assert torch.allclose(weights, torch.linalg.lstsq(rows, y[index], rcond=1e-5, driver="gelsd").solution, atol=1e-6 * float(weights.abs().max()))
+    assert torch.allclose(
+        weights,
+        torch.linalg.lstsq(rows, y[index], rcond=1e-5, driver="gelsd").solution,
+        atol=1e-6 * float(weights.abs().max()),
+    )
     u, s, _ = torch.linalg.svd(rows, full_matrices=False)
     keep = s > 1e-5 * s[0]
     assert plain == pytest.approx(float(weights.norm() * s[keep].norm() / 50), rel=1e-6)

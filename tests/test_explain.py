@@ -9,7 +9,10 @@ import nngeom as nng
 def test_explain_names_operations_structures_and_costs():
     c = build("decoder")
     report = nng.explain(c.model, c.loader[0])
-    assert report["tokens.weight"].structure == "tied" and set(report["tokens.weight"].operations) == {"embedding", "linear"}
+    assert report["tokens.weight"].structure == "tied" and set(report["tokens.weight"].operations) == {
+        "embedding",
+        "linear",
+    }
     assert report["positions.weight"].structure == "lookup"
     assert report["norm.weight"].structure == "exact" and report["norm.weight"].block == (3, 1, 2)
     assert "Dense block" in str(report) and "tokens.weight" in str(report)

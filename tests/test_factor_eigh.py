@@ -1,4 +1,6 @@
-"""Eigendecompositions of factors: in float64, with a fallback where LAPACK gives up, and zero only what rounding left."""
+"""Eigendecompositions of factors: in float64, with a fallback where LAPACK gives up, and zero only what rounding
+left.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ def factor(p: int, rank: int, seed: int = 0) -> torch.Tensor:
 
 def with_spectrum(values: torch.Tensor) -> torch.Tensor:
     """A random factor with these eigenvalues, rounded to float32."""
-    q = torch.linalg.qr(torch.randn(len(values), len(values), generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    q = torch.linalg.qr(
+        torch.randn(len(values), len(values), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    )[0]
     return ((q * values) @ q.T).float()[None]
 
 
@@ -57,14 +61,20 @@ SPECTRA = {
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("damping", [1e-6, 1e-4, 1e-2])
 def test_readings_are_those_of_float64(name, damping):
-    """Solves and log-determinants with float32 factors, against float64 of the same numbers; a float32 decomposition is 20 to 1000 times farther."""
+    """Solves and log-determinants with float32 factors, against float64 of the same numbers; a float32 decomposition is
+    20 to 1000 times farther.
+    """
     a, g = with_spectrum(SPECTRA[name]), with_spectrum(SPECTRA[name][::10])
     block, wide = KroneckerBlock(a, g), [torch.linalg.eigh(f.double()) for f in (a, g)]
     (sa, ua), (sg, ug) = ((v.clamp_min(0), u) for v, u in wide)
     truth = EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2))
     b = torch.randn(1, 30, 300, generator=torch.Generator().manual_seed(2))
     x, y = block.solve(b, Tikhonov(damping)), truth.inverse(Tikhonov(damping)).mv(b.double())
-    left = {"decaying": 2 * linalg.ROUNDINGS, "clustered": 0, "rank-deficient": 1}  # roundings of what counts as zero here
+    left = {
+        "decaying": 2 * linalg.ROUNDINGS,
+        "clustered": 0,
+        "rank-deficient": 1,
+    }  # roundings of what counts as zero here
     rounding = 20 * EPS + left[name] * EPS / damping
     assert float((x - y).norm() / y.norm()) < rounding
     assert float((block.logdet(Tikhonov(damping)) - truth.logdet(Tikhonov(damping))).abs() / truth.d.numel()) < rounding

@@ -56,7 +56,9 @@ close = matches
 
 def layer_mask(lc):
     """``(d, d)``: whether two parameters belong to one layer."""
-    owner = torch.cat([torch.full((torch.Size(s).numel(),), list(lc.layers).index(own)) for s, own in zip(lc.shapes, lc.layers)])
+    owner = torch.cat(
+        [torch.full((torch.Size(s).numel(),), list(lc.layers).index(own)) for s, own in zip(lc.shapes, lc.layers)]
+    )
     return owner[:, None] == owner
 
 
@@ -77,7 +79,9 @@ def test_every_representation(case, request):
     assert all(p.grad is None for p in case.model.parameters())
 
 
-@pytest.mark.parametrize("name", ["attention", "layer-norm", "group-norm", "rms-norm", "lstm", "bilinear", "batch-norm"])
+@pytest.mark.parametrize(
+    "name", ["attention", "layer-norm", "group-norm", "rms-norm", "lstm", "bilinear", "batch-norm"]
+)
 def test_against_differences_of_gradients(name):
     """Fused operations may have a wrong second derivative that double backward would repeat."""
     c = build(name, sizes=(2,))
@@ -128,7 +132,9 @@ def test_losses():
     )
     linear = nn.Linear(4, 3).double()
     for loss, x in (("cross_entropy", c.targets), ("mse", y)):  # linear in the parameters: the Gauss-Newton matrix
-        h, g = (measure(linear, (c.inputs, x), nng.PMatDense, loss=loss).to_dense() for measure in (nng.Hessian, nng.GGN))
+        h, g = (
+            measure(linear, (c.inputs, x), nng.PMatDense, loss=loss).to_dense() for measure in (nng.Hessian, nng.GGN)
+        )
         close(h, g)
     zero = nng.Hessian(linear, (c.inputs, y), nng.PMatDense, loss=lambda f, y: f.sum(1))
     assert not zero.to_dense().any()
@@ -145,7 +151,13 @@ def test_fused_attention_is_differentiated_twice():
     layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True).eval()
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(32, 3))
     x, y = torch.randn(3, 4, 8), torch.tensor([0, 1, 2])
-    m = nng.Hessian(model, (x, y), nng.PMatImplicit, loss="cross_entropy", layer_collection=nng.LayerCollection.from_model(model, include="0.self_attn*"))
+    m = nng.Hessian(
+        model,
+        (x, y),
+        nng.PMatImplicit,
+        loss="cross_entropy",
+        layer_collection=nng.LayerCollection.from_model(model, include="0.self_attn*"),
+    )
     v = nng.PVector.randn(m.layer_collection)
     both = nng.Hessian(model, (x, y), nng.PMatDense, loss="cross_entropy", layer_collection=m.layer_collection)
     torch.testing.assert_close(m.mv(v).flat(), both.mv(v).flat(), rtol=1e-4, atol=1e-5)
@@ -223,7 +235,7 @@ def test_refusals():
         nng.Hessian(c.model, c.loader, nng.PMatDense, loss=lambda f, y: f.detach().sum(1))
 
 
-# -- covariances of gradients ----------------------------------------------------------------------------------------
+# -- covariances of gradients ------------------------------------------------------------------------------------------
 
 COVARIANCES = [nng.PMatDense, nng.PMatDiag, nng.PMatBlockDiag, nng.PMatQuasiDiag, nng.PMatLowRank, nng.PMatImplicit]
 

@@ -25,7 +25,13 @@ def test_imports_go_down(file):
     module = ".".join(["nngeom", *file.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
     mine = ORDER.index(floor(module))
     for node in ast.parse(file.read_text()).body:  # imports inside functions are for optional or heavy things
-        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names = (
+            [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
         for name in names:
             if name and name.startswith("nngeom."):
                 assert ORDER.index(floor(name)) <= mine, f"{module} imports {name}"
@@ -34,7 +40,8 @@ def test_imports_go_down(file):
 @pytest.mark.parametrize("file", sorted((ROOT / "pmat").glob("*.py")), ids=lambda f: f.name)
 def test_representations_know_no_operation(file):
     code = re.sub(r'""".*?"""', "", file.read_text(), flags=re.S)
-    words = r"\b(conv\w*|embedding|attention|layer_?norm|batch_?norm|group_?norm|rms_?norm|bilinear|F\.linear|nn\.\w+|patches|im2col|unfold)\b"
+    norms = r"layer_?norm|batch_?norm|group_?norm|rms_?norm"
+    words = rf"\b(conv\w*|embedding|attention|{norms}|bilinear|F\.linear|nn\.\w+|patches|im2col|unfold)\b"
     allowed = {"implicit.py": {"F.embedding", "embedding", "attention", "nn.attention", "nn.functional", "nn.Module"}}
     found = {m.group(0) for m in re.finditer(words, code, flags=re.I)} - allowed.get(file.name, set())
     assert not {w for w in found if w.lower() not in {"nn.parameter"}}, found

@@ -24,7 +24,9 @@ def test_1_2_the_closed_form_is_the_label_weighted_sum(case):
     total = 0
     for label in range(3):
         y = torch.full((case.n,), label)
-        g = reference.loss_gradients(case.model, case.inputs, y, lambda f, t: nn.functional.cross_entropy(f, t, reduction="none"))
+        g = reference.loss_gradients(
+            case.model, case.inputs, y, lambda f, t: nn.functional.cross_entropy(f, t, reduction="none")
+        )
         p = case.model(case.inputs).softmax(1)[:, label].detach()
         total = total + torch.einsum("n,nd,ne->de", p, g, g) / case.n
     close(nng.FIM(case.model, case.loader, nng.PMatDense).to_dense(), total)
@@ -55,11 +57,15 @@ def test_1_4_the_fisher_matrix_is_the_hessian_of_the_kullback_leibler_divergence
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("representation", [nng.PMatDense, nng.PMatQuasiDiag, nng.PMatKFAC, nng.PMatEKFAC], ids=lambda r: r.__name__)
+@pytest.mark.parametrize(
+    "representation", [nng.PMatDense, nng.PMatQuasiDiag, nng.PMatKFAC, nng.PMatEKFAC], ids=lambda r: r.__name__
+)
 def test_1_14_batches_budgets_and_order_do_not_matter(name, representation):
     c = build(name)
     whole = nng.FIM(c.model, [c.inputs], representation).to_dense()
-    with_check_off = nng.FIM(c.model, [c.inputs.flip(0)], representation, check=False) if name != "shared-table" else None
+    with_check_off = (
+        nng.FIM(c.model, [c.inputs.flip(0)], representation, check=False) if name != "shared-table" else None
+    )
     singles = nng.FIM(c.model, [c.inputs[:1], c.inputs[1:]], representation)
     close(singles.to_dense(), whole)
     if with_check_off is not None:
@@ -73,21 +79,28 @@ def test_1_6_1_7_traces():
     c = build("mlp")
     f = reference.fisher(c.model, c.inputs)
     kfac = nng.FIM(c.model, c.loader, nng.PMatKFAC)
-    close(kfac.trace(), sum((b.a[0].trace() * b.g[0].trace() for b in kfac.blocks.values()), start=torch.zeros((), dtype=f64)))
+    close(
+        kfac.trace(),
+        sum((b.a[0].trace() * b.g[0].trace() for b in kfac.blocks.values()), start=torch.zeros((), dtype=f64)),
+    )
     assert abs(kfac.trace() - f.trace()) > 1e-6 * f.trace()
 
 
 def exactness_cases():
     c = build("mlp")
-    yield "one example", c.model, c.inputs[:1], "bernoulli", lambda m: (lambda x: m(x)[:, :1])
+    yield "one example", c.model, c.inputs[:1], "bernoulli", lambda m: lambda x: m(x)[:, :1]
     yield "constant input", nn.Linear(4, 3).double(), torch.ones(5, 4, dtype=f64), "categorical", None
     yield "single layer, identity metric", nn.Linear(4, 3).double(), torch.randn(5, 4, dtype=f64), "gaussian", None
 
 
-@pytest.mark.parametrize("name,model,inputs,likelihood,function", exactness_cases(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    "name,model,inputs,likelihood,function", exactness_cases(), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_1_7_where_kfac_is_exact(name, model, inputs, likelihood, function):
     options = {"likelihood": likelihood, "function": function(model) if function else None}
-    block, kfac, ekfac = (nng.FIM(model, [inputs], r, **options).to_dense() for r in (nng.PMatBlockDiag, nng.PMatKFAC, nng.PMatEKFAC))
+    block, kfac, ekfac = (
+        nng.FIM(model, [inputs], r, **options).to_dense() for r in (nng.PMatBlockDiag, nng.PMatKFAC, nng.PMatEKFAC)
+    )
     close(kfac, block)
     close(ekfac, block)
 
@@ -109,7 +122,9 @@ def test_1_15_quasi_diagonal_solve_and_its_refusal():
     with pytest.raises(nng.SingularError, match="need not be positive") as error:
         m.solve(v, 0.5 * -least)
     enough = 1.01 * error.value.needed
-    close(m.solve(v, enough).flat(), torch.linalg.solve(dense + enough * torch.eye(len(dense), dtype=f64), v.flat()), 1e-6)
+    close(
+        m.solve(v, enough).flat(), torch.linalg.solve(dense + enough * torch.eye(len(dense), dtype=f64), v.flat()), 1e-6
+    )
 
 
 def test_1_18_subset_is_the_sub_block():
@@ -175,7 +190,12 @@ def test_factored_tikhonov_balances_the_factors(balanced):
         g = b.g[0] + 0.1**0.5 / pi * torch.eye(b.g.shape[-1], dtype=f64)
         layout.scatter_(want, torch.linalg.solve(g, layout.gather(v.flat())[0] @ torch.linalg.inv(a))[None])
     close(kfac.solve(v, nng.FactoredTikhonov(0.1, balanced)).flat(), want, 1e-8)
-    inverted = torch.cat([b.inverse(nng.FactoredTikhonov(0.1, balanced)).mv(lay.gather(v.flat())).flatten() for lay, b in kfac.blocks.items()])
+    inverted = torch.cat(
+        [
+            b.inverse(nng.FactoredTikhonov(0.1, balanced)).mv(lay.gather(v.flat())).flatten()
+            for lay, b in kfac.blocks.items()
+        ]
+    )
     close(inverted, torch.cat([lay.gather(want).flatten() for lay in kfac.blocks]), 1e-8)
 
 
@@ -187,7 +207,9 @@ def test_cutoff_is_the_pseudo_inverse():
         values, u = torch.linalg.eigh(dense)
         inverse = torch.where(values >= 1e-6, 1 / values, torch.zeros_like(values))
         want = (u * inverse) @ (u.T @ v.flat())
-        torch.testing.assert_close(m.solve(v, nng.Cutoff(1e-6)).flat(), want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+        torch.testing.assert_close(
+            m.solve(v, nng.Cutoff(1e-6)).flat(), want, rtol=1e-5, atol=1e-6 * float(want.abs().max())
+        )
 
 
 def test_2_9_large_damping_gives_the_gradient_and_least_squares_in_one_step():
@@ -217,7 +239,9 @@ def test_2_11_undamped_kfac_is_invariant_to_linear_maps_of_the_input():
         model[0].weight.data = model[0].weight.data @ map_in
         nn.functional.cross_entropy(model(inputs), y).backward()
         lc = nng.LayerCollection.from_model(model, include="0")
-        step = nng.FIM(model, [inputs], nng.PMatKFAC, layer_collection=lc).solve(nng.PVector.from_grad(model, lc), 1e-14)
+        step = nng.FIM(model, [inputs], nng.PMatKFAC, layer_collection=lc).solve(
+            nng.PVector.from_grad(model, lc), 1e-14
+        )
         before = model(inputs).detach()
         step.add_to(model, alpha=-1)
         return model(inputs).detach() - before

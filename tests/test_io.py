@@ -92,7 +92,10 @@ def test_function_space_and_maps(tmp_path):
         nng.save(j, path)
         copy = nng.load(path)
         assert type(copy) is kind and torch.equal(copy.tensor, j.tensor) and copy.layer_collection == j.layer_collection
-    for implicit in (nng.GramMatrix(c.model, c.loader, nng.FMatImplicit), nng.Jacobian(c.model, c.loader, nng.PushForwardImplicit)):
+    for implicit in (
+        nng.GramMatrix(c.model, c.loader, nng.FMatImplicit),
+        nng.Jacobian(c.model, c.loader, nng.PushForwardImplicit),
+    ):
         with pytest.raises(nng.UnsupportedError, match="holds a model"):
             nng.save(implicit, path)
 
@@ -115,7 +118,7 @@ def test_the_header_can_be_read_by_others(tmp_path):
     assert header["object"]["fields"]["layer_collection"]["fields"]["names"] == list(m.layer_collection.names)
 
 
-# -- refusals --------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def test_implicit_and_foreign_objects_are_not_saved(tmp_path):
@@ -262,7 +265,7 @@ def test_a_thousand_damaged_files(kfac, tmp_path):
             nng.load(path)
 
 
-# -- merging ---------------------------------------------------------------------------------------------------------
+# -- merging -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "ekfac"])

@@ -82,7 +82,7 @@ def equal(k, truth):
     torch.testing.assert_close(torch.as_tensor(k.tensor), truth.tensor, rtol=1e-10, atol=1e-10)
 
 
-# -- known again -----------------------------------------------------------------------------------------------------
+# -- known again -------------------------------------------------------------------------------------------------------
 
 WAYS = {
     "plain": {},
@@ -190,7 +190,7 @@ def test_contents_of_batches_of_any_kind(tmp_path):
         call(x, text=lambda: 0)
 
 
-# -- live kernels ----------------------------------------------------------------------------------------------------
+# -- live kernels ------------------------------------------------------------------------------------------------------
 
 
 def test_a_live_kernel_is_not_touched(tmp_path):
@@ -211,7 +211,7 @@ def test_a_live_kernel_is_not_touched(tmp_path):
     equal(nng.GramMatrix(model, data, out=path), live)
 
 
-# -- damage ----------------------------------------------------------------------------------------------------------
+# -- damage ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -291,7 +291,7 @@ def test_a_finished_file_is_damaged(tmp_path):
         nng.GramMatrix(model, data, out=path)
 
 
-# -- paths and disks -------------------------------------------------------------------------------------------------
+# -- paths and disks ---------------------------------------------------------------------------------------------------
 
 
 class Untouched:
@@ -355,7 +355,7 @@ def test_disks_that_cannot_reserve(tmp_path, monkeypatch):
     assert os.path.getsize(tmp_path / "f") == 3 * 2**20 + 5
 
 
-# -- processes -------------------------------------------------------------------------------------------------------
+# -- processes ---------------------------------------------------------------------------------------------------------
 
 PRELUDE = """
 import os, resource, signal, sys, torch, nngeom as nng

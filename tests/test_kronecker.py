@@ -11,7 +11,17 @@ import nngeom as nng
 from nngeom.core.tied import product_of_marginals
 from nngeom.pmat.kronecker import KroneckerBlock
 
-WINDOWS = ("conv1d", "conv2d", "conv2d-same", "conv2d-circular", "depthwise", "conv3d", "deconv1d", "deconv2d", "deconv3d")
+WINDOWS = (
+    "conv1d",
+    "conv2d",
+    "conv2d-same",
+    "conv2d-circular",
+    "depthwise",
+    "conv3d",
+    "deconv1d",
+    "deconv2d",
+    "deconv3d",
+)
 
 
 def close(x, y, tol=1e-9):
@@ -19,7 +29,9 @@ def close(x, y, tol=1e-9):
 
 
 def projected(plain):
-    """SUA from its definition: the channel-by-channel part of every input factor of plain KFAC, averaged over places."""
+    """SUA from its definition: the channel-by-channel part of every input factor of plain KFAC, averaged over
+    places.
+    """
     blocks = {}
     for layout, block in plain.blocks.items():
         w, a = layout.pieces[0].arrangement.window, block.a
@@ -49,7 +61,10 @@ def test_sua_against_its_definition(name, sharing):
     v = nng.PVector.randn(sua.layer_collection, dtype=torch.float64)
     close(sua.solve(v, 0.1).flat(), truth.solve(v, 0.1).flat())
     assert sua.nbytes() < plain.nbytes() or name == "depthwise"
-    close(nng.merge(*(nng.FIM(c.model, [b], nng.PMatKFAC, sharing=sharing, sua=True) for b in c.loader)).to_dense(), truth.to_dense())
+    close(
+        nng.merge(*(nng.FIM(c.model, [b], nng.PMatKFAC, sharing=sharing, sua=True) for b in c.loader)).to_dense(),
+        truth.to_dense(),
+    )
 
 
 @pytest.mark.parametrize("name", WINDOWS)
@@ -88,7 +103,7 @@ def test_sua_in_a_mixture_and_within_the_budget():
         close(cut.to_dense(), nng.FIM(c.model, c.loader, kind, sua=True).to_dense())
 
 
-# -- new eigenvalues -------------------------------------------------------------------------------------------------
+# -- new eigenvalues ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sua", [False, True])
@@ -105,7 +120,10 @@ def test_rescaled(name, sua):
     for new, truth in (
         (m.rescaled(c.model, c.loader), reference.fisher(c.model, c.inputs)),
         (m.rescaled(c.model, c.loader, nng.EmpiricalFIM, loss="cross_entropy"), g.T @ g / len(g)),
-        (m.rescaled(c.model, c.loader[:1], measure=nng.FIM, memory_budget=20_000), reference.fisher(c.model, c.loader[0][0])),
+        (
+            m.rescaled(c.model, c.loader[:1], measure=nng.FIM, memory_budget=20_000),
+            reference.fisher(c.model, c.loader[0][0]),
+        ),
     ):
         assert type(new) is nng.PMatEKFAC
         close(new.to_dense(), u @ (u.T @ truth @ u).diagonal().diag() @ u.T)
@@ -132,7 +150,7 @@ def inside_out(model, x):
     return model[2](torch.tanh(F.linear(x, torch.sinh(model[0].weight), model[0].bias)))
 
 
-# -- a parameter in unlike uses --------------------------------------------------------------------------------------
+# -- a parameter in unlike uses ----------------------------------------------------------------------------------------
 
 
 def partial_traces(pairs):

@@ -1,4 +1,6 @@
-"""Causal language models of ``transformers``, tiny and random, against loops over sequences, positions and classes of autograd."""
+"""Causal language models of ``transformers``, tiny and random, against loops over sequences, positions and classes of
+autograd.
+"""
 
 import functools
 import types
@@ -23,15 +25,24 @@ SMALL = {
 }
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 MODELS = {
-    "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(vocab_size=VOCABULARY, n_positions=8, n_embd=4, n_layer=1, n_head=2, **IDS)),
+    "gpt2": lambda: T.GPT2LMHeadModel(
+        T.GPT2Config(vocab_size=VOCABULARY, n_positions=8, n_embd=4, n_layer=1, n_head=2, **IDS)
+    ),
     "llama": lambda: T.LlamaForCausalLM(T.LlamaConfig(max_position_embeddings=8, **SMALL, **IDS)),
     "opt": lambda: T.OPTForCausalLM(
         T.OPTConfig(
-            vocab_size=VOCABULARY, hidden_size=4, num_hidden_layers=1, ffn_dim=4, num_attention_heads=2, max_position_embeddings=8,
-            word_embed_proj_dim=4, dropout=0.0, **IDS,
+            vocab_size=VOCABULARY,
+            hidden_size=4,
+            num_hidden_layers=1,
+            ffn_dim=4,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+            word_embed_proj_dim=4,
+            dropout=0.0,
+            **IDS,
         )
     ),
-}  # fmt: skip
+}
 TOLERANCE = {"gpt2": 1e-9, "llama": 1e-6, "opt": 1e-6}  # Llama's norms and OPT's attention compute in float32
 
 
@@ -293,7 +304,7 @@ def test_optimizers_take_it_as_likelihood():
     opt.step()
 
 
-# -- models for which the shift is not known, and those that have none --------------------------------------------------
+# -- models for which the shift is not known, and those that have none -------------------------------------------------
 
 
 def test_masked_language_models_are_not_shifted():
@@ -321,9 +332,19 @@ def test_decoders_whose_own_loss_does_not_shift_are_asked_about():
     """BART's decoder compares logits with the label of the same position."""
     torch.manual_seed(0)
     config = T.BartConfig(
-        vocab_size=VOCABULARY, d_model=4, decoder_layers=1, encoder_layers=1, decoder_attention_heads=2, encoder_attention_heads=2, decoder_ffn_dim=4,
-        encoder_ffn_dim=4, max_position_embeddings=16, is_decoder=True, is_encoder_decoder=False, **IDS,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        d_model=4,
+        decoder_layers=1,
+        encoder_layers=1,
+        decoder_attention_heads=2,
+        encoder_attention_heads=2,
+        decoder_ffn_dim=4,
+        encoder_ffn_dim=4,
+        max_position_embeddings=16,
+        is_decoder=True,
+        is_encoder_decoder=False,
+        **IDS,
+    )
     model = T.BartForCausalLM(config).double().eval()
     for measure, how in ((nng.EmpiricalFIM, {"loss": "cross_entropy"}), (nng.FIM, {})):
         with pytest.raises(nng.OutputError, match="BartForCausalLM"):

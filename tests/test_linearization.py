@@ -58,7 +58,10 @@ def test_products_are_right_wherever_parameters_are_kept(way):
 
 
 def test_products_of_scripted_models_are_right():
-    model, x = nn.Sequential(nn.Linear(4, 5, dtype=f64), nn.Tanh(), nn.Linear(5, 3, dtype=f64)), torch.randn(6, 4, dtype=f64)
+    model, x = (
+        nn.Sequential(nn.Linear(4, 5, dtype=f64), nn.Tanh(), nn.Linear(5, 3, dtype=f64)),
+        torch.randn(6, 4, dtype=f64),
+    )
     expected = reference.fisher(model, x)
     scripted = torch.jit.script(model)
     torch.testing.assert_close(nng.FIM(scripted, [x], nng.PMatImplicit).to_dense(), expected)
@@ -68,7 +71,9 @@ def test_products_of_a_branch_taken_later_are_right():
     model, x = Net(lambda net, x: net.closure(x) if x[0, 0] > 9 else net.first(x)), torch.randn(6, 4, dtype=f64)
     x[3, 0] = 10
     loader = [(x[:3],), (x[3:],)]
-    expected = torch.stack([reference.sandwich(jac(model, b), reference.softmax_metric(model(b))) for (b,) in loader]).mean(0)
+    expected = torch.stack(
+        [reference.sandwich(jac(model, b), reference.softmax_metric(model(b))) for (b,) in loader]
+    ).mean(0)
     torch.testing.assert_close(nng.FIM(model, loader, nng.PMatImplicit).to_dense(), expected)
 
 

@@ -225,7 +225,9 @@ NORMS = {
 
 @pytest.mark.parametrize("name", NORMS)
 def test_gradient_in_the_inputs(name):
-    """Torch's tangents of some operations are wrong, or fail, when differentiated in the input: against central differences."""
+    """Torch's tangents of some operations are wrong, or fail, when differentiated in the input: against central
+    differences.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(4, 6, 1), NORMS[name](), nn.Flatten(), nn.Linear(30, 2)).double()
     lin = Linearized(model)

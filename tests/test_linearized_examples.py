@@ -28,7 +28,9 @@ def arguments(monkeypatch, *args):
 def test_quadratic(monkeypatch, capsys, tmp_path):
     import lazy_quadratic as example
 
-    monkeypatch.setattr(example, "network", lambda data, groups, regime, activation, seed: example.quadratic(data, groups, regime))
+    monkeypatch.setattr(
+        example, "network", lambda data, groups, regime, activation, seed: example.quadratic(data, groups, regime)
+    )
     arguments(monkeypatch, "--seeds", "1")
     example.main()
     assert (tmp_path / "out/lazy_quadratic.png").stat().st_size > 10_000
@@ -57,7 +59,11 @@ def test_yin_yang(monkeypatch, capsys, tmp_path):
         example.main()
     assert "0.1" in capsys.readouterr().out and (tmp_path / "out/lazy_yin_yang.png").exists()
     kept = np.load(tmp_path / "out/lazy_yin_yang/1.npz")
-    assert np.isfinite(kept["difference"][:2]).all() and np.isnan(kept["difference"][3]).all() and (kept["kernel"][1, :2] > 0.999).all()
+    assert (
+        np.isfinite(kept["difference"][:2]).all()
+        and np.isnan(kept["difference"][3]).all()
+        and (kept["kernel"][1, :2] > 0.999).all()
+    )
     easy, disks = example.regions().values()
     assert easy.any() and disks.any() and not (easy & disks).any()
 
@@ -65,7 +71,9 @@ def test_yin_yang(monkeypatch, capsys, tmp_path):
 def test_digits(monkeypatch, capsys, tmp_path):
     import lazy_digits as example
 
-    monkeypatch.setattr(example, "c_scores", lambda x, y, sizes, repeats, seed: SimpleNamespace(score=torch.rand(len(x))))
+    monkeypatch.setattr(
+        example, "c_scores", lambda x, y, sizes, repeats, seed: SimpleNamespace(score=torch.rand(len(x)))
+    )
     for name in example.LIMITS:
         monkeypatch.setitem(example.LIMITS, name, (0.0, 8))
     arguments(monkeypatch, "--seeds", "1")

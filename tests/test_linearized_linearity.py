@@ -124,7 +124,11 @@ def test_errors():
     with pytest.raises(nng.ArgumentError, match="layer"):
         linearity(case.model, case.model, case.loader, layer="9")
     with pytest.raises(nng.StructureError, match="activations"):
-        linearity(nn.Sequential(nn.Linear(4, 3), nn.ReLU()).double(), nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double(), case.loader)
+        linearity(
+            nn.Sequential(nn.Linear(4, 3), nn.ReLU()).double(),
+            nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double(),
+            case.loader,
+        )
     with pytest.raises(nng.ModeError, match="eval"):
         linearity(cases.build("batch-norm").model.train(), cases.build("batch-norm").model, case.loader)
     with pytest.raises(nng.LoaderError, match="empty"):

@@ -39,7 +39,9 @@ def fast_and_slow() -> tuple[Run, dict]:
 
 def test_speed_does_not_matter():
     result = equal_progress(*fast_and_slow(), [0.9, 0.5, 0.31])
-    assert torch.allclose(result.a["hard"], result.b["hard"]) and torch.allclose(result.a["hard"], 2 + result.thresholds)
+    assert torch.allclose(result.a["hard"], result.b["hard"]) and torch.allclose(
+        result.a["hard"], 2 + result.thresholds
+    )
     assert result.difference("map").shape == (3, 4) and result.difference("map").abs().max() < 1e-12
     assert torch.allclose(result.index_a, torch.tensor([0.5, 2.5, 3.45], dtype=torch.float64))
     assert torch.allclose(result.index_b, torch.tensor([4.0, 20.0, 27.6], dtype=torch.float64))
@@ -49,7 +51,11 @@ def test_never_reached_is_nan_and_first_record_past_it_without_interpolation():
     fast, slow = fast_and_slow()
     result = equal_progress(fast, slow, torch.tensor([0.5, 0.01, -1.0]), interpolate=False)
     assert torch.allclose(result.a["hard"][:2], torch.tensor([2.4, 2.0], dtype=torch.float64))
-    assert math.isnan(result.b["hard"][1]) and bool(result.a["map"][2].isnan().all()) and math.isnan(result.difference("hard")[2])
+    assert (
+        math.isnan(result.b["hard"][1])
+        and bool(result.a["map"][2].isnan().all())
+        and math.isnan(result.difference("hard")[2])
+    )
 
 
 def test_first_crossing_of_a_curve_that_comes_back_and_of_one_that_grows():
@@ -131,7 +137,9 @@ def test_c_scores_of_a_constant_predictor_are_its_label():
     labels = torch.tensor([0] * 30 + [1] * 6)
     result = c_scores(torch.randn(36, 2), labels, [12, 20], 10, learner=constant)
     assert torch.equal(result.score, (labels == 0).to(result.score.dtype))
-    assert torch.allclose(result.held_out.double().mean(1), torch.tensor([10 * 24 / 36, 10 * 16 / 36], dtype=torch.float64))
+    assert torch.allclose(
+        result.held_out.double().mean(1), torch.tensor([10 * 24 / 36, 10 * 16 / 36], dtype=torch.float64)
+    )
 
 
 def test_c_scores_find_the_wrong_labels_whatever_the_workers():

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import nngeom as nng
-from nngeom.linearized import convergence_times, gradient_flow, label_noise, quadratic_modes, reversed_modes, singular_modes, spurious_feature
+from nngeom.linearized import (
+    convergence_times,
+    gradient_flow,
+    label_noise,
+    quadratic_modes,
+    reversed_modes,
+    singular_modes,
+    spurious_feature,
+)
 
 
 def problem(n: int, d: int, seed: int = 0):
@@ -73,7 +81,10 @@ def test_sequential_learning_has_its_threshold_at_ratio_one():
     for ratio, limit in ((0.7, 0.0), (1.3, 1.0)):
         shares = []
         for sigma in (1e-6, 1e-24):
-            X, y = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64)), torch.tensor([0.5, ratio], dtype=torch.float64)
+            X, y = (
+                torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64)),
+                torch.tensor([0.5, ratio], dtype=torch.float64),
+            )
             w0 = torch.full((2,), sigma**0.5, dtype=torch.float64)
             t = convergence_times(X, y, w0, 0.01, "nonlinear")[0]
             shares.append(float(quadratic_modes(X, y, w0, t, "nonlinear")[0, 1]) / ratio)
@@ -84,8 +95,12 @@ def test_example_one_reverses_the_order():
     data = reversed_modes(torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0], dtype=torch.float64))
     w0 = torch.full((5,), 1e-3**0.5, dtype=torch.float64)
     limit = singular_modes(data.X, data.y).limit
-    linear = torch.stack([convergence_times(data.X, data.y, w0, 0.1 * float(x), "linear")[k] for k, x in enumerate(limit)])
-    hasty = torch.stack([convergence_times(data.X, data.y, w0, 0.1 * float(x), "nonlinear")[k] for k, x in enumerate(limit)])
+    linear = torch.stack(
+        [convergence_times(data.X, data.y, w0, 0.1 * float(x), "linear")[k] for k, x in enumerate(limit)]
+    )
+    hasty = torch.stack(
+        [convergence_times(data.X, data.y, w0, 0.1 * float(x), "nonlinear")[k] for k, x in enumerate(limit)]
+    )
     assert torch.allclose(linear, torch.tensor([256.0, 288, 329, 384, 460], dtype=torch.float64), atol=0.6)
     assert torch.allclose(hasty, torch.tensor([0.921, 0.792, 0.700, 0.630, 0.577], dtype=torch.float64), atol=6e-4)
 
@@ -100,7 +115,10 @@ def test_example_two_fits_the_clean_examples_first():
     says = torch.where(data.typical, data.y, -data.y)
     assert torch.allclose(first, (1 - 2 * q / n) * says, atol=1e-10)
     # the eigenspace of eta^2 is rotated: the targets have one component in it
-    assert torch.allclose(m.target[1], torch.tensor(2 * (q * (n - q) / n) ** 0.5, dtype=torch.float64)) and m.target[2:].max() < 1e-10
+    assert (
+        torch.allclose(m.target[1], torch.tensor(2 * (q * (n - q) / n) ** 0.5, dtype=torch.float64))
+        and m.target[2:].max() < 1e-10
+    )
     w0 = torch.full((200,), 1e-3**0.5, dtype=torch.float64)
     closed = quadratic_modes(data.X, data.y, w0, TIMES, "nonlinear")
     assert (closed - gradient_flow(data.X, data.y, w0, TIMES, "nonlinear")).abs().max() < 1e-6

@@ -1,4 +1,6 @@
-"""Losses as torch has them, as modules, functions and names, and the targets they take; targets that nothing looks at."""
+"""Losses as torch has them, as modules, functions and names, and the targets they take; targets that nothing looks
+at.
+"""
 
 import functools
 import subprocess
@@ -199,7 +201,9 @@ def test_losses_that_are_none():
 
 
 def test_user_losses_differentiate_as_torch_does():
-    """The functions that users' losses are run with instead of torch's, twice differentiated, entropies of their own outputs included."""
+    """The functions that users' losses are run with instead of torch's, twice differentiated, entropies of their own
+    outputs included.
+    """
     model, x = problem()
     y, t = labels().clamp_min(0), real()
     losses = [
@@ -222,7 +226,7 @@ def test_user_losses_differentiate_as_torch_does():
             close(nng.Hessian(model, [(x, y)], nng.PMatDense, loss=loss).to_dense(), expected, 1e-8)
 
 
-# -- targets that nothing looks at ------------------------------------------------------------------------------------
+# -- targets that nothing looks at -------------------------------------------------------------------------------------
 
 UNUSED = {
     "image labels": torch.tensor([0, 1, 2, 0]),

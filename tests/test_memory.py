@@ -35,15 +35,24 @@ def batches(n, size, *shape):
     class Batches:
         def __iter__(self):
             g = torch.Generator().manual_seed(0)
-            return ((torch.randn(size, *shape, generator=g), torch.zeros(size, dtype=torch.long)) for _ in range(n // size))
+            y = torch.zeros(size, dtype=torch.long)
+            return ((torch.randn(size, *shape, generator=g), y) for _ in range(n // size))
     return Batches()
 """
 
 
 def measured(code):
-    """What a fresh process prints as JSON; blocks of 64 KiB are given back when they are freed, so that the mark shows what is in use."""
+    """What a fresh process prints as JSON; blocks of 64 KiB are given back when they are freed, so that the mark shows
+    what is in use.
+    """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-c", PRELUDE + textwrap.dedent(code)], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -51,11 +60,14 @@ def measured(code):
 @LINUX
 @pytest.mark.slow
 def test_a_jacobian_of_forty_gigabytes_in_two():
-    """690 010 parameters, 10 outputs, 1536 examples: rows of 42 GB; the process stays under 2 GB, everything in it counted."""
+    """690 010 parameters, 10 outputs, 1536 examples: rows of 42 GB; the process stays under 2 GB, everything in it
+    counted.
+    """
     result = measured(
         """
         sizes = [784] + [300] * 6
-        model = nn.Sequential(*[m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())], nn.Linear(300, 10))
+        hidden = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
+        model = nn.Sequential(*hidden, nn.Linear(300, 10))
         d, n = sum(p.numel() for p in model.parameters()), 1536
         data = batches(n, 128, 784)
         for kind in (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatQuasiDiag):
@@ -72,13 +84,17 @@ def test_a_jacobian_of_forty_gigabytes_in_two():
 
 @LINUX
 def test_peaks_are_flat_in_the_number_of_examples():
-    """Eight times the data, the same peak; the second sweep of EKFAC reads the data again once rows no longer fit the budget."""
+    """Eight times the data, the same peak; the second sweep of EKFAC reads the data again once rows no longer fit the
+    budget.
+    """
     few, many = measured(
         """
-        model = nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1152, 64), nn.ReLU(), nn.Linear(64, 10))
+        features = nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2)
+        model = nn.Sequential(*features, nn.Flatten(), nn.Linear(1152, 64), nn.ReLU(), nn.Linear(64, 10))
         def peaks(n):
             data = batches(n, 32, 1, 28, 28)
-            return [peak(lambda k=k: nng.FIM(model, data, k, memory_budget=2**24)) for k in (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC)]
+            kinds = nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC
+            return [peak(lambda k=k: nng.FIM(model, data, k, memory_budget=2**24)) for k in kinds]
         peaks(32)
         print(json.dumps([peaks(64), peaks(512)]))
         """
@@ -93,7 +109,8 @@ def test_budget_bounds_the_peak():
     """Many outputs of one large batch: unlimited work takes several times what a budget of 32 MiB allows."""
     free, bound = measured(
         """
-        model = nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(400, 100))
+        features = nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3)
+        model = nn.Sequential(*features, nn.Flatten(), nn.Linear(400, 100))
         data = [(torch.randn(64, 1, 28, 28), torch.zeros(64, dtype=torch.long))]
         nng.FIM(model, [(data[0][0][:2], data[0][1][:2])], nng.PMatKFAC)
         kinds = (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC)
@@ -129,7 +146,9 @@ def test_budget_bounds_the_peak_of_kernels():
 @LINUX
 @pytest.mark.parametrize("name", ["W2", "W3", "W4"])
 def test_the_peak_of_a_kernel_is_a_tenth_of_the_jacobian(name):
-    """The result, the gradients of all outputs at some layers and one tile: of a convolutional net, a deeper one, a transformer."""
+    """The result, the gradients of all outputs at some layers and one tile: of a convolutional net, a deeper one, a
+    transformer.
+    """
     taken, jacobian = measured(
         f"""
         from benchmarks.workloads import for_job, workload
@@ -152,16 +171,22 @@ def test_numbers_do_not_depend_on_the_budget(kind):
     data = [(torch.randn(n, 1, 5, 5, dtype=torch.float64), torch.zeros(n, dtype=torch.long)) for n in (4, 4, 3)]
     whole = nng.FIM(model, data, kind).to_dense()
     for budget in (10_000, 1):
-        torch.testing.assert_close(nng.FIM(model, data, kind, memory_budget=budget).to_dense(), whole, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            nng.FIM(model, data, kind, memory_budget=budget).to_dense(), whole, rtol=1e-9, atol=1e-12
+        )
 
 
-@pytest.mark.parametrize("kind", [nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatQuasiDiag, nng.PMatLowRank, nng.PMatBlockDiag])
+@pytest.mark.parametrize(
+    "kind", [nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatQuasiDiag, nng.PMatLowRank, nng.PMatBlockDiag]
+)
 def test_reused_memory_is_not_read_late(kind):
     """Equal batches, large enough that their gradients overwrite those of the batch before; the same as one batch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.GroupNorm(2, 8), nn.Flatten(1), nn.Linear(2592, 3)).double()
     if kind in (nng.PMatLowRank, nng.PMatBlockDiag):
-        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).double()
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.Tanh(), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+        ).double()
     x = torch.randn(24, 1, 20, 20, dtype=torch.float64)
     y = torch.zeros(24, dtype=torch.long)
     v = nng.PVector.from_model(model)

@@ -1,4 +1,6 @@
-"""Axis 2: every likelihood and loss against closed forms in the outputs, sandwiched between Jacobians of autograd loops."""
+"""Axis 2: every likelihood and loss against closed forms in the outputs, sandwiched between Jacobians of autograd
+loops.
+"""
 
 import pytest
 import reference
@@ -16,14 +18,28 @@ def close(x, y, tol=1e-9):
 
 
 def problem(kind):
-    """A small model with outputs ``(n, 3)``, ``(n, 3, 2, 2)`` (segmentation) or ``(n, 4, 3)`` (tokens), and labels, some of them -100."""
+    """A small model with outputs ``(n, 3)``, ``(n, 3, 2, 2)`` (segmentation) or ``(n, 4, 3)`` (tokens), and labels,
+    some of them -100.
+    """
     torch.manual_seed(0)
     if kind == "plain":
-        model, x, y = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)), torch.randn(N, 4), torch.randint(0, 3, (N,))
+        model, x, y = (
+            nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)),
+            torch.randn(N, 4),
+            torch.randint(0, 3, (N,)),
+        )
     elif kind == "segmentation":
-        model, x, y = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 3, 1)), torch.randn(N, 2, 3, 3), torch.randint(0, 3, (N, 2, 2))
+        model, x, y = (
+            nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 3, 1)),
+            torch.randn(N, 2, 3, 3),
+            torch.randint(0, 3, (N, 2, 2)),
+        )
     else:
-        model, x, y = nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 3)), torch.randint(0, 5, (N, 4)), torch.randint(0, 3, (N, 4))
+        model, x, y = (
+            nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 3)),
+            torch.randint(0, 5, (N, 4)),
+            torch.randint(0, 3, (N, 4)),
+        )
     model = model.double()
     for p in model.parameters():
         p.data.copy_(torch.randn(p.shape, dtype=torch.float64))
@@ -37,7 +53,9 @@ ragged = lambda x, y=None: [(x[:2],), (x[2:],)] if y is None else [(x[:2], y[:2]
 
 
 def output_hessian(model, x, y, loss):
-    """``(n, c, c)``: the Hessian in the flattened outputs of every example's loss, by double backward, one example at a time."""
+    """``(n, c, c)``: the Hessian in the flattened outputs of every example's loss, by double backward, one example at a
+    time.
+    """
     blocks = []
     for j in range(len(x)):
         f = model(x[j : j + 1]).detach()
@@ -57,14 +75,16 @@ def masked(kind, outputs, y):
     n, c = len(logits), logits.shape[-1]
     m = reference.softmax_metric(logits.reshape(-1, c)).view(n, -1, c, c)
     keep = torch.ones(n, m.shape[1]) if y is None else (y.view(n, -1) != -100)
-    places = torch.arange(outputs[0].numel()).view(outputs[0].shape).movedim(DIM[kind] - (DIM[kind] > 0), -1).reshape(-1, c)
+    places = (
+        torch.arange(outputs[0].numel()).view(outputs[0].shape).movedim(DIM[kind] - (DIM[kind] > 0), -1).reshape(-1, c)
+    )
     out = torch.zeros(n, outputs[0].numel(), outputs[0].numel(), dtype=outputs.dtype)
     for t, place in enumerate(places):
         out[:, place[:, None], place] = m[:, t] * keep[:, t].view(-1, 1, 1)
     return out
 
 
-# -- exact Fisher matrices -------------------------------------------------------------------------------------------
+# -- exact Fisher matrices ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", DIM)
@@ -132,7 +152,9 @@ def test_positive_ignore_index():
     for weight in (None, torch.tensor([1.0, 2.0, 0.5])):
         for measure in (nng.GGN, nng.EmpiricalFIM):
             a, b = (
-                measure(model, (x, labels), nng.PMatDense, loss=nng.CrossEntropy(weight, ignore_index=i, dim=-1)).to_dense()
+                measure(
+                    model, (x, labels), nng.PMatDense, loss=nng.CrossEntropy(weight, ignore_index=i, dim=-1)
+                ).to_dense()
                 for labels, i in ((y, -100), (other, 255))
             )
             assert torch.equal(a, b) and bool(a.any())
@@ -157,14 +179,16 @@ def test_likelihoods_that_do_not_fit():
         nng.FIM(model, (x, y), nng.PMatDiag, likelihood="normal")
 
 
-# -- Monte Carlo -----------------------------------------------------------------------------------------------------
+# -- Monte Carlo -------------------------------------------------------------------------------------------------------
 
 SAMPLED = {name: ("plain", likelihood) for name, (likelihood, _) in EXACT.items()}
 SAMPLED |= {"tokens": ("tokens", nng.Categorical(-1)), "segmentation": ("segmentation", "categorical")}
 
 
 def within_its_error(exact, drawn, v):
-    """Quadratic forms of low-rank draws against the exact ones, within four standard errors; the error of the last draw is small enough to tell."""
+    """Quadratic forms of low-rank draws against the exact ones, within four standard errors; the error of the last draw
+    is small enough to tell.
+    """
     rows = next(iter(drawn.blocks.values())).r
     forms = len(rows) * (rows @ v.T).square()  # one estimate a row
     error = forms.std(0) / len(rows) ** 0.5
@@ -177,7 +201,14 @@ def test_monte_carlo_is_unbiased(name):
     kind, likelihood = SAMPLED[name]
     model, x, y = problem(kind)
     exact = nng.FIM(model, (x, y), nng.PMatDense, likelihood=likelihood)
-    drawn = nng.FIM_MonteCarlo(model, ragged(x, y), nng.PMatLowRank, likelihood=likelihood, samples=500, generator=torch.Generator().manual_seed(1))
+    drawn = nng.FIM_MonteCarlo(
+        model,
+        ragged(x, y),
+        nng.PMatLowRank,
+        likelihood=likelihood,
+        samples=500,
+        generator=torch.Generator().manual_seed(1),
+    )
     within_its_error(exact, drawn, torch.randn(5, exact.shape[0], dtype=torch.float64))
 
 
@@ -211,10 +242,15 @@ def test_monte_carlo_draws_are_keyed_by_example_and_sample():
 def test_very_many_outputs():
     """2000 outputs, 60 backward passes instead of 2000: unbiased all the same."""
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2000)).double(), torch.randn(5, 3, dtype=torch.float64)
+    model, x = (
+        nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2000)).double(),
+        torch.randn(5, 3, dtype=torch.float64),
+    )
     for likelihood in ("categorical", "gaussian"):
         exact = nng.FIM(model, x, nng.PMatImplicit, likelihood=likelihood)
-        drawn = nng.FIM_MonteCarlo(model, x, nng.PMatLowRank, likelihood=likelihood, samples=60, generator=torch.Generator().manual_seed(0))
+        drawn = nng.FIM_MonteCarlo(
+            model, x, nng.PMatLowRank, likelihood=likelihood, samples=60, generator=torch.Generator().manual_seed(0)
+        )
         assert next(iter(drawn.blocks.values())).r.shape[0] == 5 * 60
         v = torch.zeros(2, exact.shape[0], dtype=torch.float64)
         v[0, :8] = torch.randn(8, dtype=torch.float64)  # the first layer: all outputs
@@ -223,15 +259,23 @@ def test_very_many_outputs():
         assert abs(float(drawn.trace() / exact.trace()) - 1) < 0.1
 
 
-# -- losses ----------------------------------------------------------------------------------------------------------
+# -- losses ------------------------------------------------------------------------------------------------------------
 
 tokens_loss = lambda **o: lambda f, y: F.cross_entropy(f.movedim(-1, 1), y, reduction="none", **o).sum(1)
 WEIGHT = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
 LOSSES = {
     "plain": ("plain", "cross_entropy", lambda f, y: F.cross_entropy(f, y, reduction="none")),
     "weight": ("plain", nng.CrossEntropy(WEIGHT), lambda f, y: F.cross_entropy(f, y, WEIGHT, reduction="none")),
-    "float32 weight": ("plain", nng.CrossEntropy(WEIGHT.float()), lambda f, y: F.cross_entropy(f, y, WEIGHT.float().double(), reduction="none")),
-    "smoothing": ("plain", nng.CrossEntropy(label_smoothing=0.3), lambda f, y: F.cross_entropy(f, y, label_smoothing=0.3, reduction="none")),
+    "float32 weight": (
+        "plain",
+        nng.CrossEntropy(WEIGHT.float()),
+        lambda f, y: F.cross_entropy(f, y, WEIGHT.float().double(), reduction="none"),
+    ),
+    "smoothing": (
+        "plain",
+        nng.CrossEntropy(label_smoothing=0.3),
+        lambda f, y: F.cross_entropy(f, y, label_smoothing=0.3, reduction="none"),
+    ),
     "both": (
         "plain",
         nng.CrossEntropy(WEIGHT, 0.3),
@@ -265,7 +309,10 @@ def test_implicit_products_form_no_columns(monkeypatch):
         return type(columns)(columns.count, lambda lo, hi: made.append(hi - lo) or columns.make(lo, hi))
 
     monkeypatch.setattr(nng.Categorical, "square_root", counted)
-    for measure, how in ((nng.FIM, {"likelihood": nng.Categorical(-1)}), (nng.GGN, {"loss": nng.CrossEntropy(WEIGHT, 0.1, dim=-1)})):
+    for measure, how in (
+        (nng.FIM, {"likelihood": nng.Categorical(-1)}),
+        (nng.GGN, {"loss": nng.CrossEntropy(WEIGHT, 0.1, dim=-1)}),
+    ):
         made.clear()
         m = measure(model, (x, y), nng.PMatImplicit, **how)
         m.mv(nng.PVector.randn(m.layer_collection, dtype=torch.float64))
@@ -309,18 +356,30 @@ def test_binary_targets_for_one_logit():
     """A label an example, ``(n,)`` or ``(n, 1)``, integer or real."""
     f, y = torch.randn(4, 1, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
     for labels in (y, y[:, None], y.double()):
-        close(nng.Bernoulli().log_prob(f, labels), -F.binary_cross_entropy_with_logits(f[:, 0], y.double(), reduction="none"))
+        close(
+            nng.Bernoulli().log_prob(f, labels),
+            -F.binary_cross_entropy_with_logits(f[:, 0], y.double(), reduction="none"),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
 def test_labels_of_any_integer_type(dtype):
     model, x, y = problem("segmentation")
     labels = y.clamp_min(0)
-    a, b = (nng.GGN(model, (x, t), nng.PMatDense, loss=nng.CrossEntropy(WEIGHT)).to_dense() for t in (labels, labels.to(dtype)))
+    a, b = (
+        nng.GGN(model, (x, t), nng.PMatDense, loss=nng.CrossEntropy(WEIGHT)).to_dense()
+        for t in (labels, labels.to(dtype))
+    )
     assert torch.equal(a, b)
-    a, b = (nng.EmpiricalFIM(model, (x, t), nng.PMatDense, loss="cross_entropy").to_dense() for t in (labels, labels.to(dtype)))
+    a, b = (
+        nng.EmpiricalFIM(model, (x, t), nng.PMatDense, loss="cross_entropy").to_dense()
+        for t in (labels, labels.to(dtype))
+    )
     assert torch.equal(a, b)
-    assert torch.equal(nng.FIM(model, (x, labels.to(dtype)), nng.PMatDense).to_dense(), nng.FIM(model, (x, labels), nng.PMatDense).to_dense())
+    assert torch.equal(
+        nng.FIM(model, (x, labels.to(dtype)), nng.PMatDense).to_dense(),
+        nng.FIM(model, (x, labels), nng.PMatDense).to_dense(),
+    )
 
 
 def test_losses_with_tensors_of_their_own():
@@ -359,7 +418,7 @@ def test_losses_that_are_refused():
         nng.EmpiricalFIM(model, (x, y + 1), nng.PMatDiag, loss="cross_entropy")
 
 
-# -- a user's own likelihood -----------------------------------------------------------------------------------------
+# -- a user's own likelihood -------------------------------------------------------------------------------------------
 
 
 class Exponential(nng.Likelihood):

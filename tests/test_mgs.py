@@ -20,7 +20,9 @@ ZOO = ["mlp", "residual", "attention", "language-model", "gru", "tied", "weight-
 
 def close(x, y, tol=1e-9):
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in (x, y)]
-    torch.testing.assert_close(*(torch.as_tensor(t, dtype=torch.float64) for t in detached), rtol=tol, atol=tol, equal_nan=True)
+    torch.testing.assert_close(
+        *(torch.as_tensor(t, dtype=torch.float64) for t in detached), rtol=tol, atol=tol, equal_nan=True
+    )
 
 
 @pytest.fixture(params=ZOO, scope="module")
@@ -49,7 +51,7 @@ def directional(model, value):
     return analytic, (ends[0] - ends[1]) / 2e-5
 
 
-# -- the trace -----------------------------------------------------------------------------------------------------------
+# -- the trace ---------------------------------------------------------------------------------------------------------
 
 
 def test_trace_penalty_and_its_gradient(case):
@@ -63,7 +65,11 @@ def test_trace_penalty_and_its_gradient(case):
 def layers_with_a_row_an_example(case):
     """Names of linear layers called once, with two axes; weights under weight norm are not plain."""
     calls = []
-    handles = [m.register_forward_hook(lambda m, x, y, n=n: calls.append((n, x[0].ndim))) for n, m in case.model.named_modules() if type(m) is nn.Linear]
+    handles = [
+        m.register_forward_hook(lambda m, x, y, n=n: calls.append((n, x[0].ndim)))
+        for n, m in case.model.named_modules()
+        if type(m) is nn.Linear
+    ]
     case.model(case.inputs)
     for h in handles:
         h.remove()
@@ -81,7 +87,9 @@ def test_one_random_probe_and_its_gradient(case):
         part, lo = rows[:, lo : lo + p.numel()], lo + p.numel()
         expected = expected + (part if name.rpartition(".")[0] in single else part.sum(0)).square().sum()
     close(mgs.trace_penalty(case.model, case.inputs, "rademacher", generator=draw()), expected)
-    analytic, numeric = directional(case.model, lambda: mgs.trace_penalty(case.model, case.inputs, "rademacher", generator=draw()))
+    analytic, numeric = directional(
+        case.model, lambda: mgs.trace_penalty(case.model, case.inputs, "rademacher", generator=draw())
+    )
     close(analytic, numeric, 1e-6)
 
 
@@ -140,7 +148,9 @@ def test_what_was_proved_of_a_model_is_not_believed_of_its_successor():
             return super().forward(x.transpose(0, 1)).transpose(0, 1)
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)
+    ).double()
     x = torch.randn(3, 3, 4, dtype=torch.float64)
     for _ in range(2):
         close(mgs.trace_penalty(model, x), reference.jacobian(model, x).square().sum())
@@ -156,7 +166,9 @@ def test_random_probes_average_to_the_trace_over_all_signs(monkeypatch):
 
 def test_outputs_come_along(case):
     for estimator in ("exact", "rademacher"):
-        penalty, outputs = mgs.trace_penalty(case.model, case.inputs, estimator, return_outputs=True, generator=torch.Generator().manual_seed(0))
+        penalty, outputs = mgs.trace_penalty(
+            case.model, case.inputs, estimator, return_outputs=True, generator=torch.Generator().manual_seed(0)
+        )
         close(outputs, case.model(case.inputs))
         params = reference.parameters(case.model)
         both = torch.autograd.grad(F.cross_entropy(outputs, case.targets) + 0.1 * penalty, params, allow_unused=True)
@@ -181,14 +193,23 @@ def test_two_linear_layers_in_closed_form():
 
 def test_linear_model_is_not_penalised():
     model = nn.Linear(4, 3).double()
-    for value in (mgs.trace_penalty(model, torch.randn(5, 4, dtype=torch.float64)), mgs.logdet_penalty(model, torch.randn(2, 4, dtype=torch.float64))):
-        grads = torch.autograd.grad(value, list(model.parameters()), allow_unused=True) if value.requires_grad else [None]
+    for value in (
+        mgs.trace_penalty(model, torch.randn(5, 4, dtype=torch.float64)),
+        mgs.logdet_penalty(model, torch.randn(2, 4, dtype=torch.float64)),
+    ):
+        grads = (
+            torch.autograd.grad(value, list(model.parameters()), allow_unused=True) if value.requires_grad else [None]
+        )
         assert all(g is None or float(g.abs().max()) < 1e-12 for g in grads)
 
 
 def test_penalties_lower_what_they_penalise():
     c = build("mlp")
-    for penalty in (mgs.trace_penalty, mgs.logdet_penalty, lambda m, x: mgs.trace_penalty(m, x, "rademacher", samples=8)):
+    for penalty in (
+        mgs.trace_penalty,
+        mgs.logdet_penalty,
+        lambda m, x: mgs.trace_penalty(m, x, "rademacher", samples=8),
+    ):
         model = build("mlp").model
         before = float(mgs.metrics(model, [c.inputs]).trace[0])
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -209,7 +230,7 @@ def test_no_memory_is_kept():
     assert counts[1] <= counts[0]
 
 
-# -- the log-determinant -------------------------------------------------------------------------------------------------
+# -- the log-determinant -----------------------------------------------------------------------------------------------
 
 
 def test_logdet_penalty_and_its_gradient(case):
@@ -221,7 +242,7 @@ def test_logdet_penalty_and_its_gradient(case):
     close(analytic, numeric, 1e-6)
 
 
-# -- loss gradients ------------------------------------------------------------------------------------------------------
+# -- loss gradients ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrt", ["parameters", "inputs"])
@@ -237,7 +258,9 @@ def test_loss_gradient_penalty(case, wrt):
     expected = sum(g.square().sum() for g in grads if g is not None)
     close(mgs.loss_gradient_penalty(case.model, case.inputs, case.targets, wrt), expected.sqrt())
     close(mgs.loss_gradient_penalty(case.model, case.inputs, case.targets, wrt, squared=True), expected)
-    analytic, numeric = directional(case.model, lambda: mgs.loss_gradient_penalty(case.model, case.inputs, case.targets, wrt))
+    analytic, numeric = directional(
+        case.model, lambda: mgs.loss_gradient_penalty(case.model, case.inputs, case.targets, wrt)
+    )
     close(analytic, numeric, 1e-5)
 
 
@@ -257,7 +280,7 @@ def test_loss_gradient_at_a_stationary_point():
     assert value.item() == 0 and bool(torch.isfinite(model.weight.grad).all())
 
 
-# -- metrics -------------------------------------------------------------------------------------------------------------
+# -- metrics -----------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_of_every_batch(case):
@@ -285,7 +308,12 @@ def test_singular_kernels_are_no_error():
     dead = nn.Sequential(nn.Linear(4, 3, bias=False), nn.ReLU(), nn.Linear(3, 1, bias=False)).double()
     nn.init.zeros_(dead[2].weight), nn.init.zeros_(dead[0].weight)
     zero = mgs.metrics(dead, [c.inputs])
-    assert float(zero.trace[0]) == 0 and int(zero.rank[0]) == 0 and float(zero.logdet[0]) == -math.inf and float(zero.effective_rank[0]) == 0
+    assert (
+        float(zero.trace[0]) == 0
+        and int(zero.rank[0]) == 0
+        and float(zero.logdet[0]) == -math.inf
+        and float(zero.effective_rank[0]) == 0
+    )
     assert math.isfinite(mgs.logdet_penalty(dead, c.inputs).detach())
     one = mgs.metrics(nn.Linear(2, 1).double(), [torch.ones(1, 2, dtype=torch.float64)])
     assert float(one.trace[0]) == 3 and math.isnan(one.cosine[0])
@@ -333,7 +361,7 @@ def test_gradient_descent_step_by_the_kernel():
     assert 3.9 < residuals[0] / residuals[1] < 4.1
 
 
-# -- adversarial scores --------------------------------------------------------------------------------------------------
+# -- adversarial scores ------------------------------------------------------------------------------------------------
 
 
 def test_scores_of_single_examples(case):
@@ -360,7 +388,7 @@ def test_attacks():
         mgs.auroc(torch.tensor([]), torch.tensor([1.0]))
 
 
-# -- errors --------------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 def test_refusals():
@@ -387,8 +415,14 @@ def test_refusals():
 
 def test_nan_stays_nan():
     """A loss scaler, or a user, must see it; no penalty passes for zero."""
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.full((5, 3), torch.nan, dtype=torch.float64)
+    model, x = (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(),
+        torch.full((5, 3), torch.nan, dtype=torch.float64),
+    )
     values = [mgs.trace_penalty(model, x), mgs.trace_penalty(model, x, "rademacher")]
-    values += [mgs.loss_gradient_penalty(model, x, torch.zeros(5, dtype=torch.long), squared=squared) for squared in (False, True)]
+    values += [
+        mgs.loss_gradient_penalty(model, x, torch.zeros(5, dtype=torch.long), squared=squared)
+        for squared in (False, True)
+    ]
     assert all(bool(v.isnan()) for v in values)
     close(mgs.trace_penalty(model, x.nan_to_num(1.0)), reference.jacobian(model, x.nan_to_num(1.0)).square().sum())

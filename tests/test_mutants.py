@@ -31,17 +31,31 @@ def test_changes_are_other_programs():
         assert len(differing) == 1 and lines[line - 1] == differing[0][0]
         made.add(differing[0][1].strip())
     expected = {
-        "if x > 1 and not y:", "if x <= 1 and not y:", "if x < 1 or not y:", "if x < 1 and (y):", "if x < 2 and not y:",
-        "if (not (x < 1 and not y)):", "z = x @ y - 2.0 * x", "z = (x.T).mT @ y - 2.0 * x",
-        "z = x.T @ (y).mT - 2.0 * x", "z = x.T @ y + 2.0 * x", "z = x.T @ y - 2.0 / x",
-        "z = x.T @ y - 4.0 * x", "z -= 1", "z += 2",
-        "é = z is None or x in y  # 1 > 2", "é = z is not None and x in y  # 1 > 2",
+        "if x > 1 and not y:",
+        "if x <= 1 and not y:",
+        "if x < 1 or not y:",
+        "if x < 1 and (y):",
+        "if x < 2 and not y:",
+        "if (not (x < 1 and not y)):",
+        "z = x @ y - 2.0 * x",
+        "z = (x.T).mT @ y - 2.0 * x",
+        "z = x.T @ (y).mT - 2.0 * x",
+        "z = x.T @ y + 2.0 * x",
+        "z = x.T @ y - 2.0 / x",
+        "z = x.T @ y - 4.0 * x",
+        "z -= 1",
+        "z += 2",
+        "é = z is None or x in y  # 1 > 2",
+        "é = z is not None and x in y  # 1 > 2",
         "é = z is not None or x not in y  # 1 > 2",
-        "return (z) if True else (x) + (y) // 3", "return -z if (not (True)) else (x) + (y) // 3",
-        "return -z if False else (x) + (y) // 3", "return -z if True else (x) - (y) // 3",
-        "return -z if True else (x) + (y) * 3", "return -z if True else (x) + (y) // 4",
+        "return (z) if True else (x) + (y) // 3",
+        "return -z if (not (True)) else (x) + (y) // 3",
+        "return -z if False else (x) + (y) // 3",
+        "return -z if True else (x) - (y) // 3",
+        "return -z if True else (x) + (y) * 3",
+        "return -z if True else (x) + (y) // 4",
         'def f(x: int = 4, y: "1 < 2" = None):',
-    }  # fmt: skip
+    }
     assert made == expected
 
 

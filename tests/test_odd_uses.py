@@ -156,7 +156,7 @@ def test_any_einsum_of_two(data):
     require_kernels(model, x)
 
 
-# -- the rule behind: a use explains what it was given, and an adapter that fails explains nothing --------------------
+# -- the rule behind: a use explains what it was given, and an adapter that fails explains nothing ---------------------
 
 
 @pytest.mark.parametrize(

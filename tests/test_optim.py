@@ -17,29 +17,72 @@ from nngeom.optim.packed import Packed
 
 EXACT = dict(lr=1.0, momentum=0.0)
 PRESETS = {
-    "ekfac": (nng.PMatEKFAC, 1e-2, lambda m, **k: EKFAC(m, damping=1e-2, basis_every=1, scalings="batch", **EXACT, **k)),
-    "ekfac-additive": (nng.PMatEKFAC, nng.FactoredTikhonov(1e-3), lambda m, **k: EKFAC(m, basis_every=1, scalings="batch", **EXACT, **k)),
+    "ekfac": (
+        nng.PMatEKFAC,
+        1e-2,
+        lambda m, **k: EKFAC(m, damping=1e-2, basis_every=1, scalings="batch", **EXACT, **k),
+    ),
+    "ekfac-additive": (
+        nng.PMatEKFAC,
+        nng.FactoredTikhonov(1e-3),
+        lambda m, **k: EKFAC(m, basis_every=1, scalings="batch", **EXACT, **k),
+    ),
     "kfac": (nng.PMatKFAC, 1e-2, lambda m, **k: KFAC(m, damping=1e-2, inverse_every=1, **EXACT, **k)),
-    "kfac-factored": (nng.PMatKFAC, nng.FactoredTikhonov(1e-2, balanced=False), lambda m, **k: KFAC(m, inverse_every=1, **EXACT, **k)),
+    "kfac-factored": (
+        nng.PMatKFAC,
+        nng.FactoredTikhonov(1e-2, balanced=False),
+        lambda m, **k: KFAC(m, inverse_every=1, **EXACT, **k),
+    ),
     "kfac-balanced": (
         nng.PMatKFAC,
         nng.FactoredTikhonov(1e-3),
         lambda m, **k: KFAC(m, damping=nng.FactoredTikhonov(1e-3), inverse_every=1, **EXACT, **k),
     ),
-    "kfac-reduce": (nng.PMatKFAC.options(sharing="reduce"), 1e-2, lambda m, **k: KFAC(m, damping=1e-2, sharing="reduce", inverse_every=1, **EXACT, **k)),
-    "ekfac-sua": (nng.PMatEKFAC.options(sua=True), 1e-2, lambda m, **k: EKFAC(m, damping=1e-2, sua=True, basis_every=1, scalings="batch", **EXACT, **k)),
-    "kfac-sua": (nng.PMatKFAC.options(sua=True), 1e-2, lambda m, **k: KFAC(m, damping=1e-2, sua=True, inverse_every=1, **EXACT, **k)),
+    "kfac-reduce": (
+        nng.PMatKFAC.options(sharing="reduce"),
+        1e-2,
+        lambda m, **k: KFAC(m, damping=1e-2, sharing="reduce", inverse_every=1, **EXACT, **k),
+    ),
+    "ekfac-sua": (
+        nng.PMatEKFAC.options(sua=True),
+        1e-2,
+        lambda m, **k: EKFAC(m, damping=1e-2, sua=True, basis_every=1, scalings="batch", **EXACT, **k),
+    ),
+    "kfac-sua": (
+        nng.PMatKFAC.options(sua=True),
+        1e-2,
+        lambda m, **k: KFAC(m, damping=1e-2, sua=True, inverse_every=1, **EXACT, **k),
+    ),
     "diag": (nng.PMatDiag, 1e-2, lambda m, **k: NaturalGradient(m, nng.PMatDiag, damping=1e-2, **EXACT, **k)),
-    "block-diag": (nng.PMatBlockDiag, 1e-2, lambda m, **k: NaturalGradient(m, nng.PMatBlockDiag, damping=1e-2, **EXACT, **k)),
+    "block-diag": (
+        nng.PMatBlockDiag,
+        1e-2,
+        lambda m, **k: NaturalGradient(m, nng.PMatBlockDiag, damping=1e-2, **EXACT, **k),
+    ),
     "dense": (nng.PMatDense, 1e-2, lambda m, **k: NaturalGradient(m, nng.PMatDense, damping=1e-2, **EXACT, **k)),
 }
-MODELS = ["mlp", "inplace", "conv1d", "conv2d", "sequence", "attention", "transformer", "language-model", "tied", "reused", "batch-norm", "time-first"]
+MODELS = [
+    "mlp",
+    "inplace",
+    "conv1d",
+    "conv2d",
+    "sequence",
+    "attention",
+    "transformer",
+    "language-model",
+    "tied",
+    "reused",
+    "batch-norm",
+    "time-first",
+]
 
 
 def gradient(opt):
     """``.grad`` as a vector."""
     parameters = opt.collection.parameters(opt.observer.task.model)
-    return nng.PVector.from_dict(opt.collection, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()})
+    return nng.PVector.from_dict(
+        opt.collection, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
+    )
 
 
 def one_step(opt, x, y, reduction="mean"):
@@ -87,7 +130,16 @@ def test_exact_fisher(name):
 def test_monte_carlo_fisher_is_unbiased_and_keyed():
     case = build("mlp", sizes=(6,))
     x, y = case.loader[0]
-    opt = NaturalGradient(case.model, nng.PMatDense, lr=0.0, momentum=0.0, statistics_decay=0.999, fisher="monte_carlo", likelihood="categorical", damping=1e-2)
+    opt = NaturalGradient(
+        case.model,
+        nng.PMatDense,
+        lr=0.0,
+        momentum=0.0,
+        statistics_decay=0.999,
+        fisher="monte_carlo",
+        likelihood="categorical",
+        damping=1e-2,
+    )
     exact = nng.FIM(case.model, (x, y), nng.PMatDense).to_dense()
     for _ in range(250):
         one_step(opt, x, y)
@@ -102,7 +154,9 @@ def test_linear_regression_lands_on_least_squares():
     model = nn.Linear(4, 2).double()
     for representation in (nng.PMatKFAC, nng.PMatDense):
         nn.init.normal_(model.weight)
-        opt = NaturalGradient(model, representation, lr=1.0, momentum=0.0, damping=1e-12, fisher="exact", likelihood="gaussian")
+        opt = NaturalGradient(
+            model, representation, lr=1.0, momentum=0.0, damping=1e-12, fisher="exact", likelihood="gaussian"
+        )
         with opt.observe():
             (0.5 * (model(x) - y).square().sum(1).mean()).backward()
         opt.step()
@@ -146,7 +200,9 @@ def test_grad_scaler(scalings):
         for turn in range(4):
             if scaled == "overflow" and turn == 1:  # found by the scaler, which backs off: no trace is left
                 with opt.observe():
-                    scaler.scale(F.cross_entropy(model(x * float("inf")).nan_to_num(1e3) * model(x).sum(), y)).backward()
+                    scaler.scale(
+                        F.cross_entropy(model(x * float("inf")).nan_to_num(1e3) * model(x).sum(), y)
+                    ).backward()
                 scaler.step(opt)
                 scaler.update()
                 opt.zero_grad()
@@ -173,7 +229,9 @@ MAKERS = {
     "ekfac": lambda m: EKFAC(m, lr=lambda t: 0.1 / (1 + t), basis_every=3, scalings="batch", statistics_decay=0.5),
     "ekfac-sua": lambda m: EKFAC(m, lr=0.05, basis_every=3, sua=True, scalings="batch"),
     "monte-carlo": lambda m: EKFAC(m, lr=0.05, basis_every=3, fisher="monte_carlo", likelihood="categorical"),
-    "mixed": lambda m: NaturalGradient(m, nng.PMatMixed({"*bias*": nng.PMatDiag}, default=nng.PMatEKFAC), lr=0.05, every=2),
+    "mixed": lambda m: NaturalGradient(
+        m, nng.PMatMixed({"*bias*": nng.PMatDiag}, default=nng.PMatEKFAC), lr=0.05, every=2
+    ),
     "quasi-diag": lambda m: NaturalGradient(m, nng.PMatQuasiDiag, lr=0.01, damping=0.1),
 }
 
@@ -190,7 +248,9 @@ def test_resuming_is_bitwise(kind, name):
             one_step(opt, *case.loader[turn % 2])
 
     train(opt, range(4))
-    assert all(not torch.equal(before[n], p) for n, p in case.model.named_parameters() if p.grad is not None and p.grad.any())
+    assert all(
+        not torch.equal(before[n], p) for n, p in case.model.named_parameters() if p.grad is not None and p.grad.any()
+    )
     file = io.BytesIO()
     torch.save([opt.state_dict(), case.model.state_dict()], file)
     train(opt, range(4, 9))
@@ -224,7 +284,21 @@ def test_running_scalings_follow_the_formula():
 
 
 @pytest.mark.parametrize("sua", [False, True])
-@pytest.mark.parametrize("name", ["mlp", "conv2d", "depthwise", "deconv2d", "deconv3d", "language-model", "transformer", "tied", "experts", "einsum"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        "conv2d",
+        "depthwise",
+        "deconv2d",
+        "deconv3d",
+        "language-model",
+        "transformer",
+        "tied",
+        "experts",
+        "einsum",
+    ],
+)
 def test_packed_blocks_are_gathered_and_scattered_by_their_layouts(name, sua):
     case = build(name, sizes=(5,))
     layouts = list(nng.FIM(case.model, case.loader, nng.PMatKFAC.options(sua=sua)).blocks)
@@ -247,9 +321,17 @@ def test_momentum_decay_groups_and_callables():
     reference = copy.deepcopy(case.model)
     weights, biases = ([p for p in case.model.parameters() if p.ndim == d] for d in (2, 1))
     opt = NaturalGradient(
-        case.model, nng.PMatEye, lr=0.5, momentum=0.9, damping=lambda t: 1e8 * (t + 1), statistics_decay=0.0,
-        params=[{"params": weights, "weight_decay": 0.01}, {"params": biases, "lr": lambda t: 0.25 / (t + 1), "momentum": 0.0}],
-    )  # fmt: skip
+        case.model,
+        nng.PMatEye,
+        lr=0.5,
+        momentum=0.9,
+        damping=lambda t: 1e8 * (t + 1),
+        statistics_decay=0.0,
+        params=[
+            {"params": weights, "weight_decay": 0.01},
+            {"params": biases, "lr": lambda t: 0.25 / (t + 1), "momentum": 0.0},
+        ],
+    )
     own, buffers = opt.param_groups[0], {}
     for turn in range(4):
         own["lr"] = 0.5 * 0.1 ** (turn // 2)
@@ -316,7 +398,9 @@ def test_precondition_for_another_optimizer():
 def test_kl_clip_bounds_the_predicted_divergence():
     case = build("mlp", sizes=(6,))
     x, y = case.loader[0]
-    damped = nng.EmpiricalFIM(case.model, (x, y), nng.PMatDense, loss="cross_entropy").to_dense() + 0.1 * torch.eye(43, dtype=torch.float64)
+    damped = nng.EmpiricalFIM(case.model, (x, y), nng.PMatDense, loss="cross_entropy").to_dense() + 0.1 * torch.eye(
+        43, dtype=torch.float64
+    )
     opt = NaturalGradient(case.model, nng.PMatDense, lr=0.7, momentum=0.0, damping=0.1, kl_clip=1e-4)
     _, step = one_step(opt, x, y)
     assert float(0.5 * step.flat() @ damped @ step.flat()) == pytest.approx(1e-4, rel=1e-9)
@@ -357,7 +441,9 @@ def test_squares_that_overflow_do_not_stay_in_the_spectrum():
 
 def test_nothing_is_left_on_the_model():
     case = build("transformer", sizes=(4,))
-    before = {n: (set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in case.model.named_modules()}
+    before = {
+        n: (set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in case.model.named_modules()
+    }
     opt = EKFAC(case.model)
     one_step(opt, *case.loader[0])
     with pytest.raises(ZeroDivisionError), opt.observe():
@@ -365,7 +451,9 @@ def test_nothing_is_left_on_the_model():
         raise ZeroDivisionError
     with pytest.raises(AssertionError), opt.observe():
         case.model(case.inputs[:, :, :2])
-    assert before == {n: (set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in case.model.named_modules()}
+    assert before == {
+        n: (set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in case.model.named_modules()
+    }
     assert not any(p._backward_hooks for p in case.model.parameters())
     one_step(opt, *case.loader[0])
 
@@ -407,7 +495,11 @@ def test_rest_takes_what_is_above_the_limit():
 
 def test_autocast():
     torch.manual_seed(0)
-    model, x, y = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(16, 6), torch.randint(0, 3, (16,))
+    model, x, y = (
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)),
+        torch.randn(16, 6),
+        torch.randint(0, 3, (16,)),
+    )
     steps = []
     for enabled in (False, True):
         opt = KFAC(copy.deepcopy(model), **EXACT)
@@ -418,11 +510,24 @@ def test_autocast():
 
 def test_levenberg_marquardt_follows_the_reduction_ratio():
     torch.manual_seed(0)
-    x, y, model = torch.randn(30, 4, dtype=torch.float64), torch.randn(30, 2, dtype=torch.float64), nn.Linear(4, 2).double()
+    x, y, model = (
+        torch.randn(30, 4, dtype=torch.float64),
+        torch.randn(30, 2, dtype=torch.float64),
+        nn.Linear(4, 2).double(),
+    )
     loss = lambda: 0.5 * (model(x) - y).square().sum(1).mean()
     value = lambda: float(loss().detach())
     rule = LevenbergMarquardt(initial=1.0, every=1, decay=0.5, factored=False)
-    opt = NaturalGradient(model, nng.PMatDense, lr=0.5, momentum=0.5, damping=rule, fisher="exact", likelihood="gaussian", statistics_decay=0.0)
+    opt = NaturalGradient(
+        model,
+        nng.PMatDense,
+        lr=0.5,
+        momentum=0.5,
+        damping=rule,
+        fisher="exact",
+        likelihood="gaussian",
+        statistics_decay=0.0,
+    )
     values = []
     for _ in range(6):
         before = value()
@@ -476,19 +581,30 @@ def test_what_is_refused():
     with pytest.raises(nng.OutputError, match="outputs="), KFAC(single).observe():
         single(x)
     for bad, kind in [
-        ({"lr": -1.0}, nng.ArgumentError), ({"momentum": 1.0}, nng.ArgumentError), ({"damping": -1.0}, nng.DampingError), ({"lr": "fast"}, TypeError),
-        ({"statistics_decay": 1.5}, nng.ArgumentError), ({"inverse_every": 0}, nng.ArgumentError), ({"fisher": "exact"}, nng.ArgumentError),
-        ({"fisher": "true"}, nng.ArgumentError), ({"likelihood": "gaussian"}, nng.ArgumentError), ({"reduction": "none"}, nng.ArgumentError),
-        ({"rest": "dense"}, nng.ArgumentError), ({"kl_clip": 0.0}, nng.ArgumentError), ({"params": [nn.Parameter(torch.zeros(2))]}, nng.ArgumentError),
+        ({"lr": -1.0}, nng.ArgumentError),
+        ({"momentum": 1.0}, nng.ArgumentError),
+        ({"damping": -1.0}, nng.DampingError),
+        ({"lr": "fast"}, TypeError),
+        ({"statistics_decay": 1.5}, nng.ArgumentError),
+        ({"inverse_every": 0}, nng.ArgumentError),
+        ({"fisher": "exact"}, nng.ArgumentError),
+        ({"fisher": "true"}, nng.ArgumentError),
+        ({"likelihood": "gaussian"}, nng.ArgumentError),
+        ({"reduction": "none"}, nng.ArgumentError),
+        ({"rest": "dense"}, nng.ArgumentError),
+        ({"kl_clip": 0.0}, nng.ArgumentError),
+        ({"params": [nn.Parameter(torch.zeros(2))]}, nng.ArgumentError),
         ({"params": [case.model[0].weight]}, nng.ArgumentError),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(kind):
             KFAC(case.model, **bad)
     with pytest.raises(nng.ArgumentError, match="scalings"):
         EKFAC(case.model, scalings="exact")
     one_step(opt, x, y)
     with pytest.raises(nng.ArgumentError, match="other parameters"):
-        KFAC(nn.Linear(3, 3)).load_state_dict({**KFAC(nn.Linear(3, 3)).state_dict(), "curvature": opt.state_dict()["curvature"]})
+        KFAC(nn.Linear(3, 3)).load_state_dict(
+            {**KFAC(nn.Linear(3, 3)).state_dict(), "curvature": opt.state_dict()["curvature"]}
+        )
     with pytest.raises(nng.ArgumentError, match="no curvature"):
         opt.load_state_dict(torch.optim.SGD(case.model.parameters()).state_dict())
 

@@ -105,12 +105,16 @@ class PMatUndeclared(PMatTwo):
 
 
 KINDS = {
-    "subclass": PMatPlainSubclass, "reduced": PMatReduced, "doubled": PMatDoubled,
-    "two": PMatTwo, "three": PMatThree, "strings": PMatByString,
+    "subclass": PMatPlainSubclass,
+    "reduced": PMatReduced,
+    "doubled": PMatDoubled,
+    "two": PMatTwo,
+    "three": PMatThree,
+    "strings": PMatByString,
     "options": PMatPlainSubclass.options(sharing="reduce"),
     "mixed": nng.PMatMixed({"*bias*": PMatTwo}, default=PMatDoubled),
     "nested": nng.PMatMixed({"*bias*": nng.PMatMixed({"*": PMatThree})}, default=PMatPlainSubclass),
-}  # fmt: skip
+}
 
 
 def observed(opt, model, x, y, reduction="mean", cuts=1):

@@ -81,12 +81,17 @@ def test_real_features_survive_and_memorised_ones_do_not():
 def test_sgd_on_winsorized_gradients(reduction):
     case = build("conv2d", sizes=(3, 5))
     other = copy.deepcopy(case.model)
-    opt, sgd = WinsorizedSGD(case.model, lr=0.1, level=20, momentum=0.9), torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    opt, sgd = (
+        WinsorizedSGD(case.model, lr=0.1, level=20, momentum=0.9),
+        torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9),
+    )
     for _ in range(3):
         opt.zero_grad()
         for x, y in case.loader:
             with opt.observe():
-                loss = F.cross_entropy(case.model(x), y, reduction=reduction) * (len(x) / case.n if reduction == "mean" else 1)
+                loss = F.cross_entropy(case.model(x), y, reduction=reduction) * (
+                    len(x) / case.n if reduction == "mean" else 1
+                )
                 (loss + 0.01 / 2 * sum(p.square().sum() for p in case.model.parameters())).backward()
         opt.step()
         v = winsorized_gradient(other, (case.inputs, case.targets), "cross_entropy", 20)

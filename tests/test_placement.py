@@ -1,8 +1,8 @@
 """The rules of operations that keep examples apart, each against derivatives of the operation.
 
-A new rule is tested by one line of ``OPERATIONS``: the operation and the sizes of its inputs, in which three is the number
-of examples. Whatever axis of the output holds them: where a rule names an axis of an input, no entry of an example may
-depend on the input of another.
+A new rule is tested by one line of ``OPERATIONS``: the operation and the sizes of its inputs, in which three is the
+number of examples. Whatever axis of the output holds them: where a rule names an axis of an input, no entry of an
+example may depend on the input of another.
 """
 
 import pytest
@@ -19,12 +19,19 @@ N = 3
 f64 = torch.float64
 I = torch.tensor([1, 0, 1, 1])
 ENTRYWISE = """
-    abs acos angle asin asinh atan ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 floor frac i0 lgamma log log10
-    log1p log2 neg rad2deg reciprocal relu round rsqrt sgn sigmoid sign sin sinc sinh sqrt tan tanh trunc atanh logit nan_to_num
+    abs acos angle asin asinh atan ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 floor frac i0 lgamma log
+    log10 log1p log2 neg rad2deg reciprocal relu round rsqrt sgn sigmoid sign sin sinc sinh sqrt tan tanh trunc atanh
+    logit nan_to_num
     special.entr special.i0e special.i1 special.i1e special.log_ndtr special.ndtri special.erfcx positive square
 """.split()
-ACTIVATIONS = "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu6 selu silu softplus softshrink softsign tanhshrink"
-BINARY = "add sub mul div atan2 copysign fmax fmin fmod hypot logaddexp logaddexp2 maximum minimum pow remainder xlogy special.xlog1py true_divide rsub"
+ACTIVATIONS = (
+    "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu6 selu silu "
+    "softplus softshrink softsign tanhshrink"
+)
+BINARY = (
+    "add sub mul div atan2 copysign fmax fmin fmod hypot logaddexp logaddexp2 maximum minimum pow "
+    "remainder xlogy special.xlog1py true_divide rsub"
+)
 
 
 def named(path):
@@ -173,9 +180,16 @@ OPERATIONS = {
     "nll": (lambda x: F.nll_loss(x, torch.tensor([0, 1, 1]), reduction="none"), unit(3, 3)),
     "nll of positions": (lambda x: F.nll_loss(x, torch.randint(0, 3, (3, 2, 3)), reduction="none"), unit(3, 3, 2, 3)),
     "bce": (lambda x: F.binary_cross_entropy(x, torch.rand(3, 3, dtype=f64), reduction="none"), unit(3, 3)),
-    "bce of logits": (lambda x: F.binary_cross_entropy_with_logits(x, torch.rand(3, 3, dtype=f64), reduction="none"), unit(3, 3)),
+    "bce of logits": (
+        lambda x: F.binary_cross_entropy_with_logits(x, torch.rand(3, 3, dtype=f64), reduction="none"),
+        unit(3, 3),
+    ),
     "mse": (lambda x, y: F.mse_loss(x, y, reduction="none"), unit(3, 3), unit(3, 3)),
-    "huber": (lambda x, y: F.smooth_l1_loss(x, y, reduction="none") + F.huber_loss(x, y, reduction="none"), unit(3, 3), unit(3, 3)),
+    "huber": (
+        lambda x, y: F.smooth_l1_loss(x, y, reduction="none") + F.huber_loss(x, y, reduction="none"),
+        unit(3, 3),
+        unit(3, 3),
+    ),
     "soft margin": (lambda x: F.soft_margin_loss(x, torch.ones(3, 3, dtype=f64), reduction="none"), unit(3, 3)),
     "mm": (torch.mm, unit(3, 3), unit(3, 3)),
     "addmm": (torch.addmm, unit(3), unit(3, 3), unit(3, 3)),
@@ -185,14 +199,22 @@ OPERATIONS = {
     "linear": (F.linear, unit(3, 2, 4), unit(3, 4), unit(3)),
     "einsum": (lambda x, y: torch.einsum("nec,nm->ecm", x, y), unit(3, 3, 2), unit(3, 3)),
     "cdist": (torch.cdist, unit(3, 3, 2), unit(3, 3, 2)),
-    "cdist of few": (lambda x, y: torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist"), unit(3, 3, 2), unit(3, 3, 2)),
+    "cdist of few": (
+        lambda x, y: torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist"),
+        unit(3, 3, 2),
+        unit(3, 3, 2),
+    ),
     "attention": (F.scaled_dot_product_attention, unit(3, 3, 3, 2), unit(3, 3, 3, 2), unit(3, 3, 3, 2)),
     "attention with a mask": (F.scaled_dot_product_attention, *[unit(3, 2, 3, 2)] * 3, unit(3, 1, 3, 3)),
     "attention written out": (written_out, *[unit(3, 3, 3, 2)] * 3, unit(3, 3)),
     "inverse": (torch.linalg.inv, positive(3, 3, 3)),
     "cholesky": (torch.linalg.cholesky, positive(3, 3, 3)),
     "solve": (torch.linalg.solve, positive(3, 3, 3), unit(3, 3, 3)),
-    "solve triangular": (lambda a, b: torch.linalg.solve_triangular(a, b, upper=False), positive(3, 3, 3), unit(3, 3, 3)),
+    "solve triangular": (
+        lambda a, b: torch.linalg.solve_triangular(a, b, upper=False),
+        positive(3, 3, 3),
+        unit(3, 3, 3),
+    ),
     "cholesky_solve": (torch.cholesky_solve, unit(3, 3, 3), positive(3, 3, 3)),
     "det": (lambda a: torch.linalg.det(a) + torch.linalg.slogdet(a)[1], positive(3, 3, 3)),
     "eigh": (lambda a: torch.linalg.eigvalsh(a), positive(3, 3, 3)),
@@ -212,8 +234,14 @@ OPERATIONS = {
     "adaptive pools": (lambda x: F.adaptive_avg_pool2d(x, 2) + F.adaptive_max_pool2d(x, 2), unit(3, 3, 4, 4)),
     "adaptive pools 3d": (lambda x: F.adaptive_avg_pool3d(x, 2) + F.adaptive_max_pool3d(x, 2), unit(3, 3, 4, 4, 4)),
     "upsample 1d": (lambda x: F.interpolate(x, 6) + F.interpolate(x, 6, mode="linear"), unit(3, 3, 4)),
-    "upsample 2d": (lambda x: sum(F.interpolate(x, (6, 6), mode=m) for m in ("nearest", "bilinear", "bicubic", "nearest-exact")), unit(3, 3, 4, 4)),
-    "upsample 3d": (lambda x: sum(F.interpolate(x, (3, 3, 3), mode=m) for m in ("nearest", "trilinear", "nearest-exact")), unit(3, 3, 2, 2, 2)),
+    "upsample 2d": (
+        lambda x: sum(F.interpolate(x, (6, 6), mode=m) for m in ("nearest", "bilinear", "bicubic", "nearest-exact")),
+        unit(3, 3, 4, 4),
+    ),
+    "upsample 3d": (
+        lambda x: sum(F.interpolate(x, (3, 3, 3), mode=m) for m in ("nearest", "trilinear", "nearest-exact")),
+        unit(3, 3, 2, 2, 2),
+    ),
     "upsample 1d exact": (lambda x: F.interpolate(x, 6, mode="nearest-exact"), unit(3, 3, 4)),
     "upsample smoothed": (lambda x: F.interpolate(x, (2, 2), mode="bilinear", antialias=True), unit(3, 3, 4, 4)),
     "upsample smoothed more": (lambda x: F.interpolate(x, (2, 2), mode="bicubic", antialias=True), unit(3, 3, 4, 4)),
@@ -225,15 +253,22 @@ OPERATIONS = {
     "group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), unit(3, 4, 3), unit(4), unit(4)),
     "layer_norm": (lambda x, w, b: F.layer_norm(x, (2,), w, b), unit(3, 3, 2), unit(2), unit(2)),
     "rms_norm": (lambda x, w: F.rms_norm(x, (2,), w), unit(3, 3, 2), unit(2)),
-    "batch_norm": (lambda x, w: F.batch_norm(x, torch.zeros(3, dtype=f64), torch.ones(3, dtype=f64), w), unit(3, 3, 3), unit(3)),
+    "batch_norm": (
+        lambda x, w: F.batch_norm(x, torch.zeros(3, dtype=f64), torch.ones(3, dtype=f64), w),
+        unit(3, 3, 3),
+        unit(3),
+    ),
     "batch_norm of the batch": (lambda x, w: F.batch_norm(x, None, None, w, training=True), unit(3, 3, 3), unit(3)),
     "instance_norm": (lambda x, w: F.instance_norm(x, weight=w), unit(3, 3, 4), unit(3)),
 }
 ELSEWHERE = {  # kernels of other devices, and forms that no public function gives on this one
-    *"CopyBackwards CudnnBatchNorm CudnnConvolution MiopenBatchNorm MkldnnConvolution MkldnnLinear MkldnnMaxPool2D MpsConvolution Linear".split(),
-    *"NativeBatchNormLegit NativeBatchNormLegitNoTraining BatchNormWithUpdate ConvDepthwise2D SlowConv2D FusedDropout".split(),
+    *"CopyBackwards CudnnBatchNorm CudnnConvolution MiopenBatchNorm MkldnnConvolution MkldnnLinear "
+    "MkldnnMaxPool2D MpsConvolution Linear".split(),
+    *"NativeBatchNormLegit NativeBatchNormLegitNoTraining BatchNormWithUpdate ConvDepthwise2D SlowConv2D "
+    "FusedDropout".split(),
     *"ScaledDotProductFlashAttention ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention".split(),
-    *"ScaledDotProductFusedAttentionOverrideable FakeQuantizePerTensorAffineCachemask MaxPool2D Conj NegView Igammac ".split(),
+    *"ScaledDotProductFusedAttentionOverrideable FakeQuantizePerTensorAffineCachemask MaxPool2D Conj "
+    "NegView Igammac ".split(),
     *"Alias Polygamma NativeDropout FusedRmsNorm Norm".split(),
 }
 
@@ -266,11 +301,21 @@ def test_no_example_depends_on_the_input_of_another(name):
                     continue
                 told += 1
                 for i in range(N):
-                    (g,) = torch.autograd.grad((z[i] * torch.randn_like(z[i])).sum(), x, retain_graph=True, allow_unused=True)
+                    (g,) = torch.autograd.grad(
+                        (z[i] * torch.randn_like(z[i])).sum(), x, retain_graph=True, allow_unused=True
+                    )
                     if g is not None:
                         rows = place.split(g, N, 0, g.ndim).flatten(1)
                         assert not rows[[j for j in range(N) if j != i]].any(), (dim, place)
-    refused = {"roll of all", "repeated", "index examples", "index pairs", "pad by a shift", "cat to three", "slice of one example more"}
+    refused = {
+        "roll of all",
+        "repeated",
+        "index examples",
+        "index pairs",
+        "pad by a shift",
+        "cat to three",
+        "slice of one example more",
+    }
     assert told or name in refused | {"repeat_interleave", "linear twice"}, "no rule placed the examples of any axis"
 
 

@@ -1,4 +1,6 @@
-"""Random probes of very many outputs: unbiased, standard errors that are right, and draws that do not depend on batches."""
+"""Random probes of very many outputs: unbiased, standard errors that are right, and draws that do not depend on
+batches.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,15 @@ from torch import nn
 
 import nngeom as nng
 
-REPRESENTATIONS = [nng.PMatDense, nng.PMatDiag, nng.PMatBlockDiag, nng.PMatQuasiDiag, nng.PMatKFAC, nng.PMatLowRank, nng.PMatEye]
+REPRESENTATIONS = [
+    nng.PMatDense,
+    nng.PMatDiag,
+    nng.PMatBlockDiag,
+    nng.PMatQuasiDiag,
+    nng.PMatKFAC,
+    nng.PMatLowRank,
+    nng.PMatEye,
+]
 SAMPLED = SAMPLED | {"own": ("plain", Exponential())}
 seeded = lambda seed: torch.Generator().manual_seed(seed)
 
@@ -29,7 +39,15 @@ def test_fisher_is_unbiased(name):
     kind, likelihood = SAMPLED[name]
     model, x, y = problem(kind)
     exact = nng.FIM(model, (x, y), nng.PMatDense, likelihood=likelihood)
-    m = nng.FIM(model, ragged(x, y), nng.PMatDense, likelihood=likelihood, estimator="rademacher", samples=400, generator=seeded(0))
+    m = nng.FIM(
+        model,
+        ragged(x, y),
+        nng.PMatDense,
+        likelihood=likelihood,
+        estimator="rademacher",
+        samples=400,
+        generator=seeded(0),
+    )
     v = nng.PVector.randn(exact.layer_collection, 5, generator=seeded(1), dtype=torch.float64)
     within(m.trace(), exact.trace())
     within(m.diag(), exact.diag())
@@ -65,17 +83,31 @@ def test_second_moment_of_the_probes_is_the_information_of_the_outputs(name):
     close(v.flatten(1) @ root.T @ root, expected)
 
 
-@pytest.mark.parametrize("kind", [*REPRESENTATIONS, nng.PMatEKFAC, nng.PMatImplicit, nng.PMatMixed({"*weight*": nng.PMatKFAC}, default=nng.PMatDiag)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *REPRESENTATIONS,
+        nng.PMatEKFAC,
+        nng.PMatImplicit,
+        nng.PMatMixed({"*weight*": nng.PMatKFAC}, default=nng.PMatDiag),
+    ],
+)
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "tied", "language-model", "gru"])
 def test_every_representation(name, kind):
-    """Readings are means over the draws, within their errors of the measure of all outputs; batches and budget do not matter."""
+    """Readings are means over the draws, within their errors of the measure of all outputs; batches and budget do not
+    matter.
+    """
     c = build(name)
-    make = lambda loader, **options: nng.FIM(c.model, loader, kind, estimator="rademacher", samples=20, generator=seeded(3), **options)
+    make = lambda loader, **options: nng.FIM(
+        c.model, loader, kind, estimator="rademacher", samples=20, generator=seeded(3), **options
+    )
     m, exact = make(c.loader), nng.FIM(c.model, c.loader, kind)
     assert type(m.matrix) is type(exact) and all(type(d) is type(exact) for d in m.draws)
     v = nng.PVector.randn(exact.layer_collection, generator=seeded(4), dtype=torch.float64)
     close(m.matrix.vTMv(v), m.vTMv(v).value)
-    if not any(getattr(block, "uses", ()) for block in getattr(exact, "blocks", {}).values()):  # joined factors are not linear in second moments
+    if not any(
+        getattr(block, "uses", ()) for block in getattr(exact, "blocks", {}).values()
+    ):  # joined factors are not linear in second moments
         close(torch.stack([d.vTMv(v) for d in m.draws]).mean(), m.vTMv(v).value)
         within(m.trace(), exact.trace())
         if kind is not nng.PMatEKFAC:  # the basis is that of the probes
@@ -90,7 +122,16 @@ def test_standard_errors_are_calibrated(likelihood):
     """Over 60 seeds the error in units of its standard error has spread one: neither too sure nor too modest."""
     model, x, y = problem("plain")
     exact = nng.FIM(model, (x, y), nng.PMatDiag, likelihood=likelihood)
-    make = lambda seed: nng.FIM(model, (x, y), nng.PMatDiag, likelihood=likelihood, estimator="rademacher", samples=40, generator=seeded(seed), check=False)
+    make = lambda seed: nng.FIM(
+        model,
+        (x, y),
+        nng.PMatDiag,
+        likelihood=likelihood,
+        estimator="rademacher",
+        samples=40,
+        generator=seeded(seed),
+        check=False,
+    )
     scores = []
     for seed in range(60):
         e = make(seed).trace()
@@ -101,7 +142,9 @@ def test_standard_errors_are_calibrated(likelihood):
 
 def test_draws_are_keyed_by_example_and_sample():
     model, x, y = problem("plain")
-    make = lambda samples, seed=0: nng.FIM(model, (x, y), nng.PMatDense, estimator="rademacher", samples=samples, generator=seeded(seed))
+    make = lambda samples, seed=0: nng.FIM(
+        model, (x, y), nng.PMatDense, estimator="rademacher", samples=samples, generator=seeded(seed)
+    )
     two, four = make(2), make(4)
     for a, b in zip(two.draws, four.draws):
         close(a.to_dense(), b.to_dense())
@@ -115,7 +158,16 @@ def test_ten_thousand_outputs():
     model, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 10_000)), torch.randn(5, 3)
     first = nng.LayerCollection.from_model(model, include="0.*")
     for likelihood in ("categorical", "gaussian"):
-        m = nng.FIM(model, x, nng.PMatDense, likelihood=likelihood, estimator="rademacher", samples=20, generator=seeded(0), layer_collection=first)
+        m = nng.FIM(
+            model,
+            x,
+            nng.PMatDense,
+            likelihood=likelihood,
+            estimator="rademacher",
+            samples=20,
+            generator=seeded(0),
+            layer_collection=first,
+        )
         exact = nng.FIM(model, x, nng.PMatImplicit, likelihood=likelihood, layer_collection=first)
         v = nng.PVector.randn(first, 4, generator=seeded(0))
         within(m.vTMv(v), exact.vTMv(v))

@@ -254,7 +254,9 @@ def _under(mode, numbers):
 
 
 def test_rows_of_products_are_placed_in_every_batch():
-    """Examples that the data places, behind an operation without second derivative: the likeliest axis is the wrong one."""
+    """Examples that the data places, behind an operation without second derivative: the likeliest axis is the wrong
+    one.
+    """
 
     class Sorted(nn.Module):
         def __init__(self):

@@ -29,7 +29,9 @@ class Counting(nn.Module):
 
 
 class Sorting(nn.Module):
-    """Runs its first layer on sorted examples, as recurrent nets on packed sequences, and the second on them as given."""
+    """Runs its first layer on sorted examples, as recurrent nets on packed sequences, and the second on them as
+    given.
+    """
 
     def __init__(self):
         super().__init__()
@@ -72,9 +74,11 @@ def test_a_branch_taken_by_a_later_batch_is_proved():
     model, x = Counting(), torch.randn(6, 4, dtype=f64)
     x[3:, 0] = 10
     loader = [(x[:3],), (x[3:],)]
-    expected = torch.stack([reference.fisher(model, b) for b, in loader]).mean(0)
+    expected = torch.stack([reference.fisher(model, b) for (b,) in loader]).mean(0)
     torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDense).to_dense(), expected)
-    torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDiag).diag().flat(), expected.diagonal())  # two structures, added
+    torch.testing.assert_close(
+        nng.FIM(model, loader, nng.PMatDiag).diag().flat(), expected.diagonal()
+    )  # two structures, added
     with pytest.raises(nng.NNGeomError, match="different ways"):
         nng.FIM(model, loader, nng.PMatKFAC)
 
@@ -86,7 +90,9 @@ def test_an_order_that_depends_on_the_data_is_proved_of_every_batch():
     for _ in range(2):
         torch.testing.assert_close(nng.GramMatrix(model, loader).to_dense(), kernel(model, x))
         torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDense).to_dense(), reference.fisher(model, x))
-        torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDiag).diag().flat(), reference.fisher(model, x).diagonal())
+        torch.testing.assert_close(
+            nng.FIM(model, loader, nng.PMatDiag).diag().flat(), reference.fisher(model, x).diagonal()
+        )
 
 
 def test_a_constant_decides_where_examples_lie():
@@ -98,7 +104,11 @@ def test_a_constant_decides_where_examples_lie():
             self.layer, self.swapped = nn.Linear(3, 2, dtype=f64), False
 
         def forward(self, x):
-            y = self.layer(x.transpose(0, 1)).transpose(0, 1) if self.swapped else self.layer(x.transpose(0, 0)).transpose(0, 0)
+            y = (
+                self.layer(x.transpose(0, 1)).transpose(0, 1)
+                if self.swapped
+                else self.layer(x.transpose(0, 0)).transpose(0, 0)
+            )
             return y.tanh().sum(1)
 
     model, x = Across(), torch.randn(4, 4, 3, dtype=f64)

@@ -78,14 +78,25 @@ class Twice(nn.Module):
 
 
 def conv(channels, groups, dilation, padding, mode):
-    return nn.Sequential(Transpose(), nn.Conv1d(channels, channels, 2, dilation=dilation, padding=padding, padding_mode=mode, groups=groups), Transpose())
+    return nn.Sequential(
+        Transpose(),
+        nn.Conv1d(channels, channels, 2, dilation=dilation, padding=padding, padding_mode=mode, groups=groups),
+        Transpose(),
+    )
 
 
 LAYERS = st.one_of(
     st.builds(lambda b: nn.Linear(FEATURES, FEATURES, bias=b), st.booleans()),
     st.builds(lambda b: TimeFirst(nn.Linear(FEATURES, FEATURES, bias=b)), st.booleans()),
     st.builds(lambda b: Folded(nn.Linear(FEATURES, FEATURES, bias=b)), st.booleans()),
-    st.builds(conv, st.just(FEATURES), st.sampled_from([1, 3]), st.integers(1, 2), st.integers(1, 2), st.sampled_from(["zeros", "circular"])),
+    st.builds(
+        conv,
+        st.just(FEATURES),
+        st.sampled_from([1, 3]),
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.sampled_from(["zeros", "circular"]),
+    ),
     st.builds(lambda: nn.Sequential(Transpose(), nn.ConvTranspose1d(FEATURES, FEATURES, 2, stride=2), Transpose())),
     st.builds(lambda: nn.LayerNorm(FEATURES)),
     st.builds(lambda: nn.Sequential(Transpose(), nn.GroupNorm(1, FEATURES), Transpose())),
@@ -136,9 +147,19 @@ def problems(draw):
     for p in net.parameters():
         p.data.copy_(0.7 * torch.randn(p.shape, dtype=torch.float64))
     n, t = draw(st.integers(1, 5)), draw(st.integers(3, 5))
-    x = torch.randint(0, 4, (n, t)) if net.embed is not None else torch.randn(n, t, FEATURES, dtype=torch.float64).to(dtype)
+    x = (
+        torch.randint(0, 4, (n, t))
+        if net.embed is not None
+        else torch.randn(n, t, FEATURES, dtype=torch.float64).to(dtype)
+    )
     x = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](x)
-    return net, x, draw(st.integers(1, n)), draw(st.sampled_from([None, 1, 10_000])), draw(st.sampled_from(sorted(LOADERS)))
+    return (
+        net,
+        x,
+        draw(st.integers(1, n)),
+        draw(st.sampled_from([None, 1, 10_000])),
+        draw(st.sampled_from(sorted(LOADERS))),
+    )
 
 
 def agree(problem):
@@ -147,7 +168,9 @@ def agree(problem):
     f = reference.fisher(wide, x.double() if x.is_floating_point() else x)
     single = next(net.parameters()).dtype == torch.float32
     scale, tol = float(f.abs().max()), 2e-3 if single else 1e-7
-    close = lambda a, b: torch.testing.assert_close(a.double(), b, rtol=tol, atol=0.01 * tol * scale + (1e-7 if single else 1e-14))
+    close = lambda a, b: torch.testing.assert_close(
+        a.double(), b, rtol=tol, atol=0.01 * tol * scale + (1e-7 if single else 1e-14)
+    )
     fim = lambda r: nng.FIM(net, LOADERS[kind](list(x.split(size))), r, memory_budget=budget)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nng.MemoryWarning)

@@ -51,7 +51,9 @@ def test_the_ends_of_time():
 def test_ridge_is_the_primal_solution():
     k, kt, j, jt, f0, f0t, y = setting()
     flat = j.flatten(0, 1)
-    w = torch.linalg.solve(flat.T @ flat + 0.3 * torch.eye(flat.shape[1], dtype=flat.dtype), flat.T @ y.tensor.flatten())
+    w = torch.linalg.solve(
+        flat.T @ flat + 0.3 * torch.eye(flat.shape[1], dtype=flat.dtype), flat.T @ y.tensor.flatten()
+    )
     torch.testing.assert_close(nng.kernel_regression(k, y, kt, 0.3).tensor, torch.einsum("knd,d->kn", jt, w))
 
 

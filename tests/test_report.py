@@ -47,7 +47,11 @@ def test_every_column_against_its_formula(matrices):
 
 def test_one_matrix_default_dampings_and_seed(matrices):
     first, again, other = (nng.approximation_report(matrices["kfac"], matrices["dense"], seed=s) for s in (0, 0, 1))
-    assert first.rows == ("PMatKFAC",) and torch.equal(first.values, again.values) and not torch.equal(first.values, other.values)
+    assert (
+        first.rows == ("PMatKFAC",)
+        and torch.equal(first.values, again.values)
+        and not torch.equal(first.values, other.values)
+    )
     assert sum(c.startswith("solve cos") for c in first.columns) == 4
 
 
@@ -79,7 +83,13 @@ def test_the_columns_of_a_large_implicit_reference_are_not_formed(matrices, monk
     implicit = nng.FIM(case.model, case.loader, nng.PMatImplicit)
     monkeypatch.setattr("nngeom.report.IMPLICIT_LIMIT", 10)
     table = nng.approximation_report(matrices["kfac"], implicit, dampings=[0.1])
-    assert str(table).endswith(" -") and nng.approximation_report(matrices["kfac"], implicit, dampings=[0.1], dense_limit=50)["PMatKFAC", "frobenius"] > 0
+    assert (
+        str(table).endswith(" -")
+        and nng.approximation_report(matrices["kfac"], implicit, dampings=[0.1], dense_limit=50)[
+            "PMatKFAC", "frobenius"
+        ]
+        > 0
+    )
 
 
 def test_refusals(matrices):

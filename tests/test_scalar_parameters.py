@@ -100,7 +100,7 @@ def test_modules_without_inputs_or_outputs():
     require_exact(Narrow(), torch.randn(5, 4, dtype=f64))
 
 
-# -- vectors ----------------------------------------------------------------------------------------------------------
+# -- vectors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["scalar", "empty"])
@@ -143,7 +143,7 @@ def test_nothing_but_empty_parameters_is_refused():
         nng.LayerCollection.from_model(Empty())
 
 
-# -- everything else that takes a model -------------------------------------------------------------------------------
+# -- everything else that takes a model --------------------------------------------------------------------------------
 
 KINDS = {
     "dense": nng.PMatDense,

@@ -37,7 +37,9 @@ def exact(model, inputs, **options):
     f = reference.fisher(model, inputs)
     loader = [(inputs[: len(inputs) // 2],), (inputs[len(inputs) // 2 :],)]
     torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDense, **options).to_dense(), f, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(nng.FIM(model, loader, nng.PMatDiag, **options).diag().flat(), f.diagonal(), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(
+        nng.FIM(model, loader, nng.PMatDiag, **options).diag().flat(), f.diagonal(), rtol=1e-8, atol=1e-12
+    )
 
 
 class Function(nn.Module):
@@ -53,10 +55,12 @@ class Function(nn.Module):
         return self.f(self, *x, **k)
 
 
-# -- coverage: which parameters are seen -----------------------------------------------------------------------------
+# -- coverage: which parameters are seen -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["reused", "tied", "language-model", "bare", "transformer", "sequence", "weight-norm", "embedding"])
+@pytest.mark.parametrize(
+    "name", ["reused", "tied", "language-model", "bare", "transformer", "sequence", "weight-norm", "embedding"]
+)
 def test_d1_s2_d2_d3_d5_d7_d9_d14_d16_every_use_counts(name):
     case = build(name)
     exact(case.model, case.inputs)
@@ -72,9 +76,15 @@ def test_d2_s6_tied_weights_count_once():
 
 def test_s3_layers_behind_constants_and_second_inputs():
     def f(m, x):
-        return m.out(torch.tanh(m.first(x) + m.constant(torch.ones(len(x), 2, dtype=x.dtype)) + m.table(torch.arange(len(x)) % 3)))
+        return m.out(
+            torch.tanh(
+                m.first(x) + m.constant(torch.ones(len(x), 2, dtype=x.dtype)) + m.table(torch.arange(len(x)) % 3)
+            )
+        )
 
-    model = Function(f, first=nn.Linear(4, 3), constant=nn.Linear(2, 3), table=nn.Embedding(3, 3), out=nn.Linear(3, 3)).double()
+    model = Function(
+        f, first=nn.Linear(4, 3), constant=nn.Linear(2, 3), table=nn.Embedding(3, 3), out=nn.Linear(3, 3)
+    ).double()
     x = normal(6, 4)
     j = torch.cat([reference.jacobian(model, x[:1])] * 1, 1)
     assert j.shape[1] == 1
@@ -123,7 +133,11 @@ def test_s5_parameters_of_containers_and_parametrizations():
 
 
 def test_spectral_norm_differentiates_its_own_parameter():
-    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 3)).double().eval()
+    model = (
+        nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 3))
+        .double()
+        .eval()
+    )
     exact(model, normal(6, 4))
 
 
@@ -133,10 +147,12 @@ def test_s34_frozen_parameters_are_left_out():
     assert lc.names == ("2.weight", "2.bias") and lc.numel == 15
 
 
-# -- operations ------------------------------------------------------------------------------------------------------
+# -- operations --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv2d-same", "conv2d-circular", "conv2d-reflect", "depthwise", "deconv2d"])
+@pytest.mark.parametrize(
+    "name", ["conv1d", "conv2d", "conv2d-same", "conv2d-circular", "conv2d-reflect", "depthwise", "deconv2d"]
+)
 def test_d8_s7_s8_convolutions_as_they_are(name):
     case = build(name)
     exact(case.model, case.inputs)
@@ -181,12 +197,16 @@ def test_s12_kfac_of_a_sequence_is_that_of_the_equivalent_convolution():
     conv.weight.data, conv.bias.data = linear.weight.data.unsqueeze(-1).clone(), linear.bias.data.clone()
     x = normal(5, 7, 3)
     a = nng.FIM(Function(lambda m, x: m.l(x).sin().sum(1), l=linear), [x], nng.PMatKFAC, likelihood="gaussian")
-    b = nng.FIM(Function(lambda m, x: m.c(x.transpose(1, 2)).sin().sum(2), c=conv), [x], nng.PMatKFAC, likelihood="gaussian")
+    b = nng.FIM(
+        Function(lambda m, x: m.c(x.transpose(1, 2)).sin().sum(2), c=conv), [x], nng.PMatKFAC, likelihood="gaussian"
+    )
     torch.testing.assert_close(a.to_dense(), b.to_dense())
 
 
 def test_s12_expand_and_reduce_are_exact_where_they_should_be():
-    """Deep linear networks: expand when every position has its own loss, reduce when positions are averaged (Eschenhagen et al. 2023)."""
+    """Deep linear networks: expand when every position has its own loss, reduce when positions are averaged
+    (Eschenhagen et al. 2023).
+    """
     layer = nn.Linear(3, 2).double()
     x = normal(5, 4, 3)
     every = Function(lambda m, x: m.l(x).flatten(1), l=layer)
@@ -229,7 +249,9 @@ NO_TANGENTS = {
         lambda: torch.randint(0, 6, (5, 3)),
     ),
     "activations computed again": (
-        lambda: Function(lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False).tanh()), a=nn.Linear(4, 5), b=nn.Linear(5, 3)).double(),
+        lambda: Function(
+            lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False).tanh()), a=nn.Linear(4, 5), b=nn.Linear(5, 3)
+        ).double(),
         lambda: normal(5, 4),
     ),
     "channels-last group norm": (
@@ -247,12 +269,17 @@ def test_products_where_forward_mode_fails(name):
     y = torch.zeros(len(x), dtype=torch.long)
     m = nng.FIM(model, [(x[:2],), (x[2:],)], nng.PMatImplicit)
     torch.testing.assert_close(m.to_dense(), reference.fisher(model, x), rtol=1e-8, atol=1e-12)
-    implicit, dense = (nng.GradientCovariance(model, [(x[:2], y[:2]), (x[2:], y[2:])], k, loss="cross_entropy") for k in (nng.PMatImplicit, nng.PMatDense))
+    implicit, dense = (
+        nng.GradientCovariance(model, [(x[:2], y[:2]), (x[2:], y[2:])], k, loss="cross_entropy")
+        for k in (nng.PMatImplicit, nng.PMatDense)
+    )
     torch.testing.assert_close(implicit.to_dense(), dense.to_dense(), rtol=1e-8, atol=1e-12)
 
 
 class Bags(nn.Module):
-    """Bags of embeddings in every form, summed: padded means, weighted sums, bags by their starts; ``lookups``: the same by indexing."""
+    """Bags of embeddings in every form, summed: padded means, weighted sums, bags by their starts; ``lookups``: the
+    same by indexing.
+    """
 
     def __init__(self):
         super().__init__()
@@ -261,7 +288,10 @@ class Bags(nn.Module):
         self.mean = nn.EmbeddingBag(6, 4, padding_idx=2, dtype=f64)
 
     def forward(self, x):
-        weights, starts = torch.linspace(0.5, 1.5, x.shape[1], dtype=f64).expand(x.shape), torch.arange(len(x)) * x.shape[1]
+        weights, starts = (
+            torch.linspace(0.5, 1.5, x.shape[1], dtype=f64).expand(x.shape),
+            torch.arange(len(x)) * x.shape[1],
+        )
         if self.lookups:
             kept = (x != 2).unsqueeze(2)
             means = (self.mean.weight[x] * kept).sum(1) / kept.sum(1).clamp_min(1)
@@ -301,7 +331,10 @@ def test_maps_on_channels_last_group_norm():
     v = nng.PVector.randn(nng.LayerCollection.from_model(model), dtype=f64)
     a, b = (nng.Jacobian(model, [x], kind).mv(v).flat() for kind in (nng.PushForwardImplicit, nng.PushForwardDense))
     torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
-    a, b = (nng.GramMatrix(model, [x], kind).mv(nng.FVector(torch.ones(3, 5, dtype=f64))).flat() for kind in (nng.FMatImplicit, nng.FMatDense))
+    a, b = (
+        nng.GramMatrix(model, [x], kind).mv(nng.FVector(torch.ones(3, 5, dtype=f64))).flat()
+        for kind in (nng.FMatImplicit, nng.FMatDense)
+    )
     torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
@@ -333,7 +366,7 @@ def test_products_keep_the_errors_of_the_model():
         m.mv(nng.PVector.randn(m.layer_collection, dtype=f64))
 
 
-# -- losses and likelihoods ------------------------------------------------------------------------------------------
+# -- losses and likelihoods --------------------------------------------------------------------------------------------
 
 
 def test_d10_class_weights_and_ignore_index_reach_kfac():
@@ -373,7 +406,14 @@ def test_s17_monte_carlo_gaussian_scales_with_the_inverse_variance():
     case = build("mlp")
     loader = [case.inputs] * 1
     exact_f = nng.FIM(case.model, loader, nng.PMatDense, likelihood=nng.Gaussian(4.0)).to_dense()
-    draws = nng.FIM_MonteCarlo(case.model, loader, nng.PMatDense, likelihood=nng.Gaussian(4.0), samples=4000, generator=torch.Generator().manual_seed(0))
+    draws = nng.FIM_MonteCarlo(
+        case.model,
+        loader,
+        nng.PMatDense,
+        likelihood=nng.Gaussian(4.0),
+        samples=4000,
+        generator=torch.Generator().manual_seed(0),
+    )
     assert (draws.to_dense() - exact_f).norm() / exact_f.norm() < 0.1
 
 
@@ -385,13 +425,15 @@ def test_s18_s19_monte_carlo_is_one_matrix():
     torch.testing.assert_close(m.vTMv(v), v.dot(m.mv(v)))
     seed = lambda: torch.Generator().manual_seed(5)
     one = nng.FIM_MonteCarlo(case.model, [case.inputs], nng.PMatDense, samples=3, generator=seed()).to_dense()
-    many = nng.FIM_MonteCarlo(case.model, [(x,) for x in case.inputs.split(2)], nng.PMatDense, samples=3, generator=seed()).to_dense()
+    many = nng.FIM_MonteCarlo(
+        case.model, [(x,) for x in case.inputs.split(2)], nng.PMatDense, samples=3, generator=seed()
+    ).to_dense()
     implicit = nng.FIM_MonteCarlo(case.model, case.loader, nng.PMatImplicit, samples=3, generator=seed()).to_dense()
     torch.testing.assert_close(one, many)
     torch.testing.assert_close(one, implicit)
 
 
-# -- loaders ---------------------------------------------------------------------------------------------------------
+# -- loaders -----------------------------------------------------------------------------------------------------------
 
 
 def test_s13_the_count_is_of_examples_seen():
@@ -402,7 +444,9 @@ def test_s13_the_count_is_of_examples_seen():
     assert m.examples == 6
     torch.testing.assert_close(m.to_dense(), reference.fisher(case.model, case.inputs[:6]))
     sampler = DataLoader(data, batch_sampler=[[0, 1], [4]])
-    torch.testing.assert_close(nng.FIM(case.model, sampler, nng.PMatDense).to_dense(), reference.fisher(case.model, case.inputs[[0, 1, 4]]))
+    torch.testing.assert_close(
+        nng.FIM(case.model, sampler, nng.PMatDense).to_dense(), reference.fisher(case.model, case.inputs[[0, 1, 4]])
+    )
 
 
 @pytest.mark.parametrize("kind", ["list", "generator", "iterable", "dict", "tensors", "pair", "shuffled"])
@@ -470,7 +514,9 @@ def test_s14_an_exception_leaves_nothing_behind():
 
     with pytest.raises(ValueError, match="own"):
         nng.FIM(case.model, case.loader, nng.PMatDense, function=fails_once)
-    torch.testing.assert_close(nng.FIM(case.model, case.loader, nng.PMatDense).to_dense(), reference.fisher(case.model, case.inputs))
+    torch.testing.assert_close(
+        nng.FIM(case.model, case.loader, nng.PMatDense).to_dense(), reference.fisher(case.model, case.inputs)
+    )
 
 
 def test_progress_is_shown_when_asked(capsys):
@@ -488,10 +534,12 @@ def test_s36_inputs_are_left_alone():
     assert not x.requires_grad and x.grad is None
 
 
-# -- modes -----------------------------------------------------------------------------------------------------------
+# -- modes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(4), nn.AlphaDropout(0.1), nn.BatchNorm1d(4, track_running_stats=False)])
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.5), nn.BatchNorm1d(4), nn.AlphaDropout(0.1), nn.BatchNorm1d(4, track_running_stats=False)]
+)
 def test_s19_s20_random_and_mixing_modes_raise(layer):
     model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3)).train()
     for p in layer.parameters():
@@ -499,7 +547,9 @@ def test_s19_s20_random_and_mixing_modes_raise(layer):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(nng.ModeError, match=r"model\.eval\(\)"):
         nng.FIM(model, [torch.randn(5, 4)], nng.PMatDiag)
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if "num_batches" not in k and "running" not in k)
+    assert all(
+        torch.equal(v, state[k]) for k, v in model.state_dict().items() if "num_batches" not in k and "running" not in k
+    )
 
 
 def test_attention_dropout_raises_and_training_mode_without_dropout_is_fine():
@@ -518,7 +568,7 @@ def test_mixing_examples_raises():
         nng.FIM(cell, [normal(5, 2, 3)], nng.PMatDense)
 
 
-# -- algebra ---------------------------------------------------------------------------------------------------------
+# -- algebra -----------------------------------------------------------------------------------------------------------
 
 
 def test_d4_operations_of_dense_kernels():
@@ -574,11 +624,15 @@ def test_s23_sums_and_products_of_different_kinds():
     torch.testing.assert_close((b @ a).to_dense(), db @ da)
     total = 2 * (a + b)
     v = nng.PVector.randn(a.layer_collection, dtype=f64)
-    torch.testing.assert_close(total.solve(v, 0.1).flat(), torch.linalg.solve(2 * (da + db) + 0.1 * torch.eye(len(da), dtype=f64), v.flat()))
+    torch.testing.assert_close(
+        total.solve(v, 0.1).flat(), torch.linalg.solve(2 * (da + db) + 0.1 * torch.eye(len(da), dtype=f64), v.flat())
+    )
     torch.testing.assert_close(total.trace(), 2 * (da + db).trace())
     torch.testing.assert_close(total.diag().flat(), 2 * (da + db).diagonal())
     torch.testing.assert_close(total.norm(), 2 * (da + db).norm())
-    torch.testing.assert_close((b @ a).solve(v, 0.2).flat(), torch.linalg.solve(db @ da + 0.2 * torch.eye(len(da), dtype=f64), v.flat()))
+    torch.testing.assert_close(
+        (b @ a).solve(v, 0.2).flat(), torch.linalg.solve(db @ da + 0.2 * torch.eye(len(da), dtype=f64), v.flat())
+    )
 
 
 def test_s24_s25_s31_matrices_are_frozen():
@@ -621,7 +675,12 @@ def test_s27_s37_collections_differ_by_order_and_content():
     whole = nng.LayerCollection.from_model(model)
     part = nng.LayerCollection.from_model(model, include="0")
     turned = nng.LayerCollection(whole.names[::-1], whole.shapes[::-1], whole.layers[::-1])
-    assert whole != part and whole != turned and whole != None and hash(whole) == hash(nng.LayerCollection.from_model(model))  # noqa: E711
+    assert (
+        whole != part
+        and whole != turned
+        and whole != None  # noqa: E711
+        and hash(whole) == hash(nng.LayerCollection.from_model(model))
+    )
     m = nng.FIM(model, build("mlp").loader, nng.PMatKFAC, layer_collection=part)
     with pytest.raises(nng.CollectionError, match="another collection"):
         m.mv(nng.PVector.randn(whole, dtype=f64))
@@ -647,9 +706,23 @@ def test_layers_of_different_dtypes():
     whole[0].load_state_dict(model[0].state_dict())
     f = lambda m, d: lambda a: m[1](m[0](a.to(d)).double().tanh())
     v = nng.PVector.randn(nng.LayerCollection.from_model(whole), generator=torch.Generator().manual_seed(0), dtype=f64)
-    for kind in (nng.PMatDense, nng.PMatBlockDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatLowRank, nng.PMatQuasiDiag, nng.PMatDiag, nng.PMatEye):
-        a, b = nng.FIM(model, (x,), kind, function=f(model, torch.float32)), nng.FIM(whole, (x,), kind, function=f(whole, f64))
-        assert a.dtype == f64 and {t.dtype for block in a.blocks.values() for t in block.fields().values() if isinstance(t, torch.Tensor)} == {f64}
+    for kind in (
+        nng.PMatDense,
+        nng.PMatBlockDiag,
+        nng.PMatKFAC,
+        nng.PMatEKFAC,
+        nng.PMatLowRank,
+        nng.PMatQuasiDiag,
+        nng.PMatDiag,
+        nng.PMatEye,
+    ):
+        a, b = (
+            nng.FIM(model, (x,), kind, function=f(model, torch.float32)),
+            nng.FIM(whole, (x,), kind, function=f(whole, f64)),
+        )
+        assert a.dtype == f64 and {
+            t.dtype for block in a.blocks.values() for t in block.fields().values() if isinstance(t, torch.Tensor)
+        } == {f64}
         torch.testing.assert_close(a.mv(v).flat(), b.mv(v).flat(), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(a.solve(v, 0.1).flat(), b.solve(v, 0.1).flat(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(a.diag()["1.weight"], b.diag()["1.weight"], rtol=1e-5, atol=1e-8)
@@ -700,11 +773,13 @@ def test_d17_eigenvectors_are_contiguous():
     assert linalg.eigh(x @ x.T)[1].is_contiguous()
 
 
-# -- crashes that should work ----------------------------------------------------------------------------------------
+# -- crashes that should work ------------------------------------------------------------------------------------------
 
 
 def test_channels_last_and_strided_tensors():
-    model = model_of(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 3)).to(memory_format=torch.channels_last)
+    model = model_of(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 3)).to(
+        memory_format=torch.channels_last
+    )
     x = normal(6, 2, 4, 4).to(memory_format=torch.channels_last)
     exact(model, x)
     v = nng.PVector.from_model(model)
@@ -720,7 +795,9 @@ def test_norms_without_affine_and_scalars():
 
 @pytest.mark.parametrize("shape", [(6,), (6, 2, 2)])
 def test_embeddings_of_several_index_shapes(shape):
-    model = Function(lambda m, x: m.h(m.e(x).reshape(len(x), -1, 3).sin().sum(1)), e=nn.Embedding(5, 3), h=nn.Linear(3, 3)).double()
+    model = Function(
+        lambda m, x: m.h(m.e(x).reshape(len(x), -1, 3).sin().sum(1)), e=nn.Embedding(5, 3), h=nn.Linear(3, 3)
+    ).double()
     exact(model, torch.randint(0, 5, shape))
 
 
@@ -731,7 +808,9 @@ def test_integer_inputs_and_keyword_arguments():
             self.l = nn.Linear(4, 3)
 
         def forward(self, ids, scale=1.0):
-            return torch.nn.functional.linear(input=ids.to(self.l.weight.dtype) * scale, weight=self.l.weight, bias=self.l.bias)
+            return torch.nn.functional.linear(
+                input=ids.to(self.l.weight.dtype) * scale, weight=self.l.weight, bias=self.l.bias
+            )
 
     exact(Net().double(), torch.randint(0, 3, (6, 4)))
 
@@ -797,7 +876,9 @@ def test_the_model_may_be_distributed(tmp_path):
     torch.testing.assert_close(m.to_dense(), reference.fisher(case.model, case.inputs))
 
 
-@pytest.mark.parametrize("representation", [nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatLowRank, nng.PMatImplicit])
+@pytest.mark.parametrize(
+    "representation", [nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatLowRank, nng.PMatImplicit]
+)
 def test_autocast_is_half_precision_near_the_truth(representation):
     model, x = model_of(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3)).float(), torch.randn(10, 6)
     exact_m = nng.FIM(model, [x], representation)
@@ -827,7 +908,7 @@ def test_every_matrix_pickles_and_outlives_the_model():
         assert torch.equal(copy.solve(v, 0.1).flat(), m.solve(v, 0.1).flat())
 
 
-# -- sizes -----------------------------------------------------------------------------------------------------------
+# -- sizes -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_large_table_of_positions_keeps_its_structure():
@@ -938,7 +1019,9 @@ def test_kernels_and_rows_of_layers_in_two_dtypes():
             self.narrow, self.conv, self.wide = nn.Linear(4, 5), nn.Conv1d(1, 2, 2), nn.Linear(5, 3).double()
 
         def forward(self, x):
-            return self.wide(torch.tanh(self.narrow(x) + self.conv(x.unsqueeze(1)).flatten(1).sum(1, keepdim=True)).double())
+            return self.wide(
+                torch.tanh(self.narrow(x) + self.conv(x.unsqueeze(1)).flatten(1).sum(1, keepdim=True)).double()
+            )
 
     torch.manual_seed(0)
     model, x = Mixed(), torch.randn(6, 4)

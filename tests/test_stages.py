@@ -17,7 +17,9 @@ from nngeom.generator.task import Task
 
 @pytest.fixture
 def halting(monkeypatch):
-    """Every waist is one, every cotangent goes by itself, rows are formed wherever they are smaller; the routes of all kernels."""
+    """Every waist is one, every cotangent goes by itself, rows are formed wherever they are smaller; the routes of all
+    kernels.
+    """
     monkeypatch.setattr(descent, "STAGE_BYTES", 0)
     monkeypatch.setattr(descent, "SMALLER", 1)
     monkeypatch.setattr(backward, "LOOP_BYTES", 0)
@@ -55,7 +57,9 @@ def test_kernels_of_halted_passes(halting, name):
 
 
 def test_passes_were_halted(halting):
-    """The zoo holds what halting is for: chains, streams with branches, uses of one parameter on both sides of a waist."""
+    """The zoo holds what halting is for: chains, streams with branches, uses of one parameter on both sides of a
+    waist.
+    """
     longest = {}
     for name in ("mlp", "residual", "transformer", "reused"):
         case = build(name, sizes=(5,))
@@ -133,12 +137,17 @@ def test_nothing_runs_more_often_than_in_a_whole_pass(halting):
                 x = layer(Passed.apply(x))
             return x
 
-    model, x = Model(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double(), torch.randn(5, 4).double()
+    model, x = (
+        Model(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double(),
+        torch.randn(5, 4).double(),
+    )
     nng.GramMatrix(model, [(x, None)])
     Passed.calls = 0
     nng.GramMatrix(model, [(x, None)])
     assert len(halting[-1]) > 1
-    assert Passed.calls == (3 + 2) * 4  # four lie between the outputs and the first layer; of a custom function, places are asked
+    assert (
+        Passed.calls == (3 + 2) * 4
+    )  # four lie between the outputs and the first layer; of a custom function, places are asked
 
 
 def turns(model, most):
@@ -170,7 +179,9 @@ def test_a_stream_halts_between_blocks_and_what_is_near_comes_first():
 def test_a_budget_too_small_for_all_gradients_is_enough_for_stages(monkeypatch):
     """What is held at once decides: the batch is not run in parts."""
     torch.manual_seed(0)
-    model = nn.Sequential(*[m for _ in range(12) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())], nn.Flatten(), nn.Linear(8 * 144, 8)).double()
+    model = nn.Sequential(
+        *[m for _ in range(12) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())], nn.Flatten(), nn.Linear(8 * 144, 8)
+    ).double()
     x = torch.randn(12, 8, 12, 12).double()
     whole = nng.GramMatrix(model, [(x, None)])
     forget(model)

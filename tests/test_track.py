@@ -75,16 +75,27 @@ def test_complexity_of_the_trajectory_beside_a_tracker(case):
             for p in model.parameters():
                 p += 0.01
         measure.update()
-    assert tracker.history["complexity"][0] == 0 and 0 < tracker.history["complexity"][1] < tracker.history["complexity"][2] < measure.value
+    assert (
+        tracker.history["complexity"][0] == 0
+        and 0 < tracker.history["complexity"][1] < tracker.history["complexity"][2] < measure.value
+    )
 
 
 def test_history_has_one_entry_a_measurement(case):
     tracker = Tracker(case.model, case.loader, ["loss"], every=2)
     train(case.model, case, tracker, 5)
     assert tracker.history["step"] == [0, 2, 4]
-    assert {len(c) for c in tracker.history.values()} == {3} and set(tracker.history) == {"step", "train_loss", "probe_loss"}
+    assert {len(c) for c in tracker.history.values()} == {3} and set(tracker.history) == {
+        "step",
+        "train_loss",
+        "probe_loss",
+    }
     tracker.measure(9, other=1.5)
-    assert tracker.history["other"][-1] == 1.5 and math.isnan(tracker.history["other"][0]) and math.isnan(tracker.history["train_loss"][-1])
+    assert (
+        tracker.history["other"][-1] == 1.5
+        and math.isnan(tracker.history["other"][0])
+        and math.isnan(tracker.history["train_loss"][-1])
+    )
     assert tracker.step(11) is None
 
 
@@ -149,14 +160,18 @@ def test_save_and_resume(case, tmp_path):
     tracker = Tracker(case.model, case.loader, ["loss", "effective_rank"], every=geometric(2))
     train(case.model, case, tracker, 5)
     tracker.save(tmp_path / "track.json")
-    other = Tracker(case.model, case.loader, ["loss", "effective_rank"], every=geometric(2)).load(tmp_path / "track.json")
+    other = Tracker(case.model, case.loader, ["loss", "effective_rank"], every=geometric(2)).load(
+        tmp_path / "track.json"
+    )
     assert other.history == tracker.history and 0 < other.overhead <= 1
     train(case.model, case, other, 5, first=5)
     assert other.history["step"] == [0, 1, 2, 4, 8]
     assert list(tmp_path.iterdir()) == [tmp_path / "track.json"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": "other"}', '{"format": "nngeom-track-1", "history": 3}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"format": "other"}', '{"format": "nngeom-track-1", "history": 3}', "\x00"]
+)
 def test_damaged_files(case, tmp_path, text):
     path = tmp_path / "track.json"
     path.write_text(text)
@@ -211,7 +226,15 @@ def test_tensorboard(case, tmp_path, monkeypatch):
 
 
 def test_extras_are_named(case, tmp_path, monkeypatch):
-    for module in ("torch.utils.tensorboard", "matplotlib", "matplotlib.figure", "lightning.pytorch", "lightning", "pytorch_lightning", "transformers"):
+    for module in (
+        "torch.utils.tensorboard",
+        "matplotlib",
+        "matplotlib.figure",
+        "lightning.pytorch",
+        "lightning",
+        "pytorch_lightning",
+        "transformers",
+    ):
         monkeypatch.setitem(sys.modules, module, None)
     tracker = Tracker(case.model, case.loader, ["loss"])
     for call, library in (
@@ -231,13 +254,17 @@ def test_callbacks(case, monkeypatch):
     tracker = Tracker(case.model, case.loader, ["loss"], every=2)
     callback = lightning_callback(tracker)
     for step in (1, 1, 2, 2, 3, 4):  # batches; gradients accumulated over some
-        trainer = types.SimpleNamespace(global_step=step, callback_metrics={"train_loss": torch.tensor(0.5), "name": "x"})
+        trainer = types.SimpleNamespace(
+            global_step=step, callback_metrics={"train_loss": torch.tensor(0.5), "name": "x"}
+        )
         callback.on_train_batch_end(trainer, case.model, None, None, 0)
     assert tracker.history["step"] == [2, 4] and tracker.history["train_loss"] == [0.5, 0.5]
     tracker = Tracker(case.model, case.loader, ["loss"], every=2)
     callback = huggingface_callback(tracker)
     for step in (1, 2, 3):
-        callback.on_step_end(None, types.SimpleNamespace(global_step=step, log_history=[{"loss": 0.25, "step": step}]), None)
+        callback.on_step_end(
+            None, types.SimpleNamespace(global_step=step, log_history=[{"loss": 0.25, "step": step}]), None
+        )
     assert tracker.history["step"] == [2] and tracker.history["loss"] == [0.25]
 
 

@@ -65,7 +65,12 @@ RANDOM = {
     "python": lambda net, h: h * random.random(),
     "a choice": lambda net, h: h.tanh() if random.random() < 0.5 else h,
 }
-STATEFUL = {"counter": counted, "counter replaced": replaced, "moving average": averaged, "by .data": averaged_out_of_sight}
+STATEFUL = {
+    "counter": counted,
+    "counter replaced": replaced,
+    "moving average": averaged,
+    "by .data": averaged_out_of_sight,
+}
 MEASURES = {
     "FIM": lambda m, x: nng.FIM(m, [x], nng.PMatDiag),
     "implicit": lambda m, x: nng.FIM(m, [x], nng.PMatImplicit),
@@ -77,7 +82,13 @@ MEASURES = {
 
 def states(model):
     numbers = np.random.get_state()
-    return [*model.state_dict().values(), torch.get_rng_state(), model.own.get_state(), torch.tensor(numbers[1].astype(np.int64)), torch.tensor(numbers[2])]
+    return [
+        *model.state_dict().values(),
+        torch.get_rng_state(),
+        model.own.get_state(),
+        torch.tensor(numbers[1].astype(np.int64)),
+        torch.tensor(numbers[2]),
+    ]
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -121,7 +132,9 @@ def test_the_state_is_put_back_when_the_model_raises():
 
 
 def test_spectral_normalisation_in_training_mode_is_refused_and_put_back():
-    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5, dtype=f64)), nn.Tanh(), nn.Linear(5, 3, dtype=f64))
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5, dtype=f64)), nn.Tanh(), nn.Linear(5, 3, dtype=f64)
+    )
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(nng.ModeError, match="buffers"):
         nng.FIM(model.train(), [torch.randn(6, 4, dtype=f64)], nng.PMatDiag)

@@ -30,20 +30,35 @@ def tokens_labels():
 ATTENTION = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "hidden_size": 8}
 MODELS = {
     "gpt2": (
-        lambda: T.GPT2LMHeadModel(T.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)),
+        lambda: T.GPT2LMHeadModel(
+            T.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        ),
         lambda: text(labels=tokens_labels()),
     ),
     "bert": (
-        lambda: T.BertForSequenceClassification(T.BertConfig(vocab_size=20, max_position_embeddings=8, num_labels=3, **ATTENTION)),
+        lambda: T.BertForSequenceClassification(
+            T.BertConfig(vocab_size=20, max_position_embeddings=8, num_labels=3, **ATTENTION)
+        ),
         lambda: text(labels=torch.tensor([0, 1, 2])),
     ),
     "llama": (
-        lambda: T.LlamaForCausalLM(T.LlamaConfig(vocab_size=20, max_position_embeddings=8, bos_token_id=0, eos_token_id=0, **ATTENTION)),
+        lambda: T.LlamaForCausalLM(
+            T.LlamaConfig(vocab_size=20, max_position_embeddings=8, bos_token_id=0, eos_token_id=0, **ATTENTION)
+        ),
         lambda: text(labels=tokens_labels()),
     ),
     "t5": (
         lambda: T.T5ForConditionalGeneration(
-            T.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0, eos_token_id=0)
+            T.T5Config(
+                vocab_size=20,
+                d_model=8,
+                d_kv=4,
+                d_ff=8,
+                num_layers=1,
+                num_heads=2,
+                decoder_start_token_id=0,
+                eos_token_id=0,
+            )
         ),
         lambda: text(decoder_input_ids=ids(), labels=tokens_labels()),
     ),
@@ -52,7 +67,9 @@ MODELS = {
         lambda: {"pixel_values": torch.randn(3, 3, 8, 8, dtype=f64), "labels": torch.tensor([0, 1, 2])},
     ),
     "resnet": (
-        lambda: T.ResNetForImageClassification(T.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)),
+        lambda: T.ResNetForImageClassification(
+            T.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+        ),
         lambda: {"pixel_values": torch.randn(3, 3, 16, 16, dtype=f64), "labels": torch.tensor([0, 1, 2])},
     ),
 }
@@ -68,7 +85,14 @@ def wild(request):
         p.data += 0.2 * torch.randn_like(p)
     batch = draw()
     language = batch["labels"].ndim == 2
-    return request.param, model, batch, "categorical" if not language else nng.Categorical(dim=-1), rows(model, batch), language
+    return (
+        request.param,
+        model,
+        batch,
+        "categorical" if not language else nng.Categorical(dim=-1),
+        rows(model, batch),
+        language,
+    )
 
 
 def rows(model, batch):
@@ -80,7 +104,12 @@ def rows(model, batch):
         out = model(**inputs).logits[0]
         out = out.reshape(-1, out.shape[-1])
         grads = [torch.autograd.grad(f, params, retain_graph=True, allow_unused=True) for f in out.flatten()]
-        j = torch.stack([torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gs, params)]) for gs in grads])
+        j = torch.stack(
+            [
+                torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gs, params)])
+                for gs in grads
+            ]
+        )
         result.append((out.detach(), j.view(*out.shape, -1)))
     return result
 
@@ -132,4 +161,7 @@ def test_every_large_parameter_has_structure(wild):
         small = torch.Size(row.shape).numel() <= 64
         assert row.structure in ("kronecker", "lookup", "tied", "exact") or (name == "t5" and small), row
     if name == "gpt2":
-        assert report["transformer.wte.weight"].structure == "tied" and report["transformer.wpe.weight"].structure == "lookup"
+        assert (
+            report["transformer.wte.weight"].structure == "tied"
+            and report["transformer.wpe.weight"].structure == "lookup"
+        )

@@ -192,7 +192,7 @@ def test_optimizers_step_as_on_the_plain_model(wrapper):
     close(stepped(WRAPPERS[wrapper]), stepped(Around if wrapper == "compiled part" else lambda m: m))
 
 
-# -- parameters in parts ----------------------------------------------------------------------------------------------
+# -- parameters in parts -----------------------------------------------------------------------------------------------
 
 
 def in_a_process(code: str) -> str:
@@ -256,7 +256,7 @@ def test_parameters_that_are_elsewhere_are_no_empty_ones():
         nng.FIM(model, torch.randn(5, 4))
 
 
-# -- parameters with hooks --------------------------------------------------------------------------------------------
+# -- parameters with hooks ---------------------------------------------------------------------------------------------
 
 
 def test_hooked_parameters_are_named():

@@ -1,8 +1,9 @@
 """Other libraries doing the same jobs, through their public interfaces, where they are installed (extras ``bench``).
 
-One file a library; ``CONTENDERS`` there is ``{label: {job: setup}}``, with ``setup(workload) -> (run, canonical)`` as in
-:mod:`benchmarks.ours`. Each is asked for what its documentation calls the quantity of the job; what disagrees with the slow
-reference on a workload is named as skipped there.
+One file a library; ``CONTENDERS`` there is ``{label: {job: setup}}``, with ``setup(workload) -> (run, canonical)`` as
+in
+:mod:`benchmarks.ours`. Each is asked for what its documentation calls the quantity of the job; what disagrees with the
+slow reference on a workload is named as skipped there.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ def missing() -> dict[str, str]:
 
 
 def peers(job: str, label: str = "") -> dict[str, Any]:
-    """The contenders of other libraries that are installed, ``{label: setup}``; of the library of one label alone where it is given."""
+    """The contenders of other libraries that are installed, ``{label: setup}``; of the library of one label alone where
+    it is given.
+    """
     chosen = [_contenders(library) for library in LIBRARIES if not label or label.split(" ")[0] == library]
-    return {label: jobs[job] for labels in chosen if not isinstance(labels, str) for label, jobs in labels.items() if job in jobs}
+    return {
+        label: jobs[job]
+        for labels in chosen
+        if not isinstance(labels, str)
+        for label, jobs in labels.items()
+        if job in jobs
+    }

@@ -1,4 +1,6 @@
-"""BackPACK: quantities that backward passes of extended modules leave on the parameters. Its Kronecker factors leave out the bias."""
+"""BackPACK: quantities that backward passes of extended modules leave on the parameters. Its Kronecker factors leave
+out the bias.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def diagonal(w: Workload):
 def monte_carlo_kfac(w: Workload):
     """One drawn label an example; factors ``[g, a]`` of the weights."""
     layers = [f"{name}.weight" for name in truth.kronecker_layers(w)]
-    run = _backward(w, extensions.KFAC, "mean", lambda named, share: [[share * f for f in named[name].kfac] for name in layers])
+    run = _backward(
+        w, extensions.KFAC, "mean", lambda named, share: [[share * f for f in named[name].kfac] for name in layers]
+    )
 
     def merged() -> list[list[Tensor]]:
         return [[sum(factors) for factors in zip(*batches)] for batches in zip(*run())]  # type: ignore[misc]

@@ -1,4 +1,6 @@
-"""curvlinops: KFAC, EKFAC and matrix-free products as linear operators; the parameters of linear and convolutional layers."""
+"""curvlinops: KFAC, EKFAC and matrix-free products as linear operators; the parameters of linear and convolutional
+layers.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def monte_carlo_kfac(w: Workload):
     """One drawn label an example."""
 
     def factors(m: Any) -> Tensor:
-        found = [m._input_covariances[name][:-1, :-1] for name in truth.kronecker_layers(w)]  # nothing public shows them
+        found = [
+            m._input_covariances[name][:-1, :-1] for name in truth.kronecker_layers(w)
+        ]  # nothing public shows them
         return torch.cat([(a / a.norm()).flatten() for a in found])
 
     return lambda: _kfac(w, fisher_type="mc"), factors
@@ -78,7 +82,9 @@ def ekfac(w: Workload):
 
 def fisher_vector(w: Workload):
     """Matrix-free; the operator is built once."""
-    m = curvlinops.GGNLinearOperator(w.model, nn.CrossEntropyLoss(), list(w.model.parameters()), w.batches, check_deterministic=False)
+    m = curvlinops.GGNLinearOperator(
+        w.model, nn.CrossEntropyLoss(), list(w.model.parameters()), w.batches, check_deterministic=False
+    )
     v = w.vector()
     return lambda: m @ v, lambda out: out
 

@@ -1,7 +1,7 @@
 """neural-tangents in JAX: the same nets, rebuilt from the weights, with channels last and weights as (in, out).
 
-Its last release runs with the versions of the extra ``bench-jax``. Compiled ahead for the shapes of the workload, so that
-neither time nor memory holds the compiler.
+Its last release runs with the versions of the extra ``bench-jax``. Compiled ahead for the shapes of the workload, so
+that neither time nor memory holds the compiler.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def _dense(m: nn.Linear) -> dict[str, Any]:
 
 
 def _conv(m: nn.Conv2d) -> dict[str, Any]:
-    return {"w": jnp.asarray(m.weight.detach().cpu().numpy().transpose(2, 3, 1, 0)), "b": jnp.asarray(m.bias.detach().cpu().numpy())}
+    return {
+        "w": jnp.asarray(m.weight.detach().cpu().numpy().transpose(2, 3, 1, 0)),
+        "b": jnp.asarray(m.bias.detach().cpu().numpy()),
+    }
 
 
 def _sequential(model: nn.Sequential) -> tuple[Any, Callable[[Any, Any], Any]]:
@@ -44,7 +47,12 @@ def _sequential(model: nn.Sequential) -> tuple[Any, Callable[[Any, Any], Any]]:
                 x = x @ p["w"] + p["b"]
             elif isinstance(m, nn.Conv2d):
                 padding = [(q, q) for q in m.padding]
-                x = jax.lax.conv_general_dilated(x, p["w"], m.stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")) + p["b"]
+                x = (
+                    jax.lax.conv_general_dilated(
+                        x, p["w"], m.stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+                    )
+                    + p["b"]
+                )
             elif isinstance(m, nn.ReLU):
                 x = jax.nn.relu(x)
             elif isinstance(m, nn.MaxPool2d):
@@ -66,7 +74,11 @@ def _norm(m: nn.LayerNorm) -> dict[str, Any]:
 def _encoder(model: Encoder) -> tuple[Any, Callable[[Any, Any], Any]]:
     parts = ("norm1", "norm2", "qkv", "out", "up", "down")
     of = lambda m: _norm(m) if isinstance(m, nn.LayerNorm) else _dense(m)
-    weights = {"embed": _dense(model.embed), "head": _dense(model.head), "blocks": [{name: of(getattr(b, name)) for name in parts} for b in model.blocks]}
+    weights = {
+        "embed": _dense(model.embed),
+        "head": _dense(model.head),
+        "blocks": [{name: of(getattr(b, name)) for name in parts} for b in model.blocks],
+    }
     heads, eps = model.blocks[0].heads, model.blocks[0].norm1.eps
     dense = lambda p, x: x @ p["w"] + p["b"]
 

@@ -100,7 +100,15 @@ def kfac_solve(w: Workload):
 
 CONTENDERS = {
     "nngeometry": {
-        "J1": diagonal, "J2": kfac, "J3": monte_carlo_kfac, "J4": ekfac, "J5": rows, "J6": gram, "J7": trace, "J8": fisher_vector,
-        "J9": loss_gradients, "J10": kfac_solve,
+        "J1": diagonal,
+        "J2": kfac,
+        "J3": monte_carlo_kfac,
+        "J4": ekfac,
+        "J5": rows,
+        "J6": gram,
+        "J7": trace,
+        "J8": fisher_vector,
+        "J9": loss_gradients,
+        "J10": kfac_solve,
     }
-}  # fmt: skip
+}

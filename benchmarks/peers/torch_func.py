@@ -103,6 +103,13 @@ def penalty_step(w: Workload):
 
 
 CONTENDERS = {
-    "torch.func": {"J5": rows, "J6": gram(1), "J7": trace, "J8": fisher_vector, "J9": loss_gradients, "J11": penalty_step},
+    "torch.func": {
+        "J5": rows,
+        "J6": gram(1),
+        "J7": trace,
+        "J8": fisher_vector,
+        "J9": loss_gradients,
+        "J11": penalty_step,
+    },
     "torch.func (tutorial)": {"J6": gram(2)},
 }

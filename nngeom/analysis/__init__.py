@@ -1,6 +1,14 @@
 """Quantities of training geometry, one file each: tangent kernels, gradient statistics, complexity."""
 
-from nngeom.analysis.alignment import alignment, group_alignment, hsic, kernel_label_alignment, label_alignment, label_kernel, label_vector
+from nngeom.analysis.alignment import (
+    alignment,
+    group_alignment,
+    hsic,
+    kernel_label_alignment,
+    label_alignment,
+    label_kernel,
+    label_vector,
+)
 from nngeom.analysis.coherence import (
     Coherence,
     batch_coherence,

@@ -24,12 +24,13 @@ from nngeom.space.collection import LayerCollection
 def alignment(K: Any, L: Any, centered: bool | str = True) -> Tensor:
     """``<K, L>_F / (|K|_F |L|_F)`` of two kernels: CKA on centred kernels, kernel alignment on uncentred ones.
 
-    ``K`` and ``L``: FMats, tensors ``(c, n, c, m)`` or matrices. ``centered=True`` (``"features"``) subtracts the mean feature
-    output by output; ``"global"`` the mean over all entries, as the formula of the paper says; ``False`` nothing.
-    In [0, 1] for positive semi-definite kernels, invariant to scaling, to a joint permutation of the examples and to orthogonal
-    maps of the features. NaN where a (centred) kernel is zero.
+    ``K`` and ``L``: FMats, tensors ``(c, n, c, m)`` or matrices. ``centered=True`` (``"features"``) subtracts the mean
+    feature output by output; ``"global"`` the mean over all entries, as the formula of the paper says; ``False``
+    nothing. In [0, 1] for positive semi-definite kernels, invariant to scaling, to a joint permutation of the examples
+    and to orthogonal maps of the features. NaN where a (centred) kernel is zero.
 
-    Raises :class:`ArgumentError` where shapes differ. Source: Cortes et al. 2012; Kornblith et al. 2019; Baratin et al. 2021, eq. 7.
+    Raises :class:`ArgumentError` where shapes differ. Source: Cortes et al. 2012; Kornblith et al. 2019; Baratin et al.
+    2021, eq. 7.
     """
     k, m = kernel_tensor(K), kernel_tensor(L)
     if k.shape != m.shape:
@@ -85,7 +86,9 @@ def kernel_label_alignment(
     k = center(K, centered)
     v = _centered(label_vector(y, k.shape[0], k.dtype, shape).to(k.device), centered)
     if v.shape[1] != k.shape[1] or k.shape[1] != k.shape[3]:
-        raise ArgumentError(f"the kernel is {tuple(k.shape)} and there are {v.shape[1]} labels; expected one set of examples")
+        raise ArgumentError(
+            f"the kernel is {tuple(k.shape)} and there are {v.shape[1]} labels; expected one set of examples"
+        )
     return _ratio(torch.einsum("cn,cndm,dm->", v, k, v), k.norm() * v.square().sum())
 
 

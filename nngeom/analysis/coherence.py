@@ -57,7 +57,9 @@ def coherence(
     total = torch.zeros(collection.numel, dtype=torch.float64, device=task.device)
     batches, count = [], 0
     with memory.limit(memory_budget), torch.no_grad():
-        for chunk in Sweep(task, loader, EmpiricalFisher(as_loss(loss, model)), memory_budget, check, label="coherence").chunks():
+        for chunk in Sweep(
+            task, loader, EmpiricalFisher(as_loss(loss, model)), memory_budget, check, label="coherence"
+        ).chunks():
             some = next(iter(chunk.jacobians.values()))
             sum_g = torch.zeros(collection.numel, dtype=some.dtype, device=some.device)
             batch_squares = 0.0
@@ -90,16 +92,20 @@ def coherence_from_batch_gradients(
     """The coherence of single examples from mean gradients of batches of ``batch_size = k``, ``(batches, d)``.
 
     ``scheme="partition"``: the batches partition ``examples = m`` points (default ``batches * k``), and
-    ``alpha = a (m - k) / (k (m - 1) - a (k - 1) m)``; ``"iid"``: independent draws, ``alpha = a / (k - (k - 1) a)``, with
-    ``a`` the coherence of the batch gradients. The i.i.d. inverse is biased upwards on a partition (on ``m`` orthogonal
-    gradients it gives a ratio of ``m / (m - k + 1)`` instead of 1). A single batch that is the whole set says nothing
-    of single examples: NaN. Raises :class:`ArgumentError`. Source: Chatterjee and Zielinski 2020, theorem on batches.
+    ``alpha = a (m - k) / (k (m - 1) - a (k - 1) m)``; ``"iid"``: independent draws, ``alpha = a / (k - (k - 1) a)``,
+    with ``a`` the coherence of the batch gradients. The i.i.d. inverse is biased upwards on a partition (on ``m``
+    orthogonal gradients it gives a ratio of ``m / (m - k + 1)`` instead of 1). A single batch that is the whole set
+    says nothing of single examples: NaN. Raises :class:`ArgumentError`. Source: Chatterjee and Zielinski 2020, theorem
+    on batches.
     """
     if scheme not in ("partition", "iid"):
         raise ArgumentError(f"scheme is {scheme!r}; expected 'partition' or 'iid'")
     g = gradients if isinstance(gradients, Tensor) else torch.stack([x.flatten() for x in gradients])
     if batch_size < 1 or g.ndim != 2 or len(g) == 0:
-        raise ArgumentError(f"got gradients {tuple(g.shape)} and batch_size {batch_size}; expected (batches, d) and at least one example a batch")
+        raise ArgumentError(
+            f"got gradients {tuple(g.shape)} and batch_size {batch_size}; expected (batches, d) and at least one "
+            "example a batch"
+        )
     k, m = batch_size, examples if examples is not None else batch_size * len(g)
     if scheme == "partition" and m < k:
         raise ArgumentError(f"examples is {m} but a batch holds {k}; expected at least one batch")
@@ -112,23 +118,35 @@ def coherence_from_batch_gradients(
 
 
 def batch_coherence(alpha: float | Tensor, batch_size: int, examples: int | None = None) -> Any:
-    """The expected coherence of batch means from that of single examples: i.i.d. draws, or a partition of ``examples``."""
+    """The expected coherence of batch means from that of single examples: i.i.d. draws, or a partition of
+    ``examples``.
+    """
     k, m = batch_size, examples
     return k * alpha / (1 + (k - 1) * (alpha if m is None else (m * alpha - 1) / (m - 1)))
 
 
 def generalization_gap_bound(
-    coherences: Sequence[float], learning_rates: Sequence[float], examples: int, lipschitz: float = 1.0, smoothness: float = 0.0
+    coherences: Sequence[float],
+    learning_rates: Sequence[float],
+    examples: int,
+    lipschitz: float = 1.0,
+    smoothness: float = 0.0,
 ) -> float:
-    """``(L^2/m) sum_t [prod_{k>t} (1 + lr_k beta)] lr_t sqrt(2 (1 - alpha_t))``: the expected gap after the given steps.
+    """``(L^2/m) sum_t [prod_{k>t} (1 + lr_k beta)] lr_t sqrt(2 (1 - alpha_t))``: the expected gap after the given
+    steps.
 
     ``lipschitz`` is ``L``, ``smoothness`` ``beta``; ``coherences[t]`` is ``alpha`` before step ``t``. Zero where every
     coherence is 1. Raises :class:`ArgumentError`. Source: Chatterjee and Zielinski 2020, theorem on stability.
     """
     if len(coherences) != len(learning_rates):
-        raise ArgumentError(f"got {len(coherences)} coherences and {len(learning_rates)} learning rates; expected one of each a step")
+        raise ArgumentError(
+            f"got {len(coherences)} coherences and {len(learning_rates)} learning rates; expected one of each a step"
+        )
     if not all(0 <= alpha <= 1 for alpha in coherences):
-        raise ArgumentError(f"coherences are {list(coherences)}; expected numbers in [0, 1] (NaN: all gradients were zero, leave that step out)")
+        raise ArgumentError(
+            f"coherences are {list(coherences)}; expected numbers in [0, 1] (NaN: all gradients were zero, leave "
+            "that step out)"
+        )
     total, growth = 0.0, 1.0
     for alpha, lr in zip(reversed(coherences), reversed(learning_rates)):
         total += growth * lr * math.sqrt(2 * max(0.0, 1 - alpha))

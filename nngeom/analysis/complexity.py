@@ -17,15 +17,21 @@ class ComplexityMeasure:
     """``C = sum_t |w_{t+1} - w_t| sqrt(tr K_t)`` with the tangent kernel ``K_t`` on the points of ``loader``.
 
     Call :meth:`update` after every optimiser step: the step actually taken counts, whatever the optimiser. The trace is
-    taken before the step, anew every ``every`` steps and held between. Zero where nothing moves, additive over segments.
-    ``value`` depends on the number ``examples`` of points as ``sqrt(examples)``; ``normalized`` is ``C / n``, the bound on
-    the Rademacher complexity of what the steps can reach.
+    taken before the step, anew every ``every`` steps and held between. Zero where nothing moves, additive over
+    segments. ``value`` depends on the number ``examples`` of points as ``sqrt(examples)``; ``normalized`` is ``C / n``,
+    the bound on the Rademacher complexity of what the steps can reach.
 
     The model is measured in evaluation mode and put back. Source: Baratin et al. 2021, eq. 18.
     """
 
     def __init__(
-        self, model: nn.Module, loader: Any, every: int = 1, *, function: Function = None, layer_collection: LayerCollection | None = None
+        self,
+        model: nn.Module,
+        loader: Any,
+        every: int = 1,
+        *,
+        function: Function = None,
+        layer_collection: LayerCollection | None = None,
     ):
         if every < 1:
             raise ArgumentError(f"every is {every}; expected a whole number of at least 1")

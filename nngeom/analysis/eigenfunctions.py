@@ -22,10 +22,12 @@ from nngeom.space.pvector import PVector
 
 @dataclass(frozen=True)
 class Eigenfunctions:
-    """``eigenvalues`` ``(k,)``, descending, of ``K`` (not divided by ``n``), and ``functions`` ``(k, c, n)`` on the points asked for.
+    """``eigenvalues`` ``(k,)``, descending, of ``K`` (not divided by ``n``), and ``functions`` ``(k, c, n)`` on the
+    points asked for.
 
     On the sample the functions are orthonormal for ``sum_i`` and are eigenvectors of ``K``; elsewhere they are their
-    Nystrom extensions. Signs: the entry of largest modulus *on the sample* is positive. ``sample``: the same on the sample.
+    Nystrom extensions. Signs: the entry of largest modulus *on the sample* is positive. ``sample``: the same on the
+    sample.
     """
 
     eigenvalues: Tensor
@@ -45,14 +47,21 @@ def eigenfunctions(
     memory_budget: int | None = None,
     check: bool = True,
 ) -> Eigenfunctions:
-    """The ``k`` leading eigenvalues and eigenfunctions of the tangent kernel sampled on ``grid``, evaluated there or at ``at``.
+    """The ``k`` leading eigenvalues and eigenfunctions of the tangent kernel sampled on ``grid``, evaluated there or at
+    ``at``.
 
-    ``u_J(x) = sum_i K(x, x_i) u_J(x_i) / lambda_J``. ``grid`` and ``at`` are loaders or batches. ``centered``: features less
-    their mean over ``grid``, output by output; at initialisation the uncentred kernel hides everything behind its first
-    eigenvalue. Raises :class:`ArgumentError` for ``k`` out of range, :class:`SingularError` where one of the ``k`` eigenvalues is
-    zero and an extension is asked for. Source: Baratin et al. 2021, eq. 3 and 47.
+    ``u_J(x) = sum_i K(x, x_i) u_J(x_i) / lambda_J``. ``grid`` and ``at`` are loaders or batches. ``centered``: features
+    less their mean over ``grid``, output by output; at initialisation the uncentred kernel hides everything behind its
+    first eigenvalue. Raises :class:`ArgumentError` for ``k`` out of range, :class:`SingularError` where one of the
+    ``k`` eigenvalues is zero and an extension is asked for. Source: Baratin et al. 2021, eq. 3 and 47.
     """
-    options: dict[str, Any] = {"function": function, "layer_collection": layer_collection, "centered": centered, "memory_budget": memory_budget, "check": check}
+    options: dict[str, Any] = {
+        "function": function,
+        "layer_collection": layer_collection,
+        "centered": centered,
+        "memory_budget": memory_budget,
+        "check": check,
+    }
     grid = Probe.build(model, grid, function, layer_collection).batches
     kernel = GramMatrix(model, grid, **options)
     values, vectors = _leading(require_symmetric(kernel), k)
@@ -60,7 +69,10 @@ def eigenfunctions(
     if at is None:
         return Eigenfunctions(values, sample, sample)
     if bool(values[-1] <= THRESHOLD * values[0]):
-        raise SingularError(f"eigenvalue {k} of the kernel is zero ({float(values[-1]):.3g}); its function has no extension: use a smaller k")
+        raise SingularError(
+            f"eigenvalue {k} of the kernel is zero ({float(values[-1]):.3g}); its function has no extension: use "
+            "a smaller k"
+        )
     cross = GramMatrix(model, grid, other=at, **options).tensor
     return Eigenfunctions(values, torch.einsum("kcn,cndm->kdm", sample, cross) / values[:, None, None], sample)
 
@@ -69,9 +81,10 @@ def eigenfunctions(
 class StepModes:
     """A gradient step seen in the eigenbasis of the kernel: one entry a mode, eigenvalues descending.
 
-    ``predicted``: ``-lr lambda_J u_J^T dL/df``, to first order in ``lr``; ``actual``: the change of the outputs projected on
-    ``u_J``; ``residual``: what the first order misses, ``|df - predicted| / |df|``. ``functions`` ``(k, c, n)``. ``change`` and
-    ``predicted_change``: the changes of the outputs themselves ``(c, n)``; ``elsewhere``, ``predicted_elsewhere``: at other points.
+    ``predicted``: ``-lr lambda_J u_J^T dL/df``, to first order in ``lr``; ``actual``: the change of the outputs
+    projected on ``u_J``; ``residual``: what the first order misses, ``|df - predicted| / |df|``. ``functions`` ``(k, c,
+    n)``. ``change`` and ``predicted_change``: the changes of the outputs themselves ``(c, n)``; ``elsewhere``,
+    ``predicted_elsewhere``: at other points.
     """
 
     eigenvalues: Tensor
@@ -98,14 +111,20 @@ def step_modes(
     memory_budget: int | None = None,
     check: bool = True,
 ) -> StepModes:
-    """What a step ``-lr dL/dw`` on the mean loss of ``loader`` does to the outputs, mode by mode: the local spectral bias.
+    """What a step ``-lr dL/dw`` on the mean loss of ``loader`` does to the outputs, mode by mode: the local spectral
+    bias.
 
-    The parameters are moved, the outputs read, and the parameters put back exactly. ``k``: that many leading modes (all by
-    default). ``at``: a second loader, where the change is predicted by Nystrom extension, ``-lr K(x, .) dL/df``.
+    The parameters are moved, the outputs read, and the parameters put back exactly. ``k``: that many leading modes (all
+    by default). ``at``: a second loader, where the change is predicted by Nystrom extension, ``-lr K(x, .) dL/df``.
 
     Source: Baratin et al. 2021, lemma 1 and propositions 5 and 6.
     """
-    options: dict[str, Any] = {"function": function, "layer_collection": layer_collection, "memory_budget": memory_budget, "check": check}
+    options: dict[str, Any] = {
+        "function": function,
+        "layer_collection": layer_collection,
+        "memory_budget": memory_budget,
+        "check": check,
+    }
     probe = Probe.build(model, loader, function, layer_collection)
     other = None if at is None else Probe.build(model, at, function, layer_collection)
     y = require_labels(probe)
@@ -128,14 +147,22 @@ def step_modes(
         weights.copy_to(model)
     predicted = -lr * values * (vectors.T @ pulled.flatten())
     expected = -lr * torch.einsum("cn,cndm->dm", pulled, kernel.tensor)
-    cross = None if at is None else -lr * torch.einsum("cn,cndm->dm", pulled, GramMatrix(model, probe.batches, other=at, **options).tensor)
+    cross = (
+        None
+        if at is None
+        else -lr * torch.einsum("cn,cndm->dm", pulled, GramMatrix(model, probe.batches, other=at, **options).tensor)
+    )
     residual = (change - expected).norm() / change.norm()
     functions = vectors.T.reshape(count, kernel.outputs, kernel.rows)
-    return StepModes(values, functions, predicted, vectors.T @ change.flatten(), residual, change, expected, moved, cross)
+    return StepModes(
+        values, functions, predicted, vectors.T @ change.flatten(), residual, change, expected, moved, cross
+    )
 
 
 def linear_dynamics(K: Any, start: Tensor, targets: Tensor, lr: float, steps: int) -> Tensor:
-    """``f_t = y + (I - lr K)^t (f_0 - y)``: outputs ``(c, n)`` after gradient descent on ``1/2 |f - y|^2`` with a fixed kernel."""
+    """``f_t = y + (I - lr K)^t (f_0 - y)``: outputs ``(c, n)`` after gradient descent on ``1/2 |f - y|^2`` with a fixed
+    kernel.
+    """
     m = require_symmetric(K)
     values, vectors = linalg.eigh(m)
     residual = vectors.T @ (start - targets).to(m).flatten()

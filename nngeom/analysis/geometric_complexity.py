@@ -57,10 +57,14 @@ def geometric_complexity(
     return total / require_examples(count)
 
 
-def _batch(task: Task, batch: Batch, index: int, graph: bool, estimator: str, samples: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
+def _batch(
+    task: Task, batch: Batch, index: int, graph: bool, estimator: str, samples: int, generator: torch.Generator | None
+) -> tuple[Tensor, int]:
     batch, inputs = with_input_gradients(batch)
     with twice_differentiable() if graph else contextlib.nullcontext():
-        outputs = capture(replace(task, parameters={}), batch).outputs  # watched for what mixes examples; no parameter followed
+        outputs = capture(
+            replace(task, parameters={}), batch
+        ).outputs  # watched for what mixes examples; no parameter followed
     require_finite(outputs.detach(), "outputs", index)
     n = outputs.shape[0]
     total = torch.zeros((), dtype=outputs.dtype, device=outputs.device)
@@ -68,7 +72,11 @@ def _batch(task: Task, batch: Batch, index: int, graph: bool, estimator: str, sa
         return total, n
     each = 3 * sum(x.numel() for x in inputs) * outputs.element_size() + outputs.numel() * outputs.element_size()
     columns = IdentityMetric().columns(outputs.detach(), batch, 0)
-    signs = rademacher(samples, *outputs.shape, like=outputs, generator=generator) / samples**0.5 if estimator == "rademacher" else None
+    signs = (
+        rademacher(samples, *outputs.shape, like=outputs, generator=generator) / samples**0.5
+        if estimator == "rademacher"
+        else None
+    )
     number = columns.count if signs is None else samples
     for lo, hi in memory.pieces(number, each):
         v = columns.make(lo, hi) if signs is None else signs[lo:hi]
@@ -78,7 +86,9 @@ def _batch(task: Task, batch: Batch, index: int, graph: bool, estimator: str, sa
 
 
 def with_input_gradients(batch: Batch) -> tuple[Batch, list[Tensor]]:
-    """A batch whose floating-point inputs record gradients, and these inputs; raises :class:`ArgumentError` without any."""
+    """A batch whose floating-point inputs record gradients, and these inputs; raises :class:`ArgumentError` without
+    any.
+    """
     found: list[Tensor] = []
 
     def mark(x: Any) -> Any:

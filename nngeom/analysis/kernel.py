@@ -1,4 +1,6 @@
-"""Kernels as tensors: what the quantities of function space take, centring, and pictures of one class against another."""
+"""Kernels as tensors: what the quantities of function space take, centring, and pictures of one class against
+another.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ def normalised_gram(K: Any) -> Tensor:
 def kernel_pca(K: Any, k: int = 2) -> Tensor:
     """``(c n, k)``: the points in the ``k`` leading principal directions of their centred features.
 
-    Centring is output by output; a column is an eigenvector times the root of its eigenvalue, its largest entry positive.
+    Centring is output by output; a column is an eigenvector times the root of its eigenvalue, its largest entry
+    positive.
     """
     values, vectors = linalg.eigh(require_symmetric(center(K)))
     if not 1 <= k <= len(values):

@@ -1,4 +1,6 @@
-"""Rademacher complexity of linear classes of tangent features, and what the best rescaling of their singular values gives."""
+"""Rademacher complexity of linear classes of tangent features, and what the best rescaling of their singular values
+gives.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def rademacher_bound(K: Any, norm: float | Tensor) -> Tensor:
     ``1 / sqrt(2)`` of it. Source: Baratin et al. 2021, eq. 9; Bartlett and Mendelson 2002.
     """
     t = kernel_tensor(K)
-    return torch.as_tensor(norm) * t.diagonal(dim1=1, dim2=3).diagonal(dim1=0, dim2=1).sum().clamp_min(0).sqrt() / t.shape[1]
+    return (
+        torch.as_tensor(norm)
+        * t.diagonal(dim1=1, dim2=3).diagonal(dim1=0, dim2=1).sum().clamp_min(0).sqrt()
+        / t.shape[1]
+    )
 
 
 def rademacher_complexity(
@@ -44,7 +50,9 @@ def rademacher_complexity(
         raise ArgumentError("the kernel has several outputs; expected one: pass K.tensor[y, :, y] and see margin_bound")
     if method == "exact":
         if n > EXACT_LIMIT:
-            raise ArgumentError(f"{n} points have 2**{n} sign vectors; expected at most {EXACT_LIMIT}, or method='monte_carlo'")
+            raise ArgumentError(
+                f"{n} points have 2**{n} sign vectors; expected at most {EXACT_LIMIT}, or method='monte_carlo'"
+            )
         codes = torch.arange(2 ** (n - 1) if n else 1, device=m.device)  # s and -s give the same
         drawn = 1 - 2 * ((codes[:, None] >> torch.arange(n, device=m.device)) & 1).to(m)
     elif method == "monte_carlo":
@@ -61,7 +69,9 @@ def rademacher_complexity(
 
 
 def flow_bound(norms: Sequence[float] | Tensor, traces: Sequence[float] | Tensor, examples: int) -> Tensor:
-    """``sum_t (m_t / n) sqrt(tr K_t)``: the bound for functions reached by steps of norm ``m_t`` with kernels ``K_t``."""
+    """``sum_t (m_t / n) sqrt(tr K_t)``: the bound for functions reached by steps of norm ``m_t`` with kernels
+    ``K_t``.
+    """
     m, k = torch.as_tensor(norms, dtype=torch.float64), torch.as_tensor(traces, dtype=torch.float64)
     if m.shape != k.shape:
         raise ArgumentError(f"got {tuple(m.shape)} norms and {tuple(k.shape)} traces; expected one of each a step")
@@ -94,17 +104,27 @@ def ramp_loss(margin: Tensor, gamma: float) -> Tensor:
 
 
 def margin_bound(K: Any, norm: float, gamma: float) -> Tensor:
-    """``(c^(3/2) M / (gamma n)) sqrt(tr K)``: the complexity of the ramp loss of a multiclass linear class, ``K (c, n, c, n)``."""
+    """``(c^(3/2) M / (gamma n)) sqrt(tr K)``: the complexity of the ramp loss of a multiclass linear class, ``K (c, n,
+    c, n)``.
+    """
     if gamma <= 0:
         raise ArgumentError(f"gamma is {gamma}; expected a positive margin")
     return kernel_tensor(K).shape[0] ** 1.5 / gamma * rademacher_bound(K, norm)
 
 
-def generalization_bound(empirical: float, complexity: float, examples: int, delta: float = 0.05, data_dependent: bool = True) -> float:
-    """``emp + 2 R + 3 sqrt(log(2/delta) / 2n)`` with the empirical complexity, or ``emp + 2 R_n + sqrt(log(1/delta) / 2n)``."""
+def generalization_bound(
+    empirical: float, complexity: float, examples: int, delta: float = 0.05, data_dependent: bool = True
+) -> float:
+    """``emp + 2 R + 3 sqrt(log(2/delta) / 2n)`` with the empirical complexity, or ``emp + 2 R_n + sqrt(log(1/delta) /
+    2n)``.
+    """
     if not 0 < delta < 1:
         raise ArgumentError(f"delta is {delta}; expected a number in (0, 1)")
-    slack = 3 * math.sqrt(math.log(2 / delta) / (2 * examples)) if data_dependent else math.sqrt(math.log(1 / delta) / (2 * examples))
+    slack = (
+        3 * math.sqrt(math.log(2 / delta) / (2 * examples))
+        if data_dependent
+        else math.sqrt(math.log(1 / delta) / (2 * examples))
+    )
     return float(empirical) + 2 * float(complexity) + slack
 
 
@@ -115,17 +135,20 @@ def interpolation_norm(K: Any, y: Tensor) -> Tensor:
 
 
 def interpolation_bound(K: Any, y: Tensor) -> Tensor:
-    """``(1/n) sqrt(sum_j (u_j^T y)^2 / lambda_j * sum_j lambda_j)``: :func:`rademacher_bound` at the least norm that fits ``y``."""
+    """``(1/n) sqrt(sum_j (u_j^T y)^2 / lambda_j * sum_j lambda_j)``: :func:`rademacher_bound` at the least norm that
+    fits ``y``.
+    """
     values, coefficients = _modes(K, y)
     return ((coefficients.square() / values).sum() * values.sum()).sqrt() / kernel_tensor(K).shape[1]
 
 
 def rescaled_bound(K: Any, y: Tensor) -> Tensor:
-    """``(1/n) sum_j |u_j^T y|``: :func:`interpolation_bound` after the best rescaling of the singular values of the features.
+    """``(1/n) sum_j |u_j^T y|``: :func:`interpolation_bound` after the best rescaling of the singular values of the
+    features.
 
     The scales ``nu_j = lambda_j / |u_j^T y|`` (up to a factor) reach it, whatever the eigenvalues were; modes of zero
-    eigenvalue are left out. Where eigenvalues coincide their eigenvectors are not determined, nor is this number: it is that of
-    the ones returned by ``eigh``. Source: Baratin et al. 2021, proposition on the optimal norm.
+    eigenvalue are left out. Where eigenvalues coincide their eigenvectors are not determined, nor is this number: it is
+    that of the ones returned by ``eigh``. Source: Baratin et al. 2021, proposition on the optimal norm.
     """
     _, coefficients = _modes(K, y)
     return coefficients.abs().sum() / kernel_tensor(K).shape[1]

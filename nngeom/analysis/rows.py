@@ -31,7 +31,9 @@ class Probe:
     batches: list[Batch]
 
     @staticmethod
-    def build(model: nn.Module, loader: Any, function: Function = None, layer_collection: LayerCollection | None = None) -> Probe:
+    def build(
+        model: nn.Module, loader: Any, function: Function = None, layer_collection: LayerCollection | None = None
+    ) -> Probe:
         """Read the loader once; raises :class:`LoaderError` when it is empty."""
         task = Task.build(model, function, layer_collection)
         return Probe(task, list(task.batches(loader)))
@@ -53,7 +55,9 @@ class Probe:
 
 
 def require_finite_gradients(*gradients: Tensor) -> None:
-    """Raise :class:`NonFiniteError` where gradients at hand contain NaN or infinity: they must not pass for zero ones."""
+    """Raise :class:`NonFiniteError` where gradients at hand contain NaN or infinity: they must not pass for zero
+    ones.
+    """
     if not all(bool(torch.isfinite(g).all()) for g in gradients):
         raise NonFiniteError("gradients contain NaN or infinity; check the inputs and the model they come from")
 
@@ -62,7 +66,9 @@ def require_labels(probe: Probe) -> Tensor:
     """The targets of a probe; raises :class:`LoaderError` where batches have none."""
     y = probe.targets()
     if y is None:
-        raise LoaderError("this quantity needs labels but a batch has none; expected batches (inputs, targets) or dicts with 'labels'")
+        raise LoaderError(
+            "this quantity needs labels but a batch has none; expected batches (inputs, targets) or dicts with 'labels'"
+        )
     return y
 
 
@@ -74,8 +80,8 @@ def row_products(rows: Side, columns: Side | None = None) -> Tensor:
 def wide_kernels(rows: Side, by_layer: bool = False) -> dict[str, Tensor]:
     """``{"": (c, n, c, n)}``, or one a layer, in float64 whatever the model's dtype.
 
-    Products of float32 rows rounded to float32 tell eigenvalues from zero down to ``N eps`` of the largest only, the rows
-    themselves down to ``(N eps)^2``: what a log-determinant needs.
+    Products of float32 rows rounded to float32 tell eigenvalues from zero down to ``N eps`` of the largest only, the
+    rows themselves down to ``(N eps)^2``: what a log-determinant needs.
     """
     task = rows.sweep.task
     grouping = Grouping(tuple(task.collection.by_layer()), task.layer_of) if by_layer else EVERYTHING
@@ -97,7 +103,9 @@ def layer_kernel(rows: Side, layer: str, outputs: int) -> Tensor:
 
 
 def row_norms(side: Side) -> Tensor:
-    """``(n,)``: squared norms of the rows summed over cotangents; rows are not formed where a factored form is cheaper."""
+    """``(n,)``: squared norms of the rows summed over cotangents; rows are not formed where a factored form is
+    cheaper.
+    """
     return norms_by_group(side, EVERYTHING)[""].sum(0)
 
 

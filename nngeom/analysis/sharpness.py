@@ -29,11 +29,14 @@ def sharpness(
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    """The largest eigenvalue of the Hessian of the mean loss, by Lanczos on Hessian-vector products; no matrix is formed.
+    """The largest eigenvalue of the Hessian of the mean loss, by Lanczos on Hessian-vector products; no matrix is
+    formed.
 
     ``tol``: the residual relative to the largest eigenvalue. ``generator``: of the starting vector (seeded by default).
     """
-    hessian = Hessian(model, loader, loss=loss, function=function, layer_collection=layer_collection, memory_budget=memory_budget)
+    hessian = Hessian(
+        model, loader, loss=loss, function=function, layer_collection=layer_collection, memory_budget=memory_budget
+    )
     values, _ = hessian.lanczos(1, tol=tol, generator=_seeded(generator))
     return values[0]
 
@@ -51,11 +54,16 @@ def non_uniformity(
 ) -> Tensor:
     """``sqrt(lambda_max(1/n sum_i H_i^2 - H^2))`` of the per-example Hessians ``H_i``, matrix-free.
 
-    Every Lanczos step takes two Hessian-vector products of every example by itself: for probe sets, not whole data sets.
-    Source: Wu, Ma and E 2018, definition of non-uniformity.
+    Every Lanczos step takes two Hessian-vector products of every example by itself: for probe sets, not whole data
+    sets. Source: Wu, Ma and E 2018, definition of non-uniformity.
     """
     probe = Probe.build(model, loader, function, layer_collection)
-    options: dict[str, Any] = {"loss": loss, "function": function, "layer_collection": probe.task.collection, "memory_budget": memory_budget}
+    options: dict[str, Any] = {
+        "loss": loss,
+        "function": function,
+        "layer_collection": probe.task.collection,
+        "memory_budget": memory_budget,
+    }
     single = [Hessian(model, [example], **options) for batch in probe.batches for example in _examples(batch)]
     whole = Hessian(model, probe.batches, **options)
     collection, n = probe.task.collection, len(single)
@@ -75,8 +83,8 @@ def non_uniformity(
 class Stability:
     """Whether stochastic gradient descent can be linearly stable at an interpolating minimum.
 
-    ``stable``: both necessary conditions hold, ``sharpness <= 2 / lr`` and ``non_uniformity <= sqrt(B (n - 1) / (n - B)) / lr``
-    (no bound for full batches).
+    ``stable``: both necessary conditions hold, ``sharpness <= 2 / lr`` and ``non_uniformity <= sqrt(B (n - 1) / (n -
+    B)) / lr`` (no bound for full batches).
     """
 
     stable: bool
@@ -90,7 +98,8 @@ class Stability:
 
 
 def sgd_stability(a: float | Tensor, s: float | Tensor, lr: float, batch_size: int, n: int) -> Stability:
-    """The necessary condition for linear stability from sharpness ``a`` and non-uniformity ``s``; the result is true or false.
+    """The necessary condition for linear stability from sharpness ``a`` and non-uniformity ``s``; the result is true or
+    false.
 
     Source: Wu, Ma and E 2018, theorem on linear stability.
     """
@@ -106,8 +115,8 @@ def sgd_stability(a: float | Tensor, s: float | Tensor, lr: float, batch_size: i
 def stability_eigenvalue(hessians: Tensor, lr: float, batch_size: int) -> Tensor:
     """``lambda_max((I - lr H)^2 + lr^2 (n - B) / (B (n - 1)) S)``: stable if at most 1 (and only if, in one dimension).
 
-    ``hessians`` ``(n, d, d)``, one an example; ``H`` their mean and ``S = mean(H_i^2) - H^2``; batches drawn without replacement.
-    For least squares at zero residual ``H_i = x_i x_i^T``.
+    ``hessians`` ``(n, d, d)``, one an example; ``H`` their mean and ``S = mean(H_i^2) - H^2``; batches drawn without
+    replacement. For least squares at zero residual ``H_i = x_i x_i^T``.
     """
     if hessians.ndim != 3 or hessians.shape[1] != hessians.shape[2]:
         raise ArgumentError(f"hessians have shape {tuple(hessians.shape)}; expected (n, d, d)")
@@ -122,7 +131,9 @@ def stability_eigenvalue(hessians: Tensor, lr: float, batch_size: int) -> Tensor
 
 def _require(lr: float, batch_size: int, n: int) -> None:
     if lr <= 0 or not 1 <= batch_size <= n:
-        raise ArgumentError(f"got lr={lr}, batch_size={batch_size}, n={n}; expected a positive rate and 1 <= batch_size <= n")
+        raise ArgumentError(
+            f"got lr={lr}, batch_size={batch_size}, n={n}; expected a positive rate and 1 <= batch_size <= n"
+        )
 
 
 def _examples(batch: Any) -> list[Any]:

@@ -29,7 +29,9 @@ def spectrum(K: Any) -> Tensor:
     elif hasattr(K, "eigh"):
         values = K.eigh()[0]
     else:
-        raise ArgumentError(f"got {type(K).__name__}; expected an FMat, a PMat, a kernel tensor or a tensor of eigenvalues")
+        raise ArgumentError(
+            f"got {type(K).__name__}; expected an FMat, a PMat, a kernel tensor or a tensor of eigenvalues"
+        )
     values = values.flatten()
     if values.numel() == 0:
         raise ArgumentError("there are no eigenvalues; expected at least one")
@@ -55,7 +57,8 @@ def effective_rank(K: Any) -> Tensor:
 def trace_ratios(K: Any, ks: int | Iterable[int]) -> Tensor:
     """The share of the trace in the ``k`` largest eigenvalues, one number for each of ``ks`` (a scalar for one ``k``).
 
-    ``k`` beyond the number of eigenvalues gives 1; a zero kernel NaN. Source: Baratin et al. 2021, eq. 6, with ``j <= k``.
+    ``k`` beyond the number of eigenvalues gives 1; a zero kernel NaN. Source: Baratin et al. 2021, eq. 6, with ``j <=
+    k``.
     """
     values = spectrum(K)
     asked = [ks] if isinstance(ks, int) else list(ks) if isinstance(ks, Iterable) else [-1]
@@ -85,4 +88,6 @@ def spectrum_summary(K: Any) -> SpectrumSummary:
     values = spectrum(K)
     total = values.sum()
     participation = total.square() / values.square().sum() if bool(total > 0) else torch.zeros_like(total)
-    return SpectrumSummary(total, values[0], values.mean(), values.median(), int((values > 0).sum()), effective_rank(values), participation)
+    return SpectrumSummary(
+        total, values[0], values.mean(), values.median(), int((values > 0).sum()), effective_rank(values), participation
+    )

@@ -83,10 +83,10 @@ def stiffness(
     """Stiffness of the examples of ``loader`` with each other, or with those of ``other`` (train against validation).
 
     ``kind``: ``"cosine"`` (suits pairs within a class) or ``"sign"`` (between classes). A step ``-e g_1`` changes the
-    loss of example 2 by ``-e g_1 . g_2``: positive stiffness helps. Per-example gradients stay in factored form, ``n x d``
-    numbers are formed only where that is cheaper. Examples whose label the loss ignores have no gradient, cosine 0 with all,
-    and are no class. Equal examples in ``loader`` and ``other`` are not recognised: leave
-    ``other`` out to compare a set with itself.
+    loss of example 2 by ``-e g_1 . g_2``: positive stiffness helps. Per-example gradients stay in factored form, ``n x
+    d`` numbers are formed only where that is cheaper. Examples whose label the loss ignores have no gradient, cosine 0
+    with all, and are no class. Equal examples in ``loader`` and ``other`` are not recognised: leave ``other`` out to
+    compare a set with itself.
 
     Raises :class:`ArgumentError` for another ``kind``, :class:`LoaderError` without targets, and what the sweep raises.
     Source: Fort et al. 2019, definitions of sign, cosine and class stiffness.
@@ -95,7 +95,10 @@ def stiffness(
     measured = as_loss(loss, model)
     metric, ignored = EmpiricalFisher(measured), getattr(getattr(measured, "categorical", None), "ignore_index", None)
     with memory.limit(memory_budget), torch.no_grad():
-        probes = [Probe.build(model, data, function, layer_collection) for data in ((loader,) if other is None else (loader, other))]
+        probes = [
+            Probe.build(model, data, function, layer_collection)
+            for data in ((loader,) if other is None else (loader, other))
+        ]
         sides = [probe.side(metric, check, memory_budget) for probe in probes]
         gram = row_products(sides[0], None if other is None else sides[1])[0, :, 0]
         norms = [gram.diagonal()] if other is None else [row_norms(side) for side in sides]
@@ -104,7 +107,11 @@ def stiffness(
 
 
 def gradient_stiffness(
-    gradients: Tensor, other: Tensor | None = None, kind: str = "cosine", labels: Tensor | None = None, other_labels: Tensor | None = None
+    gradients: Tensor,
+    other: Tensor | None = None,
+    kind: str = "cosine",
+    labels: Tensor | None = None,
+    other_labels: Tensor | None = None,
 ) -> Stiffness:
     """:func:`stiffness` of gradients at hand, ``(n, d)`` (and ``other`` ``(m, d)``), with class labels where given.
 
@@ -143,7 +150,9 @@ def _summary(
 ) -> Stiffness:
     scale = left.sqrt()[:, None] * right.sqrt()[None, :]
     live = scale > 0
-    cosine = torch.where(live, gram / torch.where(live, scale, torch.ones_like(scale)), torch.zeros_like(gram)).clamp(-1, 1)
+    cosine = torch.where(live, gram / torch.where(live, scale, torch.ones_like(scale)), torch.zeros_like(gram)).clamp(
+        -1, 1
+    )
     matrix = cosine if kind == "cosine" else cosine.sign()
     distinct = torch.ones_like(matrix)
     if same:

@@ -11,21 +11,25 @@ from nngeom.core.errors import ArgumentError
 class SuperNat:
     """Gradient descent on ``L = 1/(2n) |Phi w - y|^2`` alternated with the optimal rescaling of the features.
 
-    A step is (1) ``w - lr Phi^T grad_f L``; (2) ``nu_j = kappa / |u_j^T grad_f L|`` in the singular basis of the features;
-    (3) features and weights rescaled by ``nu_j^(-1/2)`` and ``nu_j^(1/2)``, so that predictions stay. The squared singular
-    values become ``lambda_j |u_j^T grad_f L| / kappa``: directions that are already fitted freeze. The singular bases never
-    change, so the state is one prediction coefficient and one squared singular value a direction.
+    A step is (1) ``w - lr Phi^T grad_f L``; (2) ``nu_j = kappa / |u_j^T grad_f L|`` in the singular basis of the
+    features; (3) features and weights rescaled by ``nu_j^(-1/2)`` and ``nu_j^(1/2)``, so that predictions stay. The
+    squared singular values become ``lambda_j |u_j^T grad_f L| / kappa``: directions that are already fitted freeze. The
+    singular bases never change, so the state is one prediction coefficient and one squared singular value a direction.
 
-    ``features (n, d)``, ``y (n,)``. ``kappa="max"`` (the largest ``|u_j^T grad_f L|``, so that no direction grows: the choice
-    that freezes noise), ``"trace"`` (keeps ``sum_j lambda_j``), or a number; ``None`` never rescales: gradient descent.
-    Source: Baratin et al. 2021, section 5; the papers do not say which ``kappa`` they use.
+    ``features (n, d)``, ``y (n,)``. ``kappa="max"`` (the largest ``|u_j^T grad_f L|``, so that no direction grows: the
+    choice that freezes noise), ``"trace"`` (keeps ``sum_j lambda_j``), or a number; ``None`` never rescales: gradient
+    descent. Source: Baratin et al. 2021, section 5; the papers do not say which ``kappa`` they use.
     """
 
     def __init__(self, features: Tensor, y: Tensor, lr: float, kappa: str | float | None = "max"):
         if features.ndim != 2 or y.shape != features.shape[:1]:
-            raise ArgumentError(f"features have shape {tuple(features.shape)} and y {tuple(y.shape)}; expected (n, d) and (n,)")
+            raise ArgumentError(
+                f"features have shape {tuple(features.shape)} and y {tuple(y.shape)}; expected (n, d) and (n,)"
+            )
         if isinstance(kappa, str) and kappa not in ("max", "trace"):
-            raise ArgumentError(f"kappa is {kappa!r}; expected 'max', 'trace', a positive number, or None for gradient descent")
+            raise ArgumentError(
+                f"kappa is {kappa!r}; expected 'max', 'trace', a positive number, or None for gradient descent"
+            )
         if isinstance(kappa, (int, float)) and kappa <= 0:
             raise ArgumentError(f"kappa is {kappa}; expected a positive number")
         u, s, vh = torch.linalg.svd(features, full_matrices=False)
@@ -64,6 +68,7 @@ class SuperNat:
             size = gradient.abs()
             largest = size.max() if size.numel() else 0.0  # no direction: features that are all zero
             if largest > 0:  # at the optimum nothing is left to rescale by
-                kappa = {"max": largest, "trace": (self._squares * size).sum() / self._squares.sum()}.get(self.kappa, self.kappa)  # type: ignore[arg-type]
+                named = {"max": largest, "trace": (self._squares * size).sum() / self._squares.sum()}
+                kappa = named.get(self.kappa, self.kappa)  # type: ignore[arg-type]
                 self._squares = self._squares * size / kappa
         return residual.square().mean() / 2

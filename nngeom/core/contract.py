@@ -42,7 +42,9 @@ def scaled_sums(g: Tensor, a: Tensor, ones: bool) -> Tensor:
 
 
 def square_by_rows(g: Tensor, a: Tensor) -> Tensor:
-    """``sum_kn (sum_t g a)**2`` as ``[s, o, i]``: rows of a few examples at a time, squared where they lie in the cache."""
+    """``sum_kn (sum_t g a)**2`` as ``[s, o, i]``: rows of a few examples at a time, squared where they lie in the
+    cache.
+    """
     k, n, t, s, o = g.shape
     i = a.shape[-1]
     total = g.new_zeros(s, o, i)
@@ -75,7 +77,9 @@ def summed_squares(g: Tensor) -> Tensor:
 
 
 def squared_lengths(x: Tensor) -> Tensor:
-    """``sum_i x[..., i]**2``, without the squares in between: fresh memory costs more than they do. Differentiable any number of times."""
+    """``sum_i x[..., i]**2``, without the squares in between: fresh memory costs more than they do. Differentiable any
+    number of times.
+    """
     return _SquaredLengths.apply(x)
 
 

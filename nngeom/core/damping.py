@@ -26,10 +26,10 @@ class Tikhonov:
 class FactoredTikhonov:
     """Damping of the two Kronecker factors, ``(A + pi sqrt(x) I) (x) (G + sqrt(x)/pi I)``.
 
-    ``balanced``: ``pi = sqrt((tr A / dim A) / (tr G / dim G))`` (Martens & Grosse 2015, section 6.3); else ``pi = 1``, under
-    which layers with small gradients are damped on the side of the gradients alone (George et al. 2018, A.4). Under
-    EKFAC, whose spectrum is no product any more, the additive form of ``pi = 1``, ``s + x + sqrt(x) s_A + sqrt(x) s_B``.
-    Blocks without Kronecker factors get ``x`` as plain Tikhonov damping.
+    ``balanced``: ``pi = sqrt((tr A / dim A) / (tr G / dim G))`` (Martens & Grosse 2015, section 6.3); else ``pi = 1``,
+    under which layers with small gradients are damped on the side of the gradients alone (George et al. 2018, A.4).
+    Under EKFAC, whose spectrum is no product any more, the additive form of ``pi = 1``, ``s + x + sqrt(x) s_A + sqrt(x)
+    s_B``. Blocks without Kronecker factors get ``x`` as plain Tikhonov damping.
     """
 
     value: float | Tensor

@@ -14,8 +14,9 @@ PIECE = 2**20  # numbers that are widened at once
 def factors(size: Sequence[int], generator: torch.Generator, like: Tensor) -> list[Tensor]:
     """A vector for each axis, of random signs and sizes between one and two; their :func:`outer` product has no zero.
 
-    A linear function that vanishes at such a product does so by chance of probability zero, as at one of independent numbers,
-    which take as much memory as the outputs and, drawn one by one, longer than a pass through their last layer.
+    A linear function that vanishes at such a product does so by chance of probability zero, as at one of independent
+    numbers, which take as much memory as the outputs and, drawn one by one, longer than a pass through their last
+    layer.
     """
     drawn = []
     for axis, n in enumerate(size):

@@ -133,7 +133,11 @@ class FactoredJacobian(LayerJacobian):
         g = self.g[:, :, :, 0].permute(1, 2, 0, 3)
         n, t, k, o = g.shape
         if g.stride(2) != o * g.stride(3):
-            copy = tile.working(f"{name} gradients", n, t, k, o) if g.stride(3) == 1 else tile.working(f"{name} gradients", n, k, o, t).permute(0, 3, 1, 2)
+            copy = (
+                tile.working(f"{name} gradients", n, t, k, o)
+                if g.stride(3) == 1
+                else tile.working(f"{name} gradients", n, k, o, t).permute(0, 3, 1, 2)
+            )
             g = copy.copy_(g)
         return g.flatten(2)
 
@@ -169,7 +173,7 @@ class FactoredJacobian(LayerJacobian):
             return self.g
         return contract.times(self.g, ug)
 
-    # -- the input side, all that a lookup changes ----------------------------------------------------------------------
+    # -- the input side, all that a lookup changes ---------------------------------------------------------------------
 
     @property
     def a_width(self) -> int:
@@ -193,7 +197,8 @@ class FactoredJacobian(LayerJacobian):
 
 
 def at_one_position(jacobians: dict[Key, LayerJacobian]) -> dict[Key, LayerJacobian]:
-    """The same rows; of those whose positions all have the same gradient (a mean over positions follows) with their inputs summed.
+    """The same rows; of those whose positions all have the same gradient (a mean over positions follows) with their
+    inputs summed.
 
     All are asked at once, so that a device is waited for twice, not once a layer.
     """
@@ -244,7 +249,9 @@ class LookupJacobian(FactoredJacobian):
         n, t = self.a.shape
         key = self.a + self.size * torch.arange(n, device=self.a.device)[:, None]
         pairs, slot = key.flatten().unique(return_inverse=True)
-        total = torch.zeros(self.size, self.g.shape[-1], dtype=linalg.accumulation_dtype(self.dtype), device=self.device)
+        total = torch.zeros(
+            self.size, self.g.shape[-1], dtype=linalg.accumulation_dtype(self.dtype), device=self.device
+        )
         for g in self.g:
             sums = g.new_zeros(len(pairs), g.shape[-1]).index_add_(0, slot, g.reshape(n * t, g.shape[-1]))
             total.index_add_(0, pairs % self.size, sums.square().to(total.dtype))

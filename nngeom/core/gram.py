@@ -31,15 +31,17 @@ LOOPED = 16  # output features from which products of one cotangent at a time ru
 class Tile:
     """The sum ``out[k, n, l, m]`` of the products of two sets of rows.
 
-    Rows lie in memory by outputs, ``(k n)``, or ``by_examples``, ``(n k)``: so rows summed over positions are formed for
-    all outputs of an example in one product. Of two times the same rows, only what lies above the diagonal is complete,
-    about half of the work, until :meth:`result` mirrors it. All layers share one piece of working memory.
+    Rows lie in memory by outputs, ``(k n)``, or ``by_examples``, ``(n k)``: so rows summed over positions are formed
+    for all outputs of an example in one product. Of two times the same rows, only what lies above the diagonal is
+    complete, about half of the work, until :meth:`result` mirrors it. All layers share one piece of working memory.
     """
 
     def __init__(self, x: LayerJacobian, y: LayerJacobian, by_examples: bool = False):
         (self.k, self.n), (self.l, self.m) = x.shape[:2], y.shape[:2]
         self.symmetric, self.by_examples = x is y, by_examples or self.k == 1
-        self.flat = torch.zeros(self.k * self.n, self.l * self.m, dtype=linalg.accumulation_dtype(x.dtype), device=x.device)
+        self.flat = torch.zeros(
+            self.k * self.n, self.l * self.m, dtype=linalg.accumulation_dtype(x.dtype), device=x.device
+        )
         self._working = memory.Working()
 
     def working(self, name: str, *sizes: int) -> Tensor:
@@ -75,7 +77,9 @@ class Tile:
         """``out[k, n, l, m] += scale[n, m] <x[k, n], y[l, m]>`` for rows ``x [k, n, p]``, ``y [l, m, p]``."""
         left, right = self.rows(x), self.rows(y)
         inner, across = (self.k, self.l) if self.by_examples else (self.n, self.m)
-        step = max(-(-len(left) // inner // 16), -(-LEAST_ROWS // inner)) * inner  # some outputs of all examples, or all of some
+        step = (
+            max(-(-len(left) // inner // 16), -(-LEAST_ROWS // inner)) * inner
+        )  # some outputs of all examples, or all of some
         for lo in range(0, len(left), step):
             hi, first = min(len(left), lo + step), lo // inner * across if self.symmetric else 0
             products = torch.mm(left[lo:hi], right[first:].T, out=self.working("products", hi - lo, len(right) - first))
@@ -92,7 +96,9 @@ class Tile:
 
 
 def _width(o: int, i: int, most: int) -> int:
-    """Inputs in a block of ``most`` parameters: those that leave all outputs together, all, or about as many as outputs."""
+    """Inputs in a block of ``most`` parameters: those that leave all outputs together, all, or about as many as
+    outputs.
+    """
     square = math.isqrt(most)
     width = most // o if most // o >= NARROW else i if i <= 2 * square else max(1, square)
     return -(-i // -(-i // width))
@@ -124,7 +130,9 @@ def without_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> N
 
 
 def by_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:
-    """``sum_s,t,u (a_t . a_u) (g_t . g_u)``, a block of the right side at a time against one example of the left after the other."""
+    """``sum_s,t,u (a_t . a_u) (g_t . g_u)``, a block of the right side at a time against one example of the left after
+    the other.
+    """
     (k, n, t, groups, o), (l, m, u, _, _) = x.g.shape, y.g.shape
     most = min(SLICE_BYTES, memory.budget()) // 4
     size = memory.step(m, l * o * t * x.dtype.itemsize, most=most)
@@ -136,7 +144,9 @@ def by_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:
             first, place = max(lo, j) if x is y else lo, j % across
             if not place:
                 inner = y.examples(lo, hi).input_gram(x.examples(j, min(n, j + across)), s)  # [m u n t]
-            mixed = torch.bmm(h[first - lo :], inner[first - lo :, :, place], out=tile.working("mixed", hi - first, l * o, t))
+            mixed = torch.bmm(
+                h[first - lo :], inner[first - lo :, :, place], out=tile.working("mixed", hi - first, l * o, t)
+            )
             g = x.g[:, j, :, s].mT.reshape(k, o * t)
             part = (g @ mixed.view((hi - first) * l, o * t).T).view(k, hi - first, l).transpose(1, 2)
             tile.out[:, j, :, first:hi] += part
@@ -146,7 +156,9 @@ def by_positions(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:
 
 
 def positions_are_cheaper(x: FactoredJacobian, y: FactoredJacobian) -> bool:
-    """Whether pairs of positions beat rows: multiply-adds of one pair of examples, weighted by how well each step runs."""
+    """Whether pairs of positions beat rows: multiply-adds of one pair of examples, weighted by how well each step
+    runs.
+    """
     (k, n, t, _, o), (l, m, u, _, _) = x.g.shape, y.g.shape
     i = x.shape[-1]
     half = 0.5 if x is y else 1.0
@@ -166,7 +178,9 @@ def add_factored(tile: Tile, x: FactoredJacobian, y: FactoredJacobian) -> None:
 
 
 def squared_norms(g: Tensor, a: Tensor) -> Tensor:
-    """``sum_s |sum_t g_t (x) a_t|**2`` as ``[k, n]``: by pairs of positions ``sum_tu (a_t . a_u) (g_t . g_u)``, or by rows."""
+    """``sum_s |sum_t g_t (x) a_t|**2`` as ``[k, n]``: by pairs of positions ``sum_tu (a_t . a_u) (g_t . g_u)``, or by
+    rows.
+    """
     k, n, t, s, o = g.shape
     i = a.shape[-1]
     by_pairs = t * t * (k * (o + 4) + i) < k * o * i * (t + 4)
@@ -174,7 +188,10 @@ def squared_norms(g: Tensor, a: Tensor) -> Tensor:
         return _pieces_of_norms(g, a, by_pairs)
     together = k if o < LOOPED else 1
     each = together * s * (t * t if by_pairs else o * i) * g.element_size()
-    parts = [_pieces_of_norms(g[:, lo:hi], a[lo:hi], by_pairs, together) for lo, hi in memory.pieces(n, each, most=memory.CACHE_BYTES // 2)]
+    parts = [
+        _pieces_of_norms(g[:, lo:hi], a[lo:hi], by_pairs, together)
+        for lo, hi in memory.pieces(n, each, most=memory.CACHE_BYTES // 2)
+    ]
     return torch.cat(parts, 1)
 
 

@@ -48,7 +48,7 @@ class LayerJacobian(ABC):
     def outputs(self, lo: int, hi: int) -> LayerJacobian:
         """Rows of cotangents ``lo .. hi - 1``."""
 
-    # -- derived ----------------------------------------------------------------------------------------------------
+    # -- derived -------------------------------------------------------------------------------------------------------
 
     def joins(self, other: LayerJacobian) -> bool:
         """Whether the examples of ``other`` can follow these in one Jacobian."""
@@ -74,7 +74,9 @@ class LayerJacobian(ABC):
 
     def to(self, dtype: torch.dtype) -> LayerJacobian:
         """The same rows in another dtype."""
-        fields = {name: t.to(dtype) for name, t in vars(self).items() if isinstance(t, Tensor) and t.is_floating_point()}
+        fields = {
+            name: t.to(dtype) for name, t in vars(self).items() if isinstance(t, Tensor) and t.is_floating_point()
+        }
         return replace(self, **fields)  # type: ignore[type-var]
 
     def tensors(self) -> Iterator[Tensor]:
@@ -144,7 +146,9 @@ class LayerJacobian(ABC):
         return FullJacobian(self.matrix()[..., lo:hi])
 
     def all_rows(self, tile: Tile, name: str) -> Tensor:
-        """``[r, p]``: the rows in the order of a tile, in its working memory of this name where that saves fresh memory."""
+        """``[r, p]``: the rows in the order of a tile, in its working memory of this name where that saves fresh
+        memory.
+        """
         return tile.rows(self.matrix())
 
     def squared_norms(self) -> Tensor:

@@ -32,7 +32,9 @@ def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
     eigenvectors only where eigenvalues are distinct, else the backward pass raises :class:`UnsupportedError`.
     """
     if not torch.isfinite(m).all():
-        raise NonFiniteError("eigendecomposition of a matrix with NaN or infinite entries; check the inputs and the model")
+        raise NonFiniteError(
+            "eigendecomposition of a matrix with NaN or infinite entries; check the inputs and the model"
+        )
     x = m.double() if m.device.type != "mps" else m.cpu().double()
     try:
         values, vectors = torch.linalg.eigh(x)
@@ -72,8 +74,10 @@ class _Distinct(torch.autograd.Function):
         gaps, scale = values.diff(dim=-1).abs(), values.abs().amax(-1, keepdim=True)
         if bool((g != 0).any()) and bool((gaps <= torch.finfo(values.dtype).eps ** 0.5 * scale).any()):
             raise UnsupportedError(
-                "a gradient in the entries of a matrix, through eigenvectors of eigenvalues that repeat, is not offered; "
-                "detach() the matrix that has a graph, or use PMatDense, whose solve with a number as damping needs none"
+                "a gradient in the entries of a matrix, through eigenvectors of eigenvalues that repeat, is not "
+                "offered; "
+                "detach() the matrix that has a graph, or use PMatDense, whose solve with a number as damping "
+                "needs none"
             )
         return g, None
 
@@ -84,7 +88,9 @@ def gram(x: Tensor) -> Tensor:
 
 
 def add_gram_(total: Tensor | None, x: Tensor, scale: float = 1.0) -> Tensor:
-    """``total + scale * x^T x`` in place (``None``: zero); entries below the diagonal may be missing until :func:`mirror_`."""
+    """``total + scale * x^T x`` in place (``None``: zero); entries below the diagonal may be missing until
+    :func:`mirror_`.
+    """
     p = x.shape[-1]
     beta = 0 if total is None else 1
     total = x.new_empty(p, p) if total is None else total
@@ -94,7 +100,9 @@ def add_gram_(total: Tensor | None, x: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def mirror_(total: Tensor, corners: bool = False) -> Tensor:
-    """The lower half of ``total [p, p]`` from the upper one, in place; ``corners``: also where strips meet the diagonal."""
+    """The lower half of ``total [p, p]`` from the upper one, in place; ``corners``: also where strips meet the
+    diagonal.
+    """
     for lo, hi in strips(total.shape[-1]):
         total[hi:, lo:hi] = total[lo:hi, hi:].T
         if corners:
@@ -104,7 +112,9 @@ def mirror_(total: Tensor, corners: bool = False) -> Tensor:
 
 
 def strips(p: int) -> list[tuple[int, int]]:
-    """A symmetric product cut so that each strip ends at the diagonal; of 80 rows at least, in multiples of 16, products run best."""
+    """A symmetric product cut so that each strip ends at the diagonal; of 80 rows at least, in multiples of 16,
+    products run best.
+    """
     width = -(-p // max(1, min(8, round(p / 80))))
     width = -(-width // 16) * 16
     return [(lo, min(p, lo + width)) for lo in range(0, p, width)]
@@ -120,7 +130,9 @@ def cholesky(m: Tensor, what: str, eps: float | None = None) -> Tensor:
     scale = m.detach().diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True) if m.shape[-1] else pivots
     tiny = m.shape[-1] * (torch.finfo(m.dtype).eps if eps is None else eps) * scale
     if bool((info != 0).any()) or bool((pivots <= tiny).any()):
-        raise SingularError(f"{what} is singular or indefinite; use a larger damping, or Cutoff(x) for a pseudo-inverse")
+        raise SingularError(
+            f"{what} is singular or indefinite; use a larger damping, or Cutoff(x) for a pseudo-inverse"
+        )
     return factor
 
 
@@ -161,8 +173,9 @@ def factor_norm2(factor: Tensor) -> Tensor:
 def factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues ``[s, p]`` and eigenvectors ``[s, p, p]`` (``None``: the identity), computed in float64.
 
-    Eigenvalues below :data:`ROUNDINGS` of the largest, in the dtype of the factor, are set to zero: what the rounding of its
-    sums leaves of a zero was at most 3 in sums over 2000 batches, for sides of 16 to 1000, and grew with neither rank nor side.
+    Eigenvalues below :data:`ROUNDINGS` of the largest, in the dtype of the factor, are set to zero: what the rounding
+    of its sums leaves of a zero was at most 3 in sums over 2000 batches, for sides of 16 to 1000, and grew with neither
+    rank nor side.
     """
     if is_diagonal(factor):
         return factor.clamp_min(0), None

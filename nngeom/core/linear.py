@@ -130,6 +130,7 @@ class _Solution(torch.autograd.Function):
 
 def _in_reverse() -> UnsupportedError:
     return UnsupportedError(
-        "products and solves of implicit objects are differentiated in reverse mode; use backward(), torch.autograd.grad, "
+        "products and solves of implicit objects are differentiated in reverse mode; use backward(), "
+        "torch.autograd.grad, "
         "torch.func.grad or jacrev, not forward mode (jvp, jacfwd, torch.func.hessian)"
     )

@@ -27,7 +27,9 @@ def budget() -> int:
 def limit(memory_budget: int | None) -> Iterator[int]:
     """Set the budget for the enclosed work; ``None`` keeps the one in force (1 GiB at first)."""
     if memory_budget is not None and memory_budget <= 0:
-        raise ArgumentError(f"memory_budget is {memory_budget}; expected a positive number of bytes, or None for {DEFAULT_BUDGET}")
+        raise ArgumentError(
+            f"memory_budget is {memory_budget}; expected a positive number of bytes, or None for {DEFAULT_BUDGET}"
+        )
     token = _budget.set(int(memory_budget) if memory_budget is not None else _budget.get())
     try:
         yield _budget.get()
@@ -36,7 +38,9 @@ def limit(memory_budget: int | None) -> Iterator[int]:
 
 
 def step(total: int, bytes_each: int, what: str = "", most: int | None = None) -> int:
-    """How many of ``total`` items to take at once so that ``step * bytes_each`` stays within the budget (at least one)."""
+    """How many of ``total`` items to take at once so that ``step * bytes_each`` stays within the budget (at least
+    one).
+    """
     allowed = min(budget(), most) if most is not None else budget()
     fit = allowed // max(1, bytes_each)
     if bytes_each > budget() and what:
@@ -57,7 +61,9 @@ def pieces(total: int, bytes_each: int, what: str = "", most: int | None = None)
 
 
 class Working:
-    """Working memory, overwritten by the next request of the same name: fresh pages cost more than the arithmetic that fills them."""
+    """Working memory, overwritten by the next request of the same name: fresh pages cost more than the arithmetic that
+    fills them.
+    """
 
     def __init__(self) -> None:
         self._held: dict[Hashable, Tensor] = {}

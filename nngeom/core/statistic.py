@@ -22,7 +22,9 @@ class Rows:
 
 @dataclass
 class Moment:
-    """A statistic ``scale * x^T x`` of rows ``x [r, p]``, multiplied where it is added: as ``[*lead, p, p]`` with ones in ``lead``."""
+    """A statistic ``scale * x^T x`` of rows ``x [r, p]``, multiplied where it is added: as ``[*lead, p, p]`` with ones
+    in ``lead``.
+    """
 
     x: Tensor
     lead: tuple[int, ...] = ()
@@ -152,8 +154,12 @@ class Sums:
         self.inputs, self.count = set(other.inputs), other.count
 
     def mean(self, used_up: bool = False) -> dict[Any, dict[str, Tensor]]:
-        """Sums divided by the number of examples; rows stacked and divided by its square root. ``used_up``: the sums are given up for it."""
-        return {block: {name: self._mean(t, used_up) for name, t in tensors.items()} for block, tensors in self.sums.items()}
+        """Sums divided by the number of examples; rows stacked and divided by its square root. ``used_up``: the sums
+        are given up for it.
+        """
+        return {
+            block: {name: self._mean(t, used_up) for name, t in tensors.items()} for block, tensors in self.sums.items()
+        }
 
     def _mean(self, t: Tensor | Rows, used_up: bool) -> Tensor:
         if isinstance(t, Rows):

@@ -1,4 +1,6 @@
-"""One parameter used in unlike ways: as itself and transposed (an embedding tied to its decoder), or in any two ways."""
+"""One parameter used in unlike ways: as itself and transposed (an embedding tied to its decoder), or in any two
+ways.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,10 @@ class TiedJacobian(LayerJacobian):
         total = sum_of([j.squared_norms() for _, j in self.terms])
         for a, (p, x) in enumerate(self.terms):
             for q, y in self.terms[:a]:
-                cross = [(j.gram if p == q else lambda z, j=j: crossed_gram(j, z))(z) for j, z in zip(_singles(x), _singles(y))]
+                cross = [
+                    (j.gram if p == q else lambda z, j=j: crossed_gram(j, z))(z)
+                    for j, z in zip(_singles(x), _singles(y))
+                ]
                 total = total + 2 * torch.stack([c[:, 0, :, 0].diagonal() for c in cross], 1)
         return total
 
@@ -117,7 +122,8 @@ def _meet(g: Tensor, j: FactoredJacobian) -> Tensor:
 
 
 def product_of_marginals(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The Kronecker product with the same partial traces as ``sum_j g_j (x) a_j``: exact when one side is the same in all.
+    """The Kronecker product with the same partial traces as ``sum_j g_j (x) a_j``: exact when one side is the same in
+    all.
 
     ``pairs`` are ``(a_j, g_j)``; ``a = sum_j a_j tr(g_j) / c``, ``g = sum_j g_j tr(a_j)`` with ``c`` the total trace.
     """

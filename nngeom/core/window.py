@@ -16,7 +16,9 @@ from nngeom.core.statistic import Inputs, Moment
 def channel_sums(
     j: FactoredJacobian, window: int, bias: bool, sharing: str, limit: int
 ) -> dict[str, Tensor | Moment | Inputs]:
-    """Sums like :meth:`LayerJacobian.kronecker_sums`: ``"c" [s, c, c]`` of inputs, averaged over places, ``"g"``, and ``"b"`` the bias's own."""
+    """Sums like :meth:`LayerJacobian.kronecker_sums`: ``"c" [s, c, c]`` of inputs, averaged over places, ``"g"``, and
+    ``"b"`` the bias's own.
+    """
     n, t, s, _ = j.a.shape
     ones = j.a.new_full((s, 1, 1), float(n * t if sharing == "expand" else n))
     channels = Inputs(lambda: _channels(j.a, window, bias, sharing, limit))
@@ -30,7 +32,9 @@ def _channels(a: Tensor, window: int, bias: bool, sharing: str, limit: int) -> T
     return (torch.stack([linalg.gram(r) for r in rows]) if narrow else rows.square().sum(1)) / window
 
 
-def rotate_channels(j: FactoredJacobian, window: int, bias: bool, ua: Tensor | None, ug: Tensor | None) -> FactoredJacobian:
+def rotate_channels(
+    j: FactoredJacobian, window: int, bias: bool, ua: Tensor | None, ug: Tensor | None
+) -> FactoredJacobian:
     """Rows in the basis ``ua [s, c, c]`` of every place of the window and ``ug [s, o, o]``; a bias is its own."""
     if ua is None:
         return j.rotate(None, ug)  # type: ignore[return-value]

@@ -59,7 +59,8 @@ class FMatDense(FMat):
 
     @staticmethod
     def tiles(blocks: Blocks, k: slice, l: slice, graph: bool, by_examples: bool) -> dict[str, Tensor]:
-        """``{group: tile}``, summed over blocks; ``k``, ``l``: the outputs of their rows. With ``graph`` nothing is overwritten.
+        """``{group: tile}``, summed over blocks; ``k``, ``l``: the outputs of their rows. With ``graph`` nothing is
+        overwritten.
 
         ``by_examples``: the order that products are added up in, as for :class:`~nngeom.core.gram.Tile`.
         """
@@ -75,8 +76,12 @@ class FMatDense(FMat):
 
     @staticmethod
     def centred(tile: Tensor, ax: Tensor, ay: Tensor, squares: Tensor, k: slice, l: slice) -> Tensor:
-        """The tile of centred gradients, from products with the mean gradients ``ax [k, n, c]``, ``ay [l, m, c]``, ``squares [c, c]``."""
-        return tile - ax[..., l].unsqueeze(-1) - ay[..., k].permute(2, 0, 1).unsqueeze(1) + squares[k, l][:, None, :, None]
+        """The tile of centred gradients, from products with the mean gradients ``ax [k, n, c]``, ``ay [l, m, c]``,
+        ``squares [c, c]``.
+        """
+        return (
+            tile - ax[..., l].unsqueeze(-1) - ay[..., k].permute(2, 0, 1).unsqueeze(1) + squares[k, l][:, None, :, None]
+        )
 
     @staticmethod
     def mirror(tile: Tensor) -> Tensor:
@@ -112,7 +117,9 @@ class FMatDense(FMat):
 
     def _added(self, other):
         if isinstance(other, FMat):
-            dense = other.to_dense(max(other.shape)).to(self.dtype if other.dtype == self.dtype else torch.promote_types(self.dtype, other.dtype))
+            dense = other.to_dense(max(other.shape)).to(
+                self.dtype if other.dtype == self.dtype else torch.promote_types(self.dtype, other.dtype)
+            )
             return FMatDense(self.tensor + dense.view(self.tensor.shape))
         return super()._added(other)
 
@@ -154,7 +161,12 @@ class FMatBlockDiag(FMat):
         both = range(max(k.start, l.start), min(k.stop, l.stop))
 
         def product(x: LayerJacobian, y: LayerJacobian) -> Tensor:
-            return torch.stack([x.outputs(j - k.start, j - k.start + 1).gram(y.outputs(j - l.start, j - l.start + 1))[0, :, 0] for j in both])
+            return torch.stack(
+                [
+                    x.outputs(j - k.start, j - k.start + 1).gram(y.outputs(j - l.start, j - l.start + 1))[0, :, 0]
+                    for j in both
+                ]
+            )
 
         return summed((name, product(x, y)) for name, x, y in blocks)
 

@@ -1,6 +1,7 @@
 """Random output signs instead of every output: one backward pass a sample, for models with very many outputs.
 
-Signs ``e_k`` that are independent of each other make ``r = sum_k e_k J_k`` with ``E <r(x), r(y)> = sum_k <J_k(x), J_k(y)>``.
+Signs ``e_k`` that are independent of each other make ``r = sum_k e_k J_k`` with ``E <r(x), r(y)> = sum_k <J_k(x),
+J_k(y)>``.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class _Estimated:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise UnsupportedError(f"a kernel estimated from random signs has no {name}; it has {self._offers()}, or build it without estimator=")
+        raise UnsupportedError(
+            f"a kernel estimated from random signs has no {name}; it has {self._offers()}, or build it without "
+            "estimator="
+        )
 
     def _offers(self) -> str:
         raise UnsupportedError("an estimate says what it offers")

@@ -66,9 +66,7 @@ class Fingerprint:
         tolerance = self.eps ** (2 / 3) * self.largest
         theirs = plain["outputs"]
         if len(theirs) != len(self.outputs) or not all(abs(a - b) <= tolerance for a, b in zip(self.outputs, theirs)):
-            odd.append(
-                "outputs of the first batch (where nothing else differs: an attribute, the function, or a mode)"
-            )
+            odd.append("outputs of the first batch (where nothing else differs: an attribute, the function, or a mode)")
         return odd
 
 

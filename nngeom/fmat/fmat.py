@@ -45,10 +45,12 @@ class FMat(FunctionOperator, TensorObject):
     def norm(self, kind: str = "fro") -> Tensor:
         """The Frobenius norm."""
         if kind not in ("fro", None):
-            raise ArgumentError(f"norm({kind!r}) is not offered; expected 'fro' (eigenvalues for other norms: K.eigh()[0])")
+            raise ArgumentError(
+                f"norm({kind!r}) is not offered; expected 'fro' (eigenvalues for other norms: K.eigh()[0])"
+            )
         return self.tensor.norm()
 
-    # -- square kernels ----------------------------------------------------------------------------------------------
+    # -- square kernels ------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def diag(self) -> FVector:
@@ -99,7 +101,9 @@ class FMat(FunctionOperator, TensorObject):
 
     def _number(self, damping: Damping) -> float | Tensor:
         if not isinstance(damping, Tikhonov):
-            raise ArgumentError(f"damping is {damping!r}; a kernel has no Kronecker factors: expected a number >= 0 or Cutoff(x)")
+            raise ArgumentError(
+                f"damping is {damping!r}; a kernel has no Kronecker factors: expected a number >= 0 or Cutoff(x)"
+            )
         return damping.value
 
     def _shifted(self, damping: Damping) -> tuple[Tensor, str]:

@@ -134,7 +134,9 @@ class FMatImplicit(FunctionOperator):
         return self.scale * self._unscaled(f)
 
     def _unscaled(self, f: Tensor) -> Tensor:
-        """With centring, ``(J - 1 mu)(J' - 1 mu)^T f``, the mean gradient by one more product with the reference examples."""
+        """With centring, ``(J - 1 mu)(J' - 1 mu)^T f``, the mean gradient by one more product with the reference
+        examples.
+        """
         pulled = pull(self.right, f)
         if not self.centered:
             return push(self.left, pulled)
@@ -145,7 +147,7 @@ class FMatImplicit(FunctionOperator):
         over = pushed if base is self.left else push(base, pulled)
         return pushed - over.mean(-1, keepdim=True)
 
-    # -- exact numbers -----------------------------------------------------------------------------------------------
+    # -- exact numbers -------------------------------------------------------------------------------------------------
 
     def vTMv(self, f: FVector) -> Tensor:
         """``f^T K f = |J^T f|**2``, by the pull-back alone."""
@@ -164,14 +166,20 @@ class FMatImplicit(FunctionOperator):
         return FVector(self.scale * squares)
 
     def trace(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
-        """``tr K``: exact by default, or an :class:`Estimate` with a standard error (``"hutchinson"``, ``"hutch++"``)."""
+        """``tr K``: exact by default, or an :class:`Estimate` with a standard error (``"hutchinson"``,
+        ``"hutch++"``).
+        """
         if estimator is None:
             return self.diag().tensor.sum()
         estimators = {"hutchinson": hutchinson, "hutch++": hutchpp}
         if estimator not in estimators:
-            raise ArgumentError(f"estimator is {estimator!r}; expected one of {sorted(estimators)}, or None for the exact trace")
+            raise ArgumentError(
+                f"estimator is {estimator!r}; expected one of {sorted(estimators)}, or None for the exact trace"
+            )
         self._require_square("trace")
-        return estimators[estimator](self._flat(), self.shape[0], samples, torch.empty((), dtype=self.dtype, device=self.device), generator)
+        return estimators[estimator](
+            self._flat(), self.shape[0], samples, torch.empty((), dtype=self.dtype, device=self.device), generator
+        )
 
     def norm(self, kind: str = "fro", samples: int | None = None, generator: torch.Generator | None = None) -> Any:
         """The Frobenius norm: of the dense kernel, or with ``samples`` an :class:`Estimate` from products."""
@@ -179,7 +187,13 @@ class FMatImplicit(FunctionOperator):
             return self.materialize().norm(kind)
         self._require_square("an estimated norm")
         act = self._flat()
-        square = hutchinson(lambda z: act(act(z)), self.shape[0], samples, torch.empty((), dtype=self.dtype, device=self.device), generator)
+        square = hutchinson(
+            lambda z: act(act(z)),
+            self.shape[0],
+            samples,
+            torch.empty((), dtype=self.dtype, device=self.device),
+            generator,
+        )
         root = square.value.clamp_min(0).sqrt()
         return Estimate(root, square.standard_error / (2 * root))
 
@@ -192,7 +206,7 @@ class FMatImplicit(FunctionOperator):
             kernel = build(representation, self.left, right, EVERYTHING, self.centered)[""]
         return self.scale * kernel
 
-    # -- what it solves and estimates --------------------------------------------------------------------------------
+    # -- what it solves and estimates ----------------------------------------------------------------------------------
 
     def _require_symmetric(self, what: str) -> None:
         if self.left is not self.right:
@@ -211,13 +225,17 @@ class FMatImplicit(FunctionOperator):
         self._require_symmetric("solve")
         d = as_damping(damping)
         if not isinstance(d, Tikhonov):
-            raise ArgumentError("an implicit kernel takes a number as damping: Cutoff needs a factorisation, materialize() first")
+            raise ArgumentError(
+                "an implicit kernel takes a number as damping: Cutoff needs a factorisation, materialize() first"
+            )
         terms = [(self.scale, self._flat(self._unscaled)), (d.value, identity)]
         solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter)
         x = solution(solver, terms, self._operand(f, self.columns).flatten(-2), self.left.parameters)
         return FVector(x.view(f.shape))
 
-    def lanczos(self, k: int, steps: int | None = None, tol: float = 1e-6, generator: torch.Generator | None = None) -> tuple[Tensor, FVector]:
+    def lanczos(
+        self, k: int, steps: int | None = None, tol: float = 1e-6, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, FVector]:
         """The ``k`` largest eigenvalues, descending ``(k,)``, and their vectors, a batch of FVectors."""
         self._require_symmetric("lanczos")
         device = generator.device if generator is not None else self.device
@@ -234,7 +252,11 @@ class FMatImplicit(FunctionOperator):
         raise self._refuse("logdet()")
 
     def _refuse(self, what: str) -> UnsupportedError:
-        return UnsupportedError(f"an implicit kernel has no {what}; lanczos(k) gives leading eigenpairs, materialize() an FMatDense")
+        return UnsupportedError(
+            f"an implicit kernel has no {what}; lanczos(k) gives leading eigenpairs, materialize() an FMatDense"
+        )
 
     def __reduce__(self):
-        raise UnsupportedError("an implicit kernel holds a model and data, so it is not pickled; materialize() it first")
+        raise UnsupportedError(
+            "an implicit kernel holds a model and data, so it is not pickled; materialize() it first"
+        )

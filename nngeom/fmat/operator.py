@@ -29,7 +29,7 @@ class FunctionOperator(ABC):
     them, overridden where the structure makes it cheap or exact.
     """
 
-    # -- primitives --------------------------------------------------------------------------------------------------
+    # -- primitives ----------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -69,7 +69,7 @@ class FunctionOperator(ABC):
     def _scaled(self, c: float | Tensor) -> FunctionOperator:
         """``c K``."""
 
-    # -- derived -----------------------------------------------------------------------------------------------------
+    # -- derived -------------------------------------------------------------------------------------------------------
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,16 +78,25 @@ class FunctionOperator(ABC):
 
     def _operand(self, f: Any, examples: int) -> Tensor:
         if not isinstance(f, FVector):
-            raise ArgumentTypeError(f"the operand is {type(f).__name__}; expected an FVector (FVector(tensor) of shape (*batch, {self.outputs}, {examples}))")
+            raise ArgumentTypeError(
+                f"the operand is {type(f).__name__}; expected an FVector (FVector(tensor) of shape (*batch, "
+                f"{self.outputs}, {examples}))"
+            )
         if tuple(f.shape[-2:]) != (self.outputs, examples):
-            raise ArgumentError(f"the FVector has shape {tuple(f.shape)}; expected (*batch, {self.outputs}, {examples})")
+            raise ArgumentError(
+                f"the FVector has shape {tuple(f.shape)}; expected (*batch, {self.outputs}, {examples})"
+            )
         if f.device != self.device:
-            raise DeviceError(f"the FVector is on {f.device} and the matrix on {self.device}; move one with .to(device)")
+            raise DeviceError(
+                f"the FVector is on {f.device} and the matrix on {self.device}; move one with .to(device)"
+            )
         return f.tensor.to(self.dtype)
 
     def _require_square(self, what: str) -> None:
         if self.rows != self.columns:
-            raise ArgumentError(f"{what} needs a square kernel; this one is between {self.rows} and {self.columns} examples")
+            raise ArgumentError(
+                f"{what} needs a square kernel; this one is between {self.rows} and {self.columns} examples"
+            )
 
     def mv(self, f: FVector) -> FVector:
         """``K f``, batched: ``(*batch, c, m) -> (*batch, c, n)``."""
@@ -104,7 +113,8 @@ class FunctionOperator(ABC):
         if max(self.shape) > limit:
             size = self.shape[0] * self.shape[1] * self.dtype.itemsize / 2**30
             raise SizeError(
-                f"the dense kernel {self.shape} takes {size:.1f} GiB; the limit is {limit} rows: pass to_dense(limit={max(self.shape)}) to have it anyway"
+                f"the dense kernel {self.shape} takes {size:.1f} GiB; the limit is {limit} rows: pass "
+                f"to_dense(limit={max(self.shape)}) to have it anyway"
             )
         return self._dense()
 
@@ -126,7 +136,9 @@ class FunctionOperator(ABC):
         if isinstance(other, (int, float)) and other == 0:  # so that sum() works
             return self
         if not isinstance(other, FunctionOperator):
-            raise ArgumentTypeError(f"cannot add {type(other).__name__} to a function-space matrix; expected another one")
+            raise ArgumentTypeError(
+                f"cannot add {type(other).__name__} to a function-space matrix; expected another one"
+            )
         if (self.outputs, self.rows, self.columns) != (other.outputs, other.rows, other.columns):
             mine, theirs = ((k.outputs, k.rows, k.columns) for k in (self, other))
             raise ArgumentError(f"kernels of (outputs, rows, columns) {mine} and {theirs} do not add")
@@ -141,7 +153,9 @@ class FunctionOperator(ABC):
 
     def __sub__(self, other: Any) -> Any:
         if not isinstance(other, FunctionOperator):
-            raise ArgumentTypeError(f"cannot subtract {type(other).__name__} from a function-space matrix; expected another one")
+            raise ArgumentTypeError(
+                f"cannot subtract {type(other).__name__} from a function-space matrix; expected another one"
+            )
         return self + (-1.0) * other
 
     def __neg__(self) -> Any:
@@ -175,4 +189,7 @@ class FunctionOperator(ABC):
         return LinearOperator(self.shape, matvec=forth, rmatvec=back, matmat=forth, rmatmat=back, dtype=dtype)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(outputs={self.outputs}, examples={self.rows}x{self.columns}, dtype={self.dtype}, device='{self.device}')"
+        return (
+            f"{type(self).__name__}(outputs={self.outputs}, examples={self.rows}x{self.columns}, "
+            f"dtype={self.dtype}, device='{self.device}')"
+        )

@@ -34,14 +34,23 @@ EVERYTHING = Grouping(("",), lambda name: "")
 
 
 def build(
-    kind: Any, rows: Side, columns: Side | None, grouping: Grouping, centered: bool = False, store: Store | None = None, progress: bool = False
+    kind: Any,
+    rows: Side,
+    columns: Side | None,
+    grouping: Grouping,
+    centered: bool = False,
+    store: Store | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """``{group: kernel}`` in a representation. Square kernels in memory are centred at the end, others tile by tile."""
     kept = rows.kept
     if centered:
         rows, columns = rows.widened(), columns.widened() if columns is not None else None
     if kind.diagonal:
-        return {name: kind(t.to(kept)) for name, t in squared_norms(rows, grouping, Mean.over(rows) if centered else None).items()}
+        return {
+            name: kind(t.to(kept))
+            for name, t in squared_norms(rows, grouping, Mean.over(rows) if centered else None).items()
+        }
     for side in (rows, columns or rows):
         side.sweep.explicit, side.on_disk = not centered, store is not None
     late = centered and columns is None and store is None
@@ -62,12 +71,16 @@ def squared_norms(rows: Side, grouping: Grouping, mean: Mean | None = None) -> d
             part = j.squared_norms()
             if mean is not None:
                 own = [j.outputs(i, i + 1).jvp(layout.gather(mean.flat[k.start + i]))[0] for i in range(j.shape[0])]
-                part = part - 2 * torch.stack(own) + layout.gather(mean.flat[k]).square().flatten(1).sum(1, keepdim=True)
+                part = (
+                    part - 2 * torch.stack(own) + layout.gather(mean.flat[k]).square().flatten(1).sum(1, keepdim=True)
+                )
             totals[grouping.layout(layout)] = totals[grouping.layout(layout)] + part
         require_finite(totals.values(), rows)
         for name, t in totals.items():
             parts[name].setdefault(chunk.start, []).append(t)
-    return {name: torch.cat([torch.cat(outputs) for outputs in examples.values()], 1) for name, examples in parts.items()}
+    return {
+        name: torch.cat([torch.cat(outputs) for outputs in examples.values()], 1) for name, examples in parts.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,9 @@ class Mean:
                 part = torch.zeros(k.stop - k.start, d, dtype=side.dtype, device=side.device)
                 for layout, j in chunk.jacobians.items():
                     ones = torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)
-                    layout.scatter_(part, torch.stack([j.outputs(i, i + 1).vjp(ones) for i in range(j.shape[0])]).to(part))
+                    layout.scatter_(
+                        part, torch.stack([j.outputs(i, i + 1).vjp(ones) for i in range(j.shape[0])]).to(part)
+                    )
                 total[k] += part
         return Mean((total if total is not None else torch.zeros(0, d)) / side.examples)
 
@@ -112,10 +127,13 @@ class Mean:
         return out
 
 
-def products(kind: Any, rows: Side, columns: Side | None, grouping: Grouping, store: Store, mean: Mean | None, progress: bool) -> dict[str, Tensor]:
+def products(
+    kind: Any, rows: Side, columns: Side | None, grouping: Grouping, store: Store, mean: Mean | None, progress: bool
+) -> dict[str, Tensor]:
     """``{group: tensor}`` of a kernel representation, tile by tile; the lower half of a square kernel is mirrored.
 
-    ``mean``: these gradients are subtracted on both sides, ``<x - mu_k, y - mu_l> = K - <x, mu_l> - <mu_k, y> + <mu_k, mu_l>``.
+    ``mean``: these gradients are subtracted on both sides, ``<x - mu_k, y - mu_l> = K - <x, mu_l> - <mu_k, y> + <mu_k,
+    mu_l>``.
     """
     m = (columns or rows).examples
     if columns is None and mean is None and (alone := rows.alone()) is not None:
@@ -135,7 +153,10 @@ def products(kind: Any, rows: Side, columns: Side | None, grouping: Grouping, st
                 zero = torch.zeros([s.stop - s.start for s in place], dtype=rows.dtype, device=rows.device)
                 none = mean.flat.new_zeros(1, 1, 1)
                 for name in grouping.names:
-                    ax, ay = (a.get(name, none.expand(s.stop - s.start, e.stop - e.start, x.outputs[1])) for a, s, e in ((left, k, n), (right, l, q)))
+                    ax, ay = (
+                        a.get(name, none.expand(s.stop - s.start, e.stop - e.start, x.outputs[1]))
+                        for a, s, e in ((left, k, n), (right, l, q))
+                    )
                     tiles[name] = kind.centred(tiles.get(name, zero), ax, ay, squares[name], k, l)
             require_finite(tiles.values(), rows, columns)
             mirror = kind.place(l, q, k, n) if columns is None and x is not y else None
@@ -146,7 +167,9 @@ def products(kind: Any, rows: Side, columns: Side | None, grouping: Grouping, st
     return store.result()
 
 
-def _of_one_batch(kind: Any, rows: Side, alone: Alone, grouping: Grouping, store: Store, progress: bool) -> dict[str, Tensor]:
+def _of_one_batch(
+    kind: Any, rows: Side, alone: Alone, grouping: Grouping, store: Store, progress: bool
+) -> dict[str, Tensor]:
     """A square kernel as one tile, summed over blocks as they come."""
     n, c = slice(0, rows.examples), slice(0, alone.outputs)
     place = kind.place(c, n, c, n)
@@ -158,7 +181,9 @@ def _of_one_batch(kind: Any, rows: Side, alone: Alone, grouping: Grouping, store
     return store.result()
 
 
-def _released(parts: Iterator[dict[Layout, LayerJacobian]], grouping: Grouping, progress: bool) -> Iterator[tuple[str, LayerJacobian, LayerJacobian]]:
+def _released(
+    parts: Iterator[dict[Layout, LayerJacobian]], grouping: Grouping, progress: bool
+) -> Iterator[tuple[str, LayerJacobian, LayerJacobian]]:
     """The blocks of all parts, none of them held any longer when the next is made."""
     with tqdm(desc="GramMatrix", unit="layer", disable=not progress) as bar:
         for part in parts:

@@ -1,4 +1,6 @@
-"""Kernels tile by tile: pairs of chunks of examples and outputs, each captured once a tile row, the symmetric half once."""
+"""Kernels tile by tile: pairs of chunks of examples and outputs, each captured once a tile row, the symmetric half
+once.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Alone:
-    """All rows of one batch, some layers at a time: who holds none when it asks for the next has memory for one part only."""
+    """All rows of one batch, some layers at a time: who holds none when it asks for the next has memory for one part
+    only.
+    """
 
     parts: Iterator[dict[Layout, LayerJacobian]]
     outputs: int  # c
@@ -93,7 +97,11 @@ class Side:
     @property
     def most_examples(self) -> int | None:
         """Examples along one side of a tile; ``None``: any number, the kernel is in memory anyway."""
-        return max(1, math.isqrt(memory.budget() // SHARES // self.dtype.itemsize) // self.outputs) if self.on_disk else None
+        return (
+            max(1, math.isqrt(memory.budget() // SHARES // self.dtype.itemsize) // self.outputs)
+            if self.on_disk
+            else None
+        )
 
     @property
     def kept(self) -> torch.dtype:
@@ -132,8 +140,12 @@ class Side:
         if first == len(self.sizes):
             return
         divide = not self.sweep.keep_graph
-        sweep = replace(self.sweep, loader=self.sweep.loader[first:], shares=SHARES, divide=divide, most_examples=self.most_examples)
-        for chunk in sweep.chunks(reuse=reuse and not sweep.keep_graph, watch=self.watch, after=(after[0] - start, after[1])):
+        sweep = replace(
+            self.sweep, loader=self.sweep.loader[first:], shares=SHARES, divide=divide, most_examples=self.most_examples
+        )
+        for chunk in sweep.chunks(
+            reuse=reuse and not sweep.keep_graph, watch=self.watch, after=(after[0] - start, after[1])
+        ):
             chunk = replace(chunk, start=chunk.start + start)
             if self.wide:
                 chunk = replace(chunk, jacobians={lay: j.to(torch.float64) for lay, j in chunk.jacobians.items()})
@@ -174,17 +186,25 @@ class Side:
 
 
 def require_finite(results: Iterable[torch.Tensor], *sides: Side | None) -> None:
-    """Where rows were not searched: raise :class:`NonFiniteError` if results of them are not finite, naming batch and examples."""
-    if all(side is None or side.watch for side in sides) or bool(torch.isfinite(torch.stack([t.detach().sum() for t in results])).all()):
+    """Where rows were not searched: raise :class:`NonFiniteError` if results of them are not finite, naming batch and
+    examples.
+    """
+    if all(side is None or side.watch for side in sides) or bool(
+        torch.isfinite(torch.stack([t.detach().sum() for t in results])).all()
+    ):
         return
     for side in sides:
         if side is not None:
             side.sweep.blame()
-    raise NonFiniteError("products of gradients overflowed to NaN or infinity; scale the outputs, or use a wider dtype, model.double()")
+    raise NonFiniteError(
+        "products of gradients overflowed to NaN or infinity; scale the outputs, or use a wider dtype, model.double()"
+    )
 
 
 def joined(chunks: list[Chunk], most: int | None) -> list[Chunk]:
-    """Chunks of neighbouring examples, with the same outputs and structure, as one of at most ``most`` examples: small batches cost nothing extra."""
+    """Chunks of neighbouring examples, with the same outputs and structure, as one of at most ``most`` examples: small
+    batches cost nothing extra.
+    """
     by_outputs: dict[tuple[int, int], list[Chunk]] = {}
     for chunk in chunks:
         k, _ = span(chunk)
@@ -225,7 +245,9 @@ def pairs(rows: Side, columns: Side | None) -> Iterator[tuple[Chunk, Chunk]]:
 
 
 def matched(x: Chunk, y: Chunk, layer_of: Callable[[str], str]) -> Iterator[tuple[str, LayerJacobian, LayerJacobian]]:
-    """``(layer, J, J')`` for every block; parameters that the two chunks group differently are paired as explicit rows."""
+    """``(layer, J, J')`` for every block; parameters that the two chunks group differently are paired as explicit
+    rows.
+    """
     common = [layout for layout in x.jacobians if layout in y.jacobians]
     for layout in common:
         yield layer_of(layout.names[0]), x.jacobians[layout], y.jacobians[layout]

@@ -1,9 +1,10 @@
 """Which axis holds the examples, asked of numbers.
 
-A layer deep inside a model sees ``(n, t, i)``, ``(t, n, i)``, ``(n t, i)`` or ``(t n, i)``; shapes alone cannot tell when
-``n = t``, and a model may sort its examples on the way. The gradients do tell: pulling back a cotangent, and the same with
-every example ``j`` multiplied by a weight ``w_j`` of its own, multiplies every row that belongs to example ``j`` by exactly
-``w_j``. The weights are signs times powers of two, which are exact in floating point, and no two examples have the same.
+A layer deep inside a model sees ``(n, t, i)``, ``(t, n, i)``, ``(n t, i)`` or ``(t n, i)``; shapes alone cannot tell
+when ``n = t``, and a model may sort its examples on the way. The gradients do tell: pulling back a cotangent, and the
+same with every example ``j`` multiplied by a weight ``w_j`` of its own, multiplies every row that belongs to example
+``j`` by exactly ``w_j``. The weights are signs times powers of two, which are exact in floating point, and no two
+examples have the same.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def candidates(lead: tuple[int, ...], n: int) -> list[ExampleAxis]:
 
 
 def read_axis(use: Use, place: ExampleAxis, n: int, device: torch.device) -> ExampleAxis | None:
-    """The axis of ``lead`` where a use reads examples that lie at ``place`` in its output; ``None`` where there is none.
+    """The axis of ``lead`` where a use reads examples that lie at ``place`` in its output; ``None`` where there is
+    none.
 
     The numbers of the examples go the way that gradients go.
     """
@@ -78,8 +80,8 @@ def read_axis(use: Use, place: ExampleAxis, n: int, device: torch.device) -> Exa
 def find_axes(outputs: Tensor, uses: Sequence[Use], asked: Sequence[int]) -> dict[int, ExampleAxis | None]:
     """The example axis of every use ``asked`` for, ``None`` where there is none: examples share the use, or are mixed.
 
-    A random cotangent of all outputs is pulled back once as it is, and once for every digit of the number of an example.
-    Where a row is zero, any axis is right for this batch.
+    A random cotangent of all outputs is pulled back once as it is, and once for every digit of the number of an
+    example. Where a row is zero, any axis is right for this batch.
     """
     n = outputs.shape[0]
     edges, shapes = [uses[j].edge for j in asked], [uses[j].shape for j in asked]
@@ -125,7 +127,9 @@ def _rows(use: Use, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _agrees(axis: ExampleAxis, x: Tensor, y: Tensor, size: Tensor, weight: Tensor) -> bool:
-    """Whether every row of ``y`` is that of ``x`` times the weight of its example; each by itself, however small it is."""
+    """Whether every row of ``y`` is that of ``x`` times the weight of its example; each by itself, however small it
+    is.
+    """
     n, lead = len(weight), x.ndim
     x, y, size = (axis.split(t, n, 0, lead) for t in (x, y, size))
     return bool(((y - x * weight.unsqueeze(1)).abs() <= _ROUNDING.get(x.dtype, 0.05) * size).all())

@@ -14,7 +14,9 @@ from torch import Tensor
 from nngeom.generator.remedies import gradients
 from nngeom.layers.adapter import Use
 
-LOOP_BYTES = 2**18  # gradients of one cotangent above which, on a CPU, a pass a cotangent costs no more than a batched one
+LOOP_BYTES = (
+    2**18
+)  # gradients of one cotangent above which, on a CPU, a pass a cotangent costs no more than a batched one
 PRODUCT_BYTES = 2**23  # the same where a batched pass has larger products than a pass a cotangent, and no more copies
 
 
@@ -25,7 +27,13 @@ class Pile:
     ``empty(sizes, like)`` gives the memory.
     """
 
-    def __init__(self, count: int, axis: int = 0, empty: Callable[..., Tensor] | None = None, reduce: Callable[[Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        count: int,
+        axis: int = 0,
+        empty: Callable[..., Tensor] | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ):
         self.count, self.axis, self.reduce = count, axis, reduce
         self._empty = empty or (lambda sizes, like: like.new_empty(sizes))
         self.all: Tensor | None = None
@@ -51,8 +59,8 @@ def pull_back(
 ) -> list[Tensor]:
     """``v [k, *outputs.shape] -> [k, *shape]`` for each of ``inputs`` (tensors or gradient edges); zeros where unused.
 
-    ``large``: whether a pass a cotangent is cheaper than a batched one (:func:`one_by_one_pays`). ``piles`` say where its
-    gradients are put.
+    ``large``: whether a pass a cotangent is cheaper than a batched one (:func:`one_by_one_pays`). ``piles`` say where
+    its gradients are put.
     """
     if not inputs:
         return []
@@ -113,7 +121,9 @@ def _batched(outputs: Any, inputs: Sequence[Any], v: Tensor, create_graph: bool)
         return _grad(outputs, inputs, v, True, create_graph, is_grads_batched=True)
 
 
-def _one_by_one(outputs: Any, inputs: Sequence[Any], v: Tensor, retain: bool, piles: Sequence[Pile] | None) -> list[Tensor | None]:
+def _one_by_one(
+    outputs: Any, inputs: Sequence[Any], v: Tensor, retain: bool, piles: Sequence[Pile] | None
+) -> list[Tensor | None]:
     piles = piles or [Pile(len(v)) for _ in inputs]
     for j, c in enumerate(v):
         for pile, g in zip(piles, _grad(outputs, inputs, c, retain or j + 1 < len(v), False)):

@@ -1,8 +1,9 @@
 """One forward pass, watched: every call that is given a selected parameter is seen where it happens.
 
 A function-call mode sees ``F.linear(x, w, b)`` and its like together with the parameter objects, whichever module they
-belong to. Views of parameters (transposes, slices, chunks) are recognised by their base, composite functions are opened,
-and what no adapter understands marks its parameters for the per-example fallback. Nothing is stored on the model.
+belong to. Views of parameters (transposes, slices, chunks) are recognised by their base, composite functions are
+opened, and what no adapter understands marks its parameters for the per-example fallback. Nothing is stored on the
+model.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def _recorded(task: Task, batch: Batch, keep_graph: bool) -> Capture:
 
 
 class Recorder(TorchFunctionMode):
-    """The mode that sees the uses. ``refuse=False`` lets active dropout and batch normalisation pass: a training step is no measure."""
+    """The mode that sees the uses. ``refuse=False`` lets active dropout and batch normalisation pass: a training step
+    is no measure.
+    """
 
     def __init__(self, task: Task, keep_graph: bool = False, refuse: bool = True):
         super().__init__()
@@ -80,7 +83,9 @@ class Recorder(TorchFunctionMode):
         self.generators: dict[torch.Generator, Tensor] = {}  # given to calls, with their state before the first
         self._opened: dict[Any, Any] = {}
         self._copies: dict[int, Tensor] = {}  # broadcast parameters, by id; held so that ids stay theirs
-        self._tables: dict[int, tuple[weakref.ref[Tensor], Use]] = {}  # outputs of uses, by id, that live as long as the model lets them
+        self._tables: dict[
+            int, tuple[weakref.ref[Tensor], Use]
+        ] = {}  # outputs of uses, by id, that live as long as the model lets them
 
     def capture(self, outputs: Tensor) -> Capture:
         """What was seen until ``outputs`` were there."""
@@ -152,7 +157,9 @@ class Recorder(TorchFunctionMode):
             if use is None or options or out.ndim < y.ndim or out.shape == y.shape or not out.requires_grad:
                 continue
             extra = out.ndim - y.ndim
-            if (extra == 0 and (y.shape[0] != 1 or y.shape[1:] != out.shape[1:])) or (extra and y.shape != out.shape[extra:]):
+            if (extra == 0 and (y.shape[0] != 1 or y.shape[1:] != out.shape[1:])) or (
+                extra and y.shape != out.shape[extra:]
+            ):
                 continue
             self.uses.append(use.broadcast(out, extra))
             use.moved = True
@@ -187,14 +194,19 @@ class Recorder(TorchFunctionMode):
                 if self.refuse:
                     raise
                 return None
-            except Exception:  # NotStructured, or what an adapter did not expect of this call: the fallback knows better
+            except (
+                Exception
+            ):  # NotStructured, or what an adapter did not expect of this call: the fallback knows better
                 return None
         return use
 
     def _open(self, func):
         """A Python function of ``torch.nn.functional`` run with this mode switched on inside."""
         if func not in self._opened:
-            scope = {**func.__globals__, **{name: _never for name in func.__globals__ if name.startswith("has_torch_function")}}
+            scope = {
+                **func.__globals__,
+                **{name: _never for name in func.__globals__ if name.startswith("has_torch_function")},
+            }
             opened = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
             opened.__kwdefaults__ = func.__kwdefaults__
             self._opened[func] = opened
@@ -206,7 +218,14 @@ class Recorder(TorchFunctionMode):
         return run
 
 
-_ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_, torch.Tensor.__iadd__}
+_ADDITIONS = {
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    torch.Tensor.add_,
+    torch.Tensor.__iadd__,
+}
 
 
 def _never(*args: Any) -> bool:

@@ -1,4 +1,6 @@
-"""Cotangents pulled back through one captured forward pass, and the rows of its blocks: all at once, or layer by layer."""
+"""Cotangents pulled back through one captured forward pass, and the rows of its blocks: all at once, or layer by
+layer.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class Descent:
         return stages(self.seen.outputs, self.uses, self._sizes(count), STAGE_BYTES)
 
     def halts(self, route: list[Stage]) -> bool | None:
-        """Whether one random cotangent arrives the same at all uses with and without halts; ``None`` where it arrives nowhere."""
+        """Whether one random cotangent arrives the same at all uses with and without halts; ``None`` where it arrives
+        nowhere.
+        """
         outputs = self.seen.outputs
         v = torch.randn(1, *outputs.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(outputs)
         expected = pull_back(outputs, self.edges, [use.shape for use in self.uses], v, retain=True)
@@ -71,7 +75,9 @@ class Descent:
         return most if self.looped else 2 * most
 
     def pull(self, v: Tensor, retain: bool, empty: Empty = memory.fresh) -> Rows:
-        """The rows of all blocks for cotangents ``v [k, n, *out]``; large copies lie in ``empty(name, sizes, like)``."""
+        """The rows of all blocks for cotangents ``v [k, n, *out]``; large copies lie in ``empty(name, sizes,
+        like)``.
+        """
         early = self._early(len(v))
         (gradients,) = self._turns(self.whole, v, early, retain, empty, empty)
         return self._rows(self.units, gradients, early, empty)
@@ -87,7 +93,9 @@ class Descent:
             del turn
             ready = [unit for unit in waiting if all(j in gradients for j, _, _ in unit.uses)]
             waiting = [unit for unit in waiting if unit not in ready]
-            one_by_one = v.device.type == "cpu"  # elsewhere asking each by itself whether its positions differ would make the host wait
+            one_by_one = (
+                v.device.type == "cpu"
+            )  # elsewhere asking each by itself whether its positions differ would make the host wait
             for units in [[unit] for unit in ready] if one_by_one else [ready]:
                 yield self._rows(units, gradients, early, memory.fresh)
                 for unit in units:
@@ -108,7 +116,11 @@ class Descent:
         if not self.explicit or self.keep_graph or count == 1 or not self.looped:
             return {}
         several = Counter(j for unit in self.units for j, _, _ in unit.uses)
-        single = {unit.uses[0][0]: unit for unit in self.units if unit.with_weight and unit.arrangements is None and len(unit.uses) == 1}
+        single = {
+            unit.uses[0][0]: unit
+            for unit in self.units
+            if unit.with_weight and unit.arrangements is None and len(unit.uses) == 1
+        }
         pays = lambda unit, use: not use.lookup and SMALLER * unit.layout.numel * self.n <= use.shape.numel()
         return {j: unit for j, unit in single.items() if several[j] == 1 and pays(unit, self.uses[j])}
 
@@ -118,19 +130,38 @@ class Descent:
         """``{use: what is kept of its gradients [k, ...]}``, turn after turn, each in the memory of the one before."""
         uses, edges, count = self.uses, self.edges, len(v)
         v = v.to(self.seen.outputs.dtype)
-        joint = {j for unit in self.units if len(unit.uses) > 1 for j, _, _ in unit.uses}  # kept until the other uses come
+        joint = {
+            j for unit in self.units if len(unit.uses) > 1 for j, _, _ in unit.uses
+        }  # kept until the other uses come
         waist_in = _Waists(gradients_in)
         start: Any = self.seen.outputs
         for stage in route:
             for turn in stage.turns:
                 closing = turn is stage.turns[-1]
                 end = stage.end if closing else None
-                at_end = next((j for j in turn if end is not None and j not in early and j not in joint and edges[j][:2] == end[:2]), None)
-                turn = sorted(turn, key=lambda j: (j == at_end, -uses[j].shape.numel()))  # a waist comes last: others may be views of what it overwrites
+                at_end = next(
+                    (
+                        j
+                        for j in turn
+                        if end is not None and j not in early and j not in joint and edges[j][:2] == end[:2]
+                    ),
+                    None,
+                )
+                turn = sorted(
+                    turn, key=lambda j: (j == at_end, -uses[j].shape.numel())
+                )  # a waist comes last: others may be views of what it overwrites
                 piles = []
                 for rank, j in enumerate(turn):
                     name = ("joint", j) if j in joint else ("gradients", rank)
-                    piles.append(self._pile(j, count, early.get(j), waist_in if j == at_end else functools.partial(gradients_in, name), inputs_in))
+                    piles.append(
+                        self._pile(
+                            j,
+                            count,
+                            early.get(j),
+                            waist_in if j == at_end else functools.partial(gradients_in, name),
+                            inputs_in,
+                        )
+                    )
                 inputs, shapes = [edges[j] for j in turn], [uses[j].shape for j in turn]
                 if end is not None and at_end is None:
                     inputs, shapes, piles = [*inputs, end], [*shapes, torch.Size()], [*piles, Pile(count, 0, waist_in)]
@@ -152,15 +183,21 @@ class Descent:
 
         return Pile(count, 1, empty, rows)
 
-    def _rows(self, units: list[Unit], gradients: dict[int, Tensor], early: dict[int, Unit], inputs_in: Empty) -> dict[Layout, LayerJacobian]:
+    def _rows(
+        self, units: list[Unit], gradients: dict[int, Tensor], early: dict[int, Unit], inputs_in: Empty
+    ) -> dict[Layout, LayerJacobian]:
         formed = {unit.layout: FullJacobian(gradients[j]) for j, unit in early.items() if unit in units}
         with torch.set_grad_enabled(self.keep_graph):
-            rows = {unit.layout: formed.get(unit.layout) or unit.jacobian(gradients, self.n, inputs_in) for unit in units}
+            rows = {
+                unit.layout: formed.get(unit.layout) or unit.jacobian(gradients, self.n, inputs_in) for unit in units
+            }
         return at_one_position(rows) if self.explicit and not self.keep_graph else rows
 
 
 class _Waists:
-    """Memory for gradients at one waist after the other; of the same sizes in the same place, for a cotangent comes when the one before was pulled on."""
+    """Memory for gradients at one waist after the other; of the same sizes in the same place, for a cotangent comes
+    when the one before was pulled on.
+    """
 
     def __init__(self, empty: Empty):
         self._empty, self._which = empty, 0

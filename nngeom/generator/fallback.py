@@ -27,13 +27,20 @@ from nngeom.generator.task import Task, gradients_on, take
 
 
 def full_jacobians(
-    task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, *, create_graph: bool = False, apart: bool = True, check: bool = True
+    task: Task,
+    seen: Capture,
+    parameters: Sequence[Tensor],
+    v: Tensor,
+    *,
+    create_graph: bool = False,
+    apart: bool = True,
+    check: bool = True,
 ) -> list[LayerJacobian]:
     """``v [k, n, *out]`` -> the rows ``[k, n, 1, 1, p]`` of each parameter.
 
-    ``check``: raises :class:`CoverageError` where an example by itself shows that the model mixes them. With a graph to be
-    differentiated again, examples are run by themselves only where they are known to be ``apart``: rows that agree where a
-    factor is zero have other derivatives.
+    ``check``: raises :class:`CoverageError` where an example by itself shows that the model mixes them. With a graph to
+    be differentiated again, examples are run by themselves only where they are known to be ``apart``: rows that agree
+    where a factor is zero have other derivatives.
     """
     several = seen.outputs.shape[0] > 1 and (apart or not create_graph)
     rows = _alone(task, seen, parameters, v, create_graph, check) if several else None
@@ -41,8 +48,12 @@ def full_jacobians(
     return [FullJacobian(r.to(accumulation_dtype(r.dtype))[:, :, None, None]) for r in rows]
 
 
-def _alone(task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, create_graph: bool, check: bool) -> list[Tensor] | None:
-    """``[k, n, p]`` a parameter, every example by itself; ``None`` where an example by itself is not what it is in the batch."""
+def _alone(
+    task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, create_graph: bool, check: bool
+) -> list[Tensor] | None:
+    """``[k, n, p]`` a parameter, every example by itself; ``None`` where an example by itself is not what it is in the
+    batch.
+    """
     outputs, shapes = seen.outputs, [p.shape for p in parameters]
     n = outputs.shape[0]
     pieces: list[list[Tensor]] = [[] for _ in parameters]
@@ -56,7 +67,9 @@ def _alone(task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, c
             if check and out.shape == outputs[i : i + 1].shape:
                 require_separate(task, seen.batch, outputs, [(i, i + 1)])
             return None
-        for rows, g in zip(pieces, pull_back(out, parameters, shapes, v[:, i : i + 1], retain=False, create_graph=create_graph)):
+        for rows, g in zip(
+            pieces, pull_back(out, parameters, shapes, v[:, i : i + 1], retain=False, create_graph=create_graph)
+        ):
             rows.append(flat_rows(g))
     rows = [torch.stack(r, 1) for r in pieces]
     if not check or _add_up(outputs, parameters, v, rows):
@@ -65,7 +78,9 @@ def _alone(task: Task, seen: Capture, parameters: Sequence[Tensor], v: Tensor, c
 
 
 def _add_up(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, rows: list[Tensor]) -> bool:
-    """Whether a random combination of rows is the gradient in the batch: equal outputs do not tell where a factor is zero."""
+    """Whether a random combination of rows is the gradient in the batch: equal outputs do not tell where a factor is
+    zero.
+    """
     u = torch.randn(v.shape[:2], generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(v)
     together = torch.einsum("kn,kn...->n...", u, v).to(outputs.dtype)
     noise = 100 * torch.finfo(outputs.dtype).eps * u.norm() * max(float(r.detach().norm()) for r in rows)
@@ -82,8 +97,9 @@ def _add_up(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, rows: list
 
 
 def _usual(outputs: Tensor, parameter: Tensor, v: Tensor) -> Tensor:
-    """How long a gradient is for a cotangent as long as ``v``: gradients that cancel, as those of a shift of all logits, are
-    rounding beside it."""
+    """How long a gradient is for a cotangent as long as ``v``: gradients that cancel, as those of a shift of all
+    logits, are rounding beside it.
+    """
     random = torch.randn(v.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(v)
     (g,) = gradients(outputs, [parameter], random * (v.norm() / random.norm()), retain_graph=True)
     return v.new_zeros(()) if g is None else g.norm()
@@ -98,7 +114,9 @@ def _masked(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, create_gra
         index = torch.arange(lo, hi, device=v.device)
         masked = v.new_zeros(hi - lo, *v.shape[1:])
         masked[torch.arange(hi - lo, device=v.device), index % n] = v[index // n, index % n]
-        grads = pull_back(outputs, parameters, [p.shape for p in parameters], masked, retain=True, create_graph=create_graph)
+        grads = pull_back(
+            outputs, parameters, [p.shape for p in parameters], masked, retain=True, create_graph=create_graph
+        )
         for rows, g in zip(pieces, grads):
             rows.append(flat_rows(g))
     return [torch.cat(rows).view(k, n, -1) for rows in pieces]

@@ -1,4 +1,5 @@
-"""The graph that autograd recorded of one forward pass, read once: a name for what the pass did, and what follows from it.
+"""The graph that autograd recorded of one forward pass, read once: a name for what the pass did, and what follows from
+it.
 
 A pass is what its operations, their constants and sizes, how they are connected, and every edge into a parameter say.
 Two passes with the same :attr:`Graph.key` did the same to other numbers. Whether all paths into a parameter are known
@@ -54,7 +55,9 @@ class Graph:
 
 
 def read(outputs: Tensor, names: dict[int, str], registered: Collection[int], hooked: Collection[Any] = ()) -> Graph:
-    """The graph of ``outputs``. ``names``: of selected parameters by id; ``registered``: ids of all parameters of the model."""
+    """The graph of ``outputs``. ``names``: of selected parameters by id; ``registered``: ids of all parameters of the
+    model.
+    """
     order: list[Any] = [outputs.grad_fn] if outputs.grad_fn is not None else []
     place = {node: j for j, node in enumerate(order)}
     described: list[tuple[Any, ...]] = []
@@ -107,7 +110,9 @@ def _constant(x: Any) -> Any:
 
 
 def operation(node: Any) -> str | None:
-    """What torch's own operation a node is the derivative of, as ``"Addmm"``; ``None`` for functions written by users."""
+    """What torch's own operation a node is the derivative of, as ``"Addmm"``; ``None`` for functions written by
+    users.
+    """
     if isinstance(node, BackwardCFunction):
         return None
     head, backward, _ = node.name().rpartition("Backward")
@@ -121,7 +126,8 @@ def shape(edge: Edge) -> tuple[int, ...]:
 
 # What only says where the entries of a parameter lie, or in which dtype they are read.
 _VIEWS = frozenset(
-    "T Transpose View UnsafeView ReshapeAlias Permute Unsqueeze Squeeze Expand Slice Select Split SplitWithSizes UnsafeSplit "
+    "T Transpose View UnsafeView ReshapeAlias Permute Unsqueeze Squeeze Expand Slice Select Split "
+    "SplitWithSizes UnsafeSplit "
     "UnsafeSplitWithSizes Unbind AsStrided Alias Diagonal Unfold ToCopy Clone ViewAsReal ViewAsComplex".split()
 )
 
@@ -129,8 +135,8 @@ _VIEWS = frozenset(
 def unexplained(graph: Graph, uses: Sequence[Use]) -> set[str]:
     """Selected parameters with a path from the outputs that is in no captured use.
 
-    Behind the output of a use lie the nodes made during its call. Every edge from a node that computes into a parameter,
-    or into a view of one, must leave one of these, as many times as the use names the parameter.
+    Behind the output of a use lie the nodes made during its call. Every edge from a node that computes into a
+    parameter, or into a view of one, must leave one of these, as many times as the use names the parameter.
     """
     owner: dict[Any, list[int]] = {}
     roots = set()
@@ -161,7 +167,9 @@ def unexplained(graph: Graph, uses: Sequence[Use]) -> set[str]:
 
 
 def _entered(graph: Graph, uses: Sequence[Use], owner: dict[Any, list[int]]) -> set[str]:
-    """Parameters of uses that some path enters behind the output that was seen, as after a change in place of a view of it."""
+    """Parameters of uses that some path enters behind the output that was seen, as after a change in place of a view of
+    it.
+    """
     found: set[str] = set()
     for node in graph.nodes:
         for following, _ in node.next_functions:
@@ -210,7 +218,9 @@ def require_differentiable(gradients: Iterable[Tensor | None]) -> None:
     while waiting:
         node = waiting.pop()
         if node.name().endswith(("::Error", "::NotImplemented")):
-            raise once_only("a torch.autograd.Function marked once_differentiable, or an operation torch has no formula for")
+            raise once_only(
+                "a torch.autograd.Function marked once_differentiable, or an operation torch has no formula for"
+            )
         following = {f for f, _ in node.next_functions if f is not None} - seen
         seen |= following
         waiting.extend(following)
@@ -219,7 +229,8 @@ def require_differentiable(gradients: Iterable[Tensor | None]) -> None:
 def once_only(what: str) -> UnsupportedError:
     """The error of a model with an operation that can be differentiated only once."""
     return UnsupportedError(
-        f"the model or the loss has an operation without second derivative ({what}); use a measure of first derivatives "
+        f"the model or the loss has an operation without second derivative ({what}); use a measure of first "
+        "derivatives "
         "(GGN instead of Hessian, a kernel without differentiable=True), or another operation"
     )
 

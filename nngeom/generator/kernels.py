@@ -40,12 +40,34 @@ def _embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     if max_norm is not None or mode == "max":
-        options = (max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx)
+        options = (
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+        )
         return F.embedding_bag(input, weight, offsets, *options)
     if offsets is None:
         offsets = torch.arange(0, input.numel(), input.shape[1], device=input.device)
-        input, per_sample_weights = input.flatten(), None if per_sample_weights is None else per_sample_weights.flatten()
-    return _bags(weight, input, offsets, scale_grad_by_freq, int(mode == "mean"), sparse, per_sample_weights, include_last_offset, padding_idx)[0]
+        input, per_sample_weights = (
+            input.flatten(),
+            None if per_sample_weights is None else per_sample_weights.flatten(),
+        )
+    return _bags(
+        weight,
+        input,
+        offsets,
+        scale_grad_by_freq,
+        int(mode == "mean"),
+        sparse,
+        per_sample_weights,
+        include_last_offset,
+        padding_idx,
+    )[0]
 
 
 def _bags(
@@ -60,10 +82,29 @@ def _bags(
     padding_idx: int | None = None,
 ) -> tuple[Tensor, ...]:
     if mode == 2:
-        return torch.embedding_bag(weight, indices, offsets, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx)
+        return torch.embedding_bag(
+            weight,
+            indices,
+            offsets,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+        )
     starts = offsets[:-1] if include_last_offset else offsets
-    bag = torch.searchsorted(starts.contiguous(), torch.arange(len(indices), device=indices.device).to(starts), right=True) - 1
-    counted = torch.ones_like(indices, dtype=weight.dtype) if padding_idx is None else (indices != padding_idx % len(weight)).to(weight.dtype)
+    bag = (
+        torch.searchsorted(
+            starts.contiguous(), torch.arange(len(indices), device=indices.device).to(starts), right=True
+        )
+        - 1
+    )
+    counted = (
+        torch.ones_like(indices, dtype=weight.dtype)
+        if padding_idx is None
+        else (indices != padding_idx % len(weight)).to(weight.dtype)
+    )
     share = counted if per_sample_weights is None else counted * per_sample_weights
     out = weight.new_zeros(len(starts), weight.shape[1]).index_add(0, bag, weight[indices] * share.unsqueeze(1))
     if mode == 1:
@@ -80,7 +121,8 @@ def _view_as_real(input: Tensor) -> Tensor:
 
 
 COMPOSED: dict[Any, Callable[..., Any]] = {
-    torch._weight_norm: _weight_norm,  # the fused one takes the norms it saved for constants when differentiated again (torch 2.13, CPU)
+    # the fused one takes the norms it saved for constants when differentiated again (torch 2.13, CPU)
+    torch._weight_norm: _weight_norm,
     torch.embedding_bag: _bags,  # no second derivative; those with max_norm or the maximum stay as they are
     F.embedding_bag: _embedding_bag,
     # as views these two fail on gradients that start at an odd place of their memory
@@ -93,7 +135,10 @@ COMPOSED: dict[Any, Callable[..., Any]] = {
 def unfused(model: nn.Module | None = None) -> Iterator[None]:
     """Within: attention by its formula, and no cuDNN for the recurrent cells of ``model``."""
     recurrent = model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules())
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext():
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext(),
+    ):
         yield
 
 
@@ -146,7 +191,14 @@ def as_written() -> Iterator[None]:
 # Operations written out, for derivatives of their forward mode (see ReverseConventions).
 
 
-def _layer_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *cudnn: bool) -> Tensor:
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *cudnn: bool,
+) -> Tensor:
     out = _normalised(input, list(range(-len(tuple(normalized_shape)), 0)), eps)
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
@@ -188,7 +240,9 @@ def _log_softmax(input: Tensor, dim: int | None = None, *options: Any, **named: 
 
 
 def _prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """Where the input is zero the slope is that of its negative side, as in reverse mode; torch's forward mode takes one."""
+    """Where the input is zero the slope is that of its negative side, as in reverse mode; torch's forward mode takes
+    one.
+    """
     slope = weight.view(-1, *[1] * (input.ndim - 2)) if weight.numel() > 1 and input.ndim > 1 else weight
     return torch.where(input > 0, input, slope * input)
 

@@ -28,15 +28,17 @@ MOST = 1024  # answers of one model that are remembered
 class Linearization:
     """Jacobian products of one task: ``J v`` in forward mode (or double backward), ``J^T u`` in reverse mode.
 
-    Forward mode exchanges the parameters of the modules for tensors with a tangent: parameters that the model keeps elsewhere
-    (in a closure, a list, a script) have none. Once a graph, ``<u, J v> = <J^T u, v>`` is asked of it, with as much of every
-    parameter in it; where that fails double backward, which takes the parameters as they are, is asked the same.
+    Forward mode exchanges the parameters of the modules for tensors with a tangent: parameters that the model keeps
+    elsewhere (in a closure, a list, a script) have none. Once a graph, ``<u, J v> = <J^T u, v>`` is asked of it, with
+    as much of every parameter in it; where that fails double backward, which takes the parameters as they are, is asked
+    the same.
     """
 
     task: Task
 
     def jvp(self, batch: Batch, v: dict[str, Tensor], *, ask: bool = True) -> tuple[Tensor, Tensor]:
-        """Outputs (with their graph) and ``J v``, for one tangent; raises :class:`RuntimeError` where neither way is right.
+        """Outputs (with their graph) and ``J v``, for one tangent; raises :class:`RuntimeError` where neither way is
+        right.
 
         ``ask=False``: for a caller that compares the product with one in reverse mode itself.
         """
@@ -47,7 +49,9 @@ class Linearization:
                 if right is None and not ask:
                     return outputs, tangent
                 if right is None:
-                    kept = tangent if tangent.nbytes <= KEPT_BYTES else None  # asking takes as much memory as the product
+                    kept = (
+                        tangent if tangent.nbytes <= KEPT_BYTES else None
+                    )  # asking takes as much memory as the product
                     del tangent
                     right = self._ask(way, batch, outputs)
                     if right:
@@ -56,10 +60,14 @@ class Linearization:
                     return outputs, tangent
             except (NNGeomError, torch.OutOfMemoryError):
                 raise
-            except RuntimeError:  # no forward mode for some operation, or one that fails (group norm on channels-last tensors)
+            except (
+                RuntimeError
+            ):  # no forward mode for some operation, or one that fails (group norm on channels-last tensors)
                 if way == self._twice:
                     raise
-        raise RuntimeError("derivatives of the model are not differentiated rightly, neither in forward mode nor twice in reverse")
+        raise RuntimeError(
+            "derivatives of the model are not differentiated rightly, neither in forward mode nor twice in reverse"
+        )
 
     def _forward(self, batch: Batch, v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         with RUNNING, gradients_on(), twice_differentiable(), forward_ad.dual_level(), ReverseConventions():
@@ -71,7 +79,9 @@ class Linearization:
         with gradients_on(), twice_differentiable():
             outputs = self.task.run(batch)
             u = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(outputs, list(self.task.parameters.values()), u, create_graph=True, allow_unused=True)
+            pulled = torch.autograd.grad(
+                outputs, list(self.task.parameters.values()), u, create_graph=True, allow_unused=True
+            )
             parts = [(g * v[name]).sum() for name, g in zip(self.task.parameters, pulled) if g is not None]
             if not parts or not any(part.requires_grad for part in parts):
                 return outputs, torch.zeros_like(outputs)
@@ -90,7 +100,8 @@ class Linearization:
         return next((known[key] for key in self._keys(way, outputs) if key in known), None)
 
     def _ask(self, way: Callable[..., tuple[Tensor, Tensor]], batch: Batch, outputs: Tensor) -> bool:
-        """Whether ``<u, J v> = <J^T u, v>`` for a random ``u``, and ``v`` of every parameter so long that it adds between one and two.
+        """Whether ``<u, J v> = <J^T u, v>`` for a random ``u``, and ``v`` of every parameter so long that it adds
+        between one and two.
 
         It is remembered of the graph, or where some parameter had no gradient to ask with, of these outputs.
         """
@@ -131,7 +142,9 @@ class Linearization:
         return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(grads, params)])
 
     def _run(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
-        """The outputs with other tensors in the place of the parameters; a user's function may call the model anyhow."""
+        """The outputs with other tensors in the place of the parameters; a user's function may call the model
+        anyhow.
+        """
         wrapper = _Caller(self.task.model, lambda: self.task.run(batch))
         return functional_call(wrapper, {f"model.{name}": p for name, p in parameters.items()}, ())
 
@@ -154,9 +167,9 @@ class _Caller(torch.nn.Module):
 class ReverseConventions(TorchFunctionMode):
     """What forward mode does unlike reverse mode, made the same.
 
-    It ignores ``padding_idx`` of embeddings, whose row gets no gradient in reverse mode. The tangents of layer and instance
-    norm take the saved mean and deviation for constants when they are differentiated in the input (torch 2.13), and those of
-    a softmax fail then: where the input requires gradients, the three are written out.
+    It ignores ``padding_idx`` of embeddings, whose row gets no gradient in reverse mode. The tangents of layer and
+    instance norm take the saved mean and deviation for constants when they are differentiated in the input (torch
+    2.13), and those of a softmax fail then: where the input requires gradients, the three are written out.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -41,10 +41,11 @@ class Observation:
 class Observer:
     """Watches a model train.
 
-    With ``metric=None`` the rows are the gradients that the user's backward passes deliver, as they are (a loss averaged
-    over the batch carries ``1/n``); with a metric, those of its cotangents, by one more backward pass. Parameters used
-    in ways no adapter knows have no rows of single examples here: they get one row a batch (:attr:`batchwise`), the sum
-    of its examples' rows, with random signs under a metric, so that its square is unbiased.
+    With ``metric=None`` the rows are the gradients that the user's backward passes deliver, as they are (a loss
+    averaged over the batch carries ``1/n``); with a metric, those of its cotangents, by one more backward pass.
+    Parameters used in ways no adapter knows have no rows of single examples here: they get one row a batch
+    (:attr:`batchwise`), the sum of its examples' rows, with random signs under a metric, so that its square is
+    unbiased.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Observer:
     def watch(self, record: bool = True) -> Iterator[Observation]:
         """Watch what happens inside; the observation is complete on leaving. ``record=False`` counts examples only."""
         if self._watching:
-            raise ArgumentError("observe() was entered inside another observe() of the same optimizer; leave the first one before")
+            raise ArgumentError(
+                "observe() was entered inside another observe() of the same optimizer; leave the first one before"
+            )
         visit = _Visit(self, record)
         model = unwrap(self.task.model)
         handles = [
@@ -91,7 +94,9 @@ class _Watched(Sweep):
     """A sweep whose captures come from outside."""
 
     def resolve(self, seen: Capture, mixing: bool) -> tuple[list[Unit], list[str]]:
-        """The units of a capture, and its parameters without structure; compared with autograd unless a pass like it was."""
+        """The units of a capture, and its parameters without structure; compared with autograd unless a pass like it
+        was.
+        """
         run = Pass(self.task, seen, self._demoted, self.part_of)
         run.resolve(check=not mixing)
         if not mixing and not run.proof.covers(run.seen):
@@ -125,7 +130,10 @@ class _Visit:
         outputs = self.observer.pick(returned)
         if not isinstance(outputs, Tensor) or outputs.ndim == 0:
             given = "a single number" if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise OutputError(f"the model returned {given}; expected outputs (n, ...), examples along the first axis: pass outputs=lambda returned: ...")
+            raise OutputError(
+                f"the model returned {given}; expected outputs (n, ...), examples along the first axis: pass "
+                "outputs=lambda returned: ..."
+            )
         if not outputs.requires_grad:
             return
         self.called = True
@@ -142,10 +150,16 @@ class _Visit:
     def finish(self) -> None:
         """Rows from the gradients that have arrived."""
         if not self.called:
-            raise ArgumentError("the model was not called inside observe(), or not with gradients; expected its forward and backward pass there")
+            raise ArgumentError(
+                "the model was not called inside observe(), or not with gradients; expected its forward and "
+                "backward pass there"
+            )
         arrived = [p for p in self.passages if p.arrived]
         if self.passages and not arrived:
-            raise ArgumentError("no backward pass through the model happened inside observe(); expected loss.backward() before leaving it")
+            raise ArgumentError(
+                "no backward pass through the model happened inside observe(); expected loss.backward() before "
+                "leaving it"
+            )
         for passage in arrived:
             self.observation.chunks.append(passage.chunk(self.observation.examples))
             self.observation.examples += passage.n
@@ -167,7 +181,11 @@ class _Passage:
         self.sums: dict[str, Tensor] = {}
         self.handles: list[Any] = []
         if observer.metric is None:
-            self.handles += [use.edge.node.register_prehook(self._reader(j, use.edge.output_nr)) for j, use in enumerate(seen.uses) if use.edge is not None]
+            self.handles += [
+                use.edge.node.register_prehook(self._reader(j, use.edge.output_nr))
+                for j, use in enumerate(seen.uses)
+                if use.edge is not None
+            ]
             self.handles += [self.task.parameters[name].register_hook(self._adder(name)) for name in rest]
 
     def _reader(self, j: int, output: int) -> Callable[[Any], None]:
@@ -195,7 +213,10 @@ class _Passage:
     def chunk(self, start: int) -> Chunk:
         """The rows of the user's own loss."""
         zero = self.seen.outputs.detach().new_zeros(1)
-        gradients = [zero.expand(1, *use.shape) if g is None else g.unsqueeze(0) for g, use in zip(self.gradients, self.seen.uses)]
+        gradients = [
+            zero.expand(1, *use.shape) if g is None else g.unsqueeze(0)
+            for g, use in zip(self.gradients, self.seen.uses)
+        ]
         jacobians = {unit.layout: unit.jacobian(gradients, self.n) for unit in self.units}
         rows = {name: self.sums[name].reshape(1, -1) for name in self.rest if name in self.sums}
         return Chunk(jacobians | self._batchwise(rows), self.n, start, (0, 1))
@@ -224,7 +245,10 @@ class _Passage:
 
     def _batchwise(self, rows: dict[str, Tensor]) -> dict:
         """``[k, p]`` -> one row a cotangent, ``[k, 1, 1, 1, p]``."""
-        return {self.task.collection.span([name]): FullJacobian(wide(row)[:, None, None, None]) for name, row in rows.items()}
+        return {
+            self.task.collection.span([name]): FullJacobian(wide(row)[:, None, None, None])
+            for name, row in rows.items()
+        }
 
     def close(self) -> None:
         for handle in self.handles:
@@ -232,11 +256,15 @@ class _Passage:
 
 
 def default_outputs(returned: Any) -> Any:
-    """The outputs in what a model returns: a tensor, ``.logits``, or the first tensor with an axis in a tuple or mapping."""
+    """The outputs in what a model returns: a tensor, ``.logits``, or the first tensor with an axis in a tuple or
+    mapping.
+    """
     if isinstance(returned, Tensor):
         return returned
     logits = getattr(returned, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    items = returned.values() if isinstance(returned, Mapping) else returned if isinstance(returned, (tuple, list)) else ()
+    items = (
+        returned.values() if isinstance(returned, Mapping) else returned if isinstance(returned, (tuple, list)) else ()
+    )
     return next((x for x in items if isinstance(x, Tensor) and x.ndim and x.requires_grad), returned)

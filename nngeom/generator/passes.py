@@ -1,4 +1,6 @@
-"""One forward pass, differentiated: the blocks of its parameters, proved to be autograd's, and their rows for given cotangents."""
+"""One forward pass, differentiated: the blocks of its parameters, proved to be autograd's, and their rows for given
+cotangents.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ class Pass:
     ):
         if not seen.outputs.requires_grad:
             raise CoverageError(
-                "the outputs do not depend on any selected parameter by differentiable operations (torch.no_grad or .detach() inside the model?)"
+                "the outputs do not depend on any selected parameter by differentiable operations (torch.no_grad "
+                "or .detach() inside the model?)"
             )
         self.task, self.seen, self.demoted, self.part_of = task, seen, demoted, part_of
         self.keep_graph, self.empty, self.explicit, self.check = keep_graph, working or memory.fresh, explicit, check
@@ -58,7 +61,8 @@ class Pass:
     # -- structure, and what is proved of it ---------------------------------------------------------------------------
 
     def resolve(self, check: bool = False) -> None:
-        """Find the blocks; with ``check`` every use whose examples the graph does not place is asked for them, in this batch.
+        """Find the blocks; with ``check`` every use whose examples the graph does not place is asked for them, in this
+        batch.
 
         Without, those only whose shape leaves a choice.
         """
@@ -79,7 +83,9 @@ class Pass:
         return [likely(use) if isinstance(place, Unknown) else place for use, place in known]
 
     def prove(self, separate: bool = True) -> None:
-        """Ask what is not known of the graph yet: whether parts of the batch run as in the whole, and rows are autograd's."""
+        """Ask what is not known of the graph yet: whether parts of the batch run as in the whole, and rows are
+        autograd's.
+        """
         if separate:
             self.require_separate()
         else:
@@ -87,7 +93,11 @@ class Pass:
         if self.keep_graph:
             v = torch.ones_like(self.seen.outputs).unsqueeze(0)
             edges = [use.edge for use in self.seen.uses]
-            require_differentiable(pull_back(self.seen.outputs, edges, [use.shape for use in self.seen.uses], v, retain=True, create_graph=True))
+            require_differentiable(
+                pull_back(
+                    self.seen.outputs, edges, [use.shape for use in self.seen.uses], v, retain=True, create_graph=True
+                )
+            )
         compared, wrong = compare(self.task, self.seen, self.units)
         self.proof.compared |= compared
         if wrong:
@@ -123,7 +133,7 @@ class Pass:
         self.demoted |= set(others)  # once in the fallback, always: one structure for all batches
         return units, others
 
-    # -- rows ------------------------------------------------------------------------------------------------------------
+    # -- rows ----------------------------------------------------------------------------------------------------------
 
     @property
     def has_positions(self) -> bool:
@@ -155,5 +165,7 @@ class Pass:
         if not self.rest:
             return {}
         v, parameters = v.to(self.seen.outputs.dtype), [self.task.parameters[name] for name in self.rest]
-        rows = fallback.full_jacobians(self.task, self.seen, parameters, v, create_graph=self.keep_graph, apart=self.proof.apart, check=self.check)
+        rows = fallback.full_jacobians(
+            self.task, self.seen, parameters, v, create_graph=self.keep_graph, apart=self.proof.apart, check=self.check
+        )
         return {self.task.collection.span([name]): j for name, j in zip(self.rest, rows)}

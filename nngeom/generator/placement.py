@@ -1,10 +1,11 @@
-"""Where the examples lie, read off the graph: whatever the numbers, for every operation that is known to keep examples apart.
+"""Where the examples lie, read off the graph: whatever the numbers, for every operation that is known to keep examples
+apart.
 
-The outputs have them on their first axis. From there back, each operation whose meaning says so tells on which axis of its
-inputs they lie: the same one where it acts entry by entry, the place that sizes give in another view, the batch axis of a
-product. A tensor that all examples share (one side of a product, a table added to all) has none. Where an operation
-contracts, sorts, indexes or normalises along the axis of the examples, or is not on the list (:mod:`.safe`), the graph does
-not tell (:data:`ASK`): there numbers are asked, in every batch.
+The outputs have them on their first axis. From there back, each operation whose meaning says so tells on which axis of
+its inputs they lie: the same one where it acts entry by entry, the place that sizes give in another view, the batch
+axis of a product. A tensor that all examples share (one side of a product, a table added to all) has none. Where an
+operation contracts, sorts, indexes or normalises along the axis of the examples, or is not on the list (:mod:`.safe`),
+the graph does not tell (:data:`ASK`): there numbers are asked, in every batch.
 """
 
 from __future__ import annotations

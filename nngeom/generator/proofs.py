@@ -1,19 +1,21 @@
 """Right, or it says why not: what must be known of every batch that enters a result, and how it is known.
 
 *Complete*: every path from the outputs into a selected parameter is in a captured use, or its parameter is left to the
-fallback. The graph tells (:func:`~nngeom.generator.graph.unexplained`), as it tells a parameter that something else stands
-in for.
+fallback. The graph tells (:func:`~nngeom.generator.graph.unexplained`), as it tells a parameter that something else
+stands in for.
 
-*Placed*: row ``[k, n]`` depends on example ``n`` alone, and is that of example ``n``. The graph tells where all operations
-between the outputs and a use are on the list of those that keep examples apart whatever the numbers
-(:mod:`~nngeom.generator.safe`). Elsewhere numbers are asked, in every batch (:func:`~nngeom.generator.axes.find_axes`). What
-no gradient shows, examples mixed by constants, is asked of outputs: those of parts of the batch must be those of the whole.
+*Placed*: row ``[k, n]`` depends on example ``n`` alone, and is that of example ``n``. The graph tells where all
+operations between the outputs and a use are on the list of those that keep examples apart whatever the numbers
+(:mod:`~nngeom.generator.safe`). Elsewhere numbers are asked, in every batch (:func:`~nngeom.generator.axes.find_axes`).
+What no gradient shows, examples mixed by constants, is asked of outputs: those of parts of the batch must be those of
+the whole.
 
-*Right*: the rows are autograd's. Gradients at the uses are autograd's own; what an adapter makes of them is compared with
-autograd's gradient of the parameter, with random gradients put in at every use, so that no zero on the way hides one.
+*Right*: the rows are autograd's. Gradients at the uses are autograd's own; what an adapter makes of them is compared
+with autograd's gradient of the parameter, with random gradients put in at every use, so that no zero on the way hides
+one.
 
-What a pass did is its graph. What the graph tells, and what was compared on it, holds for every pass with the same graph,
-in whichever call; a comparison in which the expected gradient is zero was none, and is made again.
+What a pass did is its graph. What the graph tells, and what was compared on it, holds for every pass with the same
+graph, in whichever call; a comparison in which the expected gradient is zero was none, and is made again.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Proof:
     places: dict[int, Place] = field(default_factory=dict)  # of the examples, by place of the use, where they are known
     reached: frozenset[str] = frozenset()  # parameters that some path leads to
     apart: bool = True  # every tensor on the way has its examples on an axis of their own
-    left: set[str] = field(default_factory=set)  # parameters left to the fallback: some path is unknown, or rows differed
+    left: set[str] = field(
+        default_factory=set
+    )  # parameters left to the fallback: some path is unknown, or rows differed
     compared: set[str] = field(default_factory=set)  # parameters whose rows were compared with autograd's
     separate: bool = False  # parts of the batch gave the outputs of the whole
     halts: bool | None = None  # whether gradients are the same when the pass is halted at every waist of the graph
@@ -58,11 +62,15 @@ _PROOFS: WeakKeyDictionary[nn.Module, dict[int, Proof]] = WeakKeyDictionary()
 
 
 def proof_of(task: Task, seen: Capture) -> Proof:
-    """What is known of a pass, to be completed by who finds out more; raises where the graph shows that it can't be right."""
+    """What is known of a pass, to be completed by who finds out more; raises where the graph shows that it can't be
+    right.
+    """
     graph = read(seen.outputs, task.ids, task.registered, seen.hooked)
     uses = tuple((use.operation, use.lead, use.slots, use.lookup) for use in seen.uses)
     outputs = seen.outputs
-    key = hash((graph.key, uses, frozenset(seen.unstructured), seen.training, outputs.shape, outputs.dtype, outputs.device))
+    key = hash(
+        (graph.key, uses, frozenset(seen.unstructured), seen.training, outputs.shape, outputs.dtype, outputs.device)
+    )
     known = _PROOFS.setdefault(task.model, {})
     if key not in known:
         if len(known) >= MOST:
@@ -89,7 +97,8 @@ def _concluded(task: Task, seen: Capture, graph: Graph) -> Proof:
         _require_reached(task, graph)
     if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes):
         raise UnsupportedError(
-            "the model uses torch.utils.checkpoint with use_reentrant=True, whose parameters no gradient can be asked of; "
+            "the model uses torch.utils.checkpoint with use_reentrant=True, whose parameters no gradient can be "
+            "asked of; "
             "expected use_reentrant=False"
         )
     n = seen.outputs.shape[0]
@@ -117,8 +126,10 @@ def _require_reached(task: Task, graph: Graph) -> None:
     if stand_ins or (len(missing) == len(task.parameters)):
         names = sorted(stand_ins or missing)
         raise CoverageError(
-            f"the outputs do not depend on the selected parameters {names[:4]}{'...' if len(names) > 4 else ''} of the model"
+            f"the outputs do not depend on the selected parameters {names[:4]}{'...' if len(names) > 4 else ''} "
+            "of the model"
             + (", but on other tensors of their shapes that are no parameters of it" if stand_ins else "")
-            + ": expected outputs computed by this very model (no deepcopy, no functional_call with copies, no sharding "
+            + ": expected outputs computed by this very model (no deepcopy, no functional_call with copies, no "
+            "sharding "
             "that exchanges parameters), or a layer_collection of parameters that the outputs depend on"
         )

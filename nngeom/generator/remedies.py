@@ -81,7 +81,8 @@ def gradients(outputs: Any, inputs: Any, v: Any, **options: Any) -> tuple[Tensor
             ) from error
         if type(error).__name__ == "CheckpointError":
             raise UnsupportedError(
-                "the model checkpoints activations, and computes them again with other kernels than those that have second "
+                "the model checkpoints activations, and computes them again with other kernels than those that "
+                "have second "
                 "derivatives; switch checkpointing off for this measure (model.eval(), or "
                 "model.gradient_checkpointing_disable())"
             ) from error

@@ -1,8 +1,8 @@
 """The operations that keep examples apart whatever the numbers, each with where it leaves them.
 
 A rule is asked for the axis that holds the examples in an output and answers for one input: an axis, ``None`` where all
-examples share that input, or :data:`ASK`. It may only rest on sizes and constants of the operation. A wrong rule would be a
-wrong result that nobody sees: each is compared with derivatives of the operation in ``tests/test_placement.py``.
+examples share that input, or :data:`ASK`. It may only rest on sizes and constants of the operation. A wrong rule would
+be a wrong result that nobody sees: each is compared with derivatives of the operation in ``tests/test_placement.py``.
 """
 
 from __future__ import annotations
@@ -49,18 +49,24 @@ def _kept(dim: int, axis: ExampleAxis, out: Sizes, sizes: Sizes) -> Place:
     return ExampleAxis(dim, axis.outer)
 
 
-# -- entry by entry ------------------------------------------------------------------------------------------------------
+# -- entry by entry ----------------------------------------------------------------------------------------------------
 
 
 @_safe(
-    "Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh Ceil Celu Clamp ClampMax ClampMin Clone "
+    "Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh Ceil Celu Clamp ClampMax "
+    "ClampMin Clone "
     "Complex Conj ConjPhysical Copysign CopyBackwards Cos Cosh Deg2Rad Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expand "
-    "Expm1 FakeQuantizePerTensorAffineCachemask Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish Hardtanh "
-    "Hypot I0 Igamma Igammac LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2 Logit MaskedFill "
+    "Expm1 FakeQuantizePerTensorAffineCachemask Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid "
+    "Hardswish Hardtanh "
+    "Hypot I0 Igamma Igammac LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2 "
+    "Logit MaskedFill "
     "Maximum Minimum Mish Mul NanToNum Neg NegView Polar Polygamma Pow PreluKernel Rad2Deg Reciprocal Relu Remainder "
-    "Round Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1 "
-    "SpecialI1E SpecialLogNdtr SpecialNdtri SpecialXlog1Py Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu Trunc Where Xlogy "
-    "NativeDropout FusedDropout RreluWithNoise TanhBackward SigmoidBackward GeluBackward SoftplusBackward EluBackward HardtanhBackward "
+    "Round Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink SpecialEntr SpecialErfcx "
+    "SpecialI0E SpecialI1 "
+    "SpecialI1E SpecialLogNdtr SpecialNdtri SpecialXlog1Py Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu "
+    "Trunc Where Xlogy "
+    "NativeDropout FusedDropout RreluWithNoise TanhBackward SigmoidBackward GeluBackward "
+    "SoftplusBackward EluBackward HardtanhBackward "
     "HardswishBackward LeakyReluBackward ThresholdBackward LogSigmoidBackward"
 )
 def entrywise(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n: int) -> Place:
@@ -71,7 +77,7 @@ def entrywise(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Size
     return _kept(dim, axis, out, sizes)
 
 
-# -- other views of the same entries ---------------------------------------------------------------------------------------
+# -- other views of the same entries -----------------------------------------------------------------------------------
 
 
 @_safe("View UnsafeView ReshapeAlias Unsqueeze Squeeze")
@@ -125,12 +131,14 @@ def _repeated(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Size
     return _kept(dim, axis, out, sizes) if node._saved_repeats[axis.at] == 1 else ASK
 
 
-# -- along some axes, which must not be that of the examples -----------------------------------------------------------------
+# -- along some axes, which must not be that of the examples -----------------------------------------------------------
 
 
 @_safe(
-    "Cat Cumprod Cumsum FftC2C FftC2R FftR2C Flip Gather Glu IndexSelect LogSoftmax SafeSoftmax Logcumsumexp Roll Scatter ScatterAdd "
-    "Slice Softmax Sort Split SplitWithSizes Topk UnsafeSplit UnsafeSplitWithSizes SelectScatter SliceScatter LinalgCross "
+    "Cat Cumprod Cumsum FftC2C FftC2R FftR2C Flip Gather Glu IndexSelect LogSoftmax SafeSoftmax "
+    "Logcumsumexp Roll Scatter ScatterAdd "
+    "Slice Softmax Sort Split SplitWithSizes Topk UnsafeSplit UnsafeSplitWithSizes SelectScatter "
+    "SliceScatter LinalgCross "
     "SoftmaxBackwardData LogSoftmaxBackwardData"
 )
 def _along(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n: int) -> Place:
@@ -144,7 +152,9 @@ def _along(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, 
     return ASK if axis.at in dims or not dims else _kept(axis.at, axis, out, sizes)
 
 
-@_safe("ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D")
+@_safe(
+    "ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D"
+)
 def _padded(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n: int) -> Place:
     pads: tuple[int, ...] = node._saved_pad if hasattr(node, "_saved_pad") else node._saved_padding
     touched = {len(out) - 1 - j // 2 for j, p in enumerate(pads) if p}
@@ -159,7 +169,8 @@ def _unfolded(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Size
 
 
 @_safe(
-    "Sum Mean Nansum Var Std Logsumexp Amax Amin Max Min Mode Median Nanmedian Kthvalue Prod Norm LinalgVectorNorm VarMean "
+    "Sum Mean Nansum Var Std Logsumexp Amax Amin Max Min Mode Median Nanmedian Kthvalue Prod Norm "
+    "LinalgVectorNorm VarMean "
     "StdMean Aminmax"
 )
 def _reduced(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n: int) -> Place:
@@ -189,7 +200,9 @@ def _indexed(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes
     return _kept(axis.at if axis.at < dim else axis.at - width + 1, axis, out, sizes)
 
 
-@_safe("NllLoss NllLoss2D BinaryCrossEntropy BinaryCrossEntropyWithLogits MseLoss SmoothL1Loss HuberLoss SoftMarginLoss")
+@_safe(
+    "NllLoss NllLoss2D BinaryCrossEntropy BinaryCrossEntropyWithLogits MseLoss SmoothL1Loss HuberLoss SoftMarginLoss"
+)
 def _loss(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n: int) -> Place:
     """Of every position by itself; classes, where there are, behind the first axis."""
     if node._saved_reduction != 0 or (len(sizes) != len(out) and axis.at):
@@ -197,12 +210,14 @@ def _loss(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n
     return _kept(axis.at, axis, out, sizes)
 
 
-# -- products ------------------------------------------------------------------------------------------------------------
+# -- products ----------------------------------------------------------------------------------------------------------
 
 
 @_safe("Mm Addmm Bmm Baddbmm")
 def _product(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n: int) -> Place:
-    """``[..., p, q] = [..., p, r] @ [..., r, q]``, a third term added first: rows go with the left side, columns with the right."""
+    """``[..., p, q] = [..., p, r] @ [..., r, q]``, a third term added first: rows go with the left side, columns with
+    the right.
+    """
     added = len(node.next_functions) == 3
     if added and number == 0:
         return entrywise(node, number, axis, out, sizes, n)
@@ -247,7 +262,8 @@ def _attention(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Siz
 
 
 @_safe(
-    "LinalgInvEx LinalgCholeskyEx LinalgSolveEx LinalgSolveTriangular LinalgDet LinalgSlogdet LinalgEigh LinalgSvd LinalgQr "
+    "LinalgInvEx LinalgCholeskyEx LinalgSolveEx LinalgSolveTriangular LinalgDet LinalgSlogdet LinalgEigh "
+    "LinalgSvd LinalgQr "
     "LinalgMatrixExp CholeskySolve"
 )
 def _matrices(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n: int) -> Place:
@@ -255,7 +271,7 @@ def _matrices(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Size
     return _kept(axis.at, axis, out, sizes) if axis.at < len(sizes) - 2 and len(out) >= len(sizes) - 2 else ASK
 
 
-# -- layers --------------------------------------------------------------------------------------------------------------
+# -- layers ------------------------------------------------------------------------------------------------------------
 
 
 @_safe("Convolution MkldnnConvolution CudnnConvolution SlowConv2D ConvDepthwise2D MpsConvolution")
@@ -299,7 +315,10 @@ def _layer_norm(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Si
     return _kept(axis.at, axis, out, sizes) if number == 0 else None
 
 
-@_safe("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeBatchNormLegit NativeBatchNormLegitNoTraining BatchNormWithUpdate")
+@_safe(
+    "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeBatchNormLegit NativeBatchNormLegitNoTraining "
+    "BatchNormWithUpdate"
+)
 def _batch_norm(node: Any, number: int, axis: ExampleAxis, out: Sizes, sizes: Sizes, n: int) -> Place:
     """Each channel (axis 1) by itself; entry by entry with frozen statistics."""
     if number:

@@ -1,4 +1,6 @@
-"""Whether a model treats the examples of a batch separately, and the same way every time: parts of it against the whole."""
+"""Whether a model treats the examples of a batch separately, and the same way every time: parts of it against the
+whole.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,25 @@ from nngeom.generator.task import Batch, Task, gradients_on, take
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # parts of a float64 model may compute in float32
 CHANGES = (
-    "the model changes from one call to the next, on the same batch: it draws random numbers or keeps a state, so a measure of "
+    "the model changes from one call to the next, on the same batch: it draws random numbers or keeps a "
+    "state, so a measure of "
     "it would be random; call model.eval(), or fix what it draws"
 )
 ADDED_UP = {torch.float64: 1e-5, torch.float32: 2e-3}  # of a model, parts of which may compute in float32
 MIXES = (
-    "the model mixes the examples of a batch: the outputs of some change when they are run without the others; per-example "
+    "the model mixes the examples of a batch: the outputs of some change when they are run without the "
+    "others; per-example "
     "derivatives do not exist then, so expected a model that treats examples separately (check=False skips this test)"
 )
 
 
 def require_separate(task: Task, batch: Batch, outputs: Tensor, parts: Sequence[tuple[int, int]] = ()) -> None:
-    """Raise :class:`CoverageError` where a part of the batch (default: each half) run by itself has other outputs than in it.
+    """Raise :class:`CoverageError` where a part of the batch (default: each half) run by itself has other outputs than
+    in it.
 
-    Other outputs alone are no proof: a table with as many rows as the batch has examples was cut too. Where the inputs are
-    real numbers, gradients of outputs in the inputs of other examples are. A model that does not run on a half says nothing.
+    Other outputs alone are no proof: a table with as many rows as the batch has examples was cut too. Where the inputs
+    are real numbers, gradients of outputs in the inputs of other examples are. A model that does not run on a half says
+    nothing.
     """
     outputs, n = outputs.detach(), outputs.shape[0]
     for lo, hi in parts or ([(0, n)] if n == 1 else [(0, n // 2), (n // 2, n)]):
@@ -52,7 +58,9 @@ def require_separate(task: Task, batch: Batch, outputs: Tensor, parts: Sequence[
 
 
 def answers(outputs: Tensor) -> bool:
-    """Whether outputs could show what examples have to do with each other: not where all are the same, as of a head of zeros."""
+    """Whether outputs could show what examples have to do with each other: not where all are the same, as of a head of
+    zeros.
+    """
     outputs = outputs.detach() if len(outputs) > 1 else outputs.detach().flatten()
     return not same_outputs(outputs, outputs[:1].expand_as(outputs), outputs)
 
@@ -68,8 +76,10 @@ def require_separate_gradients(task: Task, seen: Capture) -> None:
 
 
 def parts_make_the_whole(task: Task, seen: Capture, parts: Sequence[Batch], gradients: bool) -> bool | None:
-    """Whether the parts of a batch, one after the other, have its outputs, and with ``gradients`` its gradient of a random
-    combination of them: where a factor is zero, outputs do not show what parts lack. ``None`` where a part does not run."""
+    """Whether the parts of a batch, one after the other, have its outputs, and with ``gradients`` its gradient of a
+    random combination of them: where a factor is zero, outputs do not show what parts lack. ``None`` where a part does
+    not run.
+    """
     whole, lo = seen.outputs.detach(), 0
     parameters = list(task.parameters.values())
     v = outer(factors(whole.shape, torch.Generator().manual_seed(8), whole))
@@ -109,7 +119,8 @@ def _require_axis(batch: Batch, outputs: Tensor) -> None:
     x = _first_tensor(batch)
     if outputs.shape == (len(outputs), 1) and x is not None and x.ndim == 1 and x.is_floating_point():
         raise OutputError(
-            f"the batch holds inputs of shape {tuple(x.shape)}, of which the model cannot run a part: it looks like one example without an axis "
+            f"the batch holds inputs of shape {tuple(x.shape)}, of which the model cannot run a part: it looks "
+            "like one example without an axis "
             "of examples; expected (n, ...): pass x.unsqueeze(0), or a DataLoader with batch_size=1"
         )
 
@@ -117,7 +128,9 @@ def _require_axis(batch: Batch, outputs: Tensor) -> None:
 def same_outputs(part: Tensor, expected: Tensor, whole: Tensor) -> bool:
     """Whether some examples run by themselves gave what they gave in the batch, whose outputs are ``whole``."""
     tolerance = _TOLERANCE.get(whole.dtype, 0.1)
-    return part.shape == expected.shape and torch.allclose(part, expected, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
+    return part.shape == expected.shape and torch.allclose(
+        part, expected, rtol=tolerance, atol=tolerance * float(whole.abs().max())
+    )
 
 
 def _first_tensor(batch: Batch) -> Tensor | None:
@@ -129,7 +142,9 @@ def _first_tensor(batch: Batch) -> Tensor | None:
 
 
 def inputs_are_separate(task: Task, batch: Batch, n: int) -> bool:
-    """Whether no output has a gradient in the inputs of another example; ``False`` where inputs are not real numbers."""
+    """Whether no output has a gradient in the inputs of another example; ``False`` where inputs are not real
+    numbers.
+    """
     inputs: list[Tensor] = []
 
     def watch(x: Any) -> Any:

@@ -1,9 +1,9 @@
 """Where a backward pass can be halted: gradients of all outputs at some layers, then at the next, never at all of them.
 
-A *waist* is an edge of the autograd graph that everything behind it is reached through, as the stream between two blocks
-of a network. Cotangents are pulled back from waist to waist, all of them over one stretch before the next begins.
-Within a stretch, uses that lie behind no product with parameters are reached at little cost; these are pulled back to
-first, in a turn of their own, and what they need is free before the rest.
+A *waist* is an edge of the autograd graph that everything behind it is reached through, as the stream between two
+blocks of a network. Cotangents are pulled back from waist to waist, all of them over one stretch before the next
+begins. Within a stretch, uses that lie behind no product with parameters are reached at little cost; these are pulled
+back to first, in a turn of their own, and what they need is free before the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Stage:
 
 
 def stages(outputs: Tensor, uses: Sequence[Use], sizes: Sequence[int], most: int) -> list[Stage]:
-    """Stages that hold at most ``most`` bytes where the graph allows it, ``sizes`` bytes of each use; neighbours of less are one."""
+    """Stages that hold at most ``most`` bytes where the graph allows it, ``sizes`` bytes of each use; neighbours of
+    less are one.
+    """
     whole = Stage([list(range(len(uses)))])
     if sum(sizes) <= most or outputs.grad_fn is None:
         return [whole]

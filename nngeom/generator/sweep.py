@@ -77,19 +77,23 @@ class Sweep:
     label: str = "sweep"
     shares: int = 2  # a chunk may take one of so many shares of the budget
     explicit: bool = False  # rows are used as they are, factors are not
-    divide: bool = False  # batches of which one chunk cannot hold all cotangents, or of too many examples, are run in parts
+    divide: bool = (
+        False  # batches of which one chunk cannot hold all cotangents, or of too many examples, are run in parts
+    )
     most_examples: int | None = None  # of a chunk
     count: int = 0
     _demoted: set[str] = field(default_factory=set)
     _kept: list | None = None
     _working: memory.Working | None = None
 
-    def chunks(self, keep: bool = False, reuse: bool = False, watch: bool = True, after: tuple[int, int] = START) -> Iterator[Chunk]:
+    def chunks(
+        self, keep: bool = False, reuse: bool = False, watch: bool = True, after: tuple[int, int] = START
+    ) -> Iterator[Chunk]:
         """Every batch, cut over cotangents. ``keep``: hold the chunks for :meth:`again` while they fit the budget.
 
-        ``reuse``: the caller is done with a chunk when it asks for the next, which may overwrite it. ``watch=False``: gradients
-        are not searched for NaN and infinity; the caller calls :meth:`blame` when its result is not finite. ``after``: chunks
-        up to the one that starts with this example and cotangent are left out.
+        ``reuse``: the caller is done with a chunk when it asks for the next, which may overwrite it. ``watch=False``:
+        gradients are not searched for NaN and infinity; the caller calls :meth:`blame` when its result is not finite.
+        ``after``: chunks up to the one that starts with this example and cotangent are left out.
         """
         self._working = memory.Working() if reuse and not keep else None
         source = as_batches(self.loader)
@@ -109,14 +113,18 @@ class Sweep:
         self._kept, self._working = kept, None
 
     def again(self) -> Iterator[Chunk]:
-        """A second pass: from memory where the first one fitted, else over the data, each chunk overwriting the one before; not searched."""
+        """A second pass: from memory where the first one fitted, else over the data, each chunk overwriting the one
+        before; not searched.
+        """
         if self._kept is not None:
             yield from self._kept
         else:
             yield from self.chunks(reuse=True, watch=False)
 
     def blame(self) -> None:
-        """Raise :class:`NonFiniteError` for the first batch with outputs or gradients that are not finite, if there is one."""
+        """Raise :class:`NonFiniteError` for the first batch with outputs or gradients that are not finite, if there is
+        one.
+        """
         for _ in replace(self, check=False, progress=False).chunks(reuse=True):
             pass
 
@@ -125,7 +133,7 @@ class Sweep:
         """Parameters whose rows came from the per-example fallback so far."""
         return set(self._demoted)
 
-    # -- one batch -------------------------------------------------------------------------------------------------
+    # -- one batch -----------------------------------------------------------------------------------------------------
 
     def _captured(self, batch: Batch, index: int) -> Capture:
         seen = capture(self.task, batch, self.keep_graph)
@@ -153,10 +161,14 @@ class Sweep:
             yield chunk
 
     def _parts(self, seen: Capture) -> list[Batch]:
-        """Parts of a batch, each of which leaves room for all its cotangents; none where the whole does, or runs differently in parts."""
+        """Parts of a batch, each of which leaves room for all its cotangents; none where the whole does, or runs
+        differently in parts.
+        """
         outputs, n = seen.outputs.detach(), seen.outputs.shape[0]
         count = self.metric.columns(outputs, seen.batch, self.count).count
-        size = memory.step(n, bytes_each_cotangent(seen, self.keep_graph) * count // n, most=memory.budget() // self.shares)
+        size = memory.step(
+            n, bytes_each_cotangent(seen, self.keep_graph) * count // n, most=memory.budget() // self.shares
+        )
         size = min(size, self.most_examples or n)
         if size >= n or leading_size(seen.batch) != n:
             return []
@@ -164,11 +176,14 @@ class Sweep:
         return parts if parts_make_the_whole(self.task, seen, parts, gradients=not keeps_apart(self.task, seen)) else []
 
     def cut(self, seen: Capture, after: tuple[int, int] = START) -> Iterator[Chunk]:
-        """The chunks of one captured forward pass, the first of them proved and checked unless a pass like this one was.
+        """The chunks of one captured forward pass, the first of them proved and checked unless a pass like this one
+        was.
 
         Those up to the one that starts with the example and the cotangent ``after`` are left out.
         """
-        each = bytes_each_cotangent(seen, self.keep_graph)  # of all uses: cuts must not depend on which are left to the fallback by now
+        each = bytes_each_cotangent(
+            seen, self.keep_graph
+        )  # of all uses: cuts must not depend on which are left to the fallback by now
         run, columns = self.begin(seen)
         size = memory.step(columns.count, each, "output of one batch", memory.budget() // self.shares)
         self._resolve(run)
@@ -176,22 +191,30 @@ class Sweep:
             if (self.count, lo) <= after:
                 continue
             hi = min(columns.count, lo + size)
-            yield Chunk(run.pull(columns.make(lo, hi), last=hi == columns.count), run.n, self.count, (lo, columns.count))
+            yield Chunk(
+                run.pull(columns.make(lo, hi), last=hi == columns.count), run.n, self.count, (lo, columns.count)
+            )
         self.count += run.n
 
     def begin(self, seen: Capture) -> tuple[Pass, Columns]:
         """A pass to be differentiated, and its cotangents."""
-        run = Pass(self.task, seen, self._demoted, self.part_of, self.keep_graph, self._working, self.explicit, self.check)
+        run = Pass(
+            self.task, seen, self._demoted, self.part_of, self.keep_graph, self._working, self.explicit, self.check
+        )
         return run, self.metric.columns(seen.outputs.detach(), seen.batch, self.count)
 
     def _resolve(self, run: Pass) -> None:
-        """Find the blocks of a pass, and prove what is not known of its graph, where that is wanted and numbers can answer."""
+        """Find the blocks of a pass, and prove what is not known of its graph, where that is wanted and numbers can
+        answer.
+        """
         run.resolve(self.check)
         if self.check and not run.proof.covers(run.seen) and bool(torch.isfinite(run.seen.outputs.detach().sum())):
             run.prove()
 
     def alone(self) -> tuple[Pass, Tensor] | None:
-        """The pass of the only batch and all its cotangents, to be pulled back layer by layer; ``None`` where there is no such batch, or no room."""
+        """The pass of the only batch and all its cotangents, to be pulled back layer by layer; ``None`` where there is
+        no such batch, or no room.
+        """
         batches = list(self.task.batches(self.loader))
         if len(batches) != 1 or self.keep_graph:
             return None
@@ -207,7 +230,9 @@ class Sweep:
         return (run, columns.make(0, columns.count)) if run.most_bytes(columns.count) <= memory.budget() else None
 
     def look(self, batch: Batch, index: int) -> None:
-        """Raise what a sweep would raise of this batch, number ``index``: what is asked of it does not depend on cotangents."""
+        """Raise what a sweep would raise of this batch, number ``index``: what is asked of it does not depend on
+        cotangents.
+        """
         seen = capture(self.task, batch)
         require_finite(seen.outputs.detach(), "outputs", index)
         self.proved(seen)
@@ -236,7 +261,8 @@ class Sweep:
             if t is not None and not bool(torch.isfinite(t).all()):
                 bad = (~torch.isfinite(t)).transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
                 raise NonFiniteError(
-                    f"gradients of layer {self.task.layer_of(layout.names[0])!r} contain NaN or infinity in batch {index}, examples {bad[:8]}"
+                    f"gradients of layer {self.task.layer_of(layout.names[0])!r} contain NaN or infinity in "
+                    f"batch {index}, examples {bad[:8]}"
                     f"{'...' if len(bad) > 8 else ''}; check those inputs, or use a wider dtype"
                 )
 

@@ -42,17 +42,22 @@ class Task:
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
         if function is not None and not callable(function):
-            raise ArgumentTypeError(f"function is {function!r}; expected a callable returning the outputs (n, c), or None")
+            raise ArgumentTypeError(
+                f"function is {function!r}; expected a callable returning the outputs (n, c), or None"
+            )
         model = unwrap(model)
         lc = collection if collection is not None else LayerCollection.from_model(model)
         if not isinstance(lc, LayerCollection):
-            raise ArgumentTypeError(f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)")
+            raise ArgumentTypeError(
+                f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)"
+            )
         parameters = lc.parameters(model)
         remedies.require_whole(model, parameters)
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
             raise DeviceError(
-                f"the selected parameters are on several devices, {sorted(map(str, devices))}; expected one: move the model with model.to(device)"
+                f"the selected parameters are on several devices, {sorted(map(str, devices))}; expected one: "
+                "move the model with model.to(device)"
             )
         dtypes = {p.dtype for p in parameters.values()}
         dtype = functools.reduce(torch.promote_types, dtypes)
@@ -82,7 +87,7 @@ class Task:
         """The layer of a parameter."""
         return self.collection.layers[self.collection.names.index(name)]
 
-    # -- batches -----------------------------------------------------------------------------------------------------
+    # -- batches -------------------------------------------------------------------------------------------------------
 
     def batches(self, loader: Any) -> Iterator[Batch]:
         """The batches of a loader on the model's device; raises :class:`LoaderError` when there is none."""
@@ -91,7 +96,9 @@ class Task:
             empty = False
             yield move(batch, self.device)
         if empty:
-            raise LoaderError("the loader is empty: expected at least one batch (a used-up generator? pass a list of its batches)")
+            raise LoaderError(
+                "the loader is empty: expected at least one batch (a used-up generator? pass a list of its batches)"
+            )
 
     def run(self, batch: Batch) -> Tensor:
         """The outputs ``(n, ...)`` of one batch, checked; buffers and random states are as they were before."""
@@ -110,17 +117,21 @@ class Task:
                 raise remedy from error
         if not isinstance(outputs, Tensor):
             raise OutputError(
-                f"the {'function' if self.function is not None else 'model'} returned {type(outputs).__name__}; expected a tensor of "
+                f"the {'function' if self.function is not None else 'model'} returned {type(outputs).__name__}; "
+                "expected a tensor of "
                 "outputs (n, c): pass function=lambda inputs, targets: ... to choose it"
             )
         if outputs.is_nested or outputs.layout is not torch.strided:
             kind = "nested" if outputs.is_nested else "sparse"
             raise OutputError(
-                f"the outputs are a {kind} tensor; expected an ordinary one (n, ...): pad, pool or densify them in the model "
+                f"the outputs are a {kind} tensor; expected an ordinary one (n, ...): pad, pool or densify them "
+                "in the model "
                 "or in function="
             )
         if outputs.ndim == 0:
-            raise OutputError("the outputs are a single number; expected one row an example, (n, ...): do not average over the batch")
+            raise OutputError(
+                "the outputs are a single number; expected one row an example, (n, ...): do not average over the batch"
+            )
         if outputs.ndim == 1:
             outputs = outputs.unsqueeze(1)
         if not outputs.is_floating_point():
@@ -130,7 +141,8 @@ class Task:
         size = leading_size(batch)
         if size is not None and outputs.shape[0] != size:
             raise OutputError(
-                f"the outputs have shape {tuple(outputs.shape)} but the batch holds {size} examples; expected ({size}, ...): "
+                f"the outputs have shape {tuple(outputs.shape)} but the batch holds {size} examples; expected "
+                f"({size}, ...): "
                 "examples must stay along the first axis (positions of one example go behind it)"
             )
         return outputs
@@ -141,11 +153,18 @@ class Task:
         elif isinstance(batch, (tuple, list)):
             if not 1 <= len(batch) <= 2:
                 raise LoaderError(
-                    f"a batch is a {type(batch).__name__} of {len(batch)} items; expected (inputs, targets) or (inputs,): "
+                    f"a batch is a {type(batch).__name__} of {len(batch)} items; expected (inputs, targets) or "
+                    "(inputs,): "
                     "pass function=lambda *items: model(...) to say which are inputs"
                 )
             x = batch[0]
-            out = self.model(**x) if isinstance(x, Mapping) else self.model(*x) if isinstance(x, (tuple, list)) else self.model(x)
+            out = (
+                self.model(**x)
+                if isinstance(x, Mapping)
+                else self.model(*x)
+                if isinstance(x, (tuple, list))
+                else self.model(x)
+            )
         else:
             out = self.model(batch)
         logits = getattr(out, "logits", None)
@@ -153,7 +172,9 @@ class Task:
 
 
 class _DenseGradients(TorchFunctionMode):
-    """Embeddings with ``sparse=True``, whose gradients hardly any operation takes, as if without: the numbers are the same."""
+    """Embeddings with ``sparse=True``, whose gradients hardly any operation takes, as if without: the numbers are the
+    same.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -181,7 +202,10 @@ def require_targets(batch: Batch) -> Any:
     """The targets of a batch; raises :class:`LoaderError` where there are none."""
     y = targets(batch)
     if y is None:
-        raise LoaderError(f"this measure needs targets but the batch is {_describe(batch)}; expected (inputs, targets) or a dict with 'labels'")
+        raise LoaderError(
+            f"this measure needs targets but the batch is {_describe(batch)}; expected (inputs, targets) or a "
+            "dict with 'labels'"
+        )
     return y
 
 
@@ -197,10 +221,15 @@ def require_finite(x: Tensor, what: str, batch_index: int) -> None:
     """Raise :class:`NonFiniteError` naming the examples (first axis) of ``x`` that are not finite."""
     if bool(torch.isfinite(x.sum())):
         return
-    bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist() if x.ndim > 1 else (~torch.isfinite(x)).nonzero().flatten().tolist()
+    bad = (
+        (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        if x.ndim > 1
+        else (~torch.isfinite(x)).nonzero().flatten().tolist()
+    )
     if bad:
         raise NonFiniteError(
-            f"{what} of batch {batch_index} contain NaN or infinity for examples {bad[:8]}{'...' if len(bad) > 8 else ''}; "
+            f"{what} of batch {batch_index} contain NaN or infinity for examples "
+            f"{bad[:8]}{'...' if len(bad) > 8 else ''}; "
             "check those inputs and the model's parameters"
         )
 
@@ -210,5 +239,3 @@ def gradients_on() -> Iterator[None]:
     """Gradients are recorded, whatever the caller switched off."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-

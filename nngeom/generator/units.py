@@ -35,7 +35,9 @@ class Unit:
     inputs: dict[int, Tensor] = field(default_factory=dict)  # read once, for all cotangents of the batch
 
     def jacobian(self, gradients: Gradients, n: int, empty: Empty = memory.fresh) -> LayerJacobian:
-        """The rows for output gradients ``[k, *out]`` of all uses; copies of inputs are made in ``empty(name, sizes, like)``."""
+        """The rows for output gradients ``[k, *out]`` of all uses; copies of inputs are made in ``empty(name, sizes,
+        like)``.
+        """
         if self.arrangements is not None:
             return self._unlike(gradients, n, empty)
         main = self.layout.pieces[0].arrangement
@@ -45,7 +47,9 @@ class Unit:
         """Like uses joined, unlike ones summed."""
         groups: dict[tuple[Arrangement, bool], list] = {}
         for (j, use, axis), arrangement in zip(self.uses, self.arrangements or ()):
-            groups.setdefault((arrangement, use.lookup), []).append(self._part(j, use, axis, gradients, n, arrangement, empty))
+            groups.setdefault((arrangement, use.lookup), []).append(
+                self._part(j, use, axis, gradients, n, arrangement, empty)
+            )
         terms = [(arrangement, self._join(parts)) for (arrangement, _), parts in groups.items()]
         if not self.layout.is_span:
             main = self.layout.pieces[0].arrangement
@@ -65,7 +69,9 @@ class Unit:
             self.inputs[j] = self._read(use, axis, n, full.sizes[2], g.dtype, functools.partial(empty, ("inputs", j)))
         return self.inputs[j], g, use
 
-    def _read(self, use: Use, axis: ExampleAxis, n: int, width: int, dtype: torch.dtype, empty: Callable[..., Tensor]) -> Tensor:
+    def _read(
+        self, use: Use, axis: ExampleAxis, n: int, width: int, dtype: torch.dtype, empty: Callable[..., Tensor]
+    ) -> Tensor:
         """``a [n, t, s, i]``, the ones of the bias included; ``[n, t]`` for lookups."""
         lead, column = len(use.lead), use.weight.column  # type: ignore[union-attr]
         if use.copied is not None:
@@ -118,7 +124,10 @@ def _with_ones(a: Tensor, start: int, size: int, empty: Callable[..., Tensor]) -
 
 
 def build_units(
-    uses: list[Use], axes: list[ExampleAxis | None], collection: LayerCollection, part_of: Callable[[str], object] | None = None
+    uses: list[Use],
+    axes: list[ExampleAxis | None],
+    collection: LayerCollection,
+    part_of: Callable[[str], object] | None = None,
 ) -> tuple[list[Unit], set[str]]:
     """Group uses into units; parameters with a use without example axis go to the fallback (second result).
 
@@ -147,7 +156,9 @@ def build_units(
             return None
         if layer[bias.name] != layer[name] or (part_of is not None and part_of(bias.name) != part_of(name)):
             return None
-        fits = all(b is not None and b.row == w.row and b.arrangement.sizes[:2] == w.arrangement.sizes[:2] for w, b in pairs)
+        fits = all(
+            b is not None and b.row == w.row and b.arrangement.sizes[:2] == w.arrangement.sizes[:2] for w, b in pairs
+        )
         return (bias.name, bias) if fits else None
 
     units: list[Unit] = []
@@ -171,9 +182,15 @@ def build_units(
 
 
 def _tied_layout(name: str, offset: int, slots: list[tuple[Slot, Use]]) -> Layout | None:
-    """The layout of a matrix that is used only as itself and transposed; the orientation of a product rather than a lookup."""
+    """The layout of a matrix that is used only as itself and transposed; the orientation of a product rather than a
+    lookup.
+    """
     main = next((slot.arrangement for slot, use in slots if not use.lookup), slots[0][0].arrangement)
     s, o, i = main.sizes
     turned = Arrangement(main.view, (0, 2, 1) if main.is_plain() else (0, 1, 2), (s, i, o))
     fits = all(slot.arrangement in (main, turned) and not use.elementwise for slot, use in slots)
-    return Layout((Piece((name,), offset, main),)) if fits and len(main.view) == 3 and main.view[0] == 1 and (o, i) != (1, 1) else None
+    return (
+        Layout((Piece((name,), offset, main),))
+        if fits and len(main.view) == 3 and main.view[0] == 1 and (o, i) != (1, 1)
+        else None
+    )

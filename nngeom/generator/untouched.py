@@ -1,7 +1,8 @@
-"""Measuring changes nothing: what a forward pass does to buffers and random numbers is undone, and refused where it matters.
+"""Measuring changes nothing: what a forward pass does to buffers and random numbers is undone, and refused where it
+matters.
 
-A pass that draws random numbers, or that changes a buffer, would be another one the next time. What it left is put back,
-also when it raised. Numbers that are drawn and never used are let pass.
+A pass that draws random numbers, or that changes a buffer, would be another one the next time. What it left is put
+back, also when it raised. Numbers that are drawn and never used are let pass.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Watch:
         self._model = model
         self._places = [(m, key) for m in model.modules() for key in _names(m)]
         self._held: list[tuple[Tensor | None, int, Tensor | None]] = [(None, -1, None)] * len(self._places)
-        self._looked = False  # whether values of buffers were compared, not versions only, and states of other libraries
+        self._looked = (
+            False  # whether values of buffers were compared, not versions only, and states of other libraries
+        )
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -60,9 +63,12 @@ class Watch:
             raise ModeError(f"the model draws random numbers of {other} in its forward pass, {_HINT}")
         if changed:
             raise ModeError(
-                f"the forward pass changes the buffers {changed[:4]} of the model, so that it is another one the next time (a "
-                "counter, a moving average, spectral normalisation in training mode?); call model.eval(), or keep them fixed "
-                "while it is measured (of a table made on the first call: call the model once before). They were put back"
+                f"the forward pass changes the buffers {changed[:4]} of the model, so that it is another one the "
+                "next time (a "
+                "counter, a moving average, spectral normalisation in training mode?); call model.eval(), or "
+                "keep them fixed "
+                "while it is measured (of a table made on the first call: call the model once before). They were "
+                "put back"
             )
         if any(drew) and not self.harmless:
             raise Drew(f"the model draws random numbers in its forward pass, {_HINT}")
@@ -91,7 +97,11 @@ class Watch:
         for j, (module, key) in enumerate(self._places):
             now, (held, version, _) = getattr(module, key, None), self._held[j]
             if now is not held or (now is not None and now._version != version):
-                self._held[j] = (now, -1 if now is None else now._version, None if now is None else now.detach().clone())
+                self._held[j] = (
+                    now,
+                    -1 if now is None else now._version,
+                    None if now is None else now.detach().clone(),
+                )
                 self._looked = False
 
     def _restore(self) -> list[str]:
@@ -157,7 +167,8 @@ def _put_back(states: tuple[Any, Any] | None) -> str:
 def require_unused(run: Callable[[], Tensor], watch: Watch) -> None:
     """Raise :class:`ModeError` where random numbers that ``run`` draws go into another operation, or are its outputs.
 
-    Numbers that are the same whatever the state of the generators before, as those of one that the pass seeds itself, are none.
+    Numbers that are the same whatever the state of the generators before, as those of one that the pass seeds itself,
+    are none.
     """
     outputs, draws = _watched(run, watch)
     if id(outputs) in draws.drawn:

@@ -1,4 +1,6 @@
-"""Whether the rows of captured uses are autograd's: random gradients put in at the uses, pulled back to the parameters."""
+"""Whether the rows of captured uses are autograd's: random gradients put in at the uses, pulled back to the
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,10 @@ COMPARED = {torch.float64: 1e-7, torch.float32: 2e-3}  # of one operation, in it
 def compare(task: Task, seen: Capture, units: list[Unit]) -> tuple[set[str], set[str]]:
     """Parameters of units that were compared with autograd's gradient, and those whose rows are not autograd's.
 
-    Random gradients are put in at the uses and pulled back to their parameters: an adapter is right when what it makes of
-    gradients is what autograd makes of them. Parameters of one use are compared by themselves, where nothing else has to be
-    pulled back; others together. A parameter whose gradient is below the rounding of what was added up for it was not compared.
+    Random gradients are put in at the uses and pulled back to their parameters: an adapter is right when what it makes
+    of gradients is what autograd makes of them. Parameters of one use are compared by themselves, where nothing else
+    has to be pulled back; others together. A parameter whose gradient is below the rounding of what was added up for it
+    was not compared.
     """
     times = Counter(slot.name for use in seen.uses for slot in use.slots)
     alone = [unit for unit in units if len(unit.uses) == 1 and all(times[name] == 1 for name in unit.layout.names)]
@@ -51,10 +54,10 @@ def compare(task: Task, seen: Capture, units: list[Unit]) -> tuple[set[str], set
     return compared, wrong
 
 
-
-
 def _pulled(task: Task, seen: Capture, units: list[Unit]) -> tuple[dict[int, Tensor], dict[str, Tensor | None]]:
-    """``{use: [1, *out]}``, the gradients that arrive when random ones are put in at all uses, and those of the parameters."""
+    """``{use: [1, *out]}``, the gradients that arrive when random ones are put in at all uses, and those of the
+    parameters.
+    """
     indices = sorted({j for unit in units for j, _, _ in unit.uses})
     parameters = {name: task.parameters[name] for unit in units for name in unit.layout.names}
     edges: list[Any] = [seen.uses[j].edge for j in indices]
@@ -69,8 +72,9 @@ def _pulled(task: Task, seen: Capture, units: list[Unit]) -> tuple[dict[int, Ten
 
 
 def _needed(node: Any) -> list[GradientEdge]:
-    """What must be asked for with the parameters of an operation: without its input, a group norm of channels-last tensors
-    ends the process (torch 2.13, CPU)."""
+    """What must be asked for with the parameters of an operation: without its input, a group norm of channels-last
+    tensors ends the process (torch 2.13, CPU).
+    """
     following, number = node.next_functions[0] if operation(node) == "NativeGroupNorm" else (None, 0)
     return [] if following is None else [GradientEdge(following, number)]
 
@@ -94,7 +98,11 @@ def _gradients(task: Task, unit: Unit, gradients: dict[int, Tensor], n: int) -> 
     """``(parameter, sum of its rows, rounding of the sum)``."""
     jacobian = unit.jacobian(gradients, n)
     total = jacobian.vjp(torch.ones(1, n, dtype=jacobian.dtype, device=jacobian.device))
-    noise = 20 * torch.finfo(gradients[unit.uses[0][0]].dtype).eps * sum(_size(unit, j, gradients[j]) for j, _, _ in unit.uses)
+    noise = (
+        20
+        * torch.finfo(gradients[unit.uses[0][0]].dtype).eps
+        * sum(_size(unit, j, gradients[j]) for j, _, _ in unit.uses)
+    )
     for name, got in _by_name(unit.layout, total, task.collection.offsets()).items():
         yield name, got, noise
 

@@ -43,7 +43,9 @@ class Use:
     lead: tuple[int, ...]  # sizes of the axes of the output that hold examples and positions
     gradients: Callable[[Tensor], Tensor]  # [k, *out] -> [k, *lead, s, o]
     inputs: Callable[[], Tensor] | None = None  # () -> [*lead, s, i]; integer [*lead] for lookups; None without weight
-    copied: Callable[[Callable, bool], Tensor] | None = None  # (empty, ones) -> copies of inputs, in ``empty(sizes, like)``, and the ones of the bias
+    copied: Callable[[Callable, bool], Tensor] | None = (
+        None  # (empty, ones) -> copies of inputs, in ``empty(sizes, like)``, and the ones of the bias
+    )
     channels: int = -1  # axis of the output that holds features
     lookup: bool = False
     elementwise: bool = False  # o = 1 by nature: rows are formed at once, blocks are exact
@@ -66,7 +68,9 @@ class Use:
         self.sources = ()
 
     def broadcast(self, out: Tensor, extra: int) -> Use:
-        """This use as seen through an addition that copies its output along ``extra`` new axes (or a first axis of one)."""
+        """This use as seen through an addition that copies its output along ``extra`` new axes (or a first axis of
+        one).
+        """
         added = tuple(out.shape[: max(extra, 1)])
         lead = added + (self.lead if extra else self.lead[1:])
         inputs = self.inputs
@@ -84,22 +88,34 @@ class Use:
             return out.reshape(k, *added, *out.shape[1 + len(unit) :])
 
         copy = dataclasses.replace(
-            self, lead=lead, gradients=gradients, inputs=None if inputs is None else expanded, copied=None, origin=self.origin or self.edge
+            self,
+            lead=lead,
+            gradients=gradients,
+            inputs=None if inputs is None else expanded,
+            copied=None,
+            origin=self.origin or self.edge,
         )
         return copy.finish(out)
 
     def read_inputs(self, empty: Callable[..., Tensor] | None = None, ones: bool = False) -> Tensor:
-        """``[*lead, s, i]`` (integer ``[*lead]`` for lookups), with ``empty`` as :attr:`copied`; raises where the input was overwritten since."""
+        """``[*lead, s, i]`` (integer ``[*lead]`` for lookups), with ``empty`` as :attr:`copied`; raises where the input
+        was overwritten since.
+        """
         for x, version in self.sources:
             if x._version != version:
-                raise CoverageError(f"the input of {self.operation} was overwritten in place after it was used; use an out-of-place operation there")
+                raise CoverageError(
+                    f"the input of {self.operation} was overwritten in place after it was used; use an "
+                    "out-of-place operation there"
+                )
         if self.inputs is None:
             raise CoverageError(f"{self.operation} was recorded without its input")
         return self.inputs() if empty is None or self.copied is None else self.copied(empty, ones)
 
     @property
     def features(self) -> int:
-        """The axis of the output before which cotangents lie best in memory, so that with its features they are one axis."""
+        """The axis of the output before which cotangents lie best in memory, so that with its features they are one
+        axis.
+        """
         return self.channels % max(1, len(self.shape))
 
     @property
@@ -188,7 +204,9 @@ class Call:
         raise NotStructured
 
     def vector(self, x: Tensor | None, s: int = 1) -> Slot | None:
-        """The slot of a bias of ``s * o`` entries: a parameter, or for ``s = 1`` a run of neighbours of one, of any shape."""
+        """The slot of a bias of ``s * o`` entries: a parameter, or for ``s = 1`` a run of neighbours of one, of any
+        shape.
+        """
         found = self._parameter(x)
         if x is None or found is None:
             return None

@@ -30,7 +30,8 @@ def patches(
     ones: bool,
     empty: Callable[..., Tensor],
 ) -> Tensor:
-    """The windows a convolution sees, and ones: ``[n, c, *space] -> [n, *out_space, s, i]``, one copy of the input's windows into ``empty(sizes, x)``.
+    """The windows a convolution sees, and ones: ``[n, c, *space] -> [n, *out_space, s, i]``, one copy of the input's
+    windows into ``empty(sizes, x)``.
 
     In memory the positions of all examples lie side by side, one row an entry of the window: that is how the input has
     them, and what products over examples and positions want.
@@ -40,7 +41,9 @@ def patches(
     d, n = len(kernel), x.shape[0]
     for axis, (k, s, r) in enumerate(zip(kernel, stride, dilation), start=2):
         x = x.unfold(axis, (k - 1) * r + 1, s)[..., ::r]
-    windows = x.unflatten(1, (groups, -1)).permute(1, 2, *range(3 + d, 3 + 2 * d), 0, *range(3, 3 + d))  # [s c *kernel n *out]
+    windows = x.unflatten(1, (groups, -1)).permute(
+        1, 2, *range(3 + d, 3 + 2 * d), 0, *range(3, 3 + d)
+    )  # [s c *kernel n *out]
     space, i = windows.shape[-d:], math.prod(windows.shape[1 : 2 + d])
     if x.requires_grad:
         rows = windows.reshape(groups, i, n, *space)

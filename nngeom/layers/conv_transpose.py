@@ -36,7 +36,15 @@ def transposed_patches(x: Tensor, kernel, stride, padding, output_padding, dilat
     F.conv_transpose3d,
 )
 def conv_transpose(
-    call: Call, input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, output_padding=0, groups: int = 1, dilation=1
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    bias=None,
+    stride=1,
+    padding=0,
+    output_padding=0,
+    groups: int = 1,
+    dilation=1,
 ) -> Use:
     """``weight [(s i), o, *kernel]``."""
     d = weight.ndim - 2

@@ -1,4 +1,5 @@
-"""A bare parameter that scales or shifts: ``x * w``, ``x / w`` (by the fallback), ``x + w``, ``x - w``, and expansions of it.
+"""A bare parameter that scales or shifts: ``x * w``, ``x / w`` (by the fallback), ``x + w``, ``x - w``, and expansions
+of it.
 
 The axes along which the parameter is broadcast hold examples and positions; the others are its groups.
 """
@@ -62,7 +63,8 @@ def scale(call: Call, input, other) -> Use:
     )
 
 
-TABLE_SIZE = 4096  # a shift of several axes with more entries is a table of positions, looked up; a smaller one is one exact block
+# a shift of several axes with more entries is a table of positions, looked up; a smaller one is one exact block
+TABLE_SIZE = 4096
 
 
 def _shift(call: Call, w: Tensor, sign: float) -> Use:
@@ -71,10 +73,14 @@ def _shift(call: Call, w: Tensor, sign: float) -> Use:
     if w.numel() > TABLE_SIZE and len(own) > 1 and len(broadcast) > 0:
         return _table(call, w, sign, broadcast, own, lead)
     slot = call.vector(w)
-    return Use("shift", None, slot, lead, gradients=lambda g: (move(g, 1) * sign if sign != 1 else move(g, 1)).unsqueeze(-2))
+    return Use(
+        "shift", None, slot, lead, gradients=lambda g: (move(g, 1) * sign if sign != 1 else move(g, 1)).unsqueeze(-2)
+    )
 
 
-def _table(call: Call, w: Tensor, sign: float, broadcast: tuple[int, ...], own: tuple[int, ...], lead: tuple[int, ...]) -> Use:
+def _table(
+    call: Call, w: Tensor, sign: float, broadcast: tuple[int, ...], own: tuple[int, ...], lead: tuple[int, ...]
+) -> Use:
     """``w [rows, o]`` added to every example: each row of it is looked up once."""
     out = call.out.shape
     width, rows = out[own[-1]], w.numel() // out[own[-1]]
@@ -92,14 +98,18 @@ def _table(call: Call, w: Tensor, sign: float, broadcast: tuple[int, ...], own: 
     )
 
 
-@adapts(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_, torch.Tensor.__iadd__)
+@adapts(
+    torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_, torch.Tensor.__iadd__
+)
 def add(call: Call, input, other, *, alpha: float = 1) -> Use:
     """``input + alpha * other`` with one of them a parameter."""
     _, w = _operands(call, input, other)
     return _shift(call, w, alpha if w is other else 1)
 
 
-@adapts(torch.sub, torch.Tensor.sub, torch.Tensor.__sub__, torch.Tensor.__rsub__, torch.Tensor.sub_, torch.Tensor.__isub__)
+@adapts(
+    torch.sub, torch.Tensor.sub, torch.Tensor.__sub__, torch.Tensor.__rsub__, torch.Tensor.sub_, torch.Tensor.__isub__
+)
 def sub(call: Call, input, other, *, alpha: float = 1) -> Use:
     """``input - alpha * other`` with one of them a parameter."""
     _, w = _operands(call, input, other)
@@ -124,9 +134,19 @@ def prelu(call: Call, input: Tensor, weight: Tensor) -> Use:
     )
 
 
-@adapts(torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to, torch.Tensor.repeat, torch.tile, torch.Tensor.tile)
+@adapts(
+    torch.Tensor.expand,
+    torch.Tensor.expand_as,
+    torch.broadcast_to,
+    torch.Tensor.broadcast_to,
+    torch.Tensor.repeat,
+    torch.tile,
+    torch.Tensor.tile,
+)
 def expand(call: Call, input: Tensor, *sizes) -> Use:
-    """Copies of a parameter along new or unit axes, a class token for every example: the gradient of each copy is a row."""
+    """Copies of a parameter along new or unit axes, a class token for every example: the gradient of each copy is a
+    row.
+    """
     if any(a not in (1, b) for a, b in zip(reversed(input.shape), reversed(call.out.shape))):
         raise NotStructured  # repeated along an axis of its own
     return _shift(call, input, 1)

@@ -16,7 +16,15 @@ from nngeom.core.layout import Arrangement
 from nngeom.layers.adapter import Call, Use, adapts
 
 
-def _use(call: Call, name: str, weight, bias, lead, normalised: Callable[[], Tensor], features_last: Callable[[Tensor, int], Tensor]) -> Use:
+def _use(
+    call: Call,
+    name: str,
+    weight,
+    bias,
+    lead,
+    normalised: Callable[[], Tensor],
+    features_last: Callable[[Tensor, int], Tensor],
+) -> Use:
     """``features_last(x, b)`` moves ``[*b, *out]`` to ``[*b, *lead, s]``."""
     size = next(p.numel() for p in (weight, bias) if p is not None)
     plain = Arrangement.plain(size, 1, 1)
@@ -45,7 +53,9 @@ def _channel_lead(out: Tensor) -> tuple[int, ...]:
 
 
 @adapts(F.layer_norm, torch.layer_norm)
-def layer_norm(call: Call, input: Tensor, normalized_shape, weight=None, bias=None, eps: float = 1e-5, cudnn_enable=True) -> Use:
+def layer_norm(
+    call: Call, input: Tensor, normalized_shape, weight=None, bias=None, eps: float = 1e-5, cudnn_enable=True
+) -> Use:
     """Over the last axes."""
     x, d = call.keep(input), len(normalized_shape)
     normalised = lambda: F.layer_norm(x, normalized_shape, eps=eps)
@@ -61,7 +71,9 @@ def rms_norm(call: Call, input: Tensor, normalized_shape, weight=None, eps: floa
 
 
 @adapts(F.group_norm, torch.group_norm)
-def group_norm(call: Call, input: Tensor, num_groups: int, weight=None, bias=None, eps: float = 1e-5, cudnn_enabled=True) -> Use:
+def group_norm(
+    call: Call, input: Tensor, num_groups: int, weight=None, bias=None, eps: float = 1e-5, cudnn_enabled=True
+) -> Use:
     """Over groups of channels and all positions of one example."""
     x = call.keep(input)
     normalised = lambda: F.group_norm(x, num_groups, eps=eps)
@@ -69,7 +81,9 @@ def group_norm(call: Call, input: Tensor, num_groups: int, weight=None, bias=Non
 
 
 @adapts(F.batch_norm)
-def batch_norm(call: Call, input: Tensor, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5) -> Use:
+def batch_norm(
+    call: Call, input: Tensor, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+) -> Use:
     """With frozen statistics: in training mode it mixes examples and is refused before it gets here."""
     if training:
         raise ModeError("batch normalisation in training mode mixes the examples of a batch; call model.eval()")
@@ -80,7 +94,15 @@ def batch_norm(call: Call, input: Tensor, running_mean, running_var, weight=None
 
 @adapts(F.instance_norm)
 def instance_norm(
-    call: Call, input: Tensor, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+    call: Call,
+    input: Tensor,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
 ) -> Use:
     """Over the positions of one channel of one example."""
     x = call.keep(input)

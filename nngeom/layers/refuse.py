@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from nngeom.core.errors import ModeError
 
 _DROPOUT = "dropout is active, so the measure would be random; call model.eval() (or set its probability to 0)"
-_BATCH_NORM = "batch normalisation uses the statistics of the batch, so examples are mixed; call model.eval() (and keep track_running_stats=True)"
+_BATCH_NORM = (
+    "batch normalisation uses the statistics of the batch, so examples are mixed; call model.eval() (and "
+    "keep track_running_stats=True)"
+)
 
 REFUSALS: dict[Any, Callable[..., None]] = {}
 
@@ -58,7 +61,9 @@ def _multi_head(*args, **kwargs) -> None:
 
 
 @_refuses(F.batch_norm)
-def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training: bool = False, *args, **kwargs) -> None:
+def _batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training: bool = False, *args, **kwargs
+) -> None:
     if training:
         raise ModeError(_BATCH_NORM)
 
@@ -76,6 +81,16 @@ def _recurrent(input, hx, params, has_biases, num_layers, dropout=0.0, train=Fal
 
 
 @_refuses(F.embedding, torch.embedding)
-def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq: bool = False, sparse: bool = False) -> None:
+def _embedding(
+    input,
+    weight,
+    padding_idx=None,
+    max_norm=None,
+    norm_type=2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> None:
     if scale_grad_by_freq:
-        raise ModeError("scale_grad_by_freq divides gradients by counts over the batch, so examples are mixed; set it to False")
+        raise ModeError(
+            "scale_grad_by_freq divides gradients by counts over the batch, so examples are mixed; set it to False"
+        )

@@ -23,7 +23,8 @@ Learner = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (inputs, labels, he
 
 @dataclass(frozen=True)
 class CScores:
-    """``score (n,)`` in [0, 1], the mean over subset sizes; ``by_size (sizes, n)``; ``held_out (sizes, n)`` counts of models.
+    """``score (n,)`` in [0, 1], the mean over subset sizes; ``by_size (sizes, n)``; ``held_out (sizes, n)`` counts of
+    models.
 
     An example that no model of a size held out has NaN there and counts with the other sizes.
     """
@@ -45,27 +46,33 @@ def c_scores(
     workers: int = 1,
     path: str | os.PathLike | None = None,
 ) -> CScores:
-    """For each subset size ``s``: the share of ``repeats`` models, trained on ``s`` random examples other than ``x``, that predict ``y``.
+    """For each subset size ``s``: the share of ``repeats`` models, trained on ``s`` random examples other than ``x``,
+    that predict ``y``.
 
     ``learner(inputs, labels, held_out_inputs, seed)`` returns predicted labels; by default ridge regression on one-hot
     labels. ``workers > 1`` spreads models over processes (the learner must be importable, and a script needs its
-    ``if __name__ == "__main__"``); results do not depend on it. ``path``: a ``.npz`` that keeps finished models, so that
-    an interrupted estimate goes on where it stopped.
+    ``if __name__ == "__main__"``); results do not depend on it. ``path``: a ``.npz`` that keeps finished models, so
+    that an interrupted estimate goes on where it stopped.
 
-    Raises :class:`ArgumentError`, and :class:`FileError` for a file of other data or settings. Source: Jiang et al. 2021;
-    George 2023, thesis, eq. 5.3.2.
+    Raises :class:`ArgumentError`, and :class:`FileError` for a file of other data or settings. Source: Jiang et al.
+    2021; George 2023, thesis, eq. 5.3.2.
     """
     n = len(inputs)
     if labels.shape != (n,):
         raise ArgumentError(f"labels have shape {tuple(labels.shape)}; expected ({n},), one an input")
     if not sizes or not all(1 <= s < n for s in sizes) or repeats < 1 or workers < 1:
-        raise ArgumentError(f"sizes={list(sizes)}, repeats={repeats}, workers={workers}; expected sizes in [1, {n - 1}], and at least one repeat and worker")
+        raise ArgumentError(
+            f"sizes={list(sizes)}, repeats={repeats}, workers={workers}; expected sizes in [1, {n - 1}], and at "
+            "least one repeat and worker"
+        )
     jobs = [(i, s, r) for i, s in enumerate(sizes) for r in range(repeats)]
     key = _fingerprint(inputs, labels, sizes, seed, learner)
     right, done = _read(path, key) if path is not None and os.path.exists(path) else ({}, set())
     todo = [job for job in jobs if job not in done]
     one = partial(_one, inputs.flatten(1) if learner is None else inputs, labels, learner or ridge, seed)
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) if workers > 1 and todo else None
+    pool = (
+        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) if workers > 1 and todo else None
+    )
     try:
         for count, (job, outcome) in enumerate((pool.map if pool else map)(one, todo)):
             right[job] = outcome
@@ -81,7 +88,9 @@ def c_scores(
 
 
 def ridge(inputs: Tensor, labels: Tensor, held_out: Tensor, seed: int = 0, strength: float = 1e-2) -> Tensor:
-    """Predictions of ridge regression on one-hot labels, ``strength`` relative to the mean squared norm of the inputs."""
+    """Predictions of ridge regression on one-hot labels, ``strength`` relative to the mean squared norm of the
+    inputs.
+    """
     y = require_class_labels(labels, len(inputs), "ridge regression on labels")
     if int(y.min()) < 0:
         raise ArgumentError(f"labels go from {int(y.min())} to {int(y.max())}; expected classes from 0 on")
@@ -95,7 +104,9 @@ def ridge(inputs: Tensor, labels: Tensor, held_out: Tensor, seed: int = 0, stren
     return ((held_out.flatten(1).double() - mean) @ x.T @ dual + bias).argmax(1)
 
 
-def _one(inputs: Tensor, labels: Tensor, learner: Learner, seed: int, job: tuple[int, int, int]) -> tuple[tuple[int, int, int], np.ndarray]:
+def _one(
+    inputs: Tensor, labels: Tensor, learner: Learner, seed: int, job: tuple[int, int, int]
+) -> tuple[tuple[int, int, int], np.ndarray]:
     """One model: ``(n,)`` of 1 (right), 0 (wrong), -1 (in its training set)."""
     i, size, r = job
     torch.set_num_threads(1)
@@ -112,7 +123,16 @@ def _one(inputs: Tensor, labels: Tensor, learner: Learner, seed: int, job: tuple
 
 
 def _fingerprint(inputs: Tensor, labels: Tensor, sizes: Sequence[int], seed: int, learner: Any) -> str:
-    digest = hashlib.sha256(repr((tuple(inputs.shape), list(sizes), seed, getattr(learner, "__qualname__", repr(learner) if learner else None))).encode())
+    digest = hashlib.sha256(
+        repr(
+            (
+                tuple(inputs.shape),
+                list(sizes),
+                seed,
+                getattr(learner, "__qualname__", repr(learner) if learner else None),
+            )
+        ).encode()
+    )
     for t in (inputs, labels):
         digest.update(t.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -123,9 +143,14 @@ def _read(path: Any, key: str) -> tuple[dict, set]:
         with np.load(path, allow_pickle=False) as file:
             given, jobs, table = str(file["key"]), file["jobs"], file["right"]
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise FileError(f"{os.fspath(path)} is not a file of C-scores ({error}); expected one written here: delete it or pass another path") from error
+        raise FileError(
+            f"{os.fspath(path)} is not a file of C-scores ({error}); expected one written here: delete it or "
+            "pass another path"
+        ) from error
     if given != key:
-        raise FileError(f"{os.fspath(path)} holds C-scores of other data, sizes, seed or learner; delete it or pass another path")
+        raise FileError(
+            f"{os.fspath(path)} holds C-scores of other data, sizes, seed or learner; delete it or pass another path"
+        )
     right = {tuple(int(x) for x in job): row for job, row in zip(jobs, table)}
     return right, set(right)
 

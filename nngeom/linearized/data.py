@@ -29,7 +29,12 @@ def in_disks(x: Tensor, radius: float = 0.3) -> Tensor:
 
 
 def add_spurious_feature(
-    inputs: Tensor, labels: Tensor, agreement: float, strength: float, noise: float, generator: torch.Generator | None = None
+    inputs: Tensor,
+    labels: Tensor,
+    agreement: float,
+    strength: float,
+    noise: float,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(inputs with one more column, attribute)`` for binary labels.
 

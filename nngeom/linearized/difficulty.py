@@ -28,7 +28,9 @@ class Groups:
 
 
 def groups_by_flag(flag: Tensor, names: tuple[str, str] = ("clean", "noisy")) -> Groups:
-    """Two groups from a boolean ``(n,)``: those where it is false, then those where it is true (wrong label, rare attribute)."""
+    """Two groups from a boolean ``(n,)``: those where it is false, then those where it is true (wrong label, rare
+    attribute).
+    """
     if flag.ndim != 1 or flag.dtype != torch.bool:
         raise ArgumentError(f"flag is a {flag.dtype} tensor of shape {tuple(flag.shape)}; expected booleans (n,)")
     _require_distinct(names)
@@ -47,7 +49,10 @@ def groups_by_score(scores: Tensor, count: int = 10, names: Sequence[str] | None
     Ties are broken by index. Raises :class:`ArgumentError` for scores that are not finite or fewer than groups.
     """
     if scores.ndim != 1 or not 1 <= count <= len(scores) or not bool(torch.isfinite(scores).all()):
-        raise ArgumentError(f"scores have shape {tuple(scores.shape)} for {count} groups; expected at least that many finite numbers (n,)")
+        raise ArgumentError(
+            f"scores have shape {tuple(scores.shape)} for {count} groups; expected at least that many finite "
+            "numbers (n,)"
+        )
     if names is None:
         names = [f"q{i + 1}" for i in range(count)]
     if len(names) != count:
@@ -58,21 +63,30 @@ def groups_by_score(scores: Tensor, count: int = 10, names: Sequence[str] | None
 
 
 def groups_by_attribute(label: Tensor, attribute: Tensor) -> Groups:
-    """Two groups: ``"with"``, where the spurious attribute agrees with the label, and ``"without"``, where it does not."""
+    """Two groups: ``"with"``, where the spurious attribute agrees with the label, and ``"without"``, where it does
+    not.
+    """
     if label.shape != attribute.shape or label.ndim != 1:
-        raise ArgumentError(f"label has shape {tuple(label.shape)} and attribute {tuple(attribute.shape)}; expected the same (n,)")
+        raise ArgumentError(
+            f"label has shape {tuple(label.shape)} and attribute {tuple(attribute.shape)}; expected the same (n,)"
+        )
     y, a = (require_class_labels(t, len(label), "a group") for t in (label, attribute))
     return groups_by_flag(y != a, ("with", "without"))
 
 
-def flip_labels(labels: Tensor, share: float, classes: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """``(noisy labels, flag)``: a share of the labels replaced by another class each, drawn uniformly; the flag marks them.
+def flip_labels(
+    labels: Tensor, share: float, classes: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(noisy labels, flag)``: a share of the labels replaced by another class each, drawn uniformly; the flag marks
+    them.
 
     Labels ``(n,)`` are 0 to ``classes - 1``, in any dtype, which is kept. Exactly ``round(share * n)`` are wrong.
     Raises :class:`ArgumentError`, and :class:`OutputError` for labels that are no classes.
     """
     if not 0 <= share <= 1 or classes < 2:
-        raise ArgumentError(f"share is {share!r} and classes {classes!r}; expected a share in [0, 1] and at least 2 classes")
+        raise ArgumentError(
+            f"share is {share!r} and classes {classes!r}; expected a share in [0, 1] and at least 2 classes"
+        )
     n = len(labels)
     y = require_class_labels(labels, n, "flip_labels")
     if n and not 0 <= int(y.min()) <= int(y.max()) < classes:

@@ -91,7 +91,10 @@ def as_outputs(out: Any) -> Tensor:
     """The tensor of outputs, or the ``.logits`` of what the model returned."""
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor):
-        raise OutputError(f"the model returned {type(out).__name__}; expected a tensor, or an object with a tensor .logits: wrap the model")
+        raise OutputError(
+            f"the model returned {type(out).__name__}; expected a tensor, or an object with a tensor .logits: "
+            "wrap the model"
+        )
     return logits
 
 
@@ -99,8 +102,10 @@ def _require_frozen_statistics(model: nn.Module, what: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ModeError(
-                f"{what} got a model whose batch normalisation {name!r} uses the statistics of the batch; expected frozen statistics, "
-                "because f and f0 would be different functions of the batch and its running averages would be updated by both: call model.eval() first"
+                f"{what} got a model whose batch normalisation {name!r} uses the statistics of the batch; "
+                "expected frozen statistics, "
+                "because f and f0 would be different functions of the batch and its running averages would be "
+                "updated by both: call model.eval() first"
             )
 
 

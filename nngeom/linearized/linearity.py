@@ -19,7 +19,8 @@ from nngeom.space.collection import LayerCollection
 
 @dataclass(frozen=True)
 class Linearity:
-    """Three measures in [0, 1] (representations of mixed signs included: Gram matrices are positive); all 1 at the start.
+    """Three measures in [0, 1] (representations of mixed signs included: Gram matrices are positive); all 1 at the
+    start.
 
     ``units``: the number of (example, unit) pairs behind ``sign_similarity``, which is NaN where there are none: a
     network without ReLU-like activations. An alignment is NaN where a kernel or a representation is zero.
@@ -42,18 +43,21 @@ def linearity(
 ) -> Linearity:
     """Compare a model in training with ``reference``, a copy from the start of the run, on the examples of ``loader``.
 
-    ``sign_similarity``: share of (example, unit) pairs of all ReLU-like activations whose state, input > 0, is the same.
-    ``kernel_alignment``: ``<K, K0> / |K| |K0|``, uncentred, of the tangent kernels (``nc x nc``: pass a few hundred
-    examples). ``representation_alignment``: the same of the Gram matrices ``(n, n)`` of the inputs of the last linear
-    map with parameters, or of the module named ``layer``. A :class:`Scaled` or :class:`Linearized` model stands for the
-    network inside it, and its start may be given as ``reference=None``. Other arguments as in ``GramMatrix``.
+    ``sign_similarity``: share of (example, unit) pairs of all ReLU-like activations whose state, input > 0, is the
+    same. ``kernel_alignment``: ``<K, K0> / |K| |K0|``, uncentred, of the tangent kernels (``nc x nc``: pass a few
+    hundred examples). ``representation_alignment``: the same of the Gram matrices ``(n, n)`` of the inputs of the last
+    linear map with parameters, or of the module named ``layer``. A :class:`Scaled` or :class:`Linearized` model stands
+    for the network inside it, and its start may be given as ``reference=None``. Other arguments as in ``GramMatrix``.
 
     Raises :class:`ArgumentError` for a missing reference, :class:`StructureError` where the layer is not found or the
     models differ. Source: George 2023, thesis, section 5.2.
     """
     if reference is None:
         if not isinstance(model, Expansion):
-            raise ArgumentError(f"reference is None and model is {type(model).__name__}; expected a copy of the model from the start of the run")
+            raise ArgumentError(
+                f"reference is None and model is {type(model).__name__}; expected a copy of the model from the "
+                "start of the run"
+            )
         reference = model.reference()
     now, start = _network(model), _network(reference)
     batches = list(as_batches(loader))
@@ -81,7 +85,10 @@ def _forward(now, start, batches, layer, function, collection) -> tuple[int, int
         seen = [_watched(task, batch, layer) for task, batch in zip(tasks, pair)]
         masks, others = (watch.signs for watch in seen)
         if [m.shape for m in masks] != [m.shape for m in others]:
-            raise StructureError(f"model and reference call different activations ({len(masks)} and {len(others)}); expected two copies of one model")
+            raise StructureError(
+                f"model and reference call different activations ({len(masks)} and {len(others)}); expected two "
+                "copies of one model"
+            )
         for mask, other in zip(masks, others):
             same += int((mask == other.to(mask.device)).sum())
             units += mask.numel()

@@ -40,13 +40,17 @@ class Linearized(Expansion):
         out = f0 if change is None else f0 + change
         return out if recording else out.detach()
 
-    def _forward_mode(self, delta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _forward_mode(
+        self, delta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
         with forward_ad.dual_level(), ReverseConventions():
             duals = {name: forward_ad.make_dual(w0, delta[name]) for name, w0 in self._start().items()}
             outputs = as_outputs(functional_call(self.model, duals, args, kwargs))
             return tuple(forward_ad.unpack_dual(outputs))
 
-    def _double_backward(self, delta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _double_backward(
+        self, delta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         """``J v`` is the derivative in ``u`` of ``(J^T u) . v``."""
         start = {name: w0.detach().requires_grad_() for name, w0 in self._start().items()}
         with torch.backends.cudnn.flags(enabled=False):  # its recurrent kernels have no second derivative

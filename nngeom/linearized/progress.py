@@ -27,7 +27,9 @@ class Run(Mapping):
     def record(self, **values: Any) -> None:
         """Append one record; raises :class:`ArgumentError` unless it has the columns of the first one."""
         if self.columns and set(values) != set(self.columns):
-            raise ArgumentError(f"a record has the columns {sorted(values)}; expected {sorted(self.columns)}, as in the first one")
+            raise ArgumentError(
+                f"a record has the columns {sorted(values)}; expected {sorted(self.columns)}, as in the first one"
+            )
         for name, value in values.items():
             self.columns.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float64).detach().cpu())
 
@@ -43,8 +45,9 @@ class Run(Mapping):
 
 @dataclass(frozen=True)
 class EqualProgress:
-    """Two runs at common thresholds of progress: every curve of ``a`` and ``b`` is ``(thresholds, ...)``, NaN where a run
-    never got that far. ``index_a``, ``index_b``: at which record (a fraction, when interpolated) it did."""
+    """Two runs at common thresholds of progress: every curve of ``a`` and ``b`` is ``(thresholds, ...)``, NaN where a
+    run never got that far. ``index_a``, ``index_b``: at which record (a fraction, when interpolated) it did.
+    """
 
     thresholds: Tensor
     a: dict[str, Tensor]
@@ -69,29 +72,37 @@ def equal_progress(
 ) -> EqualProgress:
     """Resample the curves of two runs where their progress first crosses each threshold.
 
-    A run is a :class:`Run`, any mapping of names to columns ``(records, ...)``, a list of mappings (one a record), or an
-    object with such a ``.history``.
-    ``progress`` names the column, by default the first of ``loss``, ``train_loss``, ``progress``; ``falling=False``
-    where it grows, as an accuracy. ``smoothing`` in [0, 1) is the weight of the past in a moving average of the progress
-    that decides on crossings. ``interpolate``: linear between the records around the crossing, else the first one
-    past it. A run that starts past a threshold counts as there at its first record.
+    A run is a :class:`Run`, any mapping of names to columns ``(records, ...)``, a list of mappings (one a record), or
+    an object with such a ``.history``. ``progress`` names the column, by default the first of ``loss``, ``train_loss``,
+    ``progress``; ``falling=False`` where it grows, as an accuracy. ``smoothing`` in [0, 1) is the weight of the past in
+    a moving average of the progress that decides on crossings. ``interpolate``: linear between the records around the
+    crossing, else the first one past it. A run that starts past a threshold counts as there at its first record.
 
     Raises :class:`ArgumentError`. Source: George 2023, thesis, section 5.3.1.
     """
     if not 0 <= smoothing < 1:
         raise ArgumentError(f"smoothing is {smoothing!r}; expected the weight of the past, in [0, 1)")
-    levels = torch.as_tensor(thresholds if isinstance(thresholds, Tensor) else list(thresholds), dtype=torch.float64).reshape(-1)
+    levels = torch.as_tensor(
+        thresholds if isinstance(thresholds, Tensor) else list(thresholds), dtype=torch.float64
+    ).reshape(-1)
     columns = [_columns(run, which) for run, which in ((run_a, "run_a"), (run_b, "run_b"))]
     name = progress or next((n for n in _USUAL if all(n in c for c in columns)), None)
     if name is None or any(name not in c for c in columns):
-        raise ArgumentError(f"progress is {progress!r}; expected a column of both runs, which have {sorted(columns[0])} and {sorted(columns[1])}")
-    where = [first_crossing(c[name], levels, falling=falling, interpolate=interpolate, smoothing=smoothing) for c in columns]
+        raise ArgumentError(
+            f"progress is {progress!r}; expected a column of both runs, which have {sorted(columns[0])} and "
+            f"{sorted(columns[1])}"
+        )
+    where = [
+        first_crossing(c[name], levels, falling=falling, interpolate=interpolate, smoothing=smoothing) for c in columns
+    ]
     common = [n for n in columns[0] if n in columns[1]]
     a, b = ({n: read_at(c[n], w) for n in common} for c, w in zip(columns, where))
     return EqualProgress(levels, a, b, *where)
 
 
-def first_crossing(progress: Tensor, levels: Tensor, *, falling: bool = True, interpolate: bool = True, smoothing: float = 0.0) -> Tensor:
+def first_crossing(
+    progress: Tensor, levels: Tensor, *, falling: bool = True, interpolate: bool = True, smoothing: float = 0.0
+) -> Tensor:
     """The record ``(levels,)`` at which ``progress (records,)`` first reaches each level; NaN where it never does.
 
     Records without progress (NaN) are passed over: crossings lie between those that have it.
@@ -136,17 +147,23 @@ def _columns(run: Any, which: str) -> dict[str, Tensor]:
             raise ArgumentError(f"{which} has records with and without {odd[:4]}; expected the same columns in all")
         run = {name: [record[name] for record in run] for name in run[0]}
     if not isinstance(run, Mapping):
-        raise ArgumentTypeError(f"{which} is {type(run).__name__}; expected a Run, or a mapping of names to columns of equal length")
+        raise ArgumentTypeError(
+            f"{which} is {type(run).__name__}; expected a Run, or a mapping of names to columns of equal length"
+        )
     columns = {name: torch.as_tensor(run[name], dtype=torch.float64).detach().cpu() for name in run}
     lengths = {name: len(c) if c.ndim else 0 for name, c in columns.items()}
     if not columns or len(set(lengths.values())) > 1 or 0 in lengths.values():
-        raise ArgumentError(f"{which} has columns of lengths {lengths}; expected at least one, all of the same positive length")
+        raise ArgumentError(
+            f"{which} has columns of lengths {lengths}; expected at least one, all of the same positive length"
+        )
     return columns
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A square grid of points in the plane, to draw a function on: ``points (size^2, 2)``; ``image`` undoes the flattening."""
+    """A square grid of points in the plane, to draw a function on: ``points (size^2, 2)``; ``image`` undoes the
+    flattening.
+    """
 
     low: float = -1.0
     high: float = 1.0

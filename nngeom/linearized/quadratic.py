@@ -1,4 +1,5 @@
-"""Two-layer quadratic regression, ``f = X theta`` with ``theta = 1/2 w^2`` in the singular basis of ``X``: closed forms.
+"""Two-layer quadratic regression, ``f = X theta`` with ``theta = 1/2 w^2`` in the singular basis of ``X``: closed
+forms.
 
 ``X = U diag(sqrt(mu)) V^T``, with signs such that ``y_k = u_k^T y >= 0``; ``theta = sum_k 1/2 w_k^2 v_k``; the loss is
 ``1/2 |X theta - y|^2`` (a sum) and ``w`` follows its gradient flow. Modes do not interact.
@@ -62,7 +63,9 @@ def singular_modes(X: Tensor, y: Tensor) -> Modes:
 
 
 def _canonical(v: Tensor, pull: Tensor) -> Tensor:
-    """An orthonormal basis of the span of ``v``: first along the projection of ``pull``, then from the coordinate axes."""
+    """An orthonormal basis of the span of ``v``: first along the projection of ``pull``, then from the coordinate
+    axes.
+    """
     if v.shape[1] == 1:
         return v
     inside = v.T @ pull
@@ -87,14 +90,16 @@ def quadratic_modes(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str
     ``theta = 1/2 w^2``, logistic growth with rate ``2 sqrt(mu) u^T y``, so modes are learned one after the other.
     ``"linear"``: ``theta = w w0 - 1/2 w0^2``, exponential approach with rate ``2 mu theta0``. Null directions stay.
 
-    Raises :class:`ArgumentError`. Source: George 2023, thesis, Proposition 5.4.1 and eq. 5.4.6, with the exponent of the
-    linear regime as its own dynamics give it.
+    Raises :class:`ArgumentError`. Source: George 2023, thesis, Proposition 5.4.1 and eq. 5.4.6, with the exponent of
+    the linear regime as its own dynamics give it.
     """
     _require_regime(regime)
     X, y, w0, times = (torch.as_tensor(a) for a in (X, y, w0, times))
     modes = singular_modes(X.double(), y.double())
     if w0.shape != modes.mu.shape:
-        raise ArgumentError(f"w0 has shape {tuple(w0.shape)}; expected ({len(modes.mu)},), one number a singular direction of X")
+        raise ArgumentError(
+            f"w0 has shape {tuple(w0.shape)}; expected ({len(modes.mu)},), one number a singular direction of X"
+        )
     t = times.to(modes.mu).reshape(-1, 1)
     theta0, mu = 0.5 * w0.to(modes.mu) ** 2, modes.mu
     if regime == "nonlinear":
@@ -108,7 +113,8 @@ def quadratic_modes(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str
 
 
 def gradient_flow(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str = "linear") -> Tensor:
-    """The same ``(times, d)`` by integrating the gradient of the loss in ``w`` numerically: a check of the closed forms.
+    """The same ``(times, d)`` by integrating the gradient of the loss in ``w`` numerically: a check of the closed
+    forms.
 
     The gradient is taken by autograd through the model in data space; explicit Runge-Kutta of order 8 to 1e-11.
     """
@@ -127,12 +133,15 @@ def gradient_flow(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str =
         return -torch.autograd.grad(loss, w)[0].numpy()
 
     t = torch.as_tensor(times, dtype=torch.float64).reshape(-1)
-    solution = solve_ivp(velocity, (0.0, float(t.max())), w0.numpy(), "DOP853", t_eval=t.numpy(), rtol=1e-11, atol=1e-13)
+    solution = solve_ivp(
+        velocity, (0.0, float(t.max())), w0.numpy(), "DOP853", t_eval=t.numpy(), rtol=1e-11, atol=1e-13
+    )
     return theta(torch.as_tensor(solution.y.T, dtype=X.dtype))
 
 
 def convergence_times(X: Tensor, y: Tensor, w0: Tensor, tolerance: float, regime: str = "linear") -> Tensor:
-    """When each mode comes within ``tolerance`` of its limit, ``(d,)``; 0 where it starts there, infinity where it never does.
+    """When each mode comes within ``tolerance`` of its limit, ``(d,)``; 0 where it starts there, infinity where it
+    never does.
 
     Exact: ``log[(theta* - theta0)(theta* - e) / (e theta0)] / (2 sqrt(mu) u^T y)`` in the non-linear regime,
     ``log[(theta* - theta0) / e] / (2 mu theta0)`` in the linear one, for modes that grow. Null directions: 0. Source:

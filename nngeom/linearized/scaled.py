@@ -59,4 +59,6 @@ def scaled_lr(lr: float, alpha: float, scale_free: bool = False) -> float:
 
 def _require_positive(alpha: float) -> None:
     if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-        raise ArgumentError(f"alpha is {alpha!r}; expected a finite positive number (1: the model itself, 100: nearly linear)")
+        raise ArgumentError(
+            f"alpha is {alpha!r}; expected a finite positive number (1: the model itself, 100: nearly linear)"
+        )

@@ -13,20 +13,63 @@ from nngeom.core.errors import ArgumentError, StructureError
 
 # Activations that change slope where their input changes sign.
 RECTIFIERS = {
-    F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_,
-    F.leaky_relu, F.leaky_relu_, F.prelu, torch.prelu, Tensor.prelu, F.rrelu, F.rrelu_, torch.rrelu,
-    F.elu, F.elu_, F.celu, F.selu, F.selu_, torch.celu, torch.selu, F.relu6,
-}  # fmt: skip
-CLAMPS = {torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_, torch.clamp_min, torch.clamp_min_, Tensor.clamp_min, Tensor.clamp_min_}
+    F.relu,
+    F.relu_,
+    torch.relu,
+    torch.relu_,
+    Tensor.relu,
+    Tensor.relu_,
+    F.leaky_relu,
+    F.leaky_relu_,
+    F.prelu,
+    torch.prelu,
+    Tensor.prelu,
+    F.rrelu,
+    F.rrelu_,
+    torch.rrelu,
+    F.elu,
+    F.elu_,
+    F.celu,
+    F.selu,
+    F.selu_,
+    torch.celu,
+    torch.selu,
+    F.relu6,
+}
+CLAMPS = {
+    torch.clamp,
+    torch.clamp_,
+    Tensor.clamp,
+    Tensor.clamp_,
+    torch.clamp_min,
+    torch.clamp_min_,
+    Tensor.clamp_min,
+    Tensor.clamp_min_,
+}
 # Maps with parameters whose input counts as a representation.
 LINEAR_MAPS = {
-    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-    torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, torch.einsum,
-}  # fmt: skip
+    F.linear,
+    F.bilinear,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.mm,
+    Tensor.mm,
+    torch.addmm,
+    torch.einsum,
+}
 
 
 class Watch(TorchFunctionMode):
-    """Records ``signs``, one boolean tensor an activation, and the input of the last linear map, or of ``layer``'s first call."""
+    """Records ``signs``, one boolean tensor an activation, and the input of the last linear map, or of ``layer``'s
+    first call.
+    """
 
     def __init__(self, model: nn.Module, layer: str | None = None):
         super().__init__()
@@ -54,9 +97,15 @@ class Watch(TorchFunctionMode):
         return id(t) in ids or (t._base is not None and id(t._base) in ids)
 
     def representation(self) -> Tensor:
-        """The recorded input with the examples first, ``(n, p)``; raises :class:`StructureError` where there is none."""
+        """The recorded input with the examples first, ``(n, p)``; raises :class:`StructureError` where there is
+        none.
+        """
         if self.input is None:
-            what = "no linear map with parameters was called" if self.layer is None else f"no call used the parameters of layer {self.layer!r}"
+            what = (
+                "no linear map with parameters was called"
+                if self.layer is None
+                else f"no call used the parameters of layer {self.layer!r}"
+            )
             raise StructureError(f"{what}; pass layer= with the name of a module that is used")
         x, axes = self.input, self.axes
         if len(axes) != 1:

@@ -125,7 +125,11 @@ class PMatPullPush(PMatExpression):
             return super().materialize()
         from nngeom.measure import drive
 
-        source: Any = _Rows(self.right.tensor, self.collection) if isinstance(self.right, PushForwardDense) else self.right.side.sweep
+        source: Any = (
+            _Rows(self.right.tensor, self.collection)
+            if isinstance(self.right, PushForwardDense)
+            else self.right.side.sweep
+        )
         chosen = as_representation(representation, **options)
         within = contextlib.nullcontext() if isinstance(self.right, PushForwardDense) else self.right.side.within()
         with within:

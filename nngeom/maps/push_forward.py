@@ -49,15 +49,22 @@ class JacobianMap(ABC):
 
     def _vector(self, v: Any) -> Tensor:
         if not isinstance(v, PVector):
-            raise ArgumentTypeError(f"the operand is {type(v).__name__}; expected a PVector (PVector.from_flat(J.layer_collection, tensor) makes one)")
+            raise ArgumentTypeError(
+                f"the operand is {type(v).__name__}; expected a PVector (PVector.from_flat(J.layer_collection, "
+                "tensor) makes one)"
+            )
         self.collection.require(v.layer_collection, "the vector")
         return self._here(v).flat().to(self.dtype)
 
     def _function(self, u: Any) -> Tensor:
         if not isinstance(u, FVector):
-            raise ArgumentTypeError(f"the operand is {type(u).__name__}; expected an FVector (FVector(tensor) of shape (*batch, c, n))")
+            raise ArgumentTypeError(
+                f"the operand is {type(u).__name__}; expected an FVector (FVector(tensor) of shape (*batch, c, n))"
+            )
         if tuple(u.shape[-2:]) != tuple(self.shape[:2]):
-            raise ArgumentError(f"the FVector has shape {tuple(u.shape)}; expected (*batch, {self.shape[0]}, {self.shape[1]})")
+            raise ArgumentError(
+                f"the FVector has shape {tuple(u.shape)}; expected (*batch, {self.shape[0]}, {self.shape[1]})"
+            )
         return self._here(u).tensor.to(self.dtype)
 
     def _here(self, v: Any) -> Any:

@@ -52,7 +52,7 @@ class CausalLM(Likelihood, Loss):
             CrossEntropy(ignore_index=ignore_index, dim=-1),
         )
 
-    # -- what is compared with what ----------------------------------------------------------------------------------
+    # -- what is compared with what ------------------------------------------------------------------------------------
 
     def targets_of(self, outputs, batch):
         """Labels in which tokens that the attention mask leaves out are ignored; without labels, zeros for those that
@@ -110,7 +110,7 @@ class CausalLM(Likelihood, Loss):
         counted = (y != self.ignore_index).sum(1)
         return torch.where(counted > 0, 1 / counted, 0).to(outputs.dtype).view(-1, 1, 1)
 
-    # -- as a loss ---------------------------------------------------------------------------------------------------
+    # -- as a loss -----------------------------------------------------------------------------------------------------
 
     def __call__(self, outputs, targets):
         y = self.aligned(outputs, targets)
@@ -125,7 +125,7 @@ class CausalLM(Likelihood, Loss):
         y = self.aligned(outputs, targets)
         return _shared(self.cross_entropy.times(outputs, tangent, y), self._shares(outputs, y))
 
-    # -- as either ---------------------------------------------------------------------------------------------------
+    # -- as either -----------------------------------------------------------------------------------------------------
 
     def square_root(self, outputs, targets=None):
         """The categorical root at every position but, unless the logits are shifted, the last."""
@@ -140,7 +140,7 @@ class CausalLM(Likelihood, Loss):
         shares = self._shares(outputs, y)
         return _shared(self.categorical.root_times(outputs, noise, y), None if shares is None else shares.sqrt())
 
-    # -- as a likelihood ---------------------------------------------------------------------------------------------
+    # -- as a likelihood -----------------------------------------------------------------------------------------------
 
     def fisher_times(self, outputs, tangent, targets=None):
         return self.categorical.fisher_times(outputs, tangent, self.aligned(outputs, targets))
@@ -163,7 +163,9 @@ def _shared(x: Tensor, shares: Tensor | None) -> Tensor:
 
 
 def by_name(plain: Any, model: nn.Module | None) -> Any:
-    """What the name of a likelihood or loss means for a model: ``plain``, but for classes of a causal language model."""
+    """What the name of a likelihood or loss means for a model: ``plain``, but for classes of a causal language
+    model.
+    """
     classes = isinstance(plain, (Categorical, CrossEntropy)) and model is not None and is_causal_lm(model)
     return CausalByName(model, plain) if classes and model is not None else plain
 

@@ -1,6 +1,8 @@
-"""Random probes of the outputs: instead of every column of the square root ``L`` of their metric, random signs of all of them.
+"""Random probes of the outputs: instead of every column of the square root ``L`` of their metric, random signs of all
+of them.
 
-Signs ``r`` that are independent of each other make ``u = L r`` with ``E[u u^T] = L L^T``, whatever the number of outputs.
+Signs ``r`` that are independent of each other make ``u = L r`` with ``E[u u^T] = L L^T``, whatever the number of
+outputs.
 """
 
 from __future__ import annotations
@@ -40,11 +42,19 @@ class Probes:
         def make(lo: int, hi: int) -> Tensor:
             v = self.metric.root_times(outputs, lambda *size: self._signs(outputs, start, lo, hi, size), batch)
             if v.shape != (hi - lo, *outputs.shape):
-                raise OutputError(f"root_times returned {tuple(v.shape)}; expected {(hi - lo, *outputs.shape)}, a probe of the outputs for each draw")
+                raise OutputError(
+                    f"root_times returned {tuple(v.shape)}; expected {(hi - lo, *outputs.shape)}, a probe of the "
+                    "outputs for each draw"
+                )
             return self.scale * v
 
         return Columns(self.count, make)
 
     def _signs(self, outputs: Tensor, start: int, lo: int, hi: int, size: tuple[int, ...]) -> Tensor:
         """``(hi - lo, n, *size)``."""
-        return torch.stack([Stream(self.seed, start, outputs.shape[0], self.first + j, outputs.device).signs(*size) for j in range(lo, hi)]).to(outputs)
+        return torch.stack(
+            [
+                Stream(self.seed, start, outputs.shape[0], self.first + j, outputs.device).signs(*size)
+                for j in range(lo, hi)
+            ]
+        ).to(outputs)

@@ -1,4 +1,6 @@
-"""Model Gradient Similarity: kernels of model gradients as metrics, as penalties, and as a detector of adversarial inputs."""
+"""Model Gradient Similarity: kernels of model gradients as metrics, as penalties, and as a detector of adversarial
+inputs.
+"""
 
 from nngeom.mgs.adversarial import auroc, fgsm, pgd, sample_fisher_trace, sample_trace
 from nngeom.mgs.metrics import Metrics, kernel_metrics, metrics

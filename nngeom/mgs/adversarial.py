@@ -26,8 +26,9 @@ def sample_trace(
 ) -> Tensor:
     """``(n,)``: ``sum_y |d f_y(x_i) / d w|^2``, the trace of each input's own kernel block.
 
-    Large for confident adversarial inputs (and for plain noise); near a decision boundary see :func:`sample_fisher_trace`.
-    ``inputs``: one batch, or an iterable of batches. Source: Szolnoky et al. 2022, appendix C.
+    Large for confident adversarial inputs (and for plain noise); near a decision boundary see
+    :func:`sample_fisher_trace`. ``inputs``: one batch, or an iterable of batches. Source: Szolnoky et al. 2022,
+    appendix C.
     """
     return squared_norms(Probe.build(model, inputs, function, layer_collection), IdentityMetric(), check, memory_budget)
 
@@ -56,9 +57,17 @@ def fgsm(model: nn.Module, inputs: Tensor, targets: Tensor, epsilon: float, loss
 
 
 def pgd(
-    model: nn.Module, inputs: Tensor, targets: Tensor, epsilon: float, steps: int = 20, rate: float | None = None, loss: Any = "cross_entropy"
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    epsilon: float,
+    steps: int = 20,
+    rate: float | None = None,
+    loss: Any = "cross_entropy",
 ) -> Tensor:
-    """Projected sign ascent of the loss within ``|x' - x|_inf <= epsilon`` (Madry et al. 2018); steps of ``2.5 epsilon / steps``."""
+    """Projected sign ascent of the loss within ``|x' - x|_inf <= epsilon`` (Madry et al. 2018); steps of ``2.5 epsilon
+    / steps``.
+    """
     rate = 2.5 * epsilon / steps if rate is None else rate
     x = inputs
     for _ in range(steps):
@@ -72,9 +81,13 @@ def auroc(negatives: Tensor, positives: Tensor) -> float:
     Raises :class:`ArgumentError` where a side is empty, :class:`NonFiniteError` on NaN.
     """
     if not negatives.numel() or not positives.numel():
-        raise ArgumentError(f"got {negatives.numel()} negatives and {positives.numel()} positives; expected at least one of each")
+        raise ArgumentError(
+            f"got {negatives.numel()} negatives and {positives.numel()} positives; expected at least one of each"
+        )
     if bool(negatives.isnan().any() | positives.isnan().any()):
-        raise NonFiniteError("scores contain NaN, which is neither above nor below another; check the inputs and the model")
+        raise NonFiniteError(
+            "scores contain NaN, which is neither above nor below another; check the inputs and the model"
+        )
     order = positives[:, None] - negatives[None, :]
     return float((order > 0).double().mean() + 0.5 * (order == 0).double().mean())
 

@@ -24,10 +24,9 @@ class Metrics:
 
     ``trace``; ``logdet`` (``-inf`` where the kernel is singular to rounding, see ``rank``); ``logdet_jittered``, of
     ``K + jitter I``; ``eigenvalues``, descending, a tensor a batch; ``size = n c``; ``mean_trace = trace / size`` and
-    ``mean_log = logdet_jittered / size``, comparable between batch sizes; ``effective_rank``; ``cosine``, the mean cosine of
-    different rows (NaN where there is one): a small trace says "small gradients", a large cosine and a low effective
-    rank say "similar" ones.
-    All in float64.
+    ``mean_log = logdet_jittered / size``, comparable between batch sizes; ``effective_rank``; ``cosine``, the mean
+    cosine of different rows (NaN where there is one): a small trace says "small gradients", a large cosine and a low
+    effective rank say "similar" ones. All in float64.
     """
 
     trace: Tensor
@@ -62,9 +61,9 @@ def metrics(
 ) -> Metrics:
     """The metrics of Model Gradient Similarity, one entry a batch of ``loader``; smaller is more similar.
 
-    A singular kernel is no error: its ``logdet`` is ``-inf``. Products are taken in float64, so that a float32 model has
-    eigenvalues down to ``(N eps)^2`` of the largest. Raises :class:`LoaderError` on an empty loader.
-    Source: Szolnoky et al. 2022, section on metrics; what they call the determinant is its logarithm.
+    A singular kernel is no error: its ``logdet`` is ``-inf``. Products are taken in float64, so that a float32 model
+    has eigenvalues down to ``(N eps)^2`` of the largest. Raises :class:`LoaderError` on an empty loader. Source:
+    Szolnoky et al. 2022, section on metrics; what they call the determinant is its logarithm.
     """
     if not jitter > 0:
         raise ArgumentError(f"jitter is {jitter}; expected a positive number")

@@ -39,13 +39,15 @@ def trace_penalty(
     function: Function = None,
     layer_collection: LayerCollection | None = None,
 ) -> Any:
-    """``tr K = sum_i sum_y |d f_y(x_i) / d w|^2`` of one batch, with its graph: add ``strength * trace_penalty(...)`` to a loss.
+    """``tr K = sum_i sum_y |d f_y(x_i) / d w|^2`` of one batch, with its graph: add ``strength * trace_penalty(...)``
+    to a loss.
 
     ``estimator="exact"``: by squared norms of the factored rows, one double backward an output. ``"rademacher"``:
     ``|d/dw sum_iy e_iy f_y(x_i)|^2`` with random signs, unbiased, one double backward a sample; linear layers without
-    positions contribute the sum over examples ``i`` of that of each, which scatters less. ``reduction="sum"`` is the trace
-    of the batch kernel, as in the paper; ``"mean"`` divides by the batch size. ``inputs``: what the model takes, or a batch.
-    ``return_outputs``: also the outputs, with their graph: a loss computed from them shares the forward and backward pass.
+    positions contribute the sum over examples ``i`` of that of each, which scatters less. ``reduction="sum"`` is the
+    trace of the batch kernel, as in the paper; ``"mean"`` divides by the batch size. ``inputs``: what the model takes,
+    or a batch. ``return_outputs``: also the outputs, with their graph: a loss computed from them shares the forward and
+    backward pass.
 
     Zero gradient where the model is linear in its parameters. Raises :class:`ModeError` for training-mode batch
     normalisation or dropout. Source: Szolnoky et al. 2022, Model Gradient Similarity, section on the trace.
@@ -59,7 +61,9 @@ def trace_penalty(
     seen = capture(task, next(task.batches([inputs])), keep_graph=True)
     f = seen.outputs
     if not f.requires_grad:
-        raise CoverageError("the outputs do not depend on any selected parameter (torch.no_grad or .detach() inside the model?)")
+        raise CoverageError(
+            "the outputs do not depend on any selected parameter (torch.no_grad or .detach() inside the model?)"
+        )
     with gradients_on():
         if estimator == "exact":
             total = _trace(task, seen)
@@ -78,11 +82,13 @@ def logdet_penalty(
     function: Function = None,
     layer_collection: LayerCollection | None = None,
 ) -> Tensor:
-    """``log det(K + jitter I)`` of one batch, with its graph; ``reduction="mean"`` divides by the number of eigenvalues.
+    """``log det(K + jitter I)`` of one batch, with its graph; ``reduction="mean"`` divides by the number of
+    eigenvalues.
 
-    ``K`` is ``(n c, n c)``: meant for small batches. Unbounded below as ``jitter`` goes to 0: a small jitter or a large strength
-    collapses the network to a constant (on two circles 1e-6 does at strength 0.01, 0.1 works at 0.03), hence the default.
-    Raises :class:`ArgumentError` for a jitter that is not positive. Source: Szolnoky et al. 2022, section on the determinant.
+    ``K`` is ``(n c, n c)``: meant for small batches. Unbounded below as ``jitter`` goes to 0: a small jitter or a large
+    strength collapses the network to a constant (on two circles 1e-6 does at strength 0.01, 0.1 works at 0.03), hence
+    the default. Raises :class:`ArgumentError` for a jitter that is not positive. Source: Szolnoky et al. 2022, section
+    on the determinant.
     """
     require_reduction(reduction)
     if not jitter > 0:
@@ -108,7 +114,8 @@ def loss_gradient_penalty(
     ``squared``: the square, smoother at zero (flatness regularisation; double back-propagation). At a stationary point
     the gradient of the norm is taken as 0. Never above ``sqrt(tr K) |d L / d f|``.
 
-    Raises :class:`ArgumentError` for another ``wrt``. Source: Szolnoky et al. 2022, appendix A; Drucker and Le Cun 1992.
+    Raises :class:`ArgumentError` for another ``wrt``. Source: Szolnoky et al. 2022, appendix A; Drucker and Le Cun
+    1992.
     """
     if wrt not in ("parameters", "inputs"):
         raise ArgumentError(f"wrt is {wrt!r}; expected 'parameters' or 'inputs'")
@@ -140,8 +147,9 @@ def _trace(task: Task, seen: Capture) -> Tensor:
 
 
 def _squared_sums(task: Task, seen: Capture, signs: Tensor) -> Tensor:
-    """Summed over ``signs [k, n, *out]``: squared gradients of every example by itself where a layer has one row for each,
-    and of all examples together elsewhere. Both have the trace as their mean; the first scatters less and costs less.
+    """Summed over ``signs [k, n, *out]``: squared gradients of every example by itself where a layer has one row for
+    each, and of all examples together elsewhere. Both have the trace as their mean; the first scatters less and costs
+    less.
     """
     single = _with_a_row_an_example(task, seen)
     covered = {slot.name for use in single for slot in use.slots}
@@ -159,20 +167,34 @@ def _squared_sums(task: Task, seen: Capture, signs: Tensor) -> Tensor:
 
 
 def _with_a_row_an_example(task: Task, seen: Capture) -> list[Use]:
-    """Uses of a whole matrix (and its bias) that are its only ones, proved to have row ``n`` from example ``n`` alone."""
+    """Uses of a whole matrix (and its bias) that are its only ones, proved to have row ``n`` from example ``n``
+    alone.
+    """
     n, times = seen.outputs.shape[0], Counter(slot.name for use in seen.uses for slot in use.slots)
     found = []
     for use in seen.uses:
-        if use.operation != "linear" or use.weight is None or use.lead != (n,) or any(times[s.name] > 1 or s.name in seen.unstructured for s in use.slots):
+        if (
+            use.operation != "linear"
+            or use.weight is None
+            or use.lead != (n,)
+            or any(times[s.name] > 1 or s.name in seen.unstructured for s in use.slots)
+        ):
             continue
-        whole = use.weight.arrangement.sizes == (1, use.shape[-1], use.weight.arrangement.sizes[2]) and not use.weight.column
+        whole = (
+            use.weight.arrangement.sizes == (1, use.shape[-1], use.weight.arrangement.sizes[2])
+            and not use.weight.column
+        )
         if whole and (use.bias is None or use.bias.arrangement.sizes == (1, use.shape[-1], 1)):
             found.append(use)
     if not found:
         return []
     names = [{s.name for s in use.slots} for use in found]  # the proof takes the slots of uses that are wrong
     proof = Sweep(task, (), RandomSigns(1, 0, False), keep_graph=True).proved(replace(seen, uses=list(seen.uses)))
-    return [use for use, mine in zip(found, names) if isinstance(proof.place(use.place), ExampleAxis) and not proof.left & mine]
+    return [
+        use
+        for use, mine in zip(found, names)
+        if isinstance(proof.place(use.place), ExampleAxis) and not proof.left & mine
+    ]
 
 
 def require_reduction(reduction: str) -> None:

@@ -26,11 +26,18 @@ def number(name: str, x: Any, step: int) -> Any:
         value = value.item()
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ArgumentTypeError(f"{name} is {value!r}; expected a finite number, or a callable of the step")
-    low, high, strict = {"lr": (0, math.inf, False), "weight_decay": (0, math.inf, False), "kl_clip": (0, math.inf, True)}.get(name, (0, 1, False))
+    low, high, strict = {
+        "lr": (0, math.inf, False),
+        "weight_decay": (0, math.inf, False),
+        "kl_clip": (0, math.inf, True),
+    }.get(name, (0, 1, False))
     if name in ("every", "statistics_every"):
         low, high = 1, math.inf
     if value < low or (strict and value <= low) or (high == 1 and value >= 1):
-        raise ArgumentError(f"{name} is {value}; expected a number {'in [0, 1)' if high == 1 else f'above {low}' if strict else f'of at least {low}'}")
+        raise ArgumentError(
+            f"{name} is {value}; expected a number "
+            f"{'in [0, 1)' if high == 1 else f'above {low}' if strict else f'of at least {low}'}"
+        )
     return value
 
 
@@ -50,7 +57,9 @@ def require_groups(groups: list[dict[str, Any]], parameters: Mapping[str, Tensor
 def as_reduction(reduction: str) -> str:
     """How the loss is reduced over examples, checked."""
     if reduction not in ("mean", "sum"):
-        raise ArgumentError(f"reduction is {reduction!r}; expected 'mean' or 'sum', how the loss is reduced over examples")
+        raise ArgumentError(
+            f"reduction is {reduction!r}; expected 'mean' or 'sum', how the loss is reduced over examples"
+        )
     return reduction
 
 
@@ -68,8 +77,14 @@ def as_metric(fisher: str, likelihood: Any, seed: int) -> Metric | None:
         raise ArgumentError(f"fisher is {fisher!r}; expected 'empirical', 'monte_carlo' or 'exact'")
     if fisher == "empirical":
         if likelihood is not None:
-            raise ArgumentError("likelihood is for fisher='monte_carlo' or 'exact'; the empirical one comes from your own loss")
+            raise ArgumentError(
+                "likelihood is for fisher='monte_carlo' or 'exact'; the empirical one comes from your own loss"
+            )
         return None
     if likelihood is None:
         raise ArgumentError(f"fisher={fisher!r} needs a likelihood, such as 'categorical' or 'gaussian'")
-    return ExactFisher(as_likelihood(likelihood)) if fisher == "exact" else MonteCarloFisher(as_likelihood(likelihood), 1, seed)
+    return (
+        ExactFisher(as_likelihood(likelihood))
+        if fisher == "exact"
+        else MonteCarloFisher(as_likelihood(likelihood), 1, seed)
+    )

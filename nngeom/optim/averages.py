@@ -38,7 +38,10 @@ class Averages:
         for layout, tensors in means.items():
             weight, mine = self.entries.get(layout, (0.0, {}))
             if decay == 0 or not mine:
-                self.entries[layout] = (1 - decay, dict(zip(tensors, torch._foreach_mul(list(tensors.values()), 1 - decay))))
+                self.entries[layout] = (
+                    1 - decay,
+                    dict(zip(tensors, torch._foreach_mul(list(tensors.values()), 1 - decay))),
+                )
                 continue
             for name, t in tensors.items():
                 if mine[name].shape != t.shape:
@@ -56,7 +59,10 @@ class Averages:
 
     def read(self) -> dict[Layout, dict[str, Tensor]]:
         """The averages, unbiased."""
-        return {layout: {name: t / weight for name, t in tensors.items()} for layout, (weight, tensors) in self.entries.items()}
+        return {
+            layout: {name: t / weight for name, t in tensors.items()}
+            for layout, (weight, tensors) in self.entries.items()
+        }
 
     def plain(self) -> list[Any]:
         """Tensors, numbers, strings and lists only."""
@@ -86,7 +92,12 @@ def scaled_means(sums: Sums, examples: int, c: float) -> dict[Layout, dict[str, 
 
 def all_finite(sums: Sums) -> bool:
     """Whether no sum is NaN or infinite."""
-    parts = [p.sum() for tensors in sums.sums.values() for t in tensors.values() for p in (t.parts if isinstance(t, Rows) else [t])]
+    parts = [
+        p.sum()
+        for tensors in sums.sums.values()
+        for t in tensors.values()
+        for p in (t.parts if isinstance(t, Rows) else [t])
+    ]
     return not parts or bool(torch.isfinite(torch.stack(parts)).all())
 
 
@@ -107,13 +118,18 @@ def restored_block(plain: list[Any]) -> Any:
 
 def plain_layout(layout: Layout) -> list[Any]:
     """A layout as nested lists."""
-    return [[list(p.names), p.offset, [list(x) if isinstance(x, tuple) else x for x in astuple(p.arrangement)]] for p in layout.pieces]
+    return [
+        [list(p.names), p.offset, [list(x) if isinstance(x, tuple) else x for x in astuple(p.arrangement)]]
+        for p in layout.pieces
+    ]
 
 
 def restored_layout(plain: list[Any]) -> Layout:
     """The inverse of :func:`plain_layout`."""
     frozen: Any = lambda x: tuple(x) if isinstance(x, list) else x
-    return Layout(tuple(Piece(tuple(names), at, Arrangement(*map(frozen, arrangement))) for names, at, arrangement in plain))
+    return Layout(
+        tuple(Piece(tuple(names), at, Arrangement(*map(frozen, arrangement))) for names, at, arrangement in plain)
+    )
 
 
 def plain_blocks(blocks: dict[Layout, Block]) -> list[Any]:

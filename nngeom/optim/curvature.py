@@ -65,7 +65,9 @@ class Curvature(ABC):
 
     @abstractmethod
     def precondition(self, gradient: Tensor, seen: Seen, schedule: Schedule) -> None:
-        """Bring averages, inverses and bases up to date, and precondition these parameters' part of ``gradient [d]`` in place."""
+        """Bring averages, inverses and bases up to date, and precondition these parameters' part of ``gradient [d]`` in
+        place.
+        """
 
     def packed(self, vector: Tensor) -> Packed:
         """Room for the blocks of these parameters, filled from the vector."""

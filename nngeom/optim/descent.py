@@ -1,4 +1,6 @@
-"""The step itself: clipping of directions, and once ``.grad`` holds them momentum, decoupled weight decay, learning rates of groups."""
+"""The step itself: clipping of directions, and once ``.grad`` holds them momentum, decoupled weight decay, learning
+rates of groups.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,18 @@ from torch import Tensor
 from nngeom.optim.arguments import number
 
 
-def descend(groups: list[dict[str, Any]], state: Any, step: int, curved: Mapping[Tensor, Tensor] | None, gradient: Mapping[Tensor, Tensor] | None) -> float:
+def descend(
+    groups: list[dict[str, Any]],
+    state: Any,
+    step: int,
+    curved: Mapping[Tensor, Tensor] | None,
+    gradient: Mapping[Tensor, Tensor] | None,
+) -> float:
     """Move all parameters along ``-lr`` times their averaged directions.
 
-    Returns the change of the loss that the quadratic model predicts, ``g^T d + d^T (F + damping) d / 2`` for the step ``d``,
-    given ``(F + damping)`` times the directions (``curved``) and the gradients ``g``; 0 without them. Under momentum the
-    matrix is taken to be the same over the steps averaged.
+    Returns the change of the loss that the quadratic model predicts, ``g^T d + d^T (F + damping) d / 2`` for the step
+    ``d``, given ``(F + damping)`` times the directions (``curved``) and the gradients ``g``; 0 without them. Under
+    momentum the matrix is taken to be the same over the steps averaged.
     """
     predicted = 0.0
     for group in groups:
@@ -38,7 +46,9 @@ def descend(groups: list[dict[str, Any]], state: Any, step: int, curved: Mapping
 
 
 def clipping(groups: list[dict[str, Any]], step: int, bound: float, products: Mapping[Tensor, Tensor]) -> float:
-    """The factor that brings ``lr**2 / 2 v^T (F + damping) v`` to ``bound`` at most; ``products``: gradient times direction ``v``, entrywise."""
+    """The factor that brings ``lr**2 / 2 v^T (F + damping) v`` to ``bound`` at most; ``products``: gradient times
+    direction ``v``, entrywise.
+    """
     divergence = 0.0
     for group in groups:
         lr = number("lr", group["lr"], step)

@@ -1,4 +1,6 @@
-"""EKFAC's curvature along training: eigenbases that are kept for a while, and a spectrum in them that follows every step."""
+"""EKFAC's curvature along training: eigenbases that are kept for a while, and a spectrum in them that follows every
+step.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ class Eigenbasis(Curvature):
     def finite(self):
         return super().finite() and all_finite(self.squares)
 
-    # -- observing ---------------------------------------------------------------------------------------------------
+    # -- observing -----------------------------------------------------------------------------------------------------
 
     @property
     def wants_every_batch(self):
@@ -77,7 +79,7 @@ class Eigenbasis(Curvature):
         known = {lay: j for lay, j in chunk.jacobians.items() if lay in self.sources}
         self.squares.add(scaling_statistic(self.blocks), dataclasses.replace(chunk, jacobians=known))
 
-    # -- bases -------------------------------------------------------------------------------------------------------
+    # -- bases ---------------------------------------------------------------------------------------------------------
 
     def _refresh(self, schedule: Schedule) -> None:
         fresh = self.averages.entries.keys() - self.sources
@@ -108,7 +110,7 @@ class Eigenbasis(Curvature):
         if self.blocks:
             self._install(self.blocks)
 
-    # -- stepping ----------------------------------------------------------------------------------------------------
+    # -- stepping ------------------------------------------------------------------------------------------------------
 
     def precondition(self, gradient, seen, schedule):
         if self.from_gradient:
@@ -134,7 +136,9 @@ class Eigenbasis(Curvature):
         """The spectrum takes in what this step has seen; ``v`` is the gradient in the bases."""
         if self.from_gradient:
             spectrum = (self.spectrum * past).addcmul_(v, v, value=(1 - past) * seen.examples * seen.mean**2)
-            if not bool(torch.isfinite(spectrum.sum())):  # infinity would stay, and stop these coordinates without a word
+            if not bool(
+                torch.isfinite(spectrum.sum())
+            ):  # infinity would stay, and stop these coordinates without a word
                 raise NonFiniteError("the squared gradient in the eigenbasis overflows")
             self.spectrum.copy_(spectrum)
             return
@@ -148,8 +152,14 @@ class Eigenbasis(Curvature):
                 x.mul_(block.inverse(damping).d)
             return
         if self._shift is None or self._shift[0] != damping:
-            shifts = [block.additive(damping.value) if isinstance(damping, FactoredTikhonov) else damping.value for block in self.blocks.values()]
-            self._shift = (damping, torch.cat([(torch.zeros_like(b.d) + x).view(-1) for b, x in zip(self.blocks.values(), shifts)]))
+            shifts = [
+                block.additive(damping.value) if isinstance(damping, FactoredTikhonov) else damping.value
+                for block in self.blocks.values()
+            ]
+            self._shift = (
+                damping,
+                torch.cat([(torch.zeros_like(b.d) + x).view(-1) for b, x in zip(self.blocks.values(), shifts)]),
+            )
         packed.flat.div_(self.spectrum + self._shift[1])
 
 

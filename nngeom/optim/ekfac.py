@@ -12,12 +12,13 @@ from nngeom.space.collection import LayerCollection
 
 
 class EKFAC(NaturalGradient):
-    """Natural gradient in the Kronecker-factored eigenbasis, computed anew every ``basis_every`` steps; its spectrum follows every step.
+    """Natural gradient in the Kronecker-factored eigenbasis, computed anew every ``basis_every`` steps; its spectrum
+    follows every step.
 
     ``scalings="running"`` (EKFAC-ra): a running average of the squared gradient of the batch in the basis, with weight
     ``scalings_decay`` of the past, starting from KFAC's spectrum at every new basis; costs no more than the gradient.
-    ``"batch"``: the second moments of the batch's examples in the basis (Algorithm 1). ``async_basis=True`` computes the
-    eigendecompositions in a background thread and goes on with the old basis meanwhile: then runs are not
+    ``"batch"``: the second moments of the batch's examples in the basis (Algorithm 1). ``async_basis=True`` computes
+    the eigendecompositions in a background thread and goes on with the old basis meanwhile: then runs are not
     reproducible bit by bit. The default damping is the additive form ``s + x + sqrt(x) (s_A + s_B)``,
     ``FactoredTikhonov(1e-3)``. Other arguments and errors as :class:`NaturalGradient`.
     """
@@ -42,7 +43,19 @@ class EKFAC(NaturalGradient):
         **options: Any,
     ):
         super().__init__(
-            model, PMatEKFAC.options(sharing=sharing, sua=sua), lr, momentum, damping, weight_decay, statistics_decay, kl_clip,
-            fisher, likelihood, layer_collection, every=basis_every,
-            statistics_every=statistics_every, scalings=scalings, **options,
-        )  # fmt: skip
+            model,
+            PMatEKFAC.options(sharing=sharing, sua=sua),
+            lr,
+            momentum,
+            damping,
+            weight_decay,
+            statistics_decay,
+            kl_clip,
+            fisher,
+            likelihood,
+            layer_collection,
+            every=basis_every,
+            statistics_every=statistics_every,
+            scalings=scalings,
+            **options,
+        )

@@ -15,7 +15,9 @@ class Gradients:
 
     def __init__(self, parameters: Iterable[Tensor], dtype: torch.dtype):
         self.parameters = list(parameters)
-        self.flat = torch.zeros(sum(p.numel() for p in self.parameters), dtype=accumulation_dtype(dtype), device=self.parameters[0].device)
+        self.flat = torch.zeros(
+            sum(p.numel() for p in self.parameters), dtype=accumulation_dtype(dtype), device=self.parameters[0].device
+        )
         self._pieces = list(self.split(self.flat).values())
 
     def read(self) -> Tensor:

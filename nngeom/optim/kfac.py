@@ -15,10 +15,10 @@ from nngeom.space.collection import LayerCollection
 class KFAC(NaturalGradient):
     """Natural gradient with a Kronecker product a layer; its inverse is computed anew every ``inverse_every`` steps.
 
-    A number as ``damping`` is exact, ``(A (x) G + damping I)^-1`` by eigendecomposition; ``FactoredTikhonov(x)`` damps the
-    factors and takes two Cholesky factorisations. The default, ``FactoredTikhonov(1e-2, balanced=False)``, is that of George
-    et al. 2018 (A.4); ``balanced=True`` that of Martens & Grosse 2015. A new damping takes effect at the next inversion.
-    Other arguments and errors as :class:`NaturalGradient`.
+    A number as ``damping`` is exact, ``(A (x) G + damping I)^-1`` by eigendecomposition; ``FactoredTikhonov(x)`` damps
+    the factors and takes two Cholesky factorisations. The default, ``FactoredTikhonov(1e-2, balanced=False)``, is that
+    of George et al. 2018 (A.4); ``balanced=True`` that of Martens & Grosse 2015. A new damping takes effect at the next
+    inversion. Other arguments and errors as :class:`NaturalGradient`.
     """
 
     def __init__(
@@ -41,6 +41,18 @@ class KFAC(NaturalGradient):
     ):
         damping = FactoredTikhonov(1e-2, balanced=False) if damping is None else damping
         super().__init__(
-            model, PMatKFAC.options(sharing=sharing, sua=sua), lr, momentum, damping, weight_decay, statistics_decay, kl_clip,
-            fisher, likelihood, layer_collection, every=inverse_every, statistics_every=statistics_every, **options,
-        )  # fmt: skip
+            model,
+            PMatKFAC.options(sharing=sharing, sua=sua),
+            lr,
+            momentum,
+            damping,
+            weight_decay,
+            statistics_decay,
+            kl_clip,
+            fisher,
+            likelihood,
+            layer_collection,
+            every=inverse_every,
+            statistics_every=statistics_every,
+            **options,
+        )

@@ -1,4 +1,6 @@
-"""Damping that follows how well the quadratic model predicts the loss (Levenberg-Marquardt; Martens & Grosse 2015, 6.5)."""
+"""Damping that follows how well the quadratic model predicts the loss (Levenberg-Marquardt; Martens & Grosse 2015,
+6.5).
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,13 @@ from nngeom.core.errors import ArgumentError
 
 @dataclass
 class LevenbergMarquardt:
-    """``ratio = (L(w + step) - L(w)) / (predicted change)`` on the batch: above 3/4 the damping falls, below 1/4 it grows.
+    """``ratio = (L(w + step) - L(w)) / (predicted change)`` on the batch: above 3/4 the damping falls, below 1/4 it
+    grows.
 
     Every ``every`` steps the damping is multiplied by ``decay**every`` or divided by it, within ``[least, most]``.
-    ``factored`` says whether it damps the factors (:class:`FactoredTikhonov`, not balanced) or the matrix. The optimizer's step needs
-    the loss of the batch as a function, ``opt.step(evaluate=lambda: criterion(model(x), y))``; it is called twice every
-    ``every`` steps, without gradients.
+    ``factored`` says whether it damps the factors (:class:`FactoredTikhonov`, not balanced) or the matrix. The
+    optimizer's step needs the loss of the batch as a function, ``opt.step(evaluate=lambda: criterion(model(x), y))``;
+    it is called twice every ``every`` steps, without gradients.
     """
 
     initial: float = 1e-2
@@ -30,7 +33,9 @@ class LevenbergMarquardt:
         if not (math.isfinite(self.initial) and self.initial > 0):
             raise ArgumentError(f"initial is {self.initial}; expected a positive finite damping")
         if not (isinstance(self.every, int) and self.every >= 1 and 0 < self.decay < 1):
-            raise ArgumentError(f"every={self.every}, decay={self.decay}; expected a whole number >= 1 and a number in (0, 1)")
+            raise ArgumentError(
+                f"every={self.every}, decay={self.decay}; expected a whole number >= 1 and a number in (0, 1)"
+            )
         self.value = float(self.initial)
 
     def damping(self) -> Damping:

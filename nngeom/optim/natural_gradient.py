@@ -30,7 +30,8 @@ from nngeom.space.collection import LayerCollection
 
 
 class NaturalGradient(torch.optim.Optimizer):
-    """``w <- w - lr (F + damping)^-1 grad`` with the Fisher matrix ``F`` in any representation, estimated while training.
+    """``w <- w - lr (F + damping)^-1 grad`` with the Fisher matrix ``F`` in any representation, estimated while
+    training.
 
     Wrap the forward and backward passes of a step in :meth:`observe`, then call :meth:`step`. ``F`` is the running
     average (weight of the past ``statistics_decay``, bias-corrected; 0: this batch alone) of the second moments of
@@ -39,18 +40,20 @@ class NaturalGradient(torch.optim.Optimizer):
     * ``"monte_carlo"``: scores of labels drawn from the model by ``likelihood``, one more backward pass;
     * ``"exact"``: the closed-form expectation over labels, one more backward pass of as many columns as outputs.
 
-    Inverses and eigenbases are computed anew every ``every`` steps, averages take in every ``statistics_every``-th batch
-    (with ``statistics_decay=0`` only those of a refresh). ``damping`` is a number (Tikhonov, exact), a damping object, or
-    :class:`LevenbergMarquardt`; default ``FactoredTikhonov(1e-3, balanced=False)``. ``kl_clip`` bounds ``lr**2 / 2 v^T (F + damping) v``, the
-    divergence the quadratic model predicts for a step ``-lr v``. ``momentum`` averages preconditioned gradients as
-    ``torch.optim.SGD`` does gradients; ``weight_decay`` is decoupled, ``w <- w - lr weight_decay w``. All numbers may be
-    callables of the step. ``params``: parameter groups as for any optimizer, each with its own ``lr``, ``momentum``,
-    ``weight_decay``; default: one group of the collection.
+    Inverses and eigenbases are computed anew every ``every`` steps, averages take in every ``statistics_every``-th
+    batch (with ``statistics_decay=0`` only those of a refresh). ``damping`` is a number (Tikhonov, exact), a damping
+    object, or
+    :class:`LevenbergMarquardt`; default ``FactoredTikhonov(1e-3, balanced=False)``. ``kl_clip`` bounds ``lr**2 / 2 v^T
+    (F + damping) v``, the divergence the quadratic model predicts for a step ``-lr v``. ``momentum`` averages
+    preconditioned gradients as ``torch.optim.SGD`` does gradients; ``weight_decay`` is decoupled, ``w <- w - lr
+    weight_decay w``. All numbers may be callables of the step. ``params``: parameter groups as for any optimizer, each
+    with its own ``lr``, ``momentum``, ``weight_decay``; default: one group of the collection.
 
-    ``rest`` (``"diag"``, ``"eye"`` or a representation) takes the parameters the representation cannot hold: those above
-    its ``block_limit``, and those used in ways no adapter knows (recurrent cells, batch normalisation in training mode),
-    whose second moments are ``n`` times the squared gradient of the batch. ``outputs`` picks the outputs ``(n, ...)`` in
-    what the model returns. ``scalings``, ``scalings_decay`` and ``async_basis`` concern EKFAC (:class:`EKFAC`).
+    ``rest`` (``"diag"``, ``"eye"`` or a representation) takes the parameters the representation cannot hold: those
+    above its ``block_limit``, and those used in ways no adapter knows (recurrent cells, batch normalisation in training
+    mode), whose second moments are ``n`` times the squared gradient of the batch. ``outputs`` picks the outputs ``(n,
+    ...)`` in what the model returns. ``scalings``, ``scalings_decay`` and ``async_basis`` concern EKFAC
+    (:class:`EKFAC`).
 
     A step whose gradients or statistics are not finite is skipped with a :class:`SkippedStepWarning` that counts.
     Raises :class:`ArgumentError` on numbers out of range and on a step before anything was observed,
@@ -86,22 +89,33 @@ class NaturalGradient(torch.optim.Optimizer):
         async_basis: bool = False,
     ):
         if scalings not in ("batch", "running"):
-            raise ArgumentError(f"scalings is {scalings!r}; expected 'batch' (of the examples of the batch) or 'running' (EKFAC-ra)")
+            raise ArgumentError(
+                f"scalings is {scalings!r}; expected 'batch' (of the examples of the batch) or 'running' (EKFAC-ra)"
+            )
         require_model(model)
         self.representation = as_representation(representation)
         self.collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         self.clock = Clock(
-            FactoredTikhonov(1e-3, balanced=False) if damping is None else damping, kl_clip=kl_clip,
-            statistics_decay=statistics_decay, scalings_decay=scalings_decay, every=every, statistics_every=statistics_every,
-        )  # fmt: skip
+            FactoredTikhonov(1e-3, balanced=False) if damping is None else damping,
+            kl_clip=kl_clip,
+            statistics_decay=statistics_decay,
+            scalings_decay=scalings_decay,
+            every=every,
+            statistics_every=statistics_every,
+        )
         self.pending = Pending(as_reduction(reduction))
-        self.observer = Observer(model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of)
+        self.observer = Observer(
+            model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of
+        )
         worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
         manner = Manner(scalings=scalings, own_rows=self.observer.metric is not None, worker=worker)
         self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner)
         parameters = self.observer.task.parameters
         self.gradients = Gradients(parameters.values(), self.observer.task.dtype)
-        super().__init__(self.gradients.parameters if params is None else params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(
+            self.gradients.parameters if params is None else params,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
+        )
         require_groups(self.param_groups, parameters)
         self.clock.now()  # checks the numbers
 
@@ -112,18 +126,21 @@ class NaturalGradient(torch.optim.Optimizer):
         odd = [tuple(p.shape) for p in self.param_groups[-1]["params"] if id(p) not in mine]
         if odd:
             self.param_groups.pop()
-            raise ArgumentError(f"params holds parameters of shapes {odd[:4]} outside the model's collection; give those to another optimizer")
+            raise ArgumentError(
+                f"params holds parameters of shapes {odd[:4]} outside the model's collection; give those to "
+                "another optimizer"
+            )
 
-    # -- observing ---------------------------------------------------------------------------------------------------
+    # -- observing -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def observe(self, reduction: str | None = None, scaler: Any = None) -> Iterator[Observation]:
         """Watch one or several forward and backward passes of the model; blocks add up until the step or ``zero_grad``.
 
-        ``reduction`` says how the losses are reduced over examples: ``"mean"`` (all that is backpropagated before the step
-        sums to the mean over all its examples: divide by the number of passes when accumulating), or ``"sum"``; default
-        that of the constructor. A ``GradScaler`` is taken into account by itself, but for ``scaler.unscale_(opt)``
-        before the step: then pass it as ``scaler``.
+        ``reduction`` says how the losses are reduced over examples: ``"mean"`` (all that is backpropagated before the
+        step sums to the mean over all its examples: divide by the number of passes when accumulating), or ``"sum"``;
+        default that of the constructor. A ``GradScaler`` is taken into account by itself, but for
+        ``scaler.unscale_(opt)`` before the step: then pass it as ``scaler``.
         """
         schedule = self.clock.now()
         if reduction is not None:
@@ -165,11 +182,12 @@ class NaturalGradient(torch.optim.Optimizer):
         self.partition.forget()
         self.pending.forget()
 
-    # -- stepping ----------------------------------------------------------------------------------------------------
+    # -- stepping ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, evaluate: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Precondition ``.grad`` and move. ``closure`` makes the passes itself, inside :meth:`observe`, and returns the loss.
+        """Precondition ``.grad`` and move. ``closure`` makes the passes itself, inside :meth:`observe`, and returns the
+        loss.
 
         ``evaluate`` returns the loss of the batch at the current parameters, for :class:`LevenbergMarquardt`.
         """
@@ -183,7 +201,10 @@ class NaturalGradient(torch.optim.Optimizer):
         rule = self.damping if isinstance(self.damping, LevenbergMarquardt) else None
         compare = rule is not None and rule.due(self.clock.steps)
         if compare and evaluate is None:
-            raise ArgumentError("damping is LevenbergMarquardt: pass the loss of the batch as a function, step(evaluate=lambda: criterion(model(x), y))")
+            raise ArgumentError(
+                "damping is LevenbergMarquardt: pass the loss of the batch as a function, step(evaluate=lambda: "
+                "criterion(model(x), y))"
+            )
         gradient = None if rule is None else self.gradients.split(self.gradients.read().clone())
         before = float(evaluate()) if compare and evaluate is not None else 0.0
         clip = self._precondition()
@@ -196,7 +217,9 @@ class NaturalGradient(torch.optim.Optimizer):
         return loss
 
     def precondition_(self) -> bool:
-        """Rewrite ``.grad`` into ``(F + damping)^-1 grad``, so that any optimizer can take the step; ``False`` if it was skipped."""
+        """Rewrite ``.grad`` into ``(F + damping)^-1 grad``, so that any optimizer can take the step; ``False`` if it
+        was skipped.
+        """
         with torch.no_grad():
             return self._precondition() is not None
 
@@ -215,12 +238,17 @@ class NaturalGradient(torch.optim.Optimizer):
                 raise
             return self._skip(str(error))
         if not any(part.blocks for part in self.partition):
-            raise ArgumentError("step() before anything was observed; expected the forward and backward pass inside `with opt.observe():`")
+            raise ArgumentError(
+                "step() before anything was observed; expected the forward and backward pass inside `with "
+                "opt.observe():`"
+            )
         if not bool(torch.isfinite(flat.sum())):
             return self._skip("the preconditioned gradient is not finite")
         clip = 1.0
         if gradient is not None and schedule.kl_clip is not None:
-            clip = clipping(self.param_groups, self.clock.steps, schedule.kl_clip, self.gradients.split(gradient.mul_(flat)))
+            clip = clipping(
+                self.param_groups, self.clock.steps, schedule.kl_clip, self.gradients.split(gradient.mul_(flat))
+            )
             flat.mul_(clip)
         self.gradients.write()
         self.clock.tick(schedule)
@@ -232,13 +260,14 @@ class NaturalGradient(torch.optim.Optimizer):
         self.pending.skip(why)
         return None
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the coming steps, as tensors, numbers, strings, lists and dicts; callables are not part of it.
+        """Everything that decides the coming steps, as tensors, numbers, strings, lists and dicts; callables are not
+        part of it.
 
-        What was observed since the last step is not saved; damping (but that of :class:`LevenbergMarquardt`), decays and
-        intervals are those of the constructor.
+        What was observed since the last step is not saved; damping (but that of :class:`LevenbergMarquardt`), decays
+        and intervals are those of the constructor.
         """
         return with_curvature(super().state_dict(), self)
 

@@ -1,4 +1,6 @@
-"""Room for a vector in the order of its blocks: what acts on numbers acts once on all of them, what acts on matrices needs no copy."""
+"""Room for a vector in the order of its blocks: what acts on numbers acts once on all of them, what acts on matrices
+needs no copy.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from nngeom.core.layout import Layout
 
 
 class Packed:
-    """Blocks ``[s, o, i]`` one after the other in ``flat [p]``, exchanged with their places in another ``vector [d]``."""
+    """Blocks ``[s, o, i]`` one after the other in ``flat [p]``, exchanged with their places in another ``vector
+    [d]``.
+    """
 
     def __init__(self, layouts: Iterable[Layout], vector: Tensor):
         self.layouts, self.vector = tuple(layouts), vector

@@ -64,7 +64,9 @@ class Partition:
         place = {name: self._index(name) for name in self.collection.names}
         for layout, j in chunk.jacobians.items():
             limit = _block_limit(self._representation(place[layout.names[0]]))
-            if not self.observer.batchwise.isdisjoint(layout.names) or (limit is not None and not j.kronecker and j.shape[-1] > limit):
+            if not self.observer.batchwise.isdisjoint(layout.names) or (
+                limit is not None and not j.kronecker and j.shape[-1] > limit
+            ):
                 place.update(dict.fromkeys(layout.names, REST))
         place |= {name: REST for name, index in self._place.items() if index == REST}
         if place != self._place:
@@ -77,7 +79,11 @@ class Partition:
         parts = {}
         for index, names in members.items():
             old = self.parts.get(index)
-            parts[index] = old if old is not None and list(old.scope.names) == names else self._part(index, Scope(self.collection, tuple(names)))
+            parts[index] = (
+                old
+                if old is not None and list(old.scope.names) == names
+                else self._part(index, Scope(self.collection, tuple(names)))
+            )
         self.parts, self._place = parts, place
 
     def _part(self, index: int, scope: Scope) -> Curvature:
@@ -90,7 +96,11 @@ class Partition:
     def _representation(self, index: int) -> Representation:
         if index == REST:
             return self.rest
-        return self.representation._representation(index) if isinstance(self.representation, Mixture) else self.representation
+        return (
+            self.representation._representation(index)
+            if isinstance(self.representation, Mixture)
+            else self.representation
+        )
 
     def state(self) -> dict[int, Any]:
         """Plain values and tensors of every part."""

@@ -32,13 +32,14 @@ def winsorized_gradient(
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
 ) -> PVector:
-    """The mean of per-example loss gradients, clipped coordinate by coordinate to their ``level``-th and ``100 - level``-th percentiles.
+    """The mean of per-example loss gradients, clipped coordinate by coordinate to their ``level``-th and ``100 -
+    level``-th percentiles.
 
     ``level`` is in percent a tail, [0, 50]: 0 is the plain gradient, 50 the coordinate-wise median. Percentiles are
     interpolated linearly between order statistics, as ``numpy.percentile`` does. ``batch`` is one batch or several,
-    whose inputs and output gradients are held; rows are formed for some coordinates at a time. Raises :class:`ArgumentError` for a
-    level out of range, and what :func:`nngeom.EmpiricalFIM` raises. Source: Tukey 1962 (winsorizing); Chatterjee & Zielinski
-    2020, section 5.5 (of gradients).
+    whose inputs and output gradients are held; rows are formed for some coordinates at a time. Raises
+    :class:`ArgumentError` for a level out of range, and what :func:`nngeom.EmpiricalFIM` raises. Source: Tukey 1962
+    (winsorizing); Chatterjee & Zielinski 2020, section 5.5 (of gradients).
     """
     task, examples = _gradients(model, batch, loss, function, layer_collection)
     return PVector(task.collection, examples.reduced(lambda rows: winsorized(rows, level).mean(0)))
@@ -60,7 +61,9 @@ def median_of_means_gradient(
     """
     task, examples = _gradients(model, batch, loss, function, layer_collection)
     if not isinstance(groups, int) or not 1 <= groups <= examples.count:
-        raise ArgumentError(f"groups is {groups!r}; expected a whole number from 1 to the number of examples, {examples.count}")
+        raise ArgumentError(
+            f"groups is {groups!r}; expected a whole number from 1 to the number of examples, {examples.count}"
+        )
 
     def median(rows: Tensor) -> Tensor:
         return winsorized(torch.stack([part.mean(0) for part in rows.tensor_split(groups)]), 50.0)[0]
@@ -86,12 +89,21 @@ def winsorized(rows: Tensor, level: float) -> Tensor:
 class WinsorizedSGD(torch.optim.SGD):
     """``torch.optim.SGD`` on winsorized gradients; forward and backward passes go inside :meth:`observe`.
 
-    What ``.grad`` holds besides the examples' gradients (a penalty on weights) is kept as it is. All examples seen since
-    the last step are one set, held by their inputs and output gradients. Raises :class:`CoverageError` for models with parameters whose
-    per-example gradients the passes do not show (recurrent cells): use :func:`winsorized_gradient` there.
+    What ``.grad`` holds besides the examples' gradients (a penalty on weights) is kept as it is. All examples seen
+    since the last step are one set, held by their inputs and output gradients. Raises :class:`CoverageError` for models
+    with parameters whose per-example gradients the passes do not show (recurrent cells): use
+    :func:`winsorized_gradient` there.
     """
 
-    def __init__(self, model: nn.Module, lr: float = 1e-3, level: float = 10.0, *, layer_collection: LayerCollection | None = None, **options: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        level: float = 10.0,
+        *,
+        layer_collection: LayerCollection | None = None,
+        **options: Any,
+    ):
         require_model(model)
         collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         winsorized(torch.zeros(1, 1), level)  # checks the level
@@ -105,7 +117,10 @@ class WinsorizedSGD(torch.optim.SGD):
         with alone(self.observer.task.model), self.observer.watch() as seen:
             yield seen
         if self.observer.batchwise:
-            raise CoverageError(f"parameters {sorted(self.observer.batchwise)[:4]} have no per-example gradients here; use winsorized_gradient for this model")
+            raise CoverageError(
+                f"parameters {sorted(self.observer.batchwise)[:4]} have no per-example gradients here; use "
+                "winsorized_gradient for this model"
+            )
         scale = 1.0 if scaler is None else scaler.get_scale()
         with torch.no_grad():
             for chunk in seen.chunks:
@@ -125,8 +140,14 @@ class WinsorizedSGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         if not self._examples.count:
-            raise ArgumentError("step() before anything was observed; expected the forward and backward pass inside `with opt.observe():`")
-        change = PVector(self.observer.task.collection, self._examples.reduced(lambda rows: (winsorized(rows, self.level) - rows).sum(0)))
+            raise ArgumentError(
+                "step() before anything was observed; expected the forward and backward pass inside `with "
+                "opt.observe():`"
+            )
+        change = PVector(
+            self.observer.task.collection,
+            self._examples.reduced(lambda rows: (winsorized(rows, self.level) - rows).sum(0)),
+        )
         for name, p in self.observer.task.parameters.items():
             if p.grad is not None:
                 p.grad.add_(change[name].to(p.grad))
@@ -149,7 +170,9 @@ class _Examples:
 
     def add(self, chunk: Chunk, scale: float = 1.0) -> None:
         """One batch; copied, because what a model computed may be overwritten before it is read."""
-        copies = {layout: j.joined([]) if j.joins(j) else FullJacobian(j.matrix()) for layout, j in chunk.jacobians.items()}
+        copies = {
+            layout: j.joined([]) if j.joins(j) else FullJacobian(j.matrix()) for layout, j in chunk.jacobians.items()
+        }
         self._batches.append((copies, scale))
         self.count += chunk.examples
 
@@ -157,14 +180,22 @@ class _Examples:
         """``reduce: [n, p] -> [p]`` of all examples, coordinate by coordinate: ``[d]``."""
         like = next(iter(self._batches[0][0].values()))
         out = torch.zeros(self.collection.numel, dtype=like.dtype, device=like.device)
-        if any(jacobians.keys() != self._batches[0][0].keys() for jacobians, _ in self._batches):  # batches of unlike structure
+        if any(
+            jacobians.keys() != self._batches[0][0].keys() for jacobians, _ in self._batches
+        ):  # batches of unlike structure
             return reduce(torch.cat([scale * self._rows(jacobians, out) for jacobians, scale in self._batches]))
         for layout in self._batches[0][0]:
             _, _, s, o, i = self._batches[0][0][layout].shape
             m = out.new_empty(s, o, i)
             cut = 0 if s > 1 else 1
-            for lo, hi in memory.pieces(m.shape[cut], 4 * self.count * (o if s > 1 else 1) * i * out.element_size(), "coordinate of all examples"):
-                rows = torch.cat([scale * jacobians[layout].features(lo, hi).matrix()[0] for jacobians, scale in self._batches])  # [n s o i]
+            for lo, hi in memory.pieces(
+                m.shape[cut],
+                4 * self.count * (o if s > 1 else 1) * i * out.element_size(),
+                "coordinate of all examples",
+            ):
+                rows = torch.cat(
+                    [scale * jacobians[layout].features(lo, hi).matrix()[0] for jacobians, scale in self._batches]
+                )  # [n s o i]
                 m.narrow(cut, lo, hi - lo).copy_(reduce(rows.flatten(1)).view(rows.shape[1:]))
             layout.scatter_(out, m)
         return out
@@ -176,7 +207,9 @@ class _Examples:
         return rows[0]
 
 
-def _gradients(model: nn.Module, batch: Any, loss: Any, function: Any, collection: LayerCollection | None) -> tuple[Task, _Examples]:
+def _gradients(
+    model: nn.Module, batch: Any, loss: Any, function: Any, collection: LayerCollection | None
+) -> tuple[Task, _Examples]:
     """The gradients of every example's own loss."""
     task = Task.build(require_model(model), function, collection)
     examples = _Examples(task.collection)

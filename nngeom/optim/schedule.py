@@ -34,7 +34,9 @@ class Clock:
         now = {name: number(name, x, self.steps) for name, x in self.numbers.items()}
         refresh = self.refreshed < 0 or self.steps - self.refreshed >= now["every"]
         statistics = refresh or (now["statistics_decay"] > 0 and self.steps % int(now["statistics_every"]) == 0)
-        return Schedule(statistics, refresh, now["statistics_decay"], now["scalings_decay"], self._damping(), now["kl_clip"])
+        return Schedule(
+            statistics, refresh, now["statistics_decay"], now["scalings_decay"], self._damping(), now["kl_clip"]
+        )
 
     def _damping(self) -> Damping:
         if isinstance(self.damping, LevenbergMarquardt):

@@ -58,6 +58,9 @@ class Basis:
         """``(d, d)``, eigenvectors as columns; raises :class:`SizeError` above ``limit`` parameters."""
         d = self.layer_collection.numel
         if d > limit:
-            raise SizeError(f"the dense basis has {d} x {d} entries; the limit is {limit} parameters: pass to_dense(limit={d}) to have it anyway")
+            raise SizeError(
+                f"the dense basis has {d} x {d} entries; the limit is {limit} parameters: pass "
+                f"to_dense(limit={d}) to have it anyway"
+            )
         eye = torch.eye(d, dtype=self.dtype, device=self.order.device)
         return self.mv(eye).T.contiguous()

@@ -83,10 +83,12 @@ class Block(TensorObject, ABC):
         """``M + other`` when it is a block of the same kind, else ``None``."""
         return None
 
-    # -- derived -----------------------------------------------------------------------------------------------------
+    # -- derived -------------------------------------------------------------------------------------------------------
 
     def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
-        """The block of two data sets together, whose shares of the examples are ``mine`` and ``theirs``; ``None`` where that is not known."""
+        """The block of two data sets together, whose shares of the examples are ``mine`` and ``theirs``; ``None`` where
+        that is not known.
+        """
         return self.scaled(mine).added(other.scaled(theirs))
 
     @property
@@ -184,6 +186,8 @@ def log_sum(shifted: Tensor) -> Tensor:
 
 
 def zero_small(values: Tensor) -> Tensor:
-    """Eigenvalues within rounding error of zero set to zero, so that the log-determinant of a singular matrix is ``-inf``."""
+    """Eigenvalues within rounding error of zero set to zero, so that the log-determinant of a singular matrix is
+    ``-inf``.
+    """
     floor = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
     return torch.where(values.abs() <= floor, torch.zeros_like(values), values)

@@ -120,5 +120,3 @@ class PMatBlockDiag(PMat):
     def recipe(cls, scope: Scope):
         layers = {scope.collection.span(names): names for names in scope.by_layer().values()}
         return (yield from dense_recipe(layers))
-
-

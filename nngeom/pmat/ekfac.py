@@ -1,4 +1,6 @@
-"""Eigenvalue-corrected Kronecker factorisation: KFAC's eigenbasis with the exact second moments in it (George et al. 2018)."""
+"""Eigenvalue-corrected Kronecker factorisation: KFAC's eigenbasis with the exact second moments in it (George et al.
+2018).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def scaling_statistic(bases: dict[Layout, Any]):
                 named |= sua_squares(layout, j, bases)
             else:
                 raise StructureError(
-                    f"parameters {list(layout.names)[:4]} have no eigenbasis of this structure: they are used differently here than in the data "
+                    f"parameters {list(layout.names)[:4]} have no eigenbasis of this structure: they are used "
+                    "differently here than in the data "
                     "the basis came from; measure a new PMatEKFAC"
                 )
         return named
@@ -59,12 +62,13 @@ class PMatEKFAC(PMat):
         return Rescaling(cls, {}, matrix.blocks)
 
     def rescaled(self, model: Any, loader: Any, measure: Callable[..., Any] | None = None, **options: Any) -> PMatEKFAC:
-        """New eigenvalues in the kept eigenbasis: the mean squares of the rows of ``model`` now, in one sweep, as a new PMatEKFAC.
+        """New eigenvalues in the kept eigenbasis: the mean squares of the rows of ``model`` now, in one sweep, as a new
+        PMatEKFAC.
 
         ``measure``: :func:`FIM` (the default), :func:`GGN`, ...; ``options`` are its own (``likelihood=``, ``loss=``,
-        ``samples=``, ...). The eigenvalues of the factors, which :class:`FactoredTikhonov` adds, stay those of the basis.
-        Raises :class:`StructureError` where the model uses its parameters differently than when the basis was made, and
-        what the measure raises. Source: George et al. 2018, algorithm 1.
+        ``samples=``, ...). The eigenvalues of the factors, which :class:`FactoredTikhonov` adds, stay those of the
+        basis. Raises :class:`StructureError` where the model uses its parameters differently than when the basis was
+        made, and what the measure raises. Source: George et al. 2018, algorithm 1.
         """
         from nngeom.measure import FIM
 
@@ -94,7 +98,9 @@ def rescale(bases: dict[Layout, EigenBlock]) -> Recipe:
             return scaling_statistic(bases)(chunk)
         device, here, first = next(iter(chunk.jacobians.values())).device, bases, next(iter(bases.values()))
         if first.d.device != device:
-            raise DeviceError(f"the eigenbasis is on {first.d.device} and the model on {device}; move one with .to(device)")
+            raise DeviceError(
+                f"the eigenbasis is on {first.d.device} and the model on {device}; move one with .to(device)"
+            )
         dtypes = {j.dtype for j in chunk.jacobians.values()}
         wide = functools.reduce(torch.promote_types, dtypes)
         if len(dtypes) > 1:
@@ -104,7 +110,10 @@ def rescale(bases: dict[Layout, EigenBlock]) -> Recipe:
         return scaling_statistic(here)(chunk)
 
     means = yield statistic
-    return {layout: _with_spectrum(b, means[layout]["d"] if layout in means else torch.zeros_like(b.d)) for layout, b in bases.items()}
+    return {
+        layout: _with_spectrum(b, means[layout]["d"] if layout in means else torch.zeros_like(b.d))
+        for layout, b in bases.items()
+    }
 
 
 def _with_spectrum(basis: EigenBlock, d) -> EigenBlock:

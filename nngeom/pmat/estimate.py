@@ -27,7 +27,9 @@ class MatrixEstimate:
     draws: tuple[ParameterOperator, ...]
 
     def reading(self, f: Callable[[Any], Any]) -> Estimate:
-        """``f(matrix)`` with its standard error, for any ``f`` linear in the matrix that returns a tensor or PVector."""
+        """``f(matrix)`` with its standard error, for any ``f`` linear in the matrix that returns a tensor or
+        PVector.
+        """
         value = f(self.matrix)
         if isinstance(value, PVector):
             error = self._error(torch.stack([f(m).flat() for m in self.draws]))
@@ -59,4 +61,7 @@ class MatrixEstimate:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise UnsupportedError(f"a matrix estimated from random probes has no {name} with a standard error; .matrix.{name} has it without one")
+        raise UnsupportedError(
+            f"a matrix estimated from random probes has no {name} with a standard error; .matrix.{name} has it "
+            "without one"
+        )

@@ -56,7 +56,9 @@ class PMatExpression(ParameterOperator):
     def materialize(self, limit: int = DENSE_LIMIT) -> PMat:
         """The same matrix as a :class:`PMatDense`; raises :class:`SizeError` above ``limit`` parameters."""
         if not self.symmetric:
-            raise UnsupportedError("a product of matrices is not symmetric, so there is no PMatDense of it; to_dense() gives the tensor")
+            raise UnsupportedError(
+                "a product of matrices is not symmetric, so there is no PMatDense of it; to_dense() gives the tensor"
+            )
         span: Layout = self.collection.span()
         return PMatDense._make(self.collection, {span: DenseBlock(self.to_dense(limit))}, 0)
 
@@ -71,7 +73,8 @@ class PMatExpression(ParameterOperator):
             return self._apply(lambda x: self._solve_general(x, d), b)
         if not self.symmetric or not isinstance(d, Tikhonov):
             raise UnsupportedError(
-                "solving with a product, or with Cutoff or FactoredTikhonov on a sum, needs the dense matrix; this one is above the size limit"
+                "solving with a product, or with Cutoff or FactoredTikhonov on a sum, needs the dense matrix; "
+                "this one is above the size limit"
             )
         solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter)
         return self._apply(lambda x: solution(solver, [*self._terms(), (d.value, identity)], x, self._held), b)
@@ -230,5 +233,3 @@ class PMatProduct(PMatExpression):
 
     def __repr__(self) -> str:
         return f"PMatProduct({self.scale:g} * {self.left!r} @ {self.right!r})"
-
-

@@ -63,8 +63,8 @@ class PMatEye(PMat):
     ) -> PMat:
         """``scale * I`` over ``layer_collection`` without any data; the graph of a 0-d tensor ``scale`` is kept.
 
-        ``dtype`` and ``device`` are torch's defaults unless given. Raises :class:`ArgumentError` for a ``scale`` that is
-        not one finite number.
+        ``dtype`` and ``device`` are torch's defaults unless given. Raises :class:`ArgumentError` for a ``scale`` that
+        is not one finite number.
         """
         c = torch.as_tensor(scale, dtype=dtype or torch.get_default_dtype(), device=device).clone()
         if c.ndim or not torch.isfinite(c):

@@ -30,7 +30,9 @@ FEW_BYTES = 2**26  # of the cotangents of the first look
 
 @dataclass(frozen=True, eq=False)
 class PMatImplicit(ParameterOperator):
-    """A matrix known by its products, exact and without storage; it keeps the model and the batches, and is not picklable."""
+    """A matrix known by its products, exact and without storage; it keeps the model and the batches, and is not
+    picklable.
+    """
 
     sweep: Sweep
     scale: float | Tensor = 1.0
@@ -85,7 +87,7 @@ class PMatImplicit(ParameterOperator):
     def _terms(self):
         return [(self.scale, self._unscaled)]
 
-    # -- what it solves and estimates --------------------------------------------------------------------------------
+    # -- what it solves and estimates ----------------------------------------------------------------------------------
 
     def solve(
         self,
@@ -102,7 +104,9 @@ class PMatImplicit(ParameterOperator):
         """
         d = as_damping(damping)
         if not isinstance(d, Tikhonov):
-            raise ArgumentError("an implicit matrix takes a number as damping: Cutoff and FactoredTikhonov need a factorisation")
+            raise ArgumentError(
+                "an implicit matrix takes a number as damping: Cutoff and FactoredTikhonov need a factorisation"
+            )
         apply = None
         if preconditioner is not None:
             inverse = preconditioner.inverse(d)
@@ -119,12 +123,16 @@ class PMatImplicit(ParameterOperator):
     def _estimate(self, estimator: str, samples: int, generator: torch.Generator | None) -> Estimate:
         estimators = {"hutchinson": hutchinson, "hutch++": hutchpp}
         if estimator not in estimators:
-            raise ArgumentError(f"estimator is {estimator!r}; expected one of {sorted(estimators)}, or None for the exact trace")
+            raise ArgumentError(
+                f"estimator is {estimator!r}; expected one of {sorted(estimators)}, or None for the exact trace"
+            )
         like = torch.empty((), dtype=self.dtype, device=self.device)
         return estimators[estimator](self._mv, self.shape[0], samples, like, generator)
 
     def trace(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
-        """``tr M``: exact by default, or an :class:`Estimate` with a standard error (``"hutchinson"``, ``"hutch++"``)."""
+        """``tr M``: exact by default, or an :class:`Estimate` with a standard error (``"hutchinson"``,
+        ``"hutch++"``).
+        """
         if estimator is None:
             return self._exact_trace()
         return self._estimate(estimator, samples, generator)
@@ -146,20 +154,30 @@ class PMatImplicit(ParameterOperator):
         root = square.value.clamp_min(0).sqrt()
         return Estimate(root, square.standard_error / (2 * root))
 
-    def lanczos(self, k: int, steps: int | None = None, tol: float = 1e-6, generator: torch.Generator | None = None) -> tuple[Tensor, PVector]:
+    def lanczos(
+        self, k: int, steps: int | None = None, tol: float = 1e-6, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, PVector]:
         """The ``k`` largest eigenvalues, descending ``(k,)``, and their vectors, a batch of PVectors."""
-        start = PVector.randn(self.collection, generator=generator, dtype=self.dtype, device=self.device if generator is None else generator.device)
+        start = PVector.randn(
+            self.collection,
+            generator=generator,
+            dtype=self.dtype,
+            device=self.device if generator is None else generator.device,
+        )
         values, vectors = lanczos(self._mv, start.flat().to(self.device), k, steps, tol)
         return values, PVector(self.collection, vectors)
 
-    def spectral_density(self, steps: int = 64, samples: int = 8, generator: torch.Generator | None = None) -> SpectralDensity:
+    def spectral_density(
+        self, steps: int = 64, samples: int = 8, generator: torch.Generator | None = None
+    ) -> SpectralDensity:
         """The distribution of eigenvalues by stochastic Lanczos quadrature."""
         like = torch.empty((), dtype=self.dtype, device=self.device)
         return spectral_density(self._mv, self.shape[0], like, steps, samples, generator)
 
     def _refuse(self, what: str) -> UnsupportedError:
         return UnsupportedError(
-            f"an implicit matrix has no {what}; lanczos(k) and spectral_density() estimate its spectrum, or build a PMatDense, PMatKFAC or PMatEKFAC"
+            f"an implicit matrix has no {what}; lanczos(k) and spectral_density() estimate its spectrum, or "
+            "build a PMatDense, PMatKFAC or PMatEKFAC"
         )
 
     def eigh(self) -> Any:
@@ -176,10 +194,14 @@ class PMatImplicit(ParameterOperator):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered; raises :class:`UnsupportedError`."""
-        raise UnsupportedError("an implicit matrix follows its model; move the model with model.to(...) and build it again")
+        raise UnsupportedError(
+            "an implicit matrix follows its model; move the model with model.to(...) and build it again"
+        )
 
     def __reduce__(self):
-        raise UnsupportedError("an implicit matrix holds a model and data, so it is not pickled; save a PMatKFAC, PMatEKFAC, ... instead")
+        raise UnsupportedError(
+            "an implicit matrix holds a model and data, so it is not pickled; save a PMatKFAC, PMatEKFAC, ... instead"
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device='{self.device}')"

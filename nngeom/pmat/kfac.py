@@ -13,7 +13,15 @@ from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope
 from nngeom.pmat.sua import has_window, sua_blocks, sua_sums
 
-__all__ = ["EigenBlock", "KroneckerBasis", "KroneckerBlock", "PMatKFAC", "factor_statistic", "kronecker_block", "kronecker_blocks"]
+__all__ = [
+    "EigenBlock",
+    "KroneckerBasis",
+    "KroneckerBlock",
+    "PMatKFAC",
+    "factor_statistic",
+    "kronecker_block",
+    "kronecker_blocks",
+]
 
 FACTOR_LIMIT = 10_000  # a factor with a longer side is kept diagonal
 
@@ -39,12 +47,16 @@ def _sums(layout: Layout, j: LayerJacobian, sharing: str, limit: int) -> dict[st
 
 
 def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> None:
-    """Raise :class:`StructureError` for a parameter without Kronecker structure whose exact block is above the limit."""
+    """Raise :class:`StructureError` for a parameter without Kronecker structure whose exact block is above the
+    limit.
+    """
     i = j.shape[-1]
     if not j.kronecker and i > block_limit:
         raise StructureError(
-            f"parameter {' and '.join(map(repr, names))} has no Kronecker structure and {i} entries; its exact block of {i}**2 numbers is above "
-            f"block_limit={block_limit}: raise block_limit, leave it out with LayerCollection.from_model(model, exclude=...), or give it "
+            f"parameter {' and '.join(map(repr, names))} has no Kronecker structure and {i} entries; its exact "
+            f"block of {i}**2 numbers is above "
+            f"block_limit={block_limit}: raise block_limit, leave it out with LayerCollection.from_model(model, "
+            "exclude=...), or give it "
             f"another representation, PMatMixed({{{names[0]!r}: PMatDiag}}, default=PMatKFAC)"
         )
 
@@ -66,9 +78,11 @@ def kronecker_blocks(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, Kro
 
 
 class PMatKFAC(PMat):
-    """A Kronecker product a layer. ``sharing``: positions as independent (``"expand"``) or averaged first (``"reduce"``).
+    """A Kronecker product a layer. ``sharing``: positions as independent (``"expand"``) or averaged first
+    (``"reduce"``).
 
-    ``sua``: the places of a window as uncorrelated, one factor of channels for all of them; the bias then is a block of its own.
+    ``sua``: the places of a window as uncorrelated, one factor of channels for all of them; the bias then is a block of
+    its own.
     """
 
     centred = False

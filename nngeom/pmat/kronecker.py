@@ -19,7 +19,10 @@ class KroneckerBlock(Block):
 
     a: Tensor  # [s i i] or [s i]
     g: Tensor  # [s o o] or [s o]
-    uses: tuple[Tensor, ...] = ()  # of a parameter used in unlike ways, the factors a, g of every use: their means merge, the joined ones' do not
+    uses: tuple[
+        Tensor, ...
+        # of a parameter used in unlike ways, the factors a, g of every use: their means merge, the joined ones' do not
+    ] = ()
 
     @property
     def sizes(self):
@@ -42,7 +45,9 @@ class KroneckerBlock(Block):
 
     def merged(self, other, mine, theirs):
         """The means of the factors: what one sweep over both data sets gives."""
-        if not isinstance(other, KroneckerBlock) or [f.shape for f in self._factors] != [f.shape for f in other._factors]:
+        if not isinstance(other, KroneckerBlock) or [f.shape for f in self._factors] != [
+            f.shape for f in other._factors
+        ]:
             return None
         return KroneckerBlock.of(*(mine * x + theirs * y for x, y in zip(self._factors, other._factors)))
 
@@ -72,16 +77,22 @@ class KroneckerBlock(Block):
     def factored_inverse(self, damping: FactoredTikhonov) -> KroneckerBlock:
         """The inverse of :meth:`damped`, factor by factor."""
         a, g = self.damped(damping)
-        return KroneckerBlock(linalg.factor_inverse(a, "the damped input factor"), linalg.factor_inverse(g, "the damped gradient factor"))
+        return KroneckerBlock(
+            linalg.factor_inverse(a, "the damped input factor"), linalg.factor_inverse(g, "the damped gradient factor")
+        )
 
     def damped(self, damping: FactoredTikhonov) -> tuple[Tensor, Tensor]:
         """``a + pi sqrt(x)`` and ``g + sqrt(x) / pi``, ``pi`` the root of the ratio of mean eigenvalues, or 1."""
         if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
             shift = self.a.new_zeros(self.a.shape[0]) + damping.value
-            return linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), shift), torch.ones_like(self.g)
+            return linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), shift), torch.ones_like(
+                self.g
+            )
         means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
         usable = (means[0] > 0) & (means[1] > 0) & damping.balanced
-        pi = torch.where(usable, (means[0] / means[1].where(usable, torch.ones_like(means[1]))).sqrt(), torch.ones_like(means[0]))
+        pi = torch.where(
+            usable, (means[0] / means[1].where(usable, torch.ones_like(means[1]))).sqrt(), torch.ones_like(means[0])
+        )
         root = damping.value**0.5
         return linalg.factor_shift(self.a, pi * root), linalg.factor_shift(self.g, root / pi)
 
@@ -155,7 +166,9 @@ class EigenBlock(Block):
     def inverse(self, damping):
         if isinstance(damping, FactoredTikhonov):
             values = self.d + self.additive(damping.value)
-            return EigenBlock(self.ua, self.ug, reciprocal(values, FactoredTikhonov(0.0), "the matrix in its eigenbasis"))
+            return EigenBlock(
+                self.ua, self.ug, reciprocal(values, FactoredTikhonov(0.0), "the matrix in its eigenbasis")
+            )
         return EigenBlock(self.ua, self.ug, reciprocal(self.d, damping, "the matrix in its eigenbasis"))
 
     def additive(self, x: float | Tensor) -> Tensor | float:

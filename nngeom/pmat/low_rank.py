@@ -37,7 +37,9 @@ class LowRankBlock(Block):
 
     def squared_norm(self):
         gram = self.r @ self.r.T if self.r.shape[0] <= self.r.shape[1] else self.r.T @ self.r
-        return gram.square().sum() + 2 * self.sign * self.shift * self.r.square().sum() + self.shift**2 * self.r.shape[1]
+        return (
+            gram.square().sum() + 2 * self.sign * self.shift * self.r.square().sum() + self.shift**2 * self.r.shape[1]
+        )
 
     @property
     def _shifted(self) -> bool:
@@ -97,7 +99,10 @@ class LowRankBlock(Block):
     def _positive_shift(self, damping: Tikhonov) -> float | Tensor:
         c = self.shift + damping.value
         if c <= 0:
-            raise SingularError(f"a low-rank matrix of rank at most {self.r.shape[0]} over {self.r.shape[1]} parameters is singular; use a damping above 0")
+            raise SingularError(
+                f"a low-rank matrix of rank at most {self.r.shape[0]} over {self.r.shape[1]} parameters is "
+                "singular; use a damping above 0"
+            )
         return c
 
     def _spectrum(self) -> tuple[Tensor, Tensor]:
@@ -143,14 +148,20 @@ class HouseholderBasis(BlockBasis):
 
 
 class PMatLowRank(PMat):
-    """``R^T R`` with ``R`` the rows ``v J / sqrt(n)``: exact, and lean while examples times outputs are fewer than parameters."""
+    """``R^T R`` with ``R`` the rows ``v J / sqrt(n)``: exact, and lean while examples times outputs are fewer than
+    parameters.
+    """
 
     @classmethod
     def recipe(cls, scope: Scope):
         layout = scope.span()
 
         def statistic(chunk):
-            return {layout: {"r": Rows([rows.transpose(0, 1).flatten(0, 1) for rows in join_rows(chunk, layout, layout.names)])}}
+            return {
+                layout: {
+                    "r": Rows([rows.transpose(0, 1).flatten(0, 1) for rows in join_rows(chunk, layout, layout.names)])
+                }
+            }
 
         means = yield statistic
         return {lay: LowRankBlock(t["r"]) for lay, t in means.items()}

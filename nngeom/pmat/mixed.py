@@ -25,7 +25,9 @@ class Mixture(Representation):
             groups.setdefault(self._index(name), []).append(name)
         unused = [p for j, (p, _) in enumerate(self.parts) if j not in groups and not self._matches_any(p, scope)]
         if unused:
-            raise ArgumentError(f"patterns {unused} of PMatMixed match no parameter; the parameters are {list(scope.names)[:8]}")
+            raise ArgumentError(
+                f"patterns {unused} of PMatMixed match no parameter; the parameters are {list(scope.names)[:8]}"
+            )
         recipes = []
         for index, names in groups.items():
             part = Scope(scope.collection, tuple(names))
@@ -53,7 +55,10 @@ class Mixture(Representation):
             if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + "."):
                 return j
         if self.default is None:
-            raise ArgumentError(f"no pattern of PMatMixed matches parameter {name!r} and there is no default; pass default=PMatDiag, say")
+            raise ArgumentError(
+                f"no pattern of PMatMixed matches parameter {name!r} and there is no default; pass "
+                "default=PMatDiag, say"
+            )
         return -1
 
     def _matches_any(self, pattern: str, scope: Scope) -> bool:
@@ -87,8 +92,12 @@ def as_representation(r: Any, **settings: Any) -> Representation:
     """A representation from a PMat class or one with options."""
     if isinstance(r, Representation):
         if settings:
-            raise ArgumentError(f"options {list(settings)} belong inside the representation: {r.kind.__name__}.options(...)")
+            raise ArgumentError(
+                f"options {list(settings)} belong inside the representation: {r.kind.__name__}.options(...)"
+            )
         return r
     if isinstance(r, type) and issubclass(r, PMat):
         return Representation(r, settings)
-    raise ArgumentTypeError(f"representation is {r!r}; expected one of {sorted(PMat.kinds)}, or one with options, PMatKFAC.options(...)")
+    raise ArgumentTypeError(
+        f"representation is {r!r}; expected one of {sorted(PMat.kinds)}, or one with options, PMatKFAC.options(...)"
+    )

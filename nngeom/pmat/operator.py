@@ -30,7 +30,7 @@ class ParameterOperator(ABC):
     overridden where the structure makes it cheap or exact.
     """
 
-    # -- primitives --------------------------------------------------------------------------------------------------
+    # -- primitives ----------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -52,7 +52,9 @@ class ParameterOperator(ABC):
         """``[*b, d] -> [*b, d]``."""
 
     def _terms(self) -> list[tuple[float | Tensor, Callable[[Tensor], Tensor]]]:
-        """The matrix as a sum of factors times maps ``[*b, d] -> [*b, d]``; iterative solves differentiate the factors."""
+        """The matrix as a sum of factors times maps ``[*b, d] -> [*b, d]``; iterative solves differentiate the
+        factors.
+        """
         return [(1.0, self._mv)]
 
     @property
@@ -60,7 +62,7 @@ class ParameterOperator(ABC):
         """Tensors outside of the matrix that its products depend on: the parameters of a model."""
         return ()
 
-    # -- derived -----------------------------------------------------------------------------------------------------
+    # -- derived -------------------------------------------------------------------------------------------------------
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,7 +71,10 @@ class ParameterOperator(ABC):
 
     def _operand(self, v: Any) -> Tensor:
         if not isinstance(v, PVector):
-            raise ArgumentTypeError(f"the operand is {type(v).__name__}; expected a PVector (PVector.from_flat(M.layer_collection, tensor) makes one)")
+            raise ArgumentTypeError(
+                f"the operand is {type(v).__name__}; expected a PVector (PVector.from_flat(M.layer_collection, "
+                "tensor) makes one)"
+            )
         self.collection.require(v.layer_collection, "the vector")
         if v.device != self.device:
             raise DeviceError(f"the vector is on {v.device} and the matrix on {self.device}; move one with .to(device)")
@@ -96,7 +101,8 @@ class ParameterOperator(ABC):
         if d > limit:
             size = d * d * self.dtype.itemsize / 2**30
             raise SizeError(
-                f"the dense matrix of {d} parameters takes {size:.1f} GiB; the limit is {limit} parameters: pass to_dense(limit={d}) to have it anyway"
+                f"the dense matrix of {d} parameters takes {size:.1f} GiB; the limit is {limit} parameters: pass "
+                f"to_dense(limit={d}) to have it anyway"
             )
         return self._dense()
 
@@ -115,7 +121,9 @@ class ParameterOperator(ABC):
         if isinstance(other, (int, float)) and other == 0:
             return self
         if not isinstance(other, ParameterOperator):
-            raise ArgumentTypeError(f"cannot add {type(other).__name__} to a parameter-space matrix; expected another one")
+            raise ArgumentTypeError(
+                f"cannot add {type(other).__name__} to a parameter-space matrix; expected another one"
+            )
         self.collection.require(other.collection, "the other matrix")
         closed = self._added(other)
         if closed is not None:
@@ -132,7 +140,9 @@ class ParameterOperator(ABC):
 
     def __sub__(self, other: Any) -> Any:
         if not isinstance(other, ParameterOperator):
-            raise ArgumentTypeError(f"cannot subtract {type(other).__name__} from a parameter-space matrix; expected another one")
+            raise ArgumentTypeError(
+                f"cannot subtract {type(other).__name__} from a parameter-space matrix; expected another one"
+            )
         return self + (-1.0) * other
 
     def __neg__(self) -> Any:

@@ -56,7 +56,9 @@ class Representation:
         return self.kind.centred
 
     def last_sweep(self, matrix: PMat) -> Representation:
-        """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is only one."""
+        """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is
+        only one.
+        """
         return self if self.passes == 1 else self.kind.in_basis(matrix)
 
     def part_of(self, name: str) -> object:
@@ -84,7 +86,9 @@ class PMat(ParameterOperator):
         PMat.kinds.add(cls)
 
     def __init__(self, *args: Any, **kwargs: Any):
-        raise ArgumentTypeError(f"{type(self).__name__} is built by FIM(model, loader, {type(self).__name__}) and its like, not called")
+        raise ArgumentTypeError(
+            f"{type(self).__name__} is built by FIM(model, loader, {type(self).__name__}) and its like, not called"
+        )
 
     @classmethod
     def _make(cls, collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
@@ -95,7 +99,8 @@ class PMat(ParameterOperator):
         twice = sorted({n for n in named if named.count(n) > 1}) if len(set(named)) < len(named) else []
         if twice:
             raise StructureError(
-                f"parameters {twice[:4]} are used in different ways in different batches; {cls.__name__} needs one structure: "
+                f"parameters {twice[:4]} are used in different ways in different batches; {cls.__name__} needs "
+                "one structure: "
                 "use PMatDiag, PMatBlockDiag or PMatDense for them (PMatMixed)"
             )
         missing = [n for n in collection.names if n not in set(named)]
@@ -123,9 +128,12 @@ class PMat(ParameterOperator):
     @classmethod
     def in_basis(cls, matrix: PMat) -> Representation:
         """This representation in the kept basis of ``matrix``, measured in one sweep, where it has such a thing."""
-        raise UnsupportedError(f"{cls.__name__} with parts of several sweeps is not estimated from random probes; mix others than PMatEKFAC")
+        raise UnsupportedError(
+            f"{cls.__name__} with parts of several sweeps is not estimated from random probes; mix others than "
+            "PMatEKFAC"
+        )
 
-    # -- primitives --------------------------------------------------------------------------------------------------
+    # -- primitives ----------------------------------------------------------------------------------------------------
 
     @property
     def collection(self):
@@ -162,7 +170,7 @@ class PMat(ParameterOperator):
     def _mv(self, x):
         return self._each(x, lambda block, y: block.mv(y))
 
-    # -- numbers -----------------------------------------------------------------------------------------------------
+    # -- numbers -------------------------------------------------------------------------------------------------------
 
     def trace(self) -> Tensor:
         """``tr M``."""
@@ -182,7 +190,7 @@ class PMat(ParameterOperator):
         t = require_tikhonov(damping, "logdet")
         return torch.stack([b.logdet(t) for b in self.blocks.values()]).sum()
 
-    # -- inverses ----------------------------------------------------------------------------------------------------
+    # -- inverses ------------------------------------------------------------------------------------------------------
 
     def solve(self, b: Any, damping: float | Tensor | Damping = 0.0) -> Any:
         """``(M + damping I)^-1 b`` for a PVector (batched) or all rows of a ``PushForwardDense``.
@@ -227,19 +235,31 @@ class PMat(ParameterOperator):
         return PMatEKFAC if new == {EigenBlock} and old <= {KroneckerBlock, EigenBlock} else PMatMixed
 
     def eigh(self) -> tuple[Tensor, Basis]:
-        """All eigenvalues ``(d,)``, ascending, and an orthonormal basis in the same order: ``M = U diag(values) U^T``."""
+        """All eigenvalues ``(d,)``, ascending, and an orthonormal basis in the same order: ``M = U diag(values)
+        U^T``.
+        """
         parts = {lay: b.eigh() for lay, b in self.blocks.items()}
         flat = self._collect({lay: values for lay, (values, _) in parts.items()})
         order = flat.argsort(stable=True)
-        return flat[order], Basis(self.layer_collection, {lay: basis for lay, (_, basis) in parts.items()}, order, self.dtype)
+        return flat[order], Basis(
+            self.layer_collection, {lay: basis for lay, (_, basis) in parts.items()}, order, self.dtype
+        )
 
     def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> PVector:
         """``n`` independent draws of ``N(0, (M + damping I)^-1)``, a batch of PVectors."""
         t = require_tikhonov(damping, "sample")
-        noise = PVector.randn(self.layer_collection, n, generator=generator, dtype=self.dtype, device=self.device if generator is None else generator.device)
-        return PVector(self.layer_collection, self._each(noise.flat().to(self.device), lambda block, y: block.root_times(y, t)))
+        noise = PVector.randn(
+            self.layer_collection,
+            n,
+            generator=generator,
+            dtype=self.dtype,
+            device=self.device if generator is None else generator.device,
+        )
+        return PVector(
+            self.layer_collection, self._each(noise.flat().to(self.device), lambda block, y: block.root_times(y, t))
+        )
 
-    # -- algebra -----------------------------------------------------------------------------------------------------
+    # -- algebra -------------------------------------------------------------------------------------------------------
 
     def _dense(self):
         if len(self.blocks) == 1:
@@ -261,7 +281,9 @@ class PMat(ParameterOperator):
 
     def to(self, *args: Any, **kwargs: Any) -> PMat:
         """Another dtype or device, as ``Tensor.to``."""
-        return self._make(self.layer_collection, {lay: b.to(*args, **kwargs) for lay, b in self.blocks.items()}, self.examples)
+        return self._make(
+            self.layer_collection, {lay: b.to(*args, **kwargs) for lay, b in self.blocks.items()}, self.examples
+        )
 
     def detach(self) -> PMat:
         """Without its graph, which a matrix has that was made with a damping or a factor that requires a gradient."""
@@ -277,7 +299,10 @@ class PMat(ParameterOperator):
         return _rebuild, (type(self), self.layer_collection, blocks, self.examples)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={self.shape}, blocks={len(self.blocks)}, examples={self.examples}, dtype={self.dtype}, device='{self.device}')"
+        return (
+            f"{type(self).__name__}(shape={self.shape}, blocks={len(self.blocks)}, examples={self.examples}, "
+            f"dtype={self.dtype}, device='{self.device}')"
+        )
 
 
 def _rebuild(cls: type[PMat], collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:

@@ -51,8 +51,10 @@ class ArrowBlock(Block):
         if not positive or bool((schur <= 4 * torch.finfo(d.dtype).eps * d.abs().amax(-1)).any()):
             least = self.eigh()[0].min().item()
             raise SingularError(
-                f"the quasi-diagonal matrix is not positive definite with damping {damping.value:g}: its smallest eigenvalue is "
-                f"{least:.3e}; use a damping above {max(-least, 0.0):.3e} (quasi-diagonal matrices need not be positive semi-definite)",
+                f"the quasi-diagonal matrix is not positive definite with damping {damping.value:g}: its "
+                "smallest eigenvalue is "
+                f"{least:.3e}; use a damping above {max(-least, 0.0):.3e} (quasi-diagonal matrices need not be "
+                "positive semi-definite)",
                 max(-least, 0.0),
             )
         ratio = torch.cat([self.c / w, -torch.ones_like(b).unsqueeze(-1)], -1)

@@ -1,8 +1,8 @@
 """Spatially uncorrelated activations: one input factor for all places of a window (Grosse & Martens 2016, section 4.2).
 
-The input factor over (channel, place) is replaced by ``A (x) I`` with ``A`` the second moment of the channels, averaged over
-places: the nearest matrix of this form, with the same trace. The places become groups of the block, ``[(s w), o, c]``; the
-bias is a block of its own, of one input and ``o`` outputs. Where the window has one place nothing changes.
+The input factor over (channel, place) is replaced by ``A (x) I`` with ``A`` the second moment of the channels, averaged
+over places: the nearest matrix of this form, with the same trace. The places become groups of the block, ``[(s w), o,
+c]``; the bias is a block of its own, of one input and ``o`` outputs. Where the window has one place nothing changes.
 """
 
 from __future__ import annotations

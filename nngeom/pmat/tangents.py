@@ -34,7 +34,9 @@ def are_adjoint(u: Tensor, tangent: Tensor, pulled: Tensor, v: Tensor) -> bool:
     """Whether ``<u, J v> = <J^T u, v>`` to rounding; infinite ones are left to who looks for them."""
     left, right = dot(u, tangent)[0], dot(pulled, v)[0]
     rounding = torch.finfo(tangent.dtype).eps
-    room = max(rounding**0.5, AGREE) * abs(left) + 100 * rounding * float(u.norm() * tangent.norm() + pulled.norm() * v.norm())
+    room = max(rounding**0.5, AGREE) * abs(left) + 100 * rounding * float(
+        u.norm() * tangent.norm() + pulled.norm() * v.norm()
+    )
     return not math.isfinite(room) or abs(left - right) <= room
 
 

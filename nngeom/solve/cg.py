@@ -41,7 +41,9 @@ def conjugate_gradient(
         curvature = (p * mp).sum(-1, keepdim=True)
         if bool((active & (curvature <= 0)).any()):
             raise SingularError("conjugate gradients met a direction of no or negative curvature; use a larger damping")
-        alpha = torch.where(active, rz / torch.where(active, curvature, torch.ones_like(curvature)), torch.zeros_like(rz))
+        alpha = torch.where(
+            active, rz / torch.where(active, curvature, torch.ones_like(curvature)), torch.zeros_like(rz)
+        )
         x = x + alpha * p
         r = r - alpha * mp
         z = apply(r)

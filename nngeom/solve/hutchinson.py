@@ -29,15 +29,21 @@ def rademacher(*shape: int, like: Tensor, generator: torch.Generator | None = No
     return (2 * torch.randint(0, 2, shape, generator=generator, device=device) - 1).to(like)
 
 
-def hutchinson(matrix: Callable[[Tensor], Tensor], d: int, samples: int, like: Tensor, generator: torch.Generator | None = None) -> Estimate:
+def hutchinson(
+    matrix: Callable[[Tensor], Tensor], d: int, samples: int, like: Tensor, generator: torch.Generator | None = None
+) -> Estimate:
     """``tr M`` as the mean of ``z^T M z`` over random signs ``z`` (Hutchinson 1989)."""
     _require(samples)
     z = rademacher(samples, d, like=like, generator=generator)
     return _mean((z * matrix(z)).sum(-1))
 
 
-def hutchpp(matrix: Callable[[Tensor], Tensor], d: int, samples: int, like: Tensor, generator: torch.Generator | None = None) -> Estimate:
-    """``tr M`` by Hutch++ (Meyer et al. 2021): exact on a sketched range, Hutchinson on the rest; ``samples`` products."""
+def hutchpp(
+    matrix: Callable[[Tensor], Tensor], d: int, samples: int, like: Tensor, generator: torch.Generator | None = None
+) -> Estimate:
+    """``tr M`` by Hutch++ (Meyer et al. 2021): exact on a sketched range, Hutchinson on the rest; ``samples``
+    products.
+    """
     _require(samples)
     third = max(1, min(samples // 3, d))
     sketch = rademacher(third, d, like=like, generator=generator)

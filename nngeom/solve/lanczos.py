@@ -11,7 +11,9 @@ from nngeom.core.errors import ArgumentError
 
 
 def tridiagonalize(matrix: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """``T [m, m]`` and orthonormal ``Q [m, d]`` with ``Q matrix Q^T = T``, ``m <= steps``; stops when the space is exhausted."""
+    """``T [m, m]`` and orthonormal ``Q [m, d]`` with ``Q matrix Q^T = T``, ``m <= steps``; stops when the space is
+    exhausted.
+    """
     q = start / start.norm()
     basis, alphas, betas = [q], [], []
     for j in range(steps):

@@ -30,7 +30,12 @@ class SpectralDensity:
 
 
 def spectral_density(
-    matrix: Callable[[Tensor], Tensor], d: int, like: Tensor, steps: int = 64, samples: int = 8, generator: torch.Generator | None = None
+    matrix: Callable[[Tensor], Tensor],
+    d: int,
+    like: Tensor,
+    steps: int = 64,
+    samples: int = 8,
+    generator: torch.Generator | None = None,
 ) -> SpectralDensity:
     """Gauss quadrature nodes from ``samples`` random starts of ``steps`` Lanczos steps (Ghorbani et al. 2019)."""
     nodes, weights = [], []

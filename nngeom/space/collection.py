@@ -36,8 +36,9 @@ class LayerCollection:
         """The trainable parameters of ``model``, in the order of ``model.named_parameters()``.
 
         ``include`` and ``exclude`` take names, glob patterns (``"blocks.*.mlp.*"``), names of modules, modules,
-        predicates ``(name) -> bool`` or ``(name, parameter) -> bool``, or lists of these. Frozen parameters (``requires_grad=False``) are
-        left out; tied parameters count once, under their first name, and match by any of their names.
+        predicates ``(name) -> bool`` or ``(name, parameter) -> bool``, or lists of these. Frozen parameters
+        (``requires_grad=False``) are left out; tied parameters count once, under their first name, and match by any of
+        their names.
 
         Raises :class:`CollectionError` when a pattern matches nothing or no parameter is left.
         """
@@ -52,20 +53,25 @@ class LayerCollection:
         chosen = {name: p for name, p in every.items() if name in keep and p.requires_grad}
         for name, p in chosen.items():
             if not p.is_floating_point():
-                raise CollectionError(f"parameter {name!r} is {p.dtype}; expected a real floating-point parameter, exclude it")
+                raise CollectionError(
+                    f"parameter {name!r} is {p.dtype}; expected a real floating-point parameter, exclude it"
+                )
             if nn.parameter.is_lazy(p):
                 raise CollectionError(f"parameter {name!r} is not initialised yet; run the model once on a batch first")
         if not any(p.numel() for p in chosen.values()):
             frozen = sum(not p.requires_grad for p in every.values())
             raise CollectionError(
                 f"no parameter is left in the collection: the model has {len(every)} ({frozen} frozen), "
-                f"include={include!r} and exclude={exclude!r} keep {len(keep)}; expected at least one trainable parameter"
+                f"include={include!r} and exclude={exclude!r} keep {len(keep)}; expected at least one trainable "
+                "parameter"
             )
-        root = type(model).__name__ if type(model).__module__.startswith("torch.nn") else None  # a single layer as the model
+        root = (
+            type(model).__name__ if type(model).__module__.startswith("torch.nn") else None
+        )  # a single layer as the model
         layers = tuple(name.rpartition(".")[0] or root or name for name in chosen)
         return LayerCollection(tuple(chosen), tuple(tuple(p.shape) for p in chosen.values()), layers)
 
-    # -- sizes -------------------------------------------------------------------------------------------------------
+    # -- sizes ---------------------------------------------------------------------------------------------------------
 
     @property
     def numel(self) -> int:
@@ -105,7 +111,9 @@ class LayerCollection:
             if name not in named:
                 raise CollectionError(f"the model has no parameter {name!r}; the collection belongs to another model")
             if tuple(named[name].shape) != shape:
-                raise CollectionError(f"parameter {name!r} has shape {tuple(named[name].shape)}; the collection expects {shape}")
+                raise CollectionError(
+                    f"parameter {name!r} has shape {tuple(named[name].shape)}; the collection expects {shape}"
+                )
             if not named[name].requires_grad:
                 raise CollectionError(f"parameter {name!r} is frozen now; build the collection after freezing")
         return {name: named[name] for name in self.names}
@@ -116,7 +124,10 @@ class LayerCollection:
             return
         mine, theirs = dict(zip(self.names, self.shapes)), dict(zip(other.names, other.shapes))
         if mine == theirs:
-            raise CollectionError(f"{what} has the same parameters in another order: {list(other.names)[:4]}..., expected {list(self.names)[:4]}...")
+            raise CollectionError(
+                f"{what} has the same parameters in another order: {list(other.names)[:4]}..., expected "
+                f"{list(self.names)[:4]}..."
+            )
         odd = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
         raise CollectionError(
             f"{what} belongs to another collection ({other.numel} parameters, expected {self.numel}); "
@@ -144,7 +155,9 @@ def _takes_two(predicate: Callable[..., Any]) -> bool:
     return True
 
 
-def _select(model: nn.Module, every: dict[str, nn.Parameter], aliases: dict[int, list[str]], pattern: Pattern, role: str) -> set[str]:
+def _select(
+    model: nn.Module, every: dict[str, nn.Parameter], aliases: dict[int, list[str]], pattern: Pattern, role: str
+) -> set[str]:
     if isinstance(pattern, (list, tuple, set)):
         return set().union(*(_select(model, every, aliases, p, role) for p in pattern)) if pattern else set()
     test: Callable[[str, torch.Tensor], bool]
@@ -156,8 +169,14 @@ def _select(model: nn.Module, every: dict[str, nn.Parameter], aliases: dict[int,
     elif callable(pattern):
         test = pattern if _takes_two(pattern) else lambda name, p: pattern(name)
     else:
-        raise ArgumentTypeError(f"{role} got {pattern!r}; expected a name, a glob, a module, a predicate (name, parameter) -> bool, or a list of these")
+        raise ArgumentTypeError(
+            f"{role} got {pattern!r}; expected a name, a glob, a module, a predicate (name, parameter) -> bool, "
+            "or a list of these"
+        )
     found = {name for name, p in every.items() if any(test(alias, p) for alias in aliases[id(p)])}
     if not found:
-        raise CollectionError(f"{role}={pattern!r} matches no parameter; the model's parameters are {list(every)[:8]}{'...' if len(every) > 8 else ''}")
+        raise CollectionError(
+            f"{role}={pattern!r} matches no parameter; the model's parameters are "
+            f"{list(every)[:8]}{'...' if len(every) > 8 else ''}"
+        )
     return found

@@ -52,7 +52,9 @@ class FVector:
             return FVector(f(self.tensor, other.tensor))
         if isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.ndim == 0):
             return FVector(f(self.tensor, other))
-        raise ArgumentTypeError(f"cannot combine an FVector with {type(other).__name__}; expected an FVector or a number")
+        raise ArgumentTypeError(
+            f"cannot combine an FVector with {type(other).__name__}; expected an FVector or a number"
+        )
 
     def _same(self, other: Any, f: Callable[[Tensor, Any], Tensor]) -> FVector:
         if isinstance(other, (int, float)) and other == 0:  # so that sum() works

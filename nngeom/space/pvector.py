@@ -30,7 +30,7 @@ class PVector:
             given = tuple(self.tensor.shape) if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
             raise ArgumentError(f"a PVector of this collection has shape (*batch, {d}); got {given}")
 
-    # -- construction ------------------------------------------------------------------------------------------------
+    # -- construction --------------------------------------------------------------------------------------------------
 
     @staticmethod
     def from_model(model: nn.Module, layer_collection: LayerCollection | None = None, *, live: bool = False) -> PVector:
@@ -49,7 +49,10 @@ class PVector:
         params = lc.parameters(model)
         missing = [n for n, p in params.items() if p.grad is None]
         if missing:
-            raise ArgumentError(f"parameters {missing[:4]} have no gradient; call loss.backward() first, or exclude them from the collection")
+            raise ArgumentError(
+                f"parameters {missing[:4]} have no gradient; call loss.backward() first, or exclude them from "
+                "the collection"
+            )
         return PVector.from_dict(lc, {n: p.grad.detach() for n, p in params.items() if p.grad is not None})
 
     @staticmethod
@@ -67,7 +70,10 @@ class PVector:
             t = tensors[name]
             batch = t.shape[: t.ndim - len(shape)]
             if tuple(t.shape[len(batch) :]) != shape:
-                raise ArgumentError(f"the tensor for {name!r} has shape {tuple(t.shape)}; expected (*batch, {', '.join(map(str, shape))})")
+                raise ArgumentError(
+                    f"the tensor for {name!r} has shape {tuple(t.shape)}; expected (*batch, "
+                    f"{', '.join(map(str, shape))})"
+                )
             parts.append(t.reshape((*batch, math.prod(shape))))
         extra = [n for n in tensors if n not in layer_collection]
         if extra:
@@ -76,7 +82,9 @@ class PVector:
         return PVector(layer_collection, flat.clone() if len(parts) == 1 else flat)
 
     @staticmethod
-    def zeros(layer_collection: LayerCollection, *batch: int, dtype: torch.dtype | None = None, device: Any = None) -> PVector:
+    def zeros(
+        layer_collection: LayerCollection, *batch: int, dtype: torch.dtype | None = None, device: Any = None
+    ) -> PVector:
         """All zeros."""
         return PVector(layer_collection, torch.zeros(*batch, layer_collection.numel, dtype=dtype, device=device))
 
@@ -90,9 +98,12 @@ class PVector:
     ) -> PVector:
         """Independent standard normal entries."""
         device = device if device is not None else (generator.device if generator is not None else None)
-        return PVector(layer_collection, torch.randn(*batch, layer_collection.numel, generator=generator, dtype=dtype, device=device))
+        return PVector(
+            layer_collection,
+            torch.randn(*batch, layer_collection.numel, generator=generator, dtype=dtype, device=device),
+        )
 
-    # -- reading -----------------------------------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------------------------------
 
     def flat(self) -> Tensor:
         """``(*batch, d)``."""
@@ -130,9 +141,12 @@ class PVector:
         return self.tensor.device
 
     def __repr__(self) -> str:
-        return f"PVector(shape={tuple(self.shape)}, parameters={len(self.layer_collection)}, dtype={self.dtype}, device='{self.device}')"
+        return (
+            f"PVector(shape={tuple(self.shape)}, parameters={len(self.layer_collection)}, dtype={self.dtype}, "
+            f"device='{self.device}')"
+        )
 
-    # -- algebra -----------------------------------------------------------------------------------------------------
+    # -- algebra -------------------------------------------------------------------------------------------------------
 
     def _with(self, other: Any, f: Callable[[Tensor, Any], Tensor]) -> PVector:
         if isinstance(other, PVector):
@@ -142,7 +156,10 @@ class PVector:
             return PVector(self.layer_collection, f(self.tensor, other))
         if isinstance(other, Tensor):  # one number a vector of the batch
             return PVector(self.layer_collection, f(self.tensor, other.unsqueeze(-1)))
-        raise ArgumentTypeError(f"cannot combine a PVector with {type(other).__name__}; expected a PVector, a number or a tensor of numbers (*batch)")
+        raise ArgumentTypeError(
+            f"cannot combine a PVector with {type(other).__name__}; expected a PVector, a number or a tensor of "
+            "numbers (*batch)"
+        )
 
     def _same(self, other: Any, f: Callable[[Tensor, Any], Tensor]) -> PVector:
         if isinstance(other, (int, float)) and other == 0:  # so that sum() works
@@ -191,7 +208,7 @@ class PVector:
         """Another dtype or device, as ``Tensor.to``."""
         return PVector(self.layer_collection, self.tensor.to(*args, **kwargs))
 
-    # -- writing to a model ------------------------------------------------------------------------------------------
+    # -- writing to a model --------------------------------------------------------------------------------------------
 
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite the parameters of ``model`` by this vector."""
@@ -203,7 +220,9 @@ class PVector:
 
     def _write(self, model: nn.Module, f: Callable[[Tensor, Tensor], Any]) -> None:
         if self.batch_shape:
-            raise ArgumentError(f"cannot write a batch of vectors {tuple(self.batch_shape)} to a model; index one of them first")
+            raise ArgumentError(
+                f"cannot write a batch of vectors {tuple(self.batch_shape)} to a model; index one of them first"
+            )
         with torch.no_grad():
             for name, p in self.layer_collection.parameters(unwrap(model)).items():
                 f(p, self[name])

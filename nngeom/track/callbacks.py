@@ -64,7 +64,8 @@ def lightning_callback(tracker: Tracker) -> Any:
 
 
 def huggingface_callback(tracker: Tracker) -> Any:
-    """A ``transformers.TrainerCallback`` that steps the tracker after every optimiser step, with the last logged scalars.
+    """A ``transformers.TrainerCallback`` that steps the tracker after every optimiser step, with the last logged
+    scalars.
 
     Raises :class:`MissingExtraError` without the extra ``transformers``.
     """

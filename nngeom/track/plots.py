@@ -11,10 +11,23 @@ from nngeom.core.errors import FileError, MissingExtraError
 # Okabe & Ito's colours, distinguishable with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "legend.frameon": False,
-    "legend.fontsize": 8, "lines.linewidth": 1.7, "axes.axisbelow": True, "axes.edgecolor": "#888888", "xtick.color": "#444444", "ytick.color": "#444444",
-}  # fmt: skip
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.7,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#888888",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+}
 
 History = dict[str, list[float]]
 
@@ -59,7 +72,16 @@ def _empty(ax: Any, title: str, metric: str) -> None:
     ax.set_title(title)
     ax.grid(False)
     ax.set(xticks=[], yticks=[])
-    ax.text(0.5, 0.5, f"metrics=[\"{metric}\"]", ha="center", va="center", color="#999999", transform=ax.transAxes, family="monospace")
+    ax.text(
+        0.5,
+        0.5,
+        f'metrics=["{metric}"]',
+        ha="center",
+        va="center",
+        color="#999999",
+        transform=ax.transAxes,
+        family="monospace",
+    )
 
 
 def _line(ax: Any, history: History, column: str, label: str, colour: str, **options: Any) -> None:
@@ -102,7 +124,12 @@ def _spectrum(ax: Any, history: History) -> None:
     shades = matplotlib.colormaps["viridis"]
     for j, column in enumerate(columns):
         values = [x if x > 0 else float("nan") for x in history[column]]
-        ax.plot(history["step"], values, color=shades(0.9 * j / max(1, len(columns) - 1)), label=column.removeprefix("eigenvalue_"))
+        ax.plot(
+            history["step"],
+            values,
+            color=shades(0.9 * j / max(1, len(columns) - 1)),
+            label=column.removeprefix("eigenvalue_"),
+        )
     ax.set(yscale="log", ylabel="eigenvalue")
     ax.legend(title="index", ncols=2, title_fontsize=8)
     return None
@@ -128,7 +155,13 @@ def _alignment(ax: Any, history: History) -> None:
     ax.set_title("Alignment with the labels (CKA)")
     shades = matplotlib.colormaps["plasma"]
     for j, column in enumerate(layers):
-        ax.plot(history["step"], history[column], color=shades(0.85 * j / max(1, len(layers) - 1)), lw=1.2, label=column.removeprefix("alignment/") or "model")
+        ax.plot(
+            history["step"],
+            history[column],
+            color=shades(0.85 * j / max(1, len(layers) - 1)),
+            lw=1.2,
+            label=column.removeprefix("alignment/") or "model",
+        )
     if "alignment" in history:
         _line(ax, history, "alignment", "all layers", "#000000", lw=2.4)
     ax.set_ylim(bottom=0)
@@ -158,7 +191,9 @@ def _coherence(ax: Any, history: History) -> None:
     ax.set_title("Coherence of the gradients")
     _line(ax, history, "coherence_ratio", "m alpha", COLOURS[3])
     ax.axhline(1, color="#999999", lw=1, ls=":")
-    ax.text(0.01, 1, "orthogonal", ha="left", va="bottom", color="#777777", fontsize=7.5, transform=ax.get_yaxis_transform())
+    ax.text(
+        0.01, 1, "orthogonal", ha="left", va="bottom", color="#777777", fontsize=7.5, transform=ax.get_yaxis_transform()
+    )
     ax.set_ylabel(r"$m\,\alpha$: examples that agree")
     ax.set_ylim(bottom=0)
     return None

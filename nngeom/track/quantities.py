@@ -153,13 +153,17 @@ def _mgs(look: Look) -> Numbers:
 
 @quantity("coherence")
 def _coherence(look: Look) -> Numbers:
-    found = coherence(look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection)
+    found = coherence(
+        look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection
+    )
     return {"coherence": float(found.alpha), "coherence_ratio": float(found.ratio)}
 
 
 @quantity("stiffness")
 def _stiffness(look: Look) -> Numbers:
-    found = stiffness(look.model, look.probe.batches, loss=look.loss, function=look.function, layer_collection=look.layer_collection)
+    found = stiffness(
+        look.model, look.probe.batches, loss=look.loss, function=look.function, layer_collection=look.layer_collection
+    )
     within, between = (found.within, found.between) if found.has_classes else (math.nan, math.nan)
     return {"stiffness": float(found.mean), "stiffness_within": float(within), "stiffness_between": float(between)}
 
@@ -171,12 +175,24 @@ def _geometric_complexity(look: Look) -> Numbers:
 
 @quantity("sharpness")
 def _sharpness(look: Look) -> Numbers:
-    return {"sharpness": float(sharpness(look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection))}
+    return {
+        "sharpness": float(
+            sharpness(
+                look.model,
+                look.probe.batches,
+                look.loss,
+                function=look.function,
+                layer_collection=look.layer_collection,
+            )
+        )
+    }
 
 
 @quantity("non_uniformity")
 def _non_uniformity(look: Look) -> Numbers:
-    found = non_uniformity(look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection)
+    found = non_uniformity(
+        look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection
+    )
     return {"non_uniformity": float(found)}
 
 

@@ -44,16 +44,18 @@ class geometric:
 
 
 class Tracker:
-    """Measures ``metrics`` of ``model`` on the batches of ``probe_loader``; call :meth:`step` after every optimiser step.
+    """Measures ``metrics`` of ``model`` on the batches of ``probe_loader``; call :meth:`step` after every optimiser
+    step.
 
     ``metrics``: names (``nngeom.track.QUANTITIES``) and functions ``(model, batches) -> number or {column: number}``.
-    ``every``: a number of steps, or a function ``step -> bool`` (``nngeom.track.geometric(1.15)``). The probe batches are read
-    once and kept. The model is measured in evaluation mode and put back; global random state is not touched. A number
-    of a function stands under the function's name, one of a second function of that name under ``name_2``, and so on.
+    ``every``: a number of steps, or a function ``step -> bool`` (``nngeom.track.geometric(1.15)``). The probe batches
+    are read once and kept. The model is measured in evaluation mode and put back; global random state is not touched. A
+    number of a function stands under the function's name, one of a second function of that name under ``name_2``, and
+    so on.
 
-    ``csv``, ``tensorboard``: a file and a log directory that are written to as measurements come (the latter needs the extra
-    ``tensorboard``). ``history`` maps columns to lists of numbers of equal length, NaN where a number was not given.
-    ``overhead`` is the share of wall time since the first :meth:`step` that went into measuring.
+    ``csv``, ``tensorboard``: a file and a log directory that are written to as measurements come (the latter needs the
+    extra ``tensorboard``). ``history`` maps columns to lists of numbers of equal length, NaN where a number was not
+    given. ``overhead`` is the share of wall time since the first :meth:`step` that went into measuring.
 
     Raises :class:`ArgumentError` for an unknown metric and where two numbers would stand in one column,
     :class:`LoaderError` for an empty probe loader.
@@ -75,7 +77,10 @@ class Tracker:
         metrics = tuple(metrics)
         unknown = [m for m in metrics if isinstance(m, str) and m not in QUANTITIES]
         if unknown:
-            raise ArgumentError(f"metrics {unknown} are not known; expected some of {sorted(QUANTITIES)}, or functions (model, batches) -> number")
+            raise ArgumentError(
+                f"metrics {unknown} are not known; expected some of {sorted(QUANTITIES)}, or functions (model, "
+                "batches) -> number"
+            )
         if not callable(every) and (not isinstance(every, int) or every < 1):
             raise ArgumentError(f"every is {every!r}; expected a whole number of at least 1, or a function of the step")
         self.model = model
@@ -89,7 +94,7 @@ class Tracker:
         self._begun: float | None = None
         self._elapsed = self._spent = 0.0
 
-    # -- measuring ---------------------------------------------------------------------------------------------------
+    # -- measuring -----------------------------------------------------------------------------------------------------
 
     def step(self, step: int, **scalars: float) -> dict[str, float] | None:
         """Measure if ``step`` is due: the new row, else ``None``. ``scalars`` (a running loss) are kept in the row."""
@@ -138,17 +143,25 @@ class Tracker:
         total = self._elapsed + running
         return self._spent / total if total > 0 else 0.0
 
-    # -- keeping -----------------------------------------------------------------------------------------------------
+    # -- keeping -------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """The history as a JSON file, written whole or not at all; raises :class:`FileError`."""
         running = 0.0 if self._begun is None else time.perf_counter() - self._begun
         last = getattr(self.every, "last", None)
-        state = {"format": FORMAT, "elapsed": self._elapsed + running, "spent": self._spent, "last": last, "history": self.history}
+        state = {
+            "format": FORMAT,
+            "elapsed": self._elapsed + running,
+            "spent": self._spent,
+            "last": last,
+            "history": self.history,
+        }
         write_whole(Path(path), json.dumps(state))
 
     def load(self, path: str | os.PathLike[str]) -> Tracker:
-        """Go on from a file of :meth:`save`: history, schedule and overhead; rows are appended. Raises :class:`FileError`."""
+        """Go on from a file of :meth:`save`: history, schedule and overhead; rows are appended. Raises
+        :class:`FileError`.
+        """
         try:
             state = json.loads(Path(path).read_text())
             if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -175,7 +188,9 @@ class Tracker:
         write_whole(Path(path), text.getvalue())
 
     def to_tensorboard(self, directory: str | os.PathLike[str]) -> None:
-        """The whole history as TensorBoard scalars; raises :class:`MissingExtraError` without the extra ``tensorboard``."""
+        """The whole history as TensorBoard scalars; raises :class:`MissingExtraError` without the extra
+        ``tensorboard``.
+        """
         writer = Writer(directory)
         for values in zip(*self.history.values()):
             row = dict(zip(self.history, values))
@@ -183,7 +198,9 @@ class Tracker:
         writer.close()
 
     def plot(self, path: str | os.PathLike[str] | None = None, title: str = "") -> Any:
-        """The dashboard, written to ``path`` where given; the figure. Raises :class:`MissingExtraError` without the extra ``plot``."""
+        """The dashboard, written to ``path`` where given; the figure. Raises :class:`MissingExtraError` without the
+        extra ``plot``.
+        """
         from nngeom.track.plots import dashboard
 
         return dashboard(self.history, path, title)

@@ -16,7 +16,12 @@ from nngeom.core import gram
 from nngeom.core.factored import FactoredJacobian
 from nngeom.fmat.store import FileStore
 
-REPRESENTATIONS = {"dense": nng.FMatDense, "block-diag": nng.FMatBlockDiag, "diag": nng.FMatDiag, "implicit": nng.FMatImplicit}
+REPRESENTATIONS = {
+    "dense": nng.FMatDense,
+    "block-diag": nng.FMatBlockDiag,
+    "diag": nng.FMatDiag,
+    "implicit": nng.FMatImplicit,
+}
 
 
 @pytest.fixture(params=CASES, scope="module")
@@ -65,14 +70,22 @@ def test_contract(case, kind):
     close(k.norm(), m.norm())
     damping = 0.3 * float(m.trace()) / size
     damped = m + damping * torch.eye(size, dtype=m.dtype)
-    close(k.solve(f, damping).tensor.flatten(1), torch.linalg.solve(damped, flat.T).T, 1e-5 if kind == "implicit" else 1e-8)
+    close(
+        k.solve(f, damping).tensor.flatten(1),
+        torch.linalg.solve(damped, flat.T).T,
+        1e-5 if kind == "implicit" else 1e-8,
+    )
     close(torch.as_tensor(k.to_scipy() @ flat[0].numpy()), m @ flat[0])
     close((2 * k - k / 2).mv(f).tensor.flatten(1), 1.5 * (flat @ m))
     if kind == "implicit":
         close(k.materialize().tensor, case.kernel)
         top, vectors = k.lanczos(2, generator=torch.Generator().manual_seed(0))
         close(top, torch.linalg.eigvalsh(m).flip(0)[:2], 1e-6)
-        close(k.mv(vectors[:1] if isinstance(vectors, torch.Tensor) else nng.FVector(vectors.tensor[:1])).tensor, top[0] * vectors.tensor[:1], 1e-4)
+        close(
+            k.mv(vectors[:1] if isinstance(vectors, torch.Tensor) else nng.FVector(vectors.tensor[:1])).tensor,
+            top[0] * vectors.tensor[:1],
+            1e-4,
+        )
         for refused in (k.eigh, k.logdet, lambda: pickle.dumps(k)):
             with pytest.raises(nng.UnsupportedError):
                 refused()
@@ -88,7 +101,18 @@ def test_contract(case, kind):
     assert k.to(torch.float32).mv(f).dtype == torch.float32
 
 
-SOME = ["mlp", "conv2d", "transformer", "language-model", "gru", "tied", "bare", "shared-table", "depthwise", "deconv1d"]
+SOME = [
+    "mlp",
+    "conv2d",
+    "transformer",
+    "language-model",
+    "gru",
+    "tied",
+    "bare",
+    "shared-table",
+    "depthwise",
+    "deconv1d",
+]
 
 
 @pytest.mark.parametrize("kind", ["dense", "block-diag", "diag"])
@@ -105,17 +129,29 @@ def test_centred_rectangular_layers_and_tiles(name, kind):
     whole, small = [(case.inputs, case.targets)], [(x[None], y[None]) for x, y in zip(case.inputs, case.targets)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nng.MemoryWarning)
-        for loader, options in ((case.loader, {}), (case.loader, {"memory_budget": 2000}), (whole, {}), (small, {"memory_budget": 20_000})):
+        for loader, options in (
+            (case.loader, {}),
+            (case.loader, {"memory_budget": 2000}),
+            (whole, {}),
+            (small, {"memory_budget": 20_000}),
+        ):
             close(nng.GramMatrix(case.model, loader, rep, **options).to_dense(), expected(kind, case.kernel), 1e-10)
-            close(nng.GramMatrix(case.model, loader, rep, centered=True, **options).to_dense(), expected(kind, product(jc, jc)))
+            close(
+                nng.GramMatrix(case.model, loader, rep, centered=True, **options).to_dense(),
+                expected(kind, product(jc, jc)),
+            )
             layers = nng.GramMatrices(case.model, loader, rep, **options)
             lc = nng.LayerCollection.from_model(case.model)
             assert list(layers) == list(lc.by_layer())
             offsets = lc.offsets()
             for layer, names in lc.by_layer().items():
-                index = torch.cat([torch.arange(offsets[n][0], offsets[n][0] + torch.Size(offsets[n][1]).numel()) for n in names])
+                index = torch.cat(
+                    [torch.arange(offsets[n][0], offsets[n][0] + torch.Size(offsets[n][1]).numel()) for n in names]
+                )
                 truth = expected(kind, product(j[..., index], j[..., index]))
-                torch.testing.assert_close(layers[layer].to_dense(), truth, rtol=1e-9, atol=1e-9 * float(case.kernel.abs().max()))
+                torch.testing.assert_close(
+                    layers[layer].to_dense(), truth, rtol=1e-9, atol=1e-9 * float(case.kernel.abs().max())
+                )
             if kind != "diag":
                 for x, y, centered in ((j, r, False), (jc, rc, True)):
                     k = nng.GramMatrix(case.model, loader, rep, other=other, centered=centered, **options)
@@ -178,9 +214,13 @@ def test_primal_and_dual_ridge_agree():
     close(primal.flat(), dual.flat())
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv2d", "transformer", "language-model", "layer-norm", "rms-norm", "bare", "depthwise", "gru"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "conv2d", "transformer", "language-model", "layer-norm", "rms-norm", "bare", "depthwise", "gru"]
+)
 def test_differentiable(name):
-    """Gradients of traces and of a random function of the kernel against double backward by torch alone, and finite differences."""
+    """Gradients of traces and of a random function of the kernel against double backward by torch alone, and finite
+    differences.
+    """
     c = build(name)
     params = reference.parameters(c.model)
     weight = torch.randn(3, c.n, 3, c.n, dtype=torch.float64)
@@ -190,7 +230,14 @@ def test_differentiable(name):
         for x in c.inputs:
             out = c.model(x[None])[0]
             grads = [torch.autograd.grad(f, params, create_graph=True, allow_unused=True) for f in out]
-            rows.append(torch.stack([torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gs, params)]) for gs in grads]))
+            rows.append(
+                torch.stack(
+                    [
+                        torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gs, params)])
+                        for gs in grads
+                    ]
+                )
+            )
         j = torch.stack(rows, 1)
         return torch.einsum("knd,lmd->knlm", j, j)
 
@@ -236,7 +283,9 @@ def test_random_signs_are_unbiased():
     c = build("mlp")
     exact = nng.GramMatrix(c.model, c.loader)
     generator = torch.Generator().manual_seed(0)
-    t = nng.GramMatrix(c.model, c.loader, nng.FMatDiag, estimator="rademacher", samples=400, generator=generator).trace()
+    t = nng.GramMatrix(
+        c.model, c.loader, nng.FMatDiag, estimator="rademacher", samples=400, generator=generator
+    ).trace()
     assert 0 < float(t.standard_error) < 0.1 * float(exact.trace())
     assert abs(float(t) - float(exact.trace())) < 4 * float(t.standard_error)
     k = nng.GramMatrix(c.model, c.loader, other=c.loader[1:], estimator="rademacher", samples=1000, generator=generator)
@@ -253,7 +302,9 @@ def test_random_signs_are_unbiased():
 def test_estimate_does_not_depend_on_batches():
     c = build("mlp")
     one = [
-        nng.GramMatrix(c.model, data, nng.FMatDiag, estimator="rademacher", samples=3, generator=torch.Generator().manual_seed(1)).samples
+        nng.GramMatrix(
+            c.model, data, nng.FMatDiag, estimator="rademacher", samples=3, generator=torch.Generator().manual_seed(1)
+        ).samples
         for data in (c.loader, [(c.inputs, c.targets)])
     ]
     close(one[0], one[1])
@@ -325,7 +376,10 @@ def test_errors():
         nng.GramMatrix(c.model, c.loader, nng.FMatDiag, estimator="gaussian")
     rank_one = nng.FMatDense(torch.ones(1, 3, 1, 3, dtype=torch.float64))
     assert float(rank_one.logdet()) == -float("inf")
-    close(rank_one.solve(nng.FVector(torch.ones(1, 3, dtype=torch.float64)), nng.Cutoff(1e-6)).tensor, torch.full((1, 3), 1 / 3, dtype=torch.float64))
+    close(
+        rank_one.solve(nng.FVector(torch.ones(1, 3, dtype=torch.float64)), nng.Cutoff(1e-6)).tensor,
+        torch.full((1, 3), 1 / 3, dtype=torch.float64),
+    )
 
 
 class Ragged(nn.Module):
@@ -381,15 +435,25 @@ def test_batches_that_use_a_parameter_differently():
 
 
 def test_many_examples_and_pooled_positions():
-    """More examples than blocks of the symmetric half, groups, pairs of positions, and positions with equal gradients."""
+    """More examples than blocks of the symmetric half, groups, pairs of positions, and positions with equal
+    gradients.
+    """
     torch.manual_seed(5)
-    body = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(8, 16, 2), nn.ReLU(), nn.Flatten(2)).double()
+    body = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(8, 16, 2), nn.ReLU(), nn.Flatten(2)
+    ).double()
     head = nn.Linear(16, 3).double()
     model = nn.ModuleList([body, head])
     function = lambda x: head(body(x).transpose(1, 2)).mean(1)
     x = torch.randn(19, 4, 3, 3, dtype=torch.float64)
     params = [p for p in model.parameters()]
-    rows = [[torch.cat([g.flatten() for g in torch.autograd.grad(f, params, retain_graph=True)]) for f in function(one[None])[0]] for one in x]
+    rows = [
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(f, params, retain_graph=True)])
+            for f in function(one[None])[0]
+        ]
+        for one in x
+    ]
     j = torch.stack([torch.stack(r) for r in rows], 1)
     truth = torch.einsum("knd,lmd->knlm", j, j)
     for data in ([(x,)], list(zip(x.split(4)))):

@@ -42,7 +42,10 @@ def test_dense_and_implicit(case):
         close(m.materialize().to_dense(), truth)
         close((2 * m).materialize(nng.PMatDiag).diag().flat(), 2 * truth.diagonal())
         close(m.materialize(nng.PMatLowRank).to_dense(), truth)
-        close(nng.Jacobian(case.model, case.loader, pull).mv(u).flat(), torch.einsum("knd,bkn->bd", case.jacobian, u.tensor))
+        close(
+            nng.Jacobian(case.model, case.loader, pull).mv(u).flat(),
+            torch.einsum("knd,bkn->bd", case.jacobian, u.tensor),
+        )
 
 
 def test_chunks_and_budget(case):
@@ -76,7 +79,12 @@ def test_matrices_act_on_all_rows():
     close((f @ j).tensor, j.tensor @ dense)
     close((j @ f).tensor, j.tensor @ dense)
     solved = f.solve(j, 0.1)
-    close(solved.tensor, torch.linalg.solve(dense + 0.1 * torch.eye(len(dense), dtype=dense.dtype), j.tensor.flatten(0, 1).T).T.view(j.tensor.shape))
+    close(
+        solved.tensor,
+        torch.linalg.solve(dense + 0.1 * torch.eye(len(dense), dtype=dense.dtype), j.tensor.flatten(0, 1).T).T.view(
+            j.tensor.shape
+        ),
+    )
     close((j @ solved.T).tensor, torch.einsum("knd,lmd->knlm", j.tensor, solved.tensor))
     assert torch.equal(pickle.loads(pickle.dumps(j)).tensor, j.tensor) and j.to(torch.float32).dtype == torch.float32
 

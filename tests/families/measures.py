@@ -1,6 +1,7 @@
 """Measures: ``f(wrapped, loader, truth, generator, **options)`` gives ``(got, want)``, ours and autograd's.
 
-Those with second derivatives stand in ``SECOND``: they are compared with differences, to 1e-5; those in ``FIRST`` are of one batch.
+Those with second derivatives stand in ``SECOND``: they are compared with differences, to 1e-5; those in ``FIRST`` are
+of one batch.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .named import Model, f64, holds, inputs, jacobian_holds, plain, truth
 X = inputs(6)
 
 
-# -- products by forward mode, of parameters that are held elsewhere -------------------------------------------------
+# -- products by forward mode, of parameters that are held elsewhere ---------------------------------------------------
 
 
 def closure():
@@ -91,7 +91,7 @@ def test_rows_of_parameters_held_elsewhere(held):
     jacobian_holds(model, X, call=call)
 
 
-# -- nothing is reached ----------------------------------------------------------------------------------------------
+# -- nothing is reached ------------------------------------------------------------------------------------------------
 
 
 def deep_copy(model):

@@ -11,7 +11,7 @@ from .pools import POOLS
 X = inputs(6)
 
 
-# -- the data places examples ----------------------------------------------------------------------------------------
+# -- the data places examples ------------------------------------------------------------------------------------------
 
 
 def expert_dispatch(m, x):
@@ -68,7 +68,7 @@ def test_tokens_pooled_into_examples(pool):
         jacobian_holds(model, inputs(5, 3, 4, seed=seed))
 
 
-# -- as many weights as examples -------------------------------------------------------------------------------------
+# -- as many weights as examples ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 12])

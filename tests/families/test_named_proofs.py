@@ -13,7 +13,7 @@ from .named import Model, f64, holds, inputs, jacobian_holds, truth
 X = inputs(6)
 
 
-# -- a comparison of zeros proves nothing ----------------------------------------------------------------------------
+# -- a comparison of zeros proves nothing ------------------------------------------------------------------------------
 
 
 def half_seen(m, x):
@@ -103,7 +103,7 @@ def test_equal_examples_at_first():
     jacobian_holds(model, X)
 
 
-# -- few examples stand for the batch --------------------------------------------------------------------------------
+# -- few examples stand for the batch ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [4, 7, 12])
@@ -149,7 +149,7 @@ def test_a_layer_with_gradients_far_below_those_of_others(dtype, tolerance):
     holds(trace, want.square().sum(), tolerance)
 
 
-# -- a small budget changes nothing ----------------------------------------------------------------------------------
+# -- a small budget changes nothing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::nngeom.MemoryWarning")

@@ -18,7 +18,7 @@ X = inputs(6)
 PAIRS = [(X, torch.arange(6) % 3)]
 
 
-# -- random and stateful passes --------------------------------------------------------------------------------------
+# -- random and stateful passes ----------------------------------------------------------------------------------------
 
 
 class Stateful(nn.Module):
@@ -84,7 +84,7 @@ def test_measuring_does_not_change_buffers(make, measure):
     assert [name for name, value in state_of(model).items() if not same(value, before[name])] == []
 
 
-# -- what was measured before ----------------------------------------------------------------------------------------
+# -- what was measured before ------------------------------------------------------------------------------------------
 
 
 def test_a_parameter_hook_that_comes_and_goes():
@@ -138,7 +138,7 @@ def test_a_plain_attribute_that_changes_the_function():
         jacobian_holds(model, X)
 
 
-# -- where the library is called -------------------------------------------------------------------------------------
+# -- where the library is called ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
