@@ -50,6 +50,7 @@ from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
 from nngeom.regression import gradient_flow_mse, kernel_regression
 from nngeom.report import approximation_report
+from nngeom.rows import rows
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector

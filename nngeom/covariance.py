@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.core import memory
+from nngeom.core.centred import CentredJacobian
 from nngeom.core.errors import UnsupportedError
-from nngeom.core.jacobian import FullJacobian, LayerJacobian
+from nngeom.core.jacobian import FullJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.linearization import Linearization
-from nngeom.generator.sweep import Chunk, Sweep, require_examples
-from nngeom.generator.task import Batch, Task
-from nngeom.measure import drive
+from nngeom.generator.run import Run
+from nngeom.generator.sweep import Chunk, Policy, Sweep, require_examples
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.pmat.drive import Repeated, Source, built
 from nngeom.pmat.implicit import ImplicitFisher, PMatImplicit
 from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.mixed import as_representation
-from nngeom.pmat.recipe import Scope
 from nngeom.space.collection import LayerCollection
 
 
@@ -48,8 +47,6 @@ def GradientCovariance(
     and errors as :func:`EmpiricalFIM`.
     Source: Le Roux et al. 2008 (TONGA).
     """
-    if process_group is not None:
-        raise UnsupportedError("process_group is not available for gradient covariances; pass process_group=None")
     chosen = None if representation is PMatImplicit and not options else as_representation(representation, **options)
     if chosen is not None and not chosen.centred:
         kinds = [r.kind.__name__ for r in getattr(chosen, "members", (chosen,)) if not r.centred]
@@ -58,29 +55,68 @@ def GradientCovariance(
             f"PMatImplicit and other second moments of any rows, not as {', '.join(kinds)}: centred rows have no "
             "Kronecker structure"
         )
-    part_of = None if chosen is None else chosen.part_of
-    task = Task.build(model, function, layer_collection)
-    with memory.limit(memory_budget):
-        metric = EmpiricalFisher(as_loss(loss, model))
-        sweep = Sweep(task, loader, metric, memory_budget, check, progress, part_of, reread=False, label="mean row")
-        mean, layouts = mean_row(sweep)
-        seen = list(task.batches(sweep.loader)) if chosen is None else sweep.loader
-        centred = CentredSweep(
-            task, seen, metric, memory_budget, check, progress, part_of, label="covariance", mean=mean, layouts=layouts
-        )
-        centred._demoted = sweep._demoted  # what the first sweep found out
-        if chosen is None:
-            return ImplicitCovariance(centred)
-        blocks = drive(chosen.recipe(Scope(task.collection, task.collection.names)), centred, chosen.passes)
-    return chosen.kind._make(task.collection, blocks, centred.count)
-
-
-def mean_row(sweep: Sweep) -> tuple[Tensor, tuple[Layout, ...]]:
-    """The mean row ``(d,)`` over examples, of one cotangent, and every layout met."""
-    total = torch.zeros(
-        sweep.task.collection.numel, dtype=accumulation_dtype(sweep.task.dtype), device=sweep.task.device
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        progress=progress,
+        memory_budget=memory_budget,
+        check=check,
+        process_group=process_group,
     )
+    part_of = None if chosen is None else chosen.part_of
+    policy = Policy("mean row", part_of=part_of, reread=False)
+    with run.within():
+        sweep = Sweep(run, EmpiricalFisher(as_loss(loss, model)), policy).held()
+        mean = mean_row(sweep)
+        sweep = sweep.but(label="covariance", reread=True)
+        if chosen is None:
+            return ImplicitCovariance(replace(sweep, run=run.on(sweep.run.loader).held().silent()), mean=mean)
+        return built(chosen, run.task.collection, Centred(Repeated(sweep, chosen.passes), mean))
+
+
+@dataclass(frozen=True)
+class MeanRow:
+    """The mean row ``flat (d,)``, and every layout met."""
+
+    flat: Tensor
+    layouts: tuple[Layout, ...]
+
+    def taken_from(self, chunk: Chunk) -> Chunk:
+        """The rows of a chunk less their mean; parameters that a batch does not use had zero rows before."""
+        jacobians = dict(chunk.jacobians)
+        covered = {name for layout in jacobians for name in layout.names}
+        for layout in self.layouts:
+            if covered.isdisjoint(layout.names):
+                jacobians[layout] = FullJacobian(self.flat.new_zeros(1, chunk.examples, *layout.sizes))
+                covered |= set(layout.names)
+        centred = {layout: CentredJacobian(j, layout.gather(self.flat)) for layout, j in jacobians.items()}
+        return replace(chunk, jacobians=centred)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Centred:
+    """A source of rows less their mean."""
+
+    rows: Source
+    mean: MeanRow
+
+    def chunks(self) -> Iterator[Chunk]:
+        """One pass over the data."""
+        return map(self.mean.taken_from, self.rows.chunks())
+
+    def blame(self) -> None:
+        """Raise for the first batch with outputs or gradients that are not finite, if there is one."""
+        self.rows.blame()
+
+
+def mean_row(sweep: Sweep) -> MeanRow:
+    """The mean row over examples, of one cotangent."""
+    task = sweep.run.task
+    total = torch.zeros(task.collection.numel, dtype=accumulation_dtype(task.dtype), device=task.device)
     layouts: dict[Layout, None] = {}
+    count = 0
     for chunk in sweep.chunks():
         part = torch.zeros_like(total)
         for layout, j in chunk.jacobians.items():
@@ -88,69 +124,23 @@ def mean_row(sweep: Sweep) -> tuple[Tensor, tuple[Layout, ...]]:
             layout.scatter_(part, j.vjp(ones).to(part.dtype))
             layouts[layout] = None
         total += part
-    return total / require_examples(sweep.count), tuple(layouts)
-
-
-@dataclass(frozen=True, eq=False)
-class CentredJacobian(LayerJacobian):
-    """Rows minus a mean."""
-
-    inner: LayerJacobian
-    mean: Tensor  # [s o i]
-
-    @property
-    def shape(self):
-        return self.inner.shape
-
-    @property
-    def dtype(self):
-        return self.mean.dtype
-
-    @property
-    def device(self):
-        return self.mean.device
-
-    def matrix(self):
-        return self.inner.matrix() - self.mean
-
-    def examples(self, lo, hi):
-        return CentredJacobian(self.inner.examples(lo, hi), self.mean)
-
-    def outputs(self, lo, hi):
-        return CentredJacobian(self.inner.outputs(lo, hi), self.mean)
-
-
-@dataclass
-class CentredSweep(Sweep):
-    """A sweep whose rows have their mean taken from them; parameters that a batch does not use have zero rows
-    before.
-    """
-
-    mean: Tensor | None = None
-    layouts: tuple[Layout, ...] = ()
-
-    def _batch(self, batch: Batch, index: int, watch: bool, after: tuple[int, int]) -> Iterator[Chunk]:
-        for chunk in super()._batch(batch, index, watch, after):
-            jacobians = dict(chunk.jacobians)
-            covered = {name for layout in jacobians for name in layout.names}
-            for layout in self.layouts:
-                if covered.isdisjoint(layout.names):
-                    jacobians[layout] = FullJacobian(self.mean.new_zeros(1, chunk.examples, *layout.sizes))  # type: ignore[union-attr]
-                    covered |= set(layout.names)
-            mean: Tensor = self.mean  # type: ignore[assignment]
-            centred = {layout: CentredJacobian(j, layout.gather(mean)) for layout, j in jacobians.items()}
-            yield replace(chunk, jacobians=centred)  # type: ignore[arg-type]
+        count += chunk.examples
+    return MeanRow(total / require_examples(count), tuple(layouts))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImplicitCovariance(ImplicitFisher):
     """``1/n sum_i (g_i - m) <g_i - m, x>`` by a forward-mode and a backward pass."""
 
+    mean: MeanRow = MeanRow(torch.zeros(0), ())
+
+    def _chunks(self):
+        return map(self.mean.taken_from, self.sweep.chunks())
+
     def _by_tangents(self, x):
-        linear, v = Linearization(self.task), self._split(x)
-        mean: Tensor = self.sweep.mean  # type: ignore[attr-defined]
+        linear, v, mean = Linearization(self.task), self._split(x), self.mean.flat
         total, weight, count = torch.zeros_like(x), torch.zeros((), dtype=x.dtype, device=x.device), 0
-        for batch in self.task.batches(self.sweep.loader):
+        for batch in self.run.batches():
             outputs, tangent = linear.jvp(batch, v)
             columns = self.sweep.metric.columns(outputs.detach(), batch, count).make(0, 1)[0]
             inner = (columns * tangent).flatten(1).sum(1).to(x.dtype) - mean @ x

@@ -15,8 +15,8 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.generator.capture import capture
+from nngeom.generator.run import Run
 from nngeom.generator.sweep import Sweep
-from nngeom.generator.task import Task
 from nngeom.metrics.loss import IdentityMetric
 from nngeom.pmat.kfac import FACTOR_LIMIT
 from nngeom.space.collection import LayerCollection
@@ -93,11 +93,11 @@ def explain(
     (rows by one backward pass an example and output), ``unused``. The numbers are entries held for the whole block that
     the parameter shares with its bias. Raises as :func:`FIM` does.
     """
-    task = Task.build(model, function, layer_collection)
-    sweep = Sweep(task, [batch], IdentityMetric())
-    chunk = next(sweep.chunks())
+    run = Run.of(model, [batch], function=function, layer_collection=layer_collection)
+    task = run.task
+    chunk = next(Sweep(run, IdentityMetric()).chunks())
     used: dict[str, list[str]] = {}
-    for use in capture(task, next(iter(task.batches([batch])))).uses:
+    for use in capture(task, next(run.batches())).uses:
         for slot in use.slots:
             used.setdefault(slot.name, []).append(use.operation)
     rows = {}
@@ -109,7 +109,7 @@ def explain(
                 name,
                 layout,
                 operations,
-                _structure(jacobian, name in sweep.fallback_names, operations),
+                _structure(jacobian, name in run.left_to_fallback, operations),
             )
     missing = [name for name in task.collection.names if name not in rows]
     for name in missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.core import memory
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
-from nngeom.fmat.estimate import RandomSigns, TraceEstimate, kernel_estimate
+from nngeom.fmat.estimate import KernelEstimate, RandomSigns, TraceEstimate, kernel_estimate
 from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.fmat import FMat
-from nngeom.fmat.implicit import FMatImplicit
+from nngeom.fmat.implicit import FMatImplicit, pull
 from nngeom.fmat.products import EVERYTHING, Grouping, build
 from nngeom.fmat.store import FileStore
 from nngeom.fmat.tiles import Side
-from nngeom.generator.sweep import Metric, Sweep
-from nngeom.generator.task import Task
+from nngeom.generator.run import Run
+from nngeom.generator.sweep import Metric, Policy
 from nngeom.maps.pull_back import PullBackDense, PullBackImplicit
 from nngeom.maps.push_forward import PushForwardDense, PushForwardImplicit, dense_rows
 from nngeom.metrics.fisher import seed_of
 from nngeom.metrics.loss import IdentityMetric
+from nngeom.probed import require_samples
 from nngeom.space.collection import LayerCollection
 
 
@@ -75,34 +74,50 @@ def GramMatrix(
     :class:`ArgumentError`, :class:`FileError`. Source: Jacot et al. 2018; Baratin et al. 2021, eq. 1; George 2023,
     thesis, section 3.2.3.
     """
-    _require_alone(process_group)
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        progress=progress,
+        memory_budget=memory_budget,
+        check=check,
+        process_group=process_group,
+    )
     kind = _representation(representation)
-    with _settings(memory_budget, differentiable):
-        task = Task.build(model, function, layer_collection)
-        if estimator is not None:
-            return _estimate(
-                task, loader, other, kind, estimator, samples, generator, centered, differentiable, out, progress, check
-            )
-        side = lambda data: _side(
-            task, data, IdentityMetric(), differentiable, progress, check, watch=kind is FMatImplicit
+    metric: Metric = IdentityMetric()
+    policy = Policy("GramMatrix", keep_graph=differentiable, watch=kind is FMatImplicit)
+    if estimator is not None:
+        metric = _signs(
+            kind,
+            estimator,
+            samples,
+            generator,
+            plain=not centered and out is None and (kind is not FMatDiag or other is None),
         )
-        if kind is FMatImplicit:
-            _refuse_with_implicit(differentiable, out)
+    elif kind is FMatImplicit and (differentiable or out is not None):
+        raise ArgumentError("FMatImplicit takes neither differentiable= nor out=; use FMatDense")
+    elif kind is FMatDiag and other is not None:
+        raise ArgumentError(
+            "a kernel between two sets of examples has no diagonal; use FMatDense or FMatBlockDiag with other="
+        )
+    elif out is not None and (kind is not FMatDense or differentiable):
+        raise ArgumentError(
+            f"out= writes an FMatDense without graph; got {kind.__name__} with differentiable={differentiable}"
+        )
+    side = lambda data: Side.of(run.silent().on(data), metric, policy)
+    with run.within(), torch.set_grad_enabled(differentiable):
         if out is not None:
-            if kind is not FMatDense or differentiable:
-                raise ArgumentError(
-                    f"out= writes an FMatDense without graph; got {kind.__name__} with differentiable={differentiable}"
-                )
             return _in_file(out, side, loader, other, centered=centered, progress=progress)
         rows, columns = side(loader), None if other is None else side(other)
+        if estimator is not None:
+            return _estimated(kind, rows, columns, progress)
         if kind is FMatImplicit:
-            _first_look(rows, columns)
+            _first_look(rows)
+            if columns is not None:
+                _first_look(columns)
             return FMatImplicit(rows, columns or rows, centered)
-        if kind is FMatDiag and columns is not None:
-            raise ArgumentError(
-                "a kernel between two sets of examples has no diagonal; use FMatDense or FMatBlockDiag with other="
-            )
-        return build(kind, rows, columns, EVERYTHING, centered, None, progress)[""]
+        return build(kind, rows, columns, EVERYTHING, centered=centered, progress=progress)[""]
 
 
 def _in_file(
@@ -118,7 +133,7 @@ def _in_file(
         there = store.begin(shape, rows.kept, about)
         if there is not None:
             return FMatDense(there[""])
-        return build(FMatDense, rows, columns, EVERYTHING, centered, store, progress)[""]
+        return build(FMatDense, rows, columns, EVERYTHING, centered=centered, store=store, progress=progress)[""]
 
 
 def GramMatrices(
@@ -140,18 +155,28 @@ def GramMatrices(
 
     A layer is the module that owns a parameter under its first name. Arguments and errors as :func:`GramMatrix`.
     """
-    _require_alone(process_group)
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        progress=progress,
+        memory_budget=memory_budget,
+        check=check,
+        process_group=process_group,
+    )
     kind = _representation(representation)
     if kind is FMatImplicit:
         raise ArgumentError(
             "GramMatrices holds its kernels; expected FMatDense, FMatBlockDiag or FMatDiag (FMatImplicit: "
             "GramMatrix with a layer_collection)"
         )
-    with _settings(memory_budget, differentiable):
-        task = Task.build(model, function, layer_collection)
-        side = lambda data: _side(task, data, IdentityMetric(), differentiable, progress, check)
-        grouping = Grouping(tuple(task.collection.by_layer()), task.layer_of)
-        return build(kind, side(loader), None if other is None else side(other), grouping, centered, None, progress)
+    policy = Policy("GramMatrices", keep_graph=differentiable, watch=False)
+    side = lambda data: Side.of(run.silent().on(data), IdentityMetric(), policy)
+    grouping = Grouping(tuple(run.task.collection.by_layer()), run.task.layer_of)
+    with run.within(), torch.set_grad_enabled(differentiable):
+        columns = None if other is None else side(other)
+        return build(kind, side(loader), columns, grouping, centered=centered, progress=progress)
 
 
 def Jacobian(
@@ -172,76 +197,54 @@ def Jacobian(
     ``PullBackImplicit`` (``J^T u``); ``.T`` links them. ``J @ J.T`` is a kernel, ``J.T @ J`` a matrix over the
     parameters. Other arguments and errors as :func:`GramMatrix`.
     """
-    _require_alone(process_group)
-    with memory.limit(memory_budget):
-        task = Task.build(model, function, layer_collection)
-        side = _side(task, loader, IdentityMetric(), False, progress, check, True, "Jacobian")
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        progress=progress,
+        memory_budget=memory_budget,
+        check=check,
+        process_group=process_group,
+    )
+    with run.within():
+        side = Side.of(run, IdentityMetric(), Policy("Jacobian"))
         if representation in (PushForwardImplicit, PullBackImplicit):
-            _first_look(side, None)
+            _first_look(side)
             return representation(side)
         if representation not in (PushForwardDense, PullBackDense):
             raise ArgumentTypeError(
                 f"representation is {representation!r}; expected PushForwardDense, PushForwardImplicit, "
                 "PullBackDense or PullBackImplicit"
             )
-        return representation(task.collection, dense_rows(side))
+        return representation(run.task.collection, dense_rows(side))
 
 
-@contextlib.contextmanager
-def _settings(memory_budget: int | None, differentiable: bool):
-    """The budget, and gradients only where asked for."""
-    with memory.limit(memory_budget), torch.set_grad_enabled(differentiable):
-        yield
+def _first_look(side: Side) -> None:
+    """Refuse now what products would only meet later: models that mix examples, odd batches, NaN and infinity."""
+    side.sweep.look()
+    if side.run.check:
+        ones = torch.ones(side.outputs, side.examples, dtype=side.dtype, device=side.device)
+        if not bool(torch.isfinite(pull(side, ones).sum())):
+            side.sweep.blame()
 
 
-def _side(
-    task: Task,
-    data: Any,
-    metric: Metric,
-    differentiable: bool,
-    progress: bool,
-    check: bool,
-    watch: bool = False,
-    label: str = "GramMatrix",
-) -> Side:
-    shown = progress and label != "GramMatrix"
-    sweep = Sweep(task, data, metric, memory.budget(), check, shown, keep_graph=differentiable, label=label)
-    return Side(sweep, watch=watch)
-
-
-def _first_look(rows: Side, columns: Side | None) -> None:
-    """Refuse now what products would only meet later: models that mix examples, non-finite outputs, odd batches."""
-    for side in (rows, columns):
-        if side is not None and side.sweep.check:
-            for index, batch in enumerate(side.sweep.loader):
-                side.sweep.look(batch, index)
-
-
-def _estimate(
-    task, loader, other, kind, estimator, samples, generator, centered, differentiable, out, progress, check
-) -> Any:
+def _signs(kind: Any, estimator: str, samples: int, generator: torch.Generator | None, *, plain: bool) -> RandomSigns:
+    """Random signs of the outputs; ``plain``: nothing else is asked for that does not go with them."""
     if estimator != "rademacher":
         raise ArgumentError(f"estimator is {estimator!r}; expected 'rademacher', or None for all outputs")
-    if not isinstance(samples, int) or samples < 1:
-        raise ArgumentError(f"samples is {samples!r}; expected a whole number of at least 1")
-    if kind not in (FMatDiag, FMatDense) or centered or out is not None or (kind is FMatDiag and other is not None):
+    if kind not in (FMatDiag, FMatDense) or not plain:
         raise ArgumentError(
             "estimator='rademacher' goes with FMatDiag (the trace) or FMatDense (the kernel summed over "
             "outputs), without centered= or out="
         )
-    metric = RandomSigns(samples, seed_of(generator), shared=kind is FMatDense)
-    side = lambda data: _side(task, data, metric, differentiable, progress, check)
+    return RandomSigns(require_samples(samples), seed_of(generator), shared=kind is FMatDense)
+
+
+def _estimated(kind: Any, rows: Side, columns: Side | None, progress: bool) -> TraceEstimate | KernelEstimate:
     if kind is FMatDiag:
-        return TraceEstimate(build(FMatDiag, side(loader), None, EVERYTHING)[""].tensor)
-    draws = build(FMatBlockDiag, side(loader), None if other is None else side(other), EVERYTHING, progress=progress)[
-        ""
-    ]
-    return kernel_estimate(draws.tensor)
-
-
-def _refuse_with_implicit(differentiable: bool, out: Any) -> None:
-    if differentiable or out is not None:
-        raise ArgumentError("FMatImplicit takes neither differentiable= nor out=; use FMatDense")
+        return TraceEstimate(build(FMatDiag, rows, None, EVERYTHING)[""].tensor)
+    return kernel_estimate(build(FMatBlockDiag, rows, columns, EVERYTHING, progress=progress)[""].tensor)
 
 
 def _representation(representation: Any) -> Any:
@@ -252,10 +255,3 @@ def _representation(representation: Any) -> Any:
     raise ArgumentTypeError(
         f"representation is {representation!r}; expected FMatDense, FMatBlockDiag, FMatDiag or FMatImplicit"
     )
-
-
-def _require_alone(process_group: Any) -> None:
-    if process_group is not None:
-        raise UnsupportedError(
-            "process_group is not available yet; pass process_group=None and merge shards afterwards"
-        )

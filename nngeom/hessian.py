@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
@@ -27,8 +26,8 @@ from nngeom.generator.capture import capture
 from nngeom.generator.graph import require_differentiable
 from nngeom.generator.passes import Pass
 from nngeom.generator.proofs import Proof
-from nngeom.generator.sweep import Sweep, require_examples
-from nngeom.generator.task import Task
+from nngeom.generator.run import Run
+from nngeom.generator.sweep import Policy, Sweep, require_examples
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.block import Block
 from nngeom.pmat.dense import DenseBlock
@@ -70,26 +69,30 @@ def Hessian(
 
     Raises :class:`UnsupportedError` for other representations, else as :func:`FIM`. Source: Pearlmutter 1994.
     """
-    if process_group is not None:
-        raise UnsupportedError(
-            "process_group is not available for the Hessian; pass process_group=None and merge shards afterwards"
-        )
     kind: Any = representation.kind if isinstance(representation, Representation) else representation
     entries = _entries(kind)
     if isinstance(representation, Representation):
         options = {**representation.settings, **options}
     if options:
         raise ArgumentError(f"{kind.__name__} of a Hessian has no option {list(options)}")
-    task = Task.build(model, function, layer_collection)
-    with memory.limit(memory_budget):
-        batches = list(task.batches(loader)) if kind is PMatImplicit else loader
-        sweep = Sweep(
-            task, batches, EmpiricalFisher(as_loss(loss, model)), memory_budget, check, progress, label="Hessian"
-        )
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        progress=progress,
+        memory_budget=memory_budget,
+        check=check,
+        process_group=process_group,
+    )
+    sweep = Sweep(run, EmpiricalFisher(as_loss(loss, model)), Policy("Hessian"))
+    with run.within():
         if kind is PMatImplicit:
+            sweep = replace(sweep, run=run.held())
             width = max((second.width // second.examples for second in batchwise(sweep)), default=0)
-            return ImplicitHessian(replace(sweep, check=False, progress=False), width=width)
-        collection, span = task.collection, task.collection.span()
+            quiet = replace(sweep, run=replace(sweep.run, check=False, progress=False))
+            return ImplicitHessian(quiet, width=width)
+        collection, span = run.task.collection, run.task.collection.span()
         if entries == "diagonal":
             values, count = diagonal(sweep)
             return kind._make(collection, {span: DiagBlock(span.gather(values))}, count)
@@ -118,9 +121,9 @@ def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivati
     modes that mix examples or draw at random are refused, and the derivatives checked, once for each graph of the
     model.
     """
-    task, loss = sweep.task, sweep.metric.loss  # type: ignore[attr-defined]
+    run, task, loss = sweep.run, sweep.run.task, sweep.metric.loss  # type: ignore[attr-defined]
     known: list[Proof] = []  # of graphs whose second derivatives were checked
-    for index, batch in enumerate(tqdm(task.batches(sweep.loader), desc=sweep.label, disable=not sweep.progress)):
+    for index, batch in enumerate(tqdm(run.batches(), desc=sweep.policy.label, disable=not run.progress)):
         if width is not None:
             yield differentiated(task, loss, batch, index, width)
             continue
@@ -128,11 +131,11 @@ def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivati
         activations = sum(use.shape.numel() for use in seen.uses) + seen.outputs.numel()
         each = 4 * activations * seen.outputs.element_size() // max(1, seen.outputs.shape[0])
         proof = None
-        if sweep.check:
-            run = Pass(task, seen, set())
-            run.require_separate()
-            proof = run.proof
-            del run
+        if run.check:
+            separated = Pass(task, seen, set())
+            separated.require_separate()
+            proof = separated.proof
+            del separated
         del seen
         second = differentiated(task, loss, batch, index, each)
         if proof is not None and not any(proof is other for other in known):
@@ -144,7 +147,7 @@ def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivati
 
 def squares(sweep: Sweep, groups: dict[Layout, tuple[str, ...]]) -> tuple[dict[Layout, Block], int]:
     """``{layout: DenseBlock}`` of the parameters of each group, and the number of examples."""
-    like = torch.empty(0, dtype=accumulation_dtype(sweep.task.dtype), device=sweep.task.device)
+    like = torch.empty(0, dtype=accumulation_dtype(sweep.run.task.dtype), device=sweep.run.task.device)
     sums = {layout: like.new_zeros(layout.numel, layout.numel) for layout in groups}
     count = 0
     for batch in batchwise(sweep):
@@ -160,9 +163,9 @@ def squares(sweep: Sweep, groups: dict[Layout, tuple[str, ...]]) -> tuple[dict[L
 
 def diagonal(sweep: Sweep, width: int | None = None) -> tuple[Tensor, int]:
     """The diagonal ``(d,)``, a layer at a time, and the number of examples."""
-    collection = sweep.task.collection
+    collection = sweep.run.task.collection
     layers = {collection.span(names): names for names in collection.by_layer().values()}
-    total = torch.zeros(collection.numel, dtype=accumulation_dtype(sweep.task.dtype), device=sweep.task.device)
+    total = torch.zeros(collection.numel, dtype=accumulation_dtype(sweep.run.task.dtype), device=sweep.run.task.device)
     count = 0
     for batch in batchwise(sweep, width):
         for layout, names in layers.items():
@@ -197,7 +200,7 @@ class ImplicitHessian(PMatImplicit):
     def _unscaled(self, x):
         flat = x.reshape(-1, x.shape[-1])
         total, count = torch.zeros_like(flat), 0
-        with memory.limit(self.sweep.memory_budget):
+        with self.run.within():
             for batch in batchwise(self.sweep, self.width):
                 for lo, hi, rows in batch.times(self.collection.names, lambda lo, hi: flat[lo:hi], len(flat)):
                     total[lo:hi] += rows
@@ -208,5 +211,5 @@ class ImplicitHessian(PMatImplicit):
         return self.diag().flat().sum()
 
     def diag(self):
-        with memory.limit(self.sweep.memory_budget):
+        with self.run.within():
             return PVector(self.collection, self.scale * diagonal(self.sweep, self.width)[0])

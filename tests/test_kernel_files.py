@@ -19,8 +19,7 @@ from nngeom.core import files
 from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.store import FileStore
 from nngeom.fmat.tiles import Side
-from nngeom.generator.sweep import Sweep
-from nngeom.generator.task import Task
+from nngeom.generator.run import Run
 from nngeom.metrics.loss import IdentityMetric
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
@@ -158,7 +157,7 @@ def test_many_outputs_are_compared_in_sums(tmp_path):
     x, model = torch.randn(300, 3, dtype=torch.float64), nn.Linear(3, 20).double()
 
     def of(function):
-        side = Side(Sweep(Task.build(model, function, None), [x], IdentityMetric()))
+        side = Side.of(Run.of(model, [x], function=function), IdentityMetric())
         return Fingerprint.of(side, None, centered=False)
 
     one, last = torch.zeros(300, 20, dtype=torch.float64), torch.zeros(300, 20, dtype=torch.float64)

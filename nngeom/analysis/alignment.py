@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from nngeom.analysis.kernel import above_rounding, center, kernel_tensor
 from nngeom.analysis.labels import signs
-from nngeom.analysis.rows import Function, Probe, layer_kernel, require_labels, row_products
-from nngeom.core import memory
+from nngeom.analysis.rows import layer_kernel, require_labels, row_products
 from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.tiles import Side
+from nngeom.generator.run import Function, Run
 from nngeom.metrics.categorical import Categorical
 from nngeom.metrics.loss import IdentityMetric
 from nngeom.pmat.recipe import join_rows
@@ -141,19 +141,26 @@ def label_alignment(
     """
     if not isinstance(centered, bool):
         raise ArgumentError(f"centered is {centered!r}; expected True or False (for others see kernel_label_alignment)")
-    probe = Probe.build(model, loader, function, layer_collection)
-    collection, y = probe.task.collection, require_labels(probe)
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        memory_budget=memory_budget,
+        check=check,
+    ).held()
+    collection, y = run.task.collection, require_labels(run)
     parts = collection.by_layer() if by_layer else {"": collection.names}
-    with memory.limit(memory_budget), torch.no_grad():
-        side = probe.side(IdentityMetric(), check, memory_budget)
-        shape = probe.task.run(probe.batches[0]).shape[1:] if y.numel() > len(y) and not y.is_floating_point() else None
+    with run.within(), torch.no_grad():
+        side = Side.of(run, IdentityMetric())
+        shape = run.task.run(run.loader[0]).shape[1:] if y.numel() > len(y) and not y.is_floating_point() else None
         v = _centered(label_vector(y, side.outputs, side.dtype, shape), centered)
         values = {name: _aligned(side, name, names, v, centered) for name, names in parts.items()}
     return values if by_layer else values[""]
 
 
 def _aligned(side: Side, layer: str, names: tuple[str, ...], v: Tensor, centered: bool) -> Tensor:
-    layout = side.sweep.task.collection.span(names)
+    layout = side.run.task.collection.span(names)
     if layout.numel >= v.numel():
         k = center(layer_kernel(side, layer, len(v)) if layer else row_products(side), centered)
         return _ratio(torch.einsum("cn,cndm,dm->", v, k, v), k.norm() * v.square().sum())

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.rows import Function, require_finite_gradients
-from nngeom.core import memory
+from nngeom.analysis.rows import require_finite_gradients
 from nngeom.core.errors import ArgumentError
-from nngeom.generator.sweep import Sweep
-from nngeom.generator.task import Task
+from nngeom.generator.run import Function, Run
+from nngeom.generator.sweep import Policy, Sweep
 from nngeom.metrics.loss import EmpiricalFisher, as_loss
 from nngeom.space.collection import LayerCollection
 
@@ -51,15 +50,20 @@ def coherence(
 
     Raises :class:`LoaderError` without targets, and what the sweep raises. Source: Chatterjee and Zielinski 2020.
     """
-    task = Task.build(model, function, layer_collection)
-    collection = task.collection
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        memory_budget=memory_budget,
+        check=check,
+    )
+    task, collection = run.task, run.task.collection
     layers = dict.fromkeys(collection.by_layer(), 0.0)
     total = torch.zeros(collection.numel, dtype=torch.float64, device=task.device)
     batches, count = [], 0
-    with memory.limit(memory_budget), torch.no_grad():
-        for chunk in Sweep(
-            task, loader, EmpiricalFisher(as_loss(loss, model)), memory_budget, check, label="coherence"
-        ).chunks():
+    with run.within(), torch.no_grad():
+        for chunk in Sweep(run, EmpiricalFisher(as_loss(loss, model)), Policy("coherence")).chunks():
             some = next(iter(chunk.jacobians.values()))
             sum_g = torch.zeros(collection.numel, dtype=some.dtype, device=some.device)
             batch_squares = 0.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from nngeom.analysis.rows import Function, Probe, squared_norms
+from nngeom.analysis.rows import squared_norms
 from nngeom.core.errors import ArgumentError
+from nngeom.generator.run import Function, Run
 from nngeom.metrics.loss import IdentityMetric
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
@@ -35,7 +37,7 @@ class ComplexityMeasure:
     ):
         if every < 1:
             raise ArgumentError(f"every is {every}; expected a whole number of at least 1")
-        self._probe = Probe.build(model, loader, function, layer_collection)
+        self._run = Run.of(model, loader, function=function, layer_collection=layer_collection).held()
         self.model, self.every, self.steps = model, every, 0
         self.value = 0.0
         self.examples = 0
@@ -59,11 +61,11 @@ class ComplexityMeasure:
         return part
 
     def _read(self) -> Tensor:
-        return PVector.from_model(self.model, self._probe.task.collection).flat()
+        return PVector.from_model(self.model, self._run.task.collection).flat()
 
     def _measure(self, check: bool = False) -> float:
         with evaluating(self.model):
-            norms = squared_norms(self._probe, IdentityMetric(), check)
+            norms = squared_norms(replace(self._run, check=check), IdentityMetric())
         self.examples = len(norms)
         return float(norms.double().sum().sqrt())
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.kernel import fix_signs, require_symmetric
-from nngeom.analysis.rows import Function, Probe, require_labels
+from nngeom.analysis.rows import require_labels
 from nngeom.analysis.spectrum import THRESHOLD
 from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError, SingularError
+from nngeom.generator.run import Function, Run
 from nngeom.generator.task import gradients_on
 from nngeom.gram import GramMatrix
 from nngeom.metrics.loss import as_loss
@@ -62,7 +63,7 @@ def eigenfunctions(
         "memory_budget": memory_budget,
         "check": check,
     }
-    grid = Probe.build(model, grid, function, layer_collection).batches
+    grid = Run.of(model, grid, function=function, layer_collection=layer_collection).held().loader
     kernel = GramMatrix(model, grid, **options)
     values, vectors = _leading(require_symmetric(kernel), k)
     sample = vectors.T.reshape(k, kernel.outputs, kernel.rows)
@@ -125,24 +126,24 @@ def step_modes(
         "memory_budget": memory_budget,
         "check": check,
     }
-    probe = Probe.build(model, loader, function, layer_collection)
-    other = None if at is None else Probe.build(model, at, function, layer_collection)
-    y = require_labels(probe)
-    kernel = GramMatrix(model, probe.batches, **options)
+    run = Run.of(model, loader, function=function, layer_collection=layer_collection).held()
+    other = None if at is None else run.on(at).held()
+    y = require_labels(run)
+    kernel = GramMatrix(model, run.loader, **options)
     count = kernel.outputs * kernel.rows if k is None else k
     values, vectors = _leading(require_symmetric(kernel), count)
-    before = _outputs(probe)
+    before = run.outputs()
     with gradients_on():
         f = before.detach().requires_grad_()
         gradient = torch.autograd.grad(as_loss(loss, model)(f, y).mean(), f)[0]
     pulled = _columns(gradient)
-    weights = PVector.from_model(model, probe.task.collection)
-    elsewhere = None if other is None else _outputs(other)
-    step = _pull_back(probe, gradient)
+    weights = PVector.from_model(model, run.task.collection)
+    elsewhere = None if other is None else other.outputs()
+    step = _pull_back(run, gradient)
     try:
         (weights - lr * step).copy_to(model)
-        change = _columns(_outputs(probe) - before)
-        moved = None if other is None or elsewhere is None else _columns(_outputs(other) - elsewhere)
+        change = _columns(run.outputs() - before)
+        moved = None if other is None or elsewhere is None else _columns(other.outputs() - elsewhere)
     finally:
         weights.copy_to(model)
     predicted = -lr * values * (vectors.T @ pulled.flatten())
@@ -150,7 +151,7 @@ def step_modes(
     cross = (
         None
         if at is None
-        else -lr * torch.einsum("cn,cndm->dm", pulled, GramMatrix(model, probe.batches, other=at, **options).tensor)
+        else -lr * torch.einsum("cn,cndm->dm", pulled, GramMatrix(model, run.loader, other=at, **options).tensor)
     )
     residual = (change - expected).norm() / change.norm()
     functions = vectors.T.reshape(count, kernel.outputs, kernel.rows)
@@ -176,25 +177,20 @@ def _leading(m: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[-k:].flip(0).clamp_min(0), fix_signs(vectors[:, -k:].flip(1)).contiguous()
 
 
-@torch.no_grad()
-def _outputs(probe: Probe) -> Tensor:
-    return torch.cat([probe.task.run(batch) for batch in probe.batches])
-
-
 def _columns(outputs: Tensor) -> Tensor:
     """``(n, *shape) -> (c, n)``."""
     return outputs.flatten(1).T
 
 
-def _pull_back(probe: Probe, gradient: Tensor) -> PVector:
+def _pull_back(run: Run, gradient: Tensor) -> PVector:
     """``sum_i J_i^T g_i``, one backward pass a batch."""
     total, at = None, 0
-    parameters = list(probe.task.parameters.values())
-    for batch in probe.batches:
+    parameters = list(run.task.parameters.values())
+    for batch in run.loader:
         with gradients_on():
-            outputs = probe.task.run(batch)
+            outputs = run.task.run(batch)
             grads = torch.autograd.grad(outputs, parameters, gradient[at : at + len(outputs)], allow_unused=True)
         at += len(outputs)
         flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters)])
         total = flat if total is None else total + flat
-    return PVector(probe.task.collection, total)  # type: ignore[arg-type]
+    return PVector(run.task.collection, total)  # type: ignore[arg-type]

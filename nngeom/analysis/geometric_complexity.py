@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.rows import Function
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError
 from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import capture
 from nngeom.generator.kernels import twice_differentiable
+from nngeom.generator.run import Function, Run
 from nngeom.generator.sweep import require_examples
 from nngeom.generator.task import Batch, Task, require_finite
 from nngeom.metrics.loss import IdentityMetric
@@ -48,10 +48,11 @@ def geometric_complexity(
         raise ArgumentError(f"estimator is {estimator!r}; expected 'exact' or 'rademacher'")
     if not isinstance(samples, int) or samples < 1:
         raise ArgumentError(f"samples is {samples!r}; expected a whole number of at least 1")
-    task = Task.build(model, function, layer_collection)
+    run = Run.of(model, loader, function=function, layer_collection=layer_collection, memory_budget=memory_budget)
+    task = run.task
     total, count = torch.zeros((), dtype=task.dtype, device=task.device), 0
-    with memory.limit(memory_budget):
-        for index, batch in enumerate(task.batches(loader)):
+    with run.within():
+        for index, batch in enumerate(run.batches()):
             part, n = _batch(task, batch, index, differentiable, estimator, samples, generator)
             total, count = total + part, count + n
     return total / require_examples(count)

@@ -1,57 +1,18 @@
-"""The rows a quantity is read from: sweeps over a probe set whose batches are held."""
+"""The rows a quantity is read from, and their products and norms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nngeom.core import memory
 from nngeom.core.errors import LoaderError, NonFiniteError
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.products import EVERYTHING, Grouping, build, products
 from nngeom.fmat.products import squared_norms as norms_by_group
 from nngeom.fmat.store import Store
 from nngeom.fmat.tiles import Side, matched, pairs, span
-from nngeom.generator.sweep import Metric, Sweep
-from nngeom.generator.task import Batch, Task, targets
-from nngeom.space.collection import LayerCollection
-
-Function = Callable[..., Tensor] | None
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A model and the batches it is examined on, held so that labels and rows belong to the same examples."""
-
-    task: Task
-    batches: list[Batch]
-
-    @staticmethod
-    def build(
-        model: nn.Module, loader: Any, function: Function = None, layer_collection: LayerCollection | None = None
-    ) -> Probe:
-        """Read the loader once; raises :class:`LoaderError` when it is empty."""
-        task = Task.build(model, function, layer_collection)
-        return Probe(task, list(task.batches(loader)))
-
-    def sweep(self, metric: Metric, check: bool = True, memory_budget: int | None = None) -> Sweep:
-        """A sweep over the held batches."""
-        return Sweep(self.task, self.batches, metric, memory_budget, check)
-
-    def side(self, metric: Metric, check: bool = True, memory_budget: int | None = None) -> Side:
-        """The same as one side of a kernel."""
-        return Side(self.sweep(metric, check, memory_budget))
-
-    def targets(self) -> Tensor | None:
-        """The targets of all batches, concatenated; ``None`` where batches have none."""
-        parts = [targets(b) for b in self.batches]
-        if not all(isinstance(y, Tensor) for y in parts):
-            return None
-        return torch.cat([y.detach() for y in parts])
+from nngeom.generator.run import Run
+from nngeom.generator.sweep import Metric
 
 
 def require_finite_gradients(*gradients: Tensor) -> None:
@@ -62,9 +23,9 @@ def require_finite_gradients(*gradients: Tensor) -> None:
         raise NonFiniteError("gradients contain NaN or infinity; check the inputs and the model they come from")
 
 
-def require_labels(probe: Probe) -> Tensor:
-    """The targets of a probe; raises :class:`LoaderError` where batches have none."""
-    y = probe.targets()
+def require_labels(run: Run) -> Tensor:
+    """The targets of a run that is held; raises :class:`LoaderError` where batches have none."""
+    y = run.targets()
     if y is None:
         raise LoaderError(
             "this quantity needs labels but a batch has none; expected batches (inputs, targets) or dicts with 'labels'"
@@ -83,9 +44,9 @@ def wide_kernels(rows: Side, by_layer: bool = False) -> dict[str, Tensor]:
     Products of float32 rows rounded to float32 tell eigenvalues from zero down to ``N eps`` of the largest only, the
     rows themselves down to ``(N eps)^2``: what a log-determinant needs.
     """
-    task = rows.sweep.task
+    task = rows.run.task
     grouping = Grouping(tuple(task.collection.by_layer()), task.layer_of) if by_layer else EVERYTHING
-    return products(FMatDense, rows.widened(), None, grouping, Store(grouping.names), None, False)
+    return products(FMatDense, rows.widened(), None, grouping, Store(grouping.names))
 
 
 def layer_kernel(rows: Side, layer: str, outputs: int) -> Tensor:
@@ -94,7 +55,7 @@ def layer_kernel(rows: Side, layer: str, outputs: int) -> Tensor:
     out = torch.zeros(outputs, n, outputs, n, dtype=rows.dtype, device=rows.device)
     for x, y in pairs(rows, None):
         (k, i), (l, j) = span(x), span(y)
-        blocks = [jx.gram(jy) for owner, jx, jy in matched(x, y, rows.sweep.task.layer_of) if owner == layer]
+        blocks = [jx.gram(jy) for owner, jx, jy in matched(x, y, rows.run.task.layer_of) if owner == layer]
         if blocks:
             tile = torch.stack(blocks).sum(0) if len(blocks) > 1 else blocks[0]
             out[k, i, l, j] = tile
@@ -110,7 +71,7 @@ def row_norms(side: Side) -> Tensor:
 
 
 @torch.no_grad()
-def squared_norms(probe: Probe, metric: Metric, check: bool = True, memory_budget: int | None = None) -> Tensor:
-    """:func:`row_norms` of a metric on a probe."""
-    with memory.limit(memory_budget):
-        return row_norms(probe.side(metric, check, memory_budget))
+def squared_norms(run: Run, metric: Metric) -> Tensor:
+    """:func:`row_norms` of the rows of a run for the cotangents of a metric."""
+    with run.within():
+        return row_norms(Side.of(run, metric))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.rows import Function, Probe
 from nngeom.core.errors import ArgumentError, NonFiniteError
+from nngeom.generator.run import Function, Run
 from nngeom.generator.task import leading_size, take
 from nngeom.hessian import Hessian
 from nngeom.solve.lanczos import lanczos
@@ -57,16 +57,16 @@ def non_uniformity(
     Every Lanczos step takes two Hessian-vector products of every example by itself: for probe sets, not whole data
     sets. Source: Wu, Ma and E 2018, definition of non-uniformity.
     """
-    probe = Probe.build(model, loader, function, layer_collection)
+    run = Run.of(model, loader, function=function, layer_collection=layer_collection).held()
     options: dict[str, Any] = {
         "loss": loss,
         "function": function,
-        "layer_collection": probe.task.collection,
+        "layer_collection": run.task.collection,
         "memory_budget": memory_budget,
     }
-    single = [Hessian(model, [example], **options) for batch in probe.batches for example in _examples(batch)]
-    whole = Hessian(model, probe.batches, **options)
-    collection, n = probe.task.collection, len(single)
+    single = [Hessian(model, [example], **options) for batch in run.loader for example in _examples(batch)]
+    whole = Hessian(model, run.loader, **options)
+    collection, n = run.task.collection, len(single)
 
     def covariance(v: Tensor) -> Tensor:
         x = PVector(collection, v)

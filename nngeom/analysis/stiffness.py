@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.labels import class_labels, described
-from nngeom.analysis.rows import Function, Probe, require_finite_gradients, row_norms, row_products
-from nngeom.core import memory
+from nngeom.analysis.rows import require_finite_gradients, row_norms, row_products
 from nngeom.core.errors import ArgumentError
+from nngeom.fmat.tiles import Side
+from nngeom.generator.run import Function, Run
 from nngeom.metrics.loss import EmpiricalFisher, as_loss
 from nngeom.space.collection import LayerCollection
 
@@ -94,15 +95,19 @@ def stiffness(
     require_kind(kind)
     measured = as_loss(loss, model)
     metric, ignored = EmpiricalFisher(measured), getattr(getattr(measured, "categorical", None), "ignore_index", None)
-    with memory.limit(memory_budget), torch.no_grad():
-        probes = [
-            Probe.build(model, data, function, layer_collection)
-            for data in ((loader,) if other is None else (loader, other))
-        ]
-        sides = [probe.side(metric, check, memory_budget) for probe in probes]
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        memory_budget=memory_budget,
+        check=check,
+    )
+    with run.within(), torch.no_grad():
+        sides = [Side.of(run.on(data), metric) for data in ((loader,) if other is None else (loader, other))]
         gram = row_products(sides[0], None if other is None else sides[1])[0, :, 0]
         norms = [gram.diagonal()] if other is None else [row_norms(side) for side in sides]
-    labels = [probe.targets() for probe in probes]
+    labels = [side.run.targets() for side in sides]
     return _summary(gram, norms[0], norms[-1], labels[0], labels[-1], kind, other is None, ignored)
 
 

@@ -35,7 +35,7 @@ class Fingerprint:
     @staticmethod
     def of(rows: Side, columns: Side | None, *, centered: bool) -> Fingerprint:
         """Of a kernel between ``rows`` and ``columns``; runs the model on the first batch."""
-        task = rows.sweep.task
+        task = rows.run.task
         hashes = {
             "centered": repr(centered),
             "layer_collection": _hash((task.collection.names, task.collection.shapes)),
@@ -47,7 +47,7 @@ class Fingerprint:
         hashes |= {f"{kind} {name!r}": _hash(x) for kind, name, x in ((_kind(x), name, x) for name, x in named)}
         for what, side in (("batch", rows), ("batch of other=", columns)):
             hashes |= {
-                f"{what} {j}": _hash(batch) for j, batch in enumerate(side.sweep.loader if side is not None else ())
+                f"{what} {j}": _hash(batch) for j, batch in enumerate(side.run.loader if side is not None else ())
             }
         outputs = rows.first_outputs()
         hashes["dtype and shape of the outputs"] = f"{outputs.dtype} {tuple(outputs.shape)}"

@@ -53,12 +53,12 @@ def _push(side: Side, v: Tensor) -> Tensor:
 
 def _by_tangents(side: Side, v: Tensor) -> Tensor:
     """``[b, d] -> [b, c, n]``."""
-    task = side.sweep.task
+    task = side.run.task
     linearization, rows = Linearization(task), []
     for x in v:
         named = PVector(task.collection, x)
         tangents = {name: named[name].to(p.dtype) for name, p in task.parameters.items()}
-        pushed = [linearization.jvp(batch, tangents)[1].flatten(1).T for batch in side.sweep.loader]
+        pushed = [linearization.jvp(batch, tangents)[1].flatten(1).T for batch in side.run.loader]
         rows.append(torch.cat(pushed, 1).to(v.dtype))
     return torch.stack(rows)
 
@@ -73,12 +73,12 @@ def _by_rows(side: Side, v: Tensor) -> Tensor:
 
 
 def _pull(side: Side, u: Tensor) -> Tensor:
-    task, flat = side.sweep.task, u.reshape(-1, *u.shape[-2:])
+    task, flat = side.run.task, u.reshape(-1, *u.shape[-2:])
     total = torch.zeros(flat.shape[0], task.collection.numel, dtype=u.dtype, device=u.device)
     parameters = list(task.parameters.values())
     shapes, at = [p.shape for p in parameters], 0
     with side.within():
-        for batch, n in zip(side.sweep.loader, side.sizes):
+        for batch, n in zip(side.run.loader, side.sizes):
             with gradients_on():
                 outputs = task.run(batch)
             cotangents = flat[..., at : at + n].transpose(1, 2).reshape(-1, *outputs.shape).to(outputs.dtype)
@@ -203,7 +203,7 @@ class FMatImplicit(FunctionOperator):
             return self.T.materialize(representation).T
         with torch.no_grad(), self.left.within():
             right = None if self.left is self.right else self.right
-            kernel = build(representation, self.left, right, EVERYTHING, self.centered)[""]
+            kernel = build(representation, self.left, right, EVERYTHING, centered=self.centered)[""]
         return self.scale * kernel
 
     # -- what it solves and estimates ----------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def build(
     rows: Side,
     columns: Side | None,
     grouping: Grouping,
+    *,
     centered: bool = False,
     store: Store | None = None,
     progress: bool = False,
@@ -51,12 +52,13 @@ def build(
             name: kind(t.to(kept))
             for name, t in squared_norms(rows, grouping, Mean.over(rows) if centered else None).items()
         }
-    for side in (rows, columns or rows):
-        side.sweep.explicit, side.on_disk = not centered, store is not None
+    rows = rows.for_tiles(explicit=not centered, on_disk=store is not None)
+    if columns is not None:
+        columns = columns.for_tiles(explicit=not centered, on_disk=store is not None)
     late = centered and columns is None and store is None
-    store = store or Store(grouping.names, rows.sweep.keep_graph)
+    store = store or Store(grouping.names, rows.sweep.policy.keep_graph)
     mean = Mean.over(rows) if centered and not late else None
-    tensors = products(kind, rows, columns, grouping, store, mean, progress)
+    tensors = products(kind, rows, columns, grouping, store, mean=mean, progress=progress)
     return {name: kind((kind.doubly_centred(t) if late else t).to(kept)) for name, t in tensors.items()}
 
 
@@ -93,7 +95,7 @@ class Mean:
     def over(side: Side) -> Mean:
         """One sweep over the examples."""
         total: Tensor | None = None
-        d = side.sweep.task.collection.numel
+        d = side.run.task.collection.numel
         for group in side.groups():
             for chunk in group.chunks:
                 k, _ = span(chunk)
@@ -121,14 +123,21 @@ class Mean:
         """``{group: [k, l]}``: the products of the mean gradients with each other."""
         c = self.flat.shape[0]
         out = {name: self.flat.new_zeros(c, c) for name in grouping.names}
-        for name, (lo, shape) in side.sweep.task.collection.offsets().items():
+        for name, (lo, shape) in side.run.task.collection.offsets().items():
             m = self.flat[:, lo : lo + torch.Size(shape).numel()]
             out[grouping.of(name)] = out[grouping.of(name)] + m @ m.T
         return out
 
 
 def products(
-    kind: Any, rows: Side, columns: Side | None, grouping: Grouping, store: Store, mean: Mean | None, progress: bool
+    kind: Any,
+    rows: Side,
+    columns: Side | None,
+    grouping: Grouping,
+    store: Store,
+    *,
+    mean: Mean | None = None,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """``{group: tensor}`` of a kernel representation, tile by tile; the lower half of a square kernel is mirrored.
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -19,8 +18,8 @@ from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.generator.capture import capture
-from nngeom.generator.sweep import START, Chunk, Sweep
-from nngeom.generator.task import leading_size
+from nngeom.generator.run import Run
+from nngeom.generator.sweep import START, Chunk, Metric, Policy, Sweep
 
 Key = tuple[int, int]  # (first example, first output) of a chunk: the order in which chunks are captured
 SHARES = 4  # of the budget: one for a chunk of columns, two for rows, one for what is made of them
@@ -60,22 +59,30 @@ class Alone:
 class Side:
     """The examples along one axis of a kernel. Batches are read once and kept, so that every visit sees the same."""
 
-    sweep: Sweep
-    held: Group | None = None
+    sweep: Sweep  # of a run that is held
+    group: Group | None = None  # all rows, where they are held in memory
     wide: bool = False  # rows in float64, whatever the model's dtype
     on_disk: bool = False  # the kernel is: no tile of it may take more than its share of the budget
-    watch: bool = True  # rows are searched for NaN and infinity; else who uses them searches the result
 
-    def __post_init__(self):
-        self.sweep.loader = list(self.sweep.task.batches(self.sweep.loader))
-        self.sizes = [self._count(batch) for batch in self.sweep.loader]
+    @staticmethod
+    def of(run: Run, metric: Metric, policy: Policy = Policy()) -> Side:
+        """The rows of a run for the cotangents of a metric."""
+        return Side(Sweep(run.held(), metric, policy))
 
-    def _count(self, batch: Any) -> int:
-        n = leading_size(batch)
-        if n is None:  # else running the model makes sure that there are as many outputs
-            with torch.no_grad():
-                n = self.sweep.task.run(batch).shape[0]
-        return n
+    @property
+    def run(self) -> Run:
+        """The model on these examples."""
+        return self.sweep.run
+
+    @property
+    def watch(self) -> bool:
+        """Whether rows are searched for NaN and infinity; else who uses them searches the result."""
+        return self.sweep.policy.watch
+
+    @property
+    def sizes(self) -> list[int]:
+        """Examples in every batch."""
+        return self.run.sizes
 
     @property
     def examples(self) -> int:
@@ -86,11 +93,11 @@ class Side:
     def outputs(self) -> int:
         """``c``: how many outputs an example has; raises what a first, checked look at the data raises."""
         with torch.no_grad(), self.within():
-            return self.sweep.task.run(self.sweep.loader[0])[0].numel()
+            return self.run.task.run(self.run.loader[0])[0].numel()
 
     def first_outputs(self) -> torch.Tensor:
         """The outputs ``(n, ...)`` of the first batch, without graph; raises what a first look at the data raises."""
-        outputs = capture(self.sweep.task, self.sweep.loader[0]).outputs.detach()
+        outputs = capture(self.run.task, self.run.loader[0]).outputs.detach()
         self.outputs = outputs[0].numel()
         return outputs
 
@@ -106,7 +113,7 @@ class Side:
     @property
     def kept(self) -> torch.dtype:
         """dtype of the finished kernel."""
-        return accumulation_dtype(self.sweep.task.dtype)
+        return accumulation_dtype(self.run.task.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,21 +122,25 @@ class Side:
 
     def widened(self) -> Side:
         """The same examples with rows in float64: subtracting a large mean must not leave rounding errors."""
-        return replace(self, wide=True, held=None)
+        return replace(self, wide=True, group=None)
+
+    def for_tiles(self, *, explicit: bool, on_disk: bool) -> Side:
+        """The same examples for the products of a kernel, see :class:`Policy` and ``on_disk``."""
+        return replace(self, sweep=self.sweep.but(explicit=explicit), on_disk=on_disk)
 
     @property
     def device(self) -> torch.device:
         """Where the kernel is."""
-        return self.sweep.task.device
+        return self.run.task.device
 
     @property
     def parameters(self) -> tuple[torch.Tensor, ...]:
         """What products with the Jacobian depend on: the parameters."""
-        return tuple(self.sweep.task.parameters.values())
+        return tuple(self.run.task.parameters.values())
 
     def within(self) -> AbstractContextManager[int]:
         """Work under the memory budget that the object was built with, which outlives that call."""
-        return memory.limit(self.sweep.memory_budget)
+        return self.run.within()
 
     def chunks(self, after: Key = START, reuse: bool = False) -> Iterator[Chunk]:
         """The chunks behind ``after``, captured anew; with ``reuse`` each may overwrite the one before."""
@@ -139,13 +150,11 @@ class Side:
             first += 1
         if first == len(self.sizes):
             return
-        divide = not self.sweep.keep_graph
-        sweep = replace(
-            self.sweep, loader=self.sweep.loader[first:], shares=SHARES, divide=divide, most_examples=self.most_examples
+        alive = self.sweep.policy.keep_graph
+        sweep = replace(self.sweep, run=self.run.on(self.run.loader[first:])).but(
+            shares=SHARES, divide=not alive, reuse=reuse and not alive, most_examples=self.most_examples
         )
-        for chunk in sweep.chunks(
-            reuse=reuse and not sweep.keep_graph, watch=self.watch, after=(after[0] - start, after[1])
-        ):
+        for chunk in sweep.chunks(after=(after[0] - start, after[1])):
             chunk = replace(chunk, start=chunk.start + start)
             if self.wide:
                 chunk = replace(chunk, jacobians={lay: j.to(torch.float64) for lay, j in chunk.jacobians.items()})
@@ -155,7 +164,7 @@ class Side:
         """The rows of the only batch; ``None`` where there are several batches, or no room for one at once."""
         if self.wide or self.watch or len(self.sizes) != 1:
             return None
-        found = replace(self.sweep, most_examples=self.most_examples).alone()
+        found = self.sweep.but(most_examples=self.most_examples).alone()
         if found is None:
             return None
         run, v = found
@@ -163,16 +172,16 @@ class Side:
 
     def groups(self, after: Key = START) -> Iterator[Group]:
         """Runs of chunks that together take half the budget; where one run holds all, it stays in memory."""
-        if self.held is not None:
-            if self.held.last > after:
-                yield self.held
+        if self.group is not None:
+            if self.group.last > after:
+                yield self.group
             return
         chunks: list[Chunk] = []
         most = memory.budget() * (2 if after == START else 1) // SHARES
         room, held, runs = most, set[int](), 0
         for chunk in self.chunks(after):
             size = chunk.nbytes(held)
-            if chunks and room < size and not self.sweep.keep_graph:
+            if chunks and room < size and not self.sweep.policy.keep_graph:
                 yield Group(joined(chunks, self.most_examples), key(chunks[-1]))
                 chunks, room, held, runs = [], most, set[int](), runs + 1
                 size = chunk.nbytes(held)
@@ -181,7 +190,7 @@ class Side:
         if chunks:
             group = Group(joined(chunks, self.most_examples), key(chunks[-1]))
             if runs == 0 and after == START:
-                self.held = group
+                self.group = group
             yield group
 
 

@@ -24,7 +24,7 @@ from nngeom.generator.backward import pull_back
 from nngeom.generator.capture import Capture, Recorder
 from nngeom.generator.descent import bytes_each_cotangent
 from nngeom.generator.passes import Pass
-from nngeom.generator.sweep import Chunk, Metric, Sweep
+from nngeom.generator.sweep import Chunk, Metric
 from nngeom.generator.task import Task
 from nngeom.generator.units import Unit, wide
 from nngeom.space.collection import LayerCollection, unwrap
@@ -58,13 +58,23 @@ class Observer:
     ):
         self.task = Task.build(model, None, collection)
         self.metric, self.pick, self.drawn = metric, outputs or default_outputs, 0
-        self.sweep = _Watched(self.task, None, metric, part_of=part_of)  # type: ignore[arg-type]
+        self.part_of, self._left_to_fallback = part_of, set[str]()
         self._watching = False
 
     @property
     def batchwise(self) -> set[str]:
         """Parameters that have one row a batch."""
-        return self.sweep._demoted
+        return self._left_to_fallback
+
+    def resolve(self, seen: Capture, mixing: bool) -> tuple[list[Unit], list[str]]:
+        """The units of a capture, and its parameters without structure; compared with autograd unless a pass like it
+        was.
+        """
+        run = Pass(self.task, seen, self._left_to_fallback, self.part_of)
+        run.resolve(check=not mixing)
+        if not mixing and not run.proof.covers(run.seen):
+            run.prove(separate=False)
+        return run.units, run.rest
 
     @contextlib.contextmanager
     def watch(self, record: bool = True) -> Iterator[Observation]:
@@ -88,20 +98,6 @@ class Observer:
             visit.close()
             for handle in handles:
                 handle.remove()
-
-
-class _Watched(Sweep):
-    """A sweep whose captures come from outside."""
-
-    def resolve(self, seen: Capture, mixing: bool) -> tuple[list[Unit], list[str]]:
-        """The units of a capture, and its parameters without structure; compared with autograd unless a pass like it
-        was.
-        """
-        run = Pass(self.task, seen, self._demoted, self.part_of)
-        run.resolve(check=not mixing)
-        if not mixing and not run.proof.covers(run.seen):
-            run.prove(separate=False)
-        return run.units, run.rest
 
 
 class _Visit:
@@ -141,7 +137,7 @@ class _Visit:
             self.observation.examples += outputs.shape[0]
             return
         seen = recorder.capture(outputs if outputs.ndim > 1 else outputs.unsqueeze(1))
-        units, rest = self.observer.sweep.resolve(seen, recorder.mixing)
+        units, rest = self.observer.resolve(seen, recorder.mixing)
         self.passages.append(_Passage(self.observer, seen, units, rest))
         if self.observer.metric is not None:
             self.observation.chunks += self.passages.pop().measured(self.observer.metric)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +15,10 @@ from nngeom.fmat.products import EVERYTHING, squared_norms
 from nngeom.generator.sweep import Chunk
 from nngeom.maps.push_forward import DenseMap, ImplicitMap, PushForwardDense, PushForwardImplicit
 from nngeom.pmat.dense import PMatDense
+from nngeom.pmat.drive import Repeated, built
 from nngeom.pmat.expression import PMatExpression
 from nngeom.pmat.mixed import as_representation
-from nngeom.pmat.recipe import Scope
+from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
 
@@ -123,37 +123,32 @@ class PMatPullPush(PMatExpression):
         """The same matrix in a representation (``PMatDense``, ``PMatDiag``, ``PMatLowRank``, ...)."""
         if not self.symmetric:
             return super().materialize()
-        from nngeom.measure import drive
-
-        source: Any = (
-            _Rows(self.right.tensor, self.collection)
-            if isinstance(self.right, PushForwardDense)
-            else self.right.side.sweep
-        )
         chosen = as_representation(representation, **options)
-        within = contextlib.nullcontext() if isinstance(self.right, PushForwardDense) else self.right.side.within()
-        with within:
-            blocks = drive(chosen.recipe(Scope(self.collection, self.collection.names)), source, chosen.passes)
-        return source.count * self.scale * chosen.kind._make(self.collection, blocks, source.count)
+        if isinstance(self.right, PushForwardDense):
+            matrix = built(chosen, self.collection, ExplicitRows(self.right.tensor, self.collection))
+        else:
+            with self.right.side.within():
+                matrix = built(chosen, self.collection, Repeated(self.right.side.sweep, chosen.passes))
+        return matrix.examples * self.scale * matrix
 
     def __repr__(self) -> str:
         return f"PMatPullPush({self.scale:g} * {self.left!r} @ {self.right!r})"
 
 
-class _Rows:
-    """Explicit rows as a sweep of one chunk, one block a parameter."""
+class ExplicitRows:
+    """Explicit rows ``[k, n, d]`` as a source of one chunk, one block a parameter."""
 
-    def __init__(self, tensor: Tensor, collection: Any):
-        self.count = tensor.shape[1]
+    def __init__(self, tensor: Tensor, collection: LayerCollection):
         jacobians: dict[Layout, LayerJacobian] = {}
         for name in collection.names:
             layout = collection.span([name])
             if layout.numel:
                 jacobians[layout] = FullJacobian(layout.gather(tensor))
-        self._chunk = Chunk(jacobians, self.count, 0, (0, tensor.shape[0]))
+        self._chunk = Chunk(jacobians, tensor.shape[1], 0, (0, tensor.shape[0]))
 
-    def chunks(self, **options: Any) -> Iterator[Chunk]:
-        """The chunk, whatever a sweep would do to make it."""
-        yield self._chunk
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunk."""
+        return iter((self._chunk,))
 
-    again = chunks
+    def blame(self) -> None:
+        """Rows at hand come from no batch."""

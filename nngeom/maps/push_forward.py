@@ -118,7 +118,7 @@ class ImplicitMap(JacobianMap):
 
     @property
     def collection(self):
-        return self.side.sweep.task.collection
+        return self.side.run.task.collection
 
     @property
     def layer_collection(self):
@@ -208,7 +208,7 @@ class PushForwardImplicit(ImplicitMap):
 def dense_rows(side: Side) -> Tensor:
     """``(c, n, d)``: the gradients of all outputs at all examples."""
     out: Tensor | None = None
-    d = side.sweep.task.collection.numel
+    d = side.run.task.collection.numel
     with torch.no_grad():
         for chunk in side.chunks(reuse=True):
             k, n = span(chunk)
@@ -217,7 +217,7 @@ def dense_rows(side: Side) -> Tensor:
             for layout, j in chunk.jacobians.items():
                 write_rows(out[k, n], j, layout)
             written = {name for layout in chunk.jacobians for name in layout.names}
-            for name, (lo, shape) in side.sweep.task.collection.offsets().items():
+            for name, (lo, shape) in side.run.task.collection.offsets().items():
                 if name not in written:  # parameters that the outputs do not depend on
                     out[k, n, lo : lo + torch.Size(shape).numel()] = 0
     return out if out is not None else torch.zeros(side.outputs, side.examples, d, dtype=side.dtype, device=side.device)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.rows import Function, Probe, squared_norms
+from nngeom.analysis.rows import squared_norms
 from nngeom.core.errors import ArgumentError, NonFiniteError
+from nngeom.generator.run import Function, Run
 from nngeom.generator.task import gradients_on
 from nngeom.metrics.fisher import ExactFisher, as_likelihood
 from nngeom.metrics.loss import IdentityMetric, as_loss
@@ -30,7 +31,15 @@ def sample_trace(
     :func:`sample_fisher_trace`. ``inputs``: one batch, or an iterable of batches. Source: Szolnoky et al. 2022,
     appendix C.
     """
-    return squared_norms(Probe.build(model, inputs, function, layer_collection), IdentityMetric(), check, memory_budget)
+    run = Run.of(
+        model,
+        inputs,
+        function=function,
+        layer_collection=layer_collection,
+        memory_budget=memory_budget,
+        check=check,
+    )
+    return squared_norms(run, IdentityMetric())
 
 
 def sample_fisher_trace(
@@ -48,7 +57,15 @@ def sample_fisher_trace(
     Large near the decision boundary, small for confident inputs. Source: Martin and Elster 2019.
     """
     metric = ExactFisher(as_likelihood(likelihood, model))
-    return squared_norms(Probe.build(model, inputs, function, layer_collection), metric, check, memory_budget)
+    run = Run.of(
+        model,
+        inputs,
+        function=function,
+        layer_collection=layer_collection,
+        memory_budget=memory_budget,
+        check=check,
+    )
+    return squared_norms(run, metric)
 
 
 def fgsm(model: nn.Module, inputs: Tensor, targets: Tensor, epsilon: float, loss: Any = "cross_entropy") -> Tensor:

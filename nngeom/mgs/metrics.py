@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.kernel import square_kernel
-from nngeom.analysis.rows import Function, Probe, wide_kernels
+from nngeom.analysis.rows import wide_kernels
 from nngeom.analysis.spectrum import effective_rank
-from nngeom.core import linalg, memory
+from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError
-from nngeom.generator.task import Task
+from nngeom.fmat.tiles import Side
+from nngeom.generator.run import Function, Run
 from nngeom.metrics.loss import IdentityMetric
 from nngeom.space.collection import LayerCollection
 
@@ -67,9 +68,9 @@ def metrics(
     """
     if not jitter > 0:
         raise ArgumentError(f"jitter is {jitter}; expected a positive number")
-    task = Task.build(model, function, layer_collection)
-    with memory.limit(memory_budget):
-        sides = (Probe(task, [batch]).side(IdentityMetric()) for batch in task.batches(loader))
+    run = Run.of(model, loader, function=function, layer_collection=layer_collection, memory_budget=memory_budget)
+    with run.within():
+        sides = (Side.of(run.on([batch]), IdentityMetric()) for batch in run.batches())
         with torch.no_grad():
             entries = [_entry(square_kernel(wide_kernels(side)[""]), jitter, side.kept) for side in sides]
     columns = {name: torch.stack([e[name] for e in entries]) for name in entries[0] if name != "eigenvalues"}

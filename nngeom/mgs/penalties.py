@@ -16,8 +16,9 @@ from nngeom.generator.axes import ExampleAxis
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.remedies import gradients
-from nngeom.generator.sweep import Sweep
-from nngeom.generator.task import Task, gradients_on
+from nngeom.generator.run import Run
+from nngeom.generator.sweep import Policy, Sweep
+from nngeom.generator.task import gradients_on
 from nngeom.gram import GramMatrix
 from nngeom.layers.adapter import Use
 from nngeom.metrics.loss import IdentityMetric, as_loss, judged
@@ -25,6 +26,9 @@ from nngeom.solve.hutchinson import rademacher
 from nngeom.space.collection import LayerCollection
 
 Function = Any
+
+
+ALIVE = Policy(keep_graph=True)
 
 
 def trace_penalty(
@@ -57,8 +61,8 @@ def trace_penalty(
         raise ArgumentError(f"estimator is {estimator!r}; expected 'exact' or 'rademacher'")
     if samples < 1:
         raise ArgumentError(f"samples is {samples}; expected a whole number of at least 1")
-    task = Task.build(model, function, layer_collection)
-    seen = capture(task, next(task.batches([inputs])), keep_graph=True)
+    run = Run.of(model, [inputs], function=function, layer_collection=layer_collection)
+    seen = capture(run.task, next(run.batches()), keep_graph=True)
     f = seen.outputs
     if not f.requires_grad:
         raise CoverageError(
@@ -66,9 +70,9 @@ def trace_penalty(
         )
     with gradients_on():
         if estimator == "exact":
-            total = _trace(task, seen)
+            total = _trace(run, seen)
         else:
-            total = _squared_sums(task, seen, rademacher(samples, *f.shape, like=f, generator=generator)) / samples
+            total = _squared_sums(run, seen, rademacher(samples, *f.shape, like=f, generator=generator)) / samples
     value = total if reduction == "sum" else total / f.shape[0]
     return (value, f) if return_outputs else value
 
@@ -121,9 +125,9 @@ def loss_gradient_penalty(
         raise ArgumentError(f"wrt is {wrt!r}; expected 'parameters' or 'inputs'")
     from nngeom.analysis.geometric_complexity import with_input_gradients
 
-    task = Task.build(model, function, layer_collection)
     batch = {**inputs, "labels": targets} if isinstance(inputs, dict) else (inputs, targets)
-    batch = next(task.batches([batch]))
+    run = Run.of(model, [batch], function=function, layer_collection=layer_collection)
+    task, batch = run.task, next(run.batches())
     variables = list(task.parameters.values())
     if wrt == "inputs":
         batch, variables = with_input_gradients(batch)  # type: ignore[assignment]
@@ -139,21 +143,21 @@ def loss_gradient_penalty(
         return torch.where(live, torch.where(live, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
 
 
-def _trace(task: Task, seen: Capture) -> Tensor:
+def _trace(run: Run, seen: Capture) -> Tensor:
     """``sum_kn |J[k, n]|^2``."""
-    sweep = Sweep(task, (), IdentityMetric(), keep_graph=True)
+    sweep = Sweep(run, IdentityMetric(), ALIVE)
     norms = [j.squared_norms().sum() for chunk in sweep.cut(seen) for j in chunk.jacobians.values()]
     return torch.stack(norms).sum()
 
 
-def _squared_sums(task: Task, seen: Capture, signs: Tensor) -> Tensor:
+def _squared_sums(run: Run, seen: Capture, signs: Tensor) -> Tensor:
     """Summed over ``signs [k, n, *out]``: squared gradients of every example by itself where a layer has one row for
     each, and of all examples together elsewhere. Both have the trace as their mean; the first scatters less and costs
     less.
     """
-    single = _with_a_row_an_example(task, seen)
+    single = _with_a_row_an_example(run, seen)
     covered = {slot.name for use in single for slot in use.slots}
-    others = [p for name, p in task.parameters.items() if name not in covered]
+    others = [p for name, p in run.task.parameters.items() if name not in covered]
     lengths = [squared_lengths(use.read_inputs().flatten(1)) + (use.bias is not None) for use in single]
     total = seen.outputs.new_zeros(())
     for v in signs:
@@ -166,7 +170,7 @@ def _squared_sums(task: Task, seen: Capture, signs: Tensor) -> Tensor:
     return total
 
 
-def _with_a_row_an_example(task: Task, seen: Capture) -> list[Use]:
+def _with_a_row_an_example(run: Run, seen: Capture) -> list[Use]:
     """Uses of a whole matrix (and its bias) that are its only ones, proved to have row ``n`` from example ``n``
     alone.
     """
@@ -189,7 +193,7 @@ def _with_a_row_an_example(task: Task, seen: Capture) -> list[Use]:
     if not found:
         return []
     names = [{s.name for s in use.slots} for use in found]  # the proof takes the slots of uses that are wrong
-    proof = Sweep(task, (), RandomSigns(1, 0, False), keep_graph=True).proved(replace(seen, uses=list(seen.uses)))
+    proof = Sweep(run, RandomSigns(1, 0, False), ALIVE).proved(replace(seen, uses=list(seen.uses)))
     return [
         use
         for use, mine in zip(found, names)

@@ -14,6 +14,7 @@ from nngeom.core.errors import ArgumentError, CoverageError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.generator.observe import Observation, Observer
+from nngeom.generator.run import Run
 from nngeom.generator.sweep import Chunk, Sweep
 from nngeom.generator.task import Task
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
@@ -211,8 +212,8 @@ def _gradients(
     model: nn.Module, batch: Any, loss: Any, function: Any, collection: LayerCollection | None
 ) -> tuple[Task, _Examples]:
     """The gradients of every example's own loss."""
-    task = Task.build(require_model(model), function, collection)
-    examples = _Examples(task.collection)
-    for chunk in Sweep(task, batch, EmpiricalFisher(as_loss(loss, model))).chunks():
+    run = Run.of(require_model(model), batch, function=function, layer_collection=collection)
+    examples = _Examples(run.task.collection)
+    for chunk in Sweep(run, EmpiricalFisher(as_loss(loss, model))).chunks():
         examples.add(chunk)
-    return task, examples
+    return run.task, examples

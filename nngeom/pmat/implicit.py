@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,8 @@ from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.core.linear import identity, solution, symmetric
 from nngeom.generator.linearization import Linearization
-from nngeom.generator.sweep import Columns, Sweep
+from nngeom.generator.run import Run
+from nngeom.generator.sweep import Chunk, Columns, Sweep
 from nngeom.generator.task import Batch, Task
 from nngeom.pmat.operator import ParameterOperator, require_frobenius
 from nngeom.pmat.pmat import PMat
@@ -38,9 +40,14 @@ class PMatImplicit(ParameterOperator):
     scale: float | Tensor = 1.0
 
     @property
+    def run(self) -> Run:
+        """The model on its batches."""
+        return self.sweep.run
+
+    @property
     def task(self) -> Task:
         """The model and its function."""
-        return self.sweep.task
+        return self.run.task
 
     @property
     def layer_collection(self):
@@ -77,7 +84,7 @@ class PMatImplicit(ParameterOperator):
     def _unscaled(self, x: Tensor) -> Tensor:
         """Products ``[*b, d] -> [*b, d]`` before scaling; no graph is kept."""
         flat = x.reshape(-1, x.shape[-1])
-        with memory.limit(self.sweep.memory_budget):
+        with self.run.within():
             rows = [self._product(row) for row in flat]
         return (torch.stack(rows) if rows else flat).reshape(x.shape)
 
@@ -211,13 +218,17 @@ class PMatImplicit(ParameterOperator):
 class ImplicitFisher(PMatImplicit):
     """``1/n sum_i J_i^T L_i J_i`` with the metric ``L_i`` of the outputs, by ``J v``, then ``L``, then ``J^T``."""
 
+    def _chunks(self) -> Iterator[Chunk]:
+        """The rows, batch by batch."""
+        return self.sweep.chunks()
+
     def _product(self, x):
         return tangents_or_rows(lambda: self._by_tangents(x), lambda: self._by_rows(x))
 
     def _by_rows(self, x: Tensor) -> Tensor:
         """The product by explicit cotangents, as every stored representation has them."""
         total, count = torch.zeros_like(x), 0
-        for chunk in replace(self.sweep, progress=False).chunks():
+        for chunk in self._chunks():
             inner = times_rows(chunk, x)
             for layout, j in chunk.jacobians.items():
                 part = torch.zeros_like(x)
@@ -229,7 +240,7 @@ class ImplicitFisher(PMatImplicit):
     def _by_tangents(self, x: Tensor) -> Tensor:
         linear, v = Linearization(self.task), self._split(x)
         total, count = torch.zeros_like(x), 0
-        for batch in self.task.batches(self.sweep.loader):
+        for batch in self.run.batches():
             outputs, tangent = linear.jvp(batch, v, ask=False)
             u = self._metric_times(outputs.detach(), tangent, batch, count)
             pulled = linear.vjp(outputs, u)
@@ -257,8 +268,8 @@ class ImplicitFisher(PMatImplicit):
 
     def _exact_trace(self):
         total, count = torch.zeros((), dtype=self.dtype, device=self.device), 0
-        with memory.limit(self.sweep.memory_budget):
-            for chunk in replace(self.sweep).chunks():
+        with self.run.within():
+            for chunk in self._chunks():
                 total += sum(j.squared_norms().sum() for j in chunk.jacobians.values())
                 count = chunk.start + chunk.examples
         return self.scale * total / count
@@ -266,8 +277,8 @@ class ImplicitFisher(PMatImplicit):
     def diag(self):
         out = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         count = 0
-        with memory.limit(self.sweep.memory_budget):
-            for chunk in replace(self.sweep).chunks():
+        with self.run.within():
+            for chunk in self._chunks():
                 part = torch.zeros_like(out)
                 for layout, j in chunk.jacobians.items():
                     layout.scatter_(part, j.square().to(out.dtype))
@@ -278,8 +289,6 @@ class ImplicitFisher(PMatImplicit):
 
 def implicit(sweep: Sweep) -> ImplicitFisher:
     """The implicit matrix of a sweep, after a look at every batch, checked."""
-    sweep.loader = list(sweep.task.batches(sweep.loader))
-    if sweep.check:
-        for index, batch in enumerate(sweep.loader):
-            sweep.look(batch, index)
+    sweep = replace(sweep, run=sweep.run.held().silent())
+    sweep.look()
     return ImplicitFisher(sweep)

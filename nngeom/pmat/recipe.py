@@ -33,6 +33,11 @@ class Scope:
     collection: LayerCollection
     names: tuple[str, ...]
 
+    @staticmethod
+    def of(collection: LayerCollection) -> Scope:
+        """All parameters of a collection."""
+        return Scope(collection, collection.names)
+
     def span(self) -> Layout:
         """All of them as one flat block."""
         return self.collection.span(self.names)

@@ -15,10 +15,12 @@ from nngeom.analysis.alignment import kernel_label_alignment
 from nngeom.analysis.coherence import coherence
 from nngeom.analysis.geometric_complexity import geometric_complexity
 from nngeom.analysis.labels import class_labels
-from nngeom.analysis.rows import Function, Probe, require_labels, wide_kernels
+from nngeom.analysis.rows import require_labels, wide_kernels
 from nngeom.analysis.sharpness import non_uniformity, sharpness
 from nngeom.analysis.spectrum import effective_rank, spectrum, trace_ratios
 from nngeom.analysis.stiffness import stiffness
+from nngeom.fmat.tiles import Side
+from nngeom.generator.run import Function, Run
 from nngeom.metrics.categorical import Categorical
 from nngeom.metrics.causal import CausalLM
 from nngeom.metrics.loss import IdentityMetric, as_loss
@@ -40,26 +42,25 @@ class Look:
     layer_collection: LayerCollection | None
 
     @functools.cached_property
-    def probe(self) -> Probe:
-        """Task and batches."""
-        return Probe.build(self.model, self.batches, self.function, self.layer_collection)
+    def run(self) -> Run:
+        """The model on its batches, held."""
+        return Run.of(self.model, self.batches, function=self.function, layer_collection=self.layer_collection).held()
 
     @functools.cached_property
     def labels(self) -> Tensor:
         """The targets."""
-        return require_labels(self.probe)
+        return require_labels(self.run)
 
     @functools.cached_property
     def outputs(self) -> Tensor:
         """``(n, c)``."""
-        with torch.no_grad():
-            return torch.cat([self.probe.task.run(batch) for batch in self.probe.batches])
+        return self.run.outputs()
 
     @functools.cached_property
     def kernels(self) -> dict[str, Tensor]:
         """``{layer: (c, n, c, n)}``, in float64."""
         with torch.no_grad():
-            return wide_kernels(self.probe.side(IdentityMetric()), by_layer=True)
+            return wide_kernels(Side.of(self.run, IdentityMetric()), by_layer=True)
 
     @functools.cached_property
     def kernel(self) -> Tensor:
@@ -154,7 +155,7 @@ def _mgs(look: Look) -> Numbers:
 @quantity("coherence")
 def _coherence(look: Look) -> Numbers:
     found = coherence(
-        look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection
+        look.model, look.run.loader, look.loss, function=look.function, layer_collection=look.layer_collection
     )
     return {"coherence": float(found.alpha), "coherence_ratio": float(found.ratio)}
 
@@ -162,7 +163,7 @@ def _coherence(look: Look) -> Numbers:
 @quantity("stiffness")
 def _stiffness(look: Look) -> Numbers:
     found = stiffness(
-        look.model, look.probe.batches, loss=look.loss, function=look.function, layer_collection=look.layer_collection
+        look.model, look.run.loader, loss=look.loss, function=look.function, layer_collection=look.layer_collection
     )
     within, between = (found.within, found.between) if found.has_classes else (math.nan, math.nan)
     return {"stiffness": float(found.mean), "stiffness_within": float(within), "stiffness_between": float(between)}
@@ -170,7 +171,7 @@ def _stiffness(look: Look) -> Numbers:
 
 @quantity("geometric_complexity")
 def _geometric_complexity(look: Look) -> Numbers:
-    return {"geometric_complexity": float(geometric_complexity(look.model, look.probe.batches, function=look.function))}
+    return {"geometric_complexity": float(geometric_complexity(look.model, look.run.loader, function=look.function))}
 
 
 @quantity("sharpness")
@@ -179,7 +180,7 @@ def _sharpness(look: Look) -> Numbers:
         "sharpness": float(
             sharpness(
                 look.model,
-                look.probe.batches,
+                look.run.loader,
                 look.loss,
                 function=look.function,
                 layer_collection=look.layer_collection,
@@ -191,12 +192,12 @@ def _sharpness(look: Look) -> Numbers:
 @quantity("non_uniformity")
 def _non_uniformity(look: Look) -> Numbers:
     found = non_uniformity(
-        look.model, look.probe.batches, look.loss, function=look.function, layer_collection=look.layer_collection
+        look.model, look.run.loader, look.loss, function=look.function, layer_collection=look.layer_collection
     )
     return {"non_uniformity": float(found)}
 
 
 @quantity("parameter_norm")
 def _parameter_norm(look: Look) -> Numbers:
-    squares = [p.detach().double().square().sum() for p in look.probe.task.parameters.values()]
+    squares = [p.detach().double().square().sum() for p in look.run.task.parameters.values()]
     return {"parameter_norm": float(torch.stack(squares).sum().sqrt())}

@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from nngeom.analysis.complexity import evaluating
-from nngeom.analysis.rows import Function
 from nngeom.core.errors import ArgumentError, FileError
-from nngeom.generator.task import Task
+from nngeom.generator.run import Function, Run
 from nngeom.space.collection import LayerCollection
 from nngeom.track.quantities import QUANTITIES, Look
 from nngeom.track.tensorboard import Writer
@@ -87,7 +86,7 @@ class Tracker:
         self.metrics = tuple(m for j, m in enumerate(metrics) if not isinstance(m, str) or m not in metrics[:j])
         self._names = _names(self.metrics)
         self.every, self.loss, self.function, self.layer_collection = every, loss, function, layer_collection
-        self.batches = list(Task.build(model, function, layer_collection).batches(probe_loader))
+        self.batches = Run.of(model, probe_loader, function=function, layer_collection=layer_collection).held().loader
         self.history: dict[str, list[float]] = {"step": []}
         self.csv = None if csv is None else Path(csv)
         self._writer = None if tensorboard is None else Writer(tensorboard)

@@ -1,0 +1,118 @@
+"""A model on data, and how both are gone through: what every measure is given, held together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.core import memory
+from nngeom.core.errors import UnsupportedError
+from nngeom.generator.task import Batch, Task, leading_size, targets
+from nngeom.space.collection import LayerCollection
+
+Function = Callable[..., Tensor] | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model on data: what every measure takes, by the same names.
+
+    Objects that outlive the call which made them (implicit matrices, kernels and maps) keep their run, with its budget
+    and its checks. :meth:`of` makes one from the arguments of a measure:
+
+    - ``model``: a ``torch.nn.Module``; of wrapped ones (``DataParallel``, compiled) the module inside.
+    - ``loader``: a ``DataLoader`` or any iterable of batches, or one batch (a tuple, tensor, array or dict); a batch is
+      ``(inputs, targets)``, ``(inputs,)`` or a dict with ``"labels"``, examples along the first axis of every tensor.
+    - ``function``: a function of the items of a batch that returns the outputs ``(n, c)`` or ``(n, *shape)``; ``None``
+      for ``model(inputs)``.
+    - ``layer_collection``: the parameters that count, a :class:`LayerCollection` of the model; ``None`` for all that
+      require gradients.
+    - ``progress``: whether a bar is shown, a step a batch.
+    - ``memory_budget``: bytes that temporaries may take; ``None`` for the budget in force, 1 GiB at first. It cuts the
+      work into pieces and changes no result.
+    - ``check``: whether rows are compared with autograd's and models that mix or draw refused; without it what adapters
+      say is believed.
+    - ``process_group``: not available yet; expected ``None``.
+    """
+
+    task: Task
+    loader: Any
+    memory_budget: int
+    check: bool = True
+    progress: bool = False
+    left_to_fallback: set[str] = field(default_factory=set, repr=False)  # found out on the way, by any sweep
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        loader: Any,
+        *,
+        function: Function = None,
+        layer_collection: LayerCollection | None = None,
+        progress: bool = False,
+        memory_budget: int | None = None,
+        check: bool = True,
+        process_group: Any = None,
+    ) -> Run:
+        """The run of a measure's arguments, see the class.
+
+        Raises :class:`ArgumentTypeError`, :class:`DeviceError`, :class:`CollectionError` for what is no model or not
+        its collection, :class:`ArgumentError` for a budget that is not positive, :class:`UnsupportedError` for a
+        process group.
+        """
+        if process_group is not None:
+            raise UnsupportedError(
+                "process_group is not available yet; pass process_group=None and merge shards afterwards"
+            )
+        with memory.limit(memory_budget) as budget:
+            return Run(Task.build(model, function, layer_collection), loader, budget, check, progress)
+
+    def within(self) -> AbstractContextManager[int]:
+        """Work under this run's memory budget."""
+        return memory.limit(self.memory_budget)
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches on the model's device; raises :class:`LoaderError` when there is none."""
+        return self.task.batches(self.loader)
+
+    def on(self, loader: Any) -> Run:
+        """The same on other data."""
+        return replace(self, loader=loader)
+
+    def held(self) -> Run:
+        """The same with its batches read now, once, and kept, so that every visit sees the same."""
+        return self.on(list(self.batches()))
+
+    def silent(self) -> Run:
+        """The same without a progress bar."""
+        return replace(self, progress=False)
+
+    # -- of a run that is held -----------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Examples in every batch; a model is run on batches that do not tell."""
+        return [self._size(batch) for batch in self.loader]
+
+    @torch.no_grad()
+    def _size(self, batch: Batch) -> int:
+        n = leading_size(batch)
+        return self.task.run(batch).shape[0] if n is None else n  # elsewhere running makes sure of as many outputs
+
+    @torch.no_grad()
+    def outputs(self) -> Tensor:
+        """The outputs ``(n, *shape)`` of all examples."""
+        return torch.cat([self.task.run(batch) for batch in self.loader])
+
+    def targets(self) -> Tensor | None:
+        """The targets of all batches, concatenated; ``None`` where batches have none."""
+        parts = [targets(batch) for batch in self.loader]
+        if not all(isinstance(y, Tensor) for y in parts):
+            return None
+        return torch.cat([y.detach() for y in parts])

@@ -1,0 +1,117 @@
+"""A recipe driven over data: the means of the statistics it asks for, one sweep each, until it gives its blocks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from nngeom.core.errors import NonFiniteError, UnsupportedError
+from nngeom.core.layout import Layout
+from nngeom.core.statistic import Sums, names_of
+from nngeom.generator.sweep import Chunk, Sweep, require_examples
+from nngeom.pmat.pmat import PMat, Representation
+from nngeom.pmat.recipe import Means, Recipe, Scope
+from nngeom.space.collection import LayerCollection
+
+
+class Source(Protocol):
+    """What a recipe is driven over."""
+
+    def chunks(self) -> Iterator[Chunk]:
+        """One pass over the data; a chunk may be overwritten when the next is asked for."""
+
+    def blame(self) -> None:
+        """Raise :class:`NonFiniteError` that says which batch and examples are not finite, if some are not."""
+
+
+class Repeated:
+    """Several passes of one sweep: the later ones from memory where the first one fits it, else over the data again.
+
+    Rows are not searched for NaN and infinity: who reads a result that is not finite asks :meth:`blame`.
+    """
+
+    def __init__(self, sweep: Sweep, count: int):
+        self.sweep = sweep.held().but(watch=False)
+        self._keep, self._kept = count > 1, list[Chunk]()
+
+    def chunks(self) -> Iterator[Chunk]:
+        """One pass."""
+        if self._kept:
+            return iter(self._kept)
+        return self._first() if self._keep else self.sweep.but(reuse=True).chunks()
+
+    def _first(self) -> Iterator[Chunk]:
+        self._keep = False
+        kept: list[Chunk] | None = []
+        room, held = self.sweep.run.memory_budget, set[int]()
+        for chunk in self.sweep.chunks():
+            if kept is not None:
+                room -= chunk.nbytes(held)
+                kept = None if room < 0 else [*kept, chunk]
+            yield chunk
+        self._kept = kept or []
+
+    def blame(self) -> None:
+        """Raise for the first batch with outputs or gradients that are not finite, if there is one."""
+        self.sweep.blame()
+
+
+def drive(recipe: Recipe, source: Source) -> tuple[dict[Layout, Any], int]:
+    """The blocks of a recipe, and the number of examples.
+
+    Raises :class:`LoaderError` where there is none, :class:`NonFiniteError` where a mean is not finite.
+    """
+    statistic = next(recipe)
+    while True:
+        sums = Sums()
+        for chunk in source.chunks():
+            with torch.no_grad():
+                sums.add(statistic, chunk)
+        count = require_examples(sums.count)
+        means = require_finite(one_dtype(sums.mean(used_up=True)), source, count)
+        try:
+            statistic = recipe.send(means)
+        except StopIteration as end:
+            return end.value, count
+
+
+def built(chosen: Representation, collection: LayerCollection, source: Source) -> PMat:
+    """The matrix of a representation, driven over data."""
+    blocks, count = drive(chosen.recipe(Scope.of(collection)), source)
+    return chosen.kind._make(collection, blocks, count)
+
+
+def finished(recipe: Recipe, means: Means) -> dict[Layout, Any]:
+    """The blocks of a recipe that is sent the last means it asked for; raises :class:`UnsupportedError` for others."""
+    try:
+        recipe.send(means)
+    except StopIteration as end:
+        return end.value
+    raise UnsupportedError(
+        "a representation of several sweeps is not estimated from random probes; use one of a single sweep"
+    )
+
+
+def one_dtype(means: Means) -> Means:
+    """The widest dtype of all for each: layers of a model may differ."""
+    dtypes = {t.dtype for tensors in means.values() for t in tensors.values()}
+    if len(dtypes) < 2:
+        return means
+    wide = functools.reduce(torch.promote_types, dtypes)
+    return {block: {name: t.to(wide) for name, t in tensors.items()} for block, tensors in means.items()}
+
+
+def require_finite(means: Means, source: Source, count: int) -> Means:
+    """The means, or :class:`NonFiniteError` that says what is not finite."""
+    for block, tensors in means.items():
+        for name, t in tensors.items():
+            if not bool(torch.isfinite(t.sum())) and not bool(torch.isfinite(t).all()):
+                source.blame()
+                raise NonFiniteError(
+                    f"the statistic {name!r} of {names_of(block)[:4]} overflowed to NaN or infinity over {count} "
+                    "examples; scale the inputs or use a wider dtype, model.double()"
+                )
+    return means
