@@ -97,7 +97,8 @@ def explain(
     sweep = Sweep(task, [batch], IdentityMetric())
     chunk = next(sweep.chunks())
     used: dict[str, list[str]] = {}
-    for use in capture(task, next(iter(task.batches([batch])))).uses:
+    seen = capture(task, next(iter(task.batches([batch]))))
+    for use in (recorded.use for recorded in seen.uses):
         for slot in use.slots:
             used.setdefault(slot.name, []).append(use.operation)
     rows = {}

@@ -223,7 +223,7 @@ class Sweep:
             return None
         run, columns = self.begin(seen)
         room = memory.budget() // self.shares
-        proof = 2 * bytes_each_cotangent(seen, self.keep_graph)
+        proof = 2 * bytes_each_cotangent(run.seen, self.keep_graph)
         if max(columns.count * seen.outputs.numel() * seen.outputs.element_size(), proof) > room:
             return None
         self._resolve(run)
