@@ -22,22 +22,34 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One call of one operation with parameters."""
+    """What an adapter says of one call of an operation that is affine in its parameters.
 
-    operation: str  # its name in reports; nothing is decided by it
+    ``operation``: its name in reports; nothing is decided by it. ``weight``, ``bias``: the parameters, as
+    :meth:`Call.whole` and its like find them. ``lead``: sizes of the axes of the output that hold examples and
+    positions.
+
+    ``gradients``: ``[k, *out] -> [k, *lead, s, o]``. ``inputs``: ``() -> [*lead, s, i]``, integers ``[*lead]`` for a
+    lookup, ``None`` without weight. ``copied``, where reading inputs copies them anyhow: ``(empty, ones)`` to the same
+    in the memory of ``empty(sizes, like)``, with ``ones`` followed by a column of ones for the bias.
+
+    ``channels``: the axis of the output that holds features. ``lookup``: inputs are rows of a table, by their number.
+    ``elementwise``: one output a group by nature, so that rows are formed at once and blocks are exact. ``product``:
+    the output is the input times the matrix, both read as they are, so that derivatives of any order are products too.
+    ``serial``: several cotangents go back through it no faster together than one after the other.
+    """
+
+    operation: str
     weight: Slot | None
     bias: Slot | None
-    lead: tuple[int, ...]  # sizes of the axes of the output that hold examples and positions
-    gradients: Callable[[Tensor], Tensor]  # [k, *out] -> [k, *lead, s, o]
-    inputs: Callable[[], Tensor] | None = None  # () -> [*lead, s, i]; integer [*lead] for lookups; None without weight
-    copied: Callable[[Callable, bool], Tensor] | None = (
-        None  # (empty, ones) -> copies of inputs, in ``empty(sizes, like)``, and the ones of the bias
-    )
-    channels: int = -1  # axis of the output that holds features
+    lead: tuple[int, ...]
+    gradients: Callable[[Tensor], Tensor]
+    inputs: Callable[[], Tensor] | None = None
+    copied: Callable[[Callable[..., Tensor], bool], Tensor] | None = None
+    channels: int = -1
     lookup: bool = False
-    elementwise: bool = False  # o = 1 by nature: rows are formed at once, blocks are exact
-    product: bool = False  # the input times the matrix, both read as they are: also its second derivatives are products
-    serial: bool = False  # several cotangents go back through it no faster together than one after the other
+    elementwise: bool = False
+    product: bool = False
+    serial: bool = False
 
     @property
     def slots(self) -> tuple[Slot, ...]:
