@@ -25,8 +25,8 @@ class Use:
     """What an adapter says of one call of an operation that is affine in its parameters.
 
     ``operation``: its name in reports; nothing is decided by it. ``weight``, ``bias``: the parameters, as
-    :meth:`Call.whole` and its like find them. ``lead``: sizes of the axes of the output that hold examples and
-    positions.
+    :meth:`~nngeom.layers.adapter.Call.whole` and its like find them. ``lead``: sizes of the axes of the output that
+    hold examples and positions.
 
     ``gradients``: ``[k, *out] -> [k, *lead, s, o]``. ``inputs``: ``() -> [*lead, s, i]``, integers ``[*lead]`` for a
     lookup, ``None`` without weight. ``copied``, where reading inputs copies them anyhow: ``(empty, ones)`` to the same
