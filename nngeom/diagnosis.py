@@ -84,7 +84,7 @@ def diagnose(
     moved = next(iter(task.batches([batch])))
     seen = capture(task, moved)
     operations: dict[str, list[str]] = {}
-    for use in seen.uses:
+    for use in (recorded.use for recorded in seen.uses):
         for slot in use.slots:
             operations.setdefault(slot.name, []).append(use.operation)
     unknown = unexplained(read(seen.outputs, task.ids, task.registered, seen.hooked), seen.uses)
@@ -98,7 +98,7 @@ def diagnose(
 def _finding(name: str, operations: tuple[str, ...], run: Pass, unknown: set[str]) -> Finding:
     captured = {n for unit in run.units for n in unit.layout.names}
     if name in captured:
-        uses = [use for use in run.seen.uses if any(slot.name == name for slot in use.slots)]
+        uses = [r for r in run.seen.uses if any(slot.name == name for slot in r.use.slots)]
         by_graph = all(isinstance(run.proof.place(use.place), ExampleAxis) for use in uses)
         right = "compared" if name in run.proof.compared else "not compared: its gradient is zero here"
         return Finding(name, operations, "captured", "graph", "graph" if by_graph else "numbers, every batch", right)

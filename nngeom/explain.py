@@ -97,7 +97,8 @@ def explain(
     task = run.task
     chunk = next(Sweep(run, IdentityMetric()).chunks())
     used: dict[str, list[str]] = {}
-    for use in capture(task, next(run.batches())).uses:
+    seen = capture(task, next(run.batches()))
+    for use in (recorded.use for recorded in seen.uses):
         for slot in use.slots:
             used.setdefault(slot.name, []).append(use.operation)
     rows = {}

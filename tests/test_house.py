@@ -52,6 +52,42 @@ def test_adapters_know_no_representation(file):
     assert not re.search(r"PMat|FMat|Kronecker|KFAC|EKFAC", re.sub(r'""".*?"""', "", file.read_text(), flags=re.S))
 
 
+KNOWS_OPERATIONS = {
+    "generator/capture.py": {"batch_norm"},  # in a training step of the user's it mixes examples, and is let pass
+    "generator/kernels.py": {"embedding", "embedding_bag"},  # gradients with gaps, and padding in forward mode
+    "generator/written_out.py": {"embedding_bag", "layer_norm", "instance_norm", "prelu"},  # formulas in their place
+    "generator/placement.py": {"NativeBatchNorm"},  # of the batch in a training step
+    "generator/verify.py": {"NativeGroupNorm"},  # without its input the process ends (torch 2.13)
+}
+APART = {
+    "layers",
+    "generator/safe",  # rules of torch's own operations, by the names of their nodes
+    "linearized",  # a linear regime, and a list of the maps whose input counts as a representation
+}
+ABOVE_ADAPTERS = [f for f in FILES if str(f.parent.relative_to(ROOT)) not in APART]
+NORM = r"(native_?)?(layer|batch|group|instance|rms)_?norm(\dd)?"
+OPERATION = rf"(bi)?linear|conv(_?transpose)?(\dd)?|embedding(_?bag)?|prelu|{NORM}"
+
+
+@pytest.mark.parametrize("file", ABOVE_ADAPTERS, ids=lambda f: str(f.relative_to(ROOT)))
+def test_operations_have_no_names_above_their_adapters(file):
+    named = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        match node:
+            case ast.Attribute(value=ast.Name("F" | "nn" | "torch"), attr=name) | ast.Constant(value=str(name)):
+                named.add(name)
+    found = {name for name in named if re.fullmatch(OPERATION, name, flags=re.I)}
+    assert found == KNOWS_OPERATIONS.get(str(file.relative_to(ROOT)), set())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_nothing_is_decided_by_the_name_of_an_operation(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        asked = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        asked += [node.value] if isinstance(node, ast.Attribute) else []  # use.operation.startswith
+        assert not any(isinstance(x, ast.Attribute) and x.attr == "operation" for x in asked), ast.unparse(node)
+
+
 def test_only_one_file_knows_processes():
     users = [f.name for f in FILES if "torch.distributed" in f.read_text()]
     assert set(users) <= {"distributed.py", "collection.py"}

@@ -1,5 +1,7 @@
 """Uses that almost fit an adapter: reused, broadcast, complex, given twice, seen through unusual views. All exact."""
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 from exactness import require_exact, require_kernels, require_matrices
@@ -9,7 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeom as nng
-from nngeom.layers.adapter import ADAPTERS, Call
+from nngeom.generator.backward import gains_from_batching
+from nngeom.generator.capture import capture
+from nngeom.generator.passes import Pass
+from nngeom.generator.task import Task
+from nngeom.layers.adapter import ADAPTERS, Call, Use
 
 f64 = torch.float64
 
@@ -194,3 +200,46 @@ def test_each_parameter_of_a_call_is_explained_once(function, arguments, slots):
     except Exception:
         use = None
     assert (use and len(use.slots)) == slots
+
+
+# -- the name of an operation decides nothing --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["convex", "linear"])
+def test_an_adapter_is_taken_for_no_other_by_its_name(name, monkeypatch):
+    def named(call, input, weight, bias=None):
+        x = call.keep(input)
+        lead, gradients, inputs = tuple(input.shape[:-1]), lambda g: g.unsqueeze(-2), lambda: x.unsqueeze(-2)
+        return Use(name, call.matrix(weight), call.vector(bias), lead, gradients, inputs)
+
+    monkeypatch.setitem(ADAPTERS, F.linear, named)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(f64)
+    task = Task.build(model, None, None)
+    uses = [recorded.use for recorded in capture(task, (torch.randn(5, 4, dtype=f64),)).uses]
+    assert [use.operation for use in uses] == [name, name]
+    assert gains_from_batching(uses, create_graph=False)
+    assert not gains_from_batching(uses, create_graph=True)
+    require_exact(model, torch.randn(5, 4, dtype=f64))
+
+
+def test_adapters_say_how_a_backward_pass_goes_through_them():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).to(f64)
+    task = Task.build(model, None, None)
+    conv, linear = (recorded.use for recorded in capture(task, (torch.randn(5, 1, 4, 4, dtype=f64),)).uses)
+    assert conv.serial and not conv.product and linear.product and not linear.serial
+    assert not gains_from_batching([conv, linear], create_graph=False)
+    assert gains_from_batching([linear], create_graph=True) and not gains_from_batching([conv], create_graph=True)
+
+
+def test_what_an_adapter_said_stays():
+    """A pass leaves the uses of a capture as they are, whichever parameters it leaves to the fallback."""
+    task = Task.build(nn.Linear(4, 3, dtype=f64), None, None)
+    seen = capture(task, (torch.randn(5, 4, dtype=f64),))
+    (recorded,) = seen.uses
+    run = Pass(task, seen, {"bias"})
+    assert [slot.name for slot in recorded.use.slots] == ["weight", "bias"] and seen.uses == [recorded]
+    assert [slot.name for slot in run.seen.uses[0].use.slots] == ["weight"]
+    with pytest.raises(FrozenInstanceError):
+        recorded.use.weight = None
+    with pytest.raises(FrozenInstanceError):
+        recorded.edge = None

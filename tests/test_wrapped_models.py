@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import nngeom as nng
 from nngeom import optim
-from nngeom.generator.kernels import as_written
+from nngeom.generator.compiled import as_written
 from nngeom.generator.task import Task
 
 f64 = torch.float64

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nngeom.core.draws import factors, outer
 from nngeom.generator.backward import pull_back
-from nngeom.layers.adapter import Use
+from nngeom.generator.recorded import Recorded
+from nngeom.layers.use import Use
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,17 @@ def candidates(lead: tuple[int, ...], n: int) -> list[ExampleAxis]:
     return alone + [ExampleAxis(j) for j, _ in shared] + [ExampleAxis(j, outer) for j, outer in shared]
 
 
-def read_axis(use: Use, place: ExampleAxis, n: int, device: torch.device) -> ExampleAxis | None:
+def read_axis(recorded: Recorded, place: ExampleAxis, n: int, device: torch.device) -> ExampleAxis | None:
     """The axis of ``lead`` where a use reads examples that lie at ``place`` in its output; ``None`` where there is
     none.
 
     The numbers of the examples go the way that gradients go.
     """
-    length, behind = use.shape[place.at], len(use.shape) - place.at - 1
+    use, shape = recorded.use, recorded.shape
+    length, behind = shape[place.at], len(shape) - place.at - 1
     number = (torch.arange(length, device=device) // (length // (place.outer * n))) % n + 1.0
-    whole = use.gradients(number.view(1, -1, *[1] * behind).expand(1, *use.shape))[0]
-    ones = use.gradients(torch.ones((), device=device).expand(1, *use.shape))[0]
+    whole = use.gradients(number.view(1, -1, *[1] * behind).expand(1, *shape))[0]
+    ones = use.gradients(torch.ones((), device=device).expand(1, *shape))[0]
     same = [ExampleAxis(j, place.outer) for j, size in enumerate(use.lead) if size and size % (place.outer * n) == 0]
     for axis in [*same, *candidates(use.lead, n)]:
         mine, one = (axis.split(x, n, 0, len(use.lead)).reshape(n, -1) for x in (whole, ones))
@@ -77,7 +79,7 @@ def read_axis(use: Use, place: ExampleAxis, n: int, device: torch.device) -> Exa
     return None
 
 
-def find_axes(outputs: Tensor, uses: Sequence[Use], asked: Sequence[int]) -> dict[int, ExampleAxis | None]:
+def find_axes(outputs: Tensor, uses: Sequence[Recorded], asked: Sequence[int]) -> dict[int, ExampleAxis | None]:
     """The example axis of every use ``asked`` for, ``None`` where there is none: examples share the use, or are mixed.
 
     A random cotangent of all outputs is pulled back once as it is, and once for every digit of the number of an
@@ -88,11 +90,11 @@ def find_axes(outputs: Tensor, uses: Sequence[Use], asked: Sequence[int]) -> dic
     generator = torch.Generator().manual_seed(next(_DRAWS))
     v = outer(factors(outputs.shape, generator, outputs.detach()))
     plain = pull_back(outputs, edges, shapes, v.unsqueeze(0), retain=True)
-    left = {j: candidates(uses[j].lead, n) for j in asked}
+    left = {j: candidates(uses[j].use.lead, n) for j in asked}
     for weight in weights(n, outputs, generator):
         weighted = (v * weight.view(-1, *[1] * (v.ndim - 1))).unsqueeze(0)
         for j, g, h in zip(asked, plain, pull_back(outputs, edges, shapes, weighted, retain=True)):
-            x, y, size = _rows(uses[j], g, h)
+            x, y, size = _rows(uses[j].use, g, h)
             left[j] = [axis for axis in left[j] if _agrees(axis, x, y, size, weight)]
     return {j: next(iter(axes), None) for j, axes in left.items()}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nngeom.generator.remedies import gradients
-from nngeom.layers.adapter import Use
+from nngeom.layers.use import Use
 
 LOOP_BYTES = (
     2**18
@@ -92,12 +92,12 @@ def one_by_one_pays(bytes_each: int, device: torch.device, products: bool) -> bo
 def gains_from_batching(uses: Sequence[Use], create_graph: bool) -> bool:
     """Whether a batched pass through what lies between uses of parameters is faster as long as its memory is small.
 
-    Convolutions and pooling are not: they fill the machine alone, or are copied. With a graph, nor is anything with
+    Not through a serial use: it fills the machine alone, or is copied. With a graph, nor through anything with
     positions: batched rules of second derivatives copy what they touch.
     """
     if create_graph:
-        return all(use.operation == "linear" and len(use.lead) == 1 for use in uses)
-    return not any(use.operation.startswith("conv") for use in uses)
+        return all(use.product and len(use.lead) == 1 for use in uses)
+    return not any(use.serial for use in uses)
 
 
 def _with_graph(outputs: Any, inputs: Sequence[Any], v: Tensor, large: bool) -> list[Tensor | None]:

@@ -25,19 +25,22 @@ import nngeom.layers  # noqa: F401  (registers the adapters)
 from nngeom.core.errors import ModeError
 from nngeom.generator.arguments import tensors
 from nngeom.generator.graph import sequence_number
-from nngeom.generator.kernels import COMPOSED, unfused
+from nngeom.generator.kernels import unfused
+from nngeom.generator.recorded import Recorded
 from nngeom.generator.task import Batch, Task, gradients_on
 from nngeom.generator.untouched import Drew, require_unused
-from nngeom.layers.adapter import ADAPTERS, Call, Use
+from nngeom.generator.written_out import COMPOSED
+from nngeom.layers.adapter import ADAPTERS, Call
+from nngeom.layers.elementwise import ADDITIONS
 from nngeom.layers.refuse import REFUSALS
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Capture:
     """A forward pass: its outputs, the uses of the parameters, and the parameters used in ways no adapter knows."""
 
     outputs: Tensor
-    uses: list[Use]
+    uses: list[Recorded]  # each is exchanged for one without inputs when these were read
     unstructured: set[str]
     hooked: frozenset[Any] = frozenset()  # nodes of tensors that were asked to run functions on their gradients
     training: bool = False  # a training step of the user's: batch normalisation may mix examples
@@ -77,21 +80,20 @@ class Recorder(TorchFunctionMode):
         self.mixing = False  # batch normalisation in training mode was seen
         self.names = {id(p): name for name, p in task.parameters.items()}
         self.keep_graph = keep_graph
-        self.uses: list[Use] = []
+        self.uses: list[Recorded] = []
         self.unstructured: set[str] = set()
         self.hooked: set[Any] = set()
         self.generators: dict[torch.Generator, Tensor] = {}  # given to calls, with their state before the first
         self._opened: dict[Any, Any] = {}
         self._copies: dict[int, Tensor] = {}  # broadcast parameters, by id; held so that ids stay theirs
-        self._tables: dict[
-            int, tuple[weakref.ref[Tensor], Use]
-        ] = {}  # outputs of uses, by id, that live as long as the model lets them
+        self._moved: set[Recorded] = set()  # replaced by copies behind a broadcast addition
+        # outputs of uses, by id, that live as long as the model lets them
+        self._tables: dict[int, tuple[weakref.ref[Tensor], Recorded]] = {}
 
     def capture(self, outputs: Tensor) -> Capture:
         """What was seen until ``outputs`` were there."""
-        uses = [use for use in self.uses if not use.moved]
-        for place, use in enumerate(uses):
-            use.place = place
+        left = (recorded for recorded in self.uses if recorded not in self._moved)
+        uses = [dataclasses.replace(recorded, place=place) for place, recorded in enumerate(left)]
         return Capture(outputs, uses, self.unstructured, frozenset(self.hooked), not self.refuse)
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
@@ -119,7 +121,7 @@ class Recorder(TorchFunctionMode):
         found = {f[0] for x in tensors(args, kwargs) if (f := self.find(x)) is not None}
         if not found:
             out = self._call(func)(*args, **kwargs)
-            if func in _ADDITIONS:
+            if func in ADDITIONS:
                 self._broadcast(out, *args, **kwargs)
             return out
         if func not in ADAPTERS and _is_composite(func):
@@ -133,13 +135,12 @@ class Recorder(TorchFunctionMode):
             if not (func in ADAPTERS and isinstance(out, Tensor) and out.numel() > args[0].numel()):
                 return out  # another view of the parameter, seen again where it is used
             self._copies[id(out)] = out  # copies along new axes: a use, and what is done with them is none
-        use = self._adapt(func, out, args, kwargs)
-        if use is None or {s.name for s in use.slots} != found:
+        recorded = self._adapt(func, out, args, kwargs, since)
+        if recorded is None or {s.name for s in recorded.use.slots} != found:
             self.unstructured |= found
         else:
-            use.since = since
-            self.uses.append(use)
-            self._tables[id(out)] = (weakref.ref(out), use)
+            self.uses.append(recorded)
+            self._tables[id(out)] = (weakref.ref(out), recorded)
         return out
 
     def _call(self, func: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,18 +154,18 @@ class Recorder(TorchFunctionMode):
         sum, unlike that of the table, has an axis of examples.
         """
         for y in (input, other):
-            use = self._use_behind(y)
-            if use is None or options or out.ndim < y.ndim or out.shape == y.shape or not out.requires_grad:
+            recorded = self._use_behind(y)
+            if recorded is None or options or out.ndim < y.ndim or out.shape == y.shape or not out.requires_grad:
                 continue
             extra = out.ndim - y.ndim
             if (extra == 0 and (y.shape[0] != 1 or y.shape[1:] != out.shape[1:])) or (
                 extra and y.shape != out.shape[extra:]
             ):
                 continue
-            self.uses.append(use.broadcast(out, extra))
-            use.moved = True
+            self.uses.append(recorded.broadcast(out, extra))
+            self._moved.add(recorded)
 
-    def _use_behind(self, x: Any) -> Use | None:
+    def _use_behind(self, x: Any) -> Recorded | None:
         """The use whose output ``x`` is."""
         held = self._tables.get(id(x))
         return held[1] if held is not None and held[0]() is x else None
@@ -177,7 +178,7 @@ class Recorder(TorchFunctionMode):
                 raise
             self.mixing |= func is F.batch_norm
 
-    def _adapt(self, func, out, args, kwargs) -> Use | None:
+    def _adapt(self, func, out, args, kwargs, since: int) -> Recorded | None:
         adapter = ADAPTERS.get(func)
         if adapter is None or not isinstance(out, Tensor):
             return None
@@ -185,9 +186,7 @@ class Recorder(TorchFunctionMode):
         with torch.set_grad_enabled(self.keep_graph):
             try:
                 use = adapter(call, *args, **kwargs)
-                if use is not None:
-                    use.sources = tuple(call.sources)
-                    use.finish(out)
+                return None if use is None else Recorded.of(use, out, tuple(call.sources), since)
             except torch.OutOfMemoryError:
                 raise
             except ModeError:  # its affine parameters are used together with statistics of the batch
@@ -198,7 +197,6 @@ class Recorder(TorchFunctionMode):
                 Exception
             ):  # NotStructured, or what an adapter did not expect of this call: the fallback knows better
                 return None
-        return use
 
     def _open(self, func):
         """A Python function of ``torch.nn.functional`` run with this mode switched on inside."""
@@ -216,16 +214,6 @@ class Recorder(TorchFunctionMode):
                 return self._opened[func](*args, **kwargs)
 
         return run
-
-
-_ADDITIONS = {
-    torch.add,
-    torch.Tensor.add,
-    torch.Tensor.__add__,
-    torch.Tensor.__radd__,
-    torch.Tensor.add_,
-    torch.Tensor.__iadd__,
-}
 
 
 def _never(*args: Any) -> bool:

@@ -99,11 +99,11 @@ class Descent:
             for units in [[unit] for unit in ready] if one_by_one else [ready]:
                 yield self._rows(units, gradients, early, memory.fresh)
                 for unit in units:
-                    unit.inputs.clear()
+                    unit.forget()
             needed = {j for unit in waiting for j, _, _ in unit.uses}
             for j in [j for j in gradients if j not in needed]:
                 del gradients[j]
-                self.uses[j].forget()
+                self.uses[j] = self.uses[j].forgotten()
 
     def _sizes(self, count: int) -> list[int]:
         """Bytes kept of each use for so many cotangents."""
@@ -121,8 +121,9 @@ class Descent:
             for unit in self.units
             if unit.with_weight and unit.arrangements is None and len(unit.uses) == 1
         }
-        pays = lambda unit, use: not use.lookup and SMALLER * unit.layout.numel * self.n <= use.shape.numel()
-        return {j: unit for j, unit in single.items() if several[j] == 1 and pays(unit, self.uses[j])}
+        smaller = lambda j, unit: SMALLER * unit.layout.numel * self.n <= self.uses[j].shape.numel()
+        pays = lambda j, unit: not self.uses[j].use.lookup and smaller(j, unit)
+        return {j: unit for j, unit in single.items() if several[j] == 1 and pays(j, unit)}
 
     def _turns(
         self, route: list[Stage], v: Tensor, early: dict[int, Unit], retain: bool, gradients_in: Empty, inputs_in: Empty
@@ -216,7 +217,8 @@ def bytes_each_cotangent(seen: Capture, keep_graph: bool) -> int:
 
 
 def _looped(seen: Capture, keep_graph: bool) -> bool:
-    return one_by_one_pays(_gradient_bytes(seen), seen.outputs.device, gains_from_batching(seen.uses, keep_graph))
+    products = gains_from_batching([recorded.use for recorded in seen.uses], keep_graph)
+    return one_by_one_pays(_gradient_bytes(seen), seen.outputs.device, products)
 
 
 def _gradient_bytes(seen: Capture) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from nngeom.core.errors import UnsupportedError
-from nngeom.layers.adapter import Use
+from nngeom.generator.recorded import Recorded
 
 Edge = tuple[Any, int]  # a node, and which of its outputs
 
@@ -132,7 +132,7 @@ _VIEWS = frozenset(
 )
 
 
-def unexplained(graph: Graph, uses: Sequence[Use]) -> set[str]:
+def unexplained(graph: Graph, uses: Sequence[Recorded]) -> set[str]:
     """Selected parameters with a path from the outputs that is in no captured use.
 
     Behind the output of a use lie the nodes made during its call. Every edge from a node that computes into a
@@ -141,7 +141,7 @@ def unexplained(graph: Graph, uses: Sequence[Use]) -> set[str]:
     owner: dict[Any, list[int]] = {}
     roots = set()
     for j, use in enumerate(uses):
-        root = (use.origin or use.edge).node  # type: ignore[union-attr]
+        root = (use.origin or use.edge).node
         roots.add(root)
         for node in _during(root, use.since):
             owner.setdefault(node, []).append(j)
@@ -161,12 +161,12 @@ def unexplained(graph: Graph, uses: Sequence[Use]) -> set[str]:
             owners = tuple(owner.get(node, ()))
             seen[owners, name] = seen.get((owners, name), 0) + 1
     for (owners, name), count in seen.items():
-        if count > max((sum(slot.name == name for slot in uses[j].slots) for j in owners), default=0):
+        if count > max((sum(slot.name == name for slot in uses[j].use.slots) for j in owners), default=0):
             missing.add(name)
     return missing | _bypassed(graph, uses)
 
 
-def _entered(graph: Graph, uses: Sequence[Use], owner: dict[Any, list[int]]) -> set[str]:
+def _entered(graph: Graph, uses: Sequence[Recorded], owner: dict[Any, list[int]]) -> set[str]:
     """Parameters of uses that some path enters behind the output that was seen, as after a change in place of a view of
     it.
     """
@@ -174,9 +174,9 @@ def _entered(graph: Graph, uses: Sequence[Use], owner: dict[Any, list[int]]) -> 
     for node in graph.nodes:
         for following, _ in node.next_functions:
             for j in owner.get(following, ()):
-                root = (uses[j].origin or uses[j].edge).node  # type: ignore[union-attr]
+                root = (uses[j].origin or uses[j].edge).node
                 if following is not root and j not in owner.get(node, ()):
-                    found.update(slot.name for slot in uses[j].slots)
+                    found.update(slot.name for slot in uses[j].use.slots)
     return found
 
 
@@ -193,15 +193,15 @@ def _during(root: Any, since: int) -> Iterator[Any]:
                     waiting.append(following)
 
 
-def _bypassed(graph: Graph, uses: Sequence[Use]) -> set[str]:
+def _bypassed(graph: Graph, uses: Sequence[Recorded]) -> set[str]:
     """Parameters of a use that was moved behind additions, whose own output goes elsewhere too."""
     copies: dict[Edge, set[Any]] = {}
     names: dict[Edge, set[str]] = {}
-    for use in uses:
-        if use.origin is not None:
-            at = (use.origin.node, use.origin.output_nr)
-            copies.setdefault(at, set()).add(use.edge.node)  # type: ignore[union-attr]
-            names.setdefault(at, set()).update(slot.name for slot in use.slots)
+    for recorded in uses:
+        if recorded.origin is not None:
+            at = (recorded.origin.node, recorded.origin.output_nr)
+            copies.setdefault(at, set()).add(recorded.edge.node)
+            names.setdefault(at, set()).update(slot.name for slot in recorded.use.slots)
     if not copies:
         return set()
     consumers = [(edge, node) for node in graph.nodes for edge in node.next_functions]

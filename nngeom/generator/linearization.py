@@ -10,14 +10,12 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from nngeom.core.draws import dot, factors, outer
 from nngeom.core.errors import NNGeomError
 from nngeom.generator.backward import dense
 from nngeom.generator.graph import read
-from nngeom.generator.kernels import WRITTEN_OUT, twice_differentiable
+from nngeom.generator.kernels import ReverseConventions, twice_differentiable
 from nngeom.generator.task import RUNNING, Batch, Task, gradients_on
 
 KEPT_BYTES = 2**26  # of a tangent that is held while the way to it is proved; larger ones are made once more
@@ -162,25 +160,3 @@ class _Caller(torch.nn.Module):
     def forward(self) -> Tensor:
         """Call back."""
         return self._call()
-
-
-class ReverseConventions(TorchFunctionMode):
-    """What forward mode does unlike reverse mode, made the same.
-
-    It ignores ``padding_idx`` of embeddings, whose row gets no gradient in reverse mode. The tangents of layer and
-    instance norm take the saved mean and deviation for constants when they are differentiated in the input (torch
-    2.13), and those of a softmax fail then: where the input requires gradients, the three are written out.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        written = WRITTEN_OUT.get(func)
-        if written is not None and torch.is_grad_enabled() and args and args[0].requires_grad and args[0].numel():
-            return written(*args, **kwargs)
-        out = func(*args, **kwargs)
-        if func is F.embedding:
-            named = dict(zip(("input", "weight", "padding_idx"), args)) | kwargs
-            if named.get("padding_idx") is not None:
-                padding = named["input"] == named["padding_idx"] % named["weight"].shape[0]
-                out = torch.where(padding.unsqueeze(-1), out.detach(), out)
-        return out

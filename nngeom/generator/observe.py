@@ -66,15 +66,13 @@ class Observer:
         """Parameters that have one row a batch."""
         return self._left_to_fallback
 
-    def resolve(self, seen: Capture, mixing: bool) -> tuple[list[Unit], list[str]]:
-        """The units of a capture, and its parameters without structure; compared with autograd unless a pass like it
-        was.
-        """
+    def resolve(self, seen: Capture, mixing: bool) -> Pass:
+        """The blocks of a capture; compared with autograd unless a pass like it was."""
         run = Pass(self.task, seen, self._left_to_fallback, self.part_of)
         run.resolve(check=not mixing)
         if not mixing and not run.proof.covers(run.seen):
             run.prove(separate=False)
-        return run.units, run.rest
+        return run
 
     @contextlib.contextmanager
     def watch(self, record: bool = True) -> Iterator[Observation]:
@@ -137,8 +135,8 @@ class _Visit:
             self.observation.examples += outputs.shape[0]
             return
         seen = recorder.capture(outputs if outputs.ndim > 1 else outputs.unsqueeze(1))
-        units, rest = self.observer.resolve(seen, recorder.mixing)
-        self.passages.append(_Passage(self.observer, seen, units, rest))
+        run = self.observer.resolve(seen, recorder.mixing)
+        self.passages.append(_Passage(self.observer, run.seen, run.units, run.rest))
         if self.observer.metric is not None:
             self.observation.chunks += self.passages.pop().measured(self.observer.metric)
             self.observation.examples += outputs.shape[0]

@@ -5,6 +5,7 @@ cotangents.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class Pass:
         Without, those only whose shape leaves a choice.
         """
         axes, asked = self._placed(), [j for j, use in enumerate(self.seen.uses) if self.proof.place(use.place) is ASK]
-        open_ = [j for j in asked if check or len(candidates(self.seen.uses[j].lead, self.n)) > 1]
+        open_ = [j for j in asked if check or len(candidates(self.seen.uses[j].use.lead, self.n)) > 1]
         if open_ and self.keep_graph and check:  # a row that is zero now tells nothing of its derivative
             axes = [None if j in asked else axis for j, axis in enumerate(axes)]
         elif open_:
@@ -79,7 +80,7 @@ class Pass:
     def _placed(self) -> list[ExampleAxis | None]:
         """The example axis of every use as the graph tells it, the likeliest by shape where it does not."""
         likely = lambda use: next(iter(candidates(use.lead, self.n)), None)
-        known = ((use, self.proof.place(use.place)) for use in self.seen.uses)
+        known = ((recorded.use, self.proof.place(recorded.place)) for recorded in self.seen.uses)
         return [likely(use) if isinstance(place, Unknown) else place for use, place in known]
 
     def prove(self, separate: bool = True) -> None:
@@ -117,12 +118,8 @@ class Pass:
     def _bar(self) -> None:
         """Forget the uses of parameters that are left to the fallback."""
         barred = self.seen.unstructured | self.demoted
-        for use in self.seen.uses:
-            if use.weight is not None and use.weight.name in barred:
-                use.weight = None
-            if use.bias is not None and use.bias.name in barred:
-                use.bias = None
-        self.seen.uses = [use for use in self.seen.uses if use.slots]
+        left = (recorded.without(barred) for recorded in self.seen.uses)
+        self.seen = replace(self.seen, uses=[recorded for recorded in left if recorded.use.slots])
 
     def _units(self, axes: list[ExampleAxis | None]) -> tuple[list[Unit], list[str]]:
         units, rest = build_units(self.seen.uses, axes, self.task.collection, self.part_of)
@@ -138,7 +135,7 @@ class Pass:
     @property
     def has_positions(self) -> bool:
         """Whether any parameter is shared by positions."""
-        return any(use.lead != (self.n,) for use in self.seen.uses)
+        return any(recorded.use.lead != (self.n,) for recorded in self.seen.uses)
 
     def pull(self, v: Tensor, last: bool = False) -> Rows:
         """The rows of all blocks for cotangents ``v [k, n, *out]``; ``last``: the graph may go."""

@@ -55,7 +55,9 @@ class Proof:
 
     def covers(self, seen: Capture) -> bool:
         """Whether nothing is left to ask that could be remembered."""
-        return self.separate and self.compared.issuperset(slot.name for use in seen.uses for slot in use.slots)
+        return self.separate and self.compared.issuperset(
+            slot.name for recorded in seen.uses for slot in recorded.use.slots
+        )
 
 
 _PROOFS: WeakKeyDictionary[nn.Module, dict[int, Proof]] = WeakKeyDictionary()
@@ -66,7 +68,8 @@ def proof_of(task: Task, seen: Capture) -> Proof:
     right.
     """
     graph = read(seen.outputs, task.ids, task.registered, seen.hooked)
-    uses = tuple((use.operation, use.lead, use.slots, use.lookup) for use in seen.uses)
+    said = (recorded.use for recorded in seen.uses)
+    uses = tuple((use.operation, use.lead, use.slots, use.lookup) for use in said)
     outputs = seen.outputs
     key = hash(
         (graph.key, uses, frozenset(seen.unstructured), seen.training, outputs.shape, outputs.dtype, outputs.device)
@@ -110,7 +113,7 @@ def _concluded(task: Task, seen: Capture, graph: Graph) -> Proof:
         found = places(graph, n, seen.training)
         apart = all(isinstance(place, ExampleAxis) for edge, place in found.items() if edge[0] not in graph.leaves)
         for use in seen.uses:
-            edge = use.edge.node, use.edge.output_nr  # type: ignore[union-attr]
+            edge = use.edge.node, use.edge.output_nr
             place = found.get(edge, ASK)
             if isinstance(place, ExampleAxis):
                 place = read_axis(use, place, n, seen.outputs.device) or ASK

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from nngeom.layers.adapter import Use
+from nngeom.generator.recorded import Recorded
 
 Key = tuple[Any, int]  # a node of the graph, and which of its outputs
 
@@ -34,7 +34,7 @@ class Stage:
         return [j for turn in self.turns for j in turn]
 
 
-def stages(outputs: Tensor, uses: Sequence[Use], sizes: Sequence[int], most: int) -> list[Stage]:
+def stages(outputs: Tensor, uses: Sequence[Recorded], sizes: Sequence[int], most: int) -> list[Stage]:
     """Stages that hold at most ``most`` bytes where the graph allows it, ``sizes`` bytes of each use; neighbours of
     less are one.
     """
@@ -58,12 +58,12 @@ def stages(outputs: Tensor, uses: Sequence[Use], sizes: Sequence[int], most: int
     return merged
 
 
-def _stretches(outputs: Tensor, uses: Sequence[Use]) -> Iterator[tuple[Stage, set[int]]]:
+def _stretches(outputs: Tensor, uses: Sequence[Recorded]) -> Iterator[tuple[Stage, set[int]]]:
     """The graph cut at every waist: stages of one turn, and which of their uses lie behind no product."""
     order = _consumers_first(outputs.grad_fn)
     used: dict[Any, list[int]] = {}
     for j, use in enumerate(uses):
-        used.setdefault(use.edge.node, []).append(j)  # type: ignore[union-attr]
+        used.setdefault(use.edge.node, []).append(j)
     goes_on: dict[Any, bool] = {}  # whether there is a use behind a node
     for node in reversed(order):
         goes_on[node] = any(f in used or goes_on[f] for f, _ in node.next_functions if f is not None)
@@ -85,7 +85,7 @@ def _stretches(outputs: Tensor, uses: Sequence[Use]) -> Iterator[tuple[Stage, se
         for following, number in node.next_functions:
             if following is not None and (following in used or goes_on[following]):
                 ahead.add((following, number))
-                if node in behind or any(not uses[j].elementwise for j in here):
+                if node in behind or any(not uses[j].use.elementwise for j in here):
                     behind.add(following)
     if found:
         yield Stage([found]), nearest

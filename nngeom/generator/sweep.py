@@ -218,7 +218,7 @@ class Sweep:
             return None
         run, columns = self.begin(seen)
         room = memory.budget() // policy.shares
-        proof = 2 * bytes_each_cotangent(seen, policy.keep_graph)
+        proof = 2 * bytes_each_cotangent(run.seen, policy.keep_graph)
         if max(columns.count * seen.outputs.numel() * seen.outputs.element_size(), proof) > room:
             return None
         self._resolve(run)

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from nngeom.core.errors import ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
 from nngeom.generator import remedies
 from nngeom.generator.batch import Batch, as_batches, leading_size, move
 from nngeom.generator.batch import take as take
-from nngeom.generator.kernels import as_written
+from nngeom.generator.compiled import as_written
+from nngeom.generator.kernels import DenseGradients
 from nngeom.generator.untouched import Watch
 from nngeom.space.collection import LayerCollection, unwrap
 
@@ -107,7 +106,7 @@ class Task:
 
     def _outputs(self, batch: Batch) -> Tensor:
         sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
-        with as_written(), _DenseGradients() if sparse else contextlib.nullcontext():
+        with as_written(), DenseGradients() if sparse else contextlib.nullcontext():
             try:
                 outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
             except (RuntimeError, TypeError) as error:
@@ -169,22 +168,6 @@ class Task:
             out = self.model(batch)
         logits = getattr(out, "logits", None)
         return logits if isinstance(logits, Tensor) else out
-
-
-class _DenseGradients(TorchFunctionMode):
-    """Embeddings with ``sparse=True``, whose gradients hardly any operation takes, as if without: the numbers are the
-    same.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        place = {F.embedding: 6, F.embedding_bag: 7}.get(func)
-        if place is not None:
-            if len(args) > place:
-                args = (*args[:place], False, *args[place + 1 :])
-            elif "sparse" in kwargs:
-                kwargs = {**kwargs, "sparse": False}
-        return func(*args, **kwargs)
 
 
 def _unpack(batch: Batch) -> tuple[Any, ...]:

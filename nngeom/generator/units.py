@@ -16,7 +16,8 @@ from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.generator.axes import ExampleAxis
-from nngeom.layers.adapter import Slot, Use
+from nngeom.generator.recorded import Recorded
+from nngeom.layers.use import Slot, Use
 from nngeom.space.collection import LayerCollection
 
 Gradients = Sequence[Tensor] | Mapping[int, Tensor]  # of the outputs of uses, by index
@@ -28,7 +29,7 @@ class Unit:
     """One block: its layout, and the uses that its Jacobian sums, each with its example axis."""
 
     layout: Layout
-    uses: list[tuple[int, Use, ExampleAxis]]  # index into the list of uses
+    uses: list[tuple[int, Recorded, ExampleAxis]]  # index into the list of uses
     with_weight: bool
     with_bias: bool
     arrangements: tuple[Arrangement, ...] | None = None  # unlike uses: one arrangement a use
@@ -41,14 +42,19 @@ class Unit:
         if self.arrangements is not None:
             return self._unlike(gradients, n, empty)
         main = self.layout.pieces[0].arrangement
-        return self._join([self._part(j, u, a, gradients, n, main, empty) for j, u, a in self.uses])
+        return self._join([self._part(j, r, a, gradients, n, main, empty) for j, r, a in self.uses])
+
+    def forget(self) -> None:
+        """Let go of the inputs: they were read."""
+        self.inputs.clear()
+        self.uses = [(j, recorded.forgotten(), axis) for j, recorded, axis in self.uses]
 
     def _unlike(self, gradients: Gradients, n: int, empty: Empty) -> LayerJacobian:
         """Like uses joined, unlike ones summed."""
         groups: dict[tuple[Arrangement, bool], list] = {}
-        for (j, use, axis), arrangement in zip(self.uses, self.arrangements or ()):
-            groups.setdefault((arrangement, use.lookup), []).append(
-                self._part(j, use, axis, gradients, n, arrangement, empty)
+        for (j, recorded, axis), arrangement in zip(self.uses, self.arrangements or ()):
+            groups.setdefault((arrangement, recorded.use.lookup), []).append(
+                self._part(j, recorded, axis, gradients, n, arrangement, empty)
             )
         terms = [(arrangement, self._join(parts)) for (arrangement, _), parts in groups.items()]
         if not self.layout.is_span:
@@ -56,8 +62,17 @@ class Unit:
             return TiedJacobian(tuple((a != main, j) for a, j in terms if isinstance(j, FactoredJacobian)))
         return SumJacobian(tuple(terms))
 
-    def _part(self, j: int, use: Use, axis: ExampleAxis, gradients: Gradients, n: int, full: Arrangement, empty: Empty):
-        lead = len(use.lead)
+    def _part(
+        self,
+        j: int,
+        recorded: Recorded,
+        axis: ExampleAxis,
+        gradients: Gradients,
+        n: int,
+        full: Arrangement,
+        empty: Empty,
+    ):
+        use, lead = recorded.use, len(recorded.use.lead)
         g = wide(axis.split(use.gradients(gradients[j]), n, 1, lead))
         slot = use.weight if self.with_weight else use.bias
         if slot is None:
@@ -66,22 +81,30 @@ class Unit:
             return None, _pad(g.sum(2, keepdim=True), slot.row, slot.arrangement.sizes[1]), use
         g = _pad(g, slot.row, full.sizes[1])
         if j not in self.inputs:
-            self.inputs[j] = self._read(use, axis, n, full.sizes[2], g.dtype, functools.partial(empty, ("inputs", j)))
+            kept_in = functools.partial(empty, ("inputs", j))
+            self.inputs[j] = self._read(recorded, axis, n, full.sizes[2], g.dtype, kept_in)
         return self.inputs[j], g, use
 
     def _read(
-        self, use: Use, axis: ExampleAxis, n: int, width: int, dtype: torch.dtype, empty: Callable[..., Tensor]
+        self,
+        recorded: Recorded,
+        axis: ExampleAxis,
+        n: int,
+        width: int,
+        dtype: torch.dtype,
+        empty: Callable[..., Tensor],
     ) -> Tensor:
         """``a [n, t, s, i]``, the ones of the bias included; ``[n, t]`` for lookups."""
-        lead, column = len(use.lead), use.weight.column  # type: ignore[union-attr]
+        use, lead = recorded.use, len(recorded.use.lead)
         if use.copied is not None:
-            return axis.split(use.read_inputs(empty, self.with_bias), n, 0, lead).to(dtype)
-        a = axis.split(use.read_inputs(), n, 0, lead)
+            return axis.split(recorded.read_inputs(empty, self.with_bias), n, 0, lead).to(dtype)
+        a = axis.split(recorded.read_inputs(), n, 0, lead)
         if use.lookup:
             return a
         a = a.to(dtype)
         if use.elementwise:
             return a
+        column = use.weight.column if use.weight is not None else 0
         return _with_ones(a, column, width, empty) if self.with_bias else _pad(a, column, width)
 
     def _join(self, parts) -> LayerJacobian:
@@ -124,7 +147,7 @@ def _with_ones(a: Tensor, start: int, size: int, empty: Callable[..., Tensor]) -
 
 
 def build_units(
-    uses: list[Use],
+    uses: list[Recorded],
     axes: list[ExampleAxis | None],
     collection: LayerCollection,
     part_of: Callable[[str], object] | None = None,
@@ -134,10 +157,10 @@ def build_units(
     A weight and a bias share a unit when they are always used together, belong to one layer and to one part of the
     representation (``part_of``); else each is a unit of its own.
     """
-    rest = {s.name for use, axis in zip(uses, axes) if axis is None for s in use.slots}
+    rest = {s.name for recorded, axis in zip(uses, axes) if axis is None for s in recorded.use.slots}
     weights: dict[str, list[tuple[int, Slot]]] = {}
     biases: dict[str, list[tuple[int, Slot]]] = {}
-    for j, use in enumerate(uses):
+    for j, use in enumerate(recorded.use for recorded in uses):
         for slot, table in ((use.weight, weights), (use.bias, biases)):
             if slot is not None and slot.name not in rest:
                 table.setdefault(slot.name, []).append((j, slot))
@@ -145,12 +168,12 @@ def build_units(
     offset = {name: lo for name, (lo, _) in collection.offsets().items()}
     layer = dict(zip(collection.names, collection.layers))
 
-    def uses_of(slots: list[tuple[int, Slot]]) -> list[tuple[int, Use, ExampleAxis]]:
+    def uses_of(slots: list[tuple[int, Slot]]) -> list[tuple[int, Recorded, ExampleAxis]]:
         return [(j, uses[j], axis) for j, _ in slots if (axis := axes[j]) is not None]
 
     def partner(name: str, slots: list[tuple[int, Slot]]) -> tuple[str, Slot] | None:
         """The bias that is always and only used with this weight, in the same rows."""
-        pairs = [(slot, uses[j].bias) for j, slot in slots]
+        pairs = [(slot, uses[j].use.bias) for j, slot in slots]
         bias = pairs[0][1]
         if bias is None or bias.name in rest or [j for j, _ in biases[bias.name]] != [j for j, _ in slots]:
             return None
@@ -165,8 +188,10 @@ def build_units(
     for name, slots in weights.items():
         if name in rest:
             continue
-        if len({(slot.arrangement, uses[j].lookup, uses[j].elementwise) for j, slot in slots}) > 1:
-            layout = _tied_layout(name, offset[name], [(slot, uses[j]) for j, slot in slots]) or collection.span([name])
+        if len({(slot.arrangement, uses[j].use.lookup, uses[j].use.elementwise) for j, slot in slots}) > 1:
+            layout = _tied_layout(name, offset[name], [(slot, uses[j].use) for j, slot in slots]) or collection.span(
+                [name]
+            )
             units.append(Unit(layout, uses_of(slots), True, False, tuple(slot.arrangement for _, slot in slots)))
             continue
         pieces = [Piece((name,), offset[name], slots[0][1].arrangement)]

@@ -33,7 +33,7 @@ def compare(task: Task, seen: Capture, units: list[Unit]) -> tuple[set[str], set
     has to be pulled back; others together. A parameter whose gradient is below the rounding of what was added up for it
     was not compared.
     """
-    times = Counter(slot.name for use in seen.uses for slot in use.slots)
+    times = Counter(slot.name for recorded in seen.uses for slot in recorded.use.slots)
     alone = [unit for unit in units if len(unit.uses) == 1 and all(times[name] == 1 for name in unit.layout.names)]
     together = [unit for unit in units if unit not in alone]
     compared, wrong = set[str](), set[str]()

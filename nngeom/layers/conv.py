@@ -88,6 +88,7 @@ def conv(call: Call, input: Tensor, weight: Tensor, bias=None, stride=1, padding
         (call.out.shape[0], *call.out.shape[2:]),
         gradients=lambda g: channels_last(g, groups),
         channels=1,
+        serial=True,
         inputs=None if w is None else lambda: windows(lambda sizes, like: like.new_empty(*sizes), False),
         copied=None if w is None else windows,
     )

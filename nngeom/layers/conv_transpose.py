@@ -63,5 +63,6 @@ def conv_transpose(
         (call.out.shape[0], *call.out.shape[2:]),
         gradients=lambda g: channels_last(g, groups),
         channels=1,
+        serial=True,
         inputs=None if x is None else lambda: transposed_patches(x, kernel, strides, pads, extra, dilations, groups),
     )

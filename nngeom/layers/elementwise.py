@@ -98,9 +98,17 @@ def _table(
     )
 
 
-@adapts(
-    torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_, torch.Tensor.__iadd__
+ADDITIONS = (
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    torch.Tensor.add_,
+    torch.Tensor.__iadd__,
 )
+
+
+@adapts(*ADDITIONS)
 def add(call: Call, input, other, *, alpha: float = 1) -> Use:
     """``input + alpha * other`` with one of them a parameter."""
     _, w = _operands(call, input, other)

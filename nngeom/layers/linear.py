@@ -20,6 +20,7 @@ def _use(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Use:
         tuple(call.out.shape[:-1]),
         gradients=lambda g: g.unsqueeze(-2),
         inputs=None if kept is None else lambda: kept.unsqueeze(-2),
+        product=True,
     )
 
 

@@ -9,8 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import functional_call
 
-from nngeom.generator.kernels import twice_differentiable
-from nngeom.generator.linearization import ReverseConventions
+from nngeom.generator.kernels import ReverseConventions, twice_differentiable
 from nngeom.generator.remedies import gradients
 from nngeom.generator.task import gradients_on
 from nngeom.linearized.expansion import Expansion, Refusing, as_outputs

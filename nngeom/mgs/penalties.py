@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from nngeom.fmat.estimate import RandomSigns
 from nngeom.generator.axes import ExampleAxis
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.kernels import twice_differentiable
+from nngeom.generator.recorded import Recorded
 from nngeom.generator.remedies import gradients
 from nngeom.generator.run import Run
 from nngeom.generator.sweep import Policy, Sweep
 from nngeom.generator.task import gradients_on
 from nngeom.gram import GramMatrix
-from nngeom.layers.adapter import Use
 from nngeom.metrics.loss import IdentityMetric, as_loss, judged
 from nngeom.solve.hutchinson import rademacher
 from nngeom.space.collection import LayerCollection
@@ -156,12 +155,12 @@ def _squared_sums(run: Run, seen: Capture, signs: Tensor) -> Tensor:
     less.
     """
     single = _with_a_row_an_example(run, seen)
-    covered = {slot.name for use in single for slot in use.slots}
+    covered = {slot.name for recorded in single for slot in recorded.use.slots}
     others = [p for name, p in run.task.parameters.items() if name not in covered]
-    lengths = [squared_lengths(use.read_inputs().flatten(1)) + (use.bias is not None) for use in single]
+    lengths = [squared_lengths(r.read_inputs().flatten(1)) + (r.use.bias is not None) for r in single]
     total = seen.outputs.new_zeros(())
     for v in signs:
-        variables: list[Any] = [*(use.edge for use in single), *others]
+        variables: list[Any] = [*(recorded.edge for recorded in single), *others]
         grads = gradients(seen.outputs, variables, v, create_graph=True)
         for length, g in zip(lengths, grads):
             if g is not None:
@@ -170,34 +169,33 @@ def _squared_sums(run: Run, seen: Capture, signs: Tensor) -> Tensor:
     return total
 
 
-def _with_a_row_an_example(run: Run, seen: Capture) -> list[Use]:
+def _with_a_row_an_example(run: Run, seen: Capture) -> list[Recorded]:
     """Uses of a whole matrix (and its bias) that are its only ones, proved to have row ``n`` from example ``n``
     alone.
     """
-    n, times = seen.outputs.shape[0], Counter(slot.name for use in seen.uses for slot in use.slots)
+    n, times = seen.outputs.shape[0], Counter(slot.name for recorded in seen.uses for slot in recorded.use.slots)
     found = []
-    for use in seen.uses:
+    for recorded in seen.uses:
+        use = recorded.use
         if (
-            use.operation != "linear"
+            not use.product
             or use.weight is None
             or use.lead != (n,)
             or any(times[s.name] > 1 or s.name in seen.unstructured for s in use.slots)
         ):
             continue
-        whole = (
-            use.weight.arrangement.sizes == (1, use.shape[-1], use.weight.arrangement.sizes[2])
-            and not use.weight.column
-        )
-        if whole and (use.bias is None or use.bias.arrangement.sizes == (1, use.shape[-1], 1)):
-            found.append(use)
+        width = recorded.shape[-1]
+        whole = use.weight.arrangement.sizes == (1, width, use.weight.arrangement.sizes[2]) and not use.weight.column
+        if whole and (use.bias is None or use.bias.arrangement.sizes == (1, width, 1)):
+            found.append(recorded)
     if not found:
         return []
-    names = [{s.name for s in use.slots} for use in found]  # the proof takes the slots of uses that are wrong
-    proof = Sweep(run, RandomSigns(1, 0, False), ALIVE).proved(replace(seen, uses=list(seen.uses)))
+    proof = Sweep(run, RandomSigns(1, 0, False), ALIVE).proved(seen)
     return [
-        use
-        for use, mine in zip(found, names)
-        if isinstance(proof.place(use.place), ExampleAxis) and not proof.left & mine
+        recorded
+        for recorded in found
+        if isinstance(proof.place(recorded.place), ExampleAxis)
+        and proof.left.isdisjoint(slot.name for slot in recorded.use.slots)
     ]
 
 
