@@ -70,7 +70,7 @@ def diagnose(
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
 ) -> Diagnosis:
-    """What was proved of ``model`` on one batch (as a loader would give it) and how; what its outputs depend on.
+    """What was proved of ``model`` on one ``batch`` (as a loader would give it) and how; what its outputs depend on.
 
     ``function`` and ``layer_collection`` as for :func:`FIM`. Of every parameter: whether its rows are *complete*,
     *placed* and *right* by the graph alone, by numbers, or by numbers in every batch (see "The check" in the page on

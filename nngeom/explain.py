@@ -86,7 +86,7 @@ def explain(
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
 ) -> Explanation:
-    """Look at one forward and backward pass of ``model`` on one batch (as a loader would give it) and report.
+    """Look at one forward and backward pass of ``model`` on one ``batch`` (as a loader would give it) and report.
 
     Structures: ``kronecker`` (rows are sums of outer products), ``lookup`` (the same with one-hot inputs), ``tied`` (a
     matrix used as itself and transposed), ``exact`` (small blocks, exact under KFAC), ``unlike uses`` and ``fallback``

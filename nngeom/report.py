@@ -82,16 +82,16 @@ def approximation_report(
     seed: int = 0,
     dense_limit: int | None = None,
 ) -> Table:
-    """The accuracy of one or several matrices (``{name: matrix}``) against a reference ``F``, as a :class:`Table`.
+    """The accuracy of one or several matrices (``{name: matrix}``) against a ``reference`` ``F``, as a :class:`Table`.
 
-    Columns, each the mean over ``draws`` vectors ``v`` uniform on the sphere (the same for every matrix):
-    ``trace`` ``|tr M - tr F| / |tr F|``; ``quadratic`` ``|v^T M v - v^T F v| / |v^T F v|``; ``forward cos`` and
-    ``forward residual``, ``cos(F v, M v)`` and ``|F v - M v| / |F v|``; for every damping ``x``, with
-    ``u = (M + x I)^-1 (F + x I) v``, ``solve cos x`` and ``solve residual x``, ``cos(v, u)`` and ``|v - u| / |u|``;
-    ``frobenius`` ``|M - F| / |F|`` where there are at most ``dense_limit`` parameters (by default 4000, or 400 where a
-    matrix is implicit and its columns are products), else NaN. The default dampings
-    are 0.01, 0.1, 1 and 10 times the mean eigenvalue of ``F``. A matrix that cannot be solved with at some damping
-    (singular, indefinite, no convergence) has NaN there.
+    Columns, each the mean over ``draws`` vectors ``v`` uniform on the sphere (the same for every matrix, drawn with
+    ``seed``): ``trace`` ``|tr M - tr F| / |tr F|``; ``quadratic`` ``|v^T M v - v^T F v| / |v^T F v|``; ``forward cos``
+    and ``forward residual``, ``cos(F v, M v)`` and ``|F v - M v| / |F v|``; for every damping ``x``, with ``u = (M + x
+    I)^-1 (F + x I) v``, ``solve cos x`` and ``solve residual x``, ``cos(v, u)`` and ``|v - u| / |u|``; ``frobenius``
+    ``|M - F| / |F|`` where there are at most ``dense_limit`` parameters (by default 4000, or 400 where a matrix is
+    implicit and its columns are products), else NaN. ``dampings`` are numbers, by default 0.01, 0.1, 1 and 10 times the
+    mean eigenvalue of ``F``. A matrix that cannot be solved with at some damping (singular, indefinite, no convergence)
+    has NaN there.
 
     Raises :class:`CollectionError` for matrices over different parameters, :class:`ArgumentError` for bad options.
     Source: George 2023, thesis, section 3.4.1.
