@@ -35,7 +35,28 @@ class Slot:
 
 @dataclass
 class Use:
-    """One call of one operation with parameters."""
+    """One call of one operation with parameters: what an adapter reports, and what is noted of it afterwards.
+
+    Args:
+        operation: its name, such as ``"linear"``.
+        weight: the parameter that multiplies the inputs, ``None`` without one.
+        bias: the parameter that is added, ``None`` without one.
+        lead: sizes of the axes of the output that hold examples and positions.
+        gradients: ``[k, *out] -> [k, *lead, s, o]``, the gradients of the output as the rows need them.
+        inputs: ``() -> [*lead, s, i]``, integer ``[*lead]`` for lookups; ``None`` without weight.
+        copied: ``(empty, ones)`` to a copy of the inputs in memory that ``empty(sizes, like)`` gives, with the ones of
+            the bias.
+        channels: the axis of the output that holds features.
+        lookup: inputs are indices, one-hot rows.
+        elementwise: ``o = 1`` by nature: rows are formed at once, blocks are exact.
+        edge: where the gradient of the output is read; with ``shape``, that of the output, noted by :meth:`finish`.
+        shape: see ``edge``.
+        sources: inputs kept for later, with their versions.
+        since: number of the first node of the graph that may belong to the call.
+        origin: the edge of the output itself, where this is seen through an addition.
+        moved: replaced by copies behind a broadcast addition.
+        place: among the uses of one forward pass.
+    """
 
     operation: str
     weight: Slot | None
@@ -58,7 +79,7 @@ class Use:
     place: int = 0  # among the uses of one forward pass
 
     def finish(self, out: Tensor) -> Use:
-        """Take the gradient edge of the output, before anything in place overwrites it."""
+        """Take the gradient edge of the output ``out``, before anything in place overwrites it."""
         self.edge, self.shape = get_gradient_edge(out), out.shape
         return self
 
@@ -68,8 +89,8 @@ class Use:
         self.sources = ()
 
     def broadcast(self, out: Tensor, extra: int) -> Use:
-        """This use as seen through an addition that copies its output along ``extra`` new axes (or a first axis of
-        one).
+        """This use as seen through an addition whose result ``out`` copies its output along ``extra`` new axes (or a
+        first axis of one).
         """
         added = tuple(out.shape[: max(extra, 1)])
         lead = added + (self.lead if extra else self.lead[1:])
@@ -98,8 +119,8 @@ class Use:
         return copy.finish(out)
 
     def read_inputs(self, empty: Callable[..., Tensor] | None = None, ones: bool = False) -> Tensor:
-        """``[*lead, s, i]`` (integer ``[*lead]`` for lookups), with ``empty`` as :attr:`copied`; raises where the input
-        was overwritten since.
+        """``[*lead, s, i]`` (integer ``[*lead]`` for lookups), with ``empty`` and ``ones`` as :attr:`copied` takes
+        them; raises where the input was overwritten since.
         """
         for x, version in self.sources:
             if x._version != version:
@@ -130,7 +151,11 @@ class Use:
 
 
 class Call:
-    """What an adapter may ask about the call it is looking at."""
+    """What an adapter may ask about the call it is looking at.
+
+    ``find``: ``(name, parameter)`` of a tensor that is a selected parameter or a view of one, else ``None``; ``out``:
+    the output of the call; ``keep_graph``: inputs are to keep theirs.
+    """
 
     def __init__(self, find: Callable[[Tensor], tuple[str, Tensor] | None], out: Tensor, keep_graph: bool):
         self._find, self.out, self.keep_graph = find, out, keep_graph
@@ -141,7 +166,7 @@ class Call:
         return isinstance(x, Tensor) and self._find(x) is not None
 
     def parameters_in(self, arguments: Iterable[Any]) -> int:
-        """How many of these arguments, and of those in their lists, are selected parameters or views of one."""
+        """How many of these ``arguments``, and of those in their lists, are selected parameters or views of one."""
         count = 0
         for x in arguments:
             if isinstance(x, Tensor):
@@ -158,7 +183,7 @@ class Call:
         return found
 
     def keep(self, x: Tensor) -> Tensor:
-        """An input to be read later: detached unless the kernel is to be differentiated."""
+        """An input ``x`` to be read later: detached unless the kernel is to be differentiated."""
         if x.is_complex() or x.is_nested or x.layout is not torch.strided:
             raise NotStructured  # rows of complex products are sums of two; the others have no strides
         x = x if self.keep_graph else x.detach()
@@ -166,7 +191,9 @@ class Call:
         return x
 
     def whole(self, x: Tensor | None, arrangement: Arrangement) -> Slot | None:
-        """The slot of a parameter used whole; ``None`` where ``x`` is no selected parameter. A partial view raises."""
+        """The slot of a parameter used whole, read by ``arrangement``; ``None`` where ``x`` is no selected parameter. A
+        partial view raises.
+        """
         found = self._parameter(x)
         if x is None or found is None:
             return None
@@ -176,7 +203,7 @@ class Call:
         return Slot(name, arrangement)
 
     def matrix(self, x: Tensor | None) -> Slot | None:
-        """The slot of a 2-D tensor ``[o, i]``: a parameter, its transpose, or a rectangular part of either."""
+        """The slot of a 2-D tensor ``x [o, i]``: a parameter, its transpose, or a rectangular part of either."""
         found = self._parameter(x)
         if x is None or found is None:
             return None
@@ -204,8 +231,8 @@ class Call:
         raise NotStructured
 
     def vector(self, x: Tensor | None, s: int = 1) -> Slot | None:
-        """The slot of a bias of ``s * o`` entries: a parameter, or for ``s = 1`` a run of neighbours of one, of any
-        shape.
+        """The slot of a bias ``x`` of ``s * o`` entries: a parameter, or for ``s = 1`` a run of neighbours of one, of
+        any shape.
         """
         found = self._parameter(x)
         if x is None or found is None:
@@ -216,13 +243,15 @@ class Call:
         return Slot(name, Arrangement.plain(1, base.numel(), 1), self.run(x, base))
 
     def run(self, x: Tensor, base: Tensor) -> int:
-        """Where a run of neighbours starts in its parameter; raises where the entries are not neighbours in order."""
+        """Where ``x``, a run of neighbours, starts in its parameter ``base``; raises where the entries are not
+        neighbours in order.
+        """
         if not x.is_contiguous() or not base.is_contiguous():
             raise NotStructured
         return int(x.storage_offset() - base.storage_offset())
 
     def table(self, x: Tensor) -> tuple[Slot, int]:
-        """The slot of ``[i, o]`` for rows of a parameter table, ``o`` its last axis, and the first row."""
+        """The slot of ``[i, o]`` for rows ``x`` of a parameter table, ``o`` its last axis, and the first row."""
         found = self._parameter(x)
         if found is None:
             raise NotStructured
