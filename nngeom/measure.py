@@ -51,7 +51,8 @@ def FIM(
     are not used (but for positions that ``ignore_index`` leaves out).
 
     Args:
-        model: a module, in evaluation mode where it has dropout or batch normalisation.
+        model: a module. Where it mixes examples or draws at random (batch normalisation or dropout in training mode) a
+            measure raises :class:`ModeError`.
         loader: a ``DataLoader``, an iterable of batches, or a list of them; a tuple, tensor or dict is one batch.
         representation: what holds the matrix: a PMat class, one with options, or ``PMatMixed({...})``.
         likelihood: ``p(y | outputs)``: ``"categorical"`` (for a causal language model of ``transformers`` and a dict

@@ -23,8 +23,8 @@ EXPLICIT_LIMIT, IMPLICIT_LIMIT = 4000, 400  # parameters up to which dense matri
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Named rows by named columns of numbers, ``values [rows, columns]``, with standard errors over random draws (0
-    where exact).
+    """Named ``rows`` by named ``columns`` of numbers, ``values [rows, columns]``, with ``standard_errors`` over random
+    draws (0 where exact).
 
     A cell is NaN where the measure does not exist (a matrix that is singular at this damping, or too large to be
     dense).
@@ -51,7 +51,9 @@ class Table:
         return {row: dict(zip(self.columns, line)) for row, line in zip(self.rows, self.values.tolist())}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write values and standard errors as one CSV file; raises :class:`FileError` where that is impossible."""
+        """Write values and standard errors as one CSV file, ``path``; raises :class:`FileError` where that is
+        impossible.
+        """
         try:
             with open(path, "w", newline="") as file:
                 writer = csv.writer(file)

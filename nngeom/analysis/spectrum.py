@@ -85,7 +85,7 @@ class SpectrumSummary:
     median: Tensor
     rank: int
     effective_rank: Tensor
-    participation: Tensor  # 1 / sum mu^2, at most the effective rank
+    participation: Tensor
 
 
 def spectrum_summary(K: Any) -> SpectrumSummary:

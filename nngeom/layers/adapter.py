@@ -25,7 +25,9 @@ from nngeom.core.layout import Arrangement
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter read as a matrix ``[s, o, i]``, of which one use sees the part starting at ``(row, column)``."""
+    """A parameter, by ``name``, read by ``arrangement`` as a matrix ``[s, o, i]``, of which one use sees the part
+    starting at ``(row, column)``.
+    """
 
     name: str
     arrangement: Arrangement
@@ -278,7 +280,7 @@ ADAPTERS: dict[Any, Adapter] = {}
 
 
 def adapts(*functions: Any) -> Callable[[Adapter], Adapter]:
-    """Register an adapter for torch functions, at its definition.
+    """Register an adapter for torch ``functions``, at its definition.
 
     A use explains each parameter that was given to the call once, where it was given: of ``F.linear(w, w)`` it explains
     one of two, so that the call has no structure.

@@ -41,7 +41,7 @@ class Loss(Reading):
             return torch.autograd.grad(self.precisely(f, targets).sum(), f)[0]
 
     def square_root(self, outputs: Tensor, targets: Any) -> Columns:
-        """Cotangents ``v [k, n, *shape]`` with ``sum_k v v^T`` the Hessian of the loss in ``outputs``, at ``targets``."""
+        """Cotangents ``v [k, n, *shape]``, ``sum_k v v^T`` the Hessian of the loss in ``outputs``, at ``targets``."""
         return _hessian_root(self, outputs, targets)
 
     def times(self, outputs: Tensor, tangent: Tensor, targets: Any) -> Tensor:

@@ -16,7 +16,7 @@ from nngeom.space.collection import LayerCollection, unwrap
 
 @dataclass(frozen=True, eq=False)
 class PVector:
-    """A vector (or batch of vectors) over the parameters of a :class:`LayerCollection`.
+    """A vector (or batch of vectors) over the parameters of a :class:`LayerCollection`, its ``layer_collection``.
 
     One internal form: the flat ``tensor (*batch, d)``, in the order of the collection.
     """
@@ -62,7 +62,7 @@ class PVector:
 
     @staticmethod
     def from_dict(layer_collection: LayerCollection, tensors: Mapping[str, Tensor]) -> PVector:
-        """From one tensor ``(*batch, *shape)`` a parameter, ``tensors`` by name; copied."""
+        """From one tensor ``(*batch, *shape)`` a parameter of ``layer_collection``, ``tensors`` by name; copied."""
         parts = []
         for name, shape in zip(layer_collection.names, layer_collection.shapes):
             if name not in tensors:
@@ -85,7 +85,9 @@ class PVector:
     def zeros(
         layer_collection: LayerCollection, *batch: int, dtype: torch.dtype | None = None, device: Any = None
     ) -> PVector:
-        """All zeros, ``(*batch, d)``; ``dtype`` and ``device`` are torch's defaults unless given."""
+        """All zeros, ``(*batch, d)``, over ``layer_collection``; ``dtype`` and ``device`` are torch's defaults unless
+        given.
+        """
         return PVector(layer_collection, torch.zeros(*batch, layer_collection.numel, dtype=dtype, device=device))
 
     @staticmethod
@@ -96,9 +98,10 @@ class PVector:
         dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> PVector:
-        """Independent standard normal entries, ``(*batch, d)``, drawn by ``generator`` (torch's global one by default).
+        """Independent standard normal entries, ``(*batch, d)``, over ``layer_collection``.
 
-        ``dtype`` is torch's default unless given, ``device`` that of the generator.
+        ``generator``: torch's global one by default; ``dtype``: torch's default unless given; ``device``: that of the
+        generator unless given.
         """
         device = device if device is not None else (generator.device if generator is not None else None)
         return PVector(
