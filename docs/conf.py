@@ -62,7 +62,13 @@ def block_math(self, node):
 
 def splice(app, what, name, x, options, lines):
     """The arguments that all measures share, in the list of each that takes them."""
-    lines[:] = public.spliced(public.parameters(x), "\n".join(lines)).splitlines()
+    if lines:
+        lines[:] = public.spliced(public.parameters(x), "\n".join(lines)).splitlines()
+
+
+def hide(app, what, name, x, skip, options):
+    """Constructors that take nothing of their own."""
+    return True if name in ("__init__", "__new__") and not public.parameters(x) else None
 
 
 def setup(app):
@@ -73,11 +79,14 @@ def setup(app):
         (p.stem for p in Path(app.srcdir).glob("*.md") if p.stem not in PLACED), key=lambda name: (rank(name), name)
     )
 
+    made = {"index", "api"}  # of more than their sources, as are the pages of the reference
+
     def insert(app, name, source):
         if name == "index":
             source[0] = source[0].replace("@more@", "\n".join(found))
 
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("source-read", insert)
-    app.connect("env-get-outdated", lambda *args: ["index"])
+    app.connect("env-get-outdated", lambda app, env, *args: [n for n in env.all_docs if n in made or "/" in n])
+    app.connect("autodoc-skip-member", hide)
     app.connect("autodoc-process-docstring", splice, priority=400)  # before napoleon reads the list
