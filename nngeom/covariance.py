@@ -51,7 +51,7 @@ def GradientCovariance(
         loss: as for :func:`EmpiricalFIM`.
         options: of the representation.
 
-    Errors as for :func:`EmpiricalFIM`. Source: Le Roux et al. 2008 (TONGA).
+    Other arguments and errors as for :func:`EmpiricalFIM`. Source: Le Roux et al. 2008 (TONGA).
     """
     if process_group is not None:
         raise UnsupportedError("process_group is not available for gradient covariances; pass process_group=None")

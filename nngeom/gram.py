@@ -140,7 +140,7 @@ def GramMatrices(
     """One Gram matrix a layer, ``{layer: kernel}``, in the same sweep; they sum to :func:`GramMatrix`.
 
     A layer is the module that owns a parameter under its first name. ``representation`` (not ``FMatImplicit``),
-    ``other``, ``centered``, ``differentiable`` and errors as for :func:`GramMatrix`.
+    ``other``, ``centered``, ``differentiable``, other arguments and errors as for :func:`GramMatrix`.
     """
     _require_alone(process_group)
     kind = _representation(representation)

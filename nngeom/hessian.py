@@ -69,7 +69,8 @@ def Hessian(
     Diag take one column a parameter. Attention runs under its math kernel, the one that can be differentiated twice.
 
     ``representation``: one of these classes, or a subclass of theirs that keeps their recipe; none has ``options``.
-    Raises :class:`UnsupportedError` for other representations, else as :func:`FIM`. Source: Pearlmutter 1994.
+    Raises :class:`UnsupportedError` for other representations; other arguments and errors as for :func:`FIM`. Source:
+    Pearlmutter 1994.
     """
     if process_group is not None:
         raise UnsupportedError(

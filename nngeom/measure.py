@@ -116,7 +116,8 @@ def FIM_MonteCarlo(
     sample.
 
     Draws are keyed by (a seed taken from ``generator``, the running index of the example, the sample), so that they do
-    not depend on the batch size. ``representation``, its ``options``, ``likelihood`` and errors as for :func:`FIM`.
+    not depend on the batch size. ``representation``, its ``options``, ``likelihood``, other arguments and errors as for
+    :func:`FIM`.
     """
     metric = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
     return measure(
@@ -163,7 +164,7 @@ def EmpiricalFIM(
             (n,)``.
         options: of the representation.
 
-    Raises :class:`OutputError` on targets that do not fit; other errors as for :func:`FIM`.
+    Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
     """
     return measure(
         model,
@@ -209,7 +210,7 @@ def GGN(
         generator: of the probes (torch's global one by default).
         options: of the representation.
 
-    Errors as for :func:`FIM`.
+    Other arguments and errors as for :func:`FIM`.
     """
     return measure(
         model,
