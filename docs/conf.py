@@ -16,7 +16,7 @@ author = "the nngeom authors"
 copyright = "the nngeom authors"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -61,9 +61,9 @@ def block_math(self, node):
 
 
 def splice(app, what, name, x, options, lines):
-    """The arguments that all measures share, in the list of each that takes them."""
+    """The arguments that all measures share, in the list of each that takes them, and lists as Sphinx reads them."""
     if lines:
-        lines[:] = public.spliced(public.parameters(x), "\n".join(lines)).splitlines()
+        lines[:] = public.as_fields(public.spliced(public.parameters(x), "\n".join(lines))).splitlines()
 
 
 def hide(app, what, name, x, skip, options):
@@ -89,4 +89,4 @@ def setup(app):
     app.connect("source-read", insert)
     app.connect("env-get-outdated", lambda app, env, *args: [n for n in env.all_docs if n in made or "/" in n])
     app.connect("autodoc-skip-member", hide)
-    app.connect("autodoc-process-docstring", splice, priority=400)  # before napoleon reads the list
+    app.connect("autodoc-process-docstring", splice)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 PACKAGES = ("nngeom", "nngeom.optim", "nngeom.analysis", "nngeom.mgs", "nngeom.linearized", "nngeom.track")
@@ -17,6 +18,7 @@ SHARED = {
     "process_group",
 }
 ENTRY = re.compile(r"^\.\. (?:auto\w+|py:data):: (nngeom[\w.]*)$", re.M)
+LIST = re.compile(r"^Args:\n((?: {4}.*\n?)+)", re.M)
 ARGUMENT = re.compile(r"^    (\w+): ((?:.*\n?)(?:^        .*\n?)*)", re.M)
 
 
@@ -44,7 +46,7 @@ def home() -> str:
 
 def arguments(doc: str) -> dict[str, str]:
     """``{name: lines}`` of the ``Args:`` list of a docstring, indented as there."""
-    listed = re.search(r"^Args:\n((?: {4}.*\n?)+)", doc, re.M)
+    listed = LIST.search(doc)
     return {m[1]: m[0].rstrip() for m in ARGUMENT.finditer(listed[1])} if listed else {}
 
 
@@ -79,6 +81,12 @@ def spliced(names: list[str], doc: str) -> str:
     listed = sorted({**own, **added}.items(), key=lambda item: names.index(item[0]) if item[0] in names else len(names))
     block = "\n".join(["Args:", *(text for _, text in listed)]) + "\n"
     if own:
-        return re.sub(r"^Args:\n(?: {4}.*\n?)+", lambda _: block, doc, count=1, flags=re.M)
+        return LIST.sub(lambda _: block, doc, count=1)
     body, last, end = doc.rpartition("\n\nRaises ")
     return "\n\n".join([body, block, f"Raises {end}"]) if last else f"{doc.rstrip()}\n\n{block}"
+
+
+def as_fields(doc: str) -> str:
+    """A docstring with its ``Args:`` list as a list of fields."""
+    fields = [":param " + textwrap.dedent(text).replace("\n", "\n    ") for text in arguments(doc).values()]
+    return LIST.sub(lambda _: "\n".join(fields) + "\n", doc, count=1)

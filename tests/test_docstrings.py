@@ -68,3 +68,9 @@ def test_shared_arguments_join_every_measure():
     plain = public.spliced(["model"], "Told.\n\nRaises :class:`ModeError`.")
     assert plain.startswith("Told.\n\nArgs:\n    model: ") and plain.endswith("\n\nRaises :class:`ModeError`.")
     assert public.spliced(["x"], "Told.") == "Told."
+
+
+def test_lists_become_fields():
+    doc = "Told.\n\nArgs:\n    x: one.\n    y: two,\n        and more.\n\nRaises nothing."
+    assert public.as_fields(doc) == "Told.\n\n:param x: one.\n:param y: two,\n        and more.\n\nRaises nothing."
+    assert public.as_fields("Told.") == "Told."

@@ -88,7 +88,7 @@ class LayerJacobian(ABC):
         return self.matrix().flatten(2)
 
     def blocks(self, most: int | None = None):
-        """This Jacobian cut over examples so that its explicit rows fit the memory budget, or ``most`` bytes."""
+        """This Jacobian cut over examples so that its explicit rows fit the memory budget and ``most`` bytes."""
         for lo, hi in memory.pieces(self.shape[1], self.bytes_each(), most=most):
             yield self.examples(lo, hi)
 
