@@ -1,16 +1,20 @@
 """Sphinx: markdown by MyST, the furo theme, API by autodoc; built with warnings as errors."""
 
-import inspect
-import re
+import sys
 from pathlib import Path
 
 from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
 
+from nngeom import __version__
+
+sys.path.insert(0, str(Path(__file__).parent))
+import public
+
 project = "nngeom"
 author = "the nngeom authors"
 copyright = "the nngeom authors"
-release = version = "0.1.0"
+release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
@@ -44,20 +48,6 @@ PLACED = {
 }
 
 
-def others(page):
-    """Public names that have no place on the page yet."""
-    import nngeom
-
-    placed = set(re.findall(r"^\.\. auto\w+:: nngeom\.(\w+)$", page, re.M))
-    names = [
-        n for n, x in vars(nngeom).items() if not n.startswith("_") and not inspect.ismodule(x) and n not in placed
-    ]
-    lines = [
-        f".. auto{'class' if inspect.isclass(getattr(nngeom, n)) else 'function'}:: nngeom.{n}" for n in sorted(names)
-    ]
-    return "\n".join(["## Others", "", "```{eval-rst}", *lines, "```"]) if names else ""
-
-
 def inline_math(self, node):
     """MathML, which browsers render themselves."""
     self.body.append(tex2mathml(node.astext()))
@@ -70,6 +60,17 @@ def block_math(self, node):
     raise SkipNode
 
 
+def splice(app, what, name, x, options, lines):
+    """The arguments that all measures share, in the list of each that takes them, and lists as Sphinx reads them."""
+    if lines:
+        lines[:] = public.as_fields(public.spliced(public.parameters(x), "\n".join(lines))).splitlines()
+
+
+def hide(app, what, name, x, skip, options):
+    """Constructors that take nothing of their own."""
+    return True if name in ("__init__", "__new__") and not public.parameters(x) else None
+
+
 def setup(app):
     """Pages of the parts built on top of the core join the table of contents by being there."""
     order = ["function_space", "analysis", "linearized", "optimizers", "tracking", "distributed", "benchmarks"]
@@ -78,12 +79,14 @@ def setup(app):
         (p.stem for p in Path(app.srcdir).glob("*.md") if p.stem not in PLACED), key=lambda name: (rank(name), name)
     )
 
+    made = {"index", "api"}  # of more than their sources, as are the pages of the reference
+
     def insert(app, name, source):
         if name == "index":
             source[0] = source[0].replace("@more@", "\n".join(found))
-        if name == "api":
-            source[0] = source[0].replace("@others@", others(source[0]))
 
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("source-read", insert)
-    app.connect("env-get-outdated", lambda *args: ["index", "api"])
+    app.connect("env-get-outdated", lambda app, env, *args: [n for n in env.all_docs if n in made or "/" in n])
+    app.connect("autodoc-skip-member", hide)
+    app.connect("autodoc-process-docstring", splice)

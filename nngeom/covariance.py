@@ -42,10 +42,15 @@ def GradientCovariance(
     """The covariance of per-example loss gradients, ``1/n sum_i (g_i - m)(g_i - m)^T`` with their mean ``m``.
 
     Divided by ``n``, as every other measure. Two sweeps, the mean first, so that large means cancel before any square;
-    the batches are kept between them. Representations of second moments of any rows hold it as they hold those, your
-    own too; those of Kronecker products (``centred = False``) raise :class:`UnsupportedError`. Losses, other arguments
-    and errors as :func:`EmpiricalFIM`.
-    Source: Le Roux et al. 2008 (TONGA).
+    the batches are kept between them.
+
+    Args:
+        representation: what holds it, as for :func:`FIM`: those of second moments of any rows hold it as they hold
+            those, your own too; those of Kronecker products (``centred = False``) raise :class:`UnsupportedError`.
+        loss: as for :func:`EmpiricalFIM`.
+        options: of the representation.
+
+    Other arguments and errors as for :func:`EmpiricalFIM`. Source: Le Roux et al. 2008 (TONGA).
     """
     chosen = None if representation is PMatImplicit and not options else as_representation(representation, **options)
     if chosen is not None and not chosen.centred:

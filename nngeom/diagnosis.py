@@ -25,7 +25,10 @@ from nngeom.space.collection import LayerCollection
 
 @dataclass(frozen=True)
 class Finding:
-    """One parameter: how it is known that its rows are complete, placed and right."""
+    """One parameter, by ``name``: how it is known that its rows are ``complete``, ``placed`` and ``right``.
+
+    ``operations``: every use that was seen, in order; ``rows``: ``"captured"``, ``"fallback"`` or ``"unused"``.
+    """
 
     name: str
     operations: tuple[str, ...]  # every use that was seen, in order
@@ -37,7 +40,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Effect:
-    """How much the outputs change, relative to the largest, when something changes that they should not depend on."""
+    """How much the outputs ``change``, relative to the largest, when something changes that they should not depend on.
+
+    ``name``: what was changed; ``change`` is ``None`` where that could not be tried, for the reason in ``note``.
+    """
 
     name: str
     change: float | None  # None: could not be tried
@@ -46,8 +52,8 @@ class Effect:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Two tables; print them. ``diagnosis[name]`` is the :class:`Finding` of a parameter, or the :class:`Effect` of
-    that name.
+    """Two tables, ``findings`` and ``effects``; print them. ``diagnosis[name]`` is the :class:`Finding` of a parameter,
+    or the :class:`Effect` of that name.
     """
 
     findings: tuple[Finding, ...]
@@ -70,7 +76,7 @@ def diagnose(
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
 ) -> Diagnosis:
-    """What was proved of ``model`` on one batch (as a loader would give it) and how; what its outputs depend on.
+    """What was proved of ``model`` on one ``batch`` (as a loader would give it) and how; what its outputs depend on.
 
     ``function`` and ``layer_collection`` as for :func:`FIM`. Of every parameter: whether its rows are *complete*,
     *placed* and *right* by the graph alone, by numbers, or by numbers in every batch (see "The check" in the page on

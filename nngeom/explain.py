@@ -24,7 +24,11 @@ from nngeom.space.collection import LayerCollection
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: where it is used and what its Jacobian rows look like."""
+    """One parameter, its ``name`` and ``shape``: where it is used and what its Jacobian rows look like.
+
+    ``operations``: every use, in order; ``structure``: see :func:`explain`; ``block``: ``(s, o, i)`` of the block it
+    belongs to; ``numbers``: entries held by each representation for its whole block.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -46,7 +50,7 @@ def as_text(lines: list[list[str]], numbers: int = 0) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A table, one row a parameter; print it."""
+    """A table, ``rows``, one a parameter; print it. ``outputs``: how many there are, of how many examples."""
 
     rows: tuple[Row, ...]
     outputs: tuple[int, ...]
@@ -86,7 +90,7 @@ def explain(
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
 ) -> Explanation:
-    """Look at one forward and backward pass of ``model`` on one batch (as a loader would give it) and report.
+    """Look at one forward and backward pass of ``model`` on one ``batch`` (as a loader would give it) and report.
 
     Structures: ``kronecker`` (rows are sums of outer products), ``lookup`` (the same with one-hot inputs), ``tied`` (a
     matrix used as itself and transposed), ``exact`` (small blocks, exact under KFAC), ``unlike uses`` and ``fallback``

@@ -58,9 +58,10 @@ def GramMatrix(
     columns. ``centered``: the mean gradient of each output over the examples of the first loader is subtracted on both
     sides. ``differentiable``: the kernel keeps its graph, so that ``K.trace().backward()`` reaches the parameters.
 
-    ``estimator="rademacher"`` replaces the sum over outputs by ``samples`` draws of random output signs, one backward
-    pass each: with ``FMatDiag`` a :class:`TraceEstimate`, whose ``trace()`` has a standard error; with ``FMatDense`` a
-    :class:`KernelEstimate` of ``sum_k K[k, n, k, m]``, for models with very many outputs.
+    ``estimator="rademacher"`` replaces the sum over outputs by ``samples`` draws (by ``generator``, torch's global one
+    by default) of random output signs, one backward pass each: with ``FMatDiag`` a :class:`TraceEstimate`, whose
+    ``trace()`` has a standard error; with ``FMatDense`` a :class:`KernelEstimate` of ``sum_k K[k, n, k, m]``, for
+    models with very many outputs.
 
     ``out``: a path; an ``FMatDense`` is written to the ``.npy`` file ``path`` tile by tile, beside which an interrupted
     run lies (``path + ".part"``, ``".tiles"``) until the same call resumes it. A finished file is opened by the same
@@ -153,7 +154,8 @@ def GramMatrices(
 ) -> dict[str, Any]:
     """One Gram matrix a layer, ``{layer: kernel}``, in the same sweep; they sum to :func:`GramMatrix`.
 
-    A layer is the module that owns a parameter under its first name. Arguments and errors as :func:`GramMatrix`.
+    A layer is the module that owns a parameter under its first name. ``representation`` (not ``FMatImplicit``),
+    ``other``, ``centered``, ``differentiable``, other arguments and errors as for :func:`GramMatrix`.
     """
     run = Run.of(
         model,

@@ -62,12 +62,14 @@ def Hessian(
     """The Hessian of the mean loss, ``1/n sum_i d2 loss_i / dw2``, as PMatImplicit, PMatDense, PMatBlockDiag or
     PMatDiag.
 
-    Losses as in :func:`EmpiricalFIM`; the loss of an example is summed over its positions, and averaged over examples.
-    The matrix need not be positive: a solve, inverse or sample whose damping is below its most negative eigenvalue
-    raises :class:`SingularError`. Entries are exact: double backward, vectorised over columns; Dense and Diag take one
-    column a parameter. Attention runs under its math kernel, the one that can be differentiated twice.
+    ``loss``: as for :func:`EmpiricalFIM`; the loss of an example is summed over its positions, and averaged over
+    examples. The matrix need not be positive: a solve, inverse or sample whose damping is below its most negative
+    eigenvalue raises :class:`SingularError`. Entries are exact: double backward, vectorised over columns; Dense and
+    Diag take one column a parameter. Attention runs under its math kernel, the one that can be differentiated twice.
 
-    Raises :class:`UnsupportedError` for other representations, else as :func:`FIM`. Source: Pearlmutter 1994.
+    ``representation``: one of these classes, or a subclass of theirs that keeps their recipe; none has ``options``.
+    Raises :class:`UnsupportedError` for other representations; other arguments and errors as for :func:`FIM`. Source:
+    Pearlmutter 1994.
     """
     kind: Any = representation.kind if isinstance(representation, Representation) else representation
     entries = _entries(kind)

@@ -54,7 +54,8 @@ def save(M: Any, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
-    """Read what :func:`save` wrote, with its tensors on the device ``map_location``; needs no model and runs no code.
+    """Read what :func:`save` wrote to ``path``, with its tensors on the device ``map_location``; needs no model and
+    runs no code.
 
     Everything the file says is checked against what it holds before memory is taken for it; the tensors do not follow
     the file when it changes. Raises :class:`FileError` when the file is missing, truncated, changed, foreign, of a
@@ -81,11 +82,11 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
 
 
 def merge(a: PMat, b: PMat) -> PMat:
-    """The matrix of two data sets together, from the matrix of each, weighted by their examples.
+    """The matrix of two data sets together, from ``a`` and ``b``, the matrix of each, weighted by their examples.
 
-    Exact for Dense, Diag, BlockDiag, QuasiDiag, LowRank, Eye, and for KFAC, whose factors are averaged; the
-    eigenvalues of two EKFACs only mean the same in equal bases. Raises :class:`StructureError` where the bases or
-    the blocks differ, :class:`CollectionError` for other parameters.
+    Exact for Dense, Diag, BlockDiag, QuasiDiag, LowRank, Eye, and for KFAC, whose factors are averaged; the eigenvalues
+    of two EKFACs only mean the same in equal bases. Raises :class:`StructureError` where the bases or the blocks
+    differ, :class:`CollectionError` for other parameters.
     """
     for m in (a, b):
         if not isinstance(m, PMat):

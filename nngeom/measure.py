@@ -45,21 +45,27 @@ def FIM(
     """The Fisher information matrix, with the expectation over labels in closed form.
 
     ``F = 1/n sum_i E_y[s s^T]`` with the score ``s`` of ``log p(y | x_i)`` in the parameters; targets in the batches
-    are not used (but for positions that ``ignore_index`` leaves out). For a causal language model of ``transformers``
-    and a dict batch with labels ``"categorical"`` is :class:`CausalLM`. ``representation`` is a PMat class, one with
-    options, or ``PMatMixed({...})``; ``options`` go to the representation. Outputs are ``(n, c)``, or ``(n, *shape)``
-    with a likelihood that says what the axes are.
+    are not used (but for positions that ``ignore_index`` leaves out).
 
-    ``estimator="rademacher"``: for very many outputs, ``samples`` (default 8) random probes ``u = L r`` of them replace
-    the columns of the square root ``L`` of their Fisher information, one backward pass each. The result is a
-    :class:`MatrixEstimate`: its ``matrix`` is unbiased where the representation is linear in second moments of
-    gradients (not EKFAC in a basis from the probes, but its trace; not the joined factors of KFAC for a parameter in
-    unlike uses), its readings have standard errors, and it keeps ``samples`` matrices for them. Signs ``r`` are keyed
-    as the draws of
-    :func:`FIM_MonteCarlo`. Source: Hutchinson 1989.
+    Args:
+        representation: what holds the matrix: a PMat class, one with options, or ``PMatMixed({...})``.
+        likelihood: ``p(y | outputs)``: ``"categorical"`` (for a causal language model of ``transformers`` and a dict
+            batch with labels :class:`CausalLM`), ``"bernoulli"``, ``"gaussian"``, or a :class:`Likelihood`. Outputs are
+            ``(n, c)``, or ``(n, *shape)`` with a likelihood that says what the axes are.
+        estimator: ``None``, exact; or ``"rademacher"``, for very many outputs: random probes ``u = L r`` of them
+            replace the columns of the square root ``L`` of their Fisher information, one backward pass each.
+        samples: how many probes (8 by default).
+        generator: of their signs ``r`` (torch's global one by default), keyed as the draws of :func:`FIM_MonteCarlo`.
+        options: of the representation, as ``sharing="reduce"``.
 
-    Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`,
-    :class:`NonFiniteError` and what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
+    Estimated, the result is a :class:`MatrixEstimate`: its ``matrix`` is unbiased where the representation is linear in
+    second moments of gradients (not EKFAC in a basis from the probes, but its trace; not the joined factors of KFAC for
+    a parameter in unlike uses), its readings have standard errors, and it keeps ``samples`` matrices for them. Source:
+    Hutchinson 1989.
+
+    ``model``, ``loader`` and the arguments from ``function`` on are those of every measure, see :class:`Run`. Raises
+    :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError` and
+    what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
     run = Run.of(
         model,
@@ -95,7 +101,8 @@ def FIM_MonteCarlo(
     sample.
 
     Draws are keyed by (a seed taken from ``generator``, the running index of the example, the sample), so that they do
-    not depend on the batch size. Other arguments and errors as :func:`FIM`.
+    not depend on the batch size. ``representation``, its ``options``, ``likelihood``, other arguments and errors as for
+    :func:`FIM`.
     """
     metric = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
     run = Run.of(
@@ -127,12 +134,18 @@ def EmpiricalFIM(
 ) -> Any:
     """The second moment of per-example loss gradients, ``1/n sum_i g_i g_i^T``, with the targets of the batches.
 
-    ``loss``: ``"cross_entropy"``, ``"mse"`` (``0.5 * (f - y)**2`` summed over outputs), ``"bce"``, ``"poisson"``,
-    :class:`CrossEntropy`, :class:`CausalLM` (what ``"cross_entropy"`` is for causal language models of
-    ``transformers``), ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` and ``nn.PoissonNLLLoss``
-    modules, whose ``reduction`` is not ours, or a function ``(outputs, targets) -> (n,)``. Not the Fisher matrix unless
-    the model is right about its labels. Raises :class:`OutputError` on targets that do not fit; other arguments and
-    errors as :func:`FIM`.
+    Not the Fisher matrix unless the model is right about its labels.
+
+    Args:
+        representation: what holds it, as for :func:`FIM`.
+        loss: ``"cross_entropy"``, ``"mse"`` (``0.5 * (f - y)**2`` summed over outputs), ``"bce"``, ``"poisson"``,
+            :class:`CrossEntropy`, :class:`CausalLM` (what ``"cross_entropy"`` is for causal language models of
+            ``transformers``), ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` and
+            ``nn.PoissonNLLLoss`` modules, whose ``reduction`` is not ours, or a function ``(outputs, targets) ->
+            (n,)``.
+        options: of the representation.
+
+    Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
     """
     run = Run.of(
         model,
@@ -167,9 +180,15 @@ def GGN(
 ) -> Any:
     """The generalised Gauss-Newton matrix ``1/n sum_i J_i^T (d2 loss_i / df2) J_i`` of a loss convex in the outputs.
 
-    Losses as in :func:`EmpiricalFIM`; a function that is not convex in the outputs raises :class:`ArgumentError`.
-    ``estimator="rademacher"``, ``samples`` and ``generator`` as in :func:`FIM`: random probes of very many outputs.
-    Other arguments and errors as :func:`FIM`.
+    Args:
+        representation: what holds it, as for :func:`FIM`.
+        loss: as for :func:`EmpiricalFIM`; a function that is not convex in the outputs raises :class:`ArgumentError`.
+        estimator: ``None``, exact; or ``"rademacher"``, random probes of very many outputs, as for :func:`FIM`.
+        samples: how many probes (8 by default).
+        generator: of the probes (torch's global one by default).
+        options: of the representation.
+
+    Other arguments and errors as for :func:`FIM`.
     """
     run = Run.of(
         model,

@@ -40,10 +40,10 @@ def gradient_flow_mse(
     """Outputs at ``time`` of the linearised network trained by gradient flow on ``0.5 |f - y|**2`` (summed, not
     averaged).
 
-    ``f_t = y + exp(-t K) (f_0 - y)`` on the training points; with ``K_test_train`` on the test points
-    ``f_t(x) = f_0(x) - K(x) K^-1 (I - exp(-t K)) (f_0 - y)``, which stays right where ``K`` is singular. ``time`` is
-    learning rate times steps, or ``math.inf`` for the end of training; for a mean over ``n`` targets divide it by
-    ``n``. ``f0``, ``f0_test``: outputs at the start (0 when not given). Source: Lee et al. 2019, eqs. 10-11.
+    ``f_t = y + exp(-t K) (f_0 - y)`` on the training points, of kernel ``K_train``; with ``K_test_train`` on the test
+    points ``f_t(x) = f_0(x) - K(x) K^-1 (I - exp(-t K)) (f_0 - y)``, which stays right where ``K`` is singular.
+    ``time`` is learning rate times steps, or ``math.inf`` for the end of training; for a mean over ``n`` targets divide
+    it by ``n``. ``f0``, ``f0_test``: outputs at the start (0 when not given). Source: Lee et al. 2019, eqs. 10-11.
     """
     if not isinstance(K_train, FMat):
         raise ArgumentTypeError(

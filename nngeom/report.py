@@ -23,8 +23,8 @@ EXPLICIT_LIMIT, IMPLICIT_LIMIT = 4000, 400  # parameters up to which dense matri
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Named rows by named columns of numbers, ``values [rows, columns]``, with standard errors over random draws (0
-    where exact).
+    """Named ``rows`` by named ``columns`` of numbers, ``values [rows, columns]``, with ``standard_errors`` over random
+    draws (0 where exact).
 
     A cell is NaN where the measure does not exist (a matrix that is singular at this damping, or too large to be
     dense).
@@ -51,7 +51,9 @@ class Table:
         return {row: dict(zip(self.columns, line)) for row, line in zip(self.rows, self.values.tolist())}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write values and standard errors as one CSV file; raises :class:`FileError` where that is impossible."""
+        """Write values and standard errors as one CSV file, ``path``; raises :class:`FileError` where that is
+        impossible.
+        """
         try:
             with open(path, "w", newline="") as file:
                 writer = csv.writer(file)
@@ -82,16 +84,16 @@ def approximation_report(
     seed: int = 0,
     dense_limit: int | None = None,
 ) -> Table:
-    """The accuracy of one or several matrices (``{name: matrix}``) against a reference ``F``, as a :class:`Table`.
+    """The accuracy of one or several matrices (``{name: matrix}``) against a ``reference`` ``F``, as a :class:`Table`.
 
-    Columns, each the mean over ``draws`` vectors ``v`` uniform on the sphere (the same for every matrix):
-    ``trace`` ``|tr M - tr F| / |tr F|``; ``quadratic`` ``|v^T M v - v^T F v| / |v^T F v|``; ``forward cos`` and
-    ``forward residual``, ``cos(F v, M v)`` and ``|F v - M v| / |F v|``; for every damping ``x``, with
-    ``u = (M + x I)^-1 (F + x I) v``, ``solve cos x`` and ``solve residual x``, ``cos(v, u)`` and ``|v - u| / |u|``;
-    ``frobenius`` ``|M - F| / |F|`` where there are at most ``dense_limit`` parameters (by default 4000, or 400 where a
-    matrix is implicit and its columns are products), else NaN. The default dampings
-    are 0.01, 0.1, 1 and 10 times the mean eigenvalue of ``F``. A matrix that cannot be solved with at some damping
-    (singular, indefinite, no convergence) has NaN there.
+    Columns, each the mean over ``draws`` vectors ``v`` uniform on the sphere (the same for every matrix, drawn with
+    ``seed``): ``trace`` ``|tr M - tr F| / |tr F|``; ``quadratic`` ``|v^T M v - v^T F v| / |v^T F v|``; ``forward cos``
+    and ``forward residual``, ``cos(F v, M v)`` and ``|F v - M v| / |F v|``; for every damping ``x``, with ``u = (M + x
+    I)^-1 (F + x I) v``, ``solve cos x`` and ``solve residual x``, ``cos(v, u)`` and ``|v - u| / |u|``; ``frobenius``
+    ``|M - F| / |F|`` where there are at most ``dense_limit`` parameters (by default 4000, or 400 where a matrix is
+    implicit and its columns are products), else NaN. ``dampings`` are numbers, by default 0.01, 0.1, 1 and 10 times the
+    mean eigenvalue of ``F``. A matrix that cannot be solved with at some damping (singular, indefinite, no convergence)
+    has NaN there.
 
     Raises :class:`CollectionError` for matrices over different parameters, :class:`ArgumentError` for bad options.
     Source: George 2023, thesis, section 3.4.1.

@@ -1,5 +1,6 @@
 """What newcomers read is true: every python block of README and docs runs, pages are complete, the demo works."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import nngeom as nng
+sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+import public
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path) -> list[str]:
@@ -28,13 +30,20 @@ def test_examples_run(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), namespace)
 
 
-def test_public_names_are_documented():
-    public = {n for n, x in vars(nng).items() if not n.startswith("_") and not isinstance(x, type(sys))}
-    listed = set(re.findall(r"^\.\. auto\w+:: nngeom\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M))
-    assert listed - public == set(), "these are gone: take them out of docs/api.md"
-    assert [
-        n for n in sorted(public) if not (getattr(nng, n).__doc__ or "").strip()
-    ] == []  # the page adds what it does not place
+def test_public_names_are_in_the_reference():
+    public_names = {f"{package}.{name}" for package in public.PACKAGES for name in public.resolve(f"{package}.__all__")}
+    listed = public.entries()
+    assert sorted(public_names - {"nngeom.__version__"} - set(listed)) == [], "give these an entry in a reference page"
+    assert [name for name in listed if listed.count(name) > 1] == []
+    for name in listed:
+        public.resolve(name)
+
+
+@pytest.mark.parametrize("package", public.PACKAGES)
+def test_all_names_what_is_imported(package):
+    module = importlib.import_module(package)
+    found = {n for n, x in vars(module).items() if not n.startswith("_") and not isinstance(x, type(sys))}
+    assert set(module.__all__) - {"__version__"} == found
 
 
 def test_links_between_pages_resolve():

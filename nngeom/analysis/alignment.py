@@ -40,12 +40,19 @@ def alignment(K: Any, L: Any, centered: bool | str = True) -> Tensor:
 
 
 def hsic(K: Any, L: Any) -> Tensor:
-    """``<K_c, L_c>_F``: the alignment before it is normalised, features centred output by output."""
+    """``<K_c, L_c>_F``: the alignment before it is normalised, features centred output by output.
+
+    ``K``, ``L``: kernels of the same points, FMats or tensors ``(c, n, c, n)``.
+    """
     return (center(K) * center(kernel_tensor(L).to(kernel_tensor(K)))).sum()
 
 
 def label_kernel(y: Tensor, c: int, dtype: torch.dtype | None = None) -> FMatDense:
-    """``Y Y^T``, ``(c, n, c, n)``: the rank-one kernel of the concatenated labels ``Y`` of :func:`label_vector`."""
+    """``Y Y^T``, ``(c, n, c, n)``: the rank-one kernel of the concatenated labels ``Y`` of :func:`label_vector`.
+
+    ``y``: labels as :func:`label_vector` takes them, of ``c`` outputs; ``dtype``: of the kernel (torch's default unless
+    given).
+    """
     v = label_vector(y, c, dtype)
     return FMatDense(v[:, :, None, None] * v[None, None])
 
@@ -53,8 +60,9 @@ def label_kernel(y: Tensor, c: int, dtype: torch.dtype | None = None) -> FMatDen
 def label_vector(y: Tensor, c: int, dtype: torch.dtype | None = None, shape: Sequence[int] | None = None) -> Tensor:
     """``(c, n)``: one-hot class labels; with one output -1 and 1; floating-point targets ``(n, *shape)`` as they are.
 
-    Class labels of positions, ``(n, *positions)``, are one-hot along the axis that they lack in outputs
-    ``(n, *shape)``, or without ``shape`` along the first output axis, ``c = classes * positions``. Raises
+    ``y``: the labels, one an example or position; ``c``: the number of outputs; ``dtype``: of the result (torch's
+    default unless given). Class labels of positions, ``(n, *positions)``, are one-hot along the axis that they lack in
+    outputs ``(n, *shape)``, or without ``shape`` along the first output axis, ``c = classes * positions``. Raises
     :class:`OutputError` for labels that do not fit, as integers other than 0 and 1, or -1 and 1, with one output.
     """
     dtype = dtype if dtype is not None else torch.get_default_dtype()
@@ -81,7 +89,8 @@ def kernel_label_alignment(
 ) -> Tensor:
     """:func:`alignment` of a kernel at hand with the labels ``y``, as ``Y^T K Y / (|K|_F |Y|^2)``.
 
-    ``shape`` of an example's outputs, for labels of positions: see :func:`label_vector`.
+    ``centered``: as for :func:`alignment`. ``shape`` of an example's outputs, for labels of positions: see
+    :func:`label_vector`.
     """
     k = center(K, centered)
     v = _centered(label_vector(y, k.shape[0], k.dtype, shape).to(k.device), centered)
@@ -95,8 +104,9 @@ def kernel_label_alignment(
 def group_alignment(K: Any, y: Tensor, groups: Mapping[str, Tensor], centered: bool | str = True) -> dict[str, Tensor]:
     """Label alignment of the kernel restricted to subsets of its examples (easy and hard ones), by name.
 
-    ``groups``: boolean masks ``(n,)``, or integer indices; NaN for one without examples. Raises :class:`ArgumentError`
-    for a mask of another length or of numbers, and for indices out of range.
+    ``K`` ``(c, n, c, n)``, labels ``y`` as for :func:`label_vector`, ``centered`` as for :func:`alignment`. ``groups``:
+    boolean masks ``(n,)``, or integer indices; NaN for one without examples. Raises :class:`ArgumentError` for a mask
+    of another length or of numbers, and for indices out of range.
     """
     k = kernel_tensor(K)
     out = {}
@@ -131,7 +141,8 @@ def label_alignment(
     memory_budget: int | None = None,
     check: bool = True,
 ) -> Any:
-    """CKA (``centered``) or kernel alignment of the tangent kernel with the labels: a scalar, or ``{layer: scalar}``.
+    """CKA (``centered``) or kernel alignment of the tangent kernel with the labels: a scalar, or with ``by_layer``
+    ``{layer: scalar}``.
 
     Parameters fewer than ``n c`` are treated in parameter space, by their ``(p, p)`` second moment, so that no
     ``n c x n c`` product is made; others by their kernel, one layer at a time.

@@ -48,6 +48,8 @@ def coherence(
     ``alpha = E_{z,z'} g.g' / E g.g`` (pairs include ``z = z'``): the part of a step on one example that helps the
     average one. Squared norms come from the factored rows, no ``n x d`` gradients are formed where that is cheaper.
 
+    ``loss``: as for :func:`nngeom.EmpiricalFIM`.
+
     Raises :class:`LoaderError` without targets, and what the sweep raises. Source: Chatterjee and Zielinski 2020.
     """
     run = Run.of(
@@ -82,7 +84,9 @@ def coherence(
 
 
 def gradient_coherence(gradients: Tensor) -> Coherence:
-    """:func:`coherence` of gradients at hand, ``(m, d)``; raises :class:`NonFiniteError` on NaN or infinity."""
+    """:func:`coherence` of ``gradients (m, d)`` at hand, one an example; raises :class:`NonFiniteError` on NaN or
+    infinity.
+    """
     if gradients.ndim != 2 or gradients.shape[0] == 0:
         raise ArgumentError(f"gradients have shape {tuple(gradients.shape)}; expected (m, d) with at least one row")
     require_finite_gradients(gradients)
@@ -93,7 +97,8 @@ def gradient_coherence(gradients: Tensor) -> Coherence:
 def coherence_from_batch_gradients(
     gradients: Tensor | Sequence[Tensor], batch_size: int, examples: int | None = None, scheme: str = "partition"
 ) -> Coherence:
-    """The coherence of single examples from mean gradients of batches of ``batch_size = k``, ``(batches, d)``.
+    """The coherence of single examples from the mean ``gradients`` of batches of ``batch_size = k``, ``(batches, d)``
+    or a list of them.
 
     ``scheme="partition"``: the batches partition ``examples = m`` points (default ``batches * k``), and
     ``alpha = a (m - k) / (k (m - 1) - a (k - 1) m)``; ``"iid"``: independent draws, ``alpha = a / (k - (k - 1) a)``,
@@ -122,8 +127,10 @@ def coherence_from_batch_gradients(
 
 
 def batch_coherence(alpha: float | Tensor, batch_size: int, examples: int | None = None) -> Any:
-    """The expected coherence of batch means from that of single examples: i.i.d. draws, or a partition of
+    """The expected coherence of batch means from ``alpha``, that of single examples: i.i.d. draws, or a partition of
     ``examples``.
+
+    ``batch_size``: examples a batch.
     """
     k, m = batch_size, examples
     return k * alpha / (1 + (k - 1) * (alpha if m is None else (m * alpha - 1) / (m - 1)))
@@ -139,8 +146,9 @@ def generalization_gap_bound(
     """``(L^2/m) sum_t [prod_{k>t} (1 + lr_k beta)] lr_t sqrt(2 (1 - alpha_t))``: the expected gap after the given
     steps.
 
-    ``lipschitz`` is ``L``, ``smoothness`` ``beta``; ``coherences[t]`` is ``alpha`` before step ``t``. Zero where every
-    coherence is 1. Raises :class:`ArgumentError`. Source: Chatterjee and Zielinski 2020, theorem on stability.
+    ``lipschitz`` is ``L``, ``smoothness`` ``beta``, ``examples`` ``m``; ``coherences[t]`` is ``alpha`` before step
+    ``t``, ``learning_rates[t]`` its ``lr``. Zero where every coherence is 1. Raises :class:`ArgumentError`. Source:
+    Chatterjee and Zielinski 2020, theorem on stability.
     """
     if len(coherences) != len(learning_rates):
         raise ArgumentError(

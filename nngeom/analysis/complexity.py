@@ -74,7 +74,7 @@ class ComplexityMeasure:
         return {"value": self.value, "steps": self.steps, "root": self._root, "weights": self._weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from a ``state`` of :meth:`state_dict`."""
         self.value, self.steps, self._root = float(state["value"]), int(state["steps"]), float(state["root"])
         self._weights = state["weights"].to(self._weights)
 

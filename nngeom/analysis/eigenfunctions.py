@@ -80,7 +80,7 @@ def eigenfunctions(
 
 @dataclass(frozen=True)
 class StepModes:
-    """A gradient step seen in the eigenbasis of the kernel: one entry a mode, eigenvalues descending.
+    """A gradient step seen in the eigenbasis of the kernel: one entry a mode, ``eigenvalues`` ``(k,)`` descending.
 
     ``predicted``: ``-lr lambda_J u_J^T dL/df``, to first order in ``lr``; ``actual``: the change of the outputs
     projected on ``u_J``; ``residual``: what the first order misses, ``|df - predicted| / |df|``. ``functions`` ``(k, c,
@@ -115,8 +115,9 @@ def step_modes(
     """What a step ``-lr dL/dw`` on the mean loss of ``loader`` does to the outputs, mode by mode: the local spectral
     bias.
 
-    The parameters are moved, the outputs read, and the parameters put back exactly. ``k``: that many leading modes (all
-    by default). ``at``: a second loader, where the change is predicted by Nystrom extension, ``-lr K(x, .) dL/df``.
+    The parameters are moved, the outputs read, and the parameters put back exactly. ``lr``: the learning rate;
+    ``loss``: as for :func:`nngeom.EmpiricalFIM`. ``k``: that many leading modes (all by default). ``at``: a second
+    loader, where the change is predicted by Nystrom extension, ``-lr K(x, .) dL/df``.
 
     Source: Baratin et al. 2021, lemma 1 and propositions 5 and 6.
     """
@@ -163,6 +164,8 @@ def step_modes(
 def linear_dynamics(K: Any, start: Tensor, targets: Tensor, lr: float, steps: int) -> Tensor:
     """``f_t = y + (I - lr K)^t (f_0 - y)``: outputs ``(c, n)`` after gradient descent on ``1/2 |f - y|^2`` with a fixed
     kernel.
+
+    ``start``: the outputs ``f_0 (c, n)``; ``targets``: ``y (c, n)``; ``steps``: ``t``, each with learning rate ``lr``.
     """
     m = require_symmetric(K)
     values, vectors = linalg.eigh(m)

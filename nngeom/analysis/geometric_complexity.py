@@ -37,10 +37,11 @@ def geometric_complexity(
 ) -> Tensor:
     """``1/n sum_i |d f(x_i) / d x_i|_F^2`` of the outputs before any softmax: a scalar.
 
-    ``estimator="exact"``: one backward pass an output (all at once); ``"rademacher"``: unbiased, one a sample.
-    ``differentiable``: the result carries its graph, to be added to a loss. The inputs are the first item of a batch
-    (or every floating-point tensor in it but the labels); token indices raise :class:`ArgumentError`: pass embeddings.
-    Examples must not mix: training-mode batch normalisation or dropout raises :class:`ModeError`.
+    ``estimator="exact"``: one backward pass an output (all at once); ``"rademacher"``: unbiased, one a sample, of
+    ``samples`` draws of signs by ``generator`` (torch's global one by default). ``differentiable``: the result carries
+    its graph, to be added to a loss. The inputs are the first item of a batch (or every floating-point tensor in it but
+    the labels); token indices raise :class:`ArgumentError`: pass embeddings. Examples must not mix: training-mode batch
+    normalisation or dropout raises :class:`ModeError`.
 
     Source: Dherin et al. 2022, definition of geometric complexity.
     """

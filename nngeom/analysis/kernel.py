@@ -40,8 +40,9 @@ def square_kernel(K: Any) -> Tensor:
 def center(K: Any, how: bool | str = True) -> Tensor:
     """The kernel of centred features, ``(c, n, c, m)``.
 
-    ``True`` or ``"features"``: the mean over examples is subtracted output by output; ``"global"``: over examples and
-    outputs together; ``False``: as it is. What is left at rounding level (copies of one example) is zero.
+    ``K``: an FMat or tensor. ``how``: ``True`` or ``"features"``: the mean over examples is subtracted output by
+    output; ``"global"``: over examples and outputs together; ``False``: as it is. What is left at rounding level
+    (copies of one example) is zero.
     """
     t = kernel_tensor(K)
     if how is False:
@@ -66,7 +67,7 @@ def require_symmetric(K: Any) -> Tensor:
 
 
 def normalised_gram(K: Any) -> Tensor:
-    """``K_ij / sqrt(K_ii K_jj)`` of a kernel, ``(c n, c n)``: cosines of the features; zero features give 0."""
+    """``K_ij / sqrt(K_ii K_jj)`` of a kernel ``K``, ``(c n, c n)``: cosines of the features; zero features give 0."""
     m = square_kernel(K)
     scale = m.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale.clamp_min(torch.finfo(m.dtype).tiny), torch.zeros_like(scale))
@@ -74,7 +75,8 @@ def normalised_gram(K: Any) -> Tensor:
 
 
 def kernel_pca(K: Any, k: int = 2) -> Tensor:
-    """``(c n, k)``: the points in the ``k`` leading principal directions of their centred features.
+    """``(c n, k)``: the points in the ``k`` leading principal directions of their centred features, from their kernel
+    ``K (c, n, c, n)``.
 
     Centring is output by output; a column is an eigenvector times the root of its eigenvalue, its largest entry
     positive.

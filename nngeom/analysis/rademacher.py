@@ -40,9 +40,10 @@ def rademacher_complexity(
 ) -> Tensor | Estimate:
     """``(M / n) E_s sqrt(s^T K s)`` over random signs: the complexity itself, of a class of scalar functions.
 
-    ``"exact"`` sums over all signs (at most 16 points), ``"monte_carlo"`` gives an :class:`Estimate` with its standard
-    error (infinite for one sample). No absolute value of the correlation is taken (for symmetric classes it would not
-    matter).
+    ``K``: a kernel ``(1, n, 1, n)``; ``norm``: ``M``, the largest norm in the class. ``method="exact"`` sums over all
+    signs (at most 16 points); ``"monte_carlo"``, from ``samples`` draws by ``generator`` (torch's global one by
+    default), gives an :class:`Estimate` with its standard error (infinite for one sample). No absolute value of the
+    correlation is taken (for symmetric classes it would not matter).
     """
     m = require_symmetric(K)
     n = m.shape[0]
@@ -69,8 +70,9 @@ def rademacher_complexity(
 
 
 def flow_bound(norms: Sequence[float] | Tensor, traces: Sequence[float] | Tensor, examples: int) -> Tensor:
-    """``sum_t (m_t / n) sqrt(tr K_t)``: the bound for functions reached by steps of norm ``m_t`` with kernels
-    ``K_t``.
+    """``sum_t (m_t / n) sqrt(tr K_t)``: the bound for functions reached by steps of norm ``m_t`` with kernels ``K_t``.
+
+    ``norms`` and ``traces``: ``m_t`` and ``tr K_t``, one each a step; ``examples``: ``n``.
     """
     m, k = torch.as_tensor(norms, dtype=torch.float64), torch.as_tensor(traces, dtype=torch.float64)
     if m.shape != k.shape:
@@ -81,7 +83,8 @@ def flow_bound(norms: Sequence[float] | Tensor, traces: Sequence[float] | Tensor
 def margins(outputs: Tensor, targets: Tensor) -> Tensor:
     """``(n,)``: ``f[y] - max_{y' != y} f[y']``, or ``f y`` for one output and labels of -1 and 1 (or 0 and 1).
 
-    ``outputs (n, c)`` or ``(n,)``, class labels ``(n,)``. Raises :class:`OutputError` for labels that do not fit.
+    ``outputs (n, c)`` or ``(n,)``, class labels ``targets (n,)``. Raises :class:`OutputError` for labels that do not
+    fit.
     """
     if outputs.ndim > 2:
         raise OutputError(f"outputs have shape {tuple(outputs.shape)}; margins take (n, c), or (n,) for one output")
@@ -97,7 +100,7 @@ def margins(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def ramp_loss(margin: Tensor, gamma: float) -> Tensor:
-    """1 up to margin 0, 0 from ``gamma`` on, linear between."""
+    """1 up to ``margin`` 0, 0 from ``gamma`` on, linear between, for margins of any shape."""
     if gamma <= 0:
         raise ArgumentError(f"gamma is {gamma}; expected a positive margin")
     return (1 - margin / gamma).clamp(0, 1)
@@ -106,6 +109,8 @@ def ramp_loss(margin: Tensor, gamma: float) -> Tensor:
 def margin_bound(K: Any, norm: float, gamma: float) -> Tensor:
     """``(c^(3/2) M / (gamma n)) sqrt(tr K)``: the complexity of the ramp loss of a multiclass linear class, ``K (c, n,
     c, n)``.
+
+    ``norm``: ``M``, the largest norm in the class; ``gamma``: the margin from which the loss is 0.
     """
     if gamma <= 0:
         raise ArgumentError(f"gamma is {gamma}; expected a positive margin")
@@ -117,6 +122,9 @@ def generalization_bound(
 ) -> float:
     """``emp + 2 R + 3 sqrt(log(2/delta) / 2n)`` with the empirical complexity, or ``emp + 2 R_n + sqrt(log(1/delta) /
     2n)``.
+
+    ``empirical``: the mean loss ``emp`` on ``examples = n``; ``complexity``: ``R``, of these examples
+    (``data_dependent``), or its expectation ``R_n``; the bound holds with probability ``1 - delta``.
     """
     if not 0 < delta < 1:
         raise ArgumentError(f"delta is {delta}; expected a number in (0, 1)")
@@ -137,6 +145,8 @@ def interpolation_norm(K: Any, y: Tensor) -> Tensor:
 def interpolation_bound(K: Any, y: Tensor) -> Tensor:
     """``(1/n) sqrt(sum_j (u_j^T y)^2 / lambda_j * sum_j lambda_j)``: :func:`rademacher_bound` at the least norm that
     fits ``y``.
+
+    ``K``: a kernel ``(c, n, c, n)``; ``y``: labels ``(c, n)`` or an FVector.
     """
     values, coefficients = _modes(K, y)
     return ((coefficients.square() / values).sum() * values.sum()).sqrt() / kernel_tensor(K).shape[1]
@@ -146,9 +156,10 @@ def rescaled_bound(K: Any, y: Tensor) -> Tensor:
     """``(1/n) sum_j |u_j^T y|``: :func:`interpolation_bound` after the best rescaling of the singular values of the
     features.
 
-    The scales ``nu_j = lambda_j / |u_j^T y|`` (up to a factor) reach it, whatever the eigenvalues were; modes of zero
-    eigenvalue are left out. Where eigenvalues coincide their eigenvectors are not determined, nor is this number: it is
-    that of the ones returned by ``eigh``. Source: Baratin et al. 2021, proposition on the optimal norm.
+    ``K`` and ``y`` as there. The scales ``nu_j = lambda_j / |u_j^T y|`` (up to a factor) reach it, whatever the
+    eigenvalues were; modes of zero eigenvalue are left out. Where eigenvalues coincide their eigenvectors are not
+    determined, nor is this number: it is that of the ones returned by ``eigh``. Source: Baratin et al. 2021,
+    proposition on the optimal norm.
     """
     _, coefficients = _modes(K, y)
     return coefficients.abs().sum() / kernel_tensor(K).shape[1]

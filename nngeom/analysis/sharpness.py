@@ -32,7 +32,8 @@ def sharpness(
     """The largest eigenvalue of the Hessian of the mean loss, by Lanczos on Hessian-vector products; no matrix is
     formed.
 
-    ``tol``: the residual relative to the largest eigenvalue. ``generator``: of the starting vector (seeded by default).
+    ``loss``: as for :func:`nngeom.Hessian`. ``tol``: the residual relative to the largest eigenvalue. ``generator``: of
+    the starting vector (seeded by default).
     """
     hessian = Hessian(
         model, loader, loss=loss, function=function, layer_collection=layer_collection, memory_budget=memory_budget
@@ -55,7 +56,8 @@ def non_uniformity(
     """``sqrt(lambda_max(1/n sum_i H_i^2 - H^2))`` of the per-example Hessians ``H_i``, matrix-free.
 
     Every Lanczos step takes two Hessian-vector products of every example by itself: for probe sets, not whole data
-    sets. Source: Wu, Ma and E 2018, definition of non-uniformity.
+    sets. ``loss``: as for :func:`nngeom.Hessian`; ``tol`` and ``generator`` as for :func:`sharpness`. Source: Wu, Ma
+    and E 2018, definition of non-uniformity.
     """
     run = Run.of(model, loader, function=function, layer_collection=layer_collection).held()
     options: dict[str, Any] = {
@@ -84,7 +86,7 @@ class Stability:
     """Whether stochastic gradient descent can be linearly stable at an interpolating minimum.
 
     ``stable``: both necessary conditions hold, ``sharpness <= 2 / lr`` and ``non_uniformity <= sqrt(B (n - 1) / (n -
-    B)) / lr`` (no bound for full batches).
+    B)) / lr`` (no bound for full batches), which are ``largest_sharpness`` and ``largest_non_uniformity``.
     """
 
     stable: bool
@@ -101,6 +103,8 @@ def sgd_stability(a: float | Tensor, s: float | Tensor, lr: float, batch_size: i
     """The necessary condition for linear stability from sharpness ``a`` and non-uniformity ``s``; the result is true or
     false.
 
+    ``lr``: the learning rate; ``batch_size``: ``B``, of ``n`` examples.
+
     Source: Wu, Ma and E 2018, theorem on linear stability.
     """
     _require(lr, batch_size, n)
@@ -115,8 +119,8 @@ def sgd_stability(a: float | Tensor, s: float | Tensor, lr: float, batch_size: i
 def stability_eigenvalue(hessians: Tensor, lr: float, batch_size: int) -> Tensor:
     """``lambda_max((I - lr H)^2 + lr^2 (n - B) / (B (n - 1)) S)``: stable if at most 1 (and only if, in one dimension).
 
-    ``hessians`` ``(n, d, d)``, one an example; ``H`` their mean and ``S = mean(H_i^2) - H^2``; batches drawn without
-    replacement. For least squares at zero residual ``H_i = x_i x_i^T``.
+    ``hessians`` ``(n, d, d)``, one an example; ``batch_size`` ``B``; ``H`` their mean and ``S = mean(H_i^2) - H^2``;
+    batches drawn without replacement. For least squares at zero residual ``H_i = x_i x_i^T``.
     """
     if hessians.ndim != 3 or hessians.shape[1] != hessians.shape[2]:
         raise ArgumentError(f"hessians have shape {tuple(hessians.shape)}; expected (n, d, d)")

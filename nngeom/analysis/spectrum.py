@@ -57,8 +57,8 @@ def effective_rank(K: Any) -> Tensor:
 def trace_ratios(K: Any, ks: int | Iterable[int]) -> Tensor:
     """The share of the trace in the ``k`` largest eigenvalues, one number for each of ``ks`` (a scalar for one ``k``).
 
-    ``k`` beyond the number of eigenvalues gives 1; a zero kernel NaN. Source: Baratin et al. 2021, eq. 6, with ``j <=
-    k``.
+    ``K`` as in :func:`spectrum`. ``k`` beyond the number of eigenvalues gives 1; a zero kernel NaN. Source: Baratin et
+    al. 2021, eq. 6, with ``j <= k``.
     """
     values = spectrum(K)
     asked = [ks] if isinstance(ks, int) else list(ks) if isinstance(ks, Iterable) else [-1]
@@ -72,7 +72,12 @@ def trace_ratios(K: Any, ks: int | Iterable[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class SpectrumSummary:
-    """Numbers a spectrum is followed by: all of one kernel, none divided by ``n``."""
+    """Numbers a spectrum is followed by: all of one kernel, none divided by ``n``.
+
+    ``trace``, ``largest``, ``mean`` and ``median``: of the eigenvalues; ``rank``: how many are positive;
+    ``effective_rank``: the exponential of their entropy; ``participation``: ``1 / sum mu^2`` of their shares ``mu`` of
+    the trace, at most the effective rank.
+    """
 
     trace: Tensor
     largest: Tensor
@@ -80,7 +85,7 @@ class SpectrumSummary:
     median: Tensor
     rank: int
     effective_rank: Tensor
-    participation: Tensor  # 1 / sum mu^2, at most the effective rank
+    participation: Tensor
 
 
 def spectrum_summary(K: Any) -> SpectrumSummary:

@@ -83,11 +83,11 @@ def stiffness(
 ) -> Stiffness:
     """Stiffness of the examples of ``loader`` with each other, or with those of ``other`` (train against validation).
 
-    ``kind``: ``"cosine"`` (suits pairs within a class) or ``"sign"`` (between classes). A step ``-e g_1`` changes the
-    loss of example 2 by ``-e g_1 . g_2``: positive stiffness helps. Per-example gradients stay in factored form, ``n x
-    d`` numbers are formed only where that is cheaper. Examples whose label the loss ignores have no gradient, cosine 0
-    with all, and are no class. Equal examples in ``loader`` and ``other`` are not recognised: leave ``other`` out to
-    compare a set with itself.
+    ``kind``: ``"cosine"`` (suits pairs within a class) or ``"sign"`` (between classes). ``loss``: as for
+    :func:`nngeom.EmpiricalFIM`. A step ``-e g_1`` changes the loss of example 2 by ``-e g_1 . g_2``: positive stiffness
+    helps. Per-example gradients stay in factored form, ``n x d`` numbers are formed only where that is cheaper.
+    Examples whose label the loss ignores have no gradient, cosine 0 with all, and are no class. Equal examples in
+    ``loader`` and ``other`` are not recognised: leave ``other`` out to compare a set with itself.
 
     Raises :class:`ArgumentError` for another ``kind``, :class:`LoaderError` without targets, and what the sweep raises.
     Source: Fort et al. 2019, definitions of sign, cosine and class stiffness.
@@ -118,7 +118,8 @@ def gradient_stiffness(
     labels: Tensor | None = None,
     other_labels: Tensor | None = None,
 ) -> Stiffness:
-    """:func:`stiffness` of gradients at hand, ``(n, d)`` (and ``other`` ``(m, d)``), with class labels where given.
+    """:func:`stiffness` of ``gradients`` at hand, ``(n, d)`` (and ``other`` ``(m, d)``), with class labels where given:
+    ``labels (n,)``, ``other_labels (m,)``.
 
     Raises :class:`ArgumentError` for another ``kind`` or labels of other examples, :class:`NonFiniteError` on NaN or
     infinity.

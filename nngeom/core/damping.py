@@ -24,7 +24,7 @@ class Tikhonov:
 
 @dataclass(frozen=True)
 class FactoredTikhonov:
-    """Damping of the two Kronecker factors, ``(A + pi sqrt(x) I) (x) (G + sqrt(x)/pi I)``.
+    """Damping of the two Kronecker factors, ``(A + pi sqrt(x) I) (x) (G + sqrt(x)/pi I)`` with ``x`` the ``value``.
 
     ``balanced``: ``pi = sqrt((tr A / dim A) / (tr G / dim G))`` (Martens & Grosse 2015, section 6.3); else ``pi = 1``,
     under which layers with small gradients are damped on the side of the gradients alone (George et al. 2018, A.4).

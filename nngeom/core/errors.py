@@ -46,7 +46,7 @@ class DampingError(NNGeomError, ValueError):
 class SingularError(NNGeomError, ArithmeticError):
     """A solve, inverse or sample of a matrix that is singular or indefinite at this damping.
 
-    ``needed`` is the damping above which it is positive definite, where that is known.
+    ``message``: the text. ``needed`` is the damping above which it is positive definite, where that is known.
     """
 
     def __init__(self, message: str, needed: float | None = None):

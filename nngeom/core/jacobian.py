@@ -73,7 +73,7 @@ class LayerJacobian(ABC):
         out.copy_(self.matrix()[..., lo:hi])
 
     def to(self, dtype: torch.dtype) -> LayerJacobian:
-        """The same rows in another dtype."""
+        """The same rows in another ``dtype``."""
         fields = {
             name: t.to(dtype) for name, t in vars(self).items() if isinstance(t, Tensor) and t.is_floating_point()
         }
@@ -88,7 +88,7 @@ class LayerJacobian(ABC):
         return self.matrix().flatten(2)
 
     def blocks(self, most: int | None = None):
-        """This Jacobian cut over examples so that its explicit rows fit the memory budget."""
+        """This Jacobian cut over examples so that its explicit rows fit the memory budget and ``most`` bytes."""
         for lo, hi in memory.pieces(self.shape[1], self.bytes_each(), most=most):
             yield self.examples(lo, hi)
 
@@ -123,12 +123,12 @@ class LayerJacobian(ABC):
         return linalg.mirror_(total)
 
     def gram(self, other: LayerJacobian) -> Tensor:
-        """``[k, n, l, m]``: ``<J[k, n], J'[l, m]>``."""
+        """``[k, n, l, m]``: ``<J[k, n], J'[l, m]>`` with the rows ``J'`` of ``other``, of the same block."""
         x, y = self.rows(), other.rows()
         return (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
 
     def add_gram(self, tile: Tile, other: LayerJacobian) -> None:
-        """``tile.out[k, n, l, m] += <J[k, n], J'[l, m]>`` in place."""
+        """``tile.out[k, n, l, m] += <J[k, n], J'[l, m]>`` in place, with the rows ``J'`` of ``other``."""
         by_rows(tile, self, other)
 
     def features(self, lo: int, hi: int) -> LayerJacobian:
@@ -146,7 +146,7 @@ class LayerJacobian(ABC):
         return FullJacobian(self.matrix()[..., lo:hi])
 
     def all_rows(self, tile: Tile, name: str) -> Tensor:
-        """``[r, p]``: the rows in the order of a tile, in its working memory of this name where that saves fresh
+        """``[r, p]``: the rows in the order of ``tile``, in its working memory called ``name`` where that saves fresh
         memory.
         """
         return tile.rows(self.matrix())
@@ -158,14 +158,16 @@ class LayerJacobian(ABC):
     def kronecker_sums(self, sharing: str, limit: int) -> dict[str, Tensor | Moment | Inputs]:
         """Sums over ``k, n`` from which :func:`nngeom.pmat.kfac.kronecker_block` makes the factors of ``sum J J^T``.
 
-        ``"a" [s, i, i]`` of :class:`Inputs` and ``"g" [s, o, o]`` of gradients; a factor that is exactly diagonal, or
-        longer than ``limit``, as its diagonal. Rows without Kronecker structure (``o = 1``) give the exact block as
-        ``"a"`` and no ``"g"``.
+        ``sharing``: as for :class:`~nngeom.PMatKFAC`. ``"a" [s, i, i]`` of :class:`Inputs` and ``"g" [s, o, o]`` of
+        gradients; a factor that is exactly diagonal, or longer than ``limit``, as its diagonal. Rows without Kronecker
+        structure (``o = 1``) give the exact block as ``"a"`` and no ``"g"``.
         """
         return {"a": self.input_factor(sharing, limit)}
 
     def input_factor(self, sharing: str, limit: int) -> Tensor | Moment:
-        """``"a"`` of :meth:`kronecker_sums`; for rows without Kronecker structure the exact block ``[s, i, i]``."""
+        """``"a"`` of ``kronecker_sums(sharing, limit)``; for rows without Kronecker structure the exact block ``[s, i,
+        i]``.
+        """
         _, _, s, o, i = self.shape
         if o != 1:
             raise StructureError(

@@ -43,13 +43,13 @@ class FMatDense(FMat):
 
     @staticmethod
     def doubly_centred(tensor: Tensor) -> Tensor:
-        """A square kernel with the mean over examples subtracted on both sides."""
+        """A square kernel, a ``tensor`` of this kind, with the mean over examples subtracted on both sides."""
         tensor = tensor - tensor.mean(1, keepdim=True)
         return tensor - tensor.mean(3, keepdim=True)
 
     @staticmethod
     def sizes(c: int, n: int, m: int) -> tuple[int, ...]:
-        """The shape of ``tensor``."""
+        """The shape of ``tensor`` for ``c`` outputs, ``n`` rows and ``m`` columns."""
         return c, n, c, m
 
     @staticmethod
@@ -59,8 +59,8 @@ class FMatDense(FMat):
 
     @staticmethod
     def tiles(blocks: Blocks, k: slice, l: slice, graph: bool, by_examples: bool) -> dict[str, Tensor]:
-        """``{group: tile}``, summed over blocks; ``k``, ``l``: the outputs of their rows. With ``graph`` nothing is
-        overwritten.
+        """``{group: tile}``, summed over ``blocks (group, x, y)``; ``k``, ``l``: the outputs of their rows. With
+        ``graph`` nothing is overwritten.
 
         ``by_examples``: the order that products are added up in, as for :class:`~nngeom.core.gram.Tile`.
         """
@@ -76,7 +76,7 @@ class FMatDense(FMat):
 
     @staticmethod
     def centred(tile: Tensor, ax: Tensor, ay: Tensor, squares: Tensor, k: slice, l: slice) -> Tensor:
-        """The tile of centred gradients, from products with the mean gradients ``ax [k, n, c]``, ``ay [l, m, c]``,
+        """The ``tile`` of centred gradients, from products with the mean gradients ``ax [k, n, c]``, ``ay [l, m, c]``,
         ``squares [c, c]``.
         """
         return (
@@ -85,7 +85,7 @@ class FMatDense(FMat):
 
     @staticmethod
     def mirror(tile: Tensor) -> Tensor:
-        """The tile on the other side of the diagonal."""
+        """The ``tile`` on the other side of the diagonal."""
         return tile.permute(2, 3, 0, 1)
 
     def __post_init__(self):
@@ -141,23 +141,29 @@ class FMatBlockDiag(FMat):
 
     @staticmethod
     def doubly_centred(tensor: Tensor) -> Tensor:
-        """A square kernel with the mean over examples subtracted on both sides."""
+        """A square kernel, a ``tensor`` of this kind, with the mean over examples subtracted on both sides."""
         tensor = tensor - tensor.mean(1, keepdim=True)
         return tensor - tensor.mean(2, keepdim=True)
 
     @staticmethod
     def sizes(c: int, n: int, m: int) -> tuple[int, ...]:
-        """The shape of ``tensor``."""
+        """The shape of ``tensor`` for ``c`` outputs, ``n`` rows and ``m`` columns."""
         return c, n, m
 
     @staticmethod
     def place(k: slice, n: slice, l: slice, m: slice) -> tuple[slice, ...]:
-        """Where the tile lies in ``tensor``: the outputs common to both sides."""
+        """Where the tile of outputs ``k``, ``l`` and examples ``n``, ``m`` lies in ``tensor``: the outputs common to
+        both sides.
+        """
         return slice(max(k.start, l.start), min(k.stop, l.stop)), n, m
 
     @staticmethod
     def tiles(blocks: Blocks, k: slice, l: slice, graph: bool, by_examples: bool) -> dict[str, Tensor]:
-        """``{group: tile}``, summed over blocks, output by output; ``k``, ``l``: the outputs of their rows."""
+        """``{group: tile}``, summed over ``blocks (group, x, y)``, output by output; ``k``, ``l``: the outputs of their
+        rows.
+
+        ``graph``, ``by_examples``: for :class:`FMatDense` alone, these products are made one way.
+        """
         both = range(max(k.start, l.start), min(k.stop, l.stop))
 
         def product(x: LayerJacobian, y: LayerJacobian) -> Tensor:
@@ -172,14 +178,16 @@ class FMatBlockDiag(FMat):
 
     @staticmethod
     def centred(tile: Tensor, ax: Tensor, ay: Tensor, squares: Tensor, k: slice, l: slice) -> Tensor:
-        """The tile of centred gradients, as for :class:`FMatDense`."""
+        """The ``tile`` of centred gradients, as for :class:`FMatDense`: ``ax``, ``ay``, ``squares`` and the outputs
+        ``k``, ``l``.
+        """
         both = torch.arange(max(k.start, l.start), min(k.stop, l.stop), device=tile.device)
         left, right = ax[both - k.start, :, both], ay[both - l.start, :, both]
         return tile - left.unsqueeze(-1) - right.unsqueeze(1) + squares[both, both][:, None, None]
 
     @staticmethod
     def mirror(tile: Tensor) -> Tensor:
-        """The tile on the other side of the diagonal."""
+        """The ``tile`` on the other side of the diagonal."""
         return tile.mT
 
     def __post_init__(self):

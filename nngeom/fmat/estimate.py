@@ -74,7 +74,10 @@ class TraceEstimate(_Estimated):
 
 @dataclass(frozen=True, eq=False)
 class KernelEstimate(_Estimated):
-    """``sum_k K[k, n, k, m]``, the kernel summed over outputs, from draws that share their signs among examples."""
+    """``sum_k K[k, n, k, m]``, the kernel summed over outputs, from draws that share their signs among examples.
+
+    ``kernel``: an FMatDense ``(1, n, 1, m)``; ``standard_error``: of its entries, ``(n, m)``; ``traces``: of each draw.
+    """
 
     kernel: FMatDense  # (1, n, 1, m)
     standard_error: Tensor  # [n m]

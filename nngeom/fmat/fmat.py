@@ -43,7 +43,7 @@ class FMat(FunctionOperator, TensorObject):
         return type(self)(c * self.tensor)  # type: ignore[call-arg]
 
     def norm(self, kind: str = "fro") -> Tensor:
-        """The Frobenius norm."""
+        """The Frobenius norm; ``kind`` is ``"fro"``, others raise :class:`ArgumentError`."""
         if kind not in ("fro", None):
             raise ArgumentError(
                 f"norm({kind!r}) is not offered; expected 'fro' (eigenvalues for other norms: K.eigh()[0])"

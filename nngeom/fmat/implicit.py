@@ -91,7 +91,11 @@ def _pull(side: Side, u: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FMatImplicit(FunctionOperator):
-    """``scale * J J'^T`` by products; keeps the model and the batches, and is not picklable."""
+    """``scale * J J'^T`` by products; keeps the model and the batches, and is not picklable.
+
+    ``left``, ``right``: the examples that are its rows and columns; ``centered``: the mean gradient of ``reference``
+    (by default the left side) is subtracted from both.
+    """
 
     left: Side
     right: Side
@@ -166,8 +170,10 @@ class FMatImplicit(FunctionOperator):
         return FVector(self.scale * squares)
 
     def trace(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
-        """``tr K``: exact by default, or an :class:`Estimate` with a standard error (``"hutchinson"``,
-        ``"hutch++"``).
+        """``tr K``: exact by default, or an :class:`Estimate` with a standard error.
+
+        ``estimator``: ``"hutchinson"`` or ``"hutch++"``, of ``samples`` random vectors by ``generator`` (torch's global
+        one by default).
         """
         if estimator is None:
             return self.diag().tensor.sum()
@@ -182,7 +188,11 @@ class FMatImplicit(FunctionOperator):
         )
 
     def norm(self, kind: str = "fro", samples: int | None = None, generator: torch.Generator | None = None) -> Any:
-        """The Frobenius norm: of the dense kernel, or with ``samples`` an :class:`Estimate` from products."""
+        """The Frobenius norm (``kind="fro"``): of the dense kernel, or with ``samples`` an :class:`Estimate` from
+        products.
+
+        ``generator``: of the random vectors (torch's global one by default).
+        """
         if samples is None:
             return self.materialize().norm(kind)
         self._require_square("an estimated norm")
@@ -198,7 +208,7 @@ class FMatImplicit(FunctionOperator):
         return Estimate(root, square.standard_error / (2 * root))
 
     def materialize(self, representation: Any = FMatDense) -> Any:
-        """The same kernel in a representation that holds its entries."""
+        """The same kernel in a ``representation`` that holds its entries, such as :class:`FMatDense`."""
         if self.centered and self._reference is not self.left:
             return self.T.materialize(representation).T
         with torch.no_grad(), self.left.within():
@@ -220,7 +230,8 @@ class FMatImplicit(FunctionOperator):
     ) -> FVector:
         """``(K + damping I)^-1 f`` by conjugate gradients to a relative residual ``tol``.
 
-        Differentiable in ``f`` and ``damping``. Raises :class:`ConvergenceError` when ``tol`` is not reached.
+        ``max_iter``: steps at most (by default ten times the side, at most 10 000). Differentiable in ``f`` and
+        ``damping``. Raises :class:`ConvergenceError` when ``tol`` is not reached.
         """
         self._require_symmetric("solve")
         d = as_damping(damping)
@@ -236,7 +247,11 @@ class FMatImplicit(FunctionOperator):
     def lanczos(
         self, k: int, steps: int | None = None, tol: float = 1e-6, generator: torch.Generator | None = None
     ) -> tuple[Tensor, FVector]:
-        """The ``k`` largest eigenvalues, descending ``(k,)``, and their vectors, a batch of FVectors."""
+        """The ``k`` largest eigenvalues, descending ``(k,)``, and their vectors, a batch of FVectors.
+
+        It goes on until residuals relative to the largest eigenvalue are below ``tol``, or for ``steps`` products where
+        given. ``generator``: of the first vector (torch's global one by default).
+        """
         self._require_symmetric("lanczos")
         device = generator.device if generator is not None else self.device
         start = torch.randn(self.shape[0], generator=generator, dtype=self.dtype, device=device).to(self.device)
@@ -248,7 +263,7 @@ class FMatImplicit(FunctionOperator):
         raise self._refuse("eigh()")
 
     def logdet(self, damping: float | Tensor = 0.0) -> Any:
-        """Not offered; raises :class:`UnsupportedError`."""
+        """Not offered, whatever the ``damping``; raises :class:`UnsupportedError`."""
         raise self._refuse("logdet()")
 
     def _refuse(self, what: str) -> UnsupportedError:

@@ -24,21 +24,11 @@ class Run:
     """A model on data: what every measure takes, by the same names.
 
     Objects that outlive the call which made them (implicit matrices, kernels and maps) keep their run, with its budget
-    and its checks. :meth:`of` makes one from the arguments of a measure:
+    and its checks. :meth:`of` makes one from the arguments of a measure.
 
-    - ``model``: a ``torch.nn.Module``; of wrapped ones (``DataParallel``, compiled) the module inside.
-    - ``loader``: a ``DataLoader`` or any iterable of batches, or one batch (a tuple, tensor, array or dict); a batch is
-      ``(inputs, targets)``, ``(inputs,)`` or a dict with ``"labels"``, examples along the first axis of every tensor.
-    - ``function``: a function of the items of a batch that returns the outputs ``(n, c)`` or ``(n, *shape)``; ``None``
-      for ``model(inputs)``.
-    - ``layer_collection``: the parameters that count, a :class:`LayerCollection` of the model; ``None`` for all that
-      require gradients.
-    - ``progress``: whether a bar is shown, a step a batch.
-    - ``memory_budget``: bytes that temporaries may take; ``None`` for the budget in force, 1 GiB at first. It cuts the
-      work into pieces and changes no result.
-    - ``check``: whether rows are compared with autograd's and models that mix or draw refused; without it what adapters
-      say is believed.
-    - ``process_group``: not available yet; expected ``None``.
+    Its ``task`` is the model with what names its parameters and runs it, ``loader`` the data, ``memory_budget`` in
+    bytes; ``check`` and ``progress`` as for :meth:`of`. ``left_to_fallback``: parameters whose rows come from the
+    per-example fallback, as sweeps find out.
     """
 
     task: Task
@@ -46,7 +36,7 @@ class Run:
     memory_budget: int
     check: bool = True
     progress: bool = False
-    left_to_fallback: set[str] = field(default_factory=set, repr=False)  # found out on the way, by any sweep
+    left_to_fallback: set[str] = field(default_factory=set, repr=False)
 
     @staticmethod
     def of(
@@ -60,7 +50,19 @@ class Run:
         check: bool = True,
         process_group: Any = None,
     ) -> Run:
-        """The run of a measure's arguments, see the class.
+        """The run of the arguments that all measures take.
+
+        Args:
+            model: a module. Where it mixes examples or draws at random (batch normalisation or dropout in training mode) a
+                measure raises :class:`ModeError`.
+            loader: a ``DataLoader``, an iterable of batches, or a list of them; a tuple, tensor or dict is one batch.
+            function: from a batch to its outputs ``(n, c)``: a tuple is unpacked, targets included, others are passed
+                whole. By default ``model(inputs)``, for a dict ``model(**batch)`` without its labels.
+            layer_collection: the parameters, all trainable ones by default.
+            progress: whether a bar is shown.
+            memory_budget: bytes of temporaries (1 GiB by default): work is cut to fit, the result stays the same.
+            check: whether every batch is known to be complete, placed and right before it enters the result.
+            process_group: not available yet; anything but ``None`` raises :class:`UnsupportedError`.
 
         Raises :class:`ArgumentTypeError`, :class:`DeviceError`, :class:`CollectionError` for what is no model or not
         its collection, :class:`ArgumentError` for a budget that is not positive, :class:`UnsupportedError` for a

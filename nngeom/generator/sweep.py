@@ -42,12 +42,16 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a statistic sees: the LayerJacobians of one batch, for some of its cotangents."""
+    """What a statistic sees: the rows of one batch, for some of its cotangents.
+
+    ``jacobians``: the rows of every block of parameters; ``examples``: ``n``; ``start``: the running index of the first
+    of them; ``outputs``: which cotangents, the first and how many there are in all, ``(lo, total)``.
+    """
 
     jacobians: dict[Layout, LayerJacobian]
-    examples: int  # n
-    start: int  # running index of the first example
-    outputs: tuple[int, int]  # which cotangents of how many: (lo, total)
+    examples: int
+    start: int
+    outputs: tuple[int, int]
 
     @property
     def first(self) -> bool:

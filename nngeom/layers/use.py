@@ -12,7 +12,9 @@ from nngeom.core.layout import Arrangement
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter read as a matrix ``[s, o, i]``, of which one use sees the part starting at ``(row, column)``."""
+    """A parameter, by ``name``, read by ``arrangement`` as a matrix ``[s, o, i]``, of which one use sees the part
+    starting at ``(row, column)``.
+    """
 
     name: str
     arrangement: Arrangement

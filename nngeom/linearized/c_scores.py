@@ -46,13 +46,13 @@ def c_scores(
     workers: int = 1,
     path: str | os.PathLike | None = None,
 ) -> CScores:
-    """For each subset size ``s``: the share of ``repeats`` models, trained on ``s`` random examples other than ``x``,
-    that predict ``y``.
+    """For each size ``s`` of a subset in ``sizes``: the share of ``repeats`` models, trained on ``s`` random examples
+    other than ``x``, that predict ``y``.
 
-    ``learner(inputs, labels, held_out_inputs, seed)`` returns predicted labels; by default ridge regression on one-hot
-    labels. ``workers > 1`` spreads models over processes (the learner must be importable, and a script needs its
-    ``if __name__ == "__main__"``); results do not depend on it. ``path``: a ``.npz`` that keeps finished models, so
-    that an interrupted estimate goes on where it stopped.
+    ``inputs (n, ...)`` with class ``labels (n,)``. ``learner(inputs, labels, held_out_inputs, seed)`` returns predicted
+    labels; by default ridge regression on one-hot labels. ``workers > 1`` spreads models over processes (the learner
+    must be importable, and a script needs its ``if __name__ == "__main__"``); results do not depend on it. ``path``: a
+    ``.npz`` that keeps finished models, so that an interrupted estimate goes on where it stopped.
 
     Raises :class:`ArgumentError`, and :class:`FileError` for a file of other data or settings. Source: Jiang et al.
     2021; George 2023, thesis, eq. 5.3.2.

@@ -9,7 +9,10 @@ from nngeom.core.errors import ArgumentError
 
 
 def yin_yang(n: int, generator: torch.Generator | None = None, radius: float = 0.3) -> tuple[Tensor, Tensor]:
-    """Points ``(n, 2)`` uniform on the square [-1, 1]^2 and their classes 0 or 1: see :func:`yin_yang_label`."""
+    """Points ``(n, 2)`` uniform on the square [-1, 1]^2 and their classes 0 or 1: see :func:`yin_yang_label`.
+
+    ``generator``: of the points (torch's global one by default); ``radius``: of the disks.
+    """
     x = 2 * torch.rand(n, 2, generator=generator) - 1
     return x, yin_yang_label(x, radius)
 
@@ -17,13 +20,14 @@ def yin_yang(n: int, generator: torch.Generator | None = None, radius: float = 0
 def yin_yang_label(x: Tensor, radius: float = 0.3) -> Tensor:
     """Class 0 in the upper half of the plane and 1 below, flipped in two disks around (0.5, -0.5) and (-0.5, 0.5).
 
-    The large uniform regions are easy, the disks difficult. Source: George 2023, thesis, fig. 5.1.
+    ``x``: points ``(n, 2)``; ``radius``: of the disks. The large uniform regions are easy, the disks difficult. Source:
+    George 2023, thesis, fig. 5.1.
     """
     return (x[:, 1] <= 0).long() ^ in_disks(x, radius).long()
 
 
 def in_disks(x: Tensor, radius: float = 0.3) -> Tensor:
-    """Whether a point lies in one of the two disks, ``(n,)`` booleans."""
+    """Whether a point of ``x (n, 2)`` lies in one of the two disks of this ``radius``, ``(n,)`` booleans."""
     centre = x.new_tensor([0.5, -0.5])
     return ((x - centre).norm(dim=1) < radius) | ((x + centre).norm(dim=1) < radius)
 
@@ -36,10 +40,11 @@ def add_spurious_feature(
     noise: float,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(inputs with one more column, attribute)`` for binary labels.
+    """``(inputs with one more column, attribute)`` for ``inputs (n, features)`` and binary ``labels (n,)``.
 
     The attribute ``(n,)`` equals the label for exactly ``round(agreement * n)`` examples; the column is ``+-strength``
-    by the attribute, plus normal noise. Raises :class:`ArgumentError`.
+    by the attribute, plus normal noise of standard deviation ``noise``, drawn by ``generator`` (torch's global one by
+    default). Raises :class:`ArgumentError`.
     """
     binary = labels.shape == inputs.shape[:1] and not bool(((labels != 0) & (labels != 1)).any())
     if inputs.ndim != 2 or not 0 <= agreement <= 1 or not binary:

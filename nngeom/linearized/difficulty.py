@@ -28,8 +28,10 @@ class Groups:
 
 
 def groups_by_flag(flag: Tensor, names: tuple[str, str] = ("clean", "noisy")) -> Groups:
-    """Two groups from a boolean ``(n,)``: those where it is false, then those where it is true (wrong label, rare
+    """Two groups from a boolean ``flag (n,)``: those where it is false, then those where it is true (wrong label, rare
     attribute).
+
+    ``names``: what they are called.
     """
     if flag.ndim != 1 or flag.dtype != torch.bool:
         raise ArgumentError(f"flag is a {flag.dtype} tensor of shape {tuple(flag.shape)}; expected booleans (n,)")
@@ -44,9 +46,10 @@ def _require_distinct(names: Sequence[str]) -> None:
 
 
 def groups_by_score(scores: Tensor, count: int = 10, names: Sequence[str] | None = None) -> Groups:
-    """``count`` groups of nearly equal size by descending score (C-scores: the first group is the easiest).
+    """``count`` groups of nearly equal size by descending ``scores (n,)`` (C-scores: the first group is the easiest).
 
-    Ties are broken by index. Raises :class:`ArgumentError` for scores that are not finite or fewer than groups.
+    Ties are broken by index. ``names``: one a group (``q1``, ``q2``, ... by default). Raises :class:`ArgumentError` for
+    scores that are not finite or fewer than groups.
     """
     if scores.ndim != 1 or not 1 <= count <= len(scores) or not bool(torch.isfinite(scores).all()):
         raise ArgumentError(
@@ -63,8 +66,9 @@ def groups_by_score(scores: Tensor, count: int = 10, names: Sequence[str] | None
 
 
 def groups_by_attribute(label: Tensor, attribute: Tensor) -> Groups:
-    """Two groups: ``"with"``, where the spurious attribute agrees with the label, and ``"without"``, where it does
-    not.
+    """Two groups: ``"with"``, where the spurious attribute agrees with the label, and ``"without"``, where it does not.
+
+    ``label``, ``attribute``: ``(n,)`` both, of the same classes.
     """
     if label.shape != attribute.shape or label.ndim != 1:
         raise ArgumentError(
@@ -80,8 +84,9 @@ def flip_labels(
     """``(noisy labels, flag)``: a share of the labels replaced by another class each, drawn uniformly; the flag marks
     them.
 
-    Labels ``(n,)`` are 0 to ``classes - 1``, in any dtype, which is kept. Exactly ``round(share * n)`` are wrong.
-    Raises :class:`ArgumentError`, and :class:`OutputError` for labels that are no classes.
+    ``labels (n,)`` are 0 to ``classes - 1``, in any dtype, which is kept. ``generator``: torch's global one by default.
+    Exactly ``round(share * n)`` are wrong. Raises :class:`ArgumentError`, and :class:`OutputError` for labels that are
+    no classes.
     """
     if not 0 <= share <= 1 or classes < 2:
         raise ArgumentError(

@@ -22,8 +22,9 @@ class Linearity:
     """Three measures in [0, 1] (representations of mixed signs included: Gram matrices are positive); all 1 at the
     start.
 
-    ``units``: the number of (example, unit) pairs behind ``sign_similarity``, which is NaN where there are none: a
-    network without ReLU-like activations. An alignment is NaN where a kernel or a representation is zero.
+    ``sign_similarity``, ``kernel_alignment``, ``representation_alignment``: see :func:`linearity`. ``units``: the
+    number of (example, unit) pairs behind ``sign_similarity``, which is NaN where there are none: a network without
+    ReLU-like activations. An alignment is NaN where a kernel or a representation is zero.
     """
 
     sign_similarity: float

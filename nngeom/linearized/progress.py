@@ -18,14 +18,16 @@ _USUAL = ("loss", "train_loss", "progress")
 class Run(Mapping):
     """Curves recorded along a run: a mapping of names to tensors ``(records, ...)``.
 
-    ``run.record(loss=0.7, clean=0.5, grid=tensor)`` appends one value to every curve. One column, ``loss`` by default,
-    tells how far the run has come.
+    ``run.record(loss=0.7, clean=0.5, grid=tensor)`` appends one value to every curve of ``columns``, which hold them as
+    lists. One column, ``loss`` by default, tells how far the run has come.
     """
 
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def record(self, **values: Any) -> None:
-        """Append one record; raises :class:`ArgumentError` unless it has the columns of the first one."""
+        """Append one record, ``values`` by name of their curve; raises :class:`ArgumentError` unless it has the columns
+        of the first one.
+        """
         if self.columns and set(values) != set(self.columns):
             raise ArgumentError(
                 f"a record has the columns {sorted(values)}; expected {sorted(self.columns)}, as in the first one"
@@ -56,7 +58,7 @@ class EqualProgress:
     index_b: Tensor
 
     def difference(self, name: str) -> Tensor:
-        """``a - b`` of one curve, ``(thresholds, ...)``."""
+        """``a - b`` of the curve called ``name``, ``(thresholds, ...)``."""
         return self.a[name] - self.b[name]
 
 
@@ -72,11 +74,16 @@ def equal_progress(
 ) -> EqualProgress:
     """Resample the curves of two runs where their progress first crosses each threshold.
 
-    A run is a :class:`Run`, any mapping of names to columns ``(records, ...)``, a list of mappings (one a record), or
-    an object with such a ``.history``. ``progress`` names the column, by default the first of ``loss``, ``train_loss``,
-    ``progress``; ``falling=False`` where it grows, as an accuracy. ``smoothing`` in [0, 1) is the weight of the past in
-    a moving average of the progress that decides on crossings. ``interpolate``: linear between the records around the
-    crossing, else the first one past it. A run that starts past a threshold counts as there at its first record.
+    A run, ``run_a`` and ``run_b``, is a :class:`Run`, any mapping of names to columns ``(records, ...)``, a list of
+    mappings (one a record), or an object with such a ``.history``. A run that starts past a threshold counts as there
+    at its first record.
+
+    Args:
+        thresholds: values of the progress, in any order.
+        progress: the column that tells it, by default the first of ``loss``, ``train_loss``, ``progress``.
+        falling: whether it falls; ``False`` where it grows, as an accuracy.
+        interpolate: linear between the records around the crossing, else the first one past it.
+        smoothing: in [0, 1), the weight of the past in a moving average of the progress that decides on crossings.
 
     Raises :class:`ArgumentError`. Source: George 2023, thesis, section 5.3.1.
     """
@@ -162,7 +169,7 @@ def _columns(run: Any, which: str) -> dict[str, Tensor]:
 @dataclass(frozen=True)
 class Grid:
     """A square grid of points in the plane, to draw a function on: ``points (size^2, 2)``; ``image`` undoes the
-    flattening.
+    flattening. ``low``, ``high``: of both coordinates; ``size``: points a side.
     """
 
     low: float = -1.0
@@ -177,5 +184,5 @@ class Grid:
         return torch.stack([first.flatten(), second.flatten()], 1)
 
     def image(self, values: Tensor) -> Tensor:
-        """``(..., size * size) -> (..., size, size)``, to show with the origin below."""
+        """``values (..., size * size) -> (..., size, size)``, to show with the origin below."""
         return values.unflatten(-1, (self.size, self.size))

@@ -86,9 +86,10 @@ def _canonical(v: Tensor, pull: Tensor) -> Tensor:
 def quadratic_modes(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str = "linear") -> Tensor:
     """``theta(t)`` in the singular basis of ``X``, ``(times, d)``, under gradient flow from ``w0 (d,)``.
 
-    ``w0`` is in that basis too (:func:`singular_modes`: singular values descending, ``u^T y >= 0``). ``"nonlinear"``:
-    ``theta = 1/2 w^2``, logistic growth with rate ``2 sqrt(mu) u^T y``, so modes are learned one after the other.
-    ``"linear"``: ``theta = w w0 - 1/2 w0^2``, exponential approach with rate ``2 mu theta0``. Null directions stay.
+    ``X (n, d)``: inputs; ``y (n,)``: targets; ``times``: of the trajectory. ``w0`` is in that basis too
+    (:func:`singular_modes`: singular values descending, ``u^T y >= 0``). ``regime="nonlinear"``: ``theta = 1/2 w^2``,
+    logistic growth with rate ``2 sqrt(mu) u^T y``, so modes are learned one after the other. ``"linear"``: ``theta = w
+    w0 - 1/2 w0^2``, exponential approach with rate ``2 mu theta0``. Null directions stay.
 
     Raises :class:`ArgumentError`. Source: George 2023, thesis, Proposition 5.4.1 and eq. 5.4.6, with the exponent of
     the linear regime as its own dynamics give it.
@@ -116,7 +117,8 @@ def gradient_flow(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str =
     """The same ``(times, d)`` by integrating the gradient of the loss in ``w`` numerically: a check of the closed
     forms.
 
-    The gradient is taken by autograd through the model in data space; explicit Runge-Kutta of order 8 to 1e-11.
+    ``X``, ``y``, ``w0``, ``times`` and ``regime`` as for :func:`quadratic_modes`. The gradient is taken by autograd
+    through the model in data space; explicit Runge-Kutta of order 8 to 1e-11.
     """
     from scipy.integrate import solve_ivp
 
@@ -143,9 +145,9 @@ def convergence_times(X: Tensor, y: Tensor, w0: Tensor, tolerance: float, regime
     """When each mode comes within ``tolerance`` of its limit, ``(d,)``; 0 where it starts there, infinity where it
     never does.
 
-    Exact: ``log[(theta* - theta0)(theta* - e) / (e theta0)] / (2 sqrt(mu) u^T y)`` in the non-linear regime,
-    ``log[(theta* - theta0) / e] / (2 mu theta0)`` in the linear one, for modes that grow. Null directions: 0. Source:
-    George 2023, thesis, section 5.4.3, repaired.
+    ``X``, ``y``, ``w0`` and ``regime`` as for :func:`quadratic_modes`. Exact: ``log[(theta* - theta0)(theta* - e) / (e
+    theta0)] / (2 sqrt(mu) u^T y)`` in the non-linear regime, ``log[(theta* - theta0) / e] / (2 mu theta0)`` in the
+    linear one, for modes that grow. Null directions: 0. Source: George 2023, thesis, section 5.4.3, repaired.
     """
     _require_regime(regime)
     if not tolerance > 0:

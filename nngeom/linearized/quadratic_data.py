@@ -38,8 +38,9 @@ def label_noise(n: int = 20, flipped: int = 5, eta: float = 2.0, d: int = 200) -
 
     ``X X^T = (k y)(k y)^T + eta^2 I``. The first mode fits the clean examples and gets the others wrong; the rest of
     the targets is one mode in the eigenspace of ``eta^2``. With ``q`` flipped, the first one is learned first in the
-    non-linear regime where ``eta^2 (4 q (n - q) - (n - 2 q)^2) < n (n - 2 q)^2`` (``eta < 3.16`` for 20 and 5). Labels
-    alternate, the last ``flipped`` examples are the noisy ones. Raises :class:`ArgumentError`.
+    non-linear regime where ``eta^2 (4 q (n - q) - (n - 2 q)^2) < n (n - 2 q)^2`` (``eta < 3.16`` for 20 and 5). ``d``:
+    dimensions, more than ``n``. Labels alternate, the last ``flipped`` examples are the noisy ones. Raises
+    :class:`ArgumentError`.
     """
     _require(n, flipped, d, n + 1)
     y, k = _labels(n), _signs(n, flipped)
@@ -53,8 +54,10 @@ def spurious_feature(
     n: int = 20, minority: int = 5, strength: float = 0.5, eta: float = 2.0, d: int = 200
 ) -> QuadraticData:
     """Example 3: ``x_i = k_i y_i e_1 + strength y_i e_2 + eta e_{i+2}``: a spurious feature that fails (``k_i = -1``)
-    for a minority, and a core feature that is always right but weaker (``strength <= 1``). Raises
-    :class:`ArgumentError`.
+    for a minority, and a core feature that is always right but weaker (``strength <= 1``).
+
+    ``n``: examples, the last ``minority`` of which are against the spurious feature; ``d``: dimensions, at least ``n +
+    2``. Raises :class:`ArgumentError`.
     """
     _require(n, minority, d, n + 2)
     y, k = _labels(n), _signs(n, minority)

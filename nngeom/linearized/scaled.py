@@ -38,7 +38,7 @@ class Scaled(Expansion):
         return f0 + change if self.include_f0 else change
 
     def learning_rate(self, lr: float, scale_free: bool = False) -> float:
-        """:func:`scaled_lr` for this model."""
+        """:func:`scaled_lr` for this model: from ``lr`` at scale 1, and ``scale_free`` as there."""
         return scaled_lr(lr, self.alpha, scale_free)
 
     def extra_repr(self) -> str:

@@ -24,7 +24,7 @@ from nngeom.space.pvector import PVector
 
 
 class PullBackDense(DenseMap):
-    """``J^T``; holds the same tensor ``(c, n, d)`` as the push-forward it transposes."""
+    """``J^T``; holds the same ``tensor`` ``(c, n, d)`` as the push-forward it transposes, over ``layer_collection``."""
 
     def mv(self, u: FVector) -> PVector:
         """``J^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""
@@ -41,7 +41,7 @@ class PullBackDense(DenseMap):
 
 
 class PullBackImplicit(ImplicitMap):
-    """``J^T``, by one forward and one backward pass over the data a product."""
+    """``J^T``, by one forward and one backward pass over the data of ``side`` a product."""
 
     def mv(self, u: FVector) -> PVector:
         """``J^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""

@@ -142,7 +142,7 @@ class ImplicitMap(JacobianMap):
 
 
 class PushForwardDense(DenseMap):
-    """``J``, with all its entries."""
+    """``J``, with all its entries, ``tensor (c, n, d)`` over ``layer_collection``."""
 
     def mv(self, v: PVector) -> FVector:
         """``J v``, batched: ``(*batch, d) -> (*batch, c, n)``."""
@@ -177,7 +177,7 @@ class PushForwardDense(DenseMap):
 
 
 class PushForwardImplicit(ImplicitMap):
-    """``J``, by one forward-mode pass over the data a product."""
+    """``J``, by one forward-mode pass over the data of ``side`` a product."""
 
     def mv(self, v: PVector) -> FVector:
         """``J v``, batched: ``(*batch, d) -> (*batch, c, n)``."""

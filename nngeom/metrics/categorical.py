@@ -60,7 +60,7 @@ class Categorical(Likelihood):
             )
 
     def rows(self, outputs: Tensor) -> Tensor:
-        """``[n * positions, c]``."""
+        """``[n * positions, c]``: the ``outputs (n, *shape)``, a row a position."""
         return outputs.movedim(self._axis(outputs), -1).flatten(0, -2)
 
     def _positions(self, outputs: Tensor) -> list[int]:
@@ -68,13 +68,14 @@ class Categorical(Likelihood):
         return [size for j, size in enumerate(outputs.shape) if j not in (0, axis)]
 
     def unmove(self, v: Tensor, outputs: Tensor) -> Tensor:
-        """``[*b, n * positions, c]`` back to ``[*b, *outputs.shape]``."""
+        """``v [*b, n * positions, c]`` back to ``[*b, *outputs.shape]``, the axes of ``outputs``."""
         sizes = (*v.shape[:-2], outputs.shape[0], *self._positions(outputs), v.shape[-1])
         return v.reshape(sizes).movedim(-1, v.ndim - 2 + self._axis(outputs))
 
     def labels(self, outputs: Tensor, targets: Any) -> Tensor | None:
-        """One class a position, ``[n * positions]`` int64, if that is what targets are, whole numbers of any type;
-        else ``None``."""
+        """One class a position of ``outputs``, ``[n * positions]`` int64, if that is what ``targets`` are, whole
+        numbers of any type; else ``None``.
+        """
         size = outputs.numel() // outputs.shape[self._axis(outputs)]
         if (
             not isinstance(targets, Tensor)
@@ -88,7 +89,9 @@ class Categorical(Likelihood):
         return targets.reshape(size).long()
 
     def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
-        """``[n * positions]``: 0 where the target is ``ignore_index``; ``None`` where nothing is ignored."""
+        """``[n * positions]`` of ``outputs``: 0 where ``targets`` are ``ignore_index``; ``None`` where nothing is
+        ignored.
+        """
         y = self.labels(outputs, targets)
         if y is None:
             return None
@@ -100,8 +103,8 @@ class Categorical(Likelihood):
         ``q_j = sum_{l >= j} p_l``.
 
         The closed-form Cholesky factor of ``diag(p) - p p^T`` (Tanabe & Sagae 1992): products and sums of positive
-        numbers, nothing cancels. Made some columns at a time; nothing has ``c`` by ``c`` numbers unless that is asked
-        for.
+        numbers, nothing cancels. Positions of ``outputs`` whose entry of ``targets`` is ignored have zeros. Made some
+        columns at a time; nothing has ``c`` by ``c`` numbers unless that is asked for.
         """
         axis = self._axis(outputs)
         n, c = outputs.shape[0], outputs.shape[axis]
@@ -143,7 +146,11 @@ class Categorical(Likelihood):
 
     def root_times(self, outputs, noise, targets=None):
         """``sqrt(p) r - p <sqrt(p), r>`` at every position: the root ``diag(sqrt(p)) - p sqrt(p)^T`` of ``c``
-        columns, never formed."""
+        columns, never formed.
+
+        ``outputs (n, *shape)``; ``noise(*size)`` gives ``r (k, n, *size)``; positions that ``targets`` ignore have
+        zeros.
+        """
         z, counted = self.rows(outputs), self.counted(outputs, targets)
         r = noise(len(z) // outputs.shape[0], z.shape[-1])
         v = [softmax.root_times(z, one.reshape(z.shape), counted) for one in r]
@@ -169,8 +176,9 @@ class Categorical(Likelihood):
         )
 
     def score(self, outputs, labels, targets=None):
-        """Labels are drawn ones, so that ``ignore_index`` among them is a class; positions whose target it is count
-        for nothing."""
+        """``d log p(labels | outputs) / d outputs``: ``labels`` are drawn ones, so that ``ignore_index`` among them is
+        a class; positions of ``outputs`` whose entry of ``targets`` it is count for nothing.
+        """
         y, counted = self._required(outputs, labels).clamp_min(-1), self.counted(outputs, targets)
         y = y if counted is None else y.masked_fill(counted == 0, -1)
         return -self.unmove(softmax.residual(self.rows(outputs), Labels(y, None, 0.0, -1)), outputs)

@@ -55,8 +55,9 @@ class CausalLM(Likelihood, Loss):
     # -- what is compared with what ------------------------------------------------------------------------------------
 
     def targets_of(self, outputs, batch):
-        """Labels in which tokens that the attention mask leaves out are ignored; without labels, zeros for those that
-        count."""
+        """Labels of a ``batch`` in which tokens that its attention mask leaves out are ignored; without labels, zeros
+        for those that count, a token of ``outputs (n, t, V)`` each.
+        """
         y = targets_in(batch)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if not isinstance(mask, Tensor) or mask.ndim != 2 or outputs.ndim != 3:
@@ -75,7 +76,9 @@ class CausalLM(Likelihood, Loss):
         return y.masked_fill(keep == 0, self.ignore_index)
 
     def aligned(self, outputs: Tensor, targets: Any) -> Tensor:
-        """The label that each position's logits are compared with, ``(n, t)``, ``ignore_index`` where there is none."""
+        """The label among ``targets`` that each position's logits are compared with, ``(n, t)`` for ``outputs (n, t,
+        V)``, ``ignore_index`` where there is none.
+        """
         if outputs.ndim != 3:
             raise OutputError(
                 f"outputs have shape {tuple(outputs.shape)}; CausalLM expects logits (n, t, V), a position a token"
@@ -128,7 +131,9 @@ class CausalLM(Likelihood, Loss):
     # -- as either -----------------------------------------------------------------------------------------------------
 
     def square_root(self, outputs, targets=None):
-        """The categorical root at every position but, unless the logits are shifted, the last."""
+        """The categorical root at every position of ``outputs`` but those that ``targets`` ignore, and, unless the
+        logits are shifted, the last.
+        """
         y = self.aligned(outputs, targets)
         columns, shares = self.categorical.square_root(outputs, y), self._shares(outputs, y)
         t, c = outputs.shape[1:]
@@ -146,7 +151,9 @@ class CausalLM(Likelihood, Loss):
         return self.categorical.fisher_times(outputs, tangent, self.aligned(outputs, targets))
 
     def sample(self, outputs, uniform):
-        """Labels of tokens as in a batch, ``(n, t)``; nothing is drawn for the first, which nothing predicts."""
+        """Labels of tokens as in a batch, ``(n, t)`` for ``outputs (n, t, V)``, by ``uniform``; nothing is drawn for
+        the first, which nothing predicts.
+        """
         drawn = self.categorical.sample(outputs, uniform)
         return drawn if self.logits_are_shifted else drawn.roll(1, 1)
 

@@ -52,7 +52,9 @@ class CrossEntropy(Loss):
         return categorical.unmove(softmax.residual(z, labels), outputs)
 
     def square_root(self, outputs, targets):
-        """The categorical root, times the root of the total weight of each position's (smoothed) label."""
+        """The categorical root of ``outputs``, times the root of the total weight of each position's (smoothed) label
+        in ``targets``.
+        """
         z, labels, categorical = self._fitted(outputs, targets)
         totals, columns = labels.totals(z), as_columns(categorical.square_root(outputs))
         if totals is None:

@@ -26,22 +26,29 @@ class Likelihood(Reading, ABC):
     """``p(y | outputs)`` for outputs ``(n, *shape)``; positions of one example are independent given the outputs."""
 
     def fit(self, outputs: Tensor, targets: Any = None) -> Likelihood:
-        """This likelihood with what it left open (an axis) read off the shapes; raises :class:`OutputError` where
-        they do not tell."""
+        """This likelihood with what it left open (an axis) read off the shapes of ``outputs`` and ``targets``; raises
+        :class:`OutputError` where they do not tell.
+        """
         return self
 
     def check(self, outputs: Tensor, targets: Any = None) -> None:
-        """Raise :class:`OutputError` where the outputs do not fit."""
+        """Raise :class:`OutputError` where ``outputs (n, *shape)`` do not fit; ``targets``: of the batch, where there
+        are some.
+        """
 
     def square_root(self, outputs: Tensor, targets: Any = None) -> Columns | Tensor:
-        """Cotangents ``v [k, n, *shape]`` with ``sum_k v_k v_k^T`` the Fisher information of the outputs."""
+        """Cotangents ``v [k, n, *shape]`` with ``sum_k v_k v_k^T`` the Fisher information of ``outputs (n, *shape)``.
+
+        ``targets``: of the batch, for what they leave out.
+        """
         raise UnsupportedError(
             f"{type(self).__name__} defines no square_root; use FIM_MonteCarlo, or define it for the exact Fisher"
         )
 
     def sample(self, outputs: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
-        """Targets drawn from the model, ``(n, ...)``; ``uniform(*shape)`` gives numbers in (0, 1) ``(n, *shape)``, a
-        fresh stream an example."""
+        """Targets drawn from the model with these ``outputs``, ``(n, ...)``; ``uniform(*shape)`` gives numbers in (0,
+        1) ``(n, *shape)``, a fresh stream an example.
+        """
         raise UnsupportedError(
             f"{type(self).__name__} defines no sample; use FIM, or define it for Monte-Carlo Fisher matrices"
         )
@@ -53,21 +60,28 @@ class Likelihood(Reading, ABC):
         )
 
     def score(self, outputs: Tensor, labels: Tensor, targets: Any = None) -> Tensor:
-        """``d log p(labels | outputs) / d outputs``, ``(n, *shape)``."""
+        """``d log p(labels | outputs) / d outputs``, ``(n, *shape)``; ``targets``: of the batch, for what they leave
+        out.
+        """
         with torch.enable_grad(), Precise():
             f = outputs.detach().requires_grad_()
             return torch.autograd.grad(self.log_prob(f, labels).sum(), f)[0]
 
     def fisher_times(self, outputs: Tensor, tangent: Tensor, targets: Any = None) -> Tensor:
-        """The Fisher information of the outputs times ``tangent (n, *shape)``."""
+        """The Fisher information of ``outputs`` times ``tangent (n, *shape)``; ``targets``: of the batch, for what they
+        leave out.
+        """
         columns = as_columns(self.square_root(outputs, targets))
         v = columns.make(0, columns.count)
         inner = (v * tangent).flatten(2).sum(-1)
         return (inner.view(*inner.shape, *[1] * (v.ndim - 2)) * v).sum(0)
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any = None) -> Tensor:
-        """``L r (k, n, *shape)`` for the square root ``L`` of the Fisher information of the outputs; ``noise(*size)``
-        gives ``r (k, n, *size)``."""
+        """``L r (k, n, *shape)`` for the square root ``L`` of the Fisher information of ``outputs``; ``noise(*size)``
+        gives ``r (k, n, *size)``.
+
+        ``targets``: of the batch, for what they leave out.
+        """
         return columns_times(as_columns(self.square_root(outputs, targets)), outputs, noise)
 
 
@@ -117,7 +131,7 @@ class Independent(Likelihood):
     """Outputs whose Fisher information is diagonal: each has a label of its own."""
 
     def root(self, outputs: Tensor) -> Tensor:
-        """The square root of the information of every output, ``(n, *shape)``."""
+        """The square root of the information of every entry of ``outputs``, ``(n, *shape)``."""
         raise UnsupportedError(f"{type(self).__name__} defines no root")
 
     def square_root(self, outputs, targets=None):
@@ -147,7 +161,9 @@ class Bernoulli(Independent):
 
 
 class Gaussian(Independent):
-    """Normal targets around the outputs, with a fixed variance: a number, or one an output (broadcast to ``shape``)."""
+    """Normal targets around the outputs, with a fixed ``variance``: a number, or one an output (broadcast to
+    ``shape``).
+    """
 
     def __init__(self, variance: float | Tensor = 1.0):
         self.variance = torch.as_tensor(variance, dtype=torch.float64)

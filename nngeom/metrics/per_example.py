@@ -28,30 +28,33 @@ class Loss(Reading):
         raise ArgumentTypeError("a Loss defines __call__(outputs, targets) -> (n,)")
 
     def precisely(self, outputs: Tensor, targets: Any) -> Tensor:
-        """The loss with its graph, such that derivatives do not cancel if it is made of torch's own functions."""
+        """The loss of ``outputs`` and ``targets`` with its graph, such that derivatives do not cancel if it is made of
+        torch's own functions.
+        """
         with Precise():
             return self(outputs, targets)
 
     def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
-        """``d loss / d outputs``, ``(n, *shape)``."""
+        """``d loss / d outputs``, ``(n, *shape)``, at the ``targets`` of the batch."""
         with torch.enable_grad():
             f = outputs.detach().requires_grad_()
             return torch.autograd.grad(self.precisely(f, targets).sum(), f)[0]
 
     def square_root(self, outputs: Tensor, targets: Any) -> Columns:
-        """Cotangents ``v [k, n, *shape]`` with ``sum_k v v^T`` the Hessian of the loss in the outputs."""
+        """Cotangents ``v [k, n, *shape]``, ``sum_k v v^T`` the Hessian of the loss in ``outputs``, at ``targets``."""
         return _hessian_root(self, outputs, targets)
 
     def times(self, outputs: Tensor, tangent: Tensor, targets: Any) -> Tensor:
-        """The Hessian of the loss in the outputs times ``tangent (n, *shape)``."""
+        """The Hessian of the loss in ``outputs``, at ``targets``, times ``tangent (n, *shape)``."""
         with torch.enable_grad():
             f = outputs.detach().requires_grad_()
             gradient = torch.autograd.grad(self.precisely(f, targets).sum(), f, create_graph=True)[0]
             return torch.autograd.grad(gradient, f, tangent)[0] if gradient.requires_grad else torch.zeros_like(tangent)
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any) -> Tensor:
-        """``L r (k, n, *shape)`` for the square root ``L`` of the Hessian of the loss in the outputs, as in
-        :class:`Likelihood`."""
+        """``L r (k, n, *shape)`` for the square root ``L`` of the Hessian of the loss in ``outputs``, at ``targets``,
+        with ``noise`` as in :class:`Likelihood`.
+        """
         return columns_times(self.square_root(outputs, targets), outputs, noise)
 
 

@@ -54,7 +54,8 @@ def sample_fisher_trace(
 ) -> Tensor:
     """``(n,)``: ``sum_y p_y |d log p_y(x_i) / d w|^2``, the trace of each input's own Fisher matrix.
 
-    Large near the decision boundary, small for confident inputs. Source: Martin and Elster 2019.
+    ``inputs``: what the model takes, or a batch; ``likelihood``: as for :func:`nngeom.FIM`. Large near the decision
+    boundary, small for confident inputs. Source: Martin and Elster 2019.
     """
     metric = ExactFisher(as_likelihood(likelihood, model))
     run = Run.of(
@@ -69,7 +70,9 @@ def sample_fisher_trace(
 
 
 def fgsm(model: nn.Module, inputs: Tensor, targets: Tensor, epsilon: float, loss: Any = "cross_entropy") -> Tensor:
-    """Inputs moved by ``epsilon`` along the sign of the loss gradient (Goodfellow et al. 2015)."""
+    """``inputs`` moved by ``epsilon`` along the sign of the gradient of ``loss`` at ``targets`` (Goodfellow et al.
+    2015).
+    """
     return inputs + epsilon * _ascent(model, inputs, targets, loss).sign()
 
 
@@ -82,8 +85,10 @@ def pgd(
     rate: float | None = None,
     loss: Any = "cross_entropy",
 ) -> Tensor:
-    """Projected sign ascent of the loss within ``|x' - x|_inf <= epsilon`` (Madry et al. 2018); steps of ``2.5 epsilon
-    / steps``.
+    """Projected sign ascent of ``loss`` at ``targets`` within ``|x' - x|_inf <= epsilon`` of the ``inputs`` ``x``
+    (Madry et al. 2018).
+
+    ``steps``, each of size ``rate``: ``2.5 epsilon / steps`` by default.
     """
     rate = 2.5 * epsilon / steps if rate is None else rate
     x = inputs
@@ -93,7 +98,7 @@ def pgd(
 
 
 def auroc(negatives: Tensor, positives: Tensor) -> float:
-    """The probability that a positive scores above a negative, ties counted by half.
+    """The probability that one of ``positives`` scores above one of ``negatives``, ties counted by half.
 
     Raises :class:`ArgumentError` where a side is empty, :class:`NonFiniteError` on NaN.
     """

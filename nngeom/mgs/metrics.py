@@ -62,9 +62,10 @@ def metrics(
 ) -> Metrics:
     """The metrics of Model Gradient Similarity, one entry a batch of ``loader``; smaller is more similar.
 
-    A singular kernel is no error: its ``logdet`` is ``-inf``. Products are taken in float64, so that a float32 model
-    has eigenvalues down to ``(N eps)^2`` of the largest. Raises :class:`LoaderError` on an empty loader. Source:
-    Szolnoky et al. 2022, section on metrics; what they call the determinant is its logarithm.
+    ``jitter``: what is added to the eigenvalues in ``logdet_jittered``. A singular kernel is no error: its ``logdet``
+    is ``-inf``. Products are taken in float64, so that a float32 model has eigenvalues down to ``(N eps)^2`` of the
+    largest. Raises :class:`LoaderError` on an empty loader. Source: Szolnoky et al. 2022, section on metrics; what they
+    call the determinant is its logarithm.
     """
     if not jitter > 0:
         raise ArgumentError(f"jitter is {jitter}; expected a positive number")
@@ -78,7 +79,7 @@ def metrics(
 
 
 def kernel_metrics(K: Any, jitter: float = 1e-6, rows: torch.dtype | None = None) -> Metrics:
-    """:func:`metrics` of one kernel at hand, ``(N, N)``, ``(c, n, c, n)`` or an FMat.
+    """:func:`metrics` of one kernel ``K`` at hand, ``(N, N)``, ``(c, n, c, n)`` or an FMat, with ``jitter`` as there.
 
     ``rows``: the dtype of the rows it is a product of, where narrower.
     """

@@ -46,11 +46,11 @@ def trace_penalty(
     to a loss.
 
     ``estimator="exact"``: by squared norms of the factored rows, one double backward an output. ``"rademacher"``:
-    ``|d/dw sum_iy e_iy f_y(x_i)|^2`` with random signs, unbiased, one double backward a sample; linear layers without
-    positions contribute the sum over examples ``i`` of that of each, which scatters less. ``reduction="sum"`` is the
-    trace of the batch kernel, as in the paper; ``"mean"`` divides by the batch size. ``inputs``: what the model takes,
-    or a batch. ``return_outputs``: also the outputs, with their graph: a loss computed from them shares the forward and
-    backward pass.
+    ``|d/dw sum_iy e_iy f_y(x_i)|^2`` with random signs, unbiased, one double backward for each of ``samples``, drawn by
+    ``generator`` (torch's global one by default); linear layers without positions contribute the sum over examples
+    ``i`` of that of each, which scatters less. ``reduction="sum"`` is the trace of the batch kernel, as in the paper;
+    ``"mean"`` divides by the batch size. ``inputs``: what the model takes, or a batch. ``return_outputs``: also the
+    outputs, with their graph: a loss computed from them shares the forward and backward pass.
 
     Zero gradient where the model is linear in its parameters. Raises :class:`ModeError` for training-mode batch
     normalisation or dropout. Source: Szolnoky et al. 2022, Model Gradient Similarity, section on the trace.
@@ -88,10 +88,10 @@ def logdet_penalty(
     """``log det(K + jitter I)`` of one batch, with its graph; ``reduction="mean"`` divides by the number of
     eigenvalues.
 
-    ``K`` is ``(n c, n c)``: meant for small batches. Unbounded below as ``jitter`` goes to 0: a small jitter or a large
-    strength collapses the network to a constant (on two circles 1e-6 does at strength 0.01, 0.1 works at 0.03), hence
-    the default. Raises :class:`ArgumentError` for a jitter that is not positive. Source: Szolnoky et al. 2022, section
-    on the determinant.
+    ``inputs``: what the model takes, or a batch. ``K`` is ``(n c, n c)``: meant for small batches. Unbounded below as
+    ``jitter`` goes to 0: a small jitter or a large strength collapses the network to a constant (on two circles 1e-6
+    does at strength 0.01, 0.1 works at 0.03), hence the default. Raises :class:`ArgumentError` for a jitter that is not
+    positive. Source: Szolnoky et al. 2022, section on the determinant.
     """
     require_reduction(reduction)
     if not jitter > 0:
@@ -114,8 +114,9 @@ def loss_gradient_penalty(
 ) -> Tensor:
     """``|d L / d w|`` or, with ``wrt="inputs"``, ``|d L / d x|`` of the batch's mean loss ``L``, with its graph.
 
-    ``squared``: the square, smoother at zero (flatness regularisation; double back-propagation). At a stationary point
-    the gradient of the norm is taken as 0. Never above ``sqrt(tr K) |d L / d f|``.
+    ``inputs``, ``targets``: of the batch; ``loss``: as for :func:`nngeom.EmpiricalFIM`. ``squared``: the square,
+    smoother at zero (flatness regularisation; double back-propagation). At a stationary point the gradient of the norm
+    is taken as 0. Never above ``sqrt(tr K) |d L / d f|``.
 
     Raises :class:`ArgumentError` for another ``wrt``. Source: Szolnoky et al. 2022, appendix A; Drucker and Le Cun
     1992.

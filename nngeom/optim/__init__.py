@@ -7,3 +7,14 @@ from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.natural_gradient import NaturalGradient
 from nngeom.optim.pending import SkippedStepWarning
 from nngeom.optim.robust import WinsorizedSGD, median_of_means_gradient, winsorized_gradient
+
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "LevenbergMarquardt",
+    "NaturalGradient",
+    "SkippedStepWarning",
+    "WinsorizedSGD",
+    "median_of_means_gradient",
+    "winsorized_gradient",
+]

@@ -15,12 +15,19 @@ class EKFAC(NaturalGradient):
     """Natural gradient in the Kronecker-factored eigenbasis, computed anew every ``basis_every`` steps; its spectrum
     follows every step.
 
-    ``scalings="running"`` (EKFAC-ra): a running average of the squared gradient of the batch in the basis, with weight
-    ``scalings_decay`` of the past, starting from KFAC's spectrum at every new basis; costs no more than the gradient.
-    ``"batch"``: the second moments of the batch's examples in the basis (Algorithm 1). ``async_basis=True`` computes
-    the eigendecompositions in a background thread and goes on with the old basis meanwhile: then runs are not
-    reproducible bit by bit. The default damping is the additive form ``s + x + sqrt(x) (s_A + s_B)``,
-    ``FactoredTikhonov(1e-3)``. Other arguments and errors as :class:`NaturalGradient`.
+    Args:
+        damping: the default is the additive form ``s + x + sqrt(x) (s_A + s_B)``, ``FactoredTikhonov(1e-3)``.
+        basis_every: steps, or a callable of the step.
+        scalings: ``"running"`` (EKFAC-ra): a running average of the squared gradient of the batch in the basis, with
+            weight ``scalings_decay`` of the past, starting from KFAC's spectrum at every new basis; costs no more than
+            the gradient. ``"batch"``: the second moments of the batch's examples in the basis (Algorithm 1).
+        sharing: of weights by positions: see :class:`~nngeom.PMatKFAC`.
+        sua: whether places of a window count as uncorrelated: see :class:`~nngeom.PMatKFAC`.
+        options: further ones of :class:`NaturalGradient`. ``async_basis=True`` computes the eigendecompositions in a
+            background thread and goes on with the old basis meanwhile: then runs are not reproducible bit by bit.
+
+    ``lr``, ``momentum``, ``weight_decay``, ``statistics_decay``, ``kl_clip``, ``fisher``, ``likelihood``,
+    ``statistics_every`` and errors as for :class:`NaturalGradient`.
     """
 
     def __init__(

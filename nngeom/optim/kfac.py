@@ -15,10 +15,18 @@ from nngeom.space.collection import LayerCollection
 class KFAC(NaturalGradient):
     """Natural gradient with a Kronecker product a layer; its inverse is computed anew every ``inverse_every`` steps.
 
-    A number as ``damping`` is exact, ``(A (x) G + damping I)^-1`` by eigendecomposition; ``FactoredTikhonov(x)`` damps
-    the factors and takes two Cholesky factorisations. The default, ``FactoredTikhonov(1e-2, balanced=False)``, is that
-    of George et al. 2018 (A.4); ``balanced=True`` that of Martens & Grosse 2015. A new damping takes effect at the next
-    inversion. Other arguments and errors as :class:`NaturalGradient`.
+    Args:
+        damping: a number is exact, ``(A (x) G + damping I)^-1`` by eigendecomposition; ``FactoredTikhonov(x)`` damps
+            the factors and takes two Cholesky factorisations. The default, ``FactoredTikhonov(1e-2, balanced=False)``,
+            is that of George et al. 2018 (A.4); ``balanced=True`` that of Martens & Grosse 2015. A new damping takes
+            effect at the next inversion.
+        inverse_every: steps, or a callable of the step.
+        sharing: of weights by positions: see :class:`~nngeom.PMatKFAC`.
+        sua: whether places of a window count as uncorrelated: see :class:`~nngeom.PMatKFAC`.
+        options: further ones of :class:`NaturalGradient`.
+
+    ``lr``, ``momentum``, ``weight_decay``, ``statistics_decay``, ``kl_clip``, ``fisher``, ``likelihood``,
+    ``statistics_every`` and errors as for :class:`NaturalGradient`.
     """
 
     def __init__(

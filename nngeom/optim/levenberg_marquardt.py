@@ -16,10 +16,10 @@ class LevenbergMarquardt:
     """``ratio = (L(w + step) - L(w)) / (predicted change)`` on the batch: above 3/4 the damping falls, below 1/4 it
     grows.
 
-    Every ``every`` steps the damping is multiplied by ``decay**every`` or divided by it, within ``[least, most]``.
-    ``factored`` says whether it damps the factors (:class:`FactoredTikhonov`, not balanced) or the matrix. The
-    optimizer's step needs the loss of the batch as a function, ``opt.step(evaluate=lambda: criterion(model(x), y))``;
-    it is called twice every ``every`` steps, without gradients.
+    From ``initial`` on, every ``every`` steps the damping is multiplied by ``decay**every`` or divided by it, within
+    ``[least, most]``. ``factored`` says whether it damps the factors (:class:`FactoredTikhonov`, not balanced) or the
+    matrix. The optimizer's step needs the loss of the batch as a function, ``opt.step(evaluate=lambda:
+    criterion(model(x), y))``; it is called twice every ``every`` steps, without gradients.
     """
 
     initial: float = 1e-2
@@ -43,11 +43,13 @@ class LevenbergMarquardt:
         return FactoredTikhonov(self.value, balanced=False) if self.factored else Tikhonov(self.value)
 
     def due(self, step: int) -> bool:
-        """Whether this step is compared with its prediction."""
+        """Whether this ``step``, counted from 0, is compared with its prediction."""
         return (step + 1) % self.every == 0
 
     def update(self, change: float, predicted: float) -> float:
-        """Adapt to a change of the loss and the (negative) change that was predicted; returns the reduction ratio."""
+        """Adapt to a ``change`` of the loss and the (negative) change that was ``predicted``; returns the reduction
+        ratio.
+        """
         ratio = change / predicted if predicted < 0 and math.isfinite(change) else -math.inf
         if ratio > 0.75:
             self.value *= self.decay**self.every

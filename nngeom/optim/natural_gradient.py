@@ -33,32 +33,42 @@ class NaturalGradient(torch.optim.Optimizer):
     """``w <- w - lr (F + damping)^-1 grad`` with the Fisher matrix ``F`` in any representation, estimated while
     training.
 
-    Wrap the forward and backward passes of a step in :meth:`observe`, then call :meth:`step`. ``F`` is the running
-    average (weight of the past ``statistics_decay``, bias-corrected; 0: this batch alone) of the second moments of
+    Wrap the forward and backward passes of a step in :meth:`observe`, then call :meth:`step`. ``F`` is a running
+    average of second moments. All numbers may be callables of the step.
 
-    * ``fisher="empirical"``: gradients of the examples' own losses, read from the user's own backward pass;
-    * ``"monte_carlo"``: scores of labels drawn from the model by ``likelihood``, one more backward pass;
-    * ``"exact"``: the closed-form expectation over labels, one more backward pass of as many columns as outputs.
-
-    Inverses and eigenbases are computed anew every ``every`` steps, averages take in every ``statistics_every``-th
-    batch (with ``statistics_decay=0`` only those of a refresh). ``damping`` is a number (Tikhonov, exact), a damping
-    object, or
-    :class:`LevenbergMarquardt`; default ``FactoredTikhonov(1e-3, balanced=False)``. ``kl_clip`` bounds ``lr**2 / 2 v^T
-    (F + damping) v``, the divergence the quadratic model predicts for a step ``-lr v``. ``momentum`` averages
-    preconditioned gradients as ``torch.optim.SGD`` does gradients; ``weight_decay`` is decoupled, ``w <- w - lr
-    weight_decay w``. All numbers may be callables of the step. ``params``: parameter groups as for any optimizer, each
-    with its own ``lr``, ``momentum``, ``weight_decay``; default: one group of the collection.
-
-    ``rest`` (``"diag"``, ``"eye"`` or a representation) takes the parameters the representation cannot hold: those
-    above its ``block_limit``, and those used in ways no adapter knows (recurrent cells, batch normalisation in training
-    mode), whose second moments are ``n`` times the squared gradient of the batch. ``outputs`` picks the outputs ``(n,
-    ...)`` in what the model returns. ``scalings``, ``scalings_decay`` and ``async_basis`` concern EKFAC
-    (:class:`EKFAC`).
+    Args:
+        representation: what holds ``F``, as for :func:`nngeom.FIM`.
+        lr: the learning rate, at least 0.
+        momentum: in [0, 1), averages preconditioned gradients as ``torch.optim.SGD`` does gradients.
+        damping: a number (Tikhonov, exact), a damping object, or :class:`LevenbergMarquardt`; default
+            ``FactoredTikhonov(1e-3, balanced=False)``.
+        weight_decay: decoupled, ``w <- w - lr weight_decay w``.
+        statistics_decay: in [0, 1), the weight of the past in ``F``, bias-corrected; 0: this batch alone.
+        kl_clip: bounds ``lr**2 / 2 v^T (F + damping) v``, the divergence the quadratic model predicts for a step ``-lr
+            v``; ``None``: no bound.
+        fisher: second moments of what: ``"empirical"``, gradients of the examples' own losses, read from the user's own
+            backward pass; ``"monte_carlo"``, scores of labels drawn from the model by ``likelihood``, one more backward
+            pass; ``"exact"``, the closed-form expectation over labels, one more backward pass of as many columns as
+            outputs.
+        likelihood: of the last two, as for :func:`nngeom.FIM`.
+        params: parameter groups as for any optimizer, each with its own ``lr``, ``momentum``, ``weight_decay``;
+            default: one group of the collection.
+        reduction: how losses are reduced over examples, ``"mean"`` or ``"sum"``: see :meth:`observe`.
+        every: steps after which inverses and eigenbases are computed anew.
+        statistics_every: averages take in every so-many-th batch (with ``statistics_decay=0`` only those of a refresh).
+        scalings: of EKFAC alone: see :class:`EKFAC`.
+        scalings_decay: of EKFAC alone: see :class:`EKFAC`.
+        rest: ``"diag"``, ``"eye"`` or a representation, which takes the parameters that ``representation`` cannot hold:
+            those above its ``block_limit``, and those used in ways no adapter knows (recurrent cells, batch
+            normalisation in training mode), whose second moments are ``n`` times the squared gradient of the batch.
+        outputs: picks the outputs ``(n, ...)`` in what the model returns.
+        seed: of the labels that are drawn.
+        async_basis: of EKFAC alone: see :class:`EKFAC`.
 
     A step whose gradients or statistics are not finite is skipped with a :class:`SkippedStepWarning` that counts.
     Raises :class:`ArgumentError` on numbers out of range and on a step before anything was observed,
-    :class:`UnsupportedError` for a model replicated over several processes. Source: Amari 1998;
-    Martens & Grosse 2015; George et al. 2018.
+    :class:`UnsupportedError` for a model replicated over several processes. Source: Amari 1998; Martens & Grosse 2015;
+    George et al. 2018.
     """
 
     _step_supports_amp_scaling = True  # GradScaler hands its scale over instead of dividing the gradients itself
@@ -120,7 +130,9 @@ class NaturalGradient(torch.optim.Optimizer):
         self.clock.now()  # checks the numbers
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in any optimizer; raises :class:`ArgumentError` for a parameter outside the collection."""
+        """As in any optimizer: ``param_group`` has ``"params"`` and its own numbers; raises :class:`ArgumentError` for
+        a parameter outside the collection.
+        """
         super().add_param_group(param_group)
         mine = set(map(id, self.gradients.parameters))
         odd = [tuple(p.shape) for p in self.param_groups[-1]["params"] if id(p) not in mine]
@@ -174,7 +186,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.clock.damping = damping
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Also drops what was observed since the last step."""
+        """As in any optimizer (``set_to_none``: instead of zeros); also drops what was observed since the last step."""
         self._forget()
         super().zero_grad(set_to_none)
 
@@ -272,6 +284,8 @@ class NaturalGradient(torch.optim.Optimizer):
         return with_curvature(super().state_dict(), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume: the steps that follow are the same, bit by bit. Callables stay those of this optimizer."""
+        """Resume from a ``state_dict``: the steps that follow are the same, bit by bit. Callables stay those of this
+        optimizer.
+        """
         super().load_state_dict(without_curvature(state_dict, self.param_groups))
         restore(self, state_dict["curvature"])

@@ -38,9 +38,10 @@ def winsorized_gradient(
 
     ``level`` is in percent a tail, [0, 50]: 0 is the plain gradient, 50 the coordinate-wise median. Percentiles are
     interpolated linearly between order statistics, as ``numpy.percentile`` does. ``batch`` is one batch or several,
-    whose inputs and output gradients are held; rows are formed for some coordinates at a time. Raises
-    :class:`ArgumentError` for a level out of range, and what :func:`nngeom.EmpiricalFIM` raises. Source: Tukey 1962
-    (winsorizing); Chatterjee & Zielinski 2020, section 5.5 (of gradients).
+    whose inputs and output gradients are held; rows are formed for some coordinates at a time. ``loss``: as for
+    :func:`nngeom.EmpiricalFIM`. Raises :class:`ArgumentError` for a level out of range, and what
+    :func:`nngeom.EmpiricalFIM` raises. Source: Tukey 1962 (winsorizing); Chatterjee & Zielinski 2020, section 5.5 (of
+    gradients).
     """
     task, examples = _gradients(model, batch, loss, function, layer_collection)
     return PVector(task.collection, examples.reduced(lambda rows: winsorized(rows, level).mean(0)))
@@ -57,8 +58,9 @@ def median_of_means_gradient(
 ) -> PVector:
     """The coordinate-wise median of the mean gradients of ``groups`` runs of neighbouring examples.
 
-    One group is the plain gradient, ``n`` groups the median of examples; sizes differ by one at most. An even number of
-    groups takes the middle of the two middle values. Raises :class:`ArgumentError` unless ``1 <= groups <= n``.
+    ``batch`` and ``loss`` as for :func:`winsorized_gradient`. One group is the plain gradient, ``n`` groups the median
+    of examples; sizes differ by one at most. An even number of groups takes the middle of the two middle values. Raises
+    :class:`ArgumentError` unless ``1 <= groups <= n``.
     """
     task, examples = _gradients(model, batch, loss, function, layer_collection)
     if not isinstance(groups, int) or not 1 <= groups <= examples.count:
@@ -90,6 +92,7 @@ def winsorized(rows: Tensor, level: float) -> Tensor:
 class WinsorizedSGD(torch.optim.SGD):
     """``torch.optim.SGD`` on winsorized gradients; forward and backward passes go inside :meth:`observe`.
 
+    ``lr``: the learning rate; ``level``: as for :func:`winsorized_gradient`; ``options``: those of ``torch.optim.SGD``.
     What ``.grad`` holds besides the examples' gradients (a penalty on weights) is kept as it is. All examples seen
     since the last step are one set, held by their inputs and output gradients. Raises :class:`CoverageError` for models
     with parameters whose per-example gradients the passes do not show (recurrent cells): use
@@ -114,7 +117,9 @@ class WinsorizedSGD(torch.optim.SGD):
 
     @contextlib.contextmanager
     def observe(self, scaler: Any = None) -> Iterator[Observation]:
-        """Watch one or several forward and backward passes, as :meth:`NaturalGradient.observe`."""
+        """Watch one or several forward and backward passes, as :meth:`NaturalGradient.observe`; ``scaler``: a
+        ``GradScaler`` in use.
+        """
         with alone(self.observer.task.model), self.observer.watch() as seen:
             yield seen
         if self.observer.batchwise:
@@ -129,13 +134,13 @@ class WinsorizedSGD(torch.optim.SGD):
         seen.chunks.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Also drops what was observed since the last step."""
+        """As in any optimizer (``set_to_none``: instead of zeros); also drops what was observed since the last step."""
         self._examples.clear()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Winsorize what was observed, and move."""
+        """Winsorize what was observed, and move; ``closure``, run with gradients, returns the loss that is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

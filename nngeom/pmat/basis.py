@@ -23,6 +23,9 @@ class Basis:
 
     ``U.mv`` maps coordinates (in the order of the eigenvalues) to parameters, ``U.T.mv`` back; both take and give a
     PVector or a flat tensor ``(*batch, d)``, as they are given.
+
+    ``parts``: bases of the blocks of ``layer_collection``; ``order [d]``: the place of each ascending eigenvalue in the
+    blocks' own order; ``dtype``: of the entries; ``transposed``: this is ``U^T``.
     """
 
     layer_collection: LayerCollection

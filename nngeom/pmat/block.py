@@ -86,8 +86,8 @@ class Block(TensorObject, ABC):
     # -- derived -------------------------------------------------------------------------------------------------------
 
     def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
-        """The block of two data sets together, whose shares of the examples are ``mine`` and ``theirs``; ``None`` where
-        that is not known.
+        """The block of two data sets together, this and ``other``, whose shares of the examples are ``mine`` and
+        ``theirs``; ``None`` where that is not known.
         """
         return self.scaled(mine).added(other.scaled(theirs))
 

@@ -45,7 +45,7 @@ def scaling_statistic(bases: dict[Layout, Any]):
 class PMatEKFAC(PMat):
     """KFAC's eigenvectors, and the mean squares of the rows along them: never farther from the exact block than KFAC.
 
-    Options as :class:`PMatKFAC`.
+    Options ``sharing``, ``sua`` and ``block_limit`` as for :class:`PMatKFAC`.
     """
 
     passes = 2
@@ -53,6 +53,9 @@ class PMatEKFAC(PMat):
 
     @classmethod
     def recipe(cls, scope: Scope, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
+        """Factors of the parameters of ``scope`` and their eigenvectors, then mean squares; ``sharing``, ``sua``,
+        ``block_limit``: see the class.
+        """
         means = yield factor_statistic(sharing, block_limit, sua)
         bases = {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}
         return (yield from rescale(bases))

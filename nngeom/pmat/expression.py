@@ -49,7 +49,7 @@ class PMatExpression(ParameterOperator):
         return PVector(self.collection, self.to_dense().diagonal())
 
     def norm(self, kind: str = "fro") -> Tensor:
-        """The Frobenius norm, by products with the unit vectors in chunks."""
+        """The Frobenius norm (``kind="fro"``), by products with the unit vectors in chunks."""
         require_frobenius(kind)
         return self.to_dense().norm()
 
@@ -65,7 +65,9 @@ class PMatExpression(ParameterOperator):
     def solve(
         self, b: Any, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None
     ) -> Any:
-        """``(M + damping I)^-1 b``: dense below the size limit, conjugate gradients above it."""
+        """``(M + damping I)^-1 b``: dense below the size limit, above it conjugate gradients to a relative residual
+        ``tol``, in ``max_iter`` steps at most (by default ten times the side, at most 10 000).
+        """
         d = as_damping(damping)
         if self.shape[0] <= DENSE_LIMIT:
             if self.symmetric:
@@ -108,13 +110,13 @@ class PMatExpression(ParameterOperator):
         return self.materialize().eigh()
 
     def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> PVector:
-        """Draws of ``N(0, (M + damping I)^-1)``."""
+        """``n`` draws of ``N(0, (M + damping I)^-1)``; ``generator``: torch's global one by default."""
         return self.materialize().sample(n, damping, generator)
 
 
 @dataclass(frozen=True, eq=False)
 class PMatSum(PMatExpression):
-    """``sum_j weight_j M_j``."""
+    """``sum_j weight_j M_j`` of ``parts``; ``weights`` are 1 by default."""
 
     parts: tuple[ParameterOperator, ...]
     weights: tuple[float | Tensor, ...] | None = None

@@ -34,6 +34,8 @@ FEW_BYTES = 2**26  # of the cotangents of the first look
 class PMatImplicit(ParameterOperator):
     """A matrix known by its products, exact and without storage; it keeps the model and the batches, and is not
     picklable.
+
+    ``sweep``: the model, the batches and what is measured of them; ``scale``: a factor.
     """
 
     sweep: Sweep
@@ -106,8 +108,9 @@ class PMatImplicit(ParameterOperator):
     ) -> Any:
         """``(M + damping I)^-1 b`` by conjugate gradients to a relative residual ``tol``.
 
-        ``preconditioner``: a PMat whose ``solve`` with the same damping approximates this one. Raises
-        :class:`ConvergenceError` when ``tol`` is not reached. Differentiable in ``b`` and ``damping``: another solve.
+        ``max_iter``: steps at most (by default ten times the side, at most 10 000). ``preconditioner``: a PMat whose
+        ``solve`` with the same damping approximates this one. Raises :class:`ConvergenceError` when ``tol`` is not
+        reached. Differentiable in ``b`` and ``damping``: another solve.
         """
         d = as_damping(damping)
         if not isinstance(d, Tikhonov):
@@ -122,7 +125,7 @@ class PMatImplicit(ParameterOperator):
         return self._apply(lambda x: solution(solver, [*self._terms(), (d.value, identity)], x, self._held), b)
 
     def inverse(self, damping: float | Tensor | Damping = 0.0, **options: Any) -> ParameterOperator:
-        """``(M + damping I)^-1`` as an operator: every product is a :meth:`solve`."""
+        """``(M + damping I)^-1`` as an operator: every product is a :meth:`solve` with these ``options``."""
         from nngeom.pmat.implicit_inverse import ImplicitInverse
 
         return ImplicitInverse(self, as_damping(damping), options)
@@ -137,8 +140,10 @@ class PMatImplicit(ParameterOperator):
         return estimators[estimator](self._mv, self.shape[0], samples, like, generator)
 
     def trace(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
-        """``tr M``: exact by default, or an :class:`Estimate` with a standard error (``"hutchinson"``,
-        ``"hutch++"``).
+        """``tr M``: exact by default, or an :class:`Estimate` with a standard error.
+
+        ``estimator``: ``"hutchinson"`` or ``"hutch++"``, of ``samples`` random vectors by ``generator`` (torch's global
+        one by default).
         """
         if estimator is None:
             return self._exact_trace()
@@ -152,7 +157,11 @@ class PMatImplicit(ParameterOperator):
         return PVector(self.collection, self.to_dense().diagonal())
 
     def norm(self, kind: str = "fro", samples: int | None = None, generator: torch.Generator | None = None) -> Any:
-        """The Frobenius norm: exact on the dense matrix, or with ``samples`` an :class:`Estimate` from products."""
+        """The Frobenius norm (``kind="fro"``): exact on the dense matrix, or with ``samples`` an :class:`Estimate` from
+        products.
+
+        ``generator``: of the random vectors (torch's global one by default).
+        """
         require_frobenius(kind)
         if samples is None:
             return self.to_dense().norm()
@@ -164,7 +173,11 @@ class PMatImplicit(ParameterOperator):
     def lanczos(
         self, k: int, steps: int | None = None, tol: float = 1e-6, generator: torch.Generator | None = None
     ) -> tuple[Tensor, PVector]:
-        """The ``k`` largest eigenvalues, descending ``(k,)``, and their vectors, a batch of PVectors."""
+        """The ``k`` largest eigenvalues, descending ``(k,)``, and their vectors, a batch of PVectors.
+
+        It goes on until residuals relative to the largest eigenvalue are below ``tol``, or for ``steps`` products where
+        given. ``generator``: of the first vector (torch's global one by default).
+        """
         start = PVector.randn(
             self.collection,
             generator=generator,
@@ -177,7 +190,9 @@ class PMatImplicit(ParameterOperator):
     def spectral_density(
         self, steps: int = 64, samples: int = 8, generator: torch.Generator | None = None
     ) -> SpectralDensity:
-        """The distribution of eigenvalues by stochastic Lanczos quadrature."""
+        """The distribution of eigenvalues by stochastic Lanczos quadrature: ``steps`` products from each of ``samples``
+        random vectors, drawn by ``generator`` (torch's global one by default).
+        """
         like = torch.empty((), dtype=self.dtype, device=self.device)
         return spectral_density(self._mv, self.shape[0], like, steps, samples, generator)
 
@@ -192,11 +207,11 @@ class PMatImplicit(ParameterOperator):
         raise self._refuse("eigh()")
 
     def logdet(self, damping: float | Tensor = 0.0) -> Any:
-        """Not offered; raises :class:`UnsupportedError`."""
+        """Not offered, whatever the ``damping``; raises :class:`UnsupportedError`."""
         raise self._refuse("logdet()")
 
     def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> Any:
-        """Not offered; raises :class:`UnsupportedError`."""
+        """Not offered, whatever ``n``, ``damping`` and ``generator``; raises :class:`UnsupportedError`."""
         raise self._refuse("sample()")
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

@@ -82,11 +82,13 @@ class PMatKFAC(PMat):
     (``"reduce"``).
 
     ``sua``: the places of a window as uncorrelated, one factor of channels for all of them; the bias then is a block of
-    its own.
+    its own. ``block_limit``: a parameter without Kronecker structure keeps its exact dense block up to so many entries,
+    and above raises :class:`StructureError`.
     """
 
     centred = False
 
     @classmethod
     def recipe(cls, scope: Scope, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
+        """Factors of the parameters of ``scope``; ``sharing``, ``sua``, ``block_limit``: see the class."""
         return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua)))

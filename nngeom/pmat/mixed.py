@@ -74,6 +74,7 @@ class Mixture(Representation):
 class PMatMixed(PMat):
     """``PMatMixed({pattern: representation, ...}, default=...)`` is a representation; measured with it, a matrix.
 
+    ``parts`` are patterns with what holds the parameters that match, the first counts; ``default`` holds the others.
     Patterns are parameter names, layer names, or globs; representations may carry options, ``PMatKFAC.options(...)``.
     """
 

@@ -118,11 +118,11 @@ class PMat(ParameterOperator):
     @classmethod
     @abstractmethod
     def recipe(cls, scope: Scope) -> Recipe:
-        """How this representation is estimated from LayerJacobians."""
+        """How this representation of the parameters of ``scope`` is estimated from LayerJacobians."""
 
     @classmethod
     def options(cls, **settings: Any) -> Representation:
-        """This representation with options, for use inside :class:`PMatMixed`."""
+        """This representation with options, its ``settings`` by name, for use inside :class:`PMatMixed`."""
         return Representation(cls, settings)
 
     @classmethod
@@ -181,7 +181,7 @@ class PMat(ParameterOperator):
         return PVector(self.layer_collection, self._collect({lay: b.diag() for lay, b in self.blocks.items()}))
 
     def norm(self, kind: str = "fro") -> Tensor:
-        """The Frobenius norm."""
+        """The Frobenius norm; ``kind`` is ``"fro"``, others raise :class:`ArgumentError`."""
         require_frobenius(kind)
         return torch.stack([b.squared_norm() for b in self.blocks.values()]).sum().sqrt()
 
@@ -246,7 +246,9 @@ class PMat(ParameterOperator):
         )
 
     def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> PVector:
-        """``n`` independent draws of ``N(0, (M + damping I)^-1)``, a batch of PVectors."""
+        """``n`` independent draws of ``N(0, (M + damping I)^-1)``, a batch of PVectors; ``generator``: torch's global
+        one by default.
+        """
         t = require_tikhonov(damping, "sample")
         noise = PVector.randn(
             self.layer_collection,

@@ -14,7 +14,7 @@ from nngeom.core.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, tensor or vector with its standard error."""
+    """A ``value``, a number, tensor or vector, with its ``standard_error``, of the same shape."""
 
     value: Any
     standard_error: Any

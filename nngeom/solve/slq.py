@@ -14,13 +14,13 @@ from nngeom.solve.lanczos import tridiagonalize
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """Nodes and weights (summing to one) that stand for the distribution of eigenvalues."""
+    """``nodes`` and ``weights`` (summing to one), ``(r,)`` each, that stand for the distribution of eigenvalues."""
 
     nodes: Tensor
     weights: Tensor
 
     def on(self, grid: Tensor, width: float) -> Tensor:
-        """The density on a grid, each node smoothed by a Gaussian of standard deviation ``width``."""
+        """The density on a ``grid`` of any shape, each node smoothed by a Gaussian of standard deviation ``width``."""
         z = (grid.unsqueeze(-1) - self.nodes) / width
         return (self.weights * torch.exp(-0.5 * z.square())).sum(-1) / (width * (2 * torch.pi) ** 0.5)
 

@@ -25,6 +25,9 @@ class LayerCollection:
     Two collections are equal when names, shapes and order are: a vector of one instance of a model fits a matrix of
     another. A *layer* is the module that owns a parameter under its first name; a bare parameter of
     the root is a layer by itself, unless the model is a single layer of ``torch.nn``.
+
+    ``names``, ``shapes`` and ``layers``: of the parameters, one each, in order; :meth:`from_model` reads them off a
+    model.
     """
 
     names: tuple[str, ...]
@@ -100,7 +103,7 @@ class LayerCollection:
         return table
 
     def span(self, names: Iterable[str] | None = None) -> Layout:
-        """The layout of whole parameters in flat order (all of them by default)."""
+        """The layout of whole parameters, ``names``, in flat order (all of them by default)."""
         table = self.offsets()
         return Layout.span([(n, table[n][0], math.prod(table[n][1])) for n in (self.names if names is None else names)])
 
@@ -119,7 +122,7 @@ class LayerCollection:
         return {name: named[name] for name in self.names}
 
     def require(self, other: LayerCollection, what: str) -> None:
-        """Raise :class:`CollectionError` unless ``other`` is the same collection."""
+        """Raise :class:`CollectionError`, which calls it ``what``, unless ``other`` is the same collection."""
         if self == other:
             return
         mine, theirs = dict(zip(self.names, self.shapes)), dict(zip(other.names, other.shapes))

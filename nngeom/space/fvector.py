@@ -14,7 +14,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError
 
 @dataclass(frozen=True, eq=False)
 class FVector:
-    """A tensor ``(*batch, c, n)`` of outputs by examples; flattened output-major, row ``output * n + example``."""
+    """A ``tensor (*batch, c, n)`` of outputs by examples; flattened output-major, row ``output * n + example``."""
 
     tensor: Tensor
 
@@ -83,7 +83,7 @@ class FVector:
         return FVector(-self.tensor)
 
     def dot(self, other: FVector) -> Tensor:
-        """Inner product, ``(*batch)``."""
+        """Inner product with ``other``, ``(*batch)``."""
         return self._with(other, torch.mul).tensor.sum((-2, -1))
 
     def norm(self, p: float = 2) -> Tensor:

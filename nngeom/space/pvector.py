@@ -16,9 +16,9 @@ from nngeom.space.collection import LayerCollection, unwrap
 
 @dataclass(frozen=True, eq=False)
 class PVector:
-    """A vector (or batch of vectors) over the parameters of a :class:`LayerCollection`.
+    """A vector (or batch of vectors) over the parameters of a :class:`LayerCollection`, its ``layer_collection``.
 
-    One internal form: the flat tensor ``(*batch, d)``, in the order of the collection.
+    One internal form: the flat ``tensor (*batch, d)``, in the order of the collection.
     """
 
     layer_collection: LayerCollection
@@ -57,12 +57,12 @@ class PVector:
 
     @staticmethod
     def from_flat(layer_collection: LayerCollection, tensor: Tensor) -> PVector:
-        """From a flat tensor ``(*batch, d)``, in the order of the collection; not copied."""
+        """From a flat ``tensor (*batch, d)``, in the order of ``layer_collection``; not copied."""
         return PVector(layer_collection, tensor)
 
     @staticmethod
     def from_dict(layer_collection: LayerCollection, tensors: Mapping[str, Tensor]) -> PVector:
-        """From one tensor ``(*batch, *shape)`` a parameter; copied."""
+        """From one tensor ``(*batch, *shape)`` a parameter of ``layer_collection``, ``tensors`` by name; copied."""
         parts = []
         for name, shape in zip(layer_collection.names, layer_collection.shapes):
             if name not in tensors:
@@ -85,7 +85,9 @@ class PVector:
     def zeros(
         layer_collection: LayerCollection, *batch: int, dtype: torch.dtype | None = None, device: Any = None
     ) -> PVector:
-        """All zeros."""
+        """All zeros, ``(*batch, d)``, over ``layer_collection``; ``dtype`` and ``device`` are torch's defaults unless
+        given.
+        """
         return PVector(layer_collection, torch.zeros(*batch, layer_collection.numel, dtype=dtype, device=device))
 
     @staticmethod
@@ -96,7 +98,11 @@ class PVector:
         dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> PVector:
-        """Independent standard normal entries."""
+        """Independent standard normal entries, ``(*batch, d)``, over ``layer_collection``.
+
+        ``generator``: torch's global one by default; ``dtype``: torch's default unless given; ``device``: that of the
+        generator unless given.
+        """
         device = device if device is not None else (generator.device if generator is not None else None)
         return PVector(
             layer_collection,
@@ -188,7 +194,7 @@ class PVector:
         return PVector(self.layer_collection, -self.tensor)
 
     def dot(self, other: PVector) -> Tensor:
-        """Inner product, ``(*batch)``."""
+        """Inner product with ``other``, ``(*batch)``."""
         self.layer_collection.require(other.layer_collection, "the other vector")
         return (self.tensor * other.tensor).sum(-1)
 

@@ -12,7 +12,7 @@ from nngeom.track.tracker import Tracker
 
 
 def lightning_callback(tracker: Tracker) -> Any:
-    """A ``lightning.pytorch`` callback that steps the tracker after every optimiser step, with the logged scalars.
+    """A ``lightning.pytorch`` callback that steps ``tracker`` after every optimiser step, with the logged scalars.
 
     Steps are counted as Lightning counts them, or as the optimisers are stepped where that is more: under manual
     optimisation they need not go through Lightning's wrappers.
@@ -64,7 +64,7 @@ def lightning_callback(tracker: Tracker) -> Any:
 
 
 def huggingface_callback(tracker: Tracker) -> Any:
-    """A ``transformers.TrainerCallback`` that steps the tracker after every optimiser step, with the last logged
+    """A ``transformers.TrainerCallback`` that steps ``tracker`` after every optimiser step, with the last logged
     scalars.
 
     Raises :class:`MissingExtraError` without the extra ``transformers``.

@@ -33,10 +33,11 @@ History = dict[str, list[float]]
 
 
 def dashboard(history: History, path: str | os.PathLike[str] | None = None, title: str = "") -> Any:
-    """Loss and accuracy, spectrum, effective rank, alignment by layer, MGS and coherence of a tracker's history.
+    """Loss and accuracy, spectrum, effective rank, alignment by layer, MGS and coherence of a tracker's ``history``.
 
-    A panel without data says which metric it needs. Raises :class:`MissingExtraError` without matplotlib,
-    :class:`FileError` where ``path`` cannot be written.
+    ``path``: the file it is written to, where given; ``title``: above the panels. A panel without data says which
+    metric it needs. Raises :class:`MissingExtraError` without matplotlib, :class:`FileError` where ``path`` cannot be
+    written.
     """
     try:
         import matplotlib

@@ -33,7 +33,10 @@ QUANTITIES: dict[str, Callable[[Look], Numbers]] = {}
 
 @dataclass
 class Look:
-    """The model on the probe set at one moment; what several quantities need is computed once."""
+    """The model on the probe set at one moment; what several quantities need is computed once.
+
+    ``model``, ``batches``, ``loss``, ``function`` and ``layer_collection``: those of the :class:`Tracker`.
+    """
 
     model: nn.Module
     batches: list[Any]

@@ -52,9 +52,10 @@ class Tracker:
     number of a function stands under the function's name, one of a second function of that name under ``name_2``, and
     so on.
 
-    ``csv``, ``tensorboard``: a file and a log directory that are written to as measurements come (the latter needs the
-    extra ``tensorboard``). ``history`` maps columns to lists of numbers of equal length, NaN where a number was not
-    given. ``overhead`` is the share of wall time since the first :meth:`step` that went into measuring.
+    ``loss``: of the quantities that need one, as for :func:`nngeom.EmpiricalFIM`. ``csv``, ``tensorboard``: a file and
+    a log directory that are written to as measurements come (the latter needs the extra ``tensorboard``). ``history``
+    maps columns to lists of numbers of equal length, NaN where a number was not given. ``overhead`` is the share of
+    wall time since the first :meth:`step` that went into measuring.
 
     Raises :class:`ArgumentError` for an unknown metric and where two numbers would stand in one column,
     :class:`LoaderError` for an empty probe loader.
@@ -104,7 +105,9 @@ class Tracker:
         return self.measure(step, **scalars) if due else None
 
     def measure(self, step: int, **scalars: float) -> dict[str, float]:
-        """Measure now, due or not: the new row."""
+        """Measure now, due or not: the new row, at ``step`` and with ``scalars``, other numbers by name of their
+        column.
+        """
         begin = time.perf_counter()
         if self._begun is None:
             self._begun = begin
@@ -145,7 +148,7 @@ class Tracker:
     # -- keeping -------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """The history as a JSON file, written whole or not at all; raises :class:`FileError`."""
+        """The history as a JSON file ``path``, written whole or not at all; raises :class:`FileError`."""
         running = 0.0 if self._begun is None else time.perf_counter() - self._begun
         last = getattr(self.every, "last", None)
         state = {
@@ -158,7 +161,7 @@ class Tracker:
         write_whole(Path(path), json.dumps(state))
 
     def load(self, path: str | os.PathLike[str]) -> Tracker:
-        """Go on from a file of :meth:`save`: history, schedule and overhead; rows are appended. Raises
+        """Go on from a file ``path`` of :meth:`save`: history, schedule and overhead; rows are appended. Raises
         :class:`FileError`.
         """
         try:
@@ -179,7 +182,7 @@ class Tracker:
         return self
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """One row a measurement, one column a number; raises :class:`FileError`."""
+        """One row a measurement, one column a number, in the file ``path``; raises :class:`FileError`."""
         import io
 
         text = io.StringIO()
@@ -187,8 +190,8 @@ class Tracker:
         write_whole(Path(path), text.getvalue())
 
     def to_tensorboard(self, directory: str | os.PathLike[str]) -> None:
-        """The whole history as TensorBoard scalars; raises :class:`MissingExtraError` without the extra
-        ``tensorboard``.
+        """The whole history as TensorBoard scalars in ``directory``; raises :class:`MissingExtraError` without the
+        extra ``tensorboard``.
         """
         writer = Writer(directory)
         for values in zip(*self.history.values()):
@@ -197,8 +200,8 @@ class Tracker:
         writer.close()
 
     def plot(self, path: str | os.PathLike[str] | None = None, title: str = "") -> Any:
-        """The dashboard, written to ``path`` where given; the figure. Raises :class:`MissingExtraError` without the
-        extra ``plot``.
+        """The dashboard, written to ``path`` where given, with ``title`` above; the figure. Raises
+        :class:`MissingExtraError` without the extra ``plot``.
         """
         from nngeom.track.plots import dashboard
 
