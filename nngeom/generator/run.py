@@ -53,8 +53,8 @@ class Run:
         """The run of the arguments that all measures take.
 
         Args:
-            model: a module. Where it mixes examples or draws at random (batch normalisation or dropout in training mode) a
-                measure raises :class:`ModeError`.
+            model: a module. Where it mixes examples or draws at random (batch normalisation or dropout in training
+                mode) a measure raises :class:`ModeError`.
             loader: a ``DataLoader``, an iterable of batches, or a list of them; a tuple, tensor or dict is one batch.
             function: from a batch to its outputs ``(n, c)``: a tuple is unpacked, targets included, others are passed
                 whole. By default ``model(inputs)``, for a dict ``model(**batch)`` without its labels.
@@ -84,7 +84,7 @@ class Run:
         return self.task.batches(self.loader)
 
     def on(self, loader: Any) -> Run:
-        """The same on other data."""
+        """The same on another ``loader``."""
         return replace(self, loader=loader)
 
     def held(self) -> Run:
