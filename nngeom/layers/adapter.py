@@ -22,7 +22,7 @@ ADAPTERS: dict[Any, Adapter] = {}
 
 
 def adapts(*functions: Any) -> Callable[[Adapter], Adapter]:
-    """Register an adapter for torch functions, at its definition.
+    """Register an adapter for torch ``functions``, at its definition.
 
     A use explains each parameter that was given to the call once, where it was given: of ``F.linear(w, w)`` it explains
     one of two, so that the call has no structure.

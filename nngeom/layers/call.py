@@ -17,7 +17,11 @@ class NotStructured(Exception):
 
 
 class Call:
-    """What an adapter may ask about the call it is looking at."""
+    """What an adapter may ask about the call it is looking at.
+
+    ``find``: ``(name, parameter)`` of a tensor that is a selected parameter or a view of one, else ``None``; ``out``:
+    the output of the call; ``keep_graph``: inputs are to keep theirs.
+    """
 
     def __init__(self, find: Callable[[Tensor], tuple[str, Tensor] | None], out: Tensor, keep_graph: bool):
         self._find, self.out, self.keep_graph = find, out, keep_graph
@@ -28,7 +32,7 @@ class Call:
         return isinstance(x, Tensor) and self._find(x) is not None
 
     def parameters_in(self, arguments: Iterable[Any]) -> int:
-        """How many of these arguments, and of those in their lists, are selected parameters or views of one."""
+        """How many of these ``arguments``, and of those in their lists, are selected parameters or views of one."""
         count = 0
         for x in arguments:
             if isinstance(x, Tensor):
@@ -45,7 +49,7 @@ class Call:
         return found
 
     def keep(self, x: Tensor) -> Tensor:
-        """An input to be read later: detached unless the kernel is to be differentiated."""
+        """An input ``x`` to be read later: detached unless the kernel is to be differentiated."""
         if x.is_complex() or x.is_nested or x.layout is not torch.strided:
             raise NotStructured  # rows of complex products are sums of two; the others have no strides
         x = x if self.keep_graph else x.detach()
@@ -53,7 +57,9 @@ class Call:
         return x
 
     def whole(self, x: Tensor | None, arrangement: Arrangement) -> Slot | None:
-        """The slot of a parameter used whole; ``None`` where ``x`` is no selected parameter. A partial view raises."""
+        """The slot of a parameter used whole, read by ``arrangement``; ``None`` where ``x`` is no selected parameter. A
+        partial view raises.
+        """
         found = self._parameter(x)
         if x is None or found is None:
             return None
@@ -63,7 +69,7 @@ class Call:
         return Slot(name, arrangement)
 
     def matrix(self, x: Tensor | None) -> Slot | None:
-        """The slot of a 2-D tensor ``[o, i]``: a parameter, its transpose, or a rectangular part of either."""
+        """The slot of a 2-D tensor ``x [o, i]``: a parameter, its transpose, or a rectangular part of either."""
         found = self._parameter(x)
         if x is None or found is None:
             return None
@@ -91,8 +97,8 @@ class Call:
         raise NotStructured
 
     def vector(self, x: Tensor | None, s: int = 1) -> Slot | None:
-        """The slot of a bias of ``s * o`` entries: a parameter, or for ``s = 1`` a run of neighbours of one, of any
-        shape.
+        """The slot of a bias ``x`` of ``s * o`` entries: a parameter, or for ``s = 1`` a run of neighbours of one, of
+        any shape.
         """
         found = self._parameter(x)
         if x is None or found is None:
@@ -103,13 +109,15 @@ class Call:
         return Slot(name, Arrangement.plain(1, base.numel(), 1), self.run(x, base))
 
     def run(self, x: Tensor, base: Tensor) -> int:
-        """Where a run of neighbours starts in its parameter; raises where the entries are not neighbours in order."""
+        """Where ``x``, a run of neighbours, starts in its parameter ``base``; raises where the entries are not
+        neighbours in order.
+        """
         if not x.is_contiguous() or not base.is_contiguous():
             raise NotStructured
         return int(x.storage_offset() - base.storage_offset())
 
     def table(self, x: Tensor) -> tuple[Slot, int]:
-        """The slot of ``[i, o]`` for rows of a parameter table, ``o`` its last axis, and the first row."""
+        """The slot of ``[i, o]`` for rows ``x`` of a parameter table, ``o`` its last axis, and the first row."""
         found = self._parameter(x)
         if found is None:
             raise NotStructured
