@@ -92,8 +92,8 @@ class Recorder(TorchFunctionMode):
 
     def capture(self, outputs: Tensor) -> Capture:
         """What was seen until ``outputs`` were there."""
-        left = (recorded for recorded in self.uses if recorded not in self._moved)
-        uses = [dataclasses.replace(recorded, place=place) for place, recorded in enumerate(left)]
+        left = [recorded for recorded in self.uses if recorded not in self._moved]
+        uses = [recorded.at(place) for place, recorded in enumerate(left)]
         return Capture(outputs, uses, self.unstructured, frozenset(self.hooked), not self.refuse)
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
@@ -186,7 +186,7 @@ class Recorder(TorchFunctionMode):
         with torch.set_grad_enabled(self.keep_graph):
             try:
                 use = adapter(call, *args, **kwargs)
-                return None if use is None else Recorded.of(use, out, tuple(call.sources), since)
+                return None if use is None else Recorded.of(use, out, tuple(call.sources), since, len(self.uses))
             except torch.OutOfMemoryError:
                 raise
             except ModeError:  # its affine parameters are used together with statistics of the batch

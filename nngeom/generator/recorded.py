@@ -31,9 +31,13 @@ class Recorded:
     place: int = 0  # among the uses of the pass
 
     @staticmethod
-    def of(use: Use, out: Tensor, sources: Sources, since: int) -> Recorded:
+    def of(use: Use, out: Tensor, sources: Sources, since: int, place: int) -> Recorded:
         """A use whose output is ``out``."""
-        return Recorded(use, get_gradient_edge(out), out.shape, sources, since)
+        return Recorded(use, get_gradient_edge(out), out.shape, sources, since, place=place)
+
+    def at(self, place: int) -> Recorded:
+        """The same in this place."""
+        return self if place == self.place else dataclasses.replace(self, place=place)
 
     @property
     def features(self) -> int:

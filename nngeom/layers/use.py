@@ -26,18 +26,20 @@ class Slot:
 class Use:
     """What an adapter says of one call of an operation that is affine in its parameters.
 
-    ``operation``: its name in reports; nothing is decided by it. ``weight``, ``bias``: the parameters, as
-    :meth:`~nngeom.layers.adapter.Call.whole` and its like find them. ``lead``: sizes of the axes of the output that
-    hold examples and positions.
-
-    ``gradients``: ``[k, *out] -> [k, *lead, s, o]``. ``inputs``: ``() -> [*lead, s, i]``, integers ``[*lead]`` for a
-    lookup, ``None`` without weight. ``copied``, where reading inputs copies them anyhow: ``(empty, ones)`` to the same
-    in the memory of ``empty(sizes, like)``, with ``ones`` followed by a column of ones for the bias.
-
-    ``channels``: the axis of the output that holds features. ``lookup``: inputs are rows of a table, by their number.
-    ``elementwise``: one output a group by nature, so that rows are formed at once and blocks are exact. ``product``:
-    the output is the input times the matrix, both read as they are, so that derivatives of any order are products too.
-    ``serial``: several cotangents go back through it no faster together than one after the other.
+    Args:
+        operation: its name in reports; nothing is decided by it.
+        weight: the parameter that multiplies the inputs, ``None`` without one.
+        bias: the parameter that is added, ``None`` without one.
+        lead: sizes of the axes of the output that hold examples and positions.
+        gradients: ``[k, *out] -> [k, *lead, s, o]``, the gradients of the output as the rows need them.
+        inputs: ``() -> [*lead, s, i]``, integer ``[*lead]`` for lookups; ``None`` without weight.
+        copied: where reading inputs copies them anyhow: ``(empty, ones)`` to the copy in memory that ``empty(sizes,
+            like)`` gives, with ``ones`` followed by a column of ones for the bias.
+        channels: the axis of the output that holds features.
+        lookup: inputs are indices, one-hot rows.
+        elementwise: ``o = 1`` by nature: rows are formed at once, blocks are exact.
+        product: the output is the input times the matrix, both read as they are: derivatives of any order are products.
+        serial: several cotangents go back through it no faster together than one after the other.
     """
 
     operation: str
