@@ -243,3 +243,19 @@ def test_what_an_adapter_said_stays():
         recorded.use.weight = None
     with pytest.raises(FrozenInstanceError):
         recorded.edge = None
+
+
+def test_a_product_of_scaled_gradients_has_the_right_trace(monkeypatch):
+    """``product`` promises that gradients are read as they are; one that scales them is found out."""
+    torch.manual_seed(0)
+
+    def halved(call, input, weight, bias=None):
+        x = call.keep(input)
+        lead, gradients, inputs = tuple(input.shape[:-1]), lambda g: 2 * g.unsqueeze(-2), lambda: x.unsqueeze(-2) / 2
+        return Use("halved", call.matrix(weight), None, lead, gradients, inputs, product=True)
+
+    monkeypatch.setitem(ADAPTERS, F.linear, halved)
+    model, x = nn.Linear(4, 3, bias=False, dtype=f64), torch.randn(5, 4, dtype=f64)
+    exact = nng.mgs.trace_penalty(model, x)
+    found = [nng.mgs.trace_penalty(model, x, "rademacher", samples=200) for _ in range(5)]
+    torch.testing.assert_close(torch.stack(found).mean(), exact, rtol=0.05, atol=0)

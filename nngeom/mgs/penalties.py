@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.core.contract import squared_lengths
+from nngeom.core.draws import factors, outer
 from nngeom.core.errors import ArgumentError, CoverageError
 from nngeom.fmat.estimate import RandomSigns
 from nngeom.generator.axes import ExampleAxis
@@ -187,7 +188,8 @@ def _with_a_row_an_example(run: Run, seen: Capture) -> list[Recorded]:
             continue
         width = recorded.shape[-1]
         whole = use.weight.arrangement.sizes == (1, width, use.weight.arrangement.sizes[2]) and not use.weight.column
-        if whole and (use.bias is None or use.bias.arrangement.sizes == (1, width, 1)):
+        whole = whole and (use.bias is None or use.bias.arrangement.sizes == (1, width, 1))
+        if whole and _as_they_are(recorded, seen.outputs):
             found.append(recorded)
     if not found:
         return []
@@ -198,6 +200,12 @@ def _with_a_row_an_example(run: Run, seen: Capture) -> list[Recorded]:
         if isinstance(proof.place(recorded.place), ExampleAxis)
         and proof.left.isdisjoint(slot.name for slot in recorded.use.slots)
     ]
+
+
+def _as_they_are(recorded: Recorded, like: Tensor) -> bool:
+    """Whether gradients of a use's output are its rows' own, as ``product`` promises: asked of random ones."""
+    g = outer(factors((1, *recorded.shape), torch.Generator().manual_seed(0), like.detach()))
+    return torch.equal(recorded.use.gradients(g).flatten(), g.flatten())
 
 
 def require_reduction(reduction: str) -> None:
