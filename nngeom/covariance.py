@@ -21,8 +21,8 @@ from nngeom.measure import drive
 from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.implicit import ImplicitFisher, PMatImplicit
 from nngeom.pmat.low_rank import PMatLowRank
-from nngeom.pmat.mixed import as_representation
 from nngeom.pmat.recipe import Scope
+from nngeom.pmat.representation import as_representation
 from nngeom.space.collection import LayerCollection
 
 

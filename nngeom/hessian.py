@@ -34,7 +34,7 @@ from nngeom.pmat.block import Block
 from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.implicit import PMatImplicit
-from nngeom.pmat.pmat import Representation
+from nngeom.pmat.representation import Representation
 from nngeom.second_derivatives import (
     Quadratic,
     SecondDerivatives,

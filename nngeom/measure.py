@@ -22,9 +22,8 @@ from nngeom.metrics.probes import Probes
 from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.implicit import PMatImplicit, implicit
 from nngeom.pmat.kfac import PMatKFAC
-from nngeom.pmat.mixed import as_representation
-from nngeom.pmat.pmat import Representation
 from nngeom.pmat.recipe import Means, Scope
+from nngeom.pmat.representation import Representation, as_representation
 from nngeom.space.collection import LayerCollection
 
 

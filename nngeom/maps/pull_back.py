@@ -17,8 +17,8 @@ from nngeom.generator.sweep import Chunk
 from nngeom.maps.push_forward import DenseMap, ImplicitMap, PushForwardDense, PushForwardImplicit
 from nngeom.pmat.dense import PMatDense
 from nngeom.pmat.expression import PMatExpression
-from nngeom.pmat.mixed import as_representation
 from nngeom.pmat.recipe import Scope
+from nngeom.pmat.representation import as_representation
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
 

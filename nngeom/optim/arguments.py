@@ -13,8 +13,7 @@ from nngeom.generator.sweep import Metric
 from nngeom.metrics.fisher import ExactFisher, MonteCarloFisher, as_likelihood
 from nngeom.pmat.diag import PMatDiag
 from nngeom.pmat.eye import PMatEye
-from nngeom.pmat.mixed import as_representation
-from nngeom.pmat.pmat import Representation
+from nngeom.pmat.representation import Representation, as_representation
 
 
 def number(name: str, x: Any, step: int) -> Any:

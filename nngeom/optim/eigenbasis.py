@@ -23,8 +23,8 @@ from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.ekfac import PMatEKFAC, scaling_statistic
 from nngeom.pmat.kfac import EigenBlock, kronecker_blocks
-from nngeom.pmat.pmat import Representation
 from nngeom.pmat.recipe import Scope
+from nngeom.pmat.representation import Representation
 
 
 @keeps(PMatEKFAC)

@@ -25,7 +25,7 @@ from nngeom.optim.resuming import restore, with_curvature, without_curvature
 from nngeom.optim.schedule import Clock
 from nngeom.optim.unscaling import unscale
 from nngeom.pmat.kfac import PMatKFAC
-from nngeom.pmat.mixed import as_representation
+from nngeom.pmat.representation import as_representation
 from nngeom.space.collection import LayerCollection
 
 

@@ -12,8 +12,8 @@ from nngeom.generator.sweep import Chunk
 from nngeom.optim.curvature import Curvature, Manner, keeper
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.mixed import Mixture
-from nngeom.pmat.pmat import Representation
 from nngeom.pmat.recipe import Scope
+from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
 
 REST = -2  # the part of parameters that the chosen representation cannot hold

@@ -143,6 +143,41 @@ class Identity(BlockBasis):
         return x
 
 
+@dataclass(frozen=True, eq=False)
+class EyeBlock(Block):
+    """``c x``; with ``c = 0`` the block of parameters that the data does not use."""
+
+    c: Tensor  # []
+    s: int
+    o: int
+    i: int
+
+    @property
+    def sizes(self):
+        return torch.Size((self.s, self.o, self.i))
+
+    def mv(self, x):
+        return self.c * x
+
+    def diag(self):
+        return self.c.expand(self.sizes)
+
+    def squared_norm(self):
+        return self.c.square() * self.sizes.numel()
+
+    def scaled(self, c):
+        return EyeBlock(c * self.c, self.s, self.o, self.i)
+
+    def added(self, other):
+        return EyeBlock(self.c + other.c, self.s, self.o, self.i) if isinstance(other, EyeBlock) else None
+
+    def inverse(self, damping):
+        return EyeBlock(reciprocal(self.c.view(1), damping, "the multiple of the identity")[0], self.s, self.o, self.i)
+
+    def eigh(self):
+        return self.diag(), Identity()
+
+
 def reciprocal(values: Tensor, damping: Damping, what: str) -> Tensor:
     """``1 / (values + damping)``, or the pseudo-inverse under :class:`Cutoff`; raises :class:`SingularError`."""
     if isinstance(damping, Cutoff):

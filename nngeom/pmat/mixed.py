@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
-from nngeom.pmat.pmat import PMat, Representation
+from nngeom.pmat.block import Block
+from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Scope, run_together
+from nngeom.pmat.representation import Representation, as_representation
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ class Mixture(Representation):
         return chosen
 
 
-class PMatMixed(PMat):
+class PMatMixed(PMat, made_of=Block):
     """``PMatMixed({pattern: representation, ...}, default=...)`` is a representation; measured with it, a matrix.
 
     Patterns are parameter names, layer names, or globs; representations may carry options, ``PMatKFAC.options(...)``.
@@ -86,18 +88,3 @@ class PMatMixed(PMat):
     @classmethod
     def recipe(cls, scope: Scope):
         raise ArgumentError("PMatMixed needs to know what to mix: PMatMixed({pattern: representation}, default=...)")
-
-
-def as_representation(r: Any, **settings: Any) -> Representation:
-    """A representation from a PMat class or one with options."""
-    if isinstance(r, Representation):
-        if settings:
-            raise ArgumentError(
-                f"options {list(settings)} belong inside the representation: {r.kind.__name__}.options(...)"
-            )
-        return r
-    if isinstance(r, type) and issubclass(r, PMat):
-        return Representation(r, settings)
-    raise ArgumentTypeError(
-        f"representation is {r!r}; expected one of {sorted(PMat.kinds)}, or one with options, PMatKFAC.options(...)"
-    )
