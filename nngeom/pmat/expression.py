@@ -233,3 +233,6 @@ class PMatProduct(PMatExpression):
 
     def __repr__(self) -> str:
         return f"PMatProduct({self.scale:g} * {self.left!r} @ {self.right!r})"
+
+
+ParameterOperator.expressions.update(sum=lambda x, y: PMatSum((x, y)), product=PMatProduct)

@@ -16,6 +16,7 @@ from nngeom.core.linear import identity, solution, symmetric
 from nngeom.generator.linearization import Linearization
 from nngeom.generator.sweep import Columns, Sweep
 from nngeom.generator.task import Batch, Task
+from nngeom.pmat.implicit_inverse import ImplicitInverse
 from nngeom.pmat.operator import ParameterOperator, require_frobenius
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.tangents import are_adjoint, tangents_or_rows, times_rows
@@ -116,8 +117,6 @@ class PMatImplicit(ParameterOperator):
 
     def inverse(self, damping: float | Tensor | Damping = 0.0, **options: Any) -> ParameterOperator:
         """``(M + damping I)^-1`` as an operator: every product is a :meth:`solve`."""
-        from nngeom.pmat.implicit_inverse import ImplicitInverse
-
         return ImplicitInverse(self, as_damping(damping), options)
 
     def _estimate(self, estimator: str, samples: int, generator: torch.Generator | None) -> Estimate:

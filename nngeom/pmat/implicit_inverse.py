@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from nngeom.core.damping import Damping
 from nngeom.pmat.expression import PMatExpression
-from nngeom.pmat.implicit import PMatImplicit
 from nngeom.space.pvector import PVector
+
+if TYPE_CHECKING:
+    from nngeom.pmat.implicit import PMatImplicit
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class ParameterOperator(ABC):
     Primitives are ``layer_collection, dtype, device, mv``; every other operation has a definition in terms of them,
     overridden where the structure makes it cheap or exact.
     """
+
+    expressions: ClassVar[dict[str, Callable[..., ParameterOperator]]] = {}  # what + and @ make where nothing is closed
 
     # -- primitives ----------------------------------------------------------------------------------------------------
 
@@ -112,9 +114,7 @@ class ParameterOperator(ABC):
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, ParameterOperator):
-            from nngeom.pmat.expression import PMatProduct
-
-            return PMatProduct(self, other)
+            return self.expressions["product"](self, other)
         return self.mv(other)
 
     def __add__(self, other: Any) -> Any:
@@ -126,11 +126,7 @@ class ParameterOperator(ABC):
             )
         self.collection.require(other.collection, "the other matrix")
         closed = self._added(other)
-        if closed is not None:
-            return closed
-        from nngeom.pmat.expression import PMatSum
-
-        return PMatSum((self, other))
+        return self.expressions["sum"](self, other) if closed is None else closed
 
     def __radd__(self, other: Any) -> Any:
         return self.__add__(other)
