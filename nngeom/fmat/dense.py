@@ -117,10 +117,7 @@ class FMatDense(FMat):
 
     def _added(self, other):
         if isinstance(other, FMat):
-            dense = other.to_dense(max(other.shape)).to(
-                self.dtype if other.dtype == self.dtype else torch.promote_types(self.dtype, other.dtype)
-            )
-            return FMatDense(self.tensor + dense.view(self.tensor.shape))
+            return FMatDense(self.tensor + other.to_dense(max(other.shape)).view(self.tensor.shape))
         return super()._added(other)
 
     def diag(self):
@@ -138,6 +135,7 @@ class FMatBlockDiag(FMat):
     tensor: Tensor  # [c n m]
 
     diagonal: ClassVar[bool] = False
+    wider: ClassVar[type[FMat]] = FMatDense
 
     @staticmethod
     def doubly_centred(tensor: Tensor) -> Tensor:
@@ -207,14 +205,8 @@ class FMatBlockDiag(FMat):
     def T(self):
         return FMatBlockDiag(self.tensor.mT)
 
-    def _added(self, other):
-        from nngeom.fmat.diag import FMatDiag
-
-        if isinstance(other, FMatBlockDiag):
-            return FMatBlockDiag(self.tensor + other.tensor)
-        if isinstance(other, FMatDiag):
-            return FMatBlockDiag(self.tensor + torch.diag_embed(other.tensor))
-        return other._added(self) if isinstance(other, FMatDense) else super()._added(other)
+    def widened(self):
+        return FMatDense(self._dense().view(self.outputs, self.rows, self.outputs, self.columns))
 
     def diag(self):
         self._require_square("diag")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.damping import Cutoff, as_damping
-from nngeom.fmat.dense import FMatBlockDiag, FMatDense, require_ndim
+from nngeom.fmat.dense import FMatBlockDiag, require_ndim
 from nngeom.fmat.fmat import FMat
 from nngeom.pmat.block import reciprocal, shifted_logdet
 from nngeom.space.fvector import FVector
@@ -22,6 +22,7 @@ class FMatDiag(FMat):
     tensor: Tensor  # [c n]
 
     diagonal: ClassVar[bool] = True
+    wider: ClassVar[type[FMat]] = FMatBlockDiag
 
     def __post_init__(self):
         require_ndim(self.tensor, "FMatDiag", "(c, n)", 2)
@@ -48,10 +49,8 @@ class FMatDiag(FMat):
     def T(self):
         return self
 
-    def _added(self, other):
-        if isinstance(other, FMatDiag):
-            return FMatDiag(self.tensor + other.tensor)
-        return other._added(self) if isinstance(other, (FMatDense, FMatBlockDiag)) else super()._added(other)
+    def widened(self):
+        return FMatBlockDiag(torch.diag_embed(self.tensor))
 
     def diag(self):
         return FVector(self.tensor)

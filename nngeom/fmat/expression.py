@@ -1,4 +1,4 @@
-"""Sums of kernels that are not held in memory: lazy, with the operations their parts allow."""
+"""What kernels of different kinds make: sums, lazy and with the operations their parts allow, and dense products."""
 
 from __future__ import annotations
 
@@ -83,3 +83,12 @@ class FMatSum(FunctionOperator):
     def eigh(self):
         """Eigenvalues and eigenvectors of the dense kernel."""
         return self.materialize().eigh()
+
+
+def product(x: FunctionOperator, y: FunctionOperator) -> FMatDense:
+    """``K K'`` with all its entries."""
+    entries = x.to_dense() @ y.to_dense().to(x.dtype)
+    return FMatDense(entries.view(x.outputs, x.rows, x.outputs, y.columns))
+
+
+FunctionOperator.expressions.update(sum=lambda x, y: FMatSum((x, y)), product=product)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ class FMat(FunctionOperator, TensorObject):
     """
 
     kinds: ClassVar[Registry[type[FMat]]] = Registry()  # by qualified name, for files
+    wider: ClassVar[type[FMat] | None] = None  # the next representation, which holds kernels of this one as well
     tensor: Tensor
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -41,6 +43,21 @@ class FMat(FunctionOperator, TensorObject):
 
     def _scaled(self, c):
         return type(self)(c * self.tensor)  # type: ignore[call-arg]
+
+    def widened(self) -> FMat:
+        """The same kernel in the next wider representation; itself where there is none."""
+        return self
+
+    def _added(self, other):
+        """In the narrowest representation that holds both, where there is one."""
+        kind = _common(type(self), type(other)) if self.wider is not None and isinstance(other, FMat) else None
+        if kind is None:
+            return super()._added(other)
+        return kind(self._within(kind) + other._within(kind))  # type: ignore[call-arg]
+
+    def _within(self, kind: type[FMat]) -> Tensor:
+        """The entries in a wider representation."""
+        return self.tensor if isinstance(self, kind) else self.widened()._within(kind)
 
     def norm(self, kind: str = "fro") -> Tensor:
         """The Frobenius norm."""
@@ -136,3 +153,16 @@ class FMat(FunctionOperator, TensorObject):
         self._require_symmetric("eigvalsh")
         m = self._symmetric_parts()
         return torch.linalg.eigvalsh(m.double()).flatten().sort()[0].to(m)
+
+
+def _common(x: type[FMat], y: type[FMat]) -> type[FMat] | None:
+    """The narrowest representation that holds kernels of both."""
+    pairs = ((a, b) for a in _holders(x) for b in _holders(y))
+    return next((a if issubclass(b, a) else b for a, b in pairs if issubclass(a, b) or issubclass(b, a)), None)
+
+
+def _holders(kind: type[FMat] | None) -> Iterator[type[FMat]]:
+    """The representations that hold kernels of a kind, from itself to the widest."""
+    while kind is not None:
+        yield kind
+        kind = kind.wider

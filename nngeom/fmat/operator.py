@@ -7,7 +7,8 @@ output-major: row ``output * n + example``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class FunctionOperator(ABC):
     Primitives are ``outputs, rows, columns, dtype, device, _mv, T, _scaled``; the rest has a definition in terms of
     them, overridden where the structure makes it cheap or exact.
     """
+
+    expressions: ClassVar[dict[str, Callable[..., FunctionOperator]]] = {}  # what + and @ make where nothing is closed
 
     # -- primitives ----------------------------------------------------------------------------------------------------
 
@@ -124,12 +127,9 @@ class FunctionOperator(ABC):
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, FunctionOperator):
-            from nngeom.fmat.dense import FMatDense
-
             if (other.outputs, other.rows) != (self.outputs, self.columns):
                 raise ArgumentError(f"kernels of shapes {self.shape} and {other.shape} do not multiply")
-            product = self.to_dense() @ other.to_dense().to(self.dtype)
-            return FMatDense(product.view(self.outputs, self.rows, self.outputs, other.columns))
+            return self.expressions["product"](self, other)
         return self.mv(other)
 
     def __add__(self, other: Any) -> Any:
@@ -147,9 +147,7 @@ class FunctionOperator(ABC):
     __radd__ = __add__
 
     def _added(self, other: FunctionOperator) -> FunctionOperator:
-        from nngeom.fmat.expression import FMatSum
-
-        return FMatSum((self, other))
+        return self.expressions["sum"](self, other)
 
     def __sub__(self, other: Any) -> Any:
         if not isinstance(other, FunctionOperator):
