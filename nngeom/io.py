@@ -20,7 +20,7 @@ from nngeom.core import container, files
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, FileError, NNGeomError, StructureError
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.operator import FunctionOperator
-from nngeom.maps.push_forward import JacobianMap
+from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
 from nngeom.tree import WHOLE, decode, encode, holds_model, is_whole
