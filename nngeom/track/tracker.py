@@ -20,6 +20,7 @@ from nngeom.analysis.rows import Function
 from nngeom.core.errors import ArgumentError, FileError
 from nngeom.generator.task import Task
 from nngeom.space.collection import LayerCollection
+from nngeom.track.plots import dashboard
 from nngeom.track.quantities import QUANTITIES, Look
 from nngeom.track.tensorboard import Writer
 
@@ -201,8 +202,6 @@ class Tracker:
         """The dashboard, written to ``path`` where given; the figure. Raises :class:`MissingExtraError` without the
         extra ``plot``.
         """
-        from nngeom.track.plots import dashboard
-
         return dashboard(self.history, path, title)
 
 
