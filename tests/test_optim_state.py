@@ -1,5 +1,7 @@
 """What a saved optimizer holds: files of older versions must stay readable."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -38,7 +40,7 @@ def test_every_part_takes_up_its_own_numbers():
     opt = stepped(model, x, y, 3, fisher="monte_carlo", likelihood="categorical")
     other.load_state_dict(model.state_dict())
     again = KFAC(other, lr=0.1, damping=LevenbergMarquardt(every=1), fisher="monte_carlo", likelihood="categorical")
-    again.load_state_dict(opt.state_dict())
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
     assert again.clock.state() == opt.clock.state() and again.clock.damping.value != LevenbergMarquardt().value
     assert again.pending.state() == opt.pending.state() and again.observer.state() == opt.observer.state()
     assert again.observer.drawn == 20  # KFAC takes statistics of every tenth batch
