@@ -140,7 +140,7 @@ def matrix(cls: type[PMat], layer_collection: LayerCollection, blocks: dict[Layo
             _require(block.mv(x).shape == x.shape and _sizes(block, layout.numel) == layout.sizes, what)
         except RuntimeError as error:
             raise FileError(f"{what}: {error}") from error
-    return cls._make(layer_collection, blocks, examples)
+    return cls.of_blocks(layer_collection, blocks, examples)
 
 
 def _sizes(block: Block, claimed: int) -> tuple[int, ...]:

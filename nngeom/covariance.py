@@ -72,7 +72,7 @@ def GradientCovariance(
         if chosen is None:
             return ImplicitCovariance(centred)
         blocks = drive(chosen.recipe(Scope(task.collection, task.collection.names)), centred, chosen.passes)
-    return chosen.kind._make(task.collection, blocks, centred.count)
+    return chosen.kind.of_blocks(task.collection, blocks, centred.count)
 
 
 def mean_row(sweep: Sweep) -> tuple[Tensor, tuple[Layout, ...]]:

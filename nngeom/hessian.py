@@ -92,11 +92,11 @@ def Hessian(
         collection, span = task.collection, task.collection.span()
         if entries == "diagonal":
             values, count = diagonal(sweep)
-            return kind._make(collection, {span: DiagBlock(span.gather(values))}, count)
+            return kind.of_blocks(collection, {span: DiagBlock(span.gather(values))}, count)
         layers = {collection.span(names): names for names in collection.by_layer().values()}
         groups = {span: collection.names} if entries == "all" else layers
         blocks, count = squares(sweep, groups)
-        return kind._make(collection, blocks, count)
+        return kind.of_blocks(collection, blocks, count)
 
 
 def _entries(kind: Any) -> str | None:

@@ -120,7 +120,7 @@ def merge(a: PMat, b: PMat) -> PMat:
                 "or on all data at once"
             )
         blocks[layout] = both
-    return a._make(a.layer_collection, blocks, n)
+    return a.of_blocks(a.layer_collection, blocks, n)
 
 
 def _read(name: str) -> tuple[Any, dict[str, Tensor]]:

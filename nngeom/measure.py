@@ -256,7 +256,7 @@ def measure(
         if isinstance(metric, Probes):
             return estimate(chosen, sweep)
         blocks = drive(chosen.recipe(Scope(task.collection, task.collection.names)), sweep, chosen.passes)
-    return chosen.kind._make(task.collection, blocks, sweep.count)
+    return chosen.kind.of_blocks(task.collection, blocks, sweep.count)
 
 
 def drive(recipe: Any, sweep: Sweep, passes: int) -> dict[Any, Any]:
@@ -284,7 +284,7 @@ def estimate(chosen: Representation, sweep: Sweep) -> MatrixEstimate:
     """
     probes: Probes = sweep.metric  # type: ignore[assignment]
     scope = Scope(sweep.task.collection, sweep.task.collection.names)
-    make = lambda blocks: chosen.kind._make(sweep.task.collection, blocks, sweep.count)
+    make = lambda blocks: chosen.kind.of_blocks(sweep.task.collection, blocks, sweep.count)
     if chosen.passes > 1:
         chosen = chosen.last_sweep(make(drive(chosen.recipe(scope), sweep, chosen.passes)))
     sweep.metric = replace(probes, scale=1.0)

@@ -83,6 +83,45 @@ def test_imports_of_the_library_stand_at_the_top():
     assert late == {(mine, other) for mine, other, _ in UPWARD}
 
 
+# private names that modules other than their own may use, with the reason
+BORROWED = {
+    "_base": "torch's, of tensors that are views",
+    "_demoted": "the sweep's, which its watchers share",
+}
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """The private names of functions, classes, variables and attributes that a module makes."""
+    stored = (node for node in ast.walk(tree) if isinstance(getattr(node, "ctx", None), ast.Store))
+    names = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    names |= {getattr(node, "attr", getattr(node, "id", "")) for node in stored}
+    return {name for name in names if private(name)}
+
+
+DEFINED = {name: defined(tree) for name, tree in TREES.items()}
+
+
+def borrowed(name: str) -> set[str]:
+    """The private names of other modules that a module uses, but for those that its classes inherit."""
+    mine, nodes = {"self", "cls", "super()"}, list(ast.walk(TREES[name]))
+    used = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) not in mine}
+    used |= {alias.name for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names}
+    return {x for x in used if private(x) and any(x in names for other, names in DEFINED.items() if other != name)}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_private_names_stay_in_their_module(name):
+    assert borrowed(name) <= BORROWED.keys()
+
+
+def test_private_names_that_may_be_borrowed_are():
+    assert set().union(*map(borrowed, TREES)) == BORROWED.keys()
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "pmat").glob("*.py")), ids=lambda f: f.name)
 def test_representations_know_no_operation(file):
     code = re.sub(r'""".*?"""', "", file.read_text(), flags=re.S)

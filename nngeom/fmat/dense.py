@@ -105,7 +105,7 @@ class FMatDense(FMat):
     def columns(self):
         return self.tensor.shape[3]
 
-    def _mv(self, f):
+    def product(self, f):
         return (f.flatten(-2) @ self._dense().T).unflatten(-1, (self.outputs, self.rows))
 
     def _dense(self):
@@ -115,10 +115,10 @@ class FMatDense(FMat):
     def T(self):
         return FMatDense(self.tensor.permute(2, 3, 0, 1))
 
-    def _added(self, other):
+    def added(self, other):
         if isinstance(other, FMat):
             return FMatDense(self.tensor + other.to_dense(max(other.shape)).view(self.tensor.shape))
-        return super()._added(other)
+        return super().added(other)
 
     def diag(self):
         self._require_square("diag")
@@ -195,7 +195,7 @@ class FMatBlockDiag(FMat):
     def columns(self):
         return self.tensor.shape[2]
 
-    def _mv(self, f):
+    def product(self, f):
         return (self.tensor @ f.unsqueeze(-1)).squeeze(-1)
 
     def _dense(self):

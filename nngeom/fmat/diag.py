@@ -39,7 +39,7 @@ class FMatDiag(FMat):
     def columns(self):
         return self.tensor.shape[1]
 
-    def _mv(self, f):
+    def product(self, f):
         return self.tensor * f
 
     def _dense(self):
@@ -62,7 +62,7 @@ class FMatDiag(FMat):
         d = as_damping(damping)
         if not isinstance(d, Cutoff):
             self._number(d)
-        return FVector(reciprocal(self.tensor, d, "the diagonal kernel") * self._operand(f, self.columns))
+        return FVector(reciprocal(self.tensor, d, "the diagonal kernel") * self.operand(f, self.columns))
 
     def logdet(self, damping=0.0):
         d = as_damping(damping)

@@ -46,14 +46,14 @@ class FMatSum(FunctionOperator):
     def device(self):
         return self.parts[0].device
 
-    def _mv(self, f):
-        return torch.stack([(w * p._mv(f.to(p.dtype))).to(self.dtype) for w, p in self._weighted()]).sum(0)
+    def product(self, f):
+        return torch.stack([(w * p.product(f.to(p.dtype))).to(self.dtype) for w, p in self._weighted()]).sum(0)
 
     @property
     def T(self):
         return FMatSum(tuple(p.T for p in self.parts), self.weights)
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return FMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
 
     def trace(self):

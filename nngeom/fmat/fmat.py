@@ -41,18 +41,18 @@ class FMat(FunctionOperator, TensorObject):
     def device(self):
         return self.tensor.device
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return type(self)(c * self.tensor)  # type: ignore[call-arg]
 
     def widened(self) -> FMat:
         """The same kernel in the next wider representation; itself where there is none."""
         return self
 
-    def _added(self, other):
+    def added(self, other):
         """In the narrowest representation that holds both, where there is one."""
         kind = _common(type(self), type(other)) if self.wider is not None and isinstance(other, FMat) else None
         if kind is None:
-            return super()._added(other)
+            return super().added(other)
         return kind(self._within(kind) + other._within(kind))  # type: ignore[call-arg]
 
     def _within(self, kind: type[FMat]) -> Tensor:
@@ -107,7 +107,7 @@ class FMat(FunctionOperator, TensorObject):
         """
         self._require_symmetric("solve")
         d, m = as_damping(damping), self._symmetric_parts()
-        x = self._as_parts(self._operand(f, self.columns))  # [*b, parts, p]
+        x = self._as_parts(self.operand(f, self.columns))  # [*b, parts, p]
         flat = x.reshape(-1, *x.shape[-2:]).permute(1, 2, 0)  # [parts, p, b]
         if isinstance(d, Cutoff):
             values, u = linalg.eigh(m)

@@ -51,20 +51,20 @@ class PMatPullPush(PMatExpression):
         mine, theirs = (getattr(x, "tensor", getattr(x, "side", None)) for x in (self.left, self.right))
         return mine is theirs
 
-    def _mv(self, x):
+    def product(self, x):
         return self.scale * self._unscaled(x)
 
     def _unscaled(self, x: Tensor) -> Tensor:
         return self.left.mv(self.right.mv(PVector(self.collection, x))).flat()
 
-    def _terms(self):
+    def terms(self):
         return [(self.scale, self._unscaled)]
 
     @property
-    def _held(self):
+    def held(self):
         return () if isinstance(self.right, PushForwardDense) else self.right.side.parameters
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return replace(self, scale=c * self.scale)
 
     def trace(self):
@@ -90,7 +90,7 @@ class PMatPullPush(PMatExpression):
         within = contextlib.nullcontext() if isinstance(self.right, PushForwardDense) else self.right.side.within()
         with within:
             blocks = drive(chosen.recipe(Scope(self.collection, self.collection.names)), source, chosen.passes)
-        return source.count * self.scale * chosen.kind._make(self.collection, blocks, source.count)
+        return source.count * self.scale * chosen.kind.of_blocks(self.collection, blocks, source.count)
 
     def __repr__(self) -> str:
         return f"PMatPullPush({self.scale:g} * {self.left!r} @ {self.right!r})"

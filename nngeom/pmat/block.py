@@ -25,13 +25,14 @@ class TensorObject:
 
     def to(self, *args: Any, **kwargs: Any):
         """Another dtype or device, as ``Tensor.to``."""
-        return self._map(lambda t: t.to(*args, **kwargs))
+        return self.map_tensors(lambda t: t.to(*args, **kwargs))
 
     def detach(self):
         """Without its graph."""
-        return self._map(lambda t: t.detach())
+        return self.map_tensors(lambda t: t.detach())
 
-    def _map(self, f):
+    def map_tensors(self, f):
+        """The same object with ``f`` of every tensor."""
         fields: dict[str, Any] = {name: f(t) for name, t in self.fields().items() if isinstance(t, Tensor)}
         fields |= {name: tuple(map(f, ts)) for name, ts in self.fields().items() if isinstance(ts, tuple)}
         return dataclasses.replace(self, **fields)  # type: ignore[type-var]

@@ -34,10 +34,10 @@ class PMatEye(PMat):
         if c.ndim or not torch.isfinite(c):
             raise ArgumentError(f"scale is {scale}; expected a finite number")
         span = layer_collection.span()
-        return PMatEye._make(layer_collection, {span: EyeBlock(c, *span.sizes)}, 0)
+        return PMatEye.of_blocks(layer_collection, {span: EyeBlock(c, *span.sizes)}, 0)
 
-    def _terms(self):
-        return [(next(iter(self.blocks.values())).c, identity)] if len(self.blocks) == 1 else super()._terms()
+    def terms(self):
+        return [(next(iter(self.blocks.values())).c, identity)] if len(self.blocks) == 1 else super().terms()
 
     @classmethod
     def recipe(cls, scope: Scope):

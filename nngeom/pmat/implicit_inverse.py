@@ -37,13 +37,13 @@ class ImplicitInverse(PMatExpression):
         return self.operator.device
 
     @property
-    def _held(self):
-        return self.operator._held
+    def held(self):
+        return self.operator.held
 
-    def _mv(self, x):
+    def product(self, x):
         return self.scale * self.operator.solve(PVector(self.collection, x), self.damping, **self.options).flat()
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return replace(self, scale=c * self.scale)
 
     def trace(self):

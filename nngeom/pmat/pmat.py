@@ -49,8 +49,11 @@ class PMat(ParameterOperator, Measured):
         )
 
     @classmethod
-    def _make(cls, collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
-        """A checked matrix: the blocks must partition the parameters; missing ones are zero."""
+    def of_blocks(cls, collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
+        """A checked matrix: the ``blocks`` must partition the parameters of the ``collection``, missing ones are zero.
+
+        ``examples``: how many they are means over. Raises :class:`StructureError` for a parameter in several blocks.
+        """
         named = [name for layout in blocks for name in layout.names]
         twice = sorted({n for n in named if named.count(n) > 1}) if len(set(named)) < len(named) else []
         if twice:
@@ -105,7 +108,7 @@ class PMat(ParameterOperator, Measured):
             layout.scatter_(out, x)
         return out
 
-    def _mv(self, x):
+    def product(self, x):
         return self._each(x, lambda block, y: block.mv(y))
 
     # -- numbers -------------------------------------------------------------------------------------------------------
@@ -145,7 +148,7 @@ class PMat(ParameterOperator, Measured):
         d = as_damping(damping)
         with self._worst_block(d):
             blocks = {lay: b.inverse(d) for lay, b in self.blocks.items()}
-        return self._made_of(blocks)._make(self.layer_collection, blocks, self.examples)
+        return self._made_of(blocks).of_blocks(self.layer_collection, blocks, self.examples)
 
     @contextlib.contextmanager
     def _worst_block(self, damping: Damping) -> Iterator[None]:
@@ -203,27 +206,29 @@ class PMat(ParameterOperator, Measured):
                 return block.dense()
         return super()._dense()
 
-    def _scaled(self, c):
-        return self._make(self.layer_collection, {lay: b.scaled(c) for lay, b in self.blocks.items()}, self.examples)
+    def scaled(self, c):
+        return self.of_blocks(
+            self.layer_collection, {lay: b.scaled(c) for lay, b in self.blocks.items()}, self.examples
+        )
 
-    def _added(self, other):
+    def added(self, other):
         if not isinstance(other, PMat) or self.blocks.keys() != other.blocks.keys():
             return None
         sums = {lay: b.added(other.blocks[lay]) for lay, b in self.blocks.items()}
         if any(b is None for b in sums.values()):
             return None
-        return self._make(self.layer_collection, sums, self.examples + other.examples)  # type: ignore[arg-type]
+        return self.of_blocks(self.layer_collection, sums, self.examples + other.examples)  # type: ignore[arg-type]
 
     def to(self, *args: Any, **kwargs: Any) -> PMat:
         """Another dtype or device, as ``Tensor.to``."""
-        return self._make(
+        return self.of_blocks(
             self.layer_collection, {lay: b.to(*args, **kwargs) for lay, b in self.blocks.items()}, self.examples
         )
 
     def detach(self) -> PMat:
         """Without its graph, which a matrix has that was made with a damping or a factor that requires a gradient."""
         blocks = {lay: b.detach() for lay, b in self.blocks.items()}
-        return self._make(self.layer_collection, blocks, self.examples)
+        return self.of_blocks(self.layer_collection, blocks, self.examples)
 
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
@@ -241,4 +246,4 @@ class PMat(ParameterOperator, Measured):
 
 
 def _rebuild(cls: type[PMat], collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
-    return cls._make(collection, blocks, examples)
+    return cls.of_blocks(collection, blocks, examples)

@@ -48,9 +48,13 @@ class Representation:
         """
         return self if self.passes == 1 else self.kind.in_basis(matrix)
 
-    def part_of(self, name: str) -> object:
-        """Parameters of different parts never share a block."""
-        return None
+    def part_of(self, name: str) -> int:
+        """The part of the parameter ``name``; parameters of different parts never share a block."""
+        return 0
+
+    def member(self, part: int) -> Representation:
+        """The representation of a ``part``."""
+        return self
 
 
 class Measured(ABC):
@@ -68,8 +72,8 @@ class Measured(ABC):
 
     @classmethod
     @abstractmethod
-    def _make(cls, collection: LayerCollection, blocks: dict[Layout, Any], examples: int) -> PMat:
-        """The matrix of the blocks that a recipe returned."""
+    def of_blocks(cls, collection: LayerCollection, blocks: dict[Layout, Any], examples: int) -> PMat:
+        """The matrix of the ``blocks`` over a ``collection`` that a recipe returned, means over ``examples``."""
 
     @classmethod
     def options(cls, **settings: Any) -> Representation:
