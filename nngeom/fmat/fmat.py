@@ -53,11 +53,11 @@ class FMat(FunctionOperator, TensorObject):
         kind = _common(type(self), type(other)) if self.wider is not None and isinstance(other, FMat) else None
         if kind is None:
             return super().added(other)
-        return kind(self._within(kind) + other._within(kind))  # type: ignore[call-arg]
+        return kind(self._entries_as(kind) + other._entries_as(kind))  # type: ignore[call-arg]
 
-    def _within(self, kind: type[FMat]) -> Tensor:
+    def _entries_as(self, kind: type[FMat]) -> Tensor:
         """The entries in a wider representation."""
-        return self.tensor if isinstance(self, kind) else self.widened()._within(kind)
+        return self.tensor if isinstance(self, kind) else self.widened()._entries_as(kind)
 
     def norm(self, kind: str = "fro") -> Tensor:
         """The Frobenius norm."""
