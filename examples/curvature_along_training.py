@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import nngeom as nng
 from nngeom.core.layout import Layout
-from nngeom.pmat.kfac import EigenBlock
+from nngeom.pmat.kronecker import EigenBlock
 
 STEPS, EVERY, REFRESH, DECAY = 500, 20, 100, 0.75
 SEEDS, LAYERS = (0, 1, 2), ("0", "2", "4", "6")

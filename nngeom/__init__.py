@@ -31,8 +31,8 @@ from nngeom.fmat.implicit import FMatImplicit
 from nngeom.gram import GramMatrices, GramMatrix, Jacobian
 from nngeom.hessian import Hessian
 from nngeom.io import load, merge, save
-from nngeom.maps.pull_back import PullBackDense, PullBackImplicit
-from nngeom.maps.push_forward import PushForwardDense, PushForwardImplicit
+from nngeom.maps.dense import PullBackDense, PushForwardDense
+from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
 from nngeom.measure import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
 from nngeom.metrics.categorical import Categorical
 from nngeom.metrics.causal import CausalLM

@@ -57,7 +57,7 @@ def is_a(x: Any, hint: Any) -> bool:
         return isinstance(x, dict) and all(is_a(k, args[0]) and is_a(v, args[1]) for k, v in x.items())
     if hint in (int, float):
         return type(x) is int or type(x) is hint
-    return not isinstance(hint, type) or isinstance(x, hint)
+    return hint is Any or not isinstance(hint, type) or isinstance(x, hint)  # Any is a class since Python 3.11
 
 
 def _require(fits: bool, what: str) -> None:
@@ -140,7 +140,7 @@ def matrix(cls: type[PMat], layer_collection: LayerCollection, blocks: dict[Layo
             _require(block.mv(x).shape == x.shape and _sizes(block, layout.numel) == layout.sizes, what)
         except RuntimeError as error:
             raise FileError(f"{what}: {error}") from error
-    return cls._make(layer_collection, blocks, examples)
+    return cls.of_blocks(layer_collection, blocks, examples)
 
 
 def _sizes(block: Block, claimed: int) -> tuple[int, ...]:

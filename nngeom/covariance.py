@@ -21,7 +21,7 @@ from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.drive import Repeated, Source, built
 from nngeom.pmat.implicit import ImplicitFisher, PMatImplicit
 from nngeom.pmat.low_rank import PMatLowRank
-from nngeom.pmat.mixed import as_representation
+from nngeom.pmat.representation import as_representation
 from nngeom.space.collection import LayerCollection
 
 

@@ -21,8 +21,8 @@ from nngeom.fmat.store import FileStore
 from nngeom.fmat.tiles import Side
 from nngeom.generator.run import Run
 from nngeom.generator.sweep import Metric, Policy
-from nngeom.maps.pull_back import PullBackDense, PullBackImplicit
-from nngeom.maps.push_forward import PushForwardDense, PushForwardImplicit, dense_rows
+from nngeom.maps.dense import PullBackDense, PushForwardDense
+from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit, dense_rows
 from nngeom.metrics.fisher import seed_of
 from nngeom.metrics.loss import IdentityMetric
 from nngeom.probed import require_samples

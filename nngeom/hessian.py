@@ -33,7 +33,7 @@ from nngeom.pmat.block import Block
 from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.implicit import PMatImplicit
-from nngeom.pmat.pmat import Representation
+from nngeom.pmat.representation import Representation
 from nngeom.second_derivatives import (
     Quadratic,
     SecondDerivatives,
@@ -97,11 +97,11 @@ def Hessian(
         collection, span = run.task.collection, run.task.collection.span()
         if entries == "diagonal":
             values, count = diagonal(sweep)
-            return kind._make(collection, {span: DiagBlock(span.gather(values))}, count)
+            return kind.of_blocks(collection, {span: DiagBlock(span.gather(values))}, count)
         layers = {collection.span(names): names for names in collection.by_layer().values()}
         groups = {span: collection.names} if entries == "all" else layers
         blocks, count = squares(sweep, groups)
-        return kind._make(collection, blocks, count)
+        return kind.of_blocks(collection, blocks, count)
 
 
 def _entries(kind: Any) -> str | None:

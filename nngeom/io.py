@@ -20,7 +20,7 @@ from nngeom.core import container, files
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, FileError, NNGeomError, StructureError
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.operator import FunctionOperator
-from nngeom.maps.push_forward import JacobianMap
+from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
 from nngeom.tree import WHOLE, decode, encode, holds_model, is_whole
@@ -121,7 +121,7 @@ def merge(a: PMat, b: PMat) -> PMat:
                 "or on all data at once"
             )
         blocks[layout] = both
-    return a._make(a.layer_collection, blocks, n)
+    return a.of_blocks(a.layer_collection, blocks, n)
 
 
 def _read(name: str) -> tuple[Any, dict[str, Tensor]]:

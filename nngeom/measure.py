@@ -19,8 +19,8 @@ from nngeom.pmat.drive import Repeated, built
 from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.implicit import PMatImplicit, implicit
 from nngeom.pmat.kfac import PMatKFAC
-from nngeom.pmat.mixed import as_representation
 from nngeom.pmat.operator import ParameterOperator
+from nngeom.pmat.representation import as_representation
 from nngeom.probed import estimate, implicit_estimate, probed, require_samples
 from nngeom.space.collection import LayerCollection
 

@@ -17,8 +17,8 @@ from nngeom.metrics.probes import Probes
 from nngeom.pmat.drive import Repeated, built, finished, one_dtype, require_finite
 from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.implicit import implicit
-from nngeom.pmat.pmat import Representation
 from nngeom.pmat.recipe import Scope
+from nngeom.pmat.representation import Representation
 
 
 def probed(
@@ -67,7 +67,7 @@ def estimate(chosen: Representation, sweep: Sweep) -> MatrixEstimate:
         other.share_inputs(draws[0])  # taken once, for all
     means = [one_dtype(d.mean()) for d in draws]
     whole = require_finite(one_dtype(Sums().merge(draws).mean()), sweep, count)
-    make = lambda blocks: chosen.kind._make(collection, blocks, count)
+    make = lambda blocks: chosen.kind.of_blocks(collection, blocks, count)
     *each, matrix = [make(finished(recipe, m)) for recipe, m in zip(recipes, (*means, whole))]
     return MatrixEstimate(matrix, tuple(each))
 

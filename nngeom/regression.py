@@ -51,8 +51,8 @@ def gradient_flow_mse(
         )
     if not isinstance(time, (int, float)) or math.isnan(time) or time < 0:
         raise ArgumentError(f"time is {time!r}; expected a number >= 0 or math.inf")
-    target = K_train._operand(y, K_train.columns)
-    start = K_train._operand(f0, K_train.columns) if f0 is not None else torch.zeros_like(target)
+    target = K_train.operand(y, K_train.columns)
+    start = K_train.operand(f0, K_train.columns) if f0 is not None else torch.zeros_like(target)
     values, u = K_train.eigh()
     floor = len(values) * torch.finfo(values.dtype).eps * values.abs().amax() if len(values) else values.sum()
     values = torch.where(values.abs() <= floor, torch.zeros_like(values), values)

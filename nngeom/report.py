@@ -114,7 +114,7 @@ def approximation_report(
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(draws, reference.shape[0], generator=generator, dtype=torch.float64).to(reference.device)
     v = (v / v.norm(dim=1, keepdim=True)).to(reference.dtype)
-    fv = reference._mv(v)
+    fv = reference.product(v)
     if dense_limit is None:
         dense_limit = (
             IMPLICIT_LIMIT
@@ -132,7 +132,7 @@ def _measures(
     m: ParameterOperator, v: Tensor, fv: Tensor, trace: float, dampings: list[float], dense: Tensor | None
 ) -> dict[str, Tensor]:
     """``{column: one number a draw, or one number}``."""
-    mv = m._mv(v.to(m.dtype)).to(v)
+    mv = m.product(v.to(m.dtype)).to(v)
     quadratic = (v * fv).sum(-1)
     out = {
         "trace": (torch.as_tensor(float(m.trace()), dtype=torch.float64) - trace).abs() / abs(trace),  # type: ignore[attr-defined]

@@ -19,8 +19,7 @@ from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.core.registry import qualified
 from nngeom.fmat.expression import FMatSum
 from nngeom.fmat.fmat import FMat
-from nngeom.maps.pull_back import PullBackDense
-from nngeom.maps.push_forward import PushForwardDense
+from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.pmat.block import Block
 from nngeom.pmat.expression import PMatProduct, PMatSum
 from nngeom.pmat.pmat import PMat

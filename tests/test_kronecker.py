@@ -46,7 +46,7 @@ def projected(plain):
         if bias:
             new[:, -1, -1] = a[:, -1, -1]
         blocks[layout] = KroneckerBlock(new, block.g) if w > 1 else block
-    return plain._make(plain.layer_collection, blocks, plain.examples)
+    return plain.of_blocks(plain.layer_collection, blocks, plain.examples)
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])

@@ -91,7 +91,7 @@ def average(opt, kind):
     try:
         recipe.send(next(iter(opt.partition)).averages.read())
     except StopIteration as end:
-        return kind._make(opt.collection, end.value, 6)
+        return kind.of_blocks(opt.collection, end.value, 6)
 
 
 @pytest.mark.parametrize("make", [KFAC, EKFAC, lambda m: NaturalGradient(m, nng.PMatDense), WinsorizedSGD])

@@ -1,5 +1,6 @@
 """Classes of one name: a file gives back the one that was saved, or an error that names them."""
 
+import importlib
 import json
 import types
 
@@ -43,6 +44,23 @@ import nngeom as nng
 class {name}(nng.FMatDiag):
     def value(self):
         return {value}
+"""
+
+TYPED = """
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+import nngeom as nng
+from nngeom.pmat.diag import DiagBlock
+if TYPE_CHECKING:
+    from torch import Tensor
+@dataclass(frozen=True, eq=False)
+class {name}(DiagBlock):
+    d: {annotation}
+class {name}Matrix(nng.PMatDiag):
+    @classmethod
+    def recipe(cls, scope):
+        return {{lay: {name}(b.d) for lay, b in (yield from nng.PMatDiag.recipe(scope)).items()}}
 """
 
 
@@ -221,3 +239,16 @@ def test_bytes_of_tensors_in_tuples():
     assert tuples and m.nbytes() == sum(t.numel() * t.element_size() for t in held)
     loose = [f for block in m.blocks.values() for f in block.fields().values() if isinstance(f, torch.Tensor)]
     assert m.nbytes() == sum(t.nbytes for t in loose + tuples) > sum(t.nbytes for t in loose)
+
+
+@pytest.mark.parametrize("annotation", ["Tensor", "Any"])
+def test_annotations_for_type_checkers_alone_are_believed(tmp_path, monkeypatch, annotation):
+    """``Tensor`` cannot be looked up here, and ``Any`` is a class that nothing is an instance of."""
+    name = f"annotated_by_{annotation}".lower()
+    (tmp_path / f"{name}.py").write_text(TYPED.format(name="Mine", annotation=annotation))
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module(name)
+    m = measured(package.MineMatrix)
+    nng.save(m, tmp_path / "m")
+    copy = nng.load(tmp_path / "m")
+    assert type(copy) is package.MineMatrix and torch.equal(copy.to_dense(), m.to_dense())

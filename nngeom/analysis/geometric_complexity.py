@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError
 from nngeom.generator.backward import pull_back
+from nngeom.generator.batch import with_input_gradients
 from nngeom.generator.capture import capture
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.run import Function, Run
@@ -85,27 +85,3 @@ def _batch(
         for g in pull_back(outputs, inputs, [x.shape for x in inputs], v, retain=hi < number, create_graph=graph):
             total = total + g.square().sum()
     return (total if graph else total.detach()), n
-
-
-def with_input_gradients(batch: Batch) -> tuple[Batch, list[Tensor]]:
-    """A batch whose floating-point inputs record gradients, and these inputs; raises :class:`ArgumentError` without
-    any.
-    """
-    found: list[Tensor] = []
-
-    def mark(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            if not x.is_floating_point():
-                return x
-            with torch.inference_mode(False):
-                x = x.detach().clone() if x.is_inference() else x.detach()
-                found.append(x.requires_grad_())
-            return x
-        if isinstance(x, Mapping):
-            return {k: v if k == "labels" else mark(v) for k, v in x.items()}
-        return type(x)(mark(v) for v in x) if isinstance(x, (tuple, list)) and not hasattr(x, "_fields") else x
-
-    marked = (mark(batch[0]), *batch[1:]) if isinstance(batch, (tuple, list)) and batch else mark(batch)
-    if not found:
-        raise ArgumentError("the inputs hold no floating-point tensor to differentiate by (tokens? pass embeddings)")
-    return marked, found

@@ -105,7 +105,7 @@ class FMatDense(FMat):
     def columns(self):
         return self.tensor.shape[3]
 
-    def _mv(self, f):
+    def product(self, f):
         return (f.flatten(-2) @ self._dense().T).unflatten(-1, (self.outputs, self.rows))
 
     def _dense(self):
@@ -115,13 +115,10 @@ class FMatDense(FMat):
     def T(self):
         return FMatDense(self.tensor.permute(2, 3, 0, 1))
 
-    def _added(self, other):
+    def added(self, other):
         if isinstance(other, FMat):
-            dense = other.to_dense(max(other.shape)).to(
-                self.dtype if other.dtype == self.dtype else torch.promote_types(self.dtype, other.dtype)
-            )
-            return FMatDense(self.tensor + dense.view(self.tensor.shape))
-        return super()._added(other)
+            return FMatDense(self.tensor + other.to_dense(max(other.shape)).view(self.tensor.shape))
+        return super().added(other)
 
     def diag(self):
         self._require_square("diag")
@@ -138,6 +135,7 @@ class FMatBlockDiag(FMat):
     tensor: Tensor  # [c n m]
 
     diagonal: ClassVar[bool] = False
+    wider: ClassVar[type[FMat]] = FMatDense
 
     @staticmethod
     def doubly_centred(tensor: Tensor) -> Tensor:
@@ -205,7 +203,7 @@ class FMatBlockDiag(FMat):
     def columns(self):
         return self.tensor.shape[2]
 
-    def _mv(self, f):
+    def product(self, f):
         return (self.tensor @ f.unsqueeze(-1)).squeeze(-1)
 
     def _dense(self):
@@ -215,14 +213,8 @@ class FMatBlockDiag(FMat):
     def T(self):
         return FMatBlockDiag(self.tensor.mT)
 
-    def _added(self, other):
-        from nngeom.fmat.diag import FMatDiag
-
-        if isinstance(other, FMatBlockDiag):
-            return FMatBlockDiag(self.tensor + other.tensor)
-        if isinstance(other, FMatDiag):
-            return FMatBlockDiag(self.tensor + torch.diag_embed(other.tensor))
-        return other._added(self) if isinstance(other, FMatDense) else super()._added(other)
+    def widened(self):
+        return FMatDense(self._dense().view(self.outputs, self.rows, self.outputs, self.columns))
 
     def diag(self):
         self._require_square("diag")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.damping import Cutoff, as_damping
-from nngeom.fmat.dense import FMatBlockDiag, FMatDense, require_ndim
+from nngeom.fmat.dense import FMatBlockDiag, require_ndim
 from nngeom.fmat.fmat import FMat
 from nngeom.pmat.block import reciprocal, shifted_logdet
 from nngeom.space.fvector import FVector
@@ -22,6 +22,7 @@ class FMatDiag(FMat):
     tensor: Tensor  # [c n]
 
     diagonal: ClassVar[bool] = True
+    wider: ClassVar[type[FMat]] = FMatBlockDiag
 
     def __post_init__(self):
         require_ndim(self.tensor, "FMatDiag", "(c, n)", 2)
@@ -38,7 +39,7 @@ class FMatDiag(FMat):
     def columns(self):
         return self.tensor.shape[1]
 
-    def _mv(self, f):
+    def product(self, f):
         return self.tensor * f
 
     def _dense(self):
@@ -48,10 +49,8 @@ class FMatDiag(FMat):
     def T(self):
         return self
 
-    def _added(self, other):
-        if isinstance(other, FMatDiag):
-            return FMatDiag(self.tensor + other.tensor)
-        return other._added(self) if isinstance(other, (FMatDense, FMatBlockDiag)) else super()._added(other)
+    def widened(self):
+        return FMatBlockDiag(torch.diag_embed(self.tensor))
 
     def diag(self):
         return FVector(self.tensor)
@@ -63,7 +62,7 @@ class FMatDiag(FMat):
         d = as_damping(damping)
         if not isinstance(d, Cutoff):
             self._number(d)
-        return FVector(reciprocal(self.tensor, d, "the diagonal kernel") * self._operand(f, self.columns))
+        return FVector(reciprocal(self.tensor, d, "the diagonal kernel") * self.operand(f, self.columns))
 
     def logdet(self, damping=0.0):
         d = as_damping(damping)

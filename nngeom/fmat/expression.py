@@ -1,4 +1,4 @@
-"""Sums of kernels that are not held in memory: lazy, with the operations their parts allow."""
+"""What kernels of different kinds make: sums, lazy and with the operations their parts allow, and dense products."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class FMatSum(FunctionOperator):
     def device(self):
         return self.parts[0].device
 
-    def _mv(self, f):
-        return torch.stack([(w * p._mv(f.to(p.dtype))).to(self.dtype) for w, p in self._weighted()]).sum(0)
+    def product(self, f):
+        return torch.stack([(w * p.product(f.to(p.dtype))).to(self.dtype) for w, p in self._weighted()]).sum(0)
 
     @property
     def T(self):
         return FMatSum(tuple(p.T for p in self.parts), self.weights)
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return FMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
 
     def trace(self):
@@ -83,3 +83,12 @@ class FMatSum(FunctionOperator):
     def eigh(self):
         """Eigenvalues and eigenvectors of the dense kernel."""
         return self.materialize().eigh()
+
+
+def product(x: FunctionOperator, y: FunctionOperator) -> FMatDense:
+    """``K K'`` with all its entries."""
+    entries = x.to_dense() @ y.to_dense().to(x.dtype)
+    return FMatDense(entries.view(x.outputs, x.rows, x.outputs, y.columns))
+
+
+FunctionOperator.expressions.update(sum=lambda x, y: FMatSum((x, y)), product=product)

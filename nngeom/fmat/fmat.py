@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ class FMat(FunctionOperator, TensorObject):
     """
 
     kinds: ClassVar[Registry[type[FMat]]] = Registry()  # by qualified name, for files
+    wider: ClassVar[type[FMat] | None] = None  # the next representation, which holds kernels of this one as well
     tensor: Tensor
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -39,8 +41,23 @@ class FMat(FunctionOperator, TensorObject):
     def device(self):
         return self.tensor.device
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return type(self)(c * self.tensor)  # type: ignore[call-arg]
+
+    def widened(self) -> FMat:
+        """The same kernel in the next wider representation; itself where there is none."""
+        return self
+
+    def added(self, other):
+        """``K + other`` in the narrowest representation that holds both, where there is one."""
+        kind = _common(type(self), type(other)) if self.wider is not None and isinstance(other, FMat) else None
+        if kind is None:
+            return super().added(other)
+        return kind(self._entries_as(kind) + other._entries_as(kind))  # type: ignore[call-arg]
+
+    def _entries_as(self, kind: type[FMat]) -> Tensor:
+        """The entries in a wider representation."""
+        return self.tensor if isinstance(self, kind) else self.widened()._entries_as(kind)
 
     def norm(self, kind: str = "fro") -> Tensor:
         """The Frobenius norm; ``kind`` is ``"fro"``, others raise :class:`ArgumentError`."""
@@ -90,7 +107,7 @@ class FMat(FunctionOperator, TensorObject):
         """
         self._require_symmetric("solve")
         d, m = as_damping(damping), self._symmetric_parts()
-        x = self._as_parts(self._operand(f, self.columns))  # [*b, parts, p]
+        x = self._as_parts(self.operand(f, self.columns))  # [*b, parts, p]
         flat = x.reshape(-1, *x.shape[-2:]).permute(1, 2, 0)  # [parts, p, b]
         if isinstance(d, Cutoff):
             values, u = linalg.eigh(m)
@@ -136,3 +153,16 @@ class FMat(FunctionOperator, TensorObject):
         self._require_symmetric("eigvalsh")
         m = self._symmetric_parts()
         return torch.linalg.eigvalsh(m.double()).flatten().sort()[0].to(m)
+
+
+def _common(x: type[FMat], y: type[FMat]) -> type[FMat] | None:
+    """The narrowest representation that holds kernels of both."""
+    pairs = ((a, b) for a in _holders(x) for b in _holders(y))
+    return next((a if issubclass(b, a) else b for a, b in pairs if issubclass(a, b) or issubclass(b, a)), None)
+
+
+def _holders(kind: type[FMat] | None) -> Iterator[type[FMat]]:
+    """The representations that hold kernels of a kind, from itself to the widest."""
+    while kind is not None:
+        yield kind
+        kind = kind.wider

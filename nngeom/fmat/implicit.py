@@ -131,10 +131,10 @@ class FMatImplicit(FunctionOperator):
     def _reference(self) -> Side:
         return self.reference or self.left
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return FMatImplicit(self.left, self.right, self.centered, c * self.scale, self.reference)
 
-    def _mv(self, f):
+    def product(self, f):
         return self.scale * self._unscaled(f)
 
     def _unscaled(self, f: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class FMatImplicit(FunctionOperator):
         """``f^T K f = |J^T f|**2``, by the pull-back alone."""
         if self.left is not self.right or self.centered:
             return super().vTMv(f)
-        return self.scale * pull(self.left, self._operand(f, self.columns)).square().sum(-1)
+        return self.scale * pull(self.left, self.operand(f, self.columns)).square().sum(-1)
 
     def diag(self) -> FVector:
         """The exact diagonal, without products."""
@@ -223,7 +223,7 @@ class FMatImplicit(FunctionOperator):
             raise ArgumentError(f"{what} needs a symmetric kernel, of one set of examples; this one is between two")
 
     def _flat(self, product: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-        return lambda z: (product or self._mv)(z.unflatten(-1, (self.outputs, self.columns))).flatten(-2)
+        return lambda z: (product or self.product)(z.unflatten(-1, (self.outputs, self.columns))).flatten(-2)
 
     def solve(
         self, f: FVector, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None
@@ -241,7 +241,7 @@ class FMatImplicit(FunctionOperator):
             )
         terms = [(self.scale, self._flat(self._unscaled)), (d.value, identity)]
         solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter)
-        x = solution(solver, terms, self._operand(f, self.columns).flatten(-2), self.left.parameters)
+        x = solution(solver, terms, self.operand(f, self.columns).flatten(-2), self.left.parameters)
         return FVector(x.view(f.shape))
 
     def lanczos(

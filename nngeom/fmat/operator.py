@@ -7,7 +7,8 @@ output-major: row ``output * n + example``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,9 +26,11 @@ DENSE_LIMIT = 50_000
 class FunctionOperator(ABC):
     """Anything that maps function space to function space; rectangular between two sets of examples.
 
-    Primitives are ``outputs, rows, columns, dtype, device, _mv, T, _scaled``; the rest has a definition in terms of
+    Primitives are ``outputs, rows, columns, dtype, device, product, T, scaled``; the rest has a definition in terms of
     them, overridden where the structure makes it cheap or exact.
     """
+
+    expressions: ClassVar[dict[str, Callable[..., FunctionOperator]]] = {}  # what + and @ make where nothing is closed
 
     # -- primitives ----------------------------------------------------------------------------------------------------
 
@@ -57,8 +60,8 @@ class FunctionOperator(ABC):
         """Where the entries are."""
 
     @abstractmethod
-    def _mv(self, f: Tensor) -> Tensor:
-        """``[*b, c, m] -> [*b, c, n]``."""
+    def product(self, f: Tensor) -> Tensor:
+        """``K f``: ``f [*b, c, m] -> [*b, c, n]``."""
 
     @property
     @abstractmethod
@@ -66,7 +69,7 @@ class FunctionOperator(ABC):
         """The transpose: a kernel between the two sets of examples the other way round."""
 
     @abstractmethod
-    def _scaled(self, c: float | Tensor) -> FunctionOperator:
+    def scaled(self, c: float | Tensor) -> FunctionOperator:
         """``c K``."""
 
     # -- derived -------------------------------------------------------------------------------------------------------
@@ -76,7 +79,8 @@ class FunctionOperator(ABC):
         """``(c n, c m)``."""
         return self.outputs * self.rows, self.outputs * self.columns
 
-    def _operand(self, f: Any, examples: int) -> Tensor:
+    def operand(self, f: Any, examples: int) -> Tensor:
+        """The entries ``[*b, c, examples]`` of an FVector ``f``, checked, in the dtype of the kernel."""
         if not isinstance(f, FVector):
             raise ArgumentTypeError(
                 f"the operand is {type(f).__name__}; expected an FVector (FVector(tensor) of shape (*batch, "
@@ -100,13 +104,13 @@ class FunctionOperator(ABC):
 
     def mv(self, f: FVector) -> FVector:
         """``K f``, batched: ``(*batch, c, m) -> (*batch, c, n)``."""
-        return FVector(self._mv(self._operand(f, self.columns)))
+        return FVector(self.product(self.operand(f, self.columns)))
 
     def vTMv(self, f: FVector) -> Tensor:
         """``f^T K f``, ``(*batch)``."""
         self._require_square("vTMv")
-        x = self._operand(f, self.columns)
-        return (x * self._mv(x)).sum((-2, -1))
+        x = self.operand(f, self.columns)
+        return (x * self.product(x)).sum((-2, -1))
 
     def to_dense(self, limit: int = DENSE_LIMIT) -> Tensor:
         """``(c n, c m)``, output-major; raises :class:`SizeError` where a side is above ``limit``."""
@@ -120,16 +124,13 @@ class FunctionOperator(ABC):
 
     def _dense(self) -> Tensor:
         eye = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
-        return self._mv(eye.view(-1, self.outputs, self.columns)).flatten(1).T.contiguous()
+        return self.product(eye.view(-1, self.outputs, self.columns)).flatten(1).T.contiguous()
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, FunctionOperator):
-            from nngeom.fmat.dense import FMatDense
-
             if (other.outputs, other.rows) != (self.outputs, self.columns):
                 raise ArgumentError(f"kernels of shapes {self.shape} and {other.shape} do not multiply")
-            product = self.to_dense() @ other.to_dense().to(self.dtype)
-            return FMatDense(product.view(self.outputs, self.rows, self.outputs, other.columns))
+            return self.expressions["product"](self, other)
         return self.mv(other)
 
     def __add__(self, other: Any) -> Any:
@@ -142,14 +143,13 @@ class FunctionOperator(ABC):
         if (self.outputs, self.rows, self.columns) != (other.outputs, other.rows, other.columns):
             mine, theirs = ((k.outputs, k.rows, k.columns) for k in (self, other))
             raise ArgumentError(f"kernels of (outputs, rows, columns) {mine} and {theirs} do not add")
-        return self._added(other)
+        return self.added(other)
 
     __radd__ = __add__
 
-    def _added(self, other: FunctionOperator) -> FunctionOperator:
-        from nngeom.fmat.expression import FMatSum
-
-        return FMatSum((self, other))
+    def added(self, other: FunctionOperator) -> FunctionOperator:
+        """``K + other``, both of one shape: a lazy sum unless something closer is known."""
+        return self.expressions["sum"](self, other)
 
     def __sub__(self, other: Any) -> Any:
         if not isinstance(other, FunctionOperator):
@@ -164,7 +164,7 @@ class FunctionOperator(ABC):
     def __mul__(self, c: Any) -> Any:
         if not isinstance(c, (int, float)) and not (isinstance(c, Tensor) and c.ndim == 0):
             raise ArgumentTypeError(f"cannot scale a kernel by {type(c).__name__}; expected a number")
-        return self._scaled(c)
+        return self.scaled(c)
 
     __rmul__ = __mul__
 
@@ -179,7 +179,7 @@ class FunctionOperator(ABC):
             def apply(x):
                 t = torch.as_tensor(x.copy()).to(k.dtype).to(k.device)
                 columns = t.reshape(k.shape[1], -1).T.reshape(-1, k.outputs, k.columns)
-                out = k._mv(columns).flatten(1).T
+                out = k.product(columns).flatten(1).T
                 return (out if t.ndim == 2 else out[:, 0]).detach().cpu().numpy()
 
             return apply

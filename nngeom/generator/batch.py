@@ -191,3 +191,27 @@ def rows(x: Any, index: slice | list[int]) -> Any:
     if coordinates:
         return chosen
     return chosen.to_sparse_csc() if x.layout is torch.sparse_csc else chosen.to_sparse_csr()
+
+
+def with_input_gradients(batch: Batch) -> tuple[Batch, list[Tensor]]:
+    """A batch whose floating-point inputs record gradients, and these inputs; raises :class:`ArgumentError` without
+    any.
+    """
+    found: list[Tensor] = []
+
+    def mark(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            if not x.is_floating_point():
+                return x
+            with torch.inference_mode(False):
+                x = x.detach().clone() if x.is_inference() else x.detach()
+                found.append(x.requires_grad_())
+            return x
+        if isinstance(x, Mapping):
+            return {k: v if k == "labels" else mark(v) for k, v in x.items()}
+        return type(x)(mark(v) for v in x) if isinstance(x, (tuple, list)) and not hasattr(x, "_fields") else x
+
+    marked = (mark(batch[0]), *batch[1:]) if isinstance(batch, (tuple, list)) and batch else mark(batch)
+    if not found:
+        raise ArgumentError("the inputs hold no floating-point tensor to differentiate by (tokens? pass embeddings)")
+    return marked, found

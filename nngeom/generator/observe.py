@@ -74,6 +74,15 @@ class Observer:
             run.prove(separate=False)
         return run
 
+    def state(self) -> dict[str, Any]:
+        """What decides how coming passes are seen, as plain values."""
+        return {"drawn": self.drawn, "batchwise": sorted(self.batchwise)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        self.drawn = state["drawn"]
+        self.batchwise.update(state["batchwise"])
+
     @contextlib.contextmanager
     def watch(self, record: bool = True) -> Iterator[Observation]:
         """Watch what happens inside; the observation is complete on leaving. ``record=False`` counts examples only."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.generator.task import Task, as_batches, take
+from nngeom.gram import GramMatrix
 from nngeom.linearized.expansion import Expansion, Refusing
 from nngeom.linearized.watch import Watch
 from nngeom.space.collection import LayerCollection
@@ -113,8 +114,6 @@ def _run(task: Task, batch: Any, layer: str | None) -> Watch:
 
 
 def _kernel(model: nn.Module, batches: list, function: Any, collection: LayerCollection) -> Tensor:
-    from nngeom.gram import GramMatrix
-
     return GramMatrix(model, batches, function=function, layer_collection=collection).to_dense().double()
 
 

@@ -13,6 +13,7 @@ from nngeom.core.draws import factors, outer
 from nngeom.core.errors import ArgumentError, CoverageError
 from nngeom.fmat.estimate import RandomSigns
 from nngeom.generator.axes import ExampleAxis
+from nngeom.generator.batch import with_input_gradients
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.kernels import twice_differentiable
 from nngeom.generator.recorded import Recorded
@@ -124,8 +125,6 @@ def loss_gradient_penalty(
     """
     if wrt not in ("parameters", "inputs"):
         raise ArgumentError(f"wrt is {wrt!r}; expected 'parameters' or 'inputs'")
-    from nngeom.analysis.geometric_complexity import with_input_gradients
-
     batch = {**inputs, "labels": targets} if isinstance(inputs, dict) else (inputs, targets)
     run = Run.of(model, [batch], function=function, layer_collection=layer_collection)
     task, batch = run.task, next(run.batches())

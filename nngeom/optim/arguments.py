@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +12,7 @@ from nngeom.generator.sweep import Metric
 from nngeom.metrics.fisher import ExactFisher, MonteCarloFisher, as_likelihood
 from nngeom.pmat.diag import PMatDiag
 from nngeom.pmat.eye import PMatEye
-from nngeom.pmat.mixed import as_representation
-from nngeom.pmat.pmat import Representation
+from nngeom.pmat.representation import Representation, as_representation
 
 
 def number(name: str, x: Any, step: int) -> Any:
@@ -39,19 +37,6 @@ def number(name: str, x: Any, step: int) -> Any:
             f"{'in [0, 1)' if high == 1 else f'above {low}' if strict else f'of at least {low}'}"
         )
     return value
-
-
-def require_groups(groups: list[dict[str, Any]], parameters: Mapping[str, Tensor]) -> None:
-    """Raise :class:`ArgumentError` where a parameter is in no group, or a number of a group is out of range."""
-    grouped = {id(p) for group in groups for p in group["params"]}
-    left = [name for name, p in parameters.items() if id(p) not in grouped]
-    if left:
-        raise ArgumentError(
-            f"parameters {left[:4]} are in no group of params; put them in one, or leave them out with layer_collection"
-        )
-    for group in groups:
-        for key in ("lr", "momentum", "weight_decay"):
-            number(key, group[key], 0)
 
 
 def as_reduction(reduction: str) -> str:

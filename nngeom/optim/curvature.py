@@ -22,8 +22,9 @@ from nngeom.optim.packed import Packed
 from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.block import Block
-from nngeom.pmat.pmat import PMat, Representation
+from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Scope, Statistic
+from nngeom.pmat.representation import Representation
 
 
 @dataclass(frozen=True)

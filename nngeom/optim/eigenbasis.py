@@ -22,9 +22,10 @@ from nngeom.optim.packed import Packed, split
 from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.ekfac import PMatEKFAC, scaling_statistic
-from nngeom.pmat.kfac import EigenBlock, kronecker_blocks
-from nngeom.pmat.pmat import Representation
+from nngeom.pmat.kfac import kronecker_blocks
+from nngeom.pmat.kronecker import EigenBlock
 from nngeom.pmat.recipe import Scope
+from nngeom.pmat.representation import Representation
 
 
 @keeps(PMatEKFAC)

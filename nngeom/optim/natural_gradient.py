@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
 from nngeom.generator.observe import Observation, Observer
-from nngeom.optim.arguments import as_metric, as_reduction, as_rest, require_groups
+from nngeom.optim.arguments import as_metric, as_reduction, as_rest
 from nngeom.optim.curvature import Manner
 from nngeom.optim.descent import clipping, descend
 from nngeom.optim.gradients import Gradients
+from nngeom.optim.groups import plain, require_groups, resumed
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending
 from nngeom.optim.replicas import alone, require_model
-from nngeom.optim.resuming import restore, with_curvature, without_curvature
 from nngeom.optim.schedule import Clock
 from nngeom.optim.unscaling import unscale
 from nngeom.pmat.kfac import PMatKFAC
-from nngeom.pmat.mixed import as_representation
+from nngeom.pmat.representation import as_representation
 from nngeom.space.collection import LayerCollection
 
 
@@ -281,11 +281,21 @@ class NaturalGradient(torch.optim.Optimizer):
         What was observed since the last step is not saved; damping (but that of :class:`LevenbergMarquardt`), decays
         and intervals are those of the constructor.
         """
-        return with_curvature(super().state_dict(), self)
+        state = super().state_dict()
+        curvature = self.clock.state() | self.pending.state() | self.observer.state()
+        curvature["parts"] = self.partition.state()
+        return {**state, "param_groups": plain(state["param_groups"]), "curvature": curvature}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a ``state_dict``: the steps that follow are the same, bit by bit. Callables stay those of this
         optimizer.
         """
-        super().load_state_dict(without_curvature(state_dict, self.param_groups))
-        restore(self, state_dict["curvature"])
+        if "curvature" not in state_dict:
+            raise ArgumentError("the state holds no curvature; expected the state_dict() of the same kind of optimizer")
+        state = {key: value for key, value in state_dict.items() if key != "curvature"}
+        super().load_state_dict({**state, "param_groups": resumed(self.param_groups, state["param_groups"])})
+        saved = state_dict["curvature"]
+        self.clock.load(saved)
+        self.pending.load(saved)
+        self.observer.load(saved)
+        self.partition.load(saved["parts"])

@@ -11,9 +11,8 @@ from nngeom.generator.observe import Observer
 from nngeom.generator.sweep import Chunk
 from nngeom.optim.curvature import Curvature, Manner, keeper
 from nngeom.optim.schedule import Schedule
-from nngeom.pmat.mixed import Mixture
-from nngeom.pmat.pmat import Representation
 from nngeom.pmat.recipe import Scope
+from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
 
 REST = -2  # the part of parameters that the chosen representation cannot hold
@@ -61,7 +60,7 @@ class Partition:
         if structure == self._settled:
             return
         self._settled = structure
-        place = {name: self._index(name) for name in self.collection.names}
+        place = {name: self.representation.part_of(name) for name in self.collection.names}
         for layout, j in chunk.jacobians.items():
             limit = _block_limit(self._representation(place[layout.names[0]]))
             if not self.observer.batchwise.isdisjoint(layout.names) or (
@@ -90,17 +89,8 @@ class Partition:
         representation = self._representation(index)
         return keeper(representation)(representation, scope, replace(self.manner, eager=index == REST))
 
-    def _index(self, name: str) -> int:
-        return self.representation._index(name) if isinstance(self.representation, Mixture) else 0
-
     def _representation(self, index: int) -> Representation:
-        if index == REST:
-            return self.rest
-        return (
-            self.representation._representation(index)
-            if isinstance(self.representation, Mixture)
-            else self.representation
-        )
+        return self.rest if index == REST else self.representation.member(index)
 
     def state(self) -> dict[int, Any]:
         """Plain values and tensors of every part."""

@@ -53,3 +53,11 @@ class Pending:
         mean = self.reduction == "mean"
         scale = (self.examples if mean else 1) / self.loss_scale if own_loss else 1.0
         return Seen(self.examples, scale, 1.0 if mean or not self.examples else 1 / self.examples)
+
+    def state(self) -> dict[str, Any]:
+        """What outlives a step."""
+        return {"skipped": self.skipped, "reduction": self.reduction}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        self.skipped, self.reduction = state["skipped"], state["reduction"]

@@ -48,3 +48,14 @@ class Clock:
         if schedule.refresh:
             self.refreshed = self.steps
         self.steps += 1
+
+    def state(self) -> dict[str, Any]:
+        """What decides the steps to come, as plain numbers."""
+        adapted = self.damping.value if isinstance(self.damping, LevenbergMarquardt) else None
+        return {"steps": self.steps, "refreshed": self.refreshed, "damping": adapted}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        self.steps, self.refreshed = state["steps"], state["refreshed"]
+        if state["damping"] is not None and isinstance(self.damping, LevenbergMarquardt):
+            self.damping.value = state["damping"]

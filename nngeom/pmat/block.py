@@ -25,13 +25,14 @@ class TensorObject:
 
     def to(self, *args: Any, **kwargs: Any):
         """Another dtype or device, as ``Tensor.to``."""
-        return self._map(lambda t: t.to(*args, **kwargs))
+        return self.map_tensors(lambda t: t.to(*args, **kwargs))
 
     def detach(self):
         """Without its graph."""
-        return self._map(lambda t: t.detach())
+        return self.map_tensors(lambda t: t.detach())
 
-    def _map(self, f):
+    def map_tensors(self, f):
+        """The same object with ``f`` of every tensor."""
         fields: dict[str, Any] = {name: f(t) for name, t in self.fields().items() if isinstance(t, Tensor)}
         fields |= {name: tuple(map(f, ts)) for name, ts in self.fields().items() if isinstance(ts, tuple)}
         return dataclasses.replace(self, **fields)  # type: ignore[type-var]
@@ -141,6 +142,41 @@ class Identity(BlockBasis):
 
     def tmv(self, x):
         return x
+
+
+@dataclass(frozen=True, eq=False)
+class EyeBlock(Block):
+    """``c x``; with ``c = 0`` the block of parameters that the data does not use."""
+
+    c: Tensor  # []
+    s: int
+    o: int
+    i: int
+
+    @property
+    def sizes(self):
+        return torch.Size((self.s, self.o, self.i))
+
+    def mv(self, x):
+        return self.c * x
+
+    def diag(self):
+        return self.c.expand(self.sizes)
+
+    def squared_norm(self):
+        return self.c.square() * self.sizes.numel()
+
+    def scaled(self, c):
+        return EyeBlock(c * self.c, self.s, self.o, self.i)
+
+    def added(self, other):
+        return EyeBlock(self.c + other.c, self.s, self.o, self.i) if isinstance(other, EyeBlock) else None
+
+    def inverse(self, damping):
+        return EyeBlock(reciprocal(self.c.view(1), damping, "the multiple of the identity")[0], self.s, self.o, self.i)
+
+    def eigh(self):
+        return self.diag(), Identity()
 
 
 def reciprocal(values: Tensor, damping: Damping, what: str) -> Tensor:

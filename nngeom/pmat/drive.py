@@ -12,8 +12,9 @@ from nngeom.core.errors import NonFiniteError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums, names_of
 from nngeom.generator.sweep import Chunk, Sweep, require_examples
-from nngeom.pmat.pmat import PMat, Representation
+from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Recipe, Scope
+from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
 
 
@@ -81,7 +82,7 @@ def drive(recipe: Recipe, source: Source) -> tuple[dict[Layout, Any], int]:
 def built(chosen: Representation, collection: LayerCollection, source: Source) -> PMat:
     """The matrix of a representation, driven over data."""
     blocks, count = drive(chosen.recipe(Scope.of(collection)), source)
-    return chosen.kind._make(collection, blocks, count)
+    return chosen.kind.of_blocks(collection, blocks, count)
 
 
 def finished(recipe: Recipe, means: Means) -> dict[Layout, Any]:

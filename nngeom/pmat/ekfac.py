@@ -16,8 +16,9 @@ from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block
 from nngeom.pmat.kfac import factor_statistic, kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
-from nngeom.pmat.pmat import PMat, Representation
+from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Scope
+from nngeom.pmat.representation import Representation
 from nngeom.pmat.sua import has_window, parts, sua_squares
 
 
@@ -42,7 +43,7 @@ def scaling_statistic(bases: dict[Layout, Any]):
     return statistic
 
 
-class PMatEKFAC(PMat):
+class PMatEKFAC(PMat, made_of=EigenBlock):
     """KFAC's eigenvectors, and the mean squares of the rows along them: never farther from the exact block than KFAC.
 
     Options ``sharing``, ``sua`` and ``block_limit`` as for :class:`PMatKFAC`.

@@ -60,7 +60,7 @@ class PMatExpression(ParameterOperator):
                 "a product of matrices is not symmetric, so there is no PMatDense of it; to_dense() gives the tensor"
             )
         span: Layout = self.collection.span()
-        return PMatDense._make(self.collection, {span: DenseBlock(self.to_dense(limit))}, 0)
+        return PMatDense.of_blocks(self.collection, {span: DenseBlock(self.to_dense(limit))}, 0)
 
     def solve(
         self, b: Any, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None
@@ -79,7 +79,7 @@ class PMatExpression(ParameterOperator):
                 "this one is above the size limit"
             )
         solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter)
-        return self._apply(lambda x: solution(solver, [*self._terms(), (d.value, identity)], x, self._held), b)
+        return self._apply(lambda x: solution(solver, [*self.terms(), (d.value, identity)], x, self.held), b)
 
     def _solve_general(self, x: Tensor, damping: Damping) -> Tensor:
         if not isinstance(damping, Tikhonov):
@@ -143,19 +143,19 @@ class PMatSum(PMatExpression):
     def symmetric(self):
         return all(getattr(p, "symmetric", True) for p in self.parts)
 
-    def _mv(self, x):
+    def product(self, x):
         total = None
         for w, part in self._weighted():
-            y = w * part._mv(x.to(part.dtype)).to(self.dtype)
+            y = w * part.product(x.to(part.dtype)).to(self.dtype)
             total = y if total is None else total + y
         return total
 
-    def _terms(self):
-        return [(w * c, _in_dtype(f, p.dtype, self.dtype)) for w, p in self._weighted() for c, f in p._terms()]
+    def terms(self):
+        return [(w * c, _in_dtype(f, p.dtype, self.dtype)) for w, p in self._weighted() for c, f in p.terms()]
 
     @property
-    def _held(self):
-        return tuple(t for p in self.parts for t in p._held)
+    def held(self):
+        return tuple(t for p in self.parts for t in p.held)
 
     def trace(self):
         return torch.stack([(w * p.trace()).to(self.dtype) for w, p in self._weighted()]).sum()
@@ -163,7 +163,7 @@ class PMatSum(PMatExpression):
     def diag(self):
         return PVector(self.collection, sum((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted()))
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return PMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
 
     def to(self, *args: Any, **kwargs: Any) -> PMatSum:
@@ -206,8 +206,9 @@ class PMatProduct(PMatExpression):
     def device(self):
         return self.left.device
 
-    def _mv(self, x):
-        return self.scale * self.left._mv(self.right._mv(x.to(self.right.dtype)).to(self.left.dtype)).to(self.dtype)
+    def product(self, x):
+        inner = self.right.product(x.to(self.right.dtype))
+        return self.scale * self.left.product(inner.to(self.left.dtype)).to(self.dtype)
 
     def trace(self):
         return self.to_dense().trace()
@@ -226,7 +227,7 @@ class PMatProduct(PMatExpression):
     def sample(self, n, damping=0.0, generator=None):
         raise UnsupportedError("a product of matrices is not symmetric, so it is no covariance to sample from")
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return PMatProduct(self.left, self.right, c * self.scale)
 
     def to(self, *args: Any, **kwargs: Any) -> PMatProduct:
@@ -235,3 +236,6 @@ class PMatProduct(PMatExpression):
 
     def __repr__(self) -> str:
         return f"PMatProduct({self.scale:g} * {self.left!r} @ {self.right!r})"
+
+
+ParameterOperator.expressions.update(sum=lambda x, y: PMatSum((x, y)), product=PMatProduct)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,45 +9,10 @@ from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
 from nngeom.core.linear import identity
-from nngeom.pmat.block import Block, Identity, reciprocal
+from nngeom.pmat.block import EyeBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope
 from nngeom.space.collection import LayerCollection
-
-
-@dataclass(frozen=True, eq=False)
-class EyeBlock(Block):
-    """``c x``."""
-
-    c: Tensor  # []
-    s: int
-    o: int
-    i: int
-
-    @property
-    def sizes(self):
-        return torch.Size((self.s, self.o, self.i))
-
-    def mv(self, x):
-        return self.c * x
-
-    def diag(self):
-        return self.c.expand(self.sizes)
-
-    def squared_norm(self):
-        return self.c.square() * self.sizes.numel()
-
-    def scaled(self, c):
-        return EyeBlock(c * self.c, self.s, self.o, self.i)
-
-    def added(self, other):
-        return EyeBlock(self.c + other.c, self.s, self.o, self.i) if isinstance(other, EyeBlock) else None
-
-    def inverse(self, damping):
-        return EyeBlock(reciprocal(self.c.view(1), damping, "the multiple of the identity")[0], self.s, self.o, self.i)
-
-    def eigh(self):
-        return self.diag(), Identity()
 
 
 class PMatEye(PMat):
@@ -70,10 +34,10 @@ class PMatEye(PMat):
         if c.ndim or not torch.isfinite(c):
             raise ArgumentError(f"scale is {scale}; expected a finite number")
         span = layer_collection.span()
-        return PMatEye._make(layer_collection, {span: EyeBlock(c, *span.sizes)}, 0)
+        return PMatEye.of_blocks(layer_collection, {span: EyeBlock(c, *span.sizes)}, 0)
 
-    def _terms(self):
-        return [(next(iter(self.blocks.values())).c, identity)] if len(self.blocks) == 1 else super()._terms()
+    def terms(self):
+        return [(next(iter(self.blocks.values())).c, identity)] if len(self.blocks) == 1 else super().terms()
 
     @classmethod
     def recipe(cls, scope: Scope):

@@ -18,6 +18,7 @@ from nngeom.generator.linearization import Linearization
 from nngeom.generator.run import Run
 from nngeom.generator.sweep import Chunk, Columns, Sweep
 from nngeom.generator.task import Batch, Task
+from nngeom.pmat.implicit_inverse import ImplicitInverse
 from nngeom.pmat.operator import ParameterOperator, require_frobenius
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.tangents import are_adjoint, tangents_or_rows, times_rows
@@ -68,7 +69,7 @@ class PMatImplicit(ParameterOperator):
     def device(self):
         return self.task.device
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return replace(self, scale=c * self.scale)
 
     def _split(self, x: Tensor) -> dict[str, Tensor]:
@@ -76,12 +77,12 @@ class PMatImplicit(ParameterOperator):
         return {name: v[name].to(p.dtype) for name, p in self.task.parameters.items()}
 
     @property
-    def _held(self) -> tuple[Tensor, ...]:
+    def held(self) -> tuple[Tensor, ...]:
         """What products depend on."""
         return tuple(self.task.parameters.values())
 
-    def _mv(self, x):
-        return self.scale * symmetric(self._unscaled, x, self._held)
+    def product(self, x):
+        return self.scale * symmetric(self._unscaled, x, self.held)
 
     def _unscaled(self, x: Tensor) -> Tensor:
         """Products ``[*b, d] -> [*b, d]`` before scaling; no graph is kept."""
@@ -93,7 +94,7 @@ class PMatImplicit(ParameterOperator):
     def _product(self, x: Tensor) -> Tensor:
         raise UnsupportedError("an implicit operator defines its product")
 
-    def _terms(self):
+    def terms(self):
         return [(self.scale, self._unscaled)]
 
     # -- what it solves and estimates ----------------------------------------------------------------------------------
@@ -120,14 +121,12 @@ class PMatImplicit(ParameterOperator):
         apply = None
         if preconditioner is not None:
             inverse = preconditioner.inverse(d)
-            apply = lambda r: inverse._mv(r.to(inverse.dtype)).to(r.dtype)
+            apply = lambda r: inverse.product(r.to(inverse.dtype)).to(r.dtype)
         solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter, apply)
-        return self._apply(lambda x: solution(solver, [*self._terms(), (d.value, identity)], x, self._held), b)
+        return self._apply(lambda x: solution(solver, [*self.terms(), (d.value, identity)], x, self.held), b)
 
     def inverse(self, damping: float | Tensor | Damping = 0.0, **options: Any) -> ParameterOperator:
         """``(M + damping I)^-1`` as an operator: every product is a :meth:`solve` with these ``options``."""
-        from nngeom.pmat.implicit_inverse import ImplicitInverse
-
         return ImplicitInverse(self, as_damping(damping), options)
 
     def _estimate(self, estimator: str, samples: int, generator: torch.Generator | None) -> Estimate:
@@ -137,7 +136,7 @@ class PMatImplicit(ParameterOperator):
                 f"estimator is {estimator!r}; expected one of {sorted(estimators)}, or None for the exact trace"
             )
         like = torch.empty((), dtype=self.dtype, device=self.device)
-        return estimators[estimator](self._mv, self.shape[0], samples, like, generator)
+        return estimators[estimator](self.product, self.shape[0], samples, like, generator)
 
     def trace(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
         """``tr M``: exact by default, or an :class:`Estimate` with a standard error.
@@ -166,7 +165,7 @@ class PMatImplicit(ParameterOperator):
         if samples is None:
             return self.to_dense().norm()
         like = torch.empty((), dtype=self.dtype, device=self.device)
-        square = hutchinson(lambda z: self._mv(self._mv(z)), self.shape[0], samples, like, generator)
+        square = hutchinson(lambda z: self.product(self.product(z)), self.shape[0], samples, like, generator)
         root = square.value.clamp_min(0).sqrt()
         return Estimate(root, square.standard_error / (2 * root))
 
@@ -184,7 +183,7 @@ class PMatImplicit(ParameterOperator):
             dtype=self.dtype,
             device=self.device if generator is None else generator.device,
         )
-        values, vectors = lanczos(self._mv, start.flat().to(self.device), k, steps, tol)
+        values, vectors = lanczos(self.product, start.flat().to(self.device), k, steps, tol)
         return values, PVector(self.collection, vectors)
 
     def spectral_density(
@@ -194,7 +193,7 @@ class PMatImplicit(ParameterOperator):
         random vectors, drawn by ``generator`` (torch's global one by default).
         """
         like = torch.empty((), dtype=self.dtype, device=self.device)
-        return spectral_density(self._mv, self.shape[0], like, steps, samples, generator)
+        return spectral_density(self.product, self.shape[0], like, steps, samples, generator)
 
     def _refuse(self, what: str) -> UnsupportedError:
         return UnsupportedError(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from nngeom.core.damping import Damping
 from nngeom.pmat.expression import PMatExpression
-from nngeom.pmat.implicit import PMatImplicit
 from nngeom.space.pvector import PVector
+
+if TYPE_CHECKING:
+    from nngeom.pmat.implicit import PMatImplicit
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,13 +37,13 @@ class ImplicitInverse(PMatExpression):
         return self.operator.device
 
     @property
-    def _held(self):
-        return self.operator._held
+    def held(self):
+        return self.operator.held
 
-    def _mv(self, x):
+    def product(self, x):
         return self.scale * self.operator.solve(PVector(self.collection, x), self.damping, **self.options).flat()
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return replace(self, scale=c * self.scale)
 
     def trace(self):

@@ -8,20 +8,10 @@ from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Inputs, Moment
-from nngeom.pmat.kronecker import EigenBlock, KroneckerBasis, KroneckerBlock
+from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope
 from nngeom.pmat.sua import has_window, sua_blocks, sua_sums
-
-__all__ = [
-    "EigenBlock",
-    "KroneckerBasis",
-    "KroneckerBlock",
-    "PMatKFAC",
-    "factor_statistic",
-    "kronecker_block",
-    "kronecker_blocks",
-]
 
 FACTOR_LIMIT = 10_000  # a factor with a longer side is kept diagonal
 

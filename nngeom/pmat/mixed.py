@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
-from nngeom.pmat.pmat import PMat, Representation
+from nngeom.pmat.block import Block
+from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Scope, run_together
+from nngeom.pmat.representation import Representation, as_representation
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +24,7 @@ class Mixture(Representation):
     def recipe(self, scope: Scope) -> Recipe:
         groups: dict[int, list[str]] = {}
         for name in scope.names:
-            groups.setdefault(self._index(name), []).append(name)
+            groups.setdefault(self.part_of(name), []).append(name)
         unused = [p for j, (p, _) in enumerate(self.parts) if j not in groups and not self._matches_any(p, scope)]
         if unused:
             raise ArgumentError(
@@ -31,7 +33,7 @@ class Mixture(Representation):
         recipes = []
         for index, names in groups.items():
             part = Scope(scope.collection, tuple(names))
-            recipes.append((part, self._representation(index).recipe(part)))
+            recipes.append((part, self.member(index).recipe(part)))
         return (yield from run_together(recipes))
 
     @property
@@ -47,10 +49,7 @@ class Mixture(Representation):
         """All that are mixed."""
         return (*(r for _, r in self.parts), *((self.default,) if self.default is not None else ()))
 
-    def part_of(self, name):
-        return self._index(name)
-
-    def _index(self, name: str) -> int:
+    def part_of(self, name: str) -> int:
         for j, (pattern, _) in enumerate(self.parts):
             if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + "."):
                 return j
@@ -64,14 +63,14 @@ class Mixture(Representation):
     def _matches_any(self, pattern: str, scope: Scope) -> bool:
         return any(fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in scope.names)
 
-    def _representation(self, index: int) -> Representation:
-        chosen = self.default if index < 0 else self.parts[index][1]
+    def member(self, part: int) -> Representation:
+        chosen = self.default if part < 0 else self.parts[part][1]
         if chosen is None:
             raise ArgumentError("PMatMixed has no default representation; pass default=")
         return chosen
 
 
-class PMatMixed(PMat):
+class PMatMixed(PMat, made_of=Block):
     """``PMatMixed({pattern: representation, ...}, default=...)`` is a representation; measured with it, a matrix.
 
     ``parts`` are patterns with what holds the parameters that match, the first counts; ``default`` holds the others.
@@ -87,18 +86,3 @@ class PMatMixed(PMat):
     @classmethod
     def recipe(cls, scope: Scope):
         raise ArgumentError("PMatMixed needs to know what to mix: PMatMixed({pattern: representation}, default=...)")
-
-
-def as_representation(r: Any, **settings: Any) -> Representation:
-    """A representation from a PMat class or one with options."""
-    if isinstance(r, Representation):
-        if settings:
-            raise ArgumentError(
-                f"options {list(settings)} belong inside the representation: {r.kind.__name__}.options(...)"
-            )
-        return r
-    if isinstance(r, type) and issubclass(r, PMat):
-        return Representation(r, settings)
-    raise ArgumentTypeError(
-        f"representation is {r!r}; expected one of {sorted(PMat.kinds)}, or one with options, PMatKFAC.options(...)"
-    )

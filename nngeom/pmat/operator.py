@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,9 +26,11 @@ DENSE_LIMIT = 20_000
 class ParameterOperator(ABC):
     """Anything that maps parameter space to itself: the contract of section 3, tiers marked.
 
-    Primitives are ``layer_collection, dtype, device, mv``; every other operation has a definition in terms of them,
-    overridden where the structure makes it cheap or exact.
+    Primitives are ``collection, dtype, device, product, scaled``; every other operation has a definition in terms of
+    them, overridden where the structure makes it cheap or exact.
     """
+
+    expressions: ClassVar[dict[str, Callable[..., ParameterOperator]]] = {}  # what + and @ make where nothing is closed
 
     # -- primitives ----------------------------------------------------------------------------------------------------
 
@@ -48,17 +50,17 @@ class ParameterOperator(ABC):
         """Where the entries are."""
 
     @abstractmethod
-    def _mv(self, x: Tensor) -> Tensor:
-        """``[*b, d] -> [*b, d]``."""
+    def product(self, x: Tensor) -> Tensor:
+        """``M x``: ``x [*b, d] -> [*b, d]``."""
 
-    def _terms(self) -> list[tuple[float | Tensor, Callable[[Tensor], Tensor]]]:
+    def terms(self) -> list[tuple[float | Tensor, Callable[[Tensor], Tensor]]]:
         """The matrix as a sum of factors times maps ``[*b, d] -> [*b, d]``; iterative solves differentiate the
         factors.
         """
-        return [(1.0, self._mv)]
+        return [(1.0, self.product)]
 
     @property
-    def _held(self) -> tuple[Tensor, ...]:
+    def held(self) -> tuple[Tensor, ...]:
         """Tensors outside of the matrix that its products depend on: the parameters of a model."""
         return ()
 
@@ -69,7 +71,8 @@ class ParameterOperator(ABC):
         """``(d, d)``."""
         return self.collection.numel, self.collection.numel
 
-    def _operand(self, v: Any) -> Tensor:
+    def operand(self, v: Any) -> Tensor:
+        """The entries ``[*b, d]`` of a PVector ``v``, checked, in the dtype of the matrix."""
         if not isinstance(v, PVector):
             raise ArgumentTypeError(
                 f"the operand is {type(v).__name__}; expected a PVector (PVector.from_flat(M.layer_collection, "
@@ -83,17 +86,17 @@ class ParameterOperator(ABC):
     def _apply(self, f: Callable[[Tensor], Tensor], operand: Any) -> Any:
         """``f`` on a PVector, or on all rows of a dense push-forward at once."""
         if hasattr(operand, "map_rows"):
-            return operand.map_rows(lambda v: PVector(self.collection, f(self._operand(v))))
-        return PVector(self.collection, f(self._operand(operand)))
+            return operand.map_rows(lambda v: PVector(self.collection, f(self.operand(v))))
+        return PVector(self.collection, f(self.operand(operand)))
 
     def mv(self, v: Any) -> Any:
         """``M v`` for a PVector (batched), or for all rows of a ``PushForwardDense``."""
-        return self._apply(self._mv, v)
+        return self._apply(self.product, v)
 
     def vTMv(self, v: PVector) -> Tensor:
         """``v^T M v``, ``(*batch)``."""
-        x = self._operand(v)
-        return (x * self._mv(x)).sum(-1)
+        x = self.operand(v)
+        return (x * self.product(x)).sum(-1)
 
     def to_dense(self, limit: int = DENSE_LIMIT) -> Tensor:
         """``(d, d)`` in flat parameter order; raises :class:`SizeError` above ``limit`` parameters."""
@@ -108,13 +111,11 @@ class ParameterOperator(ABC):
 
     def _dense(self) -> Tensor:
         eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
-        return self._mv(eye).T.contiguous()
+        return self.product(eye).T.contiguous()
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, ParameterOperator):
-            from nngeom.pmat.expression import PMatProduct
-
-            return PMatProduct(self, other)
+            return self.expressions["product"](self, other)
         return self.mv(other)
 
     def __add__(self, other: Any) -> Any:
@@ -125,17 +126,14 @@ class ParameterOperator(ABC):
                 f"cannot add {type(other).__name__} to a parameter-space matrix; expected another one"
             )
         self.collection.require(other.collection, "the other matrix")
-        closed = self._added(other)
-        if closed is not None:
-            return closed
-        from nngeom.pmat.expression import PMatSum
-
-        return PMatSum((self, other))
+        closed = self.added(other)
+        return self.expressions["sum"](self, other) if closed is None else closed
 
     def __radd__(self, other: Any) -> Any:
         return self.__add__(other)
 
-    def _added(self, other: ParameterOperator) -> ParameterOperator | None:
+    def added(self, other: ParameterOperator) -> ParameterOperator | None:
+        """``M + other`` where it is of a kind that is known; ``None``: it becomes a lazy sum."""
         return None
 
     def __sub__(self, other: Any) -> Any:
@@ -149,16 +147,16 @@ class ParameterOperator(ABC):
         return -1.0 * self
 
     @abstractmethod
-    def _scaled(self, c: float | Tensor) -> ParameterOperator:
+    def scaled(self, c: float | Tensor) -> ParameterOperator:
         """``c M``; a tensor where it requires a gradient."""
 
     def __mul__(self, c: Any) -> Any:
-        return self._scaled(_factor(c))
+        return self.scaled(_factor(c))
 
     __rmul__ = __mul__
 
     def __truediv__(self, c: Any) -> Any:
-        return self._scaled(1 / _factor(c))
+        return self.scaled(1 / _factor(c))
 
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` on flat numpy vectors."""
@@ -167,7 +165,7 @@ class ParameterOperator(ABC):
         def apply(x):
             t = torch.as_tensor(x.copy()).to(self.dtype).to(self.device)
             columns = t.reshape(self.shape[0], -1).T
-            out = self._mv(columns).T if t.ndim == 2 else self._mv(columns)[0]
+            out = self.product(columns).T if t.ndim == 2 else self.product(columns)[0]
             return out.reshape(t.shape).detach().cpu().numpy()
 
         dtype = torch.empty((), dtype=linalg.accumulation_dtype(self.dtype)).numpy().dtype

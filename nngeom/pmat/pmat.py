@@ -7,80 +7,38 @@ any of these. Representations differ in their recipe and in their blocks' algebr
 from __future__ import annotations
 
 import contextlib
-import inspect
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from nngeom.core.damping import Damping, as_damping
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, SingularError, StructureError, UnsupportedError
+from nngeom.core.errors import ArgumentTypeError, SingularError, StructureError
 from nngeom.core.layout import Layout
-from nngeom.core.registry import Registry
 from nngeom.pmat.basis import Basis
-from nngeom.pmat.block import Block
+from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.operator import ParameterOperator, require_frobenius, require_tikhonov
+from nngeom.pmat.representation import Measured
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
-if TYPE_CHECKING:
-    from nngeom.pmat.recipe import Recipe, Scope
-
-
-@dataclass(frozen=True, eq=False)
-class Representation:
-    """A representation with its options: what is passed as ``representation``."""
-
-    kind: type[PMat]
-    settings: dict[str, Any]
-
-    def recipe(self, scope: Scope) -> Recipe:
-        """The recipe for some of the parameters; raises :class:`ArgumentError` on unknown options."""
-        known = list(inspect.signature(self.kind.recipe).parameters)[1:]
-        odd = [name for name in self.settings if name not in known]
-        if odd:
-            raise ArgumentError(f"{self.kind.__name__} has no option {odd}; it has {known or 'none'}")
-        return self.kind.recipe(scope, **self.settings)
-
-    @property
-    def passes(self) -> int:
-        """How many sweeps the recipe takes."""
-        return self.kind.passes
-
-    @property
-    def centred(self) -> bool:
-        """Whether rows whose mean was taken from them may enter."""
-        return self.kind.centred
-
-    def last_sweep(self, matrix: PMat) -> Representation:
-        """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is
-        only one.
-        """
-        return self if self.passes == 1 else self.kind.in_basis(matrix)
-
-    def part_of(self, name: str) -> object:
-        """Parameters of different parts never share a block."""
-        return None
-
 
 @dataclass(frozen=True, eq=False, init=False)
-class PMat(ParameterOperator):
+class PMat(ParameterOperator, Measured):
     """A symmetric matrix over the parameters, as blocks over a partition of them. Frozen; holds tensors only."""
 
     layer_collection: LayerCollection
     blocks: dict[Layout, Block]
     examples: int
 
-    passes: ClassVar[int] = 1
-    centred: ClassVar[bool] = True  # any rows may enter, such as those less their mean, not only sums of outer products
-    entries: ClassVar[str | None] = None  # kept as they are of any matrix: "all", those in "layers", the "diagonal"
-    kinds: ClassVar[Registry[type[PMat]]] = Registry()  # by qualified name, for files
+    makers: ClassVar[dict[type, type[PMat]]] = {}  # by the kind of blocks that a representation is made of
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, made_of: type[Block] | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        if made_of is not None:
+            PMat.makers[made_of] = cls
         if "recipe" in vars(cls) and "entries" not in vars(cls):
             cls.entries = None  # what was said of the parent's recipe
         PMat.kinds.add(cls)
@@ -91,10 +49,11 @@ class PMat(ParameterOperator):
         )
 
     @classmethod
-    def _make(cls, collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
-        """A checked matrix: the blocks must partition the parameters; missing ones are zero."""
-        from nngeom.pmat.eye import EyeBlock
+    def of_blocks(cls, collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
+        """A checked matrix: the ``blocks`` must partition the parameters of the ``collection``, missing ones are zero.
 
+        ``examples``: how many they are means over. Raises :class:`StructureError` for a parameter in several blocks.
+        """
         named = [name for layout in blocks for name in layout.names]
         twice = sorted({n for n in named if named.count(n) > 1}) if len(set(named)) < len(named) else []
         if twice:
@@ -114,24 +73,6 @@ class PMat(ParameterOperator):
         for key, value in (("layer_collection", collection), ("blocks", blocks), ("examples", examples)):
             object.__setattr__(self, key, value)
         return self
-
-    @classmethod
-    @abstractmethod
-    def recipe(cls, scope: Scope) -> Recipe:
-        """How this representation of the parameters of ``scope`` is estimated from LayerJacobians."""
-
-    @classmethod
-    def options(cls, **settings: Any) -> Representation:
-        """This representation with options, its ``settings`` by name, for use inside :class:`PMatMixed`."""
-        return Representation(cls, settings)
-
-    @classmethod
-    def in_basis(cls, matrix: PMat) -> Representation:
-        """This representation in the kept basis of ``matrix``, measured in one sweep, where it has such a thing."""
-        raise UnsupportedError(
-            f"{cls.__name__} with parts of several sweeps is not estimated from random probes; mix others than "
-            "PMatEKFAC"
-        )
 
     # -- primitives ----------------------------------------------------------------------------------------------------
 
@@ -167,7 +108,7 @@ class PMat(ParameterOperator):
             layout.scatter_(out, x)
         return out
 
-    def _mv(self, x):
+    def product(self, x):
         return self._each(x, lambda block, y: block.mv(y))
 
     # -- numbers -------------------------------------------------------------------------------------------------------
@@ -207,7 +148,7 @@ class PMat(ParameterOperator):
         d = as_damping(damping)
         with self._worst_block(d):
             blocks = {lay: b.inverse(d) for lay, b in self.blocks.items()}
-        return self._kind_of(blocks)._make(self.layer_collection, blocks, self.examples)
+        return self._made_of(blocks).of_blocks(self.layer_collection, blocks, self.examples)
 
     @contextlib.contextmanager
     def _worst_block(self, damping: Damping) -> Iterator[None]:
@@ -223,16 +164,13 @@ class PMat(ParameterOperator):
                     worst = max(worst, error, key=lambda e: e.needed or 0.0)
             raise worst from None
 
-    def _kind_of(self, blocks: dict[Layout, Block]) -> type[PMat]:
-        """The representation of new blocks: this one's while their kinds stay, Mixed otherwise."""
-        from nngeom.pmat.ekfac import PMatEKFAC
-        from nngeom.pmat.kfac import EigenBlock, KroneckerBlock
-        from nngeom.pmat.mixed import PMatMixed
-
+    def _made_of(self, blocks: dict[Layout, Block]) -> type[PMat]:
+        """The representation of new blocks: this one's while their kinds stay, else the one made of them, or of any."""
         old, new = ({type(b) for b in bs.values()} for bs in (self.blocks, blocks))
         if new <= old:
             return type(self)
-        return PMatEKFAC if new == {EigenBlock} and old <= {KroneckerBlock, EigenBlock} else PMatMixed
+        any_blocks = PMat.makers[Block]
+        return PMat.makers.get(new.pop(), any_blocks) if len(new) == 1 else any_blocks
 
     def eigh(self) -> tuple[Tensor, Basis]:
         """All eigenvalues ``(d,)``, ascending, and an orthonormal basis in the same order: ``M = U diag(values)
@@ -270,27 +208,29 @@ class PMat(ParameterOperator):
                 return block.dense()
         return super()._dense()
 
-    def _scaled(self, c):
-        return self._make(self.layer_collection, {lay: b.scaled(c) for lay, b in self.blocks.items()}, self.examples)
+    def scaled(self, c):
+        return self.of_blocks(
+            self.layer_collection, {lay: b.scaled(c) for lay, b in self.blocks.items()}, self.examples
+        )
 
-    def _added(self, other):
+    def added(self, other):
         if not isinstance(other, PMat) or self.blocks.keys() != other.blocks.keys():
             return None
         sums = {lay: b.added(other.blocks[lay]) for lay, b in self.blocks.items()}
         if any(b is None for b in sums.values()):
             return None
-        return self._make(self.layer_collection, sums, self.examples + other.examples)  # type: ignore[arg-type]
+        return self.of_blocks(self.layer_collection, sums, self.examples + other.examples)  # type: ignore[arg-type]
 
     def to(self, *args: Any, **kwargs: Any) -> PMat:
         """Another dtype or device, as ``Tensor.to``."""
-        return self._make(
+        return self.of_blocks(
             self.layer_collection, {lay: b.to(*args, **kwargs) for lay, b in self.blocks.items()}, self.examples
         )
 
     def detach(self) -> PMat:
         """Without its graph, which a matrix has that was made with a damping or a factor that requires a gradient."""
         blocks = {lay: b.detach() for lay, b in self.blocks.items()}
-        return self._make(self.layer_collection, blocks, self.examples)
+        return self.of_blocks(self.layer_collection, blocks, self.examples)
 
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
@@ -308,4 +248,4 @@ class PMat(ParameterOperator):
 
 
 def _rebuild(cls: type[PMat], collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
-    return cls._make(collection, blocks, examples)
+    return cls.of_blocks(collection, blocks, examples)

@@ -43,7 +43,7 @@ def sua_sums(layout: Layout, j: Any, sharing: str, limit: int) -> dict[str, Tens
 def sua_blocks(layout: Layout, means: dict[str, Tensor]) -> dict[Layout, KroneckerBlock]:
     """The weight's block, the same factors in every place, and the bias's."""
     weight, bias = parts(layout)
-    block = KroneckerBlock(means["c"], means["g"])._map(lambda t: t.repeat_interleave(_window(layout), 0))
+    block = KroneckerBlock(means["c"], means["g"]).map_tensors(lambda t: t.repeat_interleave(_window(layout), 0))
     return {weight: block} if bias is None else {weight: block, bias: KroneckerBlock(means["b"], means["g"])}
 
 

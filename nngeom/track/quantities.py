@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nngeom.analysis.alignment import kernel_label_alignment
 from nngeom.analysis.coherence import coherence
 from nngeom.analysis.geometric_complexity import geometric_complexity
+from nngeom.analysis.kernel import center
 from nngeom.analysis.labels import class_labels
 from nngeom.analysis.rows import require_labels, wide_kernels
 from nngeom.analysis.sharpness import non_uniformity, sharpness
@@ -73,8 +74,6 @@ class Look:
     @functools.cached_property
     def eigenvalues(self) -> Tensor:
         """Of the centred kernel, descending."""
-        from nngeom.analysis.kernel import center
-
         return spectrum(center(self.kernel))
 
 

@@ -19,6 +19,7 @@ from nngeom.analysis.complexity import evaluating
 from nngeom.core.errors import ArgumentError, FileError
 from nngeom.generator.run import Function, Run
 from nngeom.space.collection import LayerCollection
+from nngeom.track.plots import dashboard
 from nngeom.track.quantities import QUANTITIES, Look
 from nngeom.track.tensorboard import Writer
 
@@ -203,8 +204,6 @@ class Tracker:
         """The dashboard, written to ``path`` where given, with ``title`` above; the figure. Raises
         :class:`MissingExtraError` without the extra ``plot``.
         """
-        from nngeom.track.plots import dashboard
-
         return dashboard(self.history, path, title)
 
 

@@ -1,4 +1,4 @@
-"""From function space to parameter space: ``u -> J^T u``, and the matrix ``J^T J`` over the parameters."""
+"""The matrix ``J^T J'`` over the parameters, known by the products of both maps."""
 
 from __future__ import annotations
 
@@ -10,64 +10,20 @@ from torch import Tensor
 
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
-from nngeom.fmat.implicit import pull
 from nngeom.fmat.products import EVERYTHING, squared_norms
 from nngeom.generator.sweep import Chunk
-from nngeom.maps.push_forward import DenseMap, ImplicitMap, PushForwardDense, PushForwardImplicit
+from nngeom.maps.dense import PullBackDense, PushForwardDense
+from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
+from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.pmat.dense import PMatDense
 from nngeom.pmat.drive import Repeated, built
 from nngeom.pmat.expression import PMatExpression
-from nngeom.pmat.mixed import as_representation
+from nngeom.pmat.representation import as_representation
 from nngeom.space.collection import LayerCollection
-from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
-
-
-class PullBackDense(DenseMap):
-    """``J^T``; holds the same ``tensor`` ``(c, n, d)`` as the push-forward it transposes, over ``layer_collection``."""
-
-    def mv(self, u: FVector) -> PVector:
-        """``J^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""
-        return PVector(self.layer_collection, self._function(u).flatten(-2) @ self.rows())
-
-    @property
-    def T(self) -> PushForwardDense:
-        """``J``."""
-        return PushForwardDense(self.layer_collection, self.tensor)
-
-    def __matmul__(self, other: Any) -> Any:
-        """``J^T u``, or the matrix ``J^T J'`` over the parameters (lazy)."""
-        return _metric(self, other) if isinstance(other, PushForwardDense) else self.mv(other)
-
-
-class PullBackImplicit(ImplicitMap):
-    """``J^T``, by one forward and one backward pass over the data of ``side`` a product."""
-
-    def mv(self, u: FVector) -> PVector:
-        """``J^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""
-        return PVector(self.collection, pull(self.side, self._function(u)))
-
-    @property
-    def T(self) -> PushForwardImplicit:
-        """``J``."""
-        return PushForwardImplicit(self.side)
-
-    def __matmul__(self, other: Any) -> Any:
-        """``J^T u``, or the matrix ``J^T J`` over the parameters (lazy)."""
-        return _metric(self, other) if isinstance(other, PushForwardImplicit) else self.mv(other)
-
-    def materialize(self) -> PullBackDense:
-        """The same map with all its entries."""
-        return self.T.materialize().T
-
 
 Push = PushForwardDense | PushForwardImplicit
 Pull = PullBackDense | PullBackImplicit
-
-
-def _metric(pull_back: Pull, push_forward: Push) -> PMatPullPush:
-    pull_back.collection.require(push_forward.collection, "the push-forward")
-    return PMatPullPush(pull_back, push_forward)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,20 +51,20 @@ class PMatPullPush(PMatExpression):
         mine, theirs = (getattr(x, "tensor", getattr(x, "side", None)) for x in (self.left, self.right))
         return mine is theirs
 
-    def _mv(self, x):
+    def product(self, x):
         return self.scale * self._unscaled(x)
 
     def _unscaled(self, x: Tensor) -> Tensor:
         return self.left.mv(self.right.mv(PVector(self.collection, x))).flat()
 
-    def _terms(self):
+    def terms(self):
         return [(self.scale, self._unscaled)]
 
     @property
-    def _held(self):
+    def held(self):
         return () if isinstance(self.right, PushForwardDense) else self.right.side.parameters
 
-    def _scaled(self, c):
+    def scaled(self, c):
         return replace(self, scale=c * self.scale)
 
     def trace(self):
@@ -152,3 +108,12 @@ class ExplicitRows:
 
     def blame(self) -> None:
         """Rows at hand come from no batch."""
+
+
+def product(pull_back: Pull, push_forward: Push) -> PMatPullPush:
+    """``J^T J'`` of maps over the same parameters."""
+    pull_back.collection.require(push_forward.collection, "the push-forward")
+    return PMatPullPush(pull_back, push_forward)
+
+
+JacobianMap.expressions.update(product=product)

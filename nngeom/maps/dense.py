@@ -1,0 +1,99 @@
+"""Jacobians with all their entries: ``delta w -> J delta w``, and the transpose ``u -> J^T u``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError, UnsupportedError
+from nngeom.fmat.dense import FMatDense
+from nngeom.maps.jacobian_map import JacobianMap
+from nngeom.pmat.block import TensorObject
+from nngeom.pmat.operator import ParameterOperator
+from nngeom.space.collection import LayerCollection
+from nngeom.space.fvector import FVector
+from nngeom.space.pvector import PVector
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DenseMap(JacobianMap, TensorObject):
+    """A map that holds the Jacobian, ``tensor[k, n]`` the gradient of output ``k`` at example ``n``: ``(c, n, d)``."""
+
+    layer_collection: LayerCollection
+    tensor: Tensor  # [c n d]
+
+    def __post_init__(self):
+        d = self.layer_collection.numel
+        if not isinstance(self.tensor, Tensor) or self.tensor.ndim != 3 or self.tensor.shape[-1] != d:
+            given = tuple(self.tensor.shape) if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
+            raise ArgumentError(f"a {type(self).__name__} of this collection has shape (c, n, {d}); got {given}")
+
+    @property
+    def collection(self):
+        return self.layer_collection
+
+    @property
+    def shape(self):
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self):
+        return self.tensor.dtype
+
+    @property
+    def device(self):
+        return self.tensor.device
+
+    def rows(self) -> Tensor:
+        """``(c n, d)``."""
+        return self.tensor.flatten(0, 1)
+
+
+class PushForwardDense(DenseMap):
+    """``J``, with all its entries, ``tensor (c, n, d)`` over ``layer_collection``."""
+
+    def mv(self, v: PVector) -> FVector:
+        """``J v``, batched: ``(*batch, d) -> (*batch, c, n)``."""
+        return FVector((self._vector(v) @ self.rows().T).unflatten(-1, self.shape[:2]))
+
+    def map_rows(self, f: Callable[[PVector], PVector]) -> PushForwardDense:
+        """``f`` on all rows at once: ``M @ J`` and ``M.solve(J, damping)`` are maps with rows ``M J[k, n]``."""
+        return PushForwardDense(self.layer_collection, f(PVector(self.layer_collection, self.tensor)).flat())
+
+    @property
+    def T(self) -> PullBackDense:
+        """``J^T``."""
+        return PullBackDense(self.layer_collection, self.tensor)
+
+    def __matmul__(self, other: Any) -> Any:
+        """``J v``, ``J J'^T`` (an FMatDense), or ``J M`` for a symmetric matrix over the parameters."""
+        if isinstance(other, PullBackDense):
+            self.collection.require(other.collection, "the pull-back")
+            if other.shape[0] != self.shape[0]:
+                raise ArgumentError(f"maps of {self.shape[0]} and {other.shape[0]} outputs do not make a kernel")
+            return FMatDense((self.rows() @ other.rows().T.to(self.dtype)).view(*self.shape[:2], *other.shape[:2]))
+        if isinstance(other, ParameterOperator):
+            if not getattr(other, "symmetric", True):
+                raise UnsupportedError("J @ M needs a symmetric M; a product of matrices is not")
+            return other.mv(self)
+        return self.mv(other)
+
+
+class PullBackDense(DenseMap):
+    """``J^T``; holds the same ``tensor`` ``(c, n, d)`` as the push-forward it transposes, over ``layer_collection``."""
+
+    def mv(self, u: FVector) -> PVector:
+        """``J^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""
+        return PVector(self.layer_collection, self._function(u).flatten(-2) @ self.rows())
+
+    @property
+    def T(self) -> PushForwardDense:
+        """``J``."""
+        return PushForwardDense(self.layer_collection, self.tensor)
+
+    def __matmul__(self, other: Any) -> Any:
+        """``J^T u``, or the matrix ``J^T J'`` over the parameters (lazy)."""
+        return self.expressions["product"](self, other) if isinstance(other, PushForwardDense) else self.mv(other)

@@ -1,0 +1,113 @@
+"""Jacobians known by their products: nothing stored but the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import UnsupportedError
+from nngeom.fmat.implicit import FMatImplicit, pull, push
+from nngeom.fmat.tiles import Side, span
+from nngeom.maps.dense import PullBackDense, PushForwardDense
+from nngeom.maps.jacobian_map import JacobianMap
+from nngeom.pmat.recipe import write_rows
+from nngeom.space.fvector import FVector
+from nngeom.space.pvector import PVector
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImplicitMap(JacobianMap):
+    """A map known by its products; keeps the model and the batches, and is not picklable."""
+
+    side: Side
+
+    @property
+    def collection(self):
+        return self.side.run.task.collection
+
+    @property
+    def layer_collection(self):
+        """The parameters."""
+        return self.collection
+
+    @property
+    def shape(self):
+        return self.side.outputs, self.side.examples, self.collection.numel
+
+    @property
+    def dtype(self):
+        return self.side.dtype
+
+    @property
+    def device(self):
+        return self.side.device
+
+    def __reduce__(self):
+        raise UnsupportedError("an implicit map holds a model and data, so it is not pickled; materialize() it first")
+
+
+class PushForwardImplicit(ImplicitMap):
+    """``J``, by one forward-mode pass over the data of ``side`` a product."""
+
+    def mv(self, v: PVector) -> FVector:
+        """``J v``, batched: ``(*batch, d) -> (*batch, c, n)``."""
+        return FVector(push(self.side, self._vector(v)))
+
+    @property
+    def T(self) -> PullBackImplicit:
+        """``J^T``."""
+        return PullBackImplicit(self.side)
+
+    def __matmul__(self, other: Any) -> Any:
+        """``J v``, or the implicit kernel ``J J'^T``."""
+        if isinstance(other, PullBackImplicit):
+            self.collection.require(other.collection, "the pull-back")
+            return FMatImplicit(self.side, other.side)
+        return self.mv(other)
+
+    def materialize(self) -> PushForwardDense:
+        """The same map with all its entries."""
+        with self.side.within():
+            return PushForwardDense(self.collection, dense_rows(self.side))
+
+
+class PullBackImplicit(ImplicitMap):
+    """``J^T``, by one forward and one backward pass over the data of ``side`` a product."""
+
+    def mv(self, u: FVector) -> PVector:
+        """``J^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""
+        return PVector(self.collection, pull(self.side, self._function(u)))
+
+    @property
+    def T(self) -> PushForwardImplicit:
+        """``J``."""
+        return PushForwardImplicit(self.side)
+
+    def __matmul__(self, other: Any) -> Any:
+        """``J^T u``, or the matrix ``J^T J`` over the parameters (lazy)."""
+        return self.expressions["product"](self, other) if isinstance(other, PushForwardImplicit) else self.mv(other)
+
+    def materialize(self) -> PullBackDense:
+        """The same map with all its entries."""
+        return self.T.materialize().T
+
+
+def dense_rows(side: Side) -> Tensor:
+    """``(c, n, d)``: the gradients of all outputs at all examples."""
+    out: Tensor | None = None
+    d = side.run.task.collection.numel
+    with torch.no_grad():
+        for chunk in side.chunks(reuse=True):
+            k, n = span(chunk)
+            if out is None:
+                out = torch.empty(chunk.outputs[1], side.examples, d, dtype=side.dtype, device=side.device)
+            for layout, j in chunk.jacobians.items():
+                write_rows(out[k, n], j, layout)
+            written = {name for layout in chunk.jacobians for name in layout.names}
+            for name, (lo, shape) in side.run.task.collection.offsets().items():
+                if name not in written:  # parameters that the outputs do not depend on
+                    out[k, n, lo : lo + torch.Size(shape).numel()] = 0
+    return out if out is not None else torch.zeros(side.outputs, side.examples, d, dtype=side.dtype, device=side.device)

@@ -1,0 +1,36 @@
+"""Parameter groups: what must hold of them, and what of them is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError
+from nngeom.optim.arguments import number
+
+Group = dict[str, Any]
+
+
+def require_groups(groups: list[Group], parameters: Mapping[str, Tensor]) -> None:
+    """Raise :class:`ArgumentError` where a parameter is in no group, or a number of a group is out of range."""
+    grouped = {id(p) for group in groups for p in group["params"]}
+    left = [name for name, p in parameters.items() if id(p) not in grouped]
+    if left:
+        raise ArgumentError(
+            f"parameters {left[:4]} are in no group of params; put them in one, or leave them out with layer_collection"
+        )
+    for group in groups:
+        for key in ("lr", "momentum", "weight_decay"):
+            number(key, group[key], 0)
+
+
+def plain(groups: list[Group]) -> list[Group]:
+    """Without callables, which are no part of a saved state."""
+    return [{k: v for k, v in group.items() if not callable(v)} for group in groups]
+
+
+def resumed(groups: list[Group], saved: list[Group]) -> list[Group]:
+    """The saved groups, with the callables of the present ones."""
+    return [{**{k: v for k, v in mine.items() if callable(v)}, **group} for mine, group in zip(groups, saved)]

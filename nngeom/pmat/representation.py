@@ -1,0 +1,104 @@
+"""What is passed as ``representation``: a class of matrices that a recipe measures, and its options."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from nngeom.core.layout import Layout
+from nngeom.core.registry import Registry
+from nngeom.space.collection import LayerCollection
+
+if TYPE_CHECKING:
+    from nngeom.pmat.pmat import PMat
+    from nngeom.pmat.recipe import Recipe, Scope
+
+
+@dataclass(frozen=True, eq=False)
+class Representation:
+    """A representation with its options: what is passed as ``representation``."""
+
+    kind: type[Measured]
+    settings: dict[str, Any]
+
+    def recipe(self, scope: Scope) -> Recipe:
+        """The recipe for some of the parameters; raises :class:`ArgumentError` on unknown options."""
+        known = list(inspect.signature(self.kind.recipe).parameters)[1:]
+        odd = [name for name in self.settings if name not in known]
+        if odd:
+            raise ArgumentError(f"{self.kind.__name__} has no option {odd}; it has {known or 'none'}")
+        return self.kind.recipe(scope, **self.settings)
+
+    @property
+    def passes(self) -> int:
+        """How many sweeps the recipe takes."""
+        return self.kind.passes
+
+    @property
+    def centred(self) -> bool:
+        """Whether rows whose mean was taken from them may enter."""
+        return self.kind.centred
+
+    def last_sweep(self, matrix: PMat) -> Representation:
+        """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is
+        only one.
+        """
+        return self if self.passes == 1 else self.kind.in_basis(matrix)
+
+    def part_of(self, name: str) -> int:
+        """The part of the parameter ``name``; parameters of different parts never share a block."""
+        return 0
+
+    def member(self, part: int) -> Representation:
+        """The representation of a ``part``."""
+        return self
+
+
+class Measured(ABC):
+    """A class of matrices that are measured by a recipe: what it says of itself to those who measure."""
+
+    passes: ClassVar[int] = 1
+    centred: ClassVar[bool] = True  # any rows may enter, such as those less their mean, not only sums of outer products
+    entries: ClassVar[str | None] = None  # kept as they are of any matrix: "all", those in "layers", the "diagonal"
+    kinds: ClassVar[Registry[Any]] = Registry()  # by qualified name, for files
+
+    @classmethod
+    @abstractmethod
+    def recipe(cls, scope: Scope) -> Recipe:
+        """How this representation of the parameters of ``scope`` is estimated from LayerJacobians."""
+
+    @classmethod
+    @abstractmethod
+    def of_blocks(cls, collection: LayerCollection, blocks: dict[Layout, Any], examples: int) -> PMat:
+        """The matrix of the ``blocks`` over a ``collection`` that a recipe returned, means over ``examples``."""
+
+    @classmethod
+    def options(cls, **settings: Any) -> Representation:
+        """This representation with options, its ``settings`` by name, for use inside :class:`PMatMixed`."""
+        return Representation(cls, settings)
+
+    @classmethod
+    def in_basis(cls, matrix: PMat) -> Representation:
+        """This representation in the kept basis of ``matrix``, measured in one sweep, where it has such a thing."""
+        raise UnsupportedError(
+            f"{cls.__name__} with parts of several sweeps is not estimated from random probes; mix others than "
+            "PMatEKFAC"
+        )
+
+
+def as_representation(r: Any, **settings: Any) -> Representation:
+    """A representation from a PMat class or one with options."""
+    if isinstance(r, Representation):
+        if settings:
+            raise ArgumentError(
+                f"options {list(settings)} belong inside the representation: {r.kind.__name__}.options(...)"
+            )
+        return r
+    if isinstance(r, type) and issubclass(r, Measured):
+        return Representation(r, settings)
+    raise ArgumentTypeError(
+        f"representation is {r!r}; expected one of {sorted(Measured.kinds)}, or one with options, PMatKFAC.options(...)"
+    )

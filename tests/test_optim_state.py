@@ -1,0 +1,49 @@
+"""What a saved optimizer holds: files of older versions must stay readable."""
+
+import copy
+
+import torch
+from torch import nn
+
+from nngeom.optim import EKFAC, KFAC, LevenbergMarquardt
+
+KEYS = {"steps", "skipped", "refreshed", "drawn", "reduction", "damping", "batchwise", "parts"}
+
+
+def stepped(model, x, y, steps=1, **options):
+    opt = KFAC(model, lr=0.1, damping=LevenbergMarquardt(every=1), **options)
+    advance(opt, model, x, y, steps)
+    return opt
+
+
+def advance(opt, model, x, y, steps):
+    loss = nn.CrossEntropyLoss()
+    for _ in range(steps):
+        opt.zero_grad()
+        with opt.observe():
+            loss(model(x), y).backward()
+        opt.step(evaluate=lambda: loss(model(x), y))
+
+
+def test_the_state_has_the_keys_that_it_always_had():
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    state = stepped(nn.Linear(4, 3), x, y).state_dict()
+    assert state.keys() == {"state", "param_groups", "curvature"} and state["curvature"].keys() == KEYS
+    assert EKFAC(nn.Linear(4, 3)).state_dict()["curvature"]["damping"] is None
+
+
+def test_every_part_takes_up_its_own_numbers():
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    model, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    opt = stepped(model, x, y, 3, fisher="monte_carlo", likelihood="categorical")
+    other.load_state_dict(model.state_dict())
+    again = KFAC(other, lr=0.1, damping=LevenbergMarquardt(every=1), fisher="monte_carlo", likelihood="categorical")
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert again.clock.state() == opt.clock.state() and again.clock.damping.value != LevenbergMarquardt().value
+    assert again.pending.state() == opt.pending.state() and again.observer.state() == opt.observer.state()
+    assert again.observer.drawn == 20  # KFAC takes statistics of every tenth batch
+    for each, net in ((opt, model), (again, other)):
+        advance(each, net, x, y, 2)
+    assert torch.equal(model.weight, other.weight)
