@@ -17,7 +17,7 @@ from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.estimate import RandomSigns, TraceEstimate, kernel_estimate
 from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.fmat import FMat
-from nngeom.fmat.implicit import FMatImplicit
+from nngeom.fmat.implicit import FMatImplicit, pull
 from nngeom.fmat.products import EVERYTHING, Grouping, build
 from nngeom.fmat.store import FileStore
 from nngeom.fmat.tiles import Side
@@ -210,11 +210,14 @@ def _side(
 
 
 def _first_look(rows: Side, columns: Side | None) -> None:
-    """Refuse now what products would only meet later: models that mix examples, non-finite outputs, odd batches."""
+    """Refuse now what products would only meet later: models that mix examples, odd batches, NaN and infinity."""
     for side in (rows, columns):
         if side is not None and side.sweep.check:
             for index, batch in enumerate(side.sweep.loader):
                 side.sweep.look(batch, index)
+            ones = torch.ones(side.outputs, side.examples, dtype=side.dtype, device=side.device)
+            if not bool(torch.isfinite(pull(side, ones).sum())):
+                side.sweep.blame()
 
 
 def _estimate(

@@ -1062,3 +1062,17 @@ def test_gradients_that_are_not_finite_are_found_in_every_result(result):
     x[6] = 0
     with pytest.raises(nng.NonFiniteError, match=r"'first'.*batch \d, examples \[2\]"):
         RESULTS[result](Root(), [(x[:4],), (x[4:],)])
+
+
+def test_solves_by_products_raise_where_gradients_are_not_finite():
+    x = torch.zeros(4, 4, dtype=f64)
+    m = nng.FIM(Root(), [x], nng.PMatImplicit)
+    with pytest.raises(nng.NonFiniteError, match="met NaN"):
+        m.solve(nng.PVector.randn(m.layer_collection, dtype=f64), 0.1)
+
+
+def test_solves_by_products_raise_where_the_vector_is_not_finite():
+    case = build("mlp")
+    m = nng.FIM(case.model, case.loader, nng.PMatImplicit)
+    with pytest.raises(nng.NonFiniteError, match="met NaN"):
+        m.solve(nng.PVector.from_model(case.model) * float("nan"), 0.1)

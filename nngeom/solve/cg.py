@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import ConvergenceError, SingularError
+from nngeom.core.errors import ConvergenceError, NonFiniteError, SingularError
 
 
 def conjugate_gradient(
@@ -21,8 +21,9 @@ def conjugate_gradient(
     """``x`` with ``|matrix(x) - b| <= tol |b|`` for a symmetric positive definite ``matrix``; ``b (*batch, d)``.
 
     At most ``max_iter`` steps (default ``10 d``, at most 10 000), each one product with all vectors of the batch; a
-    vector that has converged is left alone. Raises :class:`ConvergenceError` with the residual reached, and
-    :class:`SingularError` where the matrix shows a direction of no or negative curvature.
+    vector that has converged is left alone. Raises :class:`ConvergenceError` with the residual reached,
+    :class:`SingularError` where the matrix shows a direction of no or negative curvature, and
+    :class:`NonFiniteError` where ``b`` or a product holds NaN.
     """
     apply = preconditioner or (lambda r: r)
     x = torch.zeros_like(b) if x0 is None else x0.clone()
@@ -34,12 +35,14 @@ def conjugate_gradient(
     rz = (r * z).sum(-1, keepdim=True)
     steps = min(10 * b.shape[-1], 10_000) if max_iter is None else max_iter
     for _ in range(steps):
-        active = r.norm(dim=-1, keepdim=True) > goal
+        active = ~(r.norm(dim=-1, keepdim=True) <= goal)  # NaN is not converged
         if not bool(active.any()):
             return x
         mp = matrix(p)
         curvature = (p * mp).sum(-1, keepdim=True)
-        if bool((active & (curvature <= 0)).any()):
+        if bool((active & ~(curvature > 0)).any()):
+            if bool(curvature.isnan().any()):
+                raise NonFiniteError("conjugate gradients met NaN; check the vector, the inputs and the parameters")
             raise SingularError("conjugate gradients met a direction of no or negative curvature; use a larger damping")
         alpha = torch.where(
             active, rz / torch.where(active, curvature, torch.ones_like(curvature)), torch.zeros_like(rz)
