@@ -180,7 +180,7 @@ def test_numbers_do_not_depend_on_the_budget(kind):
         )
 
 
-LARGE = ("dense", "low-rank", "block-diag", "mixed-sweeps")  # hold a matrix, or rows, of many parameters
+LARGE = ("dense", "low-rank", "block-diag", "ekfac", "mixed-sweeps")  # cubic, or quadratic, in a layer of thousands
 
 
 @pytest.mark.parametrize("kind", STORED)
