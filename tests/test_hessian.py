@@ -5,7 +5,7 @@ import pickle
 import pytest
 import reference
 import torch
-from cases import CASES, PARAMETER_SPACE, WHOLE, build, representation
+from cases import CASES, ENTRIES, PARAMETER_SPACE, WHOLE, build, representation
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -113,9 +113,9 @@ def test_implicit_solves_and_estimates():
         pickle.dumps(m)
 
 
-@pytest.mark.parametrize("kind", [nng.PMatDense, nng.PMatDiag, nng.PMatBlockDiag, nng.PMatImplicit])
-def test_budget_and_batches_do_not_matter(kind):
-    c = build("conv2d")
+@pytest.mark.parametrize("name", ENTRIES)
+def test_budget_and_batches_do_not_matter(name):
+    c, kind = build("conv2d"), PARAMETER_SPACE[name]
     whole = nng.Hessian(c.model, (c.inputs, c.targets), kind, loss="cross_entropy")
     with pytest.warns(nng.MemoryWarning):
         cut = nng.Hessian(c.model, iter(c.loader), kind, loss="cross_entropy", memory_budget=10)

@@ -7,7 +7,7 @@ import struct
 import pytest
 import safetensors.torch
 import torch
-from cases import STORED, build, representation
+from cases import STORED, STORED_KERNELS, build, representation
 from torch import nn
 
 import nngeom as nng
@@ -64,7 +64,7 @@ def test_inverses_sums_and_vectors(tmp_path):
 
 def test_function_space_and_maps(tmp_path):
     c, path = build("mlp"), tmp_path / "x"
-    for kind in (nng.FMatDense, nng.FMatDiag, nng.FMatBlockDiag):
+    for kind in STORED_KERNELS.values():
         k = nng.GramMatrix(c.model, c.loader, kind)
         nng.save(k, path)
         copy = nng.load(path)

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from cases import build
+from cases import PARAMETER_SPACE, build, representation
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -64,10 +64,11 @@ def test_kernels_of_shuffled_loaders_are_symmetric():
     torch.testing.assert_close(torch.linalg.eigvalsh(k), torch.linalg.eigvalsh(want))
 
 
-@pytest.mark.parametrize("representation", [nng.PMatDense, nng.PMatKFAC, nng.PMatImplicit])
-def test_empty_loaders_raise(representation):
+@pytest.mark.parametrize("kind", PARAMETER_SPACE)
+def test_empty_loaders_raise(kind):
+    model = build("mlp").model
     with pytest.raises(nng.LoaderError, match="empty"):
-        nng.FIM(build("mlp").model, [], representation)
+        nng.FIM(model, [], representation(kind, model))
 
 
 def test_an_exception_leaves_nothing_behind():

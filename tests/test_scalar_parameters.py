@@ -5,7 +5,7 @@ import copy
 import pytest
 import reference
 import torch
-from cases import STORED, representation
+from cases import ENTRIES, PARAMETER_SPACE, STORED, representation
 from exactness import close, require_exact
 from torch import nn
 from torch.nn import functional as F
@@ -171,8 +171,9 @@ def test_algebra_and_files(model, data, kind, tmp_path):
     assert nng.FIM_MonteCarlo(model, [data], r).shape == dense.shape
 
 
-@pytest.mark.parametrize("kind", [nng.PMatDense, nng.PMatDiag, nng.PMatBlockDiag, nng.PMatImplicit])
-def test_hessian_and_covariance(model, data, kind):
+@pytest.mark.parametrize("name", ENTRIES)
+def test_hessian_and_covariance(model, data, name):
+    kind = PARAMETER_SPACE[name]
     loss = lambda f, y: F.cross_entropy(f, y, reduction="none")
     h = reference.hessian(model, *data, loss)
     close(nng.Hessian(model, [data], kind, loss="cross_entropy").diag().flat(), h.diagonal())

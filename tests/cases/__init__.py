@@ -4,6 +4,7 @@ from cases.attention import Attention
 from cases.operations import Head, Unseen
 from cases.representations import (
     DIAGONAL,
+    ENTRIES,
     FUNCTION_SPACE,
     MAPS,
     PARAMETER_SPACE,

@@ -51,6 +51,7 @@ STORED: dict[str, Any] = {  # over the parameters, holding tensors only
     "mixed-sweeps": Alternating(nng.PMatEKFAC, nng.PMatDense),
 }
 PARAMETER_SPACE = STORED | {"implicit": nng.PMatImplicit}
+ENTRIES = [k for k, r in PARAMETER_SPACE.items() if k == "implicit" or getattr(r, "entries", None)]  # of any matrix
 WHOLE = ("dense", "low-rank", "implicit")  # the exact matrix
 DIAGONAL = (*WHOLE, "diag", "block-diag", "quasi-diag")  # its exact diagonal
 TRACE = (*DIAGONAL, "ekfac", "eye")  # its exact trace

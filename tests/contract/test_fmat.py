@@ -267,7 +267,7 @@ def test_subset_of_parameters_and_function():
 
 
 def test_spectrum_is_that_of_the_gaussian_fisher():
-    """AC-1 1.1, 1.3: the non-zero spectrum of K is that of n F; trace and Frobenius norm too."""
+    """The non-zero spectrum of K is that of n F; trace and Frobenius norm too."""
     c = build("conv1d")
     k = nng.GramMatrix(c.model, c.loader)
     f = nng.FIM(c.model, c.loader, nng.PMatDense, likelihood="gaussian")
@@ -278,7 +278,7 @@ def test_spectrum_is_that_of_the_gaussian_fisher():
 
 
 def test_primal_and_dual_ridge_agree():
-    """AC-1 1.10, 1.17: (J^T J + x)^-1 J^T y = J^T (J J^T + x)^-1 y."""
+    """(J^T J + x)^-1 J^T y = J^T (J J^T + x)^-1 y."""
     c = build("mlp")
     j = nng.Jacobian(c.model, c.loader)
     y = nng.FVector(torch.randn(3, c.n, dtype=torch.float64))
