@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reference
 import torch
+from cases import DIAGONAL, TRACE, WHOLE, representation
 from torch import Tensor, nn
 
 import nngeom as nng
@@ -38,17 +39,17 @@ def require_matrices(model: nn.Module, x: Tensor, tol: float = 1e-9, rows=None) 
     """The exact Fisher matrix: whole, blocks, diagonals, traces, products."""
     j = reference.jacobian(model, x) if rows is None else rows
     f = reference.sandwich(j, reference.softmax_metric(model(x)))
-    measure = lambda kind: nng.FIM(model, batches(x), kind)
-    for kind in (nng.PMatDense, nng.PMatLowRank):
-        close(measure(kind).to_dense(), f, tol)
-    for kind in (nng.PMatDiag, nng.PMatQuasiDiag, nng.PMatBlockDiag):
-        close(measure(kind).diag().flat(), f.diagonal(), tol)
-    for kind in (nng.PMatEKFAC, nng.PMatEye):
-        close(measure(kind).trace(), f.trace(), tol)
-    kfac = measure(nng.PMatKFAC)
+    measured = {name: nng.FIM(model, batches(x), representation(name, model)) for name in (*TRACE, "kfac")}
+    implicit, kfac = measured.pop("implicit"), measured.pop("kfac")
+    for name, m in measured.items():
+        if name in WHOLE:
+            close(m.to_dense(), f, tol)
+        elif name in DIAGONAL:
+            close(m.diag().flat(), f.diagonal(), tol)
+        else:
+            close(m.trace(), f.trace(), tol)
     v = nng.PVector.randn(kfac.layer_collection, dtype=f.dtype)
     close(kfac.mv(kfac.solve(v, 0.1)).flat() + 0.1 * kfac.solve(v, 0.1).flat(), v.flat(), 1e-6)
-    implicit = measure(nng.PMatImplicit)
     close(implicit.mv(v).flat(), f @ v.flat(), tol)
     close(implicit.diag().flat(), f.diagonal(), tol)
 

@@ -1,4 +1,4 @@
-"""Stiffness, coherence, geometric complexity, sharpness: against loops, identities (AC-6), degenerate inputs."""
+"""Stiffness, coherence, geometric complexity, sharpness: against loops, identities, degenerate inputs."""
 
 import math
 from itertools import combinations

@@ -1,4 +1,4 @@
-"""Spectra, alignment, eigenfunctions, complexity, SuperNat: identities (AC-3), loops on the zoo, degenerate inputs."""
+"""Spectra, alignment, eigenfunctions, complexity, SuperNat: identities, loops on the zoo, degenerate inputs."""
 
 import math
 

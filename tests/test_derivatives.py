@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from cases import FUNCTION_SPACE, MAPS, PARAMETER_SPACE, STORED, representation
 from torch import nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 
@@ -26,16 +27,6 @@ def batches():
 
 MODEL, DATA = network(), batches()
 D = sum(p.numel() for p in MODEL.parameters())
-KINDS = (
-    nng.PMatDense,
-    nng.PMatDiag,
-    nng.PMatBlockDiag,
-    nng.PMatQuasiDiag,
-    nng.PMatKFAC,
-    nng.PMatEKFAC,
-    nng.PMatLowRank,
-    nng.PMatEye,
-)
 
 
 def fim(kind):
@@ -46,9 +37,7 @@ def jacobian(kind):
     return nng.Jacobian(MODEL, DATA, kind)
 
 
-MATRICES = {kind.__name__.removeprefix("PMat"): lambda kind=kind: fim(kind) for kind in KINDS} | {
-    "Mixed": lambda: fim(nng.PMatMixed({"0": nng.PMatKFAC}, default=nng.PMatLowRank)),
-    "Implicit": lambda: fim(nng.PMatImplicit),
+MATRICES = {name: lambda name=name: fim(representation(name, MODEL)) for name in PARAMETER_SPACE} | {
     "GGN": lambda: nng.GGN(MODEL, DATA, nng.PMatImplicit, loss="cross_entropy"),
     "Hessian": lambda: (
         nng.Hessian(MODEL, DATA, loss="cross_entropy")
@@ -64,7 +53,7 @@ MATRICES = {kind.__name__.removeprefix("PMat"): lambda kind=kind: fim(kind) for 
     "scaled low rank": lambda: 0.3 * fim(nng.PMatLowRank),
     "inverse of dense": lambda: fim(nng.PMatDense).inverse(0.5),
     "inverse of low rank": lambda: fim(nng.PMatLowRank).inverse(0.5),
-    "inverse of quasi-diagonal": lambda: fim(nng.PMatQuasiDiag).inverse(0.5),
+    "inverse of quasi-diagonal": lambda: MATRICES["quasi-diag"]().inverse(0.5),
     "inverse of kfac": lambda: fim(nng.PMatKFAC).inverse(0.5),
     "factored inverse": lambda: fim(nng.PMatKFAC).inverse(nng.FactoredTikhonov(0.5)),
     "inverse of implicit": lambda: fim(nng.PMatImplicit).inverse(0.5, tol=TIGHT),
@@ -74,15 +63,11 @@ MATRICES = {kind.__name__.removeprefix("PMat"): lambda kind=kind: fim(kind) for 
     "pull-push": lambda: (lambda j: j.T @ j)(jacobian(nng.PushForwardDense)),
     "implicit pull-push": lambda: (lambda j: j.T @ j)(jacobian(nng.PushForwardImplicit)),
 }
-KERNELS = {
-    "Dense": lambda: nng.GramMatrix(MODEL, DATA),
-    "BlockDiag": lambda: nng.GramMatrix(MODEL, DATA, nng.FMatBlockDiag),
-    "Diag": lambda: nng.GramMatrix(MODEL, DATA, nng.FMatDiag),
-    "Implicit": lambda: nng.GramMatrix(MODEL, DATA, nng.FMatImplicit),
+KERNELS = {name: lambda kind=kind: nng.GramMatrix(MODEL, DATA, kind) for name, kind in FUNCTION_SPACE.items()} | {
     "centred implicit": lambda: nng.GramMatrix(MODEL, DATA, nng.FMatImplicit, centered=True),
     "sum": lambda: nng.GramMatrix(MODEL, DATA, nng.FMatImplicit) + 0.5 * nng.GramMatrix(MODEL, DATA),
 }
-ITERATIVE = ("Implicit", "GGN", "ImplicitHessian", "Covariance", "scaled", "centred implicit")
+ITERATIVE = ("implicit", "GGN", "ImplicitHessian", "Covariance", "scaled", "centred implicit")
 
 
 @pytest.fixture(params=MATRICES)
@@ -217,7 +202,7 @@ def test_in_the_factor_of_a_product(named):
     )
 
 
-@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "BlockDiag", "Mixed"])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "block-diag", "mixed", "mixed-sweeps"])
 def test_factored_damping(name):
     m = MATRICES[name]()
     v = vector(m).requires_grad_()
@@ -271,7 +256,7 @@ def test_kernels(kernel):
 
 
 def test_a_factor_with_a_graph_is_kept_by_materialize():
-    k = KERNELS["Implicit"]()
+    k = KERNELS["implicit"]()
     same_derivatives(
         lambda c: (c * k).materialize().tensor.square().sum(),
         lambda c: c * c * k.to_dense().square().sum(),
@@ -294,9 +279,9 @@ def test_kernels_between_two_sets():
         )
 
 
-@pytest.mark.parametrize("kind", ["Dense", "Implicit"])
+@pytest.mark.parametrize("kind", MAPS)
 def test_maps(kind):
-    push, pull = (jacobian(getattr(nng, f"{name}{kind}")) for name in ("PushForward", "PullBack"))
+    push, pull = map(jacobian, MAPS[kind])
     rows = jacobian(nng.PushForwardDense).rows()
     v, u = vector(fim(nng.PMatDiag), 2), torch.randn(2, *push.shape[:2], dtype=X)
     same_derivatives(
@@ -315,7 +300,7 @@ def test_checked_by_finite_differences():
     assert gradcheck(form, v) and gradgradcheck(form, v) and gradcheck(solve, (v, x)) and gradgradcheck(solve, (v, x))
 
 
-@pytest.mark.parametrize("name", ["Implicit", "ImplicitHessian", "KFAC", "LowRank"])
+@pytest.mark.parametrize("name", ["implicit", "ImplicitHessian", "kfac", "low-rank"])
 def test_transforms(name):
     m = MATRICES[name]()
     dense, v = m.to_dense(), vector(m)
@@ -326,7 +311,7 @@ def test_transforms(name):
     torch.testing.assert_close(torch.func.vmap(form)(torch.stack([v, 2 * v])), torch.stack([form(v), form(2 * v)]))
 
 
-@pytest.mark.parametrize("name", ["Dense", "QuasiDiag", "KFAC", "LowRank", "Implicit"])
+@pytest.mark.parametrize("name", PARAMETER_SPACE)
 def test_forward_mode(name):
     """Stored matrices have it, in vector, damping and factor; implicit ones say that they have not."""
     m, x = MATRICES[name](), torch.tensor(0.4, dtype=X)
@@ -336,7 +321,7 @@ def test_forward_mode(name):
         (True, lambda x: m.solve(wrap(m, v), x).flat(), lambda x: torch.linalg.solve(dense + x * eye, v), x),
         (False, lambda c: (c * m).mv(wrap(m, v)).flat(), lambda c: c * dense @ v, x),
     ):
-        if name == "Implicit" and refused:
+        if name == "implicit" and refused:
             with pytest.raises(nng.UnsupportedError, match="reverse"):
                 torch.func.jvp(mine, (at,), (torch.ones_like(at),))
         else:
@@ -379,7 +364,7 @@ def test_damping_that_makes_no_sense():
         m.solve(wrap(m, vector(m)), nng.Cutoff(torch.tensor(0.1, requires_grad=True)))
 
 
-@pytest.mark.parametrize("name", "Dense Diag BlockDiag QuasiDiag KFAC EKFAC LowRank Mixed sum".split())
+@pytest.mark.parametrize("name", [*STORED, "sum"])
 def test_a_damping_too_small_raises_whatever_it_is(name):
     m = MATRICES[name]() - 2 * MATRICES[name]()  # negative
     for x in (1e-3, torch.tensor(1e-3, requires_grad=True)):
@@ -431,7 +416,7 @@ def test_solves_with_a_preconditioner():
     )
 
 
-@pytest.mark.parametrize("name", ["Dense", "KFAC", "LowRank", "Implicit"])
+@pytest.mark.parametrize("name", ["dense", "kfac", "low-rank", "implicit"])
 def test_solves_of_all_rows_at_once(name):
     m, j = MATRICES[name](), jacobian(nng.PushForwardDense)
     dense, eye = m.to_dense(), torch.eye(D, dtype=X)
@@ -443,7 +428,7 @@ def test_solves_of_all_rows_at_once(name):
     )
 
 
-@pytest.mark.parametrize("name", ["Dense", "KFAC", "LowRank", "QuasiDiag", "Eye", "Mixed"])
+@pytest.mark.parametrize("name", STORED)
 def test_a_matrix_with_a_graph_is_detached_copied_and_kept(name, tmp_path):
     x = torch.tensor(0.4, dtype=X, requires_grad=True)
     m = MATRICES[name]().inverse(x)
@@ -470,7 +455,7 @@ def test_laplace_evidence():
 # -- live vectors ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Dense", "Diag", "KFAC", "EKFAC", "LowRank", "Implicit", "Mixed", "implicit sum"])
+@pytest.mark.parametrize("name", [*PARAMETER_SPACE, "implicit sum"])
 def test_the_penalty_of_elastic_weight_consolidation(name):
     m, model = MATRICES[name](), network()
     anchor = nng.PVector.from_model(MODEL)

@@ -6,7 +6,7 @@ import traceback
 
 import pytest
 import torch
-from cases import build
+from cases import STORED, STORED_KERNELS, build, representation
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
@@ -40,15 +40,11 @@ OPERATIONS = {
         nng.FIM(c.model, c.loader, k).solve(nng.PVector.from_model(c.model), 0.1)
         for k in (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC)
     ],
-    "dense": lambda c: [
-        nng.FIM(c.model, c.loader, k).trace() for k in (nng.PMatDense, nng.PMatQuasiDiag, nng.PMatLowRank, nng.PMatEye)
-    ],
+    "stored": lambda c: [nng.FIM(c.model, c.loader, representation(k, c.model)).trace() for k in STORED],
     "drawn": lambda c: nng.FIM_MonteCarlo(c.model, c.loader, nng.PMatKFAC),
     "loss": lambda c: nng.GGN(c.model, c.loader, nng.PMatDiag, loss="cross_entropy"),
     "products": lambda c: nng.FIM(c.model, c.loader, nng.PMatImplicit).mv(nng.PVector.from_model(c.model)),
-    "kernels": lambda c: [
-        nng.GramMatrix(c.model, c.loader, k, centered=True) for k in (nng.FMatDense, nng.FMatDiag, nng.FMatBlockDiag)
-    ],
+    "kernels": lambda c: [nng.GramMatrix(c.model, c.loader, k, centered=True) for k in STORED_KERNELS.values()],
     "penalties": lambda c: [nng.mgs.trace_penalty(c.model, c.inputs, kind) for kind in ("exact", "rademacher")],
     "statistics": lambda c: (nng.analysis.stiffness(c.model, c.loader), nng.analysis.coherence(c.model, c.loader)),
     "hessian": lambda c: nng.Hessian(c.model, c.loader, nng.PMatDense, loss="cross_entropy"),

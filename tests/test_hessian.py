@@ -5,7 +5,7 @@ import pickle
 import pytest
 import reference
 import torch
-from cases import CASES, build
+from cases import CASES, ENTRIES, PARAMETER_SPACE, WHOLE, build, representation
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -113,9 +113,9 @@ def test_implicit_solves_and_estimates():
         pickle.dumps(m)
 
 
-@pytest.mark.parametrize("kind", [nng.PMatDense, nng.PMatDiag, nng.PMatBlockDiag, nng.PMatImplicit])
-def test_budget_and_batches_do_not_matter(kind):
-    c = build("conv2d")
+@pytest.mark.parametrize("name", ENTRIES)
+def test_budget_and_batches_do_not_matter(name):
+    c, kind = build("conv2d"), PARAMETER_SPACE[name]
     whole = nng.Hessian(c.model, (c.inputs, c.targets), kind, loss="cross_entropy")
     with pytest.warns(nng.MemoryWarning):
         cut = nng.Hessian(c.model, iter(c.loader), kind, loss="cross_entropy", memory_budget=10)
@@ -237,7 +237,11 @@ def test_refusals():
 
 # -- covariances of gradients ------------------------------------------------------------------------------------------
 
-COVARIANCES = [nng.PMatDense, nng.PMatDiag, nng.PMatBlockDiag, nng.PMatQuasiDiag, nng.PMatLowRank, nng.PMatImplicit]
+COVARIANCES = [
+    k
+    for k, r in PARAMETER_SPACE.items()
+    if k == "implicit" or (r.centred and k != "eye")  # the identity: no diagonal
+]
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "language-model", "gru", "bare", "embedding"])
@@ -247,14 +251,14 @@ def test_covariance(name):
     g = g - g.mean(0)
     truth = g.T @ g / len(g)
     for kind in COVARIANCES:
-        m = nng.GradientCovariance(c.model, c.loader, kind, loss="cross_entropy")
+        m = nng.GradientCovariance(c.model, c.loader, representation(kind, c.model), loss="cross_entropy")
         close(m.diag().flat(), truth.diagonal())
         close(m.trace(), truth.trace())
-        if kind in (nng.PMatDense, nng.PMatLowRank, nng.PMatImplicit):
+        if kind in WHOLE:
             close(m.to_dense(), truth)
-        if kind is nng.PMatBlockDiag:
+        if kind == "block-diag":
             close(m.to_dense(), torch.where(layer_mask(m.layer_collection), truth, torch.zeros_like(truth)))
-        if kind is nng.PMatQuasiDiag:
+        if kind == "quasi-diag":
             close(m.to_dense(), torch.where(m.to_dense() != 0, truth, torch.zeros_like(truth)))
             assert int((m.to_dense() != 0).sum()) > len(truth) or name in ("gru", "bare")
 
@@ -265,12 +269,13 @@ def test_covariance_of_gradients_far_from_zero(kind):
     torch.manual_seed(0)
     x = 1e4 + torch.randn(64, 3)
     model = nn.Linear(3, 2, bias=False)
-    m = nng.GradientCovariance(model, [(x[:30], x[:30]), (x[30:], x[30:])], kind, loss=lambda f, y: f.sum(1))
+    data = [(x[:30], x[:30]), (x[30:], x[30:])]
+    m = nng.GradientCovariance(model, data, representation(kind, model), loss=lambda f, y: f.sum(1))
     wide = x.double()
     cov = torch.cov(wide.T, correction=0).repeat(2, 2)
     got = m.to_dense().double()
     assert float((got.diagonal() - cov.diagonal()).abs().max()) < 0.02
-    if kind in (nng.PMatDense, nng.PMatLowRank, nng.PMatImplicit):
+    if kind in WHOLE:
         assert float((got - cov).abs().max()) < 0.02
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import STORED, representation
 from torch import nn
 
 import nngeom as nng
@@ -16,8 +17,10 @@ import nngeom as nng
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="high-water marks are read from /proc")
 MIB = 2**20
 
-PRELUDE = """
+PRELUDE = f"""
+import sys; sys.path.append({str(Path(__file__).parent)!r})
 import json, resource, torch, nngeom as nng
+from cases import representation
 from torch import nn
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -70,8 +73,8 @@ def test_a_jacobian_of_forty_gigabytes_in_two():
         model = nn.Sequential(*hidden, nn.Linear(300, 10))
         d, n = sum(p.numel() for p in model.parameters()), 1536
         data = batches(n, 128, 784)
-        for kind in (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatQuasiDiag):
-            m = nng.FIM(model, data, kind)
+        for kind in "diag", "quasi-diag", "kfac", "ekfac":
+            m = nng.FIM(model, data, representation(kind, model))
             assert m.examples == n
         nng.FIM(model, data, nng.PMatImplicit).mv(nng.PVector.from_model(model))
         print(json.dumps([4 * 10 * n * d, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
@@ -163,34 +166,36 @@ def test_the_peak_of_a_kernel_is_a_tenth_of_the_jacobian(name):
 
 
 @pytest.mark.filterwarnings("ignore::nngeom.MemoryWarning")
-@pytest.mark.parametrize("kind", [nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatDense])
+@pytest.mark.parametrize("kind", STORED)
 def test_numbers_do_not_depend_on_the_budget(kind):
     """Cut over outputs and examples down to one at a time."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(18, 4)).double()
     data = [(torch.randn(n, 1, 5, 5, dtype=torch.float64), torch.zeros(n, dtype=torch.long)) for n in (4, 4, 3)]
-    whole = nng.FIM(model, data, kind).to_dense()
+    r = representation(kind, model)
+    whole = nng.FIM(model, data, r).to_dense()
     for budget in (10_000, 1):
         torch.testing.assert_close(
-            nng.FIM(model, data, kind, memory_budget=budget).to_dense(), whole, rtol=1e-9, atol=1e-12
+            nng.FIM(model, data, r, memory_budget=budget).to_dense(), whole, rtol=1e-9, atol=1e-12
         )
 
 
-@pytest.mark.parametrize(
-    "kind", [nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatQuasiDiag, nng.PMatLowRank, nng.PMatBlockDiag]
-)
+LARGE = ("dense", "low-rank", "block-diag", "ekfac", "mixed-sweeps")  # cubic, or quadratic, in a layer of thousands
+
+
+@pytest.mark.parametrize("kind", STORED)
 def test_reused_memory_is_not_read_late(kind):
     """Equal batches, large enough that their gradients overwrite those of the batch before; the same as one batch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.GroupNorm(2, 8), nn.Flatten(1), nn.Linear(2592, 3)).double()
-    if kind in (nng.PMatLowRank, nng.PMatBlockDiag):
+    if kind in LARGE:
         model = nn.Sequential(
             nn.Conv2d(1, 8, 3), nn.Tanh(), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
         ).double()
     x = torch.randn(24, 1, 20, 20, dtype=torch.float64)
     y = torch.zeros(24, dtype=torch.long)
-    v = nng.PVector.from_model(model)
-    whole = nng.FIM(model, [(x, y)], kind).mv(v).flat()
-    cut = nng.FIM(model, list(zip(x.split(8), y.split(8))), kind).mv(v).flat()
-    tolerance = 1e-6 if kind is nng.PMatEKFAC else 1e-9
+    v, r = nng.PVector.from_model(model), representation(kind, model)
+    whole = nng.FIM(model, [(x, y)], r).mv(v).flat()
+    cut = nng.FIM(model, list(zip(x.split(8), y.split(8))), r).mv(v).flat()
+    tolerance = 1e-6 if STORED[kind].passes > 1 else 1e-9
     torch.testing.assert_close(cut, whole, rtol=tolerance, atol=tolerance * float(whole.abs().max()))

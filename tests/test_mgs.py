@@ -1,4 +1,4 @@
-"""Model Gradient Similarity: closed forms and identities (AC-4), finite differences, singular kernels, refusals."""
+"""Model Gradient Similarity: closed forms and identities, finite differences, singular kernels, refusals."""
 
 import copy
 import gc

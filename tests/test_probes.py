@@ -4,22 +4,12 @@ batches.
 
 import pytest
 import torch
-from cases import build
-from test_metrics import LOSSES, SAMPLED, Exponential, problem, ragged
+from cases import PARAMETER_SPACE, build, representation
+from cases.outputs import LOSSES, SAMPLED, problem, ragged
 from torch import nn
 
 import nngeom as nng
 
-REPRESENTATIONS = [
-    nng.PMatDense,
-    nng.PMatDiag,
-    nng.PMatBlockDiag,
-    nng.PMatQuasiDiag,
-    nng.PMatKFAC,
-    nng.PMatLowRank,
-    nng.PMatEye,
-]
-SAMPLED = SAMPLED | {"own": ("plain", Exponential())}
 seeded = lambda seed: torch.Generator().manual_seed(seed)
 
 
@@ -83,25 +73,18 @@ def test_second_moment_of_the_probes_is_the_information_of_the_outputs(name):
     close(v.flatten(1) @ root.T @ root, expected)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *REPRESENTATIONS,
-        nng.PMatEKFAC,
-        nng.PMatImplicit,
-        nng.PMatMixed({"*weight*": nng.PMatKFAC}, default=nng.PMatDiag),
-    ],
-)
+@pytest.mark.parametrize("kind", [k for k in PARAMETER_SPACE if k != "mixed-sweeps"])  # refused: see test_refusals
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "tied", "language-model", "gru"])
 def test_every_representation(name, kind):
     """Readings are means over the draws, within their errors of the measure of all outputs; batches and budget do not
     matter.
     """
     c = build(name)
+    r = representation(kind, c.model)
     make = lambda loader, **options: nng.FIM(
-        c.model, loader, kind, estimator="rademacher", samples=20, generator=seeded(3), **options
+        c.model, loader, r, estimator="rademacher", samples=20, generator=seeded(3), **options
     )
-    m, exact = make(c.loader), nng.FIM(c.model, c.loader, kind)
+    m, exact = make(c.loader), nng.FIM(c.model, c.loader, r)
     assert type(m.matrix) is type(exact) and all(type(d) is type(exact) for d in m.draws)
     v = nng.PVector.randn(exact.layer_collection, generator=seeded(4), dtype=torch.float64)
     close(m.matrix.vTMv(v), m.vTMv(v).value)
@@ -110,7 +93,7 @@ def test_every_representation(name, kind):
     ):  # joined factors are not linear in second moments
         close(torch.stack([d.vTMv(v) for d in m.draws]).mean(), m.vTMv(v).value)
         within(m.trace(), exact.trace())
-        if kind is not nng.PMatEKFAC:  # the basis is that of the probes
+        if kind != "ekfac":  # the basis is that of the probes
             within(m.vTMv(v), exact.vTMv(v))
             within(m.mv(v), exact.mv(v))
     for loader in ((c.inputs, c.targets), iter([(x[None], y[None]) for x, y in zip(c.inputs, c.targets)])):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import reference
 import torch
+from cases import ENTRIES, PARAMETER_SPACE, STORED, representation
 from exactness import close, require_exact
 from torch import nn
 from torch.nn import functional as F
@@ -145,28 +146,16 @@ def test_nothing_but_empty_parameters_is_refused():
 
 # -- everything else that takes a model --------------------------------------------------------------------------------
 
-KINDS = {
-    "dense": nng.PMatDense,
-    "diag": nng.PMatDiag,
-    "block-diag": nng.PMatBlockDiag,
-    "quasi-diag": nng.PMatQuasiDiag,
-    "kfac": nng.PMatKFAC,
-    "kfac-reduce": nng.PMatKFAC.options(sharing="reduce"),
-    "ekfac": nng.PMatEKFAC,
-    "low-rank": nng.PMatLowRank,
-    "eye": nng.PMatEye,
-    "mixed": nng.PMatMixed({"map*": nng.PMatEKFAC}, default=nng.PMatDense),
-}
-
 
 @pytest.fixture
 def data():
     return torch.randn(6, 4, dtype=f64), torch.arange(6) % 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_algebra_and_files(model, data, kind, tmp_path):
-    m = nng.FIM(model, [data], KINDS[kind])
+    r = representation(kind, model)
+    m = nng.FIM(model, [data], r)
     dense, v = m.to_dense(), nng.PVector.from_model(model)
     nng.save(m, tmp_path / "m")
     assert torch.equal(nng.load(tmp_path / "m").to_dense(), dense)
@@ -178,12 +167,13 @@ def test_algebra_and_files(model, data, kind, tmp_path):
     )
     assert m.sample(2, 0.1).shape == (2, len(dense)) and m.to(torch.float32).mv(v).dtype == torch.float32
     for measure in (nng.GGN, nng.EmpiricalFIM):
-        assert measure(model, [data], KINDS[kind], loss="cross_entropy").shape == dense.shape
-    assert nng.FIM_MonteCarlo(model, [data], KINDS[kind]).shape == dense.shape
+        assert measure(model, [data], r, loss="cross_entropy").shape == dense.shape
+    assert nng.FIM_MonteCarlo(model, [data], r).shape == dense.shape
 
 
-@pytest.mark.parametrize("kind", [nng.PMatDense, nng.PMatDiag, nng.PMatBlockDiag, nng.PMatImplicit])
-def test_hessian_and_covariance(model, data, kind):
+@pytest.mark.parametrize("name", ENTRIES)
+def test_hessian_and_covariance(model, data, name):
+    kind = PARAMETER_SPACE[name]
     loss = lambda f, y: F.cross_entropy(f, y, reduction="none")
     h = reference.hessian(model, *data, loss)
     close(nng.Hessian(model, [data], kind, loss="cross_entropy").diag().flat(), h.diagonal())
@@ -241,7 +231,7 @@ def test_optimizers(model, data, kind, fisher):
     elif kind == "ekfac":
         make = optim.EKFAC
     else:
-        make = lambda m, **options: optim.NaturalGradient(m, KINDS[kind], **options)
+        make = lambda m, **options: optim.NaturalGradient(m, representation(kind, m), **options)
     model = copy.deepcopy(model)
     optimizer = make(model, lr=1e-2, fisher=fisher, **({} if fisher == "empirical" else {"likelihood": "categorical"}))
     before = nng.PVector.from_model(model)

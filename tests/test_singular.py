@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import STORED, STORED_KERNELS, representation
 from torch import nn
 
 import nngeom as nng
@@ -44,16 +45,12 @@ def fim(kind):
     return lambda model, data: nng.FIM(model, data, kind, likelihood="gaussian")
 
 
-MATRICES = {
-    "dense": fim(nng.PMatDense),
-    "diag": fim(nng.PMatDiag),
-    "block-diag": fim(nng.PMatBlockDiag),
-    "quasi-diag": fim(nng.PMatQuasiDiag),
-    "kfac": fim(nng.PMatKFAC),
-    "kfac-reduce": fim(nng.PMatKFAC.options(sharing="reduce")),
-    "ekfac": fim(nng.PMatEKFAC),
-    "low-rank": fim(nng.PMatLowRank),
-    "mixed": lambda model, data: fim(nng.PMatMixed({"*weight": nng.PMatEKFAC}, default=nng.PMatDense))(model, data),
+def stored(name):
+    return lambda model, data: fim(representation(name, model))(model, data)
+
+
+MATRICES = {name: stored(name) for name in STORED if name != "eye"}  # a multiple of the identity: a test of its own
+MATRICES |= {
     "scaled": lambda model, data: 1e6 * fim(nng.PMatEKFAC)(model, data),
     "sum": lambda model, data: fim(nng.PMatDense)(model, data) + fim(nng.PMatLowRank)(model, data),
     "closed sum": lambda model, data: 0.3 * fim(nng.PMatDense)(model, data) + fim(nng.PMatDense)(model, data),
@@ -111,13 +108,13 @@ def test_indefinite_matrices():
 @BOTH
 def test_a_matrix_and_its_inverse(dtype):
     model, data = full(dtype)
-    for kind in (nng.PMatDense, nng.PMatDiag, nng.PMatQuasiDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatLowRank):
-        m = fim(kind)(model, data)
+    for name in STORED:
+        m = stored(name)(model, data)
         torch.testing.assert_close(m.inverse(0.1).logdet(), -m.logdet(0.1), rtol=1e-4, atol=1e-4)
 
 
 @BOTH
-@pytest.mark.parametrize("kind", [nng.FMatDense, nng.FMatBlockDiag, nng.FMatDiag])
+@pytest.mark.parametrize("kind", STORED_KERNELS.values())
 def test_kernels(kind, dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(dtype)

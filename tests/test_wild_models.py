@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import DIAGONAL, TRACE, representation
 
 import nngeom as nng
 
@@ -131,15 +132,16 @@ def test_fisher_in_every_representation(wild):
     f = reference_fisher(wild)
     tol = 1e-6 if name in ("llama", "t5") else 1e-9  # their norms compute in float32 inside
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=tol, atol=tol * float(f.abs().max()))
-    measure = lambda r: nng.FIM(model, [batch], r, likelihood=likelihood)
-    close(measure(nng.PMatDense).to_dense(), f)
-    close(measure(nng.PMatDiag).diag().flat(), f.diagonal())
-    close(measure(nng.PMatQuasiDiag).trace(), f.trace())
-    close(measure(nng.PMatLowRank).trace(), f.trace())
+    measure = lambda name: nng.FIM(model, [batch], representation(name, model), likelihood=likelihood)
+    measured = {name: measure(name) for name in (*TRACE, "kfac")}
+    kfac, ekfac = measured.pop("kfac"), measured["ekfac"]
+    for name, m in measured.items():
+        close(m.trace(), f.trace())
+        if name in DIAGONAL:
+            close(m.diag().flat(), f.diagonal())
     v = nng.PVector.randn(nng.LayerCollection.from_model(model), dtype=f64)
-    close(measure(nng.PMatImplicit).mv(v).flat(), f @ v.flat())
-    kfac, ekfac = measure(nng.PMatKFAC), measure(nng.PMatEKFAC)
-    close(ekfac.trace(), f.trace())
+    close(measured["dense"].to_dense(), f)
+    close(measured["implicit"].mv(v).flat(), f @ v.flat())
     assert (ekfac.to_dense() - f).norm() <= (kfac.to_dense() - f).norm() * (1 + 1e-6)
 
 

@@ -1,13 +1,16 @@
-"""The contract of function-space matrices: every representation on every model of the zoo, against J J^T."""
+"""The contract of function-space matrices: every representation on every model of the zoo, one property a test."""
 
+import functools
 import pickle
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import reference
 import torch
-from cases import CASES, Case, build
+from cases import CASES, FUNCTION_SPACE, STORED_KERNELS, Case, build
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -15,22 +18,6 @@ import nngeom as nng
 from nngeom.core import gram
 from nngeom.core.factored import FactoredJacobian
 from nngeom.fmat.store import FileStore
-
-REPRESENTATIONS = {
-    "dense": nng.FMatDense,
-    "block-diag": nng.FMatBlockDiag,
-    "diag": nng.FMatDiag,
-    "implicit": nng.FMatImplicit,
-}
-
-
-@pytest.fixture(params=CASES, scope="module")
-def case(request):
-    torch.set_num_threads(1)
-    c = build(request.param)
-    j = reference.jacobian(c.model, c.inputs)
-    c.__dict__.update(jacobian=j, kernel=torch.einsum("knd,lmd->knlm", j, j))
-    return c
 
 
 def expected(kind, kernel):
@@ -51,54 +38,140 @@ def centre(j, mean):
     return j - mean.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", REPRESENTATIONS)
-def test_contract(case, kind):
-    k = nng.GramMatrix(case.model, case.loader, REPRESENTATIONS[kind])
-    m = expected(kind, case.kernel)
-    size = m.shape[0]
-    dense = k.to_dense()
-    close(dense, m)
-    assert k.shape == (size, size) and k.dtype == torch.float64 and dense.dtype == torch.float64
-    f = nng.FVector(torch.randn(2, 3, case.n, dtype=torch.float64))
-    flat = f.tensor.flatten(1)
-    close(k.mv(f).tensor.flatten(1), flat @ m)
+@dataclass(frozen=True)
+class Measured:
+    """A kernel, the dense matrix it stands for, and a batch of vectors."""
+
+    kind: str
+    case: Case
+    kernel: torch.Tensor
+    k: Any
+
+    @functools.cached_property
+    def m(self):
+        """What its entries are."""
+        return expected(self.kind, self.kernel)
+
+    @functools.cached_property
+    def damping(self):
+        """A third of the mean eigenvalue."""
+        return 0.3 * float(self.m.trace()) / len(self.m)
+
+    @property
+    def damped(self):
+        """The entries with the damping added."""
+        return self.m + self.damping * torch.eye(len(self.m), dtype=self.m.dtype)
+
+    def vectors(self):
+        """Two, and the same flat."""
+        f = torch.randn(2, 3, self.case.n, dtype=torch.float64)
+        return nng.FVector(f), f.flatten(1)
+
+
+@functools.cache
+def truth(name):
+    """A model of the zoo and its exact kernel ``(c, n, c, n)``."""
+    torch.set_num_threads(1)
+    case = build(name)
+    j = reference.jacobian(case.model, case.inputs)
+    return case, torch.einsum("knd,lmd->knlm", j, j)
+
+
+@pytest.fixture(params=CASES, scope="module")
+def exact(request):
+    return truth(request.param)
+
+
+@pytest.fixture(params=FUNCTION_SPACE, scope="module")
+def measured(request, exact):
+    case, kernel = exact
+    k = nng.GramMatrix(case.model, case.loader, FUNCTION_SPACE[request.param])
+    return Measured(request.param, case, kernel, k)
+
+
+def only(*kinds):
+    """Of these representations alone; each is measured once for all tests."""
+    return pytest.mark.parametrize("measured", kinds, indirect=True, scope="module")
+
+
+def test_entries_are_exact(measured):
+    dense = measured.k.to_dense()
+    close(dense, measured.m)
+    assert measured.k.shape == tuple(measured.m.shape) and measured.k.dtype == dense.dtype == torch.float64
+
+
+def test_products_and_forms(measured):
+    k, (f, flat) = measured.k, measured.vectors()
+    close(k.mv(f).tensor.flatten(1), flat @ measured.m)
     close((k @ f).tensor, k.mv(f).tensor)
     close(k.T.mv(f).tensor, k.mv(f).tensor)
-    close(k.vTMv(f), ((flat @ m) * flat).sum(1))
-    close(k.trace(), m.trace())
-    close(k.diag().tensor.flatten(), m.diagonal())
-    close(k.norm(), m.norm())
-    damping = 0.3 * float(m.trace()) / size
-    damped = m + damping * torch.eye(size, dtype=m.dtype)
-    close(
-        k.solve(f, damping).tensor.flatten(1),
-        torch.linalg.solve(damped, flat.T).T,
-        1e-5 if kind == "implicit" else 1e-8,
-    )
-    close(torch.as_tensor(k.to_scipy() @ flat[0].numpy()), m @ flat[0])
-    close((2 * k - k / 2).mv(f).tensor.flatten(1), 1.5 * (flat @ m))
-    if kind == "implicit":
-        close(k.materialize().tensor, case.kernel)
-        top, vectors = k.lanczos(2, generator=torch.Generator().manual_seed(0))
-        close(top, torch.linalg.eigvalsh(m).flip(0)[:2], 1e-6)
-        close(
-            k.mv(vectors[:1] if isinstance(vectors, torch.Tensor) else nng.FVector(vectors.tensor[:1])).tensor,
-            top[0] * vectors.tensor[:1],
-            1e-4,
-        )
-        for refused in (k.eigh, k.logdet, lambda: pickle.dumps(k)):
-            with pytest.raises(nng.UnsupportedError):
-                refused()
-        return
-    values, u = k.eigh()
+    close(k.vTMv(f), ((flat @ measured.m) * flat).sum(1))
+
+
+def test_trace_diagonal_and_norm(measured):
+    close(measured.k.trace(), measured.m.trace())
+    close(measured.k.diag().tensor.flatten(), measured.m.diagonal())
+    close(measured.k.norm(), measured.m.norm())
+
+
+def test_solves(measured):
+    f, flat = measured.vectors()
+    solved = measured.k.solve(f, measured.damping).tensor.flatten(1)
+    close(solved, torch.linalg.solve(measured.damped, flat.T).T, 1e-5 if measured.kind == "implicit" else 1e-8)
+
+
+def test_multiples(measured):
+    f, flat = measured.vectors()
+    close((2 * measured.k - measured.k / 2).mv(f).tensor.flatten(1), 1.5 * (flat @ measured.m))
+
+
+def test_as_an_operator_of_scipy(measured):
+    _, flat = measured.vectors()
+    close(torch.as_tensor(measured.k.to_scipy() @ flat[0].numpy()), measured.m @ flat[0])
+
+
+@only("implicit")
+def test_materialized(measured):
+    close(measured.k.materialize().tensor, measured.kernel)
+
+
+@only("implicit")
+def test_leading_eigenpairs_from_products(measured):
+    top, vectors = measured.k.lanczos(2, generator=torch.Generator().manual_seed(0))
+    close(top, torch.linalg.eigvalsh(measured.m).flip(0)[:2], 1e-6)
+    close(measured.k.mv(nng.FVector(vectors.tensor[:1])).tensor, top[0] * vectors.tensor[:1], 1e-4)
+
+
+@only("implicit")
+def test_what_products_cannot_give_is_refused(measured):
+    for refused in (measured.k.eigh, measured.k.logdet, lambda: pickle.dumps(measured.k)):
+        with pytest.raises(nng.UnsupportedError):
+            refused()
+
+
+@only(*STORED_KERNELS)
+def test_eigenvalues_and_eigenvectors(measured):
+    values, u = measured.k.eigh()
     assert bool((values.diff() >= 0).all())
-    close(u @ values.diag() @ u.T, m)
-    close(u.T @ u, torch.eye(size, dtype=m.dtype))
-    close(k.eigvalsh(), torch.linalg.eigvalsh(m), 1e-8)
-    close(k.logdet(damping), torch.logdet(damped))
-    copy = pickle.loads(pickle.dumps(k))
-    assert type(copy) is type(k) and torch.equal(copy.tensor, k.tensor)
-    assert k.to(torch.float32).mv(f).dtype == torch.float32
+    close(u @ values.diag() @ u.T, measured.m)
+    close(u.T @ u, torch.eye(len(u), dtype=u.dtype))
+    close(measured.k.eigvalsh(), torch.linalg.eigvalsh(measured.m), 1e-8)
+
+
+@only(*STORED_KERNELS)
+def test_log_determinant(measured):
+    close(measured.k.logdet(measured.damping), torch.logdet(measured.damped))
+
+
+@only(*STORED_KERNELS)
+def test_pickled_and_back(measured):
+    copy = pickle.loads(pickle.dumps(measured.k))
+    assert type(copy) is type(measured.k) and torch.equal(copy.tensor, measured.k.tensor)
+
+
+@only(*STORED_KERNELS)
+def test_to_another_dtype(measured):
+    assert measured.k.to(torch.float32).mv(measured.vectors()[0]).dtype == torch.float32
 
 
 SOME = [
@@ -115,12 +188,12 @@ SOME = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["dense", "block-diag", "diag"])
+@pytest.mark.parametrize("kind", STORED_KERNELS)
 @pytest.mark.parametrize("name", SOME)
 def test_centred_rectangular_layers_and_tiles(name, kind):
     """Centring, two loaders, per layer, and any budget or batches: the same numbers as dense features give."""
     case = build(name)
-    rep, j = REPRESENTATIONS[kind], reference.jacobian(case.model, case.inputs)
+    rep, j = STORED_KERNELS[kind], reference.jacobian(case.model, case.inputs)
     case.__dict__["kernel"] = torch.einsum("knd,lmd->knlm", j, j)
     other = case.loader[1:]
     r = j[:, len(case.loader[0][0]) :]
@@ -194,7 +267,7 @@ def test_subset_of_parameters_and_function():
 
 
 def test_spectrum_is_that_of_the_gaussian_fisher():
-    """AC-1 1.1, 1.3: the non-zero spectrum of K is that of n F; trace and Frobenius norm too."""
+    """The non-zero spectrum of K is that of n F; trace and Frobenius norm too."""
     c = build("conv1d")
     k = nng.GramMatrix(c.model, c.loader)
     f = nng.FIM(c.model, c.loader, nng.PMatDense, likelihood="gaussian")
@@ -205,7 +278,7 @@ def test_spectrum_is_that_of_the_gaussian_fisher():
 
 
 def test_primal_and_dual_ridge_agree():
-    """AC-1 1.10, 1.17: (J^T J + x)^-1 J^T y = J^T (J J^T + x)^-1 y."""
+    """(J^T J + x)^-1 J^T y = J^T (J J^T + x)^-1 y."""
     c = build("mlp")
     j = nng.Jacobian(c.model, c.loader)
     y = nng.FVector(torch.randn(3, c.n, dtype=torch.float64))

@@ -1,0 +1,71 @@
+"""NaN and infinity are named where they come from, in every result; what only looks large is finite."""
+
+import pytest
+import torch
+from cases import build
+from small import model_of, normal
+from torch import nn
+
+import nngeom as nng
+
+f64 = torch.float64
+
+
+def test_saturated_softmax_is_finite():
+    model = model_of(nn.Linear(4, 3))
+    m = nng.FIM(model, [1e4 * normal(6, 4)], nng.PMatDense)
+    assert bool(torch.isfinite(m.to_dense()).all())
+
+
+def test_non_finite_inputs_name_the_examples():
+    x = normal(6, 4)
+    x[4] = float("nan")
+    with pytest.raises(nng.NonFiniteError, match=r"batch 0 .*examples \[4\]"):
+        nng.FIM(build("mlp").model, [x], nng.PMatDiag)
+
+
+class Root(nn.Module):
+    """Finite outputs whose gradient in the first layer is infinite where its output is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3, bias=False, dtype=f64), nn.Linear(3, 2, dtype=f64)
+
+    def forward(self, x):
+        return self.second(self.first(x).abs().sqrt())
+
+
+RESULTS = {
+    "fisher": lambda m, x: nng.FIM(m, x, nng.PMatDense),
+    "kfac": lambda m, x: nng.FIM(m, x, nng.PMatKFAC),
+    "ekfac": lambda m, x: nng.FIM(m, x, nng.PMatEKFAC),
+    "diagonal": lambda m, x: nng.FIM(m, x, nng.PMatDiag),
+    "kernel": lambda m, x: nng.GramMatrix(m, x),
+    "columns": lambda m, x: nng.GramMatrix(m, x[:1], other=x),
+    "squared norms": lambda m, x: nng.GramMatrix(m, x, nng.FMatDiag),
+    "blocks": lambda m, x: nng.GramMatrices(m, x, nng.FMatBlockDiag),
+    "rows": lambda m, x: nng.Jacobian(m, x),
+    "implicit": lambda m, x: nng.GramMatrix(m, x[::-1], nng.FMatImplicit),
+}
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_gradients_that_are_not_finite_are_found_in_every_result(result):
+    x = normal(8, 4)
+    x[6] = 0
+    with pytest.raises(nng.NonFiniteError, match=r"'first'.*batch \d, examples \[2\]"):
+        RESULTS[result](Root(), [(x[:4],), (x[4:],)])
+
+
+def test_solves_by_products_raise_where_gradients_are_not_finite():
+    x = torch.zeros(4, 4, dtype=f64)
+    m = nng.FIM(Root(), [x], nng.PMatImplicit)
+    with pytest.raises(nng.NonFiniteError, match="met NaN"):
+        m.solve(nng.PVector.randn(m.layer_collection, dtype=f64), 0.1)
+
+
+def test_solves_by_products_raise_where_the_vector_is_not_finite():
+    case = build("mlp")
+    m = nng.FIM(case.model, case.loader, nng.PMatImplicit)
+    with pytest.raises(nng.NonFiniteError, match="met NaN"):
+        m.solve(nng.PVector.from_model(case.model) * float("nan"), 0.1)
