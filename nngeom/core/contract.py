@@ -153,26 +153,26 @@ def square_by_pairs(g: Tensor, a: Tensor) -> Tensor:
 
 
 def products(g: Tensor, inner: Tensor, h: Tensor, empty: Callable[..., Tensor] | None = None) -> Tensor:
-    """``sum_tu inner[m, u, n, t] <g[n, k, t], h[m, l, u]>`` as ``[n, k, m, l]``: output gradients ``g [n, k, (o t)]``
+    """``sum_tu inner[m, u, n, t] <g[n, k, t], h[m, l, u]>`` as ``[n, k, m, l]``: output gradients ``g [n, k, t, o]``
     against ``h [m, (l o), u]`` under inner products of inputs ``inner [m, u, n, t]``.
 
-    ``empty(*sizes)``: memory for what lies between. Of one ``n`` nothing is copied.
+    ``empty(*sizes)``: memory for what lies between when ``g`` is of one example, of which nothing is copied.
     """
-    (n, k, _), (m, u, _, t) = g.shape, inner.shape
-    o = g.shape[2] // max(1, t)
-    sizes = (m, h.shape[1], n * t)
-    mixed = torch.bmm(h, inner.reshape(m, u, n * t), out=empty(*sizes) if empty else None)  # [m (l o) (n t)]
-    mixed = mixed.view(m, -1, o, n, t).permute(3, 0, 1, 2, 4).reshape(n, -1, o * t)
-    return (g @ mixed.mT).view(n, k, m, -1)
+    (n, k, t, o), (m, u, _, _) = g.shape, inner.shape
+    if n == 1:
+        mixed = torch.bmm(h, inner[:, :, 0], out=empty(m, h.shape[1], t) if empty else None)  # [m (l o) t]
+        return (g[0].mT.reshape(k, o * t) @ mixed.view(-1, o * t).T).view(1, k, m, -1)
+    mixed = torch.bmm(inner.reshape(m, u, n * t).mT, h.mT).view(m, n, t, -1, o)
+    mixed = mixed.permute(1, 0, 3, 2, 4).reshape(n, -1, t * o)  # outputs innermost: runs long enough to copy well
+    return (g.reshape(n, k, t * o) @ mixed.mT).view(n, k, m, -1)
 
 
-def squared_norms(g: Tensor, a: Tensor) -> Tensor:
+def squared_norms(g: Tensor, a: Tensor, by_pairs: bool) -> Tensor:
     """``sum_s |sum_t g_t (x) a_t|**2`` as ``[k, n]``: by pairs of positions ``sum_tu (a_t . a_u) (g_t . g_u)``, or by
     rows.
     """
     k, n, t, s, o = g.shape
     i = a.shape[-1]
-    by_pairs = costs.norms_by_positions(g.shape, i)
     if g.requires_grad or a.requires_grad:  # with a graph, every slice costs a gradient of the whole
         return _pieces_of_norms(g, a, by_pairs)
     together = k if o < costs.LOOPED else 1

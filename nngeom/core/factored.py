@@ -70,14 +70,14 @@ class FactoredJacobian(LayerJacobian):
         if self.positions == 1:
             squares = contract.summed_squares(self.g)[:, 0].transpose(0, 1)  # [s n o]
             return squares.mT @ self.a[:, 0].square().transpose(0, 1)
-        if costs.squares_by_positions(self.g.shape):
+        if costs.squares_by_positions(self.g.shape, self.shape[-1]):
             return contract.square_by_pairs(self.g, self.a)
         return contract.square_by_rows(self.g, self.a)
 
     def squared_norms(self):
         if self.positions == 1:
             return (contract.squared_lengths(self.g) * contract.squared_lengths(self.a)).sum((2, 3))
-        return contract.squared_norms(self.g, self.a)
+        return contract.squared_norms(self.g, self.a, costs.norms_by_positions(self.g.shape, self.shape[-1]))
 
     def gram(self, other):
         if not isinstance(other, FactoredJacobian):
@@ -103,14 +103,14 @@ class FactoredJacobian(LayerJacobian):
         out = self.g.new_zeros(k, n, l, m)
         for s in range(groups):
             g = self.left_side(s)
-            for lo, hi in memory.pieces(m, n * t * l * o * self.dtype.itemsize, most=4 * memory.CACHE_BYTES):
+            for lo, hi in memory.pieces(m, n * t * l * o * self.dtype.itemsize, most=memory.CACHE_BYTES):
                 y = other.examples(lo, hi)
                 out[..., lo:hi] += contract.products(g, y.input_gram(self, s), y.right_side(s)).permute(1, 0, 3, 2)
         return out
 
     def left_side(self, s: int) -> Tensor:
-        """Output gradients of group ``s`` as the left side of :func:`contract.products`: ``[n, k, (o t)]``."""
-        return self.g[:, :, :, s].permute(1, 0, 3, 2).flatten(2)
+        """Output gradients of group ``s`` as the left side of :func:`contract.products`: ``[n, k, t, o]``."""
+        return self.g[:, :, :, s].transpose(0, 1)
 
     def right_side(self, s: int) -> Tensor:
         """And as its right side: ``[n, (k o), t]``."""
