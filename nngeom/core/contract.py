@@ -101,9 +101,9 @@ def weighted_sum(u: Tensor, g: Tensor) -> Tensor:
 
 
 def weight_gradient(w: Tensor, a: Tensor) -> Tensor:
-    """``[*b, n, t, s, o], [n, t, s, i] -> [*b, s, o, i]``."""
-    if w.ndim > 4 or w.shape[2] > 1:
-        return torch.einsum("...ntso,ntsi->...soi", w, a)
+    """``[n, t, s, o], [n, t, s, i] -> [s, o, i]``."""
+    if w.shape[2] > 1:
+        return torch.einsum("ntso,ntsi->soi", w, a)
     rows = w.movedim(-1, 0).reshape(w.shape[-1], -1) if w.stride(-1) != 1 else w.reshape(-1, w.shape[-1]).T
     columns = a.movedim(-1, 0).reshape(a.shape[-1], -1).T if a.stride(-1) != 1 else a.reshape(-1, a.shape[-1])
     return (rows @ columns).unsqueeze(0)

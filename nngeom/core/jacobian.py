@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -119,7 +119,7 @@ def tensors(x: Any) -> Iterator[Tensor]:
             yield from tensors(getattr(x, f.name))
 
 
-def _mapped(x: Any, change: Any) -> Any:
+def _mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same with every tensor changed."""
     if isinstance(x, Tensor):
         return change(x)
