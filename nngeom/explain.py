@@ -10,14 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nngeom.core.factored import LookupJacobian
-from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
-from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.generator.capture import capture
 from nngeom.generator.run import Run
 from nngeom.generator.sweep import Sweep
 from nngeom.metrics.loss import IdentityMetric
+from nngeom.pmat.factors import is_kronecker, structure_of
 from nngeom.pmat.kfac import FACTOR_LIMIT
 from nngeom.space.collection import LayerCollection
 
@@ -114,7 +112,7 @@ def explain(
                 name,
                 layout,
                 operations,
-                _structure(jacobian, name in run.left_to_fallback, operations),
+                "fallback" if name in run.left_to_fallback else structure_of(jacobian),
             )
     missing = [name for name in task.collection.names if name not in rows]
     for name in missing:
@@ -122,21 +120,9 @@ def explain(
     return Explanation(tuple(rows[name] for name in task.collection.names), (chunk.outputs[1], chunk.examples))
 
 
-def _structure(j: LayerJacobian, fallen: bool, operations: tuple[str, ...]) -> str:
-    if fallen:
-        return "fallback"
-    if isinstance(j, TiedJacobian):
-        return "tied"
-    if isinstance(j, SumJacobian):
-        return "unlike uses"
-    if isinstance(j, LookupJacobian):
-        return "lookup"
-    return "kronecker" if j.kronecker else "exact"
-
-
 def _row(collection: LayerCollection, name: str, layout: Layout, operations: tuple[str, ...], structure: str) -> Row:
     s, o, i = layout.sizes
-    kronecker = structure in ("kronecker", "lookup", "tied")
+    kronecker = is_kronecker(structure)
     side = lambda p, diagonal=False: p if diagonal or p > FACTOR_LIMIT else p * p
     factors = s * (side(i, structure == "lookup") + side(o)) if kronecker else s * i * i
     numbers = {

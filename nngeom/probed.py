@@ -80,7 +80,7 @@ def cotangents(chunk: Chunk) -> Iterator[tuple[int, Chunk]]:
             lo + j,
             replace(
                 chunk,
-                jacobians={lay: x.outputs(j, j + 1) for lay, x in chunk.jacobians.items()},
+                jacobians={lay: x.cotangents(j, j + 1) for lay, x in chunk.jacobians.items()},
                 outputs=(lo + j, total),
             ),
         )

@@ -10,6 +10,7 @@ import nngeom as nng
 from nngeom.pmat.block import Block
 from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
+from nngeom.pmat.factors import factors
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.quasi_diag import UnitBlock
 
@@ -55,9 +56,7 @@ class PMatOwnFactors(PMat):
 
     @classmethod
     def recipe(cls, scope):
-        means = yield lambda chunk: {
-            lay: {"g": j.kronecker_sums("expand", 100)["a"]} for lay, j in chunk.jacobians.items()
-        }
+        means = yield lambda chunk: {lay: {"g": factors(j, "expand", 100)["a"]} for lay, j in chunk.jacobians.items()}
         return {lay: DiagBlock(t["g"].diagonal(dim1=-2, dim2=-1)) for lay, t in means.items()}
 
 

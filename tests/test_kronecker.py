@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeom as nng
-from nngeom.core.tied import product_of_marginals
+from nngeom.pmat.factors import product_of_marginals
 from nngeom.pmat.kronecker import KroneckerBlock
 
 WINDOWS = (

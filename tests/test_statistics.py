@@ -12,6 +12,7 @@ from nngeom.core.statistic import Inputs, Moment, Rows, Sums
 from nngeom.generator.sweep import Chunk
 from nngeom.optim import NaturalGradient
 from nngeom.pmat.diag import DiagBlock
+from nngeom.pmat.factors import factors
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 
@@ -72,7 +73,7 @@ class PMatOwnFactors(PMat):
     @classmethod
     def recipe(cls, scope):
         def statistic(chunk):
-            sums = {layout: j.kronecker_sums("expand", 10**6) for layout, j in chunk.jacobians.items()}
+            sums = {layout: factors(j, "expand", 10**6) for layout, j in chunk.jacobians.items()}
             return {layout: {"gauche": s["a"], "droite": s["g"]} for layout, s in sums.items()}
 
         means = yield statistic

@@ -34,5 +34,5 @@ class CentredJacobian(LayerJacobian):
     def examples(self, lo, hi):
         return CentredJacobian(self.inner.examples(lo, hi), self.mean)
 
-    def outputs(self, lo, hi):
-        return CentredJacobian(self.inner.outputs(lo, hi), self.mean)
+    def cotangents(self, lo, hi):
+        return CentredJacobian(self.inner.cotangents(lo, hi), self.mean)

@@ -1,23 +1,18 @@
-"""Contractions over positions, and the counts of operations that choose between them.
+"""Contractions over positions: the rows of a few examples at a time, or pairs of positions.
 
-Wherever positions ``t`` share parameters, the same number can be reached by forming the rows ``[o, i]`` first or by
-contracting pairs of positions first. Costs are multiply-adds for one example; the rules are written here, once.
+:mod:`nngeom.core.costs` says which is the cheaper. Steps are in the memory order that the data has, and small enough to
+stay in a processor cache.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from nngeom.core import memory
+from nngeom.core import costs, memory
 from nngeom.core.statistic import Moment
-
-if TYPE_CHECKING:
-    from nngeom.core.factored import FactoredJacobian
-
-WIDE = 32  # rows of a matrix product below which it runs well under the speed of the machine
 
 
 def sum_positions(g: Tensor, a: Tensor) -> Tensor:
@@ -48,7 +43,7 @@ def square_by_rows(g: Tensor, a: Tensor) -> Tensor:
     k, n, t, s, o = g.shape
     i = a.shape[-1]
     total = g.new_zeros(s, o, i)
-    if o >= WIDE:  # products of one cotangent are large enough
+    if o >= costs.WIDE:  # products of one cotangent are large enough
         for lo, hi in memory.pieces(n, s * o * i * g.element_size(), most=memory.CACHE_BYTES // 2):
             right = a[lo:hi].permute(2, 0, 1, 3)  # [s n t i]
             for row in g[:, lo:hi]:
@@ -106,9 +101,9 @@ def weighted_sum(u: Tensor, g: Tensor) -> Tensor:
 
 
 def weight_gradient(w: Tensor, a: Tensor) -> Tensor:
-    """``[*b, n, t, s, o], [n, t, s, i] -> [*b, s, o, i]``."""
-    if w.ndim > 4 or w.shape[2] > 1:
-        return torch.einsum("...ntso,ntsi->...soi", w, a)
+    """``[n, t, s, o], [n, t, s, i] -> [s, o, i]``."""
+    if w.shape[2] > 1:
+        return torch.einsum("ntso,ntsi->soi", w, a)
     rows = w.movedim(-1, 0).reshape(w.shape[-1], -1) if w.stride(-1) != 1 else w.reshape(-1, w.shape[-1]).T
     columns = a.movedim(-1, 0).reshape(a.shape[-1], -1).T if a.stride(-1) != 1 else a.reshape(-1, a.shape[-1])
     return (rows @ columns).unsqueeze(0)
@@ -133,16 +128,10 @@ def times(x: Tensor, u: Tensor) -> Tensor:
     across = x.movedim(-1, 0)
     if across.is_contiguous():
         return (u[0].T @ across.reshape(p, -1)).view(-1, *lead, 1).movedim(0, -1)
-    if lead[-1] < WIDE:
+    if lead[-1] < costs.WIDE:
         return (x.reshape(-1, p) @ u[0]).view(*lead, 1, u.shape[-1])
     y = x[..., 0, :].mT.reshape(-1, p, lead[-1])  # positions innermost, as convolutions have them
     return torch.bmm(u[0].T.expand(len(y), -1, -1), y).view(*lead[:-1], -1, lead[-1]).mT.unsqueeze(-2)
-
-
-def pairs_are_cheaper(g_shape: torch.Size, i: int) -> bool:
-    """Whether summing outputs before the weight-shaped product (pairs of positions) beats forming the rows."""
-    k, _, t, s, o = g_shape
-    return s == 1 and t + 1 < 1.5 * k
 
 
 def square_by_pairs(g: Tensor, a: Tensor) -> Tensor:
@@ -163,28 +152,54 @@ def square_by_pairs(g: Tensor, a: Tensor) -> Tensor:
     return total.unsqueeze(0)
 
 
-def gram_positions_are_cheaper(g: torch.Size, h: torch.Size, i: int) -> bool:
-    """Whether a Gram block is cheaper by inner products of positions than by rows, for one pair of rows."""
-    (k, n, t, _, o), (l, m, u, _, _) = g, h
-    rows = o * i + o * i * (t / (l * m) + u / (k * n))
-    factored = t * u * i / (k * l) + t * u * o / k + t * o
-    return factored < rows if t * u > 1 else True
+def products(g: Tensor, inner: Tensor, h: Tensor, empty: Callable[..., Tensor] | None = None) -> Tensor:
+    """``sum_tu inner[m, u, n, t] <g[n, k, t], h[m, l, u]>`` as ``[n, k, m, l]``: output gradients ``g [n, k, t, o]``
+    against ``h [m, (l o), u]`` under inner products of inputs ``inner [m, u, n, t]``.
+
+    ``empty(*sizes)``: memory for what lies between when ``g`` is of one example, of which nothing is copied.
+    """
+    (n, k, t, o), (m, u, _, _) = g.shape, inner.shape
+    if n == 1:
+        mixed = torch.bmm(h, inner[:, :, 0], out=empty(m, h.shape[1], t) if empty else None)  # [m (l o) t]
+        return (g[0].mT.reshape(k, o * t) @ mixed.view(-1, o * t).T).view(1, k, m, -1)
+    mixed = torch.bmm(inner.reshape(m, u, n * t).mT, h.mT).view(m, n, t, -1, o)
+    mixed = mixed.permute(1, 0, 3, 2, 4).reshape(n, -1, t * o)  # outputs innermost: runs long enough to copy well
+    return (g.reshape(n, k, t * o) @ mixed.mT).view(n, k, m, -1)
 
 
-def gram_by_positions(x: FactoredJacobian, y: FactoredJacobian) -> Tensor:
-    """``[k n l m]``: ``sum_s (a a'^T) * (g g'^T)``, positions contracted first."""
-    (k, n, t, groups, o), (l, m, u, _, _) = x.g.shape, y.g.shape
-    out = x.g.new_zeros(k, n, l, m)
-    for s in range(groups):
-        inner = x.input_gram(y, s)  # [n t m u]
-        if t == u == 1:
-            g, h = x.g[:, :, 0, s].reshape(k * n, o), y.g[:, :, 0, s].reshape(l * m, o)
-            out += (g @ h.T).view(k, n, l, m) * inner.reshape(n, 1, m)
-            continue
-        g = x.g[:, :, :, s].permute(1, 0, 2, 3).reshape(n, k, t * o)
-        h = y.g[:, :, :, s].permute(1, 2, 0, 3).reshape(m, u, l * o)
-        for lo, hi in memory.pieces(m, n * t * l * o * g.element_size(), most=4 * memory.CACHE_BYTES):
-            mixed = inner[:, :, lo:hi].permute(2, 0, 1, 3).reshape(hi - lo, n * t, u) @ h[lo:hi]  # [m, n t, l o]
-            mixed = mixed.view(hi - lo, n, t, l, o).permute(1, 2, 4, 3, 0).reshape(n, t * o, l * (hi - lo))
-            out[..., lo:hi] += (g @ mixed).view(n, k, l, hi - lo).transpose(0, 1)
-    return out
+def squared_norms(g: Tensor, a: Tensor, by_pairs: bool) -> Tensor:
+    """``sum_s |sum_t g_t (x) a_t|**2`` as ``[k, n]``: by pairs of positions ``sum_tu (a_t . a_u) (g_t . g_u)``, or by
+    rows.
+    """
+    k, n, t, s, o = g.shape
+    i = a.shape[-1]
+    if g.requires_grad or a.requires_grad:  # with a graph, every slice costs a gradient of the whole
+        return _pieces_of_norms(g, a, by_pairs)
+    together = k if o < costs.LOOPED else 1
+    each = together * s * (t * t if by_pairs else o * i) * g.element_size()
+    parts = [
+        _pieces_of_norms(g[:, lo:hi], a[lo:hi], by_pairs, together)
+        for lo, hi in memory.pieces(n, each, most=memory.CACHE_BYTES // 2)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _pieces_of_norms(g: Tensor, a: Tensor, by_pairs: bool, together: int | None = None) -> Tensor:
+    inputs = a.transpose(1, 2)  # [n s t i]
+    inner = inputs @ inputs.mT if by_pairs else None
+    rows = []
+    for h in g.split(together) if together else (g,):
+        h = h.permute(1, 0, 3, 2, 4)  # [n k s t o]
+        rows.append(((h @ h.mT) * inner.unsqueeze(1)).sum((2, 3, 4)).T if inner is not None else _norms(h, inputs))
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _norms(h: Tensor, inputs: Tensor) -> Tensor:
+    """``|h^T a|**2`` for ``h [n, k, s, t, o]``, ``a [n, s, t, i]``: all cotangents of an example in one product."""
+    n, k, s, t, o = h.shape
+    if k == 1:
+        rows = (h.squeeze(1).mT @ inputs).flatten(1)  # [n, s o i]
+        return torch.linalg.vecdot(rows, rows).unsqueeze(0)
+    rows = h.permute(0, 2, 1, 4, 3).reshape(n, s, k * o, t) @ inputs
+    rows = rows.view(n, s, k, -1)
+    return torch.linalg.vecdot(rows, rows).sum(1).T

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nngeom.core import linalg, memory
+from nngeom.core import memory
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Arrangement
-from nngeom.core.statistic import Inputs, Moment
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,32 +27,14 @@ class TiedJacobian(LayerJacobian):
         k, n, s, o, i = j.shape
         return (k, n, s, i, o) if transposed else (k, n, s, o, i)
 
-    @property
-    def dtype(self):
-        return self.terms[0][1].dtype
-
-    @property
-    def device(self):
-        return self.terms[0][1].device
-
-    @property
-    def kronecker(self):
-        return True
-
     def _each(self, f) -> LayerJacobian:
         return TiedJacobian(tuple((transposed, f(j)) for transposed, j in self.terms))
-
-    def to(self, dtype):
-        return self._each(lambda j: j.to(dtype))
-
-    def tensors(self):
-        return (t for _, j in self.terms for t in j.tensors())
 
     def examples(self, lo, hi):
         return self._each(lambda j: j.examples(lo, hi))
 
-    def outputs(self, lo, hi):
-        return self._each(lambda j: j.outputs(lo, hi))
+    def cotangents(self, lo, hi):
+        return self._each(lambda j: j.cotangents(lo, hi))
 
     def matrix(self):
         return sum_of([j.matrix().mT if transposed else j.matrix() for transposed, j in self.terms])
@@ -80,13 +61,6 @@ class TiedJacobian(LayerJacobian):
                 ]
                 total = total + 2 * torch.stack([c[:, 0, :, 0].diagonal() for c in cross], 1)
         return total
-
-    def kronecker_sums(self, sharing, limit):
-        sums: dict[str, Tensor | Moment | Inputs] = {}
-        for q, (transposed, j) in enumerate(self.terms):
-            names = {"a": f"g{q}", "g": f"a{q}"} if transposed else {"a": f"a{q}", "g": f"g{q}"}
-            sums |= {names[side]: factor for side, factor in j.kronecker_sums(sharing, limit).items()}
-        return sums
 
     def rotate(self, ua, ug):
         return TiedJacobian(tuple((t, j.rotate(ug, ua) if t else j.rotate(ua, ug)) for t, j in self.terms))  # type: ignore[misc]
@@ -121,25 +95,6 @@ def _meet(g: Tensor, j: FactoredJacobian) -> Tensor:
     return torch.einsum("knto,muo->kntmu", g, j.a[:, :, 0])
 
 
-def product_of_marginals(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The Kronecker product with the same partial traces as ``sum_j g_j (x) a_j``: exact when one side is the same in
-    all.
-
-    ``pairs`` are ``(a_j, g_j)``; ``a = sum_j a_j tr(g_j) / c``, ``g = sum_j g_j tr(a_j)`` with ``c`` the total trace.
-    """
-    traces = [(linalg.factor_diag(a).sum(), linalg.factor_diag(g).sum()) for a, g in pairs]
-    total = torch.stack([a * g for a, g in traces]).sum()
-    scale = torch.where(total > 0, total, torch.ones_like(total))
-    a = _sum_factors([a * (tg / scale) for (a, _), (_, tg) in zip(pairs, traces)])
-    return a, _sum_factors([g * ta for (_, g), (ta, _) in zip(pairs, traces)])
-
-
-def _sum_factors(factors: list[Tensor]) -> Tensor:
-    if any(linalg.is_diagonal(f) for f in factors) and not all(linalg.is_diagonal(f) for f in factors):
-        factors = [torch.diag_embed(f) if linalg.is_diagonal(f) else f for f in factors]
-    return sum_of(factors)
-
-
 @dataclass(frozen=True, eq=False)
 class SumJacobian(LayerJacobian):
     """Any unlike uses: their sum, each in its own arrangement, as flat rows ``[1, 1, p]``."""
@@ -151,14 +106,6 @@ class SumJacobian(LayerJacobian):
         k, n, s, o, i = self.terms[0][1].shape
         return k, n, 1, 1, s * o * i
 
-    @property
-    def dtype(self):
-        return self.terms[0][1].dtype
-
-    @property
-    def device(self):
-        return self.terms[0][1].device
-
     def matrix(self):
         return sum_of([arrangement.write(j.matrix()) for arrangement, j in self.terms])[:, :, None, None]
 
@@ -168,14 +115,8 @@ class SumJacobian(LayerJacobian):
     def vjp(self, u):
         return sum_of([a.write(j.vjp(u)) for a, j in self.terms])[..., None, None, :]
 
-    def to(self, dtype):
-        return SumJacobian(tuple((a, j.to(dtype)) for a, j in self.terms))
-
-    def tensors(self):
-        return (t for _, j in self.terms for t in j.tensors())
-
     def examples(self, lo, hi):
         return SumJacobian(tuple((a, j.examples(lo, hi)) for a, j in self.terms))
 
-    def outputs(self, lo, hi):
-        return SumJacobian(tuple((a, j.outputs(lo, hi)) for a, j in self.terms))
+    def cotangents(self, lo, hi):
+        return SumJacobian(tuple((a, j.cotangents(lo, hi)) for a, j in self.terms))

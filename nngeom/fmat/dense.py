@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nngeom.core import gram
+from nngeom.core import pairs
 from nngeom.core.errors import ArgumentError
 from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.tile import Tile
 from nngeom.fmat.fmat import FMat
 from nngeom.space.fvector import FVector
 
@@ -62,15 +63,15 @@ class FMatDense(FMat):
         """``{group: tile}``, summed over ``blocks (group, x, y)``; ``k``, ``l``: the outputs of their rows. With
         ``graph`` nothing is overwritten.
 
-        ``by_examples``: the order that products are added up in, as for :class:`~nngeom.core.gram.Tile`.
+        ``by_examples``: the order that products are added up in, as for :class:`~nngeom.core.tile.Tile`.
         """
         if graph:
             return summed((name, x.gram(y)) for name, x, y in blocks)
-        totals: dict[str, gram.Tile] = {}
+        totals: dict[str, Tile] = {}
         for name, x, y in blocks:
             if name not in totals:
-                totals[name] = gram.Tile(x, y, by_examples)
-            totals[name].take(x, y)
+                totals[name] = Tile(x, y, by_examples)
+            pairs.add(totals[name], x, y)
             del x, y  # so that their memory is free for the next
         return {name: tile.result() for name, tile in totals.items()}
 
@@ -167,7 +168,7 @@ class FMatBlockDiag(FMat):
         def product(x: LayerJacobian, y: LayerJacobian) -> Tensor:
             return torch.stack(
                 [
-                    x.outputs(j - k.start, j - k.start + 1).gram(y.outputs(j - l.start, j - l.start + 1))[0, :, 0]
+                    x.cotangents(j - k.start, j - k.start + 1).gram(y.cotangents(j - l.start, j - l.start + 1))[0, :, 0]
                     for j in both
                 ]
             )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nngeom.core.factored import FactoredJacobian
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.core.parts import has_positions
 from nngeom.fmat.store import Store
 from nngeom.fmat.tiles import Alone, Side, matched, pairs, require_finite, span
 from nngeom.generator.sweep import Chunk
@@ -72,7 +72,7 @@ def squared_norms(rows: Side, grouping: Grouping, mean: Mean | None = None) -> d
         for layout, j in chunk.jacobians.items():
             part = j.squared_norms()
             if mean is not None:
-                own = [j.outputs(i, i + 1).jvp(layout.gather(mean.flat[k.start + i]))[0] for i in range(j.shape[0])]
+                own = [j.cotangents(i, i + 1).jvp(layout.gather(mean.flat[k.start + i]))[0] for i in range(j.shape[0])]
                 part = (
                     part - 2 * torch.stack(own) + layout.gather(mean.flat[k]).square().flatten(1).sum(1, keepdim=True)
                 )
@@ -105,7 +105,7 @@ class Mean:
                 for layout, j in chunk.jacobians.items():
                     ones = torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)
                     layout.scatter_(
-                        part, torch.stack([j.outputs(i, i + 1).vjp(ones) for i in range(j.shape[0])]).to(part)
+                        part, torch.stack([j.cotangents(i, i + 1).vjp(ones) for i in range(j.shape[0])]).to(part)
                     )
                 total[k] += part
         return Mean((total if total is not None else torch.zeros(0, d)) / side.examples)
@@ -155,7 +155,7 @@ def products(
         store.open(kind.sizes(x.outputs[1], rows.examples, m), rows.dtype if mean is None else rows.kept, rows.device)
         if all(s.stop > s.start for s in place) and not store.has(place):
             blocks = list(matched(x, y, grouping.of))
-            by_examples = any(isinstance(j, FactoredJacobian) and j.positions > 1 for _, j, _ in blocks)
+            by_examples = any(has_positions(j) for _, j, _ in blocks)
             tiles = kind.tiles(blocks, k, l, store.graph, by_examples)
             if mean is not None:
                 left, right = mean.products(x, grouping), mean.products(y, grouping)

@@ -17,6 +17,7 @@ from nngeom.core.errors import NonFiniteError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
+from nngeom.core.parts import join, joins
 from nngeom.generator.capture import capture
 from nngeom.generator.run import Run
 from nngeom.generator.sweep import START, Chunk, Metric, Policy, Sweep
@@ -233,13 +234,15 @@ def joined(chunks: list[Chunk], most: int | None) -> list[Chunk]:
 
 
 def _fits(x: Chunk, y: Chunk) -> bool:
-    return x.jacobians.keys() == y.jacobians.keys() and all(j.joins(y.jacobians[lay]) for lay, j in x.jacobians.items())
+    return x.jacobians.keys() == y.jacobians.keys() and all(
+        joins(j, y.jacobians[lay]) for lay, j in x.jacobians.items()
+    )
 
 
 def _join(run: list[Chunk]) -> Chunk:
     if len(run) == 1:
         return run[0]
-    jacobians = {lay: j.joined([c.jacobians[lay] for c in run[1:]]) for lay, j in run[0].jacobians.items()}
+    jacobians = {lay: join(j, [c.jacobians[lay] for c in run[1:]]) for lay, j in run[0].jacobians.items()}
     return replace(run[0], jacobians=jacobians, examples=sum(c.examples for c in run))
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from nngeom.core import memory
 from nngeom.core.errors import LoaderError, NonFiniteError
-from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.jacobian import LayerJacobian, tensors
 from nngeom.core.layout import Layout
 from nngeom.generator.capture import Capture, capture
 from nngeom.generator.descent import bytes_each_cotangent
@@ -60,7 +60,7 @@ class Chunk:
 
     def nbytes(self, held: set[int]) -> int:
         """Bytes beyond those of the storages in ``held``, which these join: chunks of one batch share its inputs."""
-        new = {t.untyped_storage().data_ptr(): t for j in self.jacobians.values() for t in j.tensors()}
+        new = {t.untyped_storage().data_ptr(): t for j in self.jacobians.values() for t in tensors(j)}
         new = {place: t for place, t in new.items() if place not in held}
         held.update(new)
         return sum(t.numel() * t.element_size() for t in new.values())

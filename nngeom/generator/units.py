@@ -56,11 +56,10 @@ class Unit:
             groups.setdefault((arrangement, recorded.use.lookup), []).append(
                 self._part(j, recorded, axis, gradients, n, arrangement, empty)
             )
-        terms = [(arrangement, self._join(parts)) for (arrangement, _), parts in groups.items()]
         if not self.layout.is_span:
             main = self.layout.pieces[0].arrangement
-            return TiedJacobian(tuple((a != main, j) for a, j in terms if isinstance(j, FactoredJacobian)))
-        return SumJacobian(tuple(terms))
+            return TiedJacobian(tuple((a != main, self._factored(parts)) for (a, _), parts in groups.items()))
+        return SumJacobian(tuple((a, self._join(parts)) for (a, _), parts in groups.items()))
 
     def _part(
         self,
@@ -108,13 +107,17 @@ class Unit:
         return _with_ones(a, column, width, empty) if self.with_bias else _pad(a, column, width)
 
     def _join(self, parts) -> LayerJacobian:
-        a0, g0, use = parts[0]
+        use = parts[0][2]
         if not self.with_weight:
             rows = [g[:, :, 0].flatten(2) for _, g, _ in parts]  # [k n p], of groups or of outputs
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))[:, :, None, None])
         if use.elementwise:
             rows = [contract.scaled_sums(g[..., 0], a, self.with_bias) for a, g, _ in parts]
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)).unsqueeze(3))
+        return self._factored(parts)
+
+    def _factored(self, parts) -> FactoredJacobian:
+        a0, g0, use = parts[0]
         a = a0 if len(parts) == 1 else torch.cat([a for a, _, _ in parts], 1)
         g = g0 if len(parts) == 1 else torch.cat([g for _, g, _ in parts], 2)
         if use.lookup:

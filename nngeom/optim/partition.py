@@ -11,6 +11,7 @@ from nngeom.generator.observe import Observer
 from nngeom.generator.sweep import Chunk
 from nngeom.optim.curvature import Curvature, Manner, keeper
 from nngeom.optim.schedule import Schedule
+from nngeom.pmat.factors import is_kronecker, structure_of
 from nngeom.pmat.recipe import Scope
 from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
@@ -64,7 +65,7 @@ class Partition:
         for layout, j in chunk.jacobians.items():
             limit = _block_limit(self._representation(place[layout.names[0]]))
             if not self.observer.batchwise.isdisjoint(layout.names) or (
-                limit is not None and not j.kronecker and j.shape[-1] > limit
+                limit is not None and j.shape[-1] > limit and not is_kronecker(structure_of(j))
             ):
                 place.update(dict.fromkeys(layout.names, REST))
         place |= {name: REST for name, index in self._place.items() if index == REST}

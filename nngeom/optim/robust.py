@@ -13,6 +13,7 @@ from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, CoverageError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.core.parts import features, join, joins
 from nngeom.generator.observe import Observation, Observer
 from nngeom.generator.run import Run
 from nngeom.generator.sweep import Chunk, Sweep
@@ -177,7 +178,7 @@ class _Examples:
     def add(self, chunk: Chunk, scale: float = 1.0) -> None:
         """One batch; copied, because what a model computed may be overwritten before it is read."""
         copies = {
-            layout: j.joined([]) if j.joins(j) else FullJacobian(j.matrix()) for layout, j in chunk.jacobians.items()
+            layout: join(j, []) if joins(j, j) else FullJacobian(j.matrix()) for layout, j in chunk.jacobians.items()
         }
         self._batches.append((copies, scale))
         self.count += chunk.examples
@@ -200,7 +201,7 @@ class _Examples:
                 "coordinate of all examples",
             ):
                 rows = torch.cat(
-                    [scale * jacobians[layout].features(lo, hi).matrix()[0] for jacobians, scale in self._batches]
+                    [scale * features(jacobians[layout], lo, hi).matrix()[0] for jacobians, scale in self._batches]
                 )  # [n s o i]
                 m.narrow(cut, lo, hi - lo).copy_(reduce(rows.flatten(1)).view(rows.shape[1:]))
             layout.scatter_(out, m)

@@ -7,7 +7,7 @@ from torch import Tensor
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
-from nngeom.core.statistic import Inputs, Moment
+from nngeom.pmat.factors import factors, is_kronecker, structure_of
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Scope
@@ -25,15 +25,13 @@ def factor_statistic(sharing: str, block_limit: int, sua: bool = False):
         named = {}
         for layout, j in chunk.jacobians.items():
             require_room(j, layout.names, block_limit)
-            sums = sua_sums if sua and has_window(layout, j) else _sums
-            named[layout] = sums(layout, j, sharing, FACTOR_LIMIT)
+            if sua and has_window(layout, j):
+                named[layout] = sua_sums(layout, j, sharing, FACTOR_LIMIT)
+            else:
+                named[layout] = factors(j, sharing, FACTOR_LIMIT)
         return named
 
     return statistic
-
-
-def _sums(layout: Layout, j: LayerJacobian, sharing: str, limit: int) -> dict[str, Tensor | Moment | Inputs]:
-    return j.kronecker_sums(sharing, limit)
 
 
 def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> None:
@@ -41,7 +39,7 @@ def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> 
     limit.
     """
     i = j.shape[-1]
-    if not j.kronecker and i > block_limit:
+    if i > block_limit and not is_kronecker(structure_of(j)):
         raise StructureError(
             f"parameter {' and '.join(map(repr, names))} has no Kronecker structure and {i} entries; its exact "
             f"block of {i}**2 numbers is above "

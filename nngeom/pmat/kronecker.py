@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nngeom.core import linalg
 from nngeom.core.damping import FactoredTikhonov
-from nngeom.core.tied import product_of_marginals
 from nngeom.pmat.block import Block, BlockBasis, reciprocal
+from nngeom.pmat.factors import product_of_marginals
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 from nngeom.core import linalg, memory
 from nngeom.core.damping import Cutoff
 from nngeom.core.errors import SingularError
+from nngeom.core.jacobian import LayerJacobian, pieces
 from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.pmat import PMat
@@ -174,11 +175,11 @@ class PMatQuasiDiag(PMat):
         return {layout: ArrowBlock(t["d"], t["c"]) if "c" in t else DiagBlock(t["d"]) for layout, t in means.items()}
 
 
-def _coupling(j) -> Tensor:
+def _coupling(j: LayerJacobian) -> Tensor:
     """``sum_kn J[..., :-1] J[..., -1:]``, ``[s, o, i-1]``."""
     _, _, s, o, i = j.shape
     total = torch.zeros(s, o, i - 1, dtype=linalg.accumulation_dtype(j.dtype), device=j.device)
-    for part in j.blocks(memory.CACHE_BYTES):
+    for part in pieces(j, memory.CACHE_BYTES):
         m = part.matrix()
         total += (m[..., :-1] * m[..., -1:]).sum((0, 1))
     return total

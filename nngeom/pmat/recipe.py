@@ -17,6 +17,7 @@ from torch import Tensor
 from nngeom.core import memory
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.core.parts import write_columns, writes_columns
 from nngeom.core.statistic import Named
 from nngeom.generator.sweep import Chunk
 from nngeom.space.collection import LayerCollection
@@ -80,7 +81,7 @@ def join_rows(chunk: Chunk, layout: Layout, names: tuple[str, ...]) -> Iterator[
 def write_rows(out: Tensor, j: LayerJacobian, layout: Layout, shift: dict[str, int] | None = None) -> None:
     """Write the rows of one block at their places in ``out [k, n, d]``; ``shift`` moves each parameter's offset."""
     j = j if j.dtype == out.dtype else j.to(out.dtype)
-    direct, column = j.writes_columns and all(p.arrangement.is_plain() for p in layout.pieces), 0
+    direct, column = writes_columns(j) and all(p.arrangement.is_plain() for p in layout.pieces), 0
     m = None if direct else j.matrix()
     for piece in layout.pieces:
         i = piece.arrangement.sizes[2]
@@ -88,7 +89,7 @@ def write_rows(out: Tensor, j: LayerJacobian, layout: Layout, shift: dict[str, i
         target = out[..., piece.offset + move : piece.stop + move]
         plain = piece.arrangement.is_plain()
         if m is None and plain:
-            j.write_columns(target.unflatten(-1, piece.arrangement.sizes), column, column + i)
+            write_columns(j, target.unflatten(-1, piece.arrangement.sizes), column, column + i)
         else:
             part = (j.matrix() if m is None else m)[..., column : column + i]
             if plain:

@@ -3,25 +3,29 @@
 The input factor over (channel, place) is replaced by ``A (x) I`` with ``A`` the second moment of the channels, averaged
 over places: the nearest matrix of this form, with the same trace. The places become groups of the block, ``[(s w), o,
 c]``; the bias is a block of its own, of one input and ``o`` outputs. Where the window has one place nothing changes.
+
+Inputs are ``a[n, t, s, (c w)]``, channel ``c`` and place ``w`` in the window, and perhaps the ones of a bias behind.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from nngeom.core.factored import FactoredJacobian
+from nngeom.core import linalg
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout, Piece
-from nngeom.core.statistic import Inputs, Moment
-from nngeom.core.window import channel_sums, rotate_channels
+from nngeom.core.statistic import Inputs
+from nngeom.pmat.factors import Factors, of_gradients, structure_of
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
 
 
 def has_window(layout: Layout, j: LayerJacobian) -> bool:
     """Whether the inputs are windows of more than one place."""
-    return _window(layout) > 1 and type(j) is FactoredJacobian
+    return _window(layout) > 1 and structure_of(j) == "kronecker"
 
 
 def _window(layout: Layout) -> int:
@@ -35,9 +39,25 @@ def parts(layout: Layout) -> tuple[Layout, Layout | None]:
     return Layout((Piece(weight.names, weight.offset, weight.arrangement.by_place()),)), bias
 
 
-def sua_sums(layout: Layout, j: Any, sharing: str, limit: int) -> dict[str, Tensor | Moment | Inputs]:
-    """The sums that :func:`sua_blocks` takes the means of."""
-    return channel_sums(j, _window(layout), len(layout.pieces) > 1, sharing, limit)
+def sua_sums(layout: Layout, j: Any, sharing: str, limit: int) -> Factors:
+    """The sums that :func:`sua_blocks` takes the means of: ``"c" [s, c, c]`` of inputs, averaged over places, ``"g"``,
+    and ``"b"`` the bias's own.
+    """
+    n, t, s, _ = j.a.shape
+    ones = j.a.new_full((s, 1, 1), float(n * t if sharing == "expand" else n))
+    channels = Inputs(lambda: _channels(j.a, _window(layout), len(layout.pieces) > 1, sharing, limit))
+    return {"g": of_gradients(j.g, sharing, limit), "b": Inputs(ones), "c": channels}
+
+
+def _channels(a: Tensor, window: int, bias: bool, sharing: str, limit: int) -> Tensor:
+    a = a if sharing == "expand" else a.mean(1, keepdim=True)
+    rows = _windows(a, window, bias).permute(2, 0, 1, 4, 3).flatten(1, 3)  # [s (n t w) c]
+    narrow = rows.shape[-1] <= limit
+    return (torch.stack([linalg.gram(r) for r in rows]) if narrow else rows.square().sum(1)) / window
+
+
+def _windows(a: Tensor, window: int, bias: bool) -> Tensor:
+    return (a[..., :-1] if bias else a).unflatten(-1, (-1, window))
 
 
 def sua_blocks(layout: Layout, means: dict[str, Tensor]) -> dict[Layout, KroneckerBlock]:
@@ -53,10 +73,18 @@ def sua_squares(layout: Layout, j: Any, bases: dict[Layout, EigenBlock]) -> dict
     weight, bias = parts(layout)
     basis = bases[weight]
     ua, ug = (None if u is None else u[::window] for u in (basis.ua, basis.ug))
-    squares = rotate_channels(j, window, bias is not None, ua, ug).square()
+    squares = _rotated(j, window, bias is not None, ua, ug).square()
     if bias is None:
         return {weight: {"d": _by_place(squares, window)}}
     return {weight: {"d": _by_place(squares[..., :-1], window)}, bias: {"d": squares[..., -1:]}}
+
+
+def _rotated(j: Any, window: int, bias: bool, ua: Tensor | None, ug: Tensor | None) -> LayerJacobian:
+    """Rows in the basis ``ua [s, c, c]`` of every place of the window and ``ug [s, o, o]``; a bias is its own."""
+    if ua is None:
+        return j.rotate(None, ug)
+    a = torch.einsum("ntscw,scd->ntsdw", _windows(j.a, window, bias), ua).flatten(3)
+    return replace(j.rotate(None, ug), a=torch.cat([a, j.a[..., -1:]], -1) if bias else a)
 
 
 def _by_place(d: Tensor, window: int) -> Tensor:

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nngeom as nng
-from nngeom.core import gram
+from nngeom.core import costs, pairs
 from nngeom.core.factored import FactoredJacobian
+from nngeom.core.tile import Tile
 from nngeom.fmat.store import FileStore
 
 
@@ -540,30 +541,30 @@ def test_tiles_of_a_file_keep_to_the_budget(tmp_path, monkeypatch, sizes):
     """Of one batch and of several that would be held together: no tile is larger than its share of the budget."""
     case, largest = build("mlp", sizes=sizes), []
     expected = nng.GramMatrix(case.model, case.loader).tensor
-    tile = gram.Tile.result
+    result = Tile.result
 
     def watched(self):
         largest.append(self.flat.numel() * self.flat.element_size())
-        return tile(self)
+        return result(self)
 
-    monkeypatch.setattr(gram.Tile, "result", watched)
+    monkeypatch.setattr(Tile, "result", watched)
     k = nng.GramMatrix(case.model, case.loader, out=tmp_path / "k.npy", memory_budget=2**16)
     close(torch.as_tensor(k.tensor), expected, 1e-10)
     assert len(largest) > 1 and max(largest) <= 2**14 < expected.numel() * 8
 
 
-@pytest.mark.parametrize("way", [gram.by_rows, gram.by_positions])
+@pytest.mark.parametrize("way", [pairs.by_rows, pairs.by_positions])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("by_examples", [True, False])
 @pytest.mark.parametrize("slice_bytes", [2**10, 2**22])
 def test_orders_and_slices_of_a_tile(monkeypatch, way, symmetric, by_examples, slice_bytes):
     """However a tile lies in memory and is cut, the products are those of the rows."""
-    monkeypatch.setattr(gram, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(costs, "SLICE_BYTES", slice_bytes)
     torch.manual_seed(0)
     draw = lambda k, n, t: FactoredJacobian(torch.randn(n, t, 2, 5).double(), torch.randn(k, n, t, 2, 3).double())
     x = draw(4, 7, 3)
     y = x if symmetric else draw(2, 6, 3)
-    tile = gram.Tile(x, y, by_examples)
+    tile = Tile(x, y, by_examples)
     way(tile, x, y)
     left, right = (z.matrix().flatten(2) for z in (x, y))
     close(tile.result(), torch.einsum("knp,lmp->knlm", left, right))
