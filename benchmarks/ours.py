@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import nngeom as nng
 from benchmarks.workloads import Workload
-from nngeom.generator.proofs import forget
+from nngeom.pullback.proofs import forget
 
 Contender = Callable[[Workload], tuple[Callable[[], Any], Callable[[Any], Tensor]]]
 

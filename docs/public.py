@@ -37,7 +37,7 @@ def resolve(name: str) -> object:
 
 def home() -> str:
     """The one docstring that describes the shared arguments."""
-    from nngeom.generator.run import Run
+    from nngeom.sweep.run import Run
 
     return inspect.getdoc(Run.of) or ""
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import nngeom as nng
 
-Task = tuple[Callable[[], nn.Module], Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]
+Network = tuple[Callable[[], nn.Module], Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]
 BLOCK, ROUNDS = 50, 9
 METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-4, momentum=0.9),
@@ -89,7 +89,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images, colours, labels = torch.rand(1000, 64), torch.randn(128, 3, 16, 16), torch.randint(0, 10, (128,))
-    tasks: dict[str, Task] = {
+    tasks: dict[str, Network] = {
         f"auto-encoder, batch {n}": (lambda: autoencoder(0), images[:n], images[:n], loss_of)
         for n in (100, 200, 500, 1000)
     }

@@ -22,22 +22,23 @@ from nngeom.core.errors import (
     StructureError,
     UnsupportedError,
 )
-from nngeom.covariance import GradientCovariance
+from nngeom.cotangents.categorical import Categorical
+from nngeom.cotangents.causal import CausalLM
+from nngeom.cotangents.cross_entropy import CrossEntropy
+from nngeom.cotangents.likelihood import Bernoulli, Gaussian, Likelihood, Poisson
 from nngeom.diagnosis import diagnose
 from nngeom.explain import explain
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.implicit import FMatImplicit
-from nngeom.gram import GramMatrices, GramMatrix, Jacobian
-from nngeom.hessian import Hessian
 from nngeom.io import load, merge, save
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
-from nngeom.measure import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
-from nngeom.metrics.categorical import Categorical
-from nngeom.metrics.causal import CausalLM
-from nngeom.metrics.cross_entropy import CrossEntropy
-from nngeom.metrics.likelihood import Bernoulli, Gaussian, Likelihood, Poisson
+from nngeom.measures.covariance import GradientCovariance
+from nngeom.measures.hessian import Hessian
+from nngeom.measures.kernels import GramMatrices, GramMatrix, Jacobian
+from nngeom.measures.rows import rows
+from nngeom.measures.second_moments import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
 from nngeom.pmat.dense import PMatBlockDiag, PMatDense
 from nngeom.pmat.diag import PMatDiag
 from nngeom.pmat.ekfac import PMatEKFAC
@@ -50,7 +51,6 @@ from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
 from nngeom.regression import gradient_flow_mse, kernel_regression
 from nngeom.report import approximation_report
-from nngeom.rows import rows
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector

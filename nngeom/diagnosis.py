@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nngeom.capture.graph import read, unexplained
+from nngeom.capture.network import Batch, Network, gradients_on, take
+from nngeom.capture.recorder import Capture, record
 from nngeom.core.errors import NNGeomError
 from nngeom.explain import as_text
-from nngeom.generator.axes import ExampleAxis
-from nngeom.generator.capture import Capture, capture
-from nngeom.generator.graph import read, unexplained
-from nngeom.generator.passes import Pass
-from nngeom.generator.task import Batch, Task, gradients_on, take
+from nngeom.pullback.axes import ExampleAxis
+from nngeom.pullback.captured_pass import Pass
 from nngeom.space.collection import LayerCollection
 
 
@@ -86,33 +86,33 @@ def diagnose(
     Raises what :func:`FIM` raises for models that are random or keep a state, :class:`OutputError` and
     :class:`ArgumentTypeError`; a model that mixes examples is reported.
     """
-    task = Task.build(model, function, layer_collection)
-    moved = next(iter(task.batches([batch])))
-    seen = capture(task, moved)
+    network = Network.build(model, function, layer_collection)
+    moved = next(iter(network.batches([batch])))
+    capture = record(network, moved)
     operations: dict[str, list[str]] = {}
-    for use in (recorded.use for recorded in seen.uses):
+    for use in (recorded.use for recorded in capture.uses):
         for slot in use.slots:
             operations.setdefault(slot.name, []).append(use.operation)
-    unknown = unexplained(read(seen.outputs, task.ids, task.registered, seen.hooked), seen.uses)
-    run = Pass(task, seen, set())
+    unknown = unexplained(read(capture.outputs, network.ids, network.registered, capture.hooked), capture.uses)
+    run = Pass(network, capture, set())
     run.resolve(check=True)
     run.prove(separate=False)
     told = lambda name: _finding(name, tuple(operations.get(name, ())), run, unknown)
-    return Diagnosis(tuple(told(name) for name in task.collection.names), tuple(_effects(task, seen)))
+    return Diagnosis(tuple(told(name) for name in network.collection.names), tuple(_effects(network, capture)))
 
 
 def _finding(name: str, operations: tuple[str, ...], run: Pass, unknown: set[str]) -> Finding:
-    captured = {n for unit in run.units for n in unit.layout.names}
+    captured = {n for group in run.groups for n in group.layout.names}
     if name in captured:
-        uses = [r for r in run.seen.uses if any(slot.name == name for slot in r.use.slots)]
+        uses = [r for r in run.capture.uses if any(slot.name == name for slot in r.use.slots)]
         by_graph = all(isinstance(run.proof.place(use.place), ExampleAxis) for use in uses)
         right = "compared" if name in run.proof.compared else "not compared: its gradient is zero here"
         return Finding(name, operations, "captured", "graph", "graph" if by_graph else "numbers, every batch", right)
     if name not in run.rest:
         return Finding(name, operations, "unused", "graph", "-", "-")
-    if name in run.task.hooked:
+    if name in run.network.hooked:
         why = "it runs a function on its gradient"
-    elif name in run.seen.unstructured:
+    elif name in run.capture.unstructured:
         why = "an operation without adapter uses it"
     elif name in unknown:
         why = "a path to it is in no known operation"
@@ -123,25 +123,25 @@ def _finding(name: str, operations: tuple[str, ...], run: Pass, unknown: set[str
     return Finding(name, operations, "fallback", why, "one example at a time", "autograd's own")
 
 
-def _effects(task: Task, seen: Capture) -> list[Effect]:
-    outputs, batch, n = seen.outputs.detach(), seen.batch, seen.outputs.shape[0]
+def _effects(network: Network, capture: Capture) -> list[Effect]:
+    outputs, batch, n = capture.outputs.detach(), capture.batch, capture.outputs.shape[0]
     few = sorted({round(j * (n - 1) / 7) for j in range(8)}) if n > 1 else []
-    alone = lambda: torch.cat([_run(task, take(batch, [j], n)) for j in few])
+    alone = lambda: torch.cat([_run(network, take(batch, [j], n)) for j in few])
     backwards = list(range(n - 1, -1, -1))
     return [
         _effect("number of examples", alone, outputs[few], outputs)
         if few
         else Effect("number of examples", None, "one example"),
-        _effect("order", lambda: _run(task, take(batch, backwards, n)), outputs.flip(0), outputs),
-        _effect("repetition", lambda: _run(task, batch), outputs, outputs),
-        _padding(task, batch, outputs),
-        _dtype(task, batch, outputs),
+        _effect("order", lambda: _run(network, take(batch, backwards, n)), outputs.flip(0), outputs),
+        _effect("repetition", lambda: _run(network, batch), outputs, outputs),
+        _padding(network, batch, outputs),
+        _dtype(network, batch, outputs),
     ]
 
 
-def _run(task: Task, batch: Batch) -> Tensor:
+def _run(network: Network, batch: Batch) -> Tensor:
     with gradients_on():
-        return task.run(batch).detach()
+        return network.run(batch).detach()
 
 
 def _effect(name: str, run: Callable[[], Tensor], expected: Tensor, whole: Tensor) -> Effect:
@@ -157,7 +157,7 @@ def _effect(name: str, run: Callable[[], Tensor], expected: Tensor, whole: Tenso
     return Effect(name, float((got.double() - expected.double()).abs().max()) / scale)
 
 
-def _padding(task: Task, batch: Batch, outputs: Tensor) -> Effect:
+def _padding(network: Network, batch: Batch, outputs: Tensor) -> Effect:
     """One more position, masked."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -166,21 +166,21 @@ def _padding(task: Task, batch: Batch, outputs: Tensor) -> Effect:
     longer = {k: F.pad(v, (0, 1)) if isinstance(v, Tensor) and v.shape == mask.shape else v for k, v in batch.items()}
 
     def run() -> Tensor:
-        out = _run(task, longer)
+        out = _run(network, longer)
         return out[:, :t] if out.ndim > 2 and out.shape[1] == t + 1 else out
 
     return _effect("padding", run, outputs, outputs)
 
 
-def _dtype(task: Task, batch: Batch, outputs: Tensor) -> Effect:
+def _dtype(network: Network, batch: Batch, outputs: Tensor) -> Effect:
     """Beside a copy of the model in float64 (of a float64 model, in float32)."""
-    if task.function is not None:
+    if network.function is not None:
         return Effect("dtype", None, "function= runs the model as it is")
-    other = torch.float32 if task.dtype == torch.float64 else torch.float64
+    other = torch.float32 if network.dtype == torch.float64 else torch.float64
 
     def run() -> Tensor:
-        model = copy.deepcopy(task.model).to(other)
-        return _run(Task.build(model, None, None), _cast(batch, other))
+        model = copy.deepcopy(network.model).to(other)
+        return _run(Network.build(model, None, None), _cast(batch, other))
 
     return _effect("dtype", run, outputs, outputs)
 

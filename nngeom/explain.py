@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nngeom.capture.recorder import record
 from nngeom.core.layout import Layout
-from nngeom.generator.capture import capture
-from nngeom.generator.run import Run
-from nngeom.generator.sweep import Sweep
-from nngeom.metrics.loss import IdentityMetric
+from nngeom.cotangents.loss import EveryOutput
 from nngeom.pmat.factors import is_kronecker, structure_of
 from nngeom.pmat.kfac import FACTOR_LIMIT
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Run
+from nngeom.sweep.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ def explain(
     the parameter shares with its bias. Raises as :func:`FIM` does.
     """
     run = Run.of(model, [batch], function=function, layer_collection=layer_collection)
-    task = run.task
-    chunk = next(Sweep(run, IdentityMetric()).chunks())
+    network = run.network
+    chunk = next(Sweep(run, EveryOutput()).chunks())
     used: dict[str, list[str]] = {}
-    seen = capture(task, next(run.batches()))
-    for use in (recorded.use for recorded in seen.uses):
+    capture = record(network, next(run.batches()))
+    for use in (recorded.use for recorded in capture.uses):
         for slot in use.slots:
             used.setdefault(slot.name, []).append(use.operation)
     rows = {}
@@ -108,16 +108,16 @@ def explain(
         for name in layout.names:
             operations = tuple(used.get(name, ()))
             rows[name] = _row(
-                task.collection,
+                network.collection,
                 name,
                 layout,
                 operations,
                 "fallback" if name in run.left_to_fallback else structure_of(jacobian),
             )
-    missing = [name for name in task.collection.names if name not in rows]
+    missing = [name for name in network.collection.names if name not in rows]
     for name in missing:
-        rows[name] = _row(task.collection, name, task.collection.span([name]), (), "unused")
-    return Explanation(tuple(rows[name] for name in task.collection.names), (chunk.outputs[1], chunk.examples))
+        rows[name] = _row(network.collection, name, network.collection.span([name]), (), "unused")
+    return Explanation(tuple(rows[name] for name in network.collection.names), (chunk.cotangents[1], chunk.examples))
 
 
 def _row(collection: LayerCollection, name: str, layout: Layout, operations: tuple[str, ...], structure: str) -> Row:

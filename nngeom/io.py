@@ -94,7 +94,7 @@ def merge(a: PMat, b: PMat) -> PMat:
                 f"cannot merge {type(m).__name__}; expected two measured matrices of one representation (not "
                 "implicit, no sums)"
             )
-    a.collection.require(b.collection, "the second matrix")
+    a.layer_collection.require(b.layer_collection, "the second matrix")
     if type(a) is not type(b) or a.blocks.keys() != b.blocks.keys():
         differ = (
             f"{type(a).__name__} and {type(b).__name__}"

@@ -102,7 +102,7 @@ def approximation_report(
     for name, m in (*matrices.items(), ("reference", reference)):
         if not isinstance(m, ParameterOperator):
             raise ArgumentTypeError(f"{name} is {type(m).__name__}; expected a parameter-space matrix")
-        reference.collection.require(m.collection, f"the matrix {name!r}")
+        reference.layer_collection.require(m.layer_collection, f"the matrix {name!r}")
     if not matrices or draws < 1:
         raise ArgumentError(f"got {len(matrices)} matrices and draws={draws}; expected at least one of each")
     trace = float(reference.trace())  # type: ignore[attr-defined]
@@ -152,7 +152,7 @@ def _measures(
 
 def _solved(m: Any, b: Tensor, damping: float) -> Tensor:
     try:
-        return m.solve(PVector(m.collection, b.to(m.dtype)), damping).flat().to(b)
+        return m.solve(PVector(m.layer_collection, b.to(m.dtype)), damping).flat().to(b)
     except (SingularError, ConvergenceError):
         return torch.full_like(b, math.nan)
 

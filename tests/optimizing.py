@@ -78,7 +78,7 @@ MAKERS |= {
 
 def gradient(opt):
     """``.grad`` as a vector."""
-    parameters = opt.collection.parameters(opt.observer.task.model)
+    parameters = opt.collection.parameters(opt.observer.network.model)
     return nng.PVector.from_dict(
         opt.collection, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
     )
@@ -86,7 +86,7 @@ def gradient(opt):
 
 def one_step(opt, x, y, reduction="mean"):
     """Observe and step; the gradient, and what was subtracted from the parameters."""
-    model = opt.observer.task.model
+    model = opt.observer.network.model
     opt.zero_grad()
     with opt.observe(reduction):
         F.cross_entropy(model(x), y, reduction=reduction).backward()

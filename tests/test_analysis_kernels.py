@@ -12,9 +12,9 @@ from torch.nn import functional as F
 import nngeom as nng
 from nngeom import analysis
 from nngeom.analysis.rows import layer_kernel
+from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.tiles import Side
-from nngeom.generator.run import Run
-from nngeom.metrics.loss import IdentityMetric
+from nngeom.sweep.run import Run
 
 ZOO = ["mlp", "conv2d", "attention", "language-model"]
 
@@ -209,7 +209,7 @@ def test_the_kernel_of_a_layer_is_the_sum_over_its_blocks(sizes):
     y = torch.tensor([0, 1, 1])
     j = reference.jacobian(model, x)
     loader = list(zip(x.split(sizes), y.split(sizes)))
-    side = Side.of(Run.of(model, loader), IdentityMetric())
+    side = Side.of(Run.of(model, loader), EveryOutput())
     found = analysis.label_alignment(model, loader, centered=False, by_layer=True)
     for layer, rows in (("two", j[..., :24]), ("three", j[..., 24:])):
         truth = torch.einsum("knd,lmd->knlm", rows, rows)

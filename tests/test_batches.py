@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nngeom as nng
 from nngeom import mgs, optim
-from nngeom.generator.batch import as_batches, each, leading_size, move, take
+from nngeom.capture.batch import as_batches, each, leading_size, move, take
 
 f64 = torch.float64
 

@@ -86,7 +86,7 @@ def vector(m, *batch, seed=2):
 
 def wrap(m, x):
     return (
-        nng.PVector(m.collection, x)
+        nng.PVector(m.layer_collection, x)
         if hasattr(m, "collection")
         else nng.FVector(x.unflatten(-1, (m.outputs, m.columns)))
     )
@@ -285,7 +285,7 @@ def test_maps(kind):
     rows = jacobian(nng.PushForwardDense).rows()
     v, u = vector(fim(nng.PMatDiag), 2), torch.randn(2, *push.shape[:2], dtype=X)
     same_derivatives(
-        lambda v: curved(push.mv(nng.PVector(push.collection, v)).flat()), lambda v: curved(v @ rows.T), [v]
+        lambda v: curved(push.mv(nng.PVector(push.layer_collection, v)).flat()), lambda v: curved(v @ rows.T), [v]
     )
     same_derivatives(lambda u: curved(pull.mv(nng.FVector(u)).flat()), lambda u: curved(u.flatten(1) @ rows), [u])
 

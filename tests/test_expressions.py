@@ -34,7 +34,7 @@ def sums(case):
 def test_solves_of_sums(name, damping, large):
     case = build(name)
     for lazy, truth in sums(case):
-        b = nng.PVector.randn(lazy.collection, 2, dtype=f64, generator=torch.Generator().manual_seed(1))
+        b = nng.PVector.randn(lazy.layer_collection, 2, dtype=f64, generator=torch.Generator().manual_seed(1))
         shifted = truth + damping * torch.eye(len(truth), dtype=f64)
         x = lazy.solve(b, damping).flat()
         torch.testing.assert_close(
@@ -48,7 +48,7 @@ def test_solves_of_sums(name, damping, large):
 def test_what_needs_a_dense_matrix_says_so_above_the_limit(large):
     case = build("mlp")
     lazy, _ = next(sums(case))
-    b = nng.PVector.randn(lazy.collection, dtype=f64)
+    b = nng.PVector.randn(lazy.layer_collection, dtype=f64)
     if large:
         with pytest.raises(nng.UnsupportedError, match="size limit"):
             lazy.solve(b, nng.Cutoff(1e-3))

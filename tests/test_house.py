@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "nngeom"
-ORDER = ["core", "solve", "layers", "space", "generator", "metrics", "pmat", "fmat", "maps", "top"]
-ORDER += ["optim", "analysis", "mgs", "linearized", "track", "__init__"]
+ORDER = ["core", "solve", "layers", "space", "capture", "pullback", "sweep", "cotangents", "pmat", "fmat", "maps"]
+ORDER += ["measures", "top", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
 # (module, imported, reason): imports upwards, inside functions
 UPWARD = [
-    ("nngeom.pmat.ekfac", "nngeom.measure", "rescaled() measures with FIM unless told otherwise"),
+    ("nngeom.pmat.ekfac", "nngeom.measures.second_moments", "rescaled() measures with FIM unless told otherwise"),
 ]
 
 
@@ -136,15 +136,15 @@ def test_adapters_know_no_representation(file):
 
 
 KNOWS_OPERATIONS = {
-    "generator/capture.py": {"batch_norm"},  # in a training step of the user's it mixes examples, and is let pass
-    "generator/kernels.py": {"embedding", "embedding_bag"},  # gradients with gaps, and padding in forward mode
-    "generator/written_out.py": {"embedding_bag", "layer_norm", "instance_norm", "prelu"},  # formulas in their place
-    "generator/placement.py": {"NativeBatchNorm"},  # of the batch in a training step
-    "generator/verify.py": {"NativeGroupNorm"},  # without its input the process ends (torch 2.13)
+    "capture/recorder.py": {"batch_norm"},  # in a training step of the user's it mixes examples, and is let pass
+    "capture/fused.py": {"embedding", "embedding_bag"},  # gradients with gaps, and padding in forward mode
+    "capture/written_out.py": {"embedding_bag", "layer_norm", "instance_norm", "prelu"},  # formulas in their place
+    "pullback/placement.py": {"NativeBatchNorm"},  # of the batch in a training step
+    "pullback/verify.py": {"NativeGroupNorm"},  # without its input the process ends (torch 2.13)
 }
 APART = {
     "layers",
-    "generator/safe",  # rules of torch's own operations, by the names of their nodes
+    "pullback/safe",  # rules of torch's own operations, by the names of their nodes
     "linearized",  # a linear regime, and a list of the maps whose input counts as a representation
 }
 ABOVE_ADAPTERS = [f for f in FILES if str(f.parent.relative_to(ROOT)) not in APART]

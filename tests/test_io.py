@@ -54,7 +54,7 @@ def test_inverses_sums_and_vectors(tmp_path):
     assert isinstance(total, PMatSum)
     nng.save(total, path)
     assert torch.equal(nng.load(path).to_dense(), total.to_dense())
-    v = nng.PVector.randn(total.collection, 2, 3)
+    v = nng.PVector.randn(total.layer_collection, 2, 3)
     nng.save(v, path)
     copy = nng.load(path)
     assert torch.equal(copy.flat(), v.flat()) and copy.layer_collection == v.layer_collection

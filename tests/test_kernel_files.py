@@ -14,13 +14,13 @@ from cases import build
 from torch import nn
 
 import nngeom as nng
-import nngeom.gram
+import nngeom.measures.kernels
 from nngeom.core import files
+from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.store import FileStore
 from nngeom.fmat.tiles import Side
-from nngeom.generator.run import Run
-from nngeom.metrics.loss import IdentityMetric
+from nngeom.sweep.run import Run
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 OPTIONS = {"memory_budget": 2000}
@@ -74,7 +74,7 @@ def uncomputed(monkeypatch):
     def never(*args):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(nngeom.gram, "build", never)
+    monkeypatch.setattr(nngeom.measures.kernels, "build", never)
 
 
 def equal(k, truth):
@@ -157,7 +157,7 @@ def test_many_outputs_are_compared_in_sums(tmp_path):
     x, model = torch.randn(300, 3, dtype=torch.float64), nn.Linear(3, 20).double()
 
     def of(function):
-        side = Side.of(Run.of(model, [x], function=function), IdentityMetric())
+        side = Side.of(Run.of(model, [x], function=function), EveryOutput())
         return Fingerprint.of(side, None, centered=False)
 
     one, last = torch.zeros(300, 20, dtype=torch.float64), torch.zeros(300, 20, dtype=torch.float64)

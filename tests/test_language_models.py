@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeom as nng
-from nngeom.metrics.language_models import is_causal_lm
+from nngeom.cotangents.language_models import is_causal_lm
 
 T = pytest.importorskip("transformers")
 f64 = torch.float64
@@ -408,7 +408,7 @@ def test_refusals(name):
 @pytest.mark.parametrize("seed", range(3))
 def test_pieces_of_work_do_not_matter(seed, monkeypatch):
     """Rows worked on one at a time give what all at once do."""
-    from nngeom.metrics import softmax
+    from nngeom.cotangents import softmax
 
     model, data = make("llama", seed), batch(seed)
     v = nng.PVector.randn(nng.LayerCollection.from_model(model), dtype=f64)

@@ -142,7 +142,7 @@ def within_its_error(exact, drawn, v):
     rows = next(iter(drawn.blocks.values())).r
     forms = len(rows) * (rows @ v.T).square()  # one estimate a row
     error = forms.std(0) / len(rows) ** 0.5
-    truth = torch.stack([exact.vTMv(nng.PVector(exact.collection, x)) for x in v])
+    truth = torch.stack([exact.vTMv(nng.PVector(exact.layer_collection, x)) for x in v])
     assert bool(((forms.mean(0) - truth).abs() < 4 * error).all()) and bool((error < 0.2 * truth).all())
 
 

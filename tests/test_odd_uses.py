@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeom as nng
-from nngeom.generator.backward import gains_from_batching
-from nngeom.generator.capture import capture
-from nngeom.generator.passes import Pass
-from nngeom.generator.task import Task
+from nngeom.capture.network import Network
+from nngeom.capture.recorder import record
 from nngeom.layers.adapter import ADAPTERS, Call, Use
+from nngeom.pullback.backward import gains_from_batching
+from nngeom.pullback.captured_pass import Pass
 
 f64 = torch.float64
 
@@ -214,8 +214,8 @@ def test_an_adapter_is_taken_for_no_other_by_its_name(name, monkeypatch):
 
     monkeypatch.setitem(ADAPTERS, F.linear, named)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(f64)
-    task = Task.build(model, None, None)
-    uses = [recorded.use for recorded in capture(task, (torch.randn(5, 4, dtype=f64),)).uses]
+    network = Network.build(model, None, None)
+    uses = [recorded.use for recorded in record(network, (torch.randn(5, 4, dtype=f64),)).uses]
     assert [use.operation for use in uses] == [name, name]
     assert gains_from_batching(uses, create_graph=False)
     assert not gains_from_batching(uses, create_graph=True)
@@ -224,8 +224,8 @@ def test_an_adapter_is_taken_for_no_other_by_its_name(name, monkeypatch):
 
 def test_adapters_say_how_a_backward_pass_goes_through_them():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).to(f64)
-    task = Task.build(model, None, None)
-    conv, linear = (recorded.use for recorded in capture(task, (torch.randn(5, 1, 4, 4, dtype=f64),)).uses)
+    network = Network.build(model, None, None)
+    conv, linear = (recorded.use for recorded in record(network, (torch.randn(5, 1, 4, 4, dtype=f64),)).uses)
     assert conv.serial and not conv.product and linear.product and not linear.serial
     assert not gains_from_batching([conv, linear], create_graph=False)
     assert gains_from_batching([linear], create_graph=True) and not gains_from_batching([conv], create_graph=True)
@@ -233,10 +233,10 @@ def test_adapters_say_how_a_backward_pass_goes_through_them():
 
 def test_what_an_adapter_said_stays():
     """A pass leaves the uses of a capture as they are, whichever parameters it leaves to the fallback."""
-    task = Task.build(nn.Linear(4, 3, dtype=f64), None, None)
-    seen = capture(task, (torch.randn(5, 4, dtype=f64),))
+    network = Network.build(nn.Linear(4, 3, dtype=f64), None, None)
+    seen = record(network, (torch.randn(5, 4, dtype=f64),))
     (recorded,) = seen.uses
-    run = Pass(task, seen, {"bias"})
+    run = Pass(network, seen, {"bias"})
     assert [slot.name for slot in recorded.use.slots] == ["weight", "bias"] and seen.uses == [recorded]
     assert [slot.name for slot in run.seen.uses[0].use.slots] == ["weight"]
     with pytest.raises(FrozenInstanceError):

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nngeom.generator.axes import ExampleAxis
-from nngeom.generator.graph import operation, read
-from nngeom.generator.placement import ASK, places
-from nngeom.generator.safe import RULES
+from nngeom.capture.graph import operation, read
+from nngeom.pullback.axes import ExampleAxis
+from nngeom.pullback.placement import ASK, places
+from nngeom.pullback.safe import RULES
 
 N = 3
 f64 = torch.float64

@@ -96,7 +96,7 @@ def test_maps_and_kernels(case):
     rows = reference.jacobian(model, torch.cat(data))  # (c, n, d)
     flat = rows.flatten(0, 1)
     j = nng.Jacobian(model, data, nng.PushForwardImplicit)
-    v = nng.PVector.randn(j.collection, 2, dtype=X)
+    v = nng.PVector.randn(j.layer_collection, 2, dtype=X)
     u = nng.FVector(torch.randn(2, *rows.shape[:2], dtype=X))
     torch.testing.assert_close(j.mv(v).flat(), v.flat() @ flat.T)
     torch.testing.assert_close(j.T.mv(u).flat(), u.flat() @ flat)
@@ -120,11 +120,11 @@ def test_fisher_and_gradients_of_products(case):
     fisher = reference.sandwich(rows, reference.softmax_metric(model(torch.cat(data))))
     f = nng.FIM(model, data, nng.PMatImplicit)
     v = torch.randn(f.shape[0], dtype=X, requires_grad=True)
-    form = f.vTMv(nng.PVector(f.collection, v))
+    form = f.vTMv(nng.PVector(f.layer_collection, v))
     torch.testing.assert_close(form, v @ fisher @ v)
     torch.testing.assert_close(torch.autograd.grad(form, v)[0], 2 * fisher @ v)
     j = nng.Jacobian(model, data, nng.PushForwardImplicit)
-    square = j.mv(nng.PVector(f.collection, v)).tensor.square().sum()
+    square = j.mv(nng.PVector(f.layer_collection, v)).tensor.square().sum()
     flat = rows.flatten(0, 1)
     torch.testing.assert_close(torch.autograd.grad(square, v)[0], 2 * flat.T @ (flat @ v))
 
@@ -132,7 +132,7 @@ def test_fisher_and_gradients_of_products(case):
 def test_errors_of_the_model_are_not_taken_for_missing_derivatives():
     model = nn.Linear(3, 2).double()
     j = nng.Jacobian(model, [torch.randn(2, 3, dtype=X)], nng.PushForwardImplicit)
-    v = nng.PVector.randn(j.collection, dtype=X)
+    v = nng.PVector.randn(j.layer_collection, dtype=X)
 
     def broken(x):
         raise RuntimeError("broken")
@@ -174,7 +174,7 @@ def objects(model, data):
 
 
 def uses(k, centred, other, j, b, f, h, c):
-    v = nng.PVector.randn(j.collection, dtype=X)
+    v = nng.PVector.randn(j.layer_collection, dtype=X)
     u = nng.FVector(torch.randn(2, 6, dtype=X))
     w = nng.FVector(torch.randn(2, 4, dtype=X))
     yield from ((lambda m=m: m.mv(u)) for m in (k, k.T, centred, 2 * k, k + k, j @ j.T, j.T, b))
@@ -211,7 +211,7 @@ def test_a_gradient_is_taken_under_the_budget_too():
     k, _, _, j, _, f, h, _ = objects(model, data)
     v = torch.randn(f.shape[0], dtype=X, requires_grad=True)
     u = torch.randn(2, 6, dtype=X, requires_grad=True)
-    x = nng.PVector(f.collection, v)
+    x = nng.PVector(f.layer_collection, v)
     products = f.vTMv(x), h.vTMv(x), j.mv(x).tensor.norm(), f.solve(x, 1.0).norm(), k.mv(nng.FVector(u)).norm()
     for value in products:
         model.seen.clear()
@@ -241,7 +241,7 @@ def test_the_callers_grad_mode_changes_nothing(off):
             yield nng.GramMatrix(model, data, kind).to_dense()
         j = nng.Jacobian(model, data, nng.PushForwardImplicit)
         yield j.materialize().tensor
-        yield j.mv(nng.PVector(j.collection, torch.ones(j.shape[-1], dtype=X))).tensor
+        yield j.mv(nng.PVector(j.layer_collection, torch.ones(j.shape[-1], dtype=X))).tensor
 
     for expected, found in zip(list(numbers()), _under(off, numbers)):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

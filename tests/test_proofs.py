@@ -7,7 +7,7 @@ from cases import Unseen
 from torch import nn
 
 import nngeom as nng
-from nngeom.generator.proofs import forget
+from nngeom.pullback.proofs import forget
 
 f64 = torch.float64
 

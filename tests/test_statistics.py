@@ -8,13 +8,13 @@ from cases import build
 from torch.nn import functional as F
 
 import nngeom as nng
-from nngeom.core.statistic import Inputs, Moment, Rows, Sums
-from nngeom.generator.sweep import Chunk
+from nngeom.core.statistic import Inputs, Moment, Stacked, Sums
 from nngeom.optim import NaturalGradient
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.factors import factors
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
+from nngeom.sweep.sweep import Chunk
 
 f64 = torch.float64
 NAMES = ["d", "a", "g", "gamma", "c", "b", "a0", "g0", "inputs", ""]
@@ -128,7 +128,7 @@ def test_inputs_are_counted_once_a_batch():
             "of inputs": Inputs(x.clone()),
             "lazy": Inputs(lambda: 2 * x),
             "moment": Inputs(Moment(y)),
-            "rows": Rows([y]),
+            "rows": Stacked([y]),
             "sum": x.clone(),
         },
         5,
@@ -156,7 +156,7 @@ def test_inputs_of_later_cotangents_are_not_even_computed():
 
 def test_merging_keeps_what_is_of_inputs_and_changes_neither_side():
     x = torch.arange(3.0, dtype=f64)
-    parts = lambda: [({"a": Inputs(k * x), "g": k * x, "r": Rows([k * x[None]])}, k, True) for k in (1, 2, 3)]
+    parts = lambda: [({"a": Inputs(k * x), "g": k * x, "r": Stacked([k * x[None]])}, k, True) for k in (1, 2, 3)]
     sides = [added(p) for p in parts()]
     merged, whole = Sums().merge(sides), added(*parts())
     assert merged.count == 6 and merged.inputs == whole.inputs == {("b", "a")}

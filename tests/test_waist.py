@@ -16,8 +16,8 @@ from nngeom.core.layout import Arrangement
 from nngeom.core.statistic import Inputs, Moment
 from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.core.tile import Tile
-from nngeom.generator.sweep import Sweep
 from nngeom.pmat.factors import factors, structure_of
+from nngeom.sweep.sweep import Sweep
 
 MEMBERS = {"matrix", "examples", "cotangents", "shape", "dtype", "device", "to", "jvp", "vjp", "square"}
 MEMBERS |= {"squared_norms", "gram", "rotate"}

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import nngeom as nng
 from nngeom import optim
-from nngeom.generator.compiled import as_written
-from nngeom.generator.task import Task
+from nngeom.capture.compiled import as_written
+from nngeom.capture.network import Network
 
 f64 = torch.float64
 
@@ -261,17 +261,17 @@ def test_parameters_that_are_elsewhere_are_no_empty_ones():
 
 def test_hooked_parameters_are_named():
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
-    task = Task.build(model, None, None)
-    assert task.hooked == set()
+    network = Network.build(model, None, None)
+    assert network.hooked == set()
     first, second = model[0].weight.register_hook(lambda g: 2 * g), model[1].bias.register_hook(lambda g: None)
-    assert task.hooked == {"0.weight", "1.bias"}
+    assert network.hooked == {"0.weight", "1.bias"}
     first.remove()
-    assert task.hooked == {"1.bias"}
+    assert network.hooked == {"1.bias"}
     second.remove()
     model[0].weight.register_post_accumulate_grad_hook(
         lambda p: None
     )  # sees what backward() leaves behind, not gradients
-    assert task.hooked == set()
+    assert network.hooked == set()
 
 
 HOOKS = {

@@ -12,13 +12,13 @@ from nngeom.analysis.kernel import above_rounding, center, kernel_tensor
 from nngeom.analysis.labels import signs
 from nngeom.analysis.rows import layer_kernel, require_labels, row_products
 from nngeom.core.errors import ArgumentError, OutputError
+from nngeom.cotangents.categorical import Categorical
+from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.tiles import Side
-from nngeom.generator.run import Function, Run
-from nngeom.metrics.categorical import Categorical
-from nngeom.metrics.loss import IdentityMetric
 from nngeom.pmat.recipe import join_rows
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Function, Run
 
 
 def alignment(K: Any, L: Any, centered: bool | str = True) -> Tensor:
@@ -160,25 +160,25 @@ def label_alignment(
         memory_budget=memory_budget,
         check=check,
     ).held()
-    collection, y = run.task.collection, require_labels(run)
+    collection, y = run.network.collection, require_labels(run)
     parts = collection.by_layer() if by_layer else {"": collection.names}
     with run.within(), torch.no_grad():
-        side = Side.of(run, IdentityMetric())
-        shape = run.task.run(run.loader[0]).shape[1:] if y.numel() > len(y) and not y.is_floating_point() else None
+        side = Side.of(run, EveryOutput())
+        shape = run.network.run(run.loader[0]).shape[1:] if y.numel() > len(y) and not y.is_floating_point() else None
         v = _centered(label_vector(y, side.outputs, side.dtype, shape), centered)
         values = {name: _aligned(side, name, names, v, centered) for name, names in parts.items()}
     return values if by_layer else values[""]
 
 
 def _aligned(side: Side, layer: str, names: tuple[str, ...], v: Tensor, centered: bool) -> Tensor:
-    layout = side.run.task.collection.span(names)
+    layout = side.run.network.collection.span(names)
     if layout.numel >= v.numel():
         k = center(layer_kernel(side, layer, len(v)) if layer else row_products(side), centered)
         return _ratio(torch.einsum("cn,cndm,dm->", v, k, v), k.norm() * v.square().sum())
     second, signal = v.new_zeros(layout.numel, layout.numel), v.new_zeros(layout.numel)
     sums = v.new_zeros(v.shape[0], layout.numel)
     for chunk in (c for group in side.groups() for c in group.chunks):
-        y, n = chunk.outputs[0], chunk.start
+        y, n = chunk.cotangents[0], chunk.start
         for rows in join_rows(chunk, layout, names):
             c, m, _ = rows.shape
             second += rows.flatten(0, 1).T @ rows.flatten(0, 1)

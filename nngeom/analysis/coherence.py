@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from nngeom.analysis.rows import require_finite_gradients
 from nngeom.core.errors import ArgumentError
-from nngeom.generator.run import Function, Run
-from nngeom.generator.sweep import Policy, Sweep
-from nngeom.metrics.loss import EmpiricalFisher, as_loss
+from nngeom.cotangents.loss import EmpiricalFisher, as_loss
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Function, Run
+from nngeom.sweep.sweep import Policy, Sweep
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def coherence(
         memory_budget=memory_budget,
         check=check,
     )
-    task, collection = run.task, run.task.collection
+    network, collection = run.network, run.network.collection
     layers = dict.fromkeys(collection.by_layer(), 0.0)
-    total = torch.zeros(collection.numel, dtype=torch.float64, device=task.device)
+    total = torch.zeros(collection.numel, dtype=torch.float64, device=network.device)
     batches, count = [], 0
     with run.within(), torch.no_grad():
         for chunk in Sweep(run, EmpiricalFisher(as_loss(loss, model)), Policy("coherence")).chunks():
@@ -72,7 +72,7 @@ def coherence(
             for layout, j in chunk.jacobians.items():
                 layout.scatter_(sum_g, j.vjp(torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)))
                 squares = float(j.squared_norms().double().sum())
-                layers[task.layer_of(layout.names[0])] += squares
+                layers[network.layer_of(layout.names[0])] += squares
                 batch_squares += squares
             batches.append(_alpha(sum_g.double().square().sum(), batch_squares, chunk.examples))
             total += sum_g

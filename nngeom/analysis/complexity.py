@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from nngeom.analysis.rows import squared_norms
 from nngeom.core.errors import ArgumentError
-from nngeom.generator.run import Function, Run
-from nngeom.metrics.loss import IdentityMetric
+from nngeom.cotangents.loss import EveryOutput
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
+from nngeom.sweep.run import Function, Run
 
 
 class ComplexityMeasure:
@@ -61,11 +61,11 @@ class ComplexityMeasure:
         return part
 
     def _read(self) -> Tensor:
-        return PVector.from_model(self.model, self._run.task.collection).flat()
+        return PVector.from_model(self.model, self._run.network.collection).flat()
 
     def _measure(self, check: bool = False) -> float:
         with evaluating(self.model):
-            norms = squared_norms(replace(self._run, check=check), IdentityMetric())
+            norms = squared_norms(replace(self._run, check=check), EveryOutput())
         self.examples = len(norms)
         return float(norms.double().sum().sqrt())
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from nngeom.analysis.kernel import fix_signs, require_symmetric
 from nngeom.analysis.rows import require_labels
 from nngeom.analysis.spectrum import THRESHOLD
+from nngeom.capture.network import gradients_on
 from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError, SingularError
-from nngeom.generator.run import Function, Run
-from nngeom.generator.task import gradients_on
-from nngeom.gram import GramMatrix
-from nngeom.metrics.loss import as_loss
+from nngeom.cotangents.loss import as_loss
+from nngeom.measures.kernels import GramMatrix
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
+from nngeom.sweep.run import Function, Run
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def step_modes(
         f = before.detach().requires_grad_()
         gradient = torch.autograd.grad(as_loss(loss, model)(f, y).mean(), f)[0]
     pulled = _columns(gradient)
-    weights = PVector.from_model(model, run.task.collection)
+    weights = PVector.from_model(model, run.network.collection)
     elsewhere = None if other is None else other.outputs()
     step = _pull_back(run, gradient)
     try:
@@ -188,12 +188,12 @@ def _columns(outputs: Tensor) -> Tensor:
 def _pull_back(run: Run, gradient: Tensor) -> PVector:
     """``sum_i J_i^T g_i``, one backward pass a batch."""
     total, at = None, 0
-    parameters = list(run.task.parameters.values())
+    parameters = list(run.network.parameters.values())
     for batch in run.loader:
         with gradients_on():
-            outputs = run.task.run(batch)
+            outputs = run.network.run(batch)
             grads = torch.autograd.grad(outputs, parameters, gradient[at : at + len(outputs)], allow_unused=True)
         at += len(outputs)
         flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters)])
         total = flat if total is None else total + flat
-    return PVector(run.task.collection, total)  # type: ignore[arg-type]
+    return PVector(run.network.collection, total)  # type: ignore[arg-type]

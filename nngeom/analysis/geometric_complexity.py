@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.capture.batch import with_input_gradients
+from nngeom.capture.fused import twice_differentiable
+from nngeom.capture.network import Batch, Network, require_finite
+from nngeom.capture.recorder import record
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError
-from nngeom.generator.backward import pull_back
-from nngeom.generator.batch import with_input_gradients
-from nngeom.generator.capture import capture
-from nngeom.generator.kernels import twice_differentiable
-from nngeom.generator.run import Function, Run
-from nngeom.generator.sweep import require_examples
-from nngeom.generator.task import Batch, Task, require_finite
-from nngeom.metrics.loss import IdentityMetric
+from nngeom.cotangents.loss import EveryOutput
+from nngeom.pullback.backward import pull_back
 from nngeom.solve.hutchinson import rademacher
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Function, Run
+from nngeom.sweep.sweep import require_examples
 
 
 def geometric_complexity(
@@ -50,22 +50,28 @@ def geometric_complexity(
     if not isinstance(samples, int) or samples < 1:
         raise ArgumentError(f"samples is {samples!r}; expected a whole number of at least 1")
     run = Run.of(model, loader, function=function, layer_collection=layer_collection, memory_budget=memory_budget)
-    task = run.task
-    total, count = torch.zeros((), dtype=task.dtype, device=task.device), 0
+    network = run.network
+    total, count = torch.zeros((), dtype=network.dtype, device=network.device), 0
     with run.within():
         for index, batch in enumerate(run.batches()):
-            part, n = _batch(task, batch, index, differentiable, estimator, samples, generator)
+            part, n = _batch(network, batch, index, differentiable, estimator, samples, generator)
             total, count = total + part, count + n
     return total / require_examples(count)
 
 
 def _batch(
-    task: Task, batch: Batch, index: int, graph: bool, estimator: str, samples: int, generator: torch.Generator | None
+    network: Network,
+    batch: Batch,
+    index: int,
+    graph: bool,
+    estimator: str,
+    samples: int,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, int]:
     batch, inputs = with_input_gradients(batch)
     with twice_differentiable() if graph else contextlib.nullcontext():
-        outputs = capture(
-            replace(task, parameters={}), batch
+        outputs = record(
+            replace(network, parameters={}), batch
         ).outputs  # watched for what mixes examples; no parameter followed
     require_finite(outputs.detach(), "outputs", index)
     n = outputs.shape[0]
@@ -73,7 +79,7 @@ def _batch(
     if not outputs.requires_grad:  # the outputs do not depend on the inputs
         return total, n
     each = 3 * sum(x.numel() for x in inputs) * outputs.element_size() + outputs.numel() * outputs.element_size()
-    columns = IdentityMetric().columns(outputs.detach(), batch, 0)
+    columns = EveryOutput().columns(outputs.detach(), batch, 0)
     signs = (
         rademacher(samples, *outputs.shape, like=outputs, generator=generator) / samples**0.5
         if estimator == "rademacher"

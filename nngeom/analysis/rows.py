@@ -11,8 +11,8 @@ from nngeom.fmat.products import EVERYTHING, Grouping, build, products
 from nngeom.fmat.products import squared_norms as norms_by_group
 from nngeom.fmat.store import Store
 from nngeom.fmat.tiles import Side, matched, pairs, span
-from nngeom.generator.run import Run
-from nngeom.generator.sweep import Metric
+from nngeom.sweep.run import Run
+from nngeom.sweep.sweep import Cotangents
 
 
 def require_finite_gradients(*gradients: Tensor) -> None:
@@ -44,8 +44,8 @@ def wide_kernels(rows: Side, by_layer: bool = False) -> dict[str, Tensor]:
     Products of float32 rows rounded to float32 tell eigenvalues from zero down to ``N eps`` of the largest only, the
     rows themselves down to ``(N eps)^2``: what a log-determinant needs.
     """
-    task = rows.run.task
-    grouping = Grouping(tuple(task.collection.by_layer()), task.layer_of) if by_layer else EVERYTHING
+    network = rows.run.network
+    grouping = Grouping(tuple(network.collection.by_layer()), network.layer_of) if by_layer else EVERYTHING
     return products(FMatDense, rows.widened(), None, grouping, Store(grouping.names))
 
 
@@ -55,7 +55,7 @@ def layer_kernel(rows: Side, layer: str, outputs: int) -> Tensor:
     out = torch.zeros(outputs, n, outputs, n, dtype=rows.dtype, device=rows.device)
     for x, y in pairs(rows, None):
         (k, i), (l, j) = span(x), span(y)
-        blocks = [jx.gram(jy) for owner, jx, jy in matched(x, y, rows.run.task.layer_of) if owner == layer]
+        blocks = [jx.gram(jy) for owner, jx, jy in matched(x, y, rows.run.network.layer_of) if owner == layer]
         if blocks:
             tile = torch.stack(blocks).sum(0) if len(blocks) > 1 else blocks[0]
             out[k, i, l, j] = tile
@@ -71,7 +71,7 @@ def row_norms(side: Side) -> Tensor:
 
 
 @torch.no_grad()
-def squared_norms(run: Run, metric: Metric) -> Tensor:
+def squared_norms(run: Run, cotangents: Cotangents) -> Tensor:
     """:func:`row_norms` of the rows of a run for the cotangents of a metric."""
     with run.within():
-        return row_norms(Side.of(run, metric))
+        return row_norms(Side.of(run, cotangents))

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.capture.network import leading_size, take
 from nngeom.core.errors import ArgumentError, NonFiniteError
-from nngeom.generator.run import Function, Run
-from nngeom.generator.task import leading_size, take
-from nngeom.hessian import Hessian
+from nngeom.measures.hessian import Hessian
 from nngeom.solve.lanczos import lanczos
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
+from nngeom.sweep.run import Function, Run
 
 
 def sharpness(
@@ -63,12 +63,12 @@ def non_uniformity(
     options: dict[str, Any] = {
         "loss": loss,
         "function": function,
-        "layer_collection": run.task.collection,
+        "layer_collection": run.network.collection,
         "memory_budget": memory_budget,
     }
     single = [Hessian(model, [example], **options) for batch in run.loader for example in _examples(batch)]
     whole = Hessian(model, run.loader, **options)
-    collection, n = run.task.collection, len(single)
+    collection, n = run.network.collection, len(single)
 
     def covariance(v: Tensor) -> Tensor:
         x = PVector(collection, v)

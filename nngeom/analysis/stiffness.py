@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from nngeom.analysis.labels import class_labels, described
 from nngeom.analysis.rows import require_finite_gradients, row_norms, row_products
 from nngeom.core.errors import ArgumentError
+from nngeom.cotangents.loss import EmpiricalFisher, as_loss
 from nngeom.fmat.tiles import Side
-from nngeom.generator.run import Function, Run
-from nngeom.metrics.loss import EmpiricalFisher, as_loss
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Function, Run
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,10 @@ def stiffness(
     """
     require_kind(kind)
     measured = as_loss(loss, model)
-    metric, ignored = EmpiricalFisher(measured), getattr(getattr(measured, "categorical", None), "ignore_index", None)
+    cotangents, ignored = (
+        EmpiricalFisher(measured),
+        getattr(getattr(measured, "categorical", None), "ignore_index", None),
+    )
     run = Run.of(
         model,
         loader,
@@ -104,7 +107,7 @@ def stiffness(
         check=check,
     )
     with run.within(), torch.no_grad():
-        sides = [Side.of(run.on(data), metric) for data in ((loader,) if other is None else (loader, other))]
+        sides = [Side.of(run.on(data), cotangents) for data in ((loader,) if other is None else (loader, other))]
         gram = row_products(sides[0], None if other is None else sides[1])[0, :, 0]
         norms = [gram.diagonal()] if other is None else [row_norms(side) for side in sides]
     labels = [side.run.targets() for side in sides]

@@ -14,7 +14,7 @@ from nngeom.core.linalg import accumulation_dtype
 
 
 @dataclass
-class Rows:
+class Stacked:
     """A statistic that is stacked instead of summed: rows ``[r, p]`` whose Gram matrix is averaged."""
 
     parts: list[Tensor]
@@ -52,7 +52,9 @@ class Inputs:
         return self.of if isinstance(self.of, (Tensor, Moment)) else self.of()
 
 
-Named = Mapping[Any, Mapping[str, Tensor | Rows | Moment | Inputs]]  # {block: {name of the statistic: what is added}}
+Named = Mapping[
+    Any, Mapping[str, Tensor | Stacked | Moment | Inputs]
+]  # {block: {name of the statistic: what is added}}
 
 
 def names_of(block: Any) -> list[str]:
@@ -82,16 +84,16 @@ class Sums:
     """``{block: {name: sum over examples}}`` and the number of examples seen.
 
     ``inputs``: the blocks and names of sums of :class:`Inputs`. All others are second moments of gradients: sums of
-    their products in pairs, or :class:`Rows` of them.
+    their products in pairs, or :class:`Stacked` of them.
     """
 
     count: int = 0
     inputs: set[tuple[Any, str]] = field(default_factory=set)
-    _sums: dict[Any, dict[str, Tensor | Rows]] = field(default_factory=dict)
+    _sums: dict[Any, dict[str, Tensor | Stacked]] = field(default_factory=dict)
     _halves: set[tuple[Any, str]] = field(default_factory=set)  # moments whose lower half is not there yet
 
     @property
-    def sums(self) -> dict[Any, dict[str, Tensor | Rows]]:
+    def sums(self) -> dict[Any, dict[str, Tensor | Stacked]]:
         """The sums so far."""
         for block, name in self._halves:
             linalg.mirror_(self._sums[block][name].flatten(0, -2))  # type: ignore[union-attr]
@@ -115,12 +117,12 @@ class Sums:
         if chunk.first:
             self.count += chunk.examples
 
-    def _add(self, block: Any, name: str, t: Tensor | Rows | Moment, taken: set[int] | None) -> None:
+    def _add(self, block: Any, name: str, t: Tensor | Stacked | Moment, taken: set[int] | None) -> None:
         """``taken``: storages that became sums in this call and that no second sum may share; ``None``: copy ``t``."""
         mine = self._sums.setdefault(block, {})
         held = mine.get(name)
-        if isinstance(t, Rows):
-            mine[name] = Rows([*(held.parts if isinstance(held, Rows) else []), *t.parts])
+        if isinstance(t, Stacked):
+            mine[name] = Stacked([*(held.parts if isinstance(held, Stacked) else []), *t.parts])
         elif isinstance(t, Moment):
             mine[name] = t.added_to(held)  # type: ignore[arg-type]
             self._halves.add((block, name))
@@ -161,7 +163,7 @@ class Sums:
             block: {name: self._mean(t, used_up) for name, t in tensors.items()} for block, tensors in self.sums.items()
         }
 
-    def _mean(self, t: Tensor | Rows, used_up: bool) -> Tensor:
-        if isinstance(t, Rows):
+    def _mean(self, t: Tensor | Stacked, used_up: bool) -> Tensor:
+        if isinstance(t, Stacked):
             return torch.cat(t.parts) / self.count**0.5
         return t.div_(self.count) if used_up and t.is_floating_point() else t / self.count

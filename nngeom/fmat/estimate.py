@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import UnsupportedError
+from nngeom.cotangents.fisher import Stream
 from nngeom.fmat.dense import FMatDense
-from nngeom.generator.sweep import Columns
-from nngeom.metrics.fisher import Stream
 from nngeom.solve.hutchinson import Estimate
+from nngeom.sweep.sweep import Columns
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,14 @@ class Fingerprint:
     @staticmethod
     def of(rows: Side, columns: Side | None, *, centered: bool) -> Fingerprint:
         """Of a kernel between ``rows`` and ``columns``; runs the model on the first batch."""
-        task = rows.run.task
+        network = rows.run.network
         hashes = {
             "centered": repr(centered),
-            "layer_collection": _hash((task.collection.names, task.collection.shapes)),
+            "layer_collection": _hash((network.collection.names, network.collection.shapes)),
         }
         named = [
-            *task.model.named_parameters(remove_duplicate=False),
-            *task.model.named_buffers(remove_duplicate=False),
+            *network.model.named_parameters(remove_duplicate=False),
+            *network.model.named_buffers(remove_duplicate=False),
         ]
         hashes |= {f"{kind} {name!r}": _hash(x) for kind, name, x in ((_kind(x), name, x) for name, x in named)}
         for what, side in (("batch", rows), ("batch of other=", columns)):

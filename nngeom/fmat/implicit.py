@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.capture.network import gradients_on
 from nngeom.core import memory
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, UnsupportedError
@@ -18,10 +19,9 @@ from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import EVERYTHING, Mean, build, squared_norms
 from nngeom.fmat.tiles import Side, span
-from nngeom.generator.backward import pull_back
-from nngeom.generator.linearization import Linearization
-from nngeom.generator.task import gradients_on
 from nngeom.pmat.tangents import tangents_or_rows, times_rows
+from nngeom.pullback.backward import pull_back
+from nngeom.pullback.linearization import Linearization
 from nngeom.solve.cg import conjugate_gradient
 from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos
@@ -53,11 +53,11 @@ def _push(side: Side, v: Tensor) -> Tensor:
 
 def _by_tangents(side: Side, v: Tensor) -> Tensor:
     """``[b, d] -> [b, c, n]``."""
-    task = side.run.task
-    linearization, rows = Linearization(task), []
+    network = side.run.network
+    linearization, rows = Linearization(network), []
     for x in v:
-        named = PVector(task.collection, x)
-        tangents = {name: named[name].to(p.dtype) for name, p in task.parameters.items()}
+        named = PVector(network.collection, x)
+        tangents = {name: named[name].to(p.dtype) for name, p in network.parameters.items()}
         pushed = [linearization.jvp(batch, tangents)[1].flatten(1).T for batch in side.run.loader]
         rows.append(torch.cat(pushed, 1).to(v.dtype))
     return torch.stack(rows)
@@ -73,16 +73,16 @@ def _by_rows(side: Side, v: Tensor) -> Tensor:
 
 
 def _pull(side: Side, u: Tensor) -> Tensor:
-    task, flat = side.run.task, u.reshape(-1, *u.shape[-2:])
-    total = torch.zeros(flat.shape[0], task.collection.numel, dtype=u.dtype, device=u.device)
-    parameters = list(task.parameters.values())
+    network, flat = side.run.network, u.reshape(-1, *u.shape[-2:])
+    total = torch.zeros(flat.shape[0], network.collection.numel, dtype=u.dtype, device=u.device)
+    parameters = list(network.parameters.values())
     shapes, at = [p.shape for p in parameters], 0
     with side.within():
         for batch, n in zip(side.run.loader, side.sizes):
             with gradients_on():
-                outputs = task.run(batch)
+                outputs = network.run(batch)
             cotangents = flat[..., at : at + n].transpose(1, 2).reshape(-1, *outputs.shape).to(outputs.dtype)
-            for lo, hi in memory.pieces(len(flat), 2 * task.collection.numel * u.element_size()):
+            for lo, hi in memory.pieces(len(flat), 2 * network.collection.numel * u.element_size()):
                 grads = pull_back(outputs, parameters, shapes, cotangents[lo:hi], retain=hi < len(flat))
                 total[lo:hi] += torch.cat([flat_rows(g) for g in grads], 1).to(u.dtype)
             at += n

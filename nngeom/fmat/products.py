@@ -14,8 +14,8 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.parts import has_positions
 from nngeom.fmat.store import Store
-from nngeom.fmat.tiles import Alone, Side, matched, pairs, require_finite, span
-from nngeom.generator.sweep import Chunk
+from nngeom.fmat.tiles import OneBatch, Side, matched, pairs, require_finite, span
+from nngeom.sweep.sweep import Chunk
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ class Mean:
     def over(side: Side) -> Mean:
         """One sweep over the examples."""
         total: Tensor | None = None
-        d = side.run.task.collection.numel
+        d = side.run.network.collection.numel
         for group in side.groups():
             for chunk in group.chunks:
                 k, _ = span(chunk)
                 if total is None:
-                    total = torch.zeros(chunk.outputs[1], d, dtype=side.dtype, device=side.device)
+                    total = torch.zeros(chunk.cotangents[1], d, dtype=side.dtype, device=side.device)
                 part = torch.zeros(k.stop - k.start, d, dtype=side.dtype, device=side.device)
                 for layout, j in chunk.jacobians.items():
                     ones = torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)
@@ -123,7 +123,7 @@ class Mean:
         """``{group: [k, l]}``: the products of the mean gradients with each other."""
         c = self.flat.shape[0]
         out = {name: self.flat.new_zeros(c, c) for name in grouping.names}
-        for name, (lo, shape) in side.run.task.collection.offsets().items():
+        for name, (lo, shape) in side.run.network.collection.offsets().items():
             m = self.flat[:, lo : lo + torch.Size(shape).numel()]
             out[grouping.of(name)] = out[grouping.of(name)] + m @ m.T
         return out
@@ -145,14 +145,16 @@ def products(
     mu_l>``.
     """
     m = (columns or rows).examples
-    if columns is None and mean is None and (alone := rows.alone()) is not None:
-        return _of_one_batch(kind, rows, alone, grouping, store, progress)
+    if columns is None and mean is None and (one_batch := rows.one_batch()) is not None:
+        return _of_one_batch(kind, rows, one_batch, grouping, store, progress)
     squares = mean.squares(rows, grouping) if mean is not None else {}
     bar = tqdm(total=rows.examples * m, desc="GramMatrix", unit="pair", disable=not progress)
     for x, y in pairs(rows, columns):
         (k, n), (l, q) = span(x), span(y)
         place = kind.place(k, n, l, q)
-        store.open(kind.sizes(x.outputs[1], rows.examples, m), rows.dtype if mean is None else rows.kept, rows.device)
+        store.open(
+            kind.sizes(x.cotangents[1], rows.examples, m), rows.dtype if mean is None else rows.kept, rows.device
+        )
         if all(s.stop > s.start for s in place) and not store.has(place):
             blocks = list(matched(x, y, grouping.of))
             by_examples = any(has_positions(j) for _, j, _ in blocks)
@@ -163,28 +165,28 @@ def products(
                 none = mean.flat.new_zeros(1, 1, 1)
                 for name in grouping.names:
                     ax, ay = (
-                        a.get(name, none.expand(s.stop - s.start, e.stop - e.start, x.outputs[1]))
+                        a.get(name, none.expand(s.stop - s.start, e.stop - e.start, x.cotangents[1]))
                         for a, s, e in ((left, k, n), (right, l, q))
                     )
                     tiles[name] = kind.centred(tiles.get(name, zero), ax, ay, squares[name], k, l)
             require_finite(tiles.values(), rows, columns)
             mirror = kind.place(l, q, k, n) if columns is None and x is not y else None
             store.write(place, tiles, mirror, kind.mirror)
-        share = (k.stop - k.start) * (l.stop - l.start) / x.outputs[1] ** 2
+        share = (k.stop - k.start) * (l.stop - l.start) / x.cotangents[1] ** 2
         bar.update(share * (n.stop - n.start) * (q.stop - q.start) * (2 if columns is None and x is not y else 1))
     bar.close()
     return store.result()
 
 
 def _of_one_batch(
-    kind: Any, rows: Side, alone: Alone, grouping: Grouping, store: Store, progress: bool
+    kind: Any, rows: Side, one_batch: OneBatch, grouping: Grouping, store: Store, progress: bool
 ) -> dict[str, Tensor]:
     """A square kernel as one tile, summed over blocks as they come."""
-    n, c = slice(0, rows.examples), slice(0, alone.outputs)
+    n, c = slice(0, rows.examples), slice(0, one_batch.outputs)
     place = kind.place(c, n, c, n)
     store.open(kind.sizes(c.stop, n.stop, n.stop), rows.dtype, rows.device)
     if not store.has(place):
-        tiles = kind.tiles(_released(alone.parts, grouping, progress), c, c, False, alone.positions)
+        tiles = kind.tiles(_released(one_batch.parts, grouping, progress), c, c, False, one_batch.positions)
         require_finite(tiles.values(), rows)
         store.write(place, tiles, None, kind.mirror)
     return store.result()

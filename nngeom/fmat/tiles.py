@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nngeom.capture.recorder import record
 from nngeom.core import memory
 from nngeom.core.errors import NonFiniteError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.core.parts import join, joins
-from nngeom.generator.capture import capture
-from nngeom.generator.run import Run
-from nngeom.generator.sweep import START, Chunk, Metric, Policy, Sweep
+from nngeom.sweep.run import Run
+from nngeom.sweep.sweep import START, Chunk, Cotangents, Policy, Sweep
 
 Key = tuple[int, int]  # (first example, first output) of a chunk: the order in which chunks are captured
 SHARES = 4  # of the budget: one for a chunk of columns, two for rows, one for what is made of them
@@ -28,13 +28,13 @@ SHARES = 4  # of the budget: one for a chunk of columns, two for rows, one for w
 
 def key(chunk: Chunk) -> Key:
     """Where a chunk starts."""
-    return chunk.start, chunk.outputs[0]
+    return chunk.start, chunk.cotangents[0]
 
 
 def span(chunk: Chunk) -> tuple[slice, slice]:
     """Its outputs and its examples, as slices of the whole kernel."""
-    width = next((j.shape[0] for j in chunk.jacobians.values()), chunk.outputs[1])
-    return slice(chunk.outputs[0], chunk.outputs[0] + width), slice(chunk.start, chunk.start + chunk.examples)
+    width = next((j.shape[0] for j in chunk.jacobians.values()), chunk.cotangents[1])
+    return slice(chunk.cotangents[0], chunk.cotangents[0] + width), slice(chunk.start, chunk.start + chunk.examples)
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Alone:
+class OneBatch:
     """All rows of one batch, some layers at a time: who holds none when it asks for the next has memory for one part
     only.
     """
@@ -66,9 +66,9 @@ class Side:
     on_disk: bool = False  # the kernel is: no tile of it may take more than its share of the budget
 
     @staticmethod
-    def of(run: Run, metric: Metric, policy: Policy = Policy()) -> Side:
+    def of(run: Run, cotangents: Cotangents, policy: Policy = Policy()) -> Side:
         """The rows of a run for the cotangents of a metric."""
-        return Side(Sweep(run.held(), metric, policy))
+        return Side(Sweep(run.held(), cotangents, policy))
 
     @property
     def run(self) -> Run:
@@ -94,11 +94,11 @@ class Side:
     def outputs(self) -> int:
         """``c``: how many outputs an example has; raises what a first, checked look at the data raises."""
         with torch.no_grad(), self.within():
-            return self.run.task.run(self.run.loader[0])[0].numel()
+            return self.run.network.run(self.run.loader[0])[0].numel()
 
     def first_outputs(self) -> torch.Tensor:
         """The outputs ``(n, ...)`` of the first batch, without graph; raises what a first look at the data raises."""
-        outputs = capture(self.run.task, self.run.loader[0]).outputs.detach()
+        outputs = record(self.run.network, self.run.loader[0]).outputs.detach()
         self.outputs = outputs[0].numel()
         return outputs
 
@@ -114,7 +114,7 @@ class Side:
     @property
     def kept(self) -> torch.dtype:
         """dtype of the finished kernel."""
-        return accumulation_dtype(self.run.task.dtype)
+        return accumulation_dtype(self.run.network.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,12 +132,12 @@ class Side:
     @property
     def device(self) -> torch.device:
         """Where the kernel is."""
-        return self.run.task.device
+        return self.run.network.device
 
     @property
     def parameters(self) -> tuple[torch.Tensor, ...]:
         """What products with the Jacobian depend on: the parameters."""
-        return tuple(self.run.task.parameters.values())
+        return tuple(self.run.network.parameters.values())
 
     def within(self) -> AbstractContextManager[int]:
         """Work under the memory budget that the object was built with, which outlives that call."""
@@ -161,15 +161,15 @@ class Side:
                 chunk = replace(chunk, jacobians={lay: j.to(torch.float64) for lay, j in chunk.jacobians.items()})
             yield chunk
 
-    def alone(self) -> Alone | None:
+    def one_batch(self) -> OneBatch | None:
         """The rows of the only batch; ``None`` where there are several batches, or no room for one at once."""
         if self.wide or self.watch or len(self.sizes) != 1:
             return None
-        found = self.sweep.but(most_examples=self.most_examples).alone()
+        found = self.sweep.but(most_examples=self.most_examples).one_batch()
         if found is None:
             return None
         run, v = found
-        return Alone(run.by_layers(v), len(v), run.has_positions)
+        return OneBatch(run.by_layers(v), len(v), run.has_positions)
 
     def groups(self, after: Key = START) -> Iterator[Group]:
         """Runs of chunks that together take half the budget; where one run holds all, it stays in memory."""
@@ -205,7 +205,7 @@ def require_finite(results: Iterable[torch.Tensor], *sides: Side | None) -> None
         return
     for side in sides:
         if side is not None:
-            side.sweep.blame()
+            side.sweep.raise_where_not_finite()
     raise NonFiniteError(
         "products of gradients overflowed to NaN or infinity; scale the outputs, or use a wider dtype, model.double()"
     )

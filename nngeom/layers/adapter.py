@@ -3,7 +3,7 @@
 An adapter is one function, registered for the torch functions it understands and called with their own arguments. It
 returns a :class:`Use`: which (parts of) parameters were used as which matrix, and how inputs and output gradients are
 read as ``a [*lead, s, i]`` and ``g [*lead, s, o]``. ``lead`` are the axes among which the examples lie; which of them
-it is, is found out later (:mod:`nngeom.generator.axes`), so that no adapter has to guess.
+it is, is found out later (:mod:`nngeom.pullback.axes`), so that no adapter has to guess.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.capture.network import Network, as_batches, take
 from nngeom.core.errors import ArgumentError, StructureError
-from nngeom.generator.task import Task, as_batches, take
-from nngeom.gram import GramMatrix
 from nngeom.linearized.expansion import Expansion, Refusing
 from nngeom.linearized.watch import Watch
+from nngeom.measures.kernels import GramMatrix
 from nngeom.space.collection import LayerCollection
 
 
@@ -80,11 +80,11 @@ def _network(model: nn.Module) -> nn.Module:
 def _forward(now, start, batches, layer, function, collection) -> tuple[int, int, list[Tensor]]:
     """Equal signs, their number, and the representations ``(n, p)`` of both models."""
     same, units = 0, 0
-    tasks = [Task.build(m, function, collection) for m in (now, start)]
+    networks = [Network.build(m, function, collection) for m in (now, start)]
     kept: list[list[Tensor]] = [[], []]
-    pairs = zip(*(task.batches(batches) for task in tasks))
+    pairs = zip(*(network.batches(batches) for network in networks))
     for pair in pairs:
-        seen = [_watched(task, batch, layer) for task, batch in zip(tasks, pair)]
+        seen = [_watched(network, batch, layer) for network, batch in zip(networks, pair)]
         masks, others = (watch.signs for watch in seen)
         if [m.shape for m in masks] != [m.shape for m in others]:
             raise StructureError(
@@ -99,17 +99,17 @@ def _forward(now, start, batches, layer, function, collection) -> tuple[int, int
     return same, units, [torch.cat(rows).double() for rows in kept]
 
 
-def _watched(task: Task, batch: Any, layer: str | None) -> Watch:
-    watch = _run(task, batch, layer)
+def _watched(network: Network, batch: Any, layer: str | None) -> Watch:
+    watch = _run(network, batch, layer)
     if len(watch.axes) > 1:  # as many positions or features as examples: a pass with one of these twice tells
-        watch.compare(_run(task, take(batch, [*range(watch.examples), 0], watch.examples), layer))
+        watch.compare(_run(network, take(batch, [*range(watch.examples), 0], watch.examples), layer))
     return watch
 
 
-def _run(task: Task, batch: Any, layer: str | None) -> Watch:
-    watch = Watch(task.model, layer)
+def _run(network: Network, batch: Any, layer: str | None) -> Watch:
+    watch = Watch(network.model, layer)
     with torch.no_grad(), watch, Refusing():
-        watch.examples = task.run(batch).shape[0]
+        watch.examples = network.run(batch).shape[0]
     return watch
 
 

@@ -9,9 +9,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import functional_call
 
-from nngeom.generator.kernels import ReverseConventions, twice_differentiable
-from nngeom.generator.remedies import gradients
-from nngeom.generator.task import gradients_on
+from nngeom.capture.fused import ReverseConventions, twice_differentiable
+from nngeom.capture.network import gradients_on
+from nngeom.capture.remedies import gradients
 from nngeom.linearized.expansion import Expansion, Refusing, as_outputs
 
 

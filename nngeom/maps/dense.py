@@ -32,10 +32,6 @@ class DenseMap(JacobianMap, TensorObject):
             raise ArgumentError(f"a {type(self).__name__} of this collection has shape (c, n, {d}); got {given}")
 
     @property
-    def collection(self):
-        return self.layer_collection
-
-    @property
     def shape(self):
         return tuple(self.tensor.shape)
 
@@ -71,7 +67,7 @@ class PushForwardDense(DenseMap):
     def __matmul__(self, other: Any) -> Any:
         """``J v``, ``J J'^T`` (an FMatDense), or ``J M`` for a symmetric matrix over the parameters."""
         if isinstance(other, PullBackDense):
-            self.collection.require(other.collection, "the pull-back")
+            self.layer_collection.require(other.layer_collection, "the pull-back")
             if other.shape[0] != self.shape[0]:
                 raise ArgumentError(f"maps of {self.shape[0]} and {other.shape[0]} outputs do not make a kernel")
             return FMatDense((self.rows() @ other.rows().T.to(self.dtype)).view(*self.shape[:2], *other.shape[:2]))

@@ -25,17 +25,12 @@ class ImplicitMap(JacobianMap):
     side: Side
 
     @property
-    def collection(self):
-        return self.side.run.task.collection
-
-    @property
     def layer_collection(self):
-        """The parameters."""
-        return self.collection
+        return self.side.run.network.collection
 
     @property
     def shape(self):
-        return self.side.outputs, self.side.examples, self.collection.numel
+        return self.side.outputs, self.side.examples, self.layer_collection.numel
 
     @property
     def dtype(self):
@@ -64,14 +59,14 @@ class PushForwardImplicit(ImplicitMap):
     def __matmul__(self, other: Any) -> Any:
         """``J v``, or the implicit kernel ``J J'^T``."""
         if isinstance(other, PullBackImplicit):
-            self.collection.require(other.collection, "the pull-back")
+            self.layer_collection.require(other.layer_collection, "the pull-back")
             return FMatImplicit(self.side, other.side)
         return self.mv(other)
 
     def materialize(self) -> PushForwardDense:
         """The same map with all its entries."""
         with self.side.within():
-            return PushForwardDense(self.collection, dense_rows(self.side))
+            return PushForwardDense(self.layer_collection, dense_rows(self.side))
 
 
 class PullBackImplicit(ImplicitMap):
@@ -79,7 +74,7 @@ class PullBackImplicit(ImplicitMap):
 
     def mv(self, u: FVector) -> PVector:
         """``J^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""
-        return PVector(self.collection, pull(self.side, self._function(u)))
+        return PVector(self.layer_collection, pull(self.side, self._function(u)))
 
     @property
     def T(self) -> PushForwardImplicit:
@@ -98,16 +93,16 @@ class PullBackImplicit(ImplicitMap):
 def dense_rows(side: Side) -> Tensor:
     """``(c, n, d)``: the gradients of all outputs at all examples."""
     out: Tensor | None = None
-    d = side.run.task.collection.numel
+    d = side.run.network.collection.numel
     with torch.no_grad():
         for chunk in side.chunks(reuse=True):
             k, n = span(chunk)
             if out is None:
-                out = torch.empty(chunk.outputs[1], side.examples, d, dtype=side.dtype, device=side.device)
+                out = torch.empty(chunk.cotangents[1], side.examples, d, dtype=side.dtype, device=side.device)
             for layout, j in chunk.jacobians.items():
                 write_rows(out[k, n], j, layout)
             written = {name for layout in chunk.jacobians for name in layout.names}
-            for name, (lo, shape) in side.run.task.collection.offsets().items():
+            for name, (lo, shape) in side.run.network.collection.offsets().items():
                 if name not in written:  # parameters that the outputs do not depend on
                     out[k, n, lo : lo + torch.Size(shape).numel()] = 0
     return out if out is not None else torch.zeros(side.outputs, side.examples, d, dtype=side.dtype, device=side.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ class JacobianMap(ABC):
 
     expressions: ClassVar[dict[str, Callable[..., Any]]] = {}  # what J^T @ J' makes, a "product"
 
-    @property
-    @abstractmethod
-    def collection(self) -> LayerCollection:
-        """The parameters."""
+    if TYPE_CHECKING:  # a field of some, computed by others
+
+        @property
+        def layer_collection(self) -> LayerCollection:
+            """The parameters."""
 
     @property
     @abstractmethod
@@ -46,7 +47,7 @@ class JacobianMap(ABC):
                 f"the operand is {type(v).__name__}; expected a PVector (PVector.from_flat(J.layer_collection, "
                 "tensor) makes one)"
             )
-        self.collection.require(v.layer_collection, "the vector")
+        self.layer_collection.require(v.layer_collection, "the vector")
         return self._here(v).flat().to(self.dtype)
 
     def _function(self, u: Any) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.fmat.products import EVERYTHING, squared_norms
-from nngeom.generator.sweep import Chunk
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
 from nngeom.maps.jacobian_map import JacobianMap
@@ -21,6 +20,7 @@ from nngeom.pmat.expression import PMatExpression
 from nngeom.pmat.representation import as_representation
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
+from nngeom.sweep.sweep import Chunk
 
 Push = PushForwardDense | PushForwardImplicit
 Pull = PullBackDense | PullBackImplicit
@@ -35,8 +35,8 @@ class PMatPullPush(PMatExpression):
     scale: float | Tensor = 1.0
 
     @property
-    def collection(self):
-        return self.right.collection
+    def layer_collection(self):
+        return self.right.layer_collection
 
     @property
     def dtype(self):
@@ -55,7 +55,7 @@ class PMatPullPush(PMatExpression):
         return self.scale * self._unscaled(x)
 
     def _unscaled(self, x: Tensor) -> Tensor:
-        return self.left.mv(self.right.mv(PVector(self.collection, x))).flat()
+        return self.left.mv(self.right.mv(PVector(self.layer_collection, x))).flat()
 
     def terms(self):
         return [(self.scale, self._unscaled)]
@@ -81,10 +81,10 @@ class PMatPullPush(PMatExpression):
             return super().materialize()
         chosen = as_representation(representation, **options)
         if isinstance(self.right, PushForwardDense):
-            matrix = built(chosen, self.collection, ExplicitRows(self.right.tensor, self.collection))
+            matrix = built(chosen, self.layer_collection, ExplicitRows(self.right.tensor, self.layer_collection))
         else:
             with self.right.side.within():
-                matrix = built(chosen, self.collection, Repeated(self.right.side.sweep, chosen.passes))
+                matrix = built(chosen, self.layer_collection, Repeated(self.right.side.sweep, chosen.passes))
         return matrix.examples * self.scale * matrix
 
     def __repr__(self) -> str:
@@ -106,13 +106,13 @@ class ExplicitRows:
         """The chunk."""
         return iter((self._chunk,))
 
-    def blame(self) -> None:
+    def raise_where_not_finite(self) -> None:
         """Rows at hand come from no batch."""
 
 
 def product(pull_back: Pull, push_forward: Push) -> PMatPullPush:
     """``J^T J'`` of maps over the same parameters."""
-    pull_back.collection.require(push_forward.collection, "the push-forward")
+    pull_back.layer_collection.require(push_forward.layer_collection, "the push-forward")
     return PMatPullPush(pull_back, push_forward)
 
 

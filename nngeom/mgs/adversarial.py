@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.rows import squared_norms
+from nngeom.capture.network import gradients_on
 from nngeom.core.errors import ArgumentError, NonFiniteError
-from nngeom.generator.run import Function, Run
-from nngeom.generator.task import gradients_on
-from nngeom.metrics.fisher import ExactFisher, as_likelihood
-from nngeom.metrics.loss import IdentityMetric, as_loss
+from nngeom.cotangents.fisher import ExactFisher, as_likelihood
+from nngeom.cotangents.loss import EveryOutput, as_loss
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Function, Run
 
 
 def sample_trace(
@@ -39,7 +39,7 @@ def sample_trace(
         memory_budget=memory_budget,
         check=check,
     )
-    return squared_norms(run, IdentityMetric())
+    return squared_norms(run, EveryOutput())
 
 
 def sample_fisher_trace(
@@ -57,7 +57,7 @@ def sample_fisher_trace(
     ``inputs``: what the model takes, or a batch; ``likelihood``: as for :func:`nngeom.FIM`. Large near the decision
     boundary, small for confident inputs. Source: Martin and Elster 2019.
     """
-    metric = ExactFisher(as_likelihood(likelihood, model))
+    cotangents = ExactFisher(as_likelihood(likelihood, model))
     run = Run.of(
         model,
         inputs,
@@ -66,7 +66,7 @@ def sample_fisher_trace(
         memory_budget=memory_budget,
         check=check,
     )
-    return squared_norms(run, metric)
+    return squared_norms(run, cotangents)
 
 
 def fgsm(model: nn.Module, inputs: Tensor, targets: Tensor, epsilon: float, loss: Any = "cross_entropy") -> Tensor:

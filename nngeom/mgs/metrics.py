@@ -13,10 +13,10 @@ from nngeom.analysis.rows import wide_kernels
 from nngeom.analysis.spectrum import effective_rank
 from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError
+from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.tiles import Side
-from nngeom.generator.run import Function, Run
-from nngeom.metrics.loss import IdentityMetric
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Function, Run
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def metrics(
         raise ArgumentError(f"jitter is {jitter}; expected a positive number")
     run = Run.of(model, loader, function=function, layer_collection=layer_collection, memory_budget=memory_budget)
     with run.within():
-        sides = (Side.of(run.on([batch]), IdentityMetric()) for batch in run.batches())
+        sides = (Side.of(run.on([batch]), EveryOutput()) for batch in run.batches())
         with torch.no_grad():
             entries = [_entry(square_kernel(wide_kernels(side)[""]), jitter, side.kept) for side in sides]
     columns = {name: torch.stack([e[name] for e in entries]) for name in entries[0] if name != "eigenvalues"}

@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.capture.batch import with_input_gradients
+from nngeom.capture.fused import twice_differentiable
+from nngeom.capture.network import gradients_on
+from nngeom.capture.recorded import Recorded
+from nngeom.capture.recorder import Capture, record
+from nngeom.capture.remedies import gradients
 from nngeom.core.contract import squared_lengths
 from nngeom.core.draws import factors, outer
 from nngeom.core.errors import ArgumentError, CoverageError
+from nngeom.cotangents.loss import EveryOutput, as_loss, judged
 from nngeom.fmat.estimate import RandomSigns
-from nngeom.generator.axes import ExampleAxis
-from nngeom.generator.batch import with_input_gradients
-from nngeom.generator.capture import Capture, capture
-from nngeom.generator.kernels import twice_differentiable
-from nngeom.generator.recorded import Recorded
-from nngeom.generator.remedies import gradients
-from nngeom.generator.run import Run
-from nngeom.generator.sweep import Policy, Sweep
-from nngeom.generator.task import gradients_on
-from nngeom.gram import GramMatrix
-from nngeom.metrics.loss import IdentityMetric, as_loss, judged
+from nngeom.measures.kernels import GramMatrix
+from nngeom.pullback.axes import ExampleAxis
 from nngeom.solve.hutchinson import rademacher
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Run
+from nngeom.sweep.sweep import Policy, Sweep
 
 Function = Any
 
@@ -63,17 +63,17 @@ def trace_penalty(
     if samples < 1:
         raise ArgumentError(f"samples is {samples}; expected a whole number of at least 1")
     run = Run.of(model, [inputs], function=function, layer_collection=layer_collection)
-    seen = capture(run.task, next(run.batches()), keep_graph=True)
-    f = seen.outputs
+    capture = record(run.network, next(run.batches()), keep_graph=True)
+    f = capture.outputs
     if not f.requires_grad:
         raise CoverageError(
             "the outputs do not depend on any selected parameter (torch.no_grad or .detach() inside the model?)"
         )
     with gradients_on():
         if estimator == "exact":
-            total = _trace(run, seen)
+            total = _trace(run, capture)
         else:
-            total = _squared_sums(run, seen, rademacher(samples, *f.shape, like=f, generator=generator)) / samples
+            total = _squared_sums(run, capture, rademacher(samples, *f.shape, like=f, generator=generator)) / samples
     value = total if reduction == "sum" else total / f.shape[0]
     return (value, f) if return_outputs else value
 
@@ -127,12 +127,12 @@ def loss_gradient_penalty(
         raise ArgumentError(f"wrt is {wrt!r}; expected 'parameters' or 'inputs'")
     batch = {**inputs, "labels": targets} if isinstance(inputs, dict) else (inputs, targets)
     run = Run.of(model, [batch], function=function, layer_collection=layer_collection)
-    task, batch = run.task, next(run.batches())
-    variables = list(task.parameters.values())
+    network, batch = run.network, next(run.batches())
+    variables = list(network.parameters.values())
     if wrt == "inputs":
         batch, variables = with_input_gradients(batch)  # type: ignore[assignment]
     with gradients_on(), twice_differentiable():
-        outputs = task.run(batch)
+        outputs = network.run(batch)
         measured, moved = judged(as_loss(loss, model), outputs, batch)
         value = measured.precisely(outputs, moved).mean()
         grads = gradients(value, variables, None, create_graph=True)
@@ -143,26 +143,26 @@ def loss_gradient_penalty(
         return torch.where(live, torch.where(live, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
 
 
-def _trace(run: Run, seen: Capture) -> Tensor:
+def _trace(run: Run, capture: Capture) -> Tensor:
     """``sum_kn |J[k, n]|^2``."""
-    sweep = Sweep(run, IdentityMetric(), ALIVE)
-    norms = [j.squared_norms().sum() for chunk in sweep.cut(seen) for j in chunk.jacobians.values()]
+    sweep = Sweep(run, EveryOutput(), ALIVE)
+    norms = [j.squared_norms().sum() for chunk in sweep.cut(capture) for j in chunk.jacobians.values()]
     return torch.stack(norms).sum()
 
 
-def _squared_sums(run: Run, seen: Capture, signs: Tensor) -> Tensor:
+def _squared_sums(run: Run, capture: Capture, signs: Tensor) -> Tensor:
     """Summed over ``signs [k, n, *out]``: squared gradients of every example by itself where a layer has one row for
     each, and of all examples together elsewhere. Both have the trace as their mean; the first scatters less and costs
     less.
     """
-    single = _with_a_row_an_example(run, seen)
+    single = _with_a_row_an_example(run, capture)
     covered = {slot.name for recorded in single for slot in recorded.use.slots}
-    others = [p for name, p in run.task.parameters.items() if name not in covered]
+    others = [p for name, p in run.network.parameters.items() if name not in covered]
     lengths = [squared_lengths(r.read_inputs().flatten(1)) + (r.use.bias is not None) for r in single]
-    total = seen.outputs.new_zeros(())
+    total = capture.outputs.new_zeros(())
     for v in signs:
         variables: list[Any] = [*(recorded.edge for recorded in single), *others]
-        grads = gradients(seen.outputs, variables, v, create_graph=True)
+        grads = gradients(capture.outputs, variables, v, create_graph=True)
         for length, g in zip(lengths, grads):
             if g is not None:
                 total = total + torch.dot(squared_lengths(g), length)
@@ -170,29 +170,29 @@ def _squared_sums(run: Run, seen: Capture, signs: Tensor) -> Tensor:
     return total
 
 
-def _with_a_row_an_example(run: Run, seen: Capture) -> list[Recorded]:
+def _with_a_row_an_example(run: Run, capture: Capture) -> list[Recorded]:
     """Uses of a whole matrix (and its bias) that are its only ones, proved to have row ``n`` from example ``n``
     alone.
     """
-    n, times = seen.outputs.shape[0], Counter(slot.name for recorded in seen.uses for slot in recorded.use.slots)
+    n, times = capture.outputs.shape[0], Counter(slot.name for recorded in capture.uses for slot in recorded.use.slots)
     found = []
-    for recorded in seen.uses:
+    for recorded in capture.uses:
         use = recorded.use
         if (
             not use.product
             or use.weight is None
             or use.lead != (n,)
-            or any(times[s.name] > 1 or s.name in seen.unstructured for s in use.slots)
+            or any(times[s.name] > 1 or s.name in capture.unstructured for s in use.slots)
         ):
             continue
         width = recorded.shape[-1]
         whole = use.weight.arrangement.sizes == (1, width, use.weight.arrangement.sizes[2]) and not use.weight.column
         whole = whole and (use.bias is None or use.bias.arrangement.sizes == (1, width, 1))
-        if whole and _as_they_are(recorded, seen.outputs):
+        if whole and _as_they_are(recorded, capture.outputs):
             found.append(recorded)
     if not found:
         return []
-    proof = Sweep(run, RandomSigns(1, 0, False), ALIVE).proved(seen)
+    proof = Sweep(run, RandomSigns(1, 0, False), ALIVE).proved(capture)
     return [
         recorded
         for recorded in found

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
-from nngeom.generator.sweep import Metric
-from nngeom.metrics.fisher import ExactFisher, MonteCarloFisher, as_likelihood
+from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood
 from nngeom.pmat.diag import PMatDiag
 from nngeom.pmat.eye import PMatEye
 from nngeom.pmat.representation import Representation, as_representation
+from nngeom.sweep.sweep import Cotangents
 
 
 def number(name: str, x: Any, step: int) -> Any:
@@ -56,7 +56,7 @@ def as_rest(rest: Any) -> Representation:
     return as_representation(named.get(rest, rest) if isinstance(rest, str) else rest)
 
 
-def as_metric(fisher: str, likelihood: Any, seed: int) -> Metric | None:
+def as_metric(fisher: str, likelihood: Any, seed: int) -> Cotangents | None:
     """Which cotangents are pulled back; ``None``: those of the user's own loss."""
     if fisher not in ("empirical", "monte_carlo", "exact"):
         raise ArgumentError(f"fisher is {fisher!r}; expected 'empirical', 'monte_carlo' or 'exact'")

@@ -11,7 +11,7 @@ from torch import Tensor
 from nngeom.core.errors import ArgumentError
 from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.core.registry import qualified
-from nngeom.core.statistic import Rows, Sums, names_of
+from nngeom.core.statistic import Stacked, Sums, names_of
 from nngeom.pmat.block import Block
 
 
@@ -23,7 +23,7 @@ class Averages:
 
     def take(self, sums: Sums, examples: int, c: float, decay: float) -> None:
         """Take in :func:`scaled_means`; raises :class:`ArgumentError` for rows under a past: they are not added up."""
-        stacked = [block for block, named in sums.sums.items() if any(isinstance(t, Rows) for t in named.values())]
+        stacked = [block for block, named in sums.sums.items() if any(isinstance(t, Stacked) for t in named.values())]
         if decay and stacked:
             raise ArgumentError(
                 f"the statistics of {names_of(stacked[0])[:2]} are rows of single examples, which have no running "
@@ -80,7 +80,7 @@ def scaled_means(sums: Sums, examples: int, c: float) -> dict[Layout, dict[str, 
     factors: list[float] = []
     for layout, named in sums.sums.items():
         for name, t in named.items():
-            if isinstance(t, Rows):
+            if isinstance(t, Stacked):
                 tensors.append(torch.cat(t.parts))
                 factors.append(c / examples**0.5)
             else:
@@ -96,7 +96,7 @@ def all_finite(sums: Sums) -> bool:
         p.sum()
         for tensors in sums.sums.values()
         for t in tensors.values()
-        for p in (t.parts if isinstance(t, Rows) else [t])
+        for p in (t.parts if isinstance(t, Stacked) else [t])
     ]
     return not parts or bool(torch.isfinite(torch.stack(parts)).all())
 

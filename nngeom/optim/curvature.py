@@ -16,15 +16,15 @@ from nngeom.core.damping import Damping
 from nngeom.core.errors import NonFiniteError, SingularError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
-from nngeom.generator.sweep import Chunk
 from nngeom.optim.averages import Averages, all_finite, plain_blocks, restored_blocks, scaled_means
 from nngeom.optim.packed import Packed
 from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.block import Block
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Means, Scope, Statistic
+from nngeom.pmat.recipe import Means, Selection, Statistic
 from nngeom.pmat.representation import Representation
+from nngeom.sweep.sweep import Chunk
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Manner:
 class Curvature(ABC):
     """One part of the parameters."""
 
-    def __init__(self, representation: Representation, scope: Scope, manner: Manner):
-        self.representation, self.scope, self.manner = representation, scope, manner
+    def __init__(self, representation: Representation, selection: Selection, manner: Manner):
+        self.representation, self.selection, self.manner = representation, selection, manner
         self.averages = Averages()
         self.blocks: dict[Layout, Any] = {}
         self._packed: Packed | None = None
@@ -79,7 +79,11 @@ class Curvature(ABC):
 
     def state(self) -> dict[str, Any]:
         """Plain values and tensors."""
-        return {"names": list(self.scope.names), "averages": self.averages.plain(), "blocks": plain_blocks(self.blocks)}
+        return {
+            "names": list(self.selection.names),
+            "averages": self.averages.plain(),
+            "blocks": plain_blocks(self.blocks),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state`."""
@@ -118,9 +122,9 @@ class Averaged(Curvature):
     over the examples seen since the last step, which are held where a refresh is due.
     """
 
-    def __init__(self, representation: Representation, scope: Scope, manner: Manner):
-        super().__init__(representation, scope, manner)
-        self.statistic = next(representation.recipe(scope))
+    def __init__(self, representation: Representation, selection: Selection, manner: Manner):
+        super().__init__(representation, selection, manner)
+        self.statistic = next(representation.recipe(selection))
         self.several = representation.passes > 1
         self.sources: set[Layout] = set()  # what the blocks were made from
 
@@ -131,7 +135,7 @@ class Averaged(Curvature):
     def observe(self, chunk, schedule):
         if not schedule.statistics and self.blocks:
             return
-        chunk = self.scope.restrict(chunk)
+        chunk = self.selection.restrict(chunk)
         self.pending.add(self.statistic, chunk)
         if self.several and self._due(schedule):
             self.held.append(copied(chunk))
@@ -155,7 +159,7 @@ class Averaged(Curvature):
             packed.write()
 
     def _refresh(self, damping: Damping, seen: Seen) -> None:
-        recipe, means = self.representation.recipe(self.scope), self.averages.read()
+        recipe, means = self.representation.recipe(self.selection), self.averages.read()
         next(recipe)
         try:
             while True:

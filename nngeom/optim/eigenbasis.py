@@ -15,7 +15,6 @@ from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov
 from nngeom.core.errors import NonFiniteError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
-from nngeom.generator.sweep import Chunk
 from nngeom.optim.averages import all_finite, scaled_means
 from nngeom.optim.curvature import Curvature, Manner, copied, keeps
 from nngeom.optim.packed import Packed, split
@@ -24,8 +23,9 @@ from nngeom.optim.schedule import Schedule
 from nngeom.pmat.ekfac import PMatEKFAC, scaling_statistic
 from nngeom.pmat.kfac import kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
-from nngeom.pmat.recipe import Scope
+from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
+from nngeom.sweep.sweep import Chunk
 
 
 @keeps(PMatEKFAC)
@@ -38,9 +38,9 @@ class Eigenbasis(Curvature):
     the place of ``n v^2``. Second moments taken in different bases are never averaged.
     """
 
-    def __init__(self, representation: Representation, scope: Scope, manner: Manner):
-        super().__init__(representation, scope, manner)
-        self.statistic: Callable = next(representation.recipe(scope))
+    def __init__(self, representation: Representation, selection: Selection, manner: Manner):
+        super().__init__(representation, selection, manner)
+        self.statistic: Callable = next(representation.recipe(selection))
         self.running, self.worker = manner.scalings == "running", manner.worker
         self.from_gradient = self.running and not manner.own_rows
         self.sources: set[Layout] = set()  # layers that have a basis
@@ -63,7 +63,7 @@ class Eigenbasis(Curvature):
     def observe(self, chunk, schedule):
         if not self.from_gradient and not self.squares.sums:
             self._adopt()
-        chunk = self.scope.restrict(chunk)
+        chunk = self.selection.restrict(chunk)
         if schedule.statistics or not self.blocks:
             self.pending.add(self.statistic, chunk)
         if self.from_gradient:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
-from nngeom.generator.observe import Observation, Observer
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
 from nngeom.optim.curvature import Manner
 from nngeom.optim.descent import clipping, descend
@@ -27,6 +26,7 @@ from nngeom.optim.unscaling import unscale
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.representation import as_representation
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.observe import Observation, Observer
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -118,10 +118,10 @@ class NaturalGradient(torch.optim.Optimizer):
             model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of
         )
         worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
-        manner = Manner(scalings=scalings, own_rows=self.observer.metric is not None, worker=worker)
+        manner = Manner(scalings=scalings, own_rows=self.observer.cotangents is not None, worker=worker)
         self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner)
-        parameters = self.observer.task.parameters
-        self.gradients = Gradients(parameters.values(), self.observer.task.dtype)
+        parameters = self.observer.network.parameters
+        self.gradients = Gradients(parameters.values(), self.observer.network.dtype)
         super().__init__(
             self.gradients.parameters if params is None else params,
             {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
@@ -158,7 +158,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if reduction is not None:
             self.pending.reduction = as_reduction(reduction)
         record = schedule.statistics or self.partition.wants_every_batch
-        with alone(self.observer.task.model), self.observer.watch(record) as seen:
+        with alone(self.observer.network.model), self.observer.watch(record) as seen:
             yield seen
         with torch.no_grad():
             for chunk in seen.chunks:
@@ -240,7 +240,7 @@ class NaturalGradient(torch.optim.Optimizer):
         schedule, flat = self.clock.now(), self.gradients.read()
         if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self.partition):
             return self._skip("gradients or statistics are not finite")
-        seen = self.pending.seen(self.observer.metric is None)
+        seen = self.pending.seen(self.observer.cotangents is None)
         gradient = None if schedule.kl_clip is None else flat.clone()
         try:
             for part in self.partition:

@@ -7,14 +7,14 @@ from inspect import signature
 from typing import Any
 
 from nngeom.core.errors import ArgumentError
-from nngeom.generator.observe import Observer
-from nngeom.generator.sweep import Chunk
 from nngeom.optim.curvature import Curvature, Manner, keeper
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.factors import is_kronecker, structure_of
-from nngeom.pmat.recipe import Scope
+from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.observe import Observer
+from nngeom.sweep.sweep import Chunk
 
 REST = -2  # the part of parameters that the chosen representation cannot hold
 
@@ -81,14 +81,14 @@ class Partition:
             old = self.parts.get(index)
             parts[index] = (
                 old
-                if old is not None and list(old.scope.names) == names
-                else self._part(index, Scope(self.collection, tuple(names)))
+                if old is not None and list(old.selection.names) == names
+                else self._part(index, Selection(self.collection, tuple(names)))
             )
         self.parts, self._place = parts, place
 
-    def _part(self, index: int, scope: Scope) -> Curvature:
+    def _part(self, index: int, selection: Selection) -> Curvature:
         representation = self._representation(index)
-        return keeper(representation)(representation, scope, replace(self.manner, eager=index == REST))
+        return keeper(representation)(representation, selection, replace(self.manner, eager=index == REST))
 
     def _representation(self, index: int) -> Representation:
         return self.rest if index == REST else self.representation.member(index)

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.capture.network import Network
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, CoverageError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.parts import features, join, joins
-from nngeom.generator.observe import Observation, Observer
-from nngeom.generator.run import Run
-from nngeom.generator.sweep import Chunk, Sweep
-from nngeom.generator.task import Task
-from nngeom.metrics.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.optim.replicas import alone, require_model
 from nngeom.pmat.recipe import write_rows
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
+from nngeom.sweep.observe import Observation, Observer
+from nngeom.sweep.run import Run
+from nngeom.sweep.sweep import Chunk, Sweep
 
 
 def winsorized_gradient(
@@ -44,8 +44,8 @@ def winsorized_gradient(
     :func:`nngeom.EmpiricalFIM` raises. Source: Tukey 1962 (winsorizing); Chatterjee & Zielinski 2020, section 5.5 (of
     gradients).
     """
-    task, examples = _gradients(model, batch, loss, function, layer_collection)
-    return PVector(task.collection, examples.reduced(lambda rows: winsorized(rows, level).mean(0)))
+    network, examples = _gradients(model, batch, loss, function, layer_collection)
+    return PVector(network.collection, examples.reduced(lambda rows: winsorized(rows, level).mean(0)))
 
 
 def median_of_means_gradient(
@@ -63,7 +63,7 @@ def median_of_means_gradient(
     of examples; sizes differ by one at most. An even number of groups takes the middle of the two middle values. Raises
     :class:`ArgumentError` unless ``1 <= groups <= n``.
     """
-    task, examples = _gradients(model, batch, loss, function, layer_collection)
+    network, examples = _gradients(model, batch, loss, function, layer_collection)
     if not isinstance(groups, int) or not 1 <= groups <= examples.count:
         raise ArgumentError(
             f"groups is {groups!r}; expected a whole number from 1 to the number of examples, {examples.count}"
@@ -72,7 +72,7 @@ def median_of_means_gradient(
     def median(rows: Tensor) -> Tensor:
         return winsorized(torch.stack([part.mean(0) for part in rows.tensor_split(groups)]), 50.0)[0]
 
-    return PVector(task.collection, examples.reduced(median))
+    return PVector(network.collection, examples.reduced(median))
 
 
 def winsorized(rows: Tensor, level: float) -> Tensor:
@@ -114,14 +114,14 @@ class WinsorizedSGD(torch.optim.SGD):
         winsorized(torch.zeros(1, 1), level)  # checks the level
         self.observer, self.level = Observer(model, collection), level
         self._examples = _Examples(collection)
-        super().__init__(list(self.observer.task.parameters.values()), lr=lr, **options)
+        super().__init__(list(self.observer.network.parameters.values()), lr=lr, **options)
 
     @contextlib.contextmanager
     def observe(self, scaler: Any = None) -> Iterator[Observation]:
         """Watch one or several forward and backward passes, as :meth:`NaturalGradient.observe`; ``scaler``: a
         ``GradScaler`` in use.
         """
-        with alone(self.observer.task.model), self.observer.watch() as seen:
+        with alone(self.observer.network.model), self.observer.watch() as seen:
             yield seen
         if self.observer.batchwise:
             raise CoverageError(
@@ -152,10 +152,10 @@ class WinsorizedSGD(torch.optim.SGD):
                 "opt.observe():`"
             )
         change = PVector(
-            self.observer.task.collection,
+            self.observer.network.collection,
             self._examples.reduced(lambda rows: (winsorized(rows, self.level) - rows).sum(0)),
         )
-        for name, p in self.observer.task.parameters.items():
+        for name, p in self.observer.network.parameters.items():
             if p.grad is not None:
                 p.grad.add_(change[name].to(p.grad))
         self._examples.clear()
@@ -216,10 +216,10 @@ class _Examples:
 
 def _gradients(
     model: nn.Module, batch: Any, loss: Any, function: Any, collection: LayerCollection | None
-) -> tuple[Task, _Examples]:
+) -> tuple[Network, _Examples]:
     """The gradients of every example's own loss."""
     run = Run.of(require_model(model), batch, function=function, layer_collection=collection)
-    examples = _Examples(run.task.collection)
+    examples = _Examples(run.network.collection)
     for chunk in Sweep(run, EmpiricalFisher(as_loss(loss, model))).chunks():
         examples.add(chunk)
-    return run.task, examples
+    return run.network, examples

@@ -22,7 +22,7 @@ def unscale(opt: Any) -> bool:
         for p in opt.gradients.parameters:
             if p.grad is not None:
                 p.grad.mul_(1 / opt.pending.loss_scale)
-    elif opt.pending.loss_scale == 1.0 and opt.pending.examples and opt.observer.metric is None:
+    elif opt.pending.loss_scale == 1.0 and opt.pending.examples and opt.observer.cotangents is None:
         raise ArgumentError(
             "scaler.unscale_(opt) unscaled the gradients and not what was observed: pass observe(scaler=scaler)"
         )

@@ -13,7 +13,7 @@ from nngeom.core.errors import SingularError
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, zero_small
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Scope, join_rows
+from nngeom.pmat.recipe import Selection, join_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +106,8 @@ class PMatDense(PMat):
     entries = "all"
 
     @classmethod
-    def recipe(cls, scope: Scope):
-        layout = scope.span()
+    def recipe(cls, selection: Selection):
+        layout = selection.span()
         return (yield from dense_recipe({layout: layout.names}))
 
 
@@ -117,6 +117,6 @@ class PMatBlockDiag(PMat):
     entries = "layers"
 
     @classmethod
-    def recipe(cls, scope: Scope):
-        layers = {scope.collection.span(names): names for names in scope.by_layer().values()}
+    def recipe(cls, selection: Selection):
+        layers = {selection.collection.span(names): names for names in selection.by_layer().values()}
         return (yield from dense_recipe(layers))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nngeom.pmat.block import Block, Identity, reciprocal
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Scope
+from nngeom.pmat.recipe import Selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +45,14 @@ class PMatDiag(PMat):
     entries = "diagonal"
 
     @classmethod
-    def recipe(cls, scope: Scope):
+    def recipe(cls, selection: Selection):
         def statistic(chunk):
             return {layout: {"d": j.square()} for layout, j in chunk.jacobians.items()}
 
         means = yield statistic
         if not means:
             return {}
-        span = scope.span()
+        span = selection.span()
         flat = next(iter(means.values()))["d"].new_zeros(max(p.stop for p in span.pieces))
         for layout, tensors in means.items():  # a parameter used differently in different batches has several
             layout.scatter_(flat, layout.gather(flat) + tensors["d"])

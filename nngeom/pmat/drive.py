@@ -11,11 +11,11 @@ import torch
 from nngeom.core.errors import NonFiniteError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums, names_of
-from nngeom.generator.sweep import Chunk, Sweep, require_examples
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Means, Recipe, Scope
+from nngeom.pmat.recipe import Means, Recipe, Selection
 from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.sweep import Chunk, Sweep, require_examples
 
 
 class Source(Protocol):
@@ -24,14 +24,14 @@ class Source(Protocol):
     def chunks(self) -> Iterator[Chunk]:
         """One pass over the data; a chunk may be overwritten when the next is asked for."""
 
-    def blame(self) -> None:
+    def raise_where_not_finite(self) -> None:
         """Raise :class:`NonFiniteError` that says which batch and examples are not finite, if some are not."""
 
 
 class Repeated:
     """Several passes of one sweep: the later ones from memory where the first one fits it, else over the data again.
 
-    Rows are not searched for NaN and infinity: who reads a result that is not finite asks :meth:`blame`.
+    Rows are not searched for NaN and infinity: for a result that is not finite ask :meth:`raise_where_not_finite`.
     """
 
     def __init__(self, sweep: Sweep, count: int):
@@ -55,9 +55,9 @@ class Repeated:
             yield chunk
         self._kept = kept or []
 
-    def blame(self) -> None:
+    def raise_where_not_finite(self) -> None:
         """Raise for the first batch with outputs or gradients that are not finite, if there is one."""
-        self.sweep.blame()
+        self.sweep.raise_where_not_finite()
 
 
 def drive(recipe: Recipe, source: Source) -> tuple[dict[Layout, Any], int]:
@@ -81,7 +81,7 @@ def drive(recipe: Recipe, source: Source) -> tuple[dict[Layout, Any], int]:
 
 def built(chosen: Representation, collection: LayerCollection, source: Source) -> PMat:
     """The matrix of a representation, driven over data."""
-    blocks, count = drive(chosen.recipe(Scope.of(collection)), source)
+    blocks, count = drive(chosen.recipe(Selection.of(collection)), source)
     return chosen.kind.of_blocks(collection, blocks, count)
 
 
@@ -110,7 +110,7 @@ def require_finite(means: Means, source: Source, count: int) -> Means:
     for block, tensors in means.items():
         for name, t in tensors.items():
             if not bool(torch.isfinite(t.sum())) and not bool(torch.isfinite(t).all()):
-                source.blame()
+                source.raise_where_not_finite()
                 raise NonFiniteError(
                     f"the statistic {name!r} of {names_of(block)[:4]} overflowed to NaN or infinity over {count} "
                     "examples; scale the inputs or use a wider dtype, model.double()"

@@ -17,7 +17,7 @@ from nngeom.pmat.block import Block
 from nngeom.pmat.kfac import factor_statistic, kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Recipe, Scope
+from nngeom.pmat.recipe import Recipe, Selection
 from nngeom.pmat.representation import Representation
 from nngeom.pmat.sua import has_window, parts, sua_squares
 
@@ -53,8 +53,8 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
     centred = False
 
     @classmethod
-    def recipe(cls, scope: Scope, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
-        """Factors of the parameters of ``scope`` and their eigenvectors, then mean squares; ``sharing``, ``sua``,
+    def recipe(cls, selection: Selection, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
+        """Factors of the parameters of ``selection`` and their eigenvectors, then mean squares; ``sharing``, ``sua``,
         ``block_limit``: see the class.
         """
         means = yield factor_statistic(sharing, block_limit, sua)
@@ -74,7 +74,7 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         basis. Raises :class:`StructureError` where the model uses its parameters differently than when the basis was
         made, and what the measure raises. Source: George et al. 2018, algorithm 1.
         """
-        from nngeom.measure import FIM
+        from nngeom.measures.second_moments import FIM
 
         return (measure or FIM)(model, loader, self.in_basis(self), layer_collection=self.layer_collection, **options)
 
@@ -85,7 +85,7 @@ class Rescaling(Representation):
 
     bases: dict[Layout, Block] = field(default_factory=dict)
 
-    def recipe(self, scope: Scope) -> Recipe:
+    def recipe(self, selection: Selection) -> Recipe:
         """The recipe for the whole collection."""
         return (yield from rescale({layout: b for layout, b in self.bases.items() if isinstance(b, EigenBlock)}))
 

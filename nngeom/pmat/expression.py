@@ -31,11 +31,6 @@ class PMatExpression(ParameterOperator):
     """A matrix defined by others. Everything the parts do is done by them; the rest on the dense matrix."""
 
     @property
-    def layer_collection(self):
-        """The parameters this matrix acts on."""
-        return self.collection
-
-    @property
     def symmetric(self) -> bool:
         """Whether the expression is symmetric by construction."""
         return True
@@ -46,7 +41,7 @@ class PMatExpression(ParameterOperator):
 
     def diag(self) -> PVector:
         """The diagonal."""
-        return PVector(self.collection, self.to_dense().diagonal())
+        return PVector(self.layer_collection, self.to_dense().diagonal())
 
     def norm(self, kind: str = "fro") -> Tensor:
         """The Frobenius norm (``kind="fro"``), by products with the unit vectors in chunks."""
@@ -59,8 +54,8 @@ class PMatExpression(ParameterOperator):
             raise UnsupportedError(
                 "a product of matrices is not symmetric, so there is no PMatDense of it; to_dense() gives the tensor"
             )
-        span: Layout = self.collection.span()
-        return PMatDense.of_blocks(self.collection, {span: DenseBlock(self.to_dense(limit))}, 0)
+        span: Layout = self.layer_collection.span()
+        return PMatDense.of_blocks(self.layer_collection, {span: DenseBlock(self.to_dense(limit))}, 0)
 
     def solve(
         self, b: Any, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None
@@ -125,8 +120,8 @@ class PMatSum(PMatExpression):
         return zip(self.weights or (1.0,) * len(self.parts), self.parts)
 
     @property
-    def collection(self):
-        return self.parts[0].collection
+    def layer_collection(self):
+        return self.parts[0].layer_collection
 
     @property
     def dtype(self):
@@ -161,7 +156,7 @@ class PMatSum(PMatExpression):
         return torch.stack([(w * p.trace()).to(self.dtype) for w, p in self._weighted()]).sum()
 
     def diag(self):
-        return PVector(self.collection, sum((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted()))
+        return PVector(self.layer_collection, sum((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted()))
 
     def scaled(self, c):
         return PMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
@@ -188,11 +183,11 @@ class PMatProduct(PMatExpression):
     scale: float | Tensor = 1.0
 
     def __post_init__(self):
-        self.left.collection.require(self.right.collection, "the right factor")
+        self.left.layer_collection.require(self.right.layer_collection, "the right factor")
 
     @property
-    def collection(self):
-        return self.left.collection
+    def layer_collection(self):
+        return self.left.layer_collection
 
     @property
     def symmetric(self):

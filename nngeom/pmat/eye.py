@@ -11,7 +11,7 @@ from nngeom.core.errors import ArgumentError
 from nngeom.core.linear import identity
 from nngeom.pmat.block import EyeBlock
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Scope
+from nngeom.pmat.recipe import Selection
 from nngeom.space.collection import LayerCollection
 
 
@@ -40,8 +40,8 @@ class PMatEye(PMat):
         return [(next(iter(self.blocks.values())).c, identity)] if len(self.blocks) == 1 else super().terms()
 
     @classmethod
-    def recipe(cls, scope: Scope):
-        span = scope.span()
+    def recipe(cls, selection: Selection):
+        span = selection.span()
 
         def statistic(chunk):
             traces = [j.squared_norms().sum() for j in chunk.jacobians.values()]

@@ -42,7 +42,8 @@ def is_kronecker(structure: str) -> bool:
 
 @functools.singledispatch
 def factors(j: LayerJacobian, sharing: str, limit: int) -> Factors:
-    """Sums over ``k, n`` from which :func:`nngeom.pmat.kfac.kronecker_block` makes the factors of ``sum J J^T``.
+    """Sums over ``k, n`` of the rows ``j`` from which :func:`nngeom.pmat.kfac.kronecker_block` makes the factors of
+    ``sum J J^T``.
 
     ``"a" [s, i, i]`` of :class:`Inputs` and ``"g" [s, o, o]`` of gradients; a factor that is exactly diagonal, or
     longer than ``limit``, as its diagonal. ``sharing``: positions as examples of their own (``"expand"``) or reduced to

@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.capture.network import Batch, Network
 from nngeom.core import memory
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.core.linear import identity, solution, symmetric
-from nngeom.generator.linearization import Linearization
-from nngeom.generator.run import Run
-from nngeom.generator.sweep import Chunk, Columns, Sweep
-from nngeom.generator.task import Batch, Task
 from nngeom.pmat.implicit_inverse import ImplicitInverse
 from nngeom.pmat.operator import ParameterOperator, require_frobenius
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.tangents import are_adjoint, tangents_or_rows, times_rows
+from nngeom.pullback.linearization import Linearization
 from nngeom.solve.cg import conjugate_gradient
 from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos
 from nngeom.solve.slq import SpectralDensity, spectral_density
 from nngeom.space.pvector import PVector
+from nngeom.sweep.run import Run
+from nngeom.sweep.sweep import Chunk, Columns, Sweep
 
 FEW_BYTES = 2**26  # of the cotangents of the first look
 
@@ -48,38 +48,34 @@ class PMatImplicit(ParameterOperator):
         return self.sweep.run
 
     @property
-    def task(self) -> Task:
+    def network(self) -> Network:
         """The model and its function."""
-        return self.run.task
+        return self.run.network
 
     @property
     def layer_collection(self):
         """The parameters this matrix acts on."""
-        return self.task.collection
-
-    @property
-    def collection(self):
-        return self.task.collection
+        return self.network.collection
 
     @property
     def dtype(self):
-        return accumulation_dtype(self.task.dtype)
+        return accumulation_dtype(self.network.dtype)
 
     @property
     def device(self):
-        return self.task.device
+        return self.network.device
 
     def scaled(self, c):
         return replace(self, scale=c * self.scale)
 
     def _split(self, x: Tensor) -> dict[str, Tensor]:
-        v = PVector(self.collection, x)
-        return {name: v[name].to(p.dtype) for name, p in self.task.parameters.items()}
+        v = PVector(self.layer_collection, x)
+        return {name: v[name].to(p.dtype) for name, p in self.network.parameters.items()}
 
     @property
     def held(self) -> tuple[Tensor, ...]:
         """What products depend on."""
-        return tuple(self.task.parameters.values())
+        return tuple(self.network.parameters.values())
 
     def product(self, x):
         return self.scale * symmetric(self._unscaled, x, self.held)
@@ -153,7 +149,7 @@ class PMatImplicit(ParameterOperator):
 
     def diag(self) -> PVector:
         """The exact diagonal."""
-        return PVector(self.collection, self.to_dense().diagonal())
+        return PVector(self.layer_collection, self.to_dense().diagonal())
 
     def norm(self, kind: str = "fro", samples: int | None = None, generator: torch.Generator | None = None) -> Any:
         """The Frobenius norm (``kind="fro"``): exact on the dense matrix, or with ``samples`` an :class:`Estimate` from
@@ -178,13 +174,13 @@ class PMatImplicit(ParameterOperator):
         given. ``generator``: of the first vector (torch's global one by default).
         """
         start = PVector.randn(
-            self.collection,
+            self.layer_collection,
             generator=generator,
             dtype=self.dtype,
             device=self.device if generator is None else generator.device,
         )
         values, vectors = lanczos(self.product, start.flat().to(self.device), k, steps, tol)
-        return values, PVector(self.collection, vectors)
+        return values, PVector(self.layer_collection, vectors)
 
     def spectral_density(
         self, steps: int = 64, samples: int = 8, generator: torch.Generator | None = None
@@ -252,7 +248,7 @@ class ImplicitFisher(PMatImplicit):
         return total / count
 
     def _by_tangents(self, x: Tensor) -> Tensor:
-        linear, v = Linearization(self.task), self._split(x)
+        linear, v = Linearization(self.network), self._split(x)
         total, count = torch.zeros_like(x), 0
         for batch in self.run.batches():
             outputs, tangent = linear.jvp(batch, v, ask=False)
@@ -269,10 +265,10 @@ class ImplicitFisher(PMatImplicit):
         return total / count
 
     def _metric_times(self, outputs: Tensor, tangent: Tensor, batch: Batch, start: int) -> Tensor:
-        times = getattr(self.sweep.metric, "times", None)
+        times = getattr(self.sweep.cotangents, "times", None)
         if times is not None:
             return times(outputs, tangent, batch, start)
-        columns: Columns = self.sweep.metric.columns(outputs, batch, start)
+        columns: Columns = self.sweep.cotangents.columns(outputs, batch, start)
         total = torch.zeros_like(tangent)
         for lo, hi in memory.pieces(columns.count, outputs.numel() * outputs.element_size()):
             v = columns.make(lo, hi)
@@ -298,7 +294,7 @@ class ImplicitFisher(PMatImplicit):
                     layout.scatter_(part, j.square().to(out.dtype))
                 out += part
                 count = chunk.start + chunk.examples
-        return PVector(self.collection, self.scale * out / count)
+        return PVector(self.layer_collection, self.scale * out / count)
 
 
 def implicit(sweep: Sweep) -> ImplicitFisher:

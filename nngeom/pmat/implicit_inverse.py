@@ -25,8 +25,8 @@ class ImplicitInverse(PMatExpression):
     scale: float | Tensor = 1.0
 
     @property
-    def collection(self):
-        return self.operator.collection
+    def layer_collection(self):
+        return self.operator.layer_collection
 
     @property
     def dtype(self):
@@ -41,7 +41,7 @@ class ImplicitInverse(PMatExpression):
         return self.operator.held
 
     def product(self, x):
-        return self.scale * self.operator.solve(PVector(self.collection, x), self.damping, **self.options).flat()
+        return self.scale * self.operator.solve(PVector(self.layer_collection, x), self.damping, **self.options).flat()
 
     def scaled(self, c):
         return replace(self, scale=c * self.scale)

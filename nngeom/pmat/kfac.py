@@ -10,7 +10,7 @@ from nngeom.core.layout import Layout
 from nngeom.pmat.factors import factors, is_kronecker, structure_of
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Scope
+from nngeom.pmat.recipe import Selection
 from nngeom.pmat.sua import has_window, sua_blocks, sua_sums
 
 FACTOR_LIMIT = 10_000  # a factor with a longer side is kept diagonal
@@ -77,6 +77,6 @@ class PMatKFAC(PMat):
     centred = False
 
     @classmethod
-    def recipe(cls, scope: Scope, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
-        """Factors of the parameters of ``scope``; ``sharing``, ``sua``, ``block_limit``: see the class."""
+    def recipe(cls, selection: Selection, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
+        """Factors of the parameters of ``selection``; ``sharing``, ``sua``, ``block_limit``: see the class."""
         return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua)))

@@ -11,10 +11,10 @@ from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Tikhonov
 from nngeom.core.errors import SingularError
 from nngeom.core.linear import differentiated
-from nngeom.core.statistic import Rows
+from nngeom.core.statistic import Stacked
 from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, shifted_logdet
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Scope, join_rows
+from nngeom.pmat.recipe import Selection, join_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,13 +153,15 @@ class PMatLowRank(PMat):
     """
 
     @classmethod
-    def recipe(cls, scope: Scope):
-        layout = scope.span()
+    def recipe(cls, selection: Selection):
+        layout = selection.span()
 
         def statistic(chunk):
             return {
                 layout: {
-                    "r": Rows([rows.transpose(0, 1).flatten(0, 1) for rows in join_rows(chunk, layout, layout.names)])
+                    "r": Stacked(
+                        [rows.transpose(0, 1).flatten(0, 1) for rows in join_rows(chunk, layout, layout.names)]
+                    )
                 }
             }
 

@@ -10,7 +10,7 @@ from typing import Any
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.pmat.block import Block
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Recipe, Scope, run_together
+from nngeom.pmat.recipe import Recipe, Selection, run_together
 from nngeom.pmat.representation import Representation, as_representation
 
 
@@ -21,18 +21,18 @@ class Mixture(Representation):
     parts: tuple[tuple[str, Representation], ...] = ()
     default: Representation | None = None
 
-    def recipe(self, scope: Scope) -> Recipe:
+    def recipe(self, selection: Selection) -> Recipe:
         groups: dict[int, list[str]] = {}
-        for name in scope.names:
+        for name in selection.names:
             groups.setdefault(self.part_of(name), []).append(name)
-        unused = [p for j, (p, _) in enumerate(self.parts) if j not in groups and not self._matches_any(p, scope)]
+        unused = [p for j, (p, _) in enumerate(self.parts) if j not in groups and not self._matches_any(p, selection)]
         if unused:
             raise ArgumentError(
-                f"patterns {unused} of PMatMixed match no parameter; the parameters are {list(scope.names)[:8]}"
+                f"patterns {unused} of PMatMixed match no parameter; the parameters are {list(selection.names)[:8]}"
             )
         recipes = []
         for index, names in groups.items():
-            part = Scope(scope.collection, tuple(names))
+            part = Selection(selection.collection, tuple(names))
             recipes.append((part, self.member(index).recipe(part)))
         return (yield from run_together(recipes))
 
@@ -60,8 +60,8 @@ class Mixture(Representation):
             )
         return -1
 
-    def _matches_any(self, pattern: str, scope: Scope) -> bool:
-        return any(fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in scope.names)
+    def _matches_any(self, pattern: str, selection: Selection) -> bool:
+        return any(fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in selection.names)
 
     def member(self, part: int) -> Representation:
         chosen = self.default if part < 0 else self.parts[part][1]
@@ -84,5 +84,5 @@ class PMatMixed(PMat, made_of=Block):
         return Mixture(cls, {}, listed, None if default is None else as_representation(default))
 
     @classmethod
-    def recipe(cls, scope: Scope):
+    def recipe(cls, selection: Selection):
         raise ArgumentError("PMatMixed needs to know what to mix: PMatMixed({pattern: representation}, default=...)")

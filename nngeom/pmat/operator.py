@@ -26,18 +26,19 @@ DENSE_LIMIT = 20_000
 class ParameterOperator(ABC):
     """Anything that maps parameter space to itself: the contract of section 3, tiers marked.
 
-    Primitives are ``collection, dtype, device, product, scaled``; every other operation has a definition in terms of
-    them, overridden where the structure makes it cheap or exact.
+    Primitives are ``layer_collection, dtype, device, product, scaled``; every other operation has a definition in terms
+    of them, overridden where the structure makes it cheap or exact.
     """
 
     expressions: ClassVar[dict[str, Callable[..., ParameterOperator]]] = {}  # what + and @ make where nothing is closed
 
     # -- primitives ----------------------------------------------------------------------------------------------------
 
-    @property
-    @abstractmethod
-    def collection(self) -> LayerCollection:
-        """The parameters this matrix acts on."""
+    if TYPE_CHECKING:  # a field of some, computed by others
+
+        @property
+        def layer_collection(self) -> LayerCollection:
+            """The parameters this matrix acts on."""
 
     @property
     @abstractmethod
@@ -69,7 +70,7 @@ class ParameterOperator(ABC):
     @property
     def shape(self) -> tuple[int, int]:
         """``(d, d)``."""
-        return self.collection.numel, self.collection.numel
+        return self.layer_collection.numel, self.layer_collection.numel
 
     def operand(self, v: Any) -> Tensor:
         """The entries ``[*b, d]`` of a PVector ``v``, checked, in the dtype of the matrix."""
@@ -78,7 +79,7 @@ class ParameterOperator(ABC):
                 f"the operand is {type(v).__name__}; expected a PVector (PVector.from_flat(M.layer_collection, "
                 "tensor) makes one)"
             )
-        self.collection.require(v.layer_collection, "the vector")
+        self.layer_collection.require(v.layer_collection, "the vector")
         if v.device != self.device:
             raise DeviceError(f"the vector is on {v.device} and the matrix on {self.device}; move one with .to(device)")
         return v.flat().to(self.dtype)
@@ -86,8 +87,8 @@ class ParameterOperator(ABC):
     def _apply(self, f: Callable[[Tensor], Tensor], operand: Any) -> Any:
         """``f`` on a PVector, or on all rows of a dense push-forward at once."""
         if hasattr(operand, "map_rows"):
-            return operand.map_rows(lambda v: PVector(self.collection, f(self.operand(v))))
-        return PVector(self.collection, f(self.operand(operand)))
+            return operand.map_rows(lambda v: PVector(self.layer_collection, f(self.operand(v))))
+        return PVector(self.layer_collection, f(self.operand(operand)))
 
     def mv(self, v: Any) -> Any:
         """``M v`` for a PVector (batched), or for all rows of a ``PushForwardDense``."""
@@ -125,7 +126,7 @@ class ParameterOperator(ABC):
             raise ArgumentTypeError(
                 f"cannot add {type(other).__name__} to a parameter-space matrix; expected another one"
             )
-        self.collection.require(other.collection, "the other matrix")
+        self.layer_collection.require(other.layer_collection, "the other matrix")
         closed = self.added(other)
         return self.expressions["sum"](self, other) if closed is None else closed
 

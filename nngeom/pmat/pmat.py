@@ -77,10 +77,6 @@ class PMat(ParameterOperator, Measured):
     # -- primitives ----------------------------------------------------------------------------------------------------
 
     @property
-    def collection(self):
-        return self.layer_collection
-
-    @property
     def _tensor(self) -> Tensor:
         return next(t for b in self.blocks.values() for t in b.tensors())
 

@@ -14,7 +14,7 @@ from nngeom.core.jacobian import LayerJacobian, pieces
 from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Scope
+from nngeom.pmat.recipe import Selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ class PMatQuasiDiag(PMat):
     """The diagonal, and each output unit's weights against its bias. Units without bias keep their diagonal."""
 
     @classmethod
-    def recipe(cls, scope: Scope):
+    def recipe(cls, selection: Selection):
         def statistic(chunk):
             named = {}
             for layout, j in chunk.jacobians.items():

@@ -19,8 +19,8 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.parts import write_columns, writes_columns
 from nngeom.core.statistic import Named
-from nngeom.generator.sweep import Chunk
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.sweep import Chunk
 
 Means = dict[Any, dict[str, Tensor]]
 Statistic = Callable[[Chunk], Named]
@@ -28,16 +28,16 @@ Recipe = Generator[Statistic, Means, dict[Layout, Any]]
 
 
 @dataclass(frozen=True)
-class Scope:
+class Selection:
     """The parameters a recipe is responsible for."""
 
     collection: LayerCollection
     names: tuple[str, ...]
 
     @staticmethod
-    def of(collection: LayerCollection) -> Scope:
+    def of(collection: LayerCollection) -> Selection:
         """All parameters of a collection."""
-        return Scope(collection, collection.names)
+        return Selection(collection, collection.names)
 
     def span(self) -> Layout:
         """All of them as one flat block."""
@@ -99,7 +99,7 @@ def write_rows(out: Tensor, j: LayerJacobian, layout: Layout, shift: dict[str, i
         column += i
 
 
-def run_together(recipes: list[tuple[Scope, Recipe]]) -> Recipe:
+def run_together(recipes: list[tuple[Selection, Recipe]]) -> Recipe:
     """Several recipes over disjoint scopes in the same sweeps."""
     waiting: dict[int, Statistic] = {}
     done: dict[Layout, Any] = {}

@@ -14,7 +14,7 @@ from nngeom.space.collection import LayerCollection
 
 if TYPE_CHECKING:
     from nngeom.pmat.pmat import PMat
-    from nngeom.pmat.recipe import Recipe, Scope
+    from nngeom.pmat.recipe import Recipe, Selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +24,13 @@ class Representation:
     kind: type[Measured]
     settings: dict[str, Any]
 
-    def recipe(self, scope: Scope) -> Recipe:
+    def recipe(self, selection: Selection) -> Recipe:
         """The recipe for some of the parameters; raises :class:`ArgumentError` on unknown options."""
         known = list(inspect.signature(self.kind.recipe).parameters)[1:]
         odd = [name for name in self.settings if name not in known]
         if odd:
             raise ArgumentError(f"{self.kind.__name__} has no option {odd}; it has {known or 'none'}")
-        return self.kind.recipe(scope, **self.settings)
+        return self.kind.recipe(selection, **self.settings)
 
     @property
     def passes(self) -> int:
@@ -67,8 +67,8 @@ class Measured(ABC):
 
     @classmethod
     @abstractmethod
-    def recipe(cls, scope: Scope) -> Recipe:
-        """How this representation of the parameters of ``scope`` is estimated from LayerJacobians."""
+    def recipe(cls, selection: Selection) -> Recipe:
+        """How this representation of the parameters of ``selection`` is estimated from LayerJacobians."""
 
     @classmethod
     @abstractmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nngeom.core.draws import dot
 from nngeom.core.errors import NNGeomError
-from nngeom.generator.sweep import Chunk
+from nngeom.sweep.sweep import Chunk
 
 
 def tangents_or_rows(by_tangents: Callable[[], Tensor], by_rows: Callable[[], Tensor]) -> Tensor:

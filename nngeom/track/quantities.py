@@ -20,13 +20,13 @@ from nngeom.analysis.rows import require_labels, wide_kernels
 from nngeom.analysis.sharpness import non_uniformity, sharpness
 from nngeom.analysis.spectrum import effective_rank, spectrum, trace_ratios
 from nngeom.analysis.stiffness import stiffness
+from nngeom.cotangents.categorical import Categorical
+from nngeom.cotangents.causal import CausalLM
+from nngeom.cotangents.loss import EveryOutput, as_loss
 from nngeom.fmat.tiles import Side
-from nngeom.generator.run import Function, Run
-from nngeom.metrics.categorical import Categorical
-from nngeom.metrics.causal import CausalLM
-from nngeom.metrics.loss import IdentityMetric, as_loss
 from nngeom.mgs.metrics import kernel_metrics
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Function, Run
 
 Numbers = dict[str, float]
 QUANTITIES: dict[str, Callable[[Look], Numbers]] = {}
@@ -64,7 +64,7 @@ class Look:
     def kernels(self) -> dict[str, Tensor]:
         """``{layer: (c, n, c, n)}``, in float64."""
         with torch.no_grad():
-            return wide_kernels(Side.of(self.run, IdentityMetric()), by_layer=True)
+            return wide_kernels(Side.of(self.run, EveryOutput()), by_layer=True)
 
     @functools.cached_property
     def kernel(self) -> Tensor:
@@ -201,5 +201,5 @@ def _non_uniformity(look: Look) -> Numbers:
 
 @quantity("parameter_norm")
 def _parameter_norm(look: Look) -> Numbers:
-    squares = [p.detach().double().square().sum() for p in look.run.task.parameters.values()]
+    squares = [p.detach().double().square().sum() for p in look.run.network.parameters.values()]
     return {"parameter_norm": float(torch.stack(squares).sum().sqrt())}

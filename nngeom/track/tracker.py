@@ -17,8 +17,8 @@ from torch import nn
 
 from nngeom.analysis.complexity import evaluating
 from nngeom.core.errors import ArgumentError, FileError
-from nngeom.generator.run import Function, Run
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Function, Run
 from nngeom.track.plots import dashboard
 from nngeom.track.quantities import QUANTITIES, Look
 from nngeom.track.tensorboard import Writer

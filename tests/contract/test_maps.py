@@ -37,7 +37,7 @@ def vectors(j):
     """Two of the parameters, two of the outputs."""
     c, n, _ = j.shape
     u = nng.FVector(torch.randn(2, c, n, dtype=torch.float64))
-    return nng.PVector.randn(j.collection, 2, dtype=torch.float64), u
+    return nng.PVector.randn(j.layer_collection, 2, dtype=torch.float64), u
 
 
 def close(x, y, tol=1e-9):

@@ -1,0 +1,77 @@
+"""What torch functions do that derivatives of them cannot bear, and modes in which they do otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from nngeom.capture.written_out import COMPOSED, WRITTEN_OUT
+
+
+@contextlib.contextmanager
+def unfused(model: nn.Module | None = None) -> Iterator[None]:
+    """Within: attention by its formula, and no cuDNN for the recurrent cells of ``model``."""
+    recurrent = model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules())
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def twice_differentiable(model: nn.Module | None = None) -> Iterator[None]:
+    """Within: as :func:`unfused`, and :data:`COMPOSED` operations."""
+    with unfused(model), _Composite():
+        yield
+
+
+class _Composite(TorchFunctionMode):
+    """Runs :data:`COMPOSED` instead of the fused operations."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return COMPOSED.get(func, func)(*args, **(kwargs or {}))
+
+
+class ReverseConventions(TorchFunctionMode):
+    """What forward mode does unlike reverse mode, made the same.
+
+    It ignores ``padding_idx`` of embeddings, whose row gets no gradient in reverse mode. The tangents of layer and
+    instance norm take the saved mean and deviation for constants when they are differentiated in the input (torch
+    2.13), and those of a softmax fail then: where the input requires gradients, the three are written out.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        written = WRITTEN_OUT.get(func)
+        if written is not None and torch.is_grad_enabled() and args and args[0].requires_grad and args[0].numel():
+            return written(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func is F.embedding:
+            named = dict(zip(("input", "weight", "padding_idx"), args)) | kwargs
+            if named.get("padding_idx") is not None:
+                padding = named["input"] == named["padding_idx"] % named["weight"].shape[0]
+                out = torch.where(padding.unsqueeze(-1), out.detach(), out)
+        return out
+
+
+class DenseGradients(TorchFunctionMode):
+    """Embeddings with ``sparse=True``, whose gradients hardly any operation takes, as if without: the numbers are the
+    same.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        place = {F.embedding: 6, F.embedding_bag: 7}.get(func)
+        if place is not None:
+            if len(args) > place:
+                args = (*args[:place], False, *args[place + 1 :])
+            elif "sparse" in kwargs:
+                kwargs = {**kwargs, "sparse": False}
+        return func(*args, **kwargs)

@@ -1,0 +1,224 @@
+"""What is differentiated: a model, the function of its outputs, the selected parameters, and the batches."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.capture import remedies
+from nngeom.capture.batch import Batch, as_batches, leading_size, move
+from nngeom.capture.batch import take as take
+from nngeom.capture.compiled import as_written
+from nngeom.capture.fused import DenseGradients
+from nngeom.capture.untouched import Watch
+from nngeom.core.errors import ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
+from nngeom.space.collection import LayerCollection, unwrap
+
+RUNNING = threading.RLock()  # models run one at a time: a forward-mode pass puts other tensors into them meanwhile
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with everything needed to run it on a batch and to name its parameters."""
+
+    model: nn.Module
+    collection: LayerCollection
+    function: Callable[..., Tensor] | None
+    parameters: dict[str, nn.Parameter]
+    device: torch.device
+    dtype: torch.dtype
+
+    @staticmethod
+    def build(model: nn.Module, function: Callable[..., Tensor] | None, collection: LayerCollection | None) -> Network:
+        """Checked: raises on a model without parameters, on several devices, or a collection of another model."""
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+        if function is not None and not callable(function):
+            raise ArgumentTypeError(
+                f"function is {function!r}; expected a callable returning the outputs (n, c), or None"
+            )
+        model = unwrap(model)
+        lc = collection if collection is not None else LayerCollection.from_model(model)
+        if not isinstance(lc, LayerCollection):
+            raise ArgumentTypeError(
+                f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)"
+            )
+        parameters = lc.parameters(model)
+        remedies.require_whole(model, parameters)
+        devices = {p.device for p in parameters.values()}
+        if len(devices) > 1:
+            raise DeviceError(
+                f"the selected parameters are on several devices, {sorted(map(str, devices))}; expected one: "
+                "move the model with model.to(device)"
+            )
+        dtypes = {p.dtype for p in parameters.values()}
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        return Network(model, lc, function, parameters, next(iter(devices)), dtype)
+
+    @functools.cached_property
+    def ids(self) -> dict[int, str]:
+        """Names of the selected parameters by the id of the object."""
+        return {id(p): name for name, p in self.parameters.items()}
+
+    @functools.cached_property
+    def registered(self) -> frozenset[int]:
+        """Ids of all parameters of the model."""
+        return frozenset(id(p) for p in self.model.parameters())
+
+    @functools.cached_property
+    def watch(self) -> Watch:
+        """Of what forward passes leave behind."""
+        return Watch(self.model, self.device)
+
+    @property
+    def hooked(self) -> set[str]:
+        """Selected parameters that run functions on their gradients."""
+        return {name for name, p in self.parameters.items() if p._backward_hooks}
+
+    def layer_of(self, name: str) -> str:
+        """The layer of a parameter."""
+        return self.collection.layers[self.collection.names.index(name)]
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def batches(self, loader: Any) -> Iterator[Batch]:
+        """The batches of a loader on the model's device; raises :class:`LoaderError` when there is none."""
+        empty = True
+        for batch in as_batches(loader):
+            empty = False
+            yield move(batch, self.device)
+        if empty:
+            raise LoaderError(
+                "the loader is empty: expected at least one batch (a used-up generator? pass a list of its batches)"
+            )
+
+    def run(self, batch: Batch) -> Tensor:
+        """The outputs ``(n, ...)`` of one batch, checked; buffers and random states are as they were before."""
+        with RUNNING, self.watch.undone():
+            return self._outputs(batch)
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
+        with as_written(), DenseGradients() if sparse else contextlib.nullcontext():
+            try:
+                outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
+            except (RuntimeError, TypeError) as error:
+                remedy = remedies.of_a_call(error, batch, self.parameters, self.function)
+                if remedy is None:
+                    raise
+                raise remedy from error
+        if not isinstance(outputs, Tensor):
+            raise OutputError(
+                f"the {'function' if self.function is not None else 'model'} returned {type(outputs).__name__}; "
+                "expected a tensor of "
+                "outputs (n, c): pass function=lambda inputs, targets: ... to choose it"
+            )
+        if outputs.is_nested or outputs.layout is not torch.strided:
+            kind = "nested" if outputs.is_nested else "sparse"
+            raise OutputError(
+                f"the outputs are a {kind} tensor; expected an ordinary one (n, ...): pad, pool or densify them "
+                "in the model "
+                "or in function="
+            )
+        if outputs.ndim == 0:
+            raise OutputError(
+                "the outputs are a single number; expected one row an example, (n, ...): do not average over the batch"
+            )
+        if outputs.ndim == 1:
+            outputs = outputs.unsqueeze(1)
+        if not outputs.is_floating_point():
+            raise OutputError(f"the outputs have dtype {outputs.dtype}; expected real floating-point numbers")
+        if outputs.shape[0] == 0:
+            raise LoaderError("a batch has no examples; expected at least one")
+        size = leading_size(batch)
+        if size is not None and outputs.shape[0] != size:
+            raise OutputError(
+                f"the outputs have shape {tuple(outputs.shape)} but the batch holds {size} examples; expected "
+                f"({size}, ...): "
+                "examples must stay along the first axis (positions of one example go behind it)"
+            )
+        return outputs
+
+    def _default(self, batch: Batch) -> Any:
+        if isinstance(batch, Mapping):
+            out = self.model(**{k: v for k, v in batch.items() if k != "labels"})
+        elif isinstance(batch, (tuple, list)):
+            if not 1 <= len(batch) <= 2:
+                raise LoaderError(
+                    f"a batch is a {type(batch).__name__} of {len(batch)} items; expected (inputs, targets) or "
+                    "(inputs,): "
+                    "pass function=lambda *items: model(...) to say which are inputs"
+                )
+            x = batch[0]
+            out = (
+                self.model(**x)
+                if isinstance(x, Mapping)
+                else self.model(*x)
+                if isinstance(x, (tuple, list))
+                else self.model(x)
+            )
+        else:
+            out = self.model(batch)
+        logits = getattr(out, "logits", None)
+        return logits if isinstance(logits, Tensor) else out
+
+
+def _unpack(batch: Batch) -> tuple[Any, ...]:
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+
+
+def targets(batch: Batch) -> Any:
+    """The targets of a batch: the second of a pair, or ``batch["labels"]``; ``None`` where there are none."""
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+
+
+def require_targets(batch: Batch) -> Any:
+    """The targets of a batch; raises :class:`LoaderError` where there are none."""
+    y = targets(batch)
+    if y is None:
+        raise LoaderError(
+            f"this measure needs targets but the batch is {_describe(batch)}; expected (inputs, targets) or a "
+            "dict with 'labels'"
+        )
+    return y
+
+
+def _describe(batch: Batch) -> str:
+    if isinstance(batch, Tensor):
+        return f"a tensor {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"a dict with {list(batch)}"
+    return f"a {type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+
+
+def require_finite(x: Tensor, what: str, batch_index: int) -> None:
+    """Raise :class:`NonFiniteError` naming the examples (first axis) of ``x`` that are not finite."""
+    if bool(torch.isfinite(x.sum())):
+        return
+    bad = (
+        (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        if x.ndim > 1
+        else (~torch.isfinite(x)).nonzero().flatten().tolist()
+    )
+    if bad:
+        raise NonFiniteError(
+            f"{what} of batch {batch_index} contain NaN or infinity for examples "
+            f"{bad[:8]}{'...' if len(bad) > 8 else ''}; "
+            "check those inputs and the model's parameters"
+        )
+
+
+@contextlib.contextmanager
+def gradients_on() -> Iterator[None]:
+    """Gradients are recorded, whatever the caller switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield

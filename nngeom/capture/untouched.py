@@ -1,0 +1,237 @@
+"""Measuring changes nothing: what a forward pass does to buffers and random numbers is undone, and refused where it
+matters.
+
+A pass that draws random numbers, or that changes a buffer, would be another one the next time. What it left is put
+back, also when it raised. Numbers that are drawn and never used are let pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from nngeom.capture.arguments import tensors
+from nngeom.core.errors import ModeError
+
+_HINT = "so a measure of it would be random: call model.eval(), or fix what it draws"
+
+
+class Drew(ModeError):
+    """A forward pass drew random numbers; whether they are used is not known yet."""
+
+
+class Watch:
+    """The buffers and the random state of one model, around its forward passes."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.device = device
+        self.harmless = False  # numbers that are drawn were seen to be unused
+        self._model = model
+        self._places = [(m, key) for m in model.modules() for key in _names(m)]
+        self._held: list[tuple[Tensor | None, int, Tensor | None]] = [(None, -1, None)] * len(self._places)
+        self._looked = (
+            False  # whether values of buffers were compared, not versions only, and states of other libraries
+        )
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Within: what happens to buffers and random numbers is put back, and raises :class:`ModeError`."""
+        generators, before = self._generators(), [g.get_state() for g in self._generators()]
+        others = None if self._looked else _other_states()
+        self._hold()
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            drew = [_differ(g.get_state(), state) for g, state in zip(generators, before)]
+            for g, state in zip(generators, before):
+                if any(drew):
+                    g.set_state(state)
+            other = _put_back(others)
+            changed = self._restore()
+        if not finished:
+            return
+        if other:
+            raise ModeError(f"the model draws random numbers of {other} in its forward pass, {_HINT}")
+        if changed:
+            raise ModeError(
+                f"the forward pass changes the buffers {changed[:4]} of the model, so that it is another one the "
+                "next time (a "
+                "counter, a moving average, spectral normalisation in training mode?); call model.eval(), or "
+                "keep them fixed "
+                "while it is measured (of a table made on the first call: call the model once before). They were "
+                "put back"
+            )
+        if any(drew) and not self.harmless:
+            raise Drew(f"the model draws random numbers in its forward pass, {_HINT}")
+
+    @contextlib.contextmanager
+    def own(self, states: dict[torch.Generator, Tensor]) -> Iterator[None]:
+        """Within: the same of the generators that ``states`` comes to hold, with their states before."""
+        try:
+            yield
+        finally:
+            drew = False
+            for generator, state in states.items():
+                drew |= _differ(generator.get_state(), state)
+                generator.set_state(state)
+        if drew and not self.harmless:
+            raise Drew(f"the model draws random numbers in its forward pass, {_HINT}")
+
+    def _generators(self) -> list[torch.Generator]:
+        found = [torch.default_generator]
+        if self.device.type == "cuda":
+            found.append(torch.cuda.default_generators[self.device.index or 0])
+        return found
+
+    def _hold(self) -> None:
+        """Copies of all buffers, made anew of those that changed since."""
+        for j, (module, key) in enumerate(self._places):
+            now, (held, version, _) = getattr(module, key, None), self._held[j]
+            if now is not held or (now is not None and now._version != version):
+                self._held[j] = (
+                    now,
+                    -1 if now is None else now._version,
+                    None if now is None else now.detach().clone(),
+                )
+                self._looked = False
+
+    def _restore(self) -> list[str]:
+        """The names of buffers that are not what they were; they are put back."""
+        changed: list[tuple[nn.Module, str]] = []
+        for j, (module, key) in enumerate(self._places):
+            now, (held, version, copy) = getattr(module, key, None), self._held[j]
+            untouched = now is held and (now is None or (self._looked and now._version == version))
+            if untouched or (now is held and _equal(now, copy)):
+                continue
+            changed.append((module, key))
+            if held is not None and copy is not None:
+                with torch.no_grad():
+                    held.copy_(copy)
+            if now is not held:
+                setattr(module, key, held)
+        self._looked = True
+        return [self._name(module, key) for module, key in changed]
+
+    def _name(self, module: nn.Module, key: str) -> str:
+        return next((f"{name}.{key}".strip(".") for name, m in self._model.named_modules() if m is module), key)
+
+
+def _names(module: nn.Module) -> list[str]:
+    """The buffers of a module itself."""
+    own = module._buffers
+    return list(own) if isinstance(own, dict) else [key for key, _ in module.named_buffers(recurse=False)]  # of scripts
+
+
+def _differ(state: Tensor, other: Tensor) -> bool:
+    """Whether two states of a generator, which lie in the memory of the host, are not the same."""
+    return bytes(state.numpy()) != bytes(other.numpy())
+
+
+def _equal(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return x is y
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    return torch.equal(x, y) or bool((x.isnan() == y.isnan()).all() and torch.equal(x.nan_to_num(), y.nan_to_num()))
+
+
+def _other_states() -> tuple[Any, Any]:
+    return random.getstate(), np.random.get_state()
+
+
+def _put_back(states: tuple[Any, Any] | None) -> str:
+    """The libraries whose random state is not what it was, which is put back."""
+    if states is None:
+        return ""
+    before, numbers = states
+    changed = []
+    if random.getstate() != before:
+        random.setstate(before)
+        changed.append("Python")
+    now: Any = np.random.get_state()
+    if now[2] != numbers[2] or not np.array_equal(now[1], numbers[1]):
+        np.random.set_state(numbers)
+        changed.append("NumPy")
+    return " and ".join(changed)
+
+
+def require_unused(run: Callable[[], Tensor], watch: Watch) -> None:
+    """Raise :class:`ModeError` where random numbers that ``run`` draws go into another operation, or are its outputs.
+
+    Numbers that are the same whatever the state of the generators before, as those of one that the pass seeds itself,
+    are none.
+    """
+    outputs, draws = _watched(run, watch)
+    if id(outputs) in draws.drawn:
+        draws.used = draws.drawn[id(outputs)][1]
+    if (draws.used is not None or not draws.drawn) and not _constant(run, watch, outputs, draws):
+        where = f", by {draws.used}" if draws.used else ""
+        raise ModeError(f"the model draws random numbers in its forward pass{where}, {_HINT}")
+    watch.harmless = True
+
+
+def _watched(run: Callable[[], Tensor], watch: Watch) -> tuple[Tensor, _Draws]:
+    draws = _Draws(watch._generators())
+    watch.harmless = True
+    try:
+        with watch.own(draws.private), draws:
+            return run(), draws
+    finally:
+        watch.harmless = False
+
+
+def _constant(run: Callable[[], Tensor], watch: Watch, outputs: Tensor, first: _Draws) -> bool:
+    """Whether the same numbers are drawn from other states."""
+    generators = [*watch._generators(), *first.private]
+    states = [g.get_state() for g in generators]
+    try:
+        for g in generators:
+            g.manual_seed(20_240_229)
+        again, second = _watched(run, watch)
+    finally:
+        for g, state in zip(generators, states):
+            g.set_state(state)
+    told = lambda draws: [*draws.private.values(), *draws.after]
+    same = len(first.private) == len(second.private) and len(first.after) == len(second.after)
+    return same and not any(map(_differ, told(first), told(second))) and torch.equal(outputs, again)
+
+
+class _Draws(TorchFunctionMode):
+    """Sees which operation draws, and whether what it drew is used."""
+
+    def __init__(self, generators: list[torch.Generator]):
+        super().__init__()
+        self.generators = generators
+        self.private: dict[torch.Generator, Tensor] = {}  # generators given to calls, with their states before
+        self.used: str | None = None  # the operation that drew what is used
+        self.drawn: dict[int, tuple[Tensor, str]] = {}
+        self.after: list[Tensor] = []  # the states of the generators after the last draw from one of them
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for x in tensors(args, kwargs):
+            if self.used is None and id(x) in self.drawn:
+                self.used = self.drawn[id(x)][1]
+        private = kwargs.get("generator")
+        if isinstance(private, torch.Generator):
+            self.private.setdefault(private, private.get_state())
+        watched = [*self.generators, *self.private]
+        before = [g.get_state() for g in watched]
+        out = func(*args, **kwargs)
+        differ = [_differ(g.get_state(), state) for g, state in zip(watched, before)]
+        if any(differ[: len(self.generators)]):
+            self.after = [g.get_state() for g in self.generators]
+        if any(differ):
+            name = resolve_name(func) or getattr(func, "__name__", str(func))
+            for x in tensors((out,)):
+                self.drawn[id(x)] = (x, name)
+        return out

@@ -1,0 +1,60 @@
+"""Random probes of the outputs: instead of every column of the square root ``L`` of their metric, random signs of all
+of them.
+
+Signs ``r`` that are independent of each other make ``u = L r`` with ``E[u u^T] = L L^T``, whatever the number of
+outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import OutputError
+from nngeom.cotangents.fisher import Stream
+from nngeom.sweep.sweep import Columns
+
+
+class Rooted(Protocol):
+    """A metric of the outputs that multiplies its square root."""
+
+    def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], batch: Any) -> Tensor:
+        """``L r (k, n, *shape)``, for ``noise(*size) -> r (k, n, *size)``."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """``scale * L r`` for ``count`` draws of the signs ``r``, keyed by (seed, running index of the example, sample)."""
+
+    cotangents: Rooted
+    count: int
+    seed: int
+    scale: float = 1.0
+    first: int = 0  # sample of the first draw
+
+    def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
+        """One probe a cotangent."""
+
+        def make(lo: int, hi: int) -> Tensor:
+            v = self.cotangents.root_times(outputs, lambda *size: self._signs(outputs, start, lo, hi, size), batch)
+            if v.shape != (hi - lo, *outputs.shape):
+                raise OutputError(
+                    f"root_times returned {tuple(v.shape)}; expected {(hi - lo, *outputs.shape)}, a probe of the "
+                    "outputs for each draw"
+                )
+            return self.scale * v
+
+        return Columns(self.count, make)
+
+    def _signs(self, outputs: Tensor, start: int, lo: int, hi: int, size: tuple[int, ...]) -> Tensor:
+        """``(hi - lo, n, *size)``."""
+        return torch.stack(
+            [
+                Stream(self.seed, start, outputs.shape[0], self.first + j, outputs.device).signs(*size)
+                for j in range(lo, hi)
+            ]
+        ).to(outputs)

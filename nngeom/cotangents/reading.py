@@ -1,0 +1,23 @@
+"""How a likelihood or a loss reads a batch: what it is for these outputs, and its targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from nngeom.capture.network import targets
+
+
+class Reading:
+    """Both read targets where batches have them; those that need more of a batch say so here."""
+
+    def resolved(self, outputs: Tensor, batch: Any) -> Any:
+        """This object, or what it stands for with these ``outputs (n, *shape)`` of this ``batch``."""
+        return self
+
+    def targets_of(self, outputs: Tensor, batch: Any) -> Any:
+        """The targets of a ``batch``, in the form that the other methods take for these ``outputs``; ``None`` where
+        there are none.
+        """
+        return targets(batch)

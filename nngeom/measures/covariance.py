@@ -1,0 +1,156 @@
+"""The covariance of per-example loss gradients: second moments of rows from which their mean was taken first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.core.centred import CentredJacobian
+from nngeom.core.errors import UnsupportedError
+from nngeom.core.jacobian import FullJacobian
+from nngeom.core.layout import Layout
+from nngeom.core.linalg import accumulation_dtype
+from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.pmat.drive import Repeated, Source, built
+from nngeom.pmat.implicit import ImplicitFisher, PMatImplicit
+from nngeom.pmat.low_rank import PMatLowRank
+from nngeom.pmat.representation import as_representation
+from nngeom.pullback.linearization import Linearization
+from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Run
+from nngeom.sweep.sweep import Chunk, Policy, Sweep, require_examples
+
+
+def GradientCovariance(
+    model: nn.Module,
+    loader: Any,
+    representation: Any = PMatLowRank,
+    *,
+    loss: str | Loss | Callable[[Tensor, Any], Tensor],
+    function: Callable[..., Tensor] | None = None,
+    layer_collection: LayerCollection | None = None,
+    progress: bool = False,
+    memory_budget: int | None = None,
+    check: bool = True,
+    process_group: Any = None,
+    **options: Any,
+) -> Any:
+    """The covariance of per-example loss gradients, ``1/n sum_i (g_i - m)(g_i - m)^T`` with their mean ``m``.
+
+    Divided by ``n``, as every other measure. Two sweeps, the mean first, so that large means cancel before any square;
+    the batches are kept between them.
+
+    Args:
+        representation: what holds it, as for :func:`FIM`: those of second moments of any rows hold it as they hold
+            those, your own too; those of Kronecker products (``centred = False``) raise :class:`UnsupportedError`.
+        loss: as for :func:`EmpiricalFIM`.
+        options: of the representation.
+
+    Other arguments and errors as for :func:`EmpiricalFIM`. Source: Le Roux et al. 2008 (TONGA).
+    """
+    chosen = None if representation is PMatImplicit and not options else as_representation(representation, **options)
+    if chosen is not None and not chosen.centred:
+        kinds = [r.kind.__name__ for r in getattr(chosen, "members", (chosen,)) if not r.centred]
+        raise UnsupportedError(
+            "a covariance of gradients is offered as PMatDense, PMatDiag, PMatBlockDiag, PMatQuasiDiag, PMatLowRank, "
+            f"PMatImplicit and other second moments of any rows, not as {', '.join(kinds)}: centred rows have no "
+            "Kronecker structure"
+        )
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        progress=progress,
+        memory_budget=memory_budget,
+        check=check,
+        process_group=process_group,
+    )
+    part_of = None if chosen is None else chosen.part_of
+    policy = Policy("mean row", part_of=part_of, reread=False)
+    with run.within():
+        sweep = Sweep(run, EmpiricalFisher(as_loss(loss, model)), policy).held()
+        mean = mean_row(sweep)
+        sweep = sweep.but(label="covariance", reread=True)
+        if chosen is None:
+            return ImplicitCovariance(replace(sweep, run=run.on(sweep.run.loader).held().silent()), mean=mean)
+        return built(chosen, run.network.collection, Centred(Repeated(sweep, chosen.passes), mean))
+
+
+@dataclass(frozen=True)
+class MeanRow:
+    """The mean row ``flat (d,)``, and every layout met."""
+
+    flat: Tensor
+    layouts: tuple[Layout, ...]
+
+    def taken_from(self, chunk: Chunk) -> Chunk:
+        """The rows of a chunk less their mean; parameters that a batch does not use had zero rows before."""
+        jacobians = dict(chunk.jacobians)
+        covered = {name for layout in jacobians for name in layout.names}
+        for layout in self.layouts:
+            if covered.isdisjoint(layout.names):
+                jacobians[layout] = FullJacobian(self.flat.new_zeros(1, chunk.examples, *layout.sizes))
+                covered |= set(layout.names)
+        centred = {layout: CentredJacobian(j, layout.gather(self.flat)) for layout, j in jacobians.items()}
+        return replace(chunk, jacobians=centred)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Centred:
+    """A source of rows less their mean."""
+
+    rows: Source
+    mean: MeanRow
+
+    def chunks(self) -> Iterator[Chunk]:
+        """One pass over the data."""
+        return map(self.mean.taken_from, self.rows.chunks())
+
+    def raise_where_not_finite(self) -> None:
+        """Raise for the first batch with outputs or gradients that are not finite, if there is one."""
+        self.rows.raise_where_not_finite()
+
+
+def mean_row(sweep: Sweep) -> MeanRow:
+    """The mean row over examples, of one cotangent."""
+    network = sweep.run.network
+    total = torch.zeros(network.collection.numel, dtype=accumulation_dtype(network.dtype), device=network.device)
+    layouts: dict[Layout, None] = {}
+    count = 0
+    for chunk in sweep.chunks():
+        part = torch.zeros_like(total)
+        for layout, j in chunk.jacobians.items():
+            ones = torch.ones(j.shape[:2], dtype=j.dtype, device=j.device)
+            layout.scatter_(part, j.vjp(ones).to(part.dtype))
+            layouts[layout] = None
+        total += part
+        count += chunk.examples
+    return MeanRow(total / require_examples(count), tuple(layouts))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImplicitCovariance(ImplicitFisher):
+    """``1/n sum_i (g_i - m) <g_i - m, x>`` by a forward-mode and a backward pass."""
+
+    mean: MeanRow = MeanRow(torch.zeros(0), ())
+
+    def _chunks(self):
+        return map(self.mean.taken_from, self.sweep.chunks())
+
+    def _by_tangents(self, x):
+        linear, v, mean = Linearization(self.network), self._split(x), self.mean.flat
+        total, weight, count = torch.zeros_like(x), torch.zeros((), dtype=x.dtype, device=x.device), 0
+        for batch in self.run.batches():
+            outputs, tangent = linear.jvp(batch, v)
+            columns = self.sweep.cotangents.columns(outputs.detach(), batch, count).make(0, 1)[0]
+            inner = (columns * tangent).flatten(1).sum(1).to(x.dtype) - mean @ x
+            weighted = inner.to(columns.dtype).view(-1, *[1] * (columns.ndim - 1)) * columns
+            total += linear.vjp(outputs, weighted)
+            weight += inner.sum()
+            count += outputs.shape[0]
+        return (total - weight * mean) / count

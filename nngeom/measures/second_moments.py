@@ -1,0 +1,221 @@
+"""From a model and data to a matrix: one function a measure, each a metric handed to the same machinery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeom.core.errors import ArgumentError
+from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood, seed_of
+from nngeom.cotangents.likelihood import Likelihood
+from nngeom.cotangents.loss import EmpiricalFisher, GaussNewton, Loss, as_loss
+from nngeom.cotangents.probes import Probes
+from nngeom.measures.probed import estimate, implicit_estimate, probed, require_samples
+from nngeom.pmat.drive import Repeated, built
+from nngeom.pmat.estimate import MatrixEstimate
+from nngeom.pmat.implicit import PMatImplicit, implicit
+from nngeom.pmat.kfac import PMatKFAC
+from nngeom.pmat.operator import ParameterOperator
+from nngeom.pmat.representation import as_representation
+from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Run
+from nngeom.sweep.sweep import Cotangents, Policy, Sweep
+
+
+def FIM(
+    model: nn.Module,
+    loader: Any,
+    representation: Any = PMatKFAC,
+    *,
+    likelihood: str | Likelihood = "categorical",
+    estimator: str | None = None,
+    samples: int | None = None,
+    generator: torch.Generator | None = None,
+    function: Callable[..., Tensor] | None = None,
+    layer_collection: LayerCollection | None = None,
+    progress: bool = False,
+    memory_budget: int | None = None,
+    check: bool = True,
+    process_group: Any = None,
+    **options: Any,
+) -> Any:
+    """The Fisher information matrix, with the expectation over labels in closed form.
+
+    ``F = 1/n sum_i E_y[s s^T]`` with the score ``s`` of ``log p(y | x_i)`` in the parameters; targets in the batches
+    are not used (but for positions that ``ignore_index`` leaves out).
+
+    Args:
+        representation: what holds the matrix: a PMat class, one with options, or ``PMatMixed({...})``.
+        likelihood: ``p(y | outputs)``: ``"categorical"`` (for a causal language model of ``transformers`` and a dict
+            batch with labels :class:`CausalLM`), ``"bernoulli"``, ``"gaussian"``, or a :class:`Likelihood`. Outputs are
+            ``(n, c)``, or ``(n, *shape)`` with a likelihood that says what the axes are.
+        estimator: ``None``, exact; or ``"rademacher"``, for very many outputs: random probes ``u = L r`` of them
+            replace the columns of the square root ``L`` of their Fisher information, one backward pass each.
+        samples: how many probes (8 by default).
+        generator: of their signs ``r`` (torch's global one by default), keyed as the draws of :func:`FIM_MonteCarlo`.
+        options: of the representation, as ``sharing="reduce"``.
+
+    Estimated, the result is a :class:`MatrixEstimate`: its ``matrix`` is unbiased where the representation is linear in
+    second moments of gradients (not EKFAC in a basis from the probes, but its trace; not the joined factors of KFAC for
+    a parameter in unlike uses), its readings have standard errors, and it keeps ``samples`` matrices for them. Source:
+    Hutchinson 1989.
+
+    ``model``, ``loader`` and the arguments from ``function`` on are those of every measure, see :class:`Run`. Raises
+    :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError` and
+    what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
+    """
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        progress=progress,
+        memory_budget=memory_budget,
+        check=check,
+        process_group=process_group,
+    )
+    cotangents = probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator)
+    return measured(run, cotangents, representation, options, Policy("FIM", reread=estimator is None))
+
+
+def FIM_MonteCarlo(
+    model: nn.Module,
+    loader: Any,
+    representation: Any = PMatKFAC,
+    *,
+    likelihood: str | Likelihood = "categorical",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    function: Callable[..., Tensor] | None = None,
+    layer_collection: LayerCollection | None = None,
+    progress: bool = False,
+    memory_budget: int | None = None,
+    check: bool = True,
+    process_group: Any = None,
+    **options: Any,
+) -> Any:
+    """The Fisher information matrix with ``samples`` labels an example drawn from the model: unbiased, one backward a
+    sample.
+
+    Draws are keyed by (a seed taken from ``generator``, the running index of the example, the sample), so that they do
+    not depend on the batch size. ``representation``, its ``options``, ``likelihood``, other arguments and errors as for
+    :func:`FIM`.
+    """
+    cotangents = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        progress=progress,
+        memory_budget=memory_budget,
+        check=check,
+        process_group=process_group,
+    )
+    return measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False))
+
+
+def EmpiricalFIM(
+    model: nn.Module,
+    loader: Any,
+    representation: Any = PMatKFAC,
+    *,
+    loss: str | Loss | Callable[[Tensor, Any], Tensor],
+    function: Callable[..., Tensor] | None = None,
+    layer_collection: LayerCollection | None = None,
+    progress: bool = False,
+    memory_budget: int | None = None,
+    check: bool = True,
+    process_group: Any = None,
+    **options: Any,
+) -> Any:
+    """The second moment of per-example loss gradients, ``1/n sum_i g_i g_i^T``, with the targets of the batches.
+
+    Not the Fisher matrix unless the model is right about its labels.
+
+    Args:
+        representation: what holds it, as for :func:`FIM`.
+        loss: ``"cross_entropy"``, ``"mse"`` (``0.5 * (f - y)**2`` summed over outputs), ``"bce"``, ``"poisson"``,
+            :class:`CrossEntropy`, :class:`CausalLM` (what ``"cross_entropy"`` is for causal language models of
+            ``transformers``), ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` and
+            ``nn.PoissonNLLLoss`` modules, whose ``reduction`` is not ours, or a function ``(outputs, targets) ->
+            (n,)``.
+        options: of the representation.
+
+    Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
+    """
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        progress=progress,
+        memory_budget=memory_budget,
+        check=check,
+        process_group=process_group,
+    )
+    cotangents = EmpiricalFisher(as_loss(loss, model))
+    return measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True))
+
+
+def GGN(
+    model: nn.Module,
+    loader: Any,
+    representation: Any = PMatKFAC,
+    *,
+    loss: str | Loss | Callable[[Tensor, Any], Tensor],
+    estimator: str | None = None,
+    samples: int | None = None,
+    generator: torch.Generator | None = None,
+    function: Callable[..., Tensor] | None = None,
+    layer_collection: LayerCollection | None = None,
+    progress: bool = False,
+    memory_budget: int | None = None,
+    check: bool = True,
+    process_group: Any = None,
+    **options: Any,
+) -> Any:
+    """The generalised Gauss-Newton matrix ``1/n sum_i J_i^T (d2 loss_i / df2) J_i`` of a loss convex in the outputs.
+
+    Args:
+        representation: what holds it, as for :func:`FIM`.
+        loss: as for :func:`EmpiricalFIM`; a function that is not convex in the outputs raises :class:`ArgumentError`.
+        estimator: ``None``, exact; or ``"rademacher"``, random probes of very many outputs, as for :func:`FIM`.
+        samples: how many probes (8 by default).
+        generator: of the probes (torch's global one by default).
+        options: of the representation.
+
+    Other arguments and errors as for :func:`FIM`.
+    """
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        progress=progress,
+        memory_budget=memory_budget,
+        check=check,
+        process_group=process_group,
+    )
+    cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
+    return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None))
+
+
+def measured(
+    run: Run, cotangents: Cotangents, representation: Any, options: dict[str, Any], policy: Policy
+) -> ParameterOperator | MatrixEstimate:
+    """Any metric in any representation: the representation's recipe driven over sweeps of the data."""
+    sweep = Sweep(run, cotangents, policy)
+    with run.within():
+        if representation is PMatImplicit:
+            if options:
+                raise ArgumentError(f"PMatImplicit has no option {list(options)}")
+            return implicit_estimate(sweep) if isinstance(cotangents, Probes) else implicit(sweep)
+        chosen = as_representation(representation, **options)
+        sweep = sweep.but(part_of=chosen.part_of)
+        if isinstance(cotangents, Probes):
+            return estimate(chosen, sweep)
+        return built(chosen, run.network.collection, Repeated(sweep, chosen.passes))

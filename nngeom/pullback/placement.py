@@ -1,0 +1,53 @@
+"""Where the examples lie, read off the graph: whatever the numbers, for every operation that is known to keep examples
+apart.
+
+The outputs have them on their first axis. From there back, each operation whose meaning says so tells on which axis of
+its inputs they lie: the same one where it acts entry by entry, the place that sizes give in another view, the batch
+axis of a product. A tensor that all examples share (one side of a product, a table added to all) has none. Where an
+operation contracts, sorts, indexes or normalises along the axis of the examples, or is not on the list (:mod:`.safe`),
+the graph does not tell (:data:`ASK`): there numbers are asked, in every batch.
+"""
+
+from __future__ import annotations
+
+from nngeom.capture.graph import Edge, Graph, operation, shape
+from nngeom.pullback.axes import ExampleAxis
+from nngeom.pullback.safe import ASK, RULES, Place, Sizes, entrywise
+
+__all__ = ["ASK", "Place", "places"]
+
+
+def places(graph: Graph, n: int, trained: bool = False) -> dict[Edge, Place]:
+    """Where the ``n`` examples lie in every tensor of the graph, an edge each.
+
+    ``trained``: batch normalisation that uses the statistics of the batch counts as if it kept examples apart.
+    """
+    root = graph.nodes[0]
+    found: dict[Edge, Place] = {}
+    for number, meta in enumerate(root._input_metadata):
+        found[root, number] = ExampleAxis(0) if len(meta.shape) and meta.shape[0] == n else ASK
+    for node in graph.consumers_first():
+        outputs = [(j, found[node, j]) for j in range(len(node._input_metadata)) if (node, j) in found]
+        if node in graph.hooked:
+            outputs = [(j, ASK) for j, _ in outputs]
+            found.update(((node, j), ASK) for j, _ in outputs)
+        for number, edge in enumerate(node.next_functions):
+            if edge[0] is None:
+                continue
+            told = [_behind(node, number, place, shape((node, j)), shape(edge), n, trained) for j, place in outputs]
+            told += [found[edge]] if edge in found else []
+            found[edge] = told[0] if told and all(place == told[0] for place in told) else ASK
+    return found
+
+
+def _behind(node: object, number: int, place: Place, out: Sizes, sizes: Sizes, n: int, trained: bool) -> Place:
+    """Where the examples lie in an input of a node."""
+    if not isinstance(place, ExampleAxis):
+        return place
+    name = operation(node)
+    rule = RULES.get(name) if name is not None else None
+    if name == "NativeBatchNorm" and trained and number == 0:
+        rule = entrywise
+    told = ASK if rule is None else rule(node, number, place, out, sizes, n)
+    fits = not isinstance(told, ExampleAxis) or told.dim is None or sizes[told.dim] % (told.outer * n) == 0
+    return told if fits else ASK

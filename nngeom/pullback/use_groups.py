@@ -1,0 +1,224 @@
+"""From uses of parameters to blocks: which parameters share a matrix ``[s, o, i]``, and their LayerJacobian."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nngeom.capture.recorded import Recorded
+from nngeom.core import contract, linalg, memory
+from nngeom.core.factored import FactoredJacobian, LookupJacobian
+from nngeom.core.jacobian import FullJacobian, LayerJacobian
+from nngeom.core.layout import Arrangement, Layout, Piece
+from nngeom.core.tied import SumJacobian, TiedJacobian
+from nngeom.layers.use import Slot, Use
+from nngeom.pullback.axes import ExampleAxis
+from nngeom.space.collection import LayerCollection
+
+Gradients = Sequence[Tensor] | Mapping[int, Tensor]  # of the outputs of uses, by index
+Empty = Callable[[Hashable, Sequence[int], Tensor], Tensor]  # as memory.fresh
+
+
+@dataclass
+class UseGroup:
+    """One block: its layout, and the uses that its Jacobian sums, each with its example axis."""
+
+    layout: Layout
+    uses: list[tuple[int, Recorded, ExampleAxis]]  # index into the list of uses
+    with_weight: bool
+    with_bias: bool
+    arrangements: tuple[Arrangement, ...] | None = None  # unlike uses: one arrangement a use
+    inputs: dict[int, Tensor] = field(default_factory=dict)  # read once, for all cotangents of the batch
+
+    def jacobian(self, gradients: Gradients, n: int, empty: Empty = memory.fresh) -> LayerJacobian:
+        """The rows for output gradients ``[k, *out]`` of all uses; copies of inputs are made in ``empty(name, sizes,
+        like)``.
+        """
+        if self.arrangements is not None:
+            return self._unlike(gradients, n, empty)
+        main = self.layout.pieces[0].arrangement
+        return self._join([self._part(j, r, a, gradients, n, main, empty) for j, r, a in self.uses])
+
+    def forget(self) -> None:
+        """Let go of the inputs: they were read."""
+        self.inputs.clear()
+        self.uses = [(j, recorded.forgotten(), axis) for j, recorded, axis in self.uses]
+
+    def _unlike(self, gradients: Gradients, n: int, empty: Empty) -> LayerJacobian:
+        """Like uses joined, unlike ones summed."""
+        groups: dict[tuple[Arrangement, bool], list] = {}
+        for (j, recorded, axis), arrangement in zip(self.uses, self.arrangements or ()):
+            groups.setdefault((arrangement, recorded.use.lookup), []).append(
+                self._part(j, recorded, axis, gradients, n, arrangement, empty)
+            )
+        if not self.layout.is_span:
+            main = self.layout.pieces[0].arrangement
+            return TiedJacobian(tuple((a != main, self._factored(parts)) for (a, _), parts in groups.items()))
+        return SumJacobian(tuple((a, self._join(parts)) for (a, _), parts in groups.items()))
+
+    def _part(
+        self,
+        j: int,
+        recorded: Recorded,
+        axis: ExampleAxis,
+        gradients: Gradients,
+        n: int,
+        full: Arrangement,
+        empty: Empty,
+    ):
+        use, lead = recorded.use, len(recorded.use.lead)
+        g = wide(axis.split(use.gradients(gradients[j]), n, 1, lead))
+        slot = use.weight if self.with_weight else use.bias
+        if slot is None:
+            raise RuntimeError(f"a unit of {use.operation} was built from a use without its parameter")
+        if not self.with_weight:
+            return None, _pad(g.sum(2, keepdim=True), slot.row, slot.arrangement.sizes[1]), use
+        g = _pad(g, slot.row, full.sizes[1])
+        if j not in self.inputs:
+            kept_in = functools.partial(empty, ("inputs", j))
+            self.inputs[j] = self._read(recorded, axis, n, full.sizes[2], g.dtype, kept_in)
+        return self.inputs[j], g, use
+
+    def _read(
+        self,
+        recorded: Recorded,
+        axis: ExampleAxis,
+        n: int,
+        width: int,
+        dtype: torch.dtype,
+        empty: Callable[..., Tensor],
+    ) -> Tensor:
+        """``a [n, t, s, i]``, the ones of the bias included; ``[n, t]`` for lookups."""
+        use, lead = recorded.use, len(recorded.use.lead)
+        if use.copied is not None:
+            return axis.split(recorded.read_inputs(empty, self.with_bias), n, 0, lead).to(dtype)
+        a = axis.split(recorded.read_inputs(), n, 0, lead)
+        if use.lookup:
+            return a
+        a = a.to(dtype)
+        if use.elementwise:
+            return a
+        column = use.weight.column if use.weight is not None else 0
+        return _with_ones(a, column, width, empty) if self.with_bias else _pad(a, column, width)
+
+    def _join(self, parts) -> LayerJacobian:
+        use = parts[0][2]
+        if not self.with_weight:
+            rows = [g[:, :, 0].flatten(2) for _, g, _ in parts]  # [k n p], of groups or of outputs
+            return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))[:, :, None, None])
+        if use.elementwise:
+            rows = [contract.scaled_sums(g[..., 0], a, self.with_bias) for a, g, _ in parts]
+            return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)).unsqueeze(3))
+        return self._factored(parts)
+
+    def _factored(self, parts) -> FactoredJacobian:
+        a0, g0, use = parts[0]
+        a = a0 if len(parts) == 1 else torch.cat([a for a, _, _ in parts], 1)
+        g = g0 if len(parts) == 1 else torch.cat([g for _, g, _ in parts], 2)
+        if use.lookup:
+            return LookupJacobian(a, g, self.layout.sizes[2] if self.arrangements is None else use.size)
+        return FactoredJacobian(a, g)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision (a half model, autocast) becomes float32, so that statistics are accumulated in it."""
+    return x.to(linalg.accumulation_dtype(x.dtype))
+
+
+def _pad(x: Tensor, start: int, size: int) -> Tensor:
+    """Zeros around the last axis, so that a part of a matrix becomes the whole."""
+    if start == 0 and x.shape[-1] == size:
+        return x
+    return F.pad(x, (start, size - start - x.shape[-1]))
+
+
+def _with_ones(a: Tensor, start: int, size: int, empty: Callable[..., Tensor]) -> Tensor:
+    """``a`` padded to ``size`` and followed by a column of ones, for the bias; one copy."""
+    if a.requires_grad:
+        return torch.cat([_pad(a, start, size), torch.ones_like(a[..., :1])], -1)
+    out = empty((*a.shape[:-1], size + 1), a)
+    if a.shape[-1] != size:
+        out.zero_()
+    out[..., start : start + a.shape[-1]] = a
+    out[..., -1] = 1
+    return out
+
+
+def build_units(
+    uses: list[Recorded],
+    axes: list[ExampleAxis | None],
+    collection: LayerCollection,
+    part_of: Callable[[str], object] | None = None,
+) -> tuple[list[UseGroup], set[str]]:
+    """Group uses into units; parameters with a use without example axis go to the fallback (second result).
+
+    A weight and a bias share a unit when they are always used together, belong to one layer and to one part of the
+    representation (``part_of``); else each is a unit of its own.
+    """
+    rest = {s.name for recorded, axis in zip(uses, axes) if axis is None for s in recorded.use.slots}
+    weights: dict[str, list[tuple[int, Slot]]] = {}
+    biases: dict[str, list[tuple[int, Slot]]] = {}
+    for j, use in enumerate(recorded.use for recorded in uses):
+        for slot, table in ((use.weight, weights), (use.bias, biases)):
+            if slot is not None and slot.name not in rest:
+                table.setdefault(slot.name, []).append((j, slot))
+    rest |= set(weights) & set(biases)  # a parameter that scales here and shifts there
+    offset = {name: lo for name, (lo, _) in collection.offsets().items()}
+    layer = dict(zip(collection.names, collection.layers))
+
+    def uses_of(slots: list[tuple[int, Slot]]) -> list[tuple[int, Recorded, ExampleAxis]]:
+        return [(j, uses[j], axis) for j, _ in slots if (axis := axes[j]) is not None]
+
+    def partner(name: str, slots: list[tuple[int, Slot]]) -> tuple[str, Slot] | None:
+        """The bias that is always and only used with this weight, in the same rows."""
+        pairs = [(slot, uses[j].use.bias) for j, slot in slots]
+        bias = pairs[0][1]
+        if bias is None or bias.name in rest or [j for j, _ in biases[bias.name]] != [j for j, _ in slots]:
+            return None
+        if layer[bias.name] != layer[name] or (part_of is not None and part_of(bias.name) != part_of(name)):
+            return None
+        fits = all(
+            b is not None and b.row == w.row and b.arrangement.sizes[:2] == w.arrangement.sizes[:2] for w, b in pairs
+        )
+        return (bias.name, bias) if fits else None
+
+    groups: list[UseGroup] = []
+    for name, slots in weights.items():
+        if name in rest:
+            continue
+        if len({(slot.arrangement, uses[j].use.lookup, uses[j].use.elementwise) for j, slot in slots}) > 1:
+            layout = _tied_layout(name, offset[name], [(slot, uses[j].use) for j, slot in slots]) or collection.span(
+                [name]
+            )
+            groups.append(UseGroup(layout, uses_of(slots), True, False, tuple(slot.arrangement for _, slot in slots)))
+            continue
+        pieces = [Piece((name,), offset[name], slots[0][1].arrangement)]
+        found = partner(name, slots)
+        if found is not None:
+            pieces.append(Piece((found[0],), offset[found[0]], found[1].arrangement))
+            del biases[found[0]]
+        groups.append(UseGroup(Layout(tuple(pieces)), uses_of(slots), True, found is not None))
+    for name, slots in biases.items():
+        if name not in rest:
+            groups.append(UseGroup(collection.span([name]), uses_of(slots), False, True))
+    return groups, rest
+
+
+def _tied_layout(name: str, offset: int, slots: list[tuple[Slot, Use]]) -> Layout | None:
+    """The layout of a matrix that is used only as itself and transposed; the orientation of a product rather than a
+    lookup.
+    """
+    main = next((slot.arrangement for slot, use in slots if not use.lookup), slots[0][0].arrangement)
+    s, o, i = main.sizes
+    turned = Arrangement(main.view, (0, 2, 1) if main.is_plain() else (0, 1, 2), (s, i, o))
+    fits = all(slot.arrangement in (main, turned) and not use.elementwise for slot, use in slots)
+    return (
+        Layout((Piece((name,), offset, main),))
+        if fits and len(main.view) == 3 and main.view[0] == 1 and (o, i) != (1, 1)
+        else None
+    )

@@ -1,0 +1,131 @@
+"""Whether the rows of captured uses are autograd's: random gradients put in at the uses, pulled back to the
+parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from nngeom.capture.graph import operation
+from nngeom.capture.network import Network
+from nngeom.capture.recorder import Capture
+from nngeom.capture.remedies import gradients as gradients_of
+from nngeom.core.layout import Layout
+from nngeom.pullback.backward import dense
+from nngeom.pullback.use_groups import UseGroup
+
+COMPARED = {torch.float64: 1e-7, torch.float32: 2e-3}  # of one operation, in its own dtype
+
+
+@torch.no_grad()
+def compare(network: Network, capture: Capture, groups: list[UseGroup]) -> tuple[set[str], set[str]]:
+    """Parameters of units that were compared with autograd's gradient, and those whose rows are not autograd's.
+
+    Random gradients are put in at the uses and pulled back to their parameters: an adapter is right when what it makes
+    of gradients is what autograd makes of them. Parameters of one use are compared by themselves, where nothing else
+    has to be pulled back; others together. A parameter whose gradient is below the rounding of what was added up for it
+    was not compared.
+    """
+    times = Counter(slot.name for recorded in capture.uses for slot in recorded.use.slots)
+    alone = [group for group in groups if len(group.uses) == 1 and all(times[name] == 1 for name in group.layout.names)]
+    together = [group for group in groups if group not in alone]
+    compared, wrong = set[str](), set[str]()
+    for some in [*([group] for group in alone), *([together] if together else [])]:
+        gradients, expected = _pulled(network, capture, some)
+        for group in some:
+            dtype = gradients[group.uses[0][0]].dtype
+            for name, got, noise in _gradients(network, group, gradients, capture.outputs.shape[0]):
+                e = expected[name]
+                length = got.new_zeros(()) if e is None else e.norm().to(got)
+                if e is not None:
+                    got -= e.flatten()
+                if not bool(got.norm() <= COMPARED.get(dtype, 0.1) * length + noise):
+                    wrong.add(name)
+                elif bool(length > noise):
+                    compared.add(name)
+            group.inputs.clear()  # all at once would take more than what is made of them
+    return compared, wrong
+
+
+def _pulled(
+    network: Network, capture: Capture, groups: list[UseGroup]
+) -> tuple[dict[int, Tensor], dict[str, Tensor | None]]:
+    """``{use: [1, *out]}``, the gradients that arrive when random ones are put in at all uses, and those of the
+    parameters.
+    """
+    indices = sorted({j for group in groups for j, _, _ in group.uses})
+    parameters = {name: network.parameters[name] for group in groups for name in group.layout.names}
+    edges: list[Any] = [capture.uses[j].edge for j in indices]
+    v = [_random(j, capture.uses[j].shape, edge).to(capture.outputs.device) for j, edge in zip(indices, edges)]
+    within = [] if len(edges) == 1 else edges  # those of later uses arrive at earlier ones
+    beside = [e for edge in edges for e in _needed(edge.node)]
+    asked = [*within, *parameters.values(), *beside]
+    pulled = gradients_of(edges, asked, v, retain_graph=True)[: len(asked) - len(beside)]
+    arrived = pulled[: len(within)] if within else v
+    gradients = {j: g.unsqueeze(0) for j, g in zip(indices, arrived) if g is not None}
+    return gradients, {name: dense(g) for name, g in zip(parameters, pulled[len(within) :])}
+
+
+def _needed(node: Any) -> list[GradientEdge]:
+    """What must be asked for with the parameters of an operation: without its input, a group norm of channels-last
+    tensors ends the process (torch 2.13, CPU).
+    """
+    following, number = node.next_functions[0] if operation(node) == "NativeGroupNorm" else (None, 0)
+    return [] if following is None else [GradientEdge(following, number)]
+
+
+PERIOD = 65_521  # a prime: random numbers repeat behind so many, with a period that no axis has
+
+
+@functools.cache
+def _pool() -> Tensor:
+    return torch.randn(PERIOD + 1024, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def _random(seed: int, sizes: torch.Size, edge: Any) -> Tensor:
+    """Random numbers in the dtype of an edge, others for another ``seed``."""
+    start, period = 37 * seed % 1024, min(sizes.numel(), PERIOD)
+    drawn = _pool()[start : start + period].to(edge.node._input_metadata[edge.output_nr].dtype)
+    return (drawn.repeat(-(-sizes.numel() // period)) if period else drawn)[: sizes.numel()].view(sizes)
+
+
+def _gradients(
+    network: Network, group: UseGroup, gradients: dict[int, Tensor], n: int
+) -> Iterator[tuple[str, Tensor, Any]]:
+    """``(parameter, sum of its rows, rounding of the sum)``."""
+    jacobian = group.jacobian(gradients, n)
+    total = jacobian.vjp(torch.ones(1, n, dtype=jacobian.dtype, device=jacobian.device))
+    noise = (
+        20
+        * torch.finfo(gradients[group.uses[0][0]].dtype).eps
+        * sum(_size(group, j, gradients[j]) for j, _, _ in group.uses)
+    )
+    for name, got in _by_name(group.layout, total, network.collection.offsets()).items():
+        yield name, got, noise
+
+
+def _size(group: UseGroup, j: int, g: Tensor) -> Tensor:
+    """A bound of the sum of the products of gradients and inputs of a use."""
+    a = group.inputs.get(j)
+    most = a.norm() if a is not None and a.is_floating_point() else g.new_tensor(float(g.numel())).sqrt()
+    return g.norm() * most.to(g)
+
+
+def _by_name(layout: Layout, rows: Tensor, offsets: dict[str, tuple[int, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """Entries ``[s, o, i]`` of a block, each parameter's in its own order."""
+    parts, column = {}, 0
+    for piece in layout.pieces:
+        i = piece.arrangement.sizes[2]
+        flat = piece.arrangement.write(rows[..., column : column + i])
+        column += i
+        for name in piece.names:
+            lo, shape = offsets[name]
+            parts[name] = flat[lo - piece.offset : lo - piece.offset + torch.Size(shape).numel()]
+    return parts

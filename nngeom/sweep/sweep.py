@@ -1,0 +1,283 @@
+"""One pass over the data: batches in, LayerJacobians out, cut to the memory budget, checked against autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nngeom.capture.network import Batch, as_batches, leading_size, require_finite, take
+from nngeom.capture.recorder import Capture, record
+from nngeom.core import memory
+from nngeom.core.errors import LoaderError, NonFiniteError
+from nngeom.core.jacobian import LayerJacobian, tensors
+from nngeom.core.layout import Layout
+from nngeom.pullback.captured_pass import Pass
+from nngeom.pullback.layer_by_layer import bytes_each_cotangent
+from nngeom.pullback.proofs import Proof, keeps_apart
+from nngeom.pullback.separate import parts_make_the_whole
+from nngeom.sweep.run import Run
+
+START = (-1, -1)  # before the first chunk, which starts with example 0 and cotangent 0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Cotangents ``v[k, n, *out]``, made in slices: ``make(lo, hi) -> [hi - lo, n, *out]``."""
+
+    count: int
+    make: Callable[[int, int], Tensor]
+
+
+class Cotangents(Protocol):
+    """Axis 2: which cotangents are pulled back."""
+
+    def columns(self, outputs: Tensor, batch: Batch, start: int) -> Columns:
+        """Cotangents for the outputs ``(n, *out)`` of a batch whose first example has the running index ``start``."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a statistic sees: the rows of one batch, for some of its cotangents.
+
+    ``jacobians``: the rows of every block of parameters; ``examples``: ``n``; ``start``: the running index of the first
+    of them; ``cotangents``: the first of these and how many there are in all, ``(lo, total)``.
+    """
+
+    jacobians: dict[Layout, LayerJacobian]
+    examples: int
+    start: int
+    cotangents: tuple[int, int]
+
+    @property
+    def first(self) -> bool:
+        """Whether these are the first cotangents of the batch: statistics of inputs alone are taken once."""
+        return self.cotangents[0] == 0
+
+    def nbytes(self, held: set[int]) -> int:
+        """Bytes beyond those of the storages in ``held``, which these join: chunks of one batch share its inputs."""
+        new = {t.untyped_storage().data_ptr(): t for j in self.jacobians.values() for t in tensors(j)}
+        new = {place: t for place, t in new.items() if place not in held}
+        held.update(new)
+        return sum(t.numel() * t.element_size() for t in new.values())
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a sweep makes its chunks."""
+
+    label: str = "sweep"  # of the progress bar
+    part_of: Callable[[str], object] | None = None  # parameters of different parts share no block
+    reread: bool = True  # False: later sweeps must see the same batches and draws, so batches are kept
+    reuse: bool = False  # the caller is done with a chunk when it asks for the next, which may overwrite it
+    watch: bool = True  # False: the caller asks for :meth:`Sweep.raise_where_not_finite` when its result is not finite
+    keep_graph: bool = False
+    explicit: bool = False  # rows are used as they are, factors are not
+    divide: bool = False  # batches too large for one chunk of all cotangents, or too many examples, are run in parts
+    most_examples: int | None = None  # of a chunk
+    shares: int = 2  # a chunk may take one of so many shares of the budget
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The LayerJacobians of a run for the cotangents of a metric, batch by batch."""
+
+    run: Run
+    cotangents: Cotangents
+    policy: Policy = Policy()
+
+    def but(self, **changes: Any) -> Sweep:
+        """The same with another policy."""
+        return replace(self, policy=replace(self.policy, **changes))
+
+    def chunks(self, after: tuple[int, int] = START) -> Iterator[Chunk]:
+        """Every batch, cut over cotangents, under the budget in force.
+
+        Those up to the one that starts with the example and the cotangent ``after`` are left out.
+        """
+        working = memory.Working() if self.policy.reuse else None
+        source = as_batches(self.run.loader)
+        hidden = not self.run.progress
+        bar = tqdm(self.run.network.batches(source), total=_length(source), desc=self.policy.label, disable=hidden)
+        start = 0
+        for index, batch in enumerate(bar):
+            start = yield from self._batch(batch, index, start, after, working)
+
+    def held(self) -> Sweep:
+        """The same on batches that can be gone over once more: kept where a second reading might give others."""
+        source = as_batches(self.run.loader)
+        if self.policy.reread and not isinstance(source, Iterator):
+            return self
+        return replace(self, run=self.run.on(list(source)))
+
+    def raise_where_not_finite(self) -> None:
+        """Raise :class:`NonFiniteError` for the first batch with outputs or gradients that are not finite, if there is
+        one.
+        """
+        quiet = replace(self, run=replace(self.run, check=False, progress=False))
+        for _ in quiet.but(reuse=True, watch=True).chunks():
+            pass
+
+    # -- one batch -----------------------------------------------------------------------------------------------------
+
+    def _captured(self, batch: Batch, index: int) -> Capture:
+        capture = record(self.run.network, batch, self.policy.keep_graph)
+        require_finite(capture.outputs.detach(), "outputs", index)
+        if index == 0 and capture.outputs.shape[0] == 1:
+            self._learn_from_a_pair(batch)
+        return capture
+
+    def _batch(
+        self, batch: Batch, index: int, start: int, after: tuple[int, int], working: memory.Working | None
+    ) -> Generator[Chunk, None, int]:
+        """The chunks of a batch whose first example has the running index ``start``; returns that of the next batch."""
+        capture = self._captured(batch, index)
+        parts = self._parts(capture, start) if self.policy.divide else []
+        if parts:
+            del capture
+        for part in parts:
+            n = leading_size(part)
+            if n is not None and start + n <= after[0]:
+                start += n
+            else:
+                start = yield from self._batch(part, index, start, after, working)
+        if parts:
+            return start
+        n = capture.outputs.shape[0]
+        for chunk in self.cut(capture, start, after, working):
+            if self.policy.watch:
+                self._require_finite(chunk.jacobians, index)
+            yield chunk
+        return start + n
+
+    def _parts(self, capture: Capture, start: int) -> list[Batch]:
+        """Parts of a batch, each of which leaves room for all its cotangents; none where the whole does, or runs
+        differently in parts.
+        """
+        outputs, n = capture.outputs.detach(), capture.outputs.shape[0]
+        count = self.cotangents.columns(outputs, capture.batch, start).count
+        each = bytes_each_cotangent(capture, self.policy.keep_graph) * count // n
+        size = memory.step(n, each, most=memory.budget() // self.policy.shares)
+        size = min(size, self.policy.most_examples or n)
+        if size >= n or leading_size(capture.batch) != n:
+            return []
+        parts = [take(capture.batch, slice(lo, lo + size), n) for lo in range(0, n, size)]
+        network = self.run.network
+        return (
+            parts if parts_make_the_whole(network, capture, parts, gradients=not keeps_apart(network, capture)) else []
+        )
+
+    def cut(
+        self,
+        capture: Capture,
+        start: int = 0,
+        after: tuple[int, int] = START,
+        working: memory.Working | None = None,
+    ) -> Iterator[Chunk]:
+        """The chunks of one captured forward pass, the first of them proved and checked unless a pass like this one
+        was.
+
+        ``start`` is the running index of its first example. Chunks up to the one that starts with the example and the
+        cotangent ``after`` are left out.
+        """
+        # of all uses: cuts must not depend on which are left to the fallback by now
+        each = bytes_each_cotangent(capture, self.policy.keep_graph)
+        run, columns = self.begin(capture, start, working)
+        size = memory.step(columns.count, each, "output of one batch", memory.budget() // self.policy.shares)
+        self._resolve(run)
+        for lo in range(0, columns.count, size):
+            if (start, lo) <= after:
+                continue
+            hi = min(columns.count, lo + size)
+            jacobians = run.pull(columns.make(lo, hi), last=hi == columns.count)
+            yield Chunk(jacobians, run.n, start, (lo, columns.count))
+
+    def begin(self, capture: Capture, start: int = 0, working: memory.Working | None = None) -> tuple[Pass, Columns]:
+        """A pass to be differentiated, and its cotangents."""
+        network, left, policy = self.run.network, self.run.left_to_fallback, self.policy
+        options = {"keep_graph": policy.keep_graph, "explicit": policy.explicit, "check": self.run.check}
+        run = Pass(network, capture, left, policy.part_of, working=working, **options)
+        return run, self.cotangents.columns(capture.outputs.detach(), capture.batch, start)
+
+    def _resolve(self, run: Pass) -> None:
+        """Find the blocks of a pass, and prove what is not known of its graph, where that is wanted and numbers can
+        answer.
+        """
+        check = self.run.check
+        run.resolve(check)
+        if check and not run.proof.covers(run.capture) and bool(torch.isfinite(run.capture.outputs.detach().sum())):
+            run.prove()
+
+    def one_batch(self) -> tuple[Pass, Tensor] | None:
+        """The pass of the only batch and all its cotangents, to be pulled back layer by layer; ``None`` where there is
+        no such batch, or no room.
+        """
+        batches, policy = list(self.run.batches()), self.policy
+        if len(batches) != 1 or policy.keep_graph:
+            return None
+        capture = self._captured(batches[0], 0)
+        if policy.most_examples is not None and capture.outputs.shape[0] > policy.most_examples:
+            return None
+        run, columns = self.begin(capture)
+        room = memory.budget() // policy.shares
+        proof = 2 * bytes_each_cotangent(run.capture, policy.keep_graph)
+        if max(columns.count * capture.outputs.numel() * capture.outputs.element_size(), proof) > room:
+            return None
+        self._resolve(run)
+        return (run, columns.make(0, columns.count)) if run.most_bytes(columns.count) <= memory.budget() else None
+
+    def look(self) -> None:
+        """Raise now what products would only meet later: models that mix examples, outputs that are not finite, odd
+        batches. What is asked of a batch does not depend on cotangents.
+        """
+        for index, batch in enumerate(self.run.batches() if self.run.check else ()):
+            capture = record(self.run.network, batch)
+            require_finite(capture.outputs.detach(), "outputs", index)
+            self.proved(capture)
+
+    def proved(self, capture: Capture) -> Proof:
+        """What is known of a pass, checked now if no pass like it was."""
+        run, _ = self.begin(capture)
+        self._resolve(run)
+        return run.proof
+
+    def _learn_from_a_pair(self, batch: Batch) -> None:
+        """One example alone hides which uses are shared by all examples; two copies of it show them."""
+        try:
+            capture = record(self.run.network, take(batch, [0, 0], 1))
+        except Exception:  # a model for one example at a time
+            return
+        if capture.outputs.shape[0] == 2:
+            Pass(self.run.network, capture, self.run.left_to_fallback, self.policy.part_of).resolve()
+
+    def _require_finite(self, jacobians: dict[Layout, LayerJacobian], index: int) -> None:
+        tensors = {layout: getattr(j, "g", getattr(j, "m", None)) for layout, j in jacobians.items()}
+        sums = [t.detach().sum() for t in tensors.values() if t is not None]
+        if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
+            return
+        for layout, t in tensors.items():
+            if t is not None and not bool(torch.isfinite(t).all()):
+                bad = (~torch.isfinite(t)).transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
+                raise NonFiniteError(
+                    f"gradients of layer {self.run.network.layer_of(layout.names[0])!r} contain NaN or infinity in "
+                    f"batch {index}, examples {bad[:8]}"
+                    f"{'...' if len(bad) > 8 else ''}; check those inputs, or use a wider dtype"
+                )
+
+
+def _length(source: Any) -> int | None:
+    try:
+        return len(source)
+    except TypeError:  # a generator, or an iterable data set
+        return None
+
+
+def require_examples(count: int) -> int:
+    """``count``, or :class:`LoaderError` when nothing was seen."""
+    if count == 0:
+        raise LoaderError("no example was seen; expected a loader with at least one")
+    return count
