@@ -21,7 +21,7 @@ class PMatUnit(PMat):
     """A dense block an output unit, over its incoming weights and bias."""
 
     @classmethod
-    def recipe(cls, scope):
+    def recipe(cls, selection):
         def statistic(chunk):
             rows = {layout: j.matrix() for layout, j in chunk.jacobians.items()}
             return {layout: {"m": torch.einsum("knsoi,knsoj->soij", m, m)} for layout, m in rows.items()}
@@ -46,7 +46,7 @@ class PMatHalf(nng.PMatDiag):
     """A subclass with a recipe of its own: half the diagonal."""
 
     @classmethod
-    def recipe(cls, scope):
+    def recipe(cls, selection):
         blocks = yield from super().recipe(scope)
         return {layout: block.scaled(0.5) for layout, block in blocks.items()}
 
@@ -55,7 +55,7 @@ class PMatOwnFactors(PMat):
     """Kronecker factors asked for from outside."""
 
     @classmethod
-    def recipe(cls, scope):
+    def recipe(cls, selection):
         means = yield lambda chunk: {lay: {"g": factors(j, "expand", 100)["a"]} for lay, j in chunk.jacobians.items()}
         return {lay: DiagBlock(t["g"].diagonal(dim1=-2, dim2=-1)) for lay, t in means.items()}
 
@@ -156,7 +156,7 @@ def test_a_recipe_of_ones_own_may_still_say_what_it_keeps():
         entries = "diagonal"
 
         @classmethod
-        def recipe(cls, scope):
+        def recipe(cls, selection):
             return (yield from super().recipe(scope))
 
     case = build("mlp")

@@ -86,7 +86,7 @@ def test_a_step_without_a_gradient_knows_nothing_of_an_older_one(kind):
 
 def average(opt, kind):
     """The running average as a matrix."""
-    recipe = opt.representation.recipe(next(iter(opt.partition)).scope)
+    recipe = opt.representation.recipe(next(iter(opt.partition)).selection)
     next(recipe)
     try:
         recipe.send(next(iter(opt.partition)).averages.read())

@@ -27,16 +27,16 @@ class PMatReduced(nng.PMatEKFAC):
     """EKFAC with another default, by the recipe of its parent."""
 
     @classmethod
-    def recipe(cls, scope, sharing="reduce", sua=False, block_limit=4096):
-        return (yield from super().recipe(scope, sharing, sua, block_limit))
+    def recipe(cls, selection, sharing="reduce", sua=False, block_limit=4096):
+        return (yield from super().recipe(selection, sharing, sua, block_limit))
 
 
 class PMatDoubled(nng.PMatEKFAC):
     """What is changed after the parent's recipe must not be lost."""
 
     @classmethod
-    def recipe(cls, scope):
-        blocks = yield from super().recipe(scope)
+    def recipe(cls, selection):
+        blocks = yield from super().recipe(selection)
         return {layout: block.scaled(2.0) for layout, block in blocks.items()}
 
 
@@ -46,7 +46,7 @@ class PMatTwo(PMat):
     passes = 2
 
     @classmethod
-    def recipe(cls, scope):
+    def recipe(cls, selection):
         means = yield lambda chunk: {layout: {"v": j.square()} for layout, j in chunk.jacobians.items()}
         scale = {layout: t["v"].sqrt() + 1e-3 for layout, t in means.items()}
 
@@ -66,7 +66,7 @@ class PMatThree(PMat):
     passes = 3
 
     @classmethod
-    def recipe(cls, scope):
+    def recipe(cls, selection):
         means = yield factor_statistic("expand", 4096)
         bases = {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}
         rotated = lambda chunk: {
@@ -81,8 +81,8 @@ class PMatByString(PMat):
     """Statistics of blocks under names of their own: one number a layer, of the gradients, and one of both."""
 
     @classmethod
-    def recipe(cls, scope):
-        spans = {scope.collection.span(names): layer for layer, names in scope.by_layer().items()}
+    def recipe(cls, selection):
+        spans = {selection.collection.span(names): layer for layer, names in selection.by_layer().items()}
 
         def statistic(chunk):
             sums = {}
@@ -255,15 +255,17 @@ def test_a_new_way_of_keeping_curvature_comes_from_outside():
         """Divides by two."""
 
         def observe(self, chunk, schedule):
-            self.blocks = {self.scope.span(): DiagBlock(torch.full((1, 1, self.scope.span().numel), 0.5, dtype=f64))}
+            self.blocks = {
+                self.selection.span(): DiagBlock(torch.full((1, 1, self.selection.span().numel), 0.5, dtype=f64))
+            }
 
         def precondition(self, gradient, seen, schedule):
             gradient.mul_(0.5)
 
     class PMatOther(PMatMine):
         @classmethod
-        def recipe(cls, scope):
-            return (yield from super().recipe(scope))
+        def recipe(cls, selection):
+            return (yield from super().recipe(selection))
 
     case = build("mlp", sizes=(6,))
     opt = NaturalGradient(case.model, PMatMine, lr=1.0, momentum=0.0)

@@ -34,8 +34,8 @@ class {name}(DiagBlock):
         return {name}({value} * c * self.d)
 class {name}Matrix(nng.PMatDiag):
     @classmethod
-    def recipe(cls, scope):
-        return {{lay: {name}(b.d) for lay, b in (yield from nng.PMatDiag.recipe(scope)).items()}}
+    def recipe(cls, selection):
+        return {{lay: {name}(b.d) for lay, b in (yield from nng.PMatDiag.recipe(selection)).items()}}
 """
 KERNEL = """
 from dataclasses import dataclass
@@ -59,8 +59,8 @@ class {name}(DiagBlock):
     d: {annotation}
 class {name}Matrix(nng.PMatDiag):
     @classmethod
-    def recipe(cls, scope):
-        return {{lay: {name}(b.d) for lay, b in (yield from nng.PMatDiag.recipe(scope)).items()}}
+    def recipe(cls, selection):
+        return {{lay: {name}(b.d) for lay, b in (yield from nng.PMatDiag.recipe(selection)).items()}}
 """
 
 

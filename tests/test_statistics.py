@@ -25,7 +25,7 @@ def diagonal_named(first, second):
 
     class Named(PMat):
         @classmethod
-        def recipe(cls, scope):
+        def recipe(cls, selection):
             def statistic(chunk):
                 squares = {layout: j.square() for layout, j in chunk.jacobians.items()}
                 return {layout: {first: d, second: d} for layout, d in squares.items()}
@@ -71,7 +71,7 @@ class PMatOwnFactors(PMat):
     """KFAC written from outside, its factors under names of its own."""
 
     @classmethod
-    def recipe(cls, scope):
+    def recipe(cls, selection):
         def statistic(chunk):
             sums = {layout: factors(j, "expand", 10**6) for layout, j in chunk.jacobians.items()}
             return {layout: {"gauche": s["a"], "droite": s["g"]} for layout, s in sums.items()}

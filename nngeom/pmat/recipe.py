@@ -44,7 +44,7 @@ class Selection:
         return self.collection.span(self.names)
 
     def by_layer(self) -> dict[str, tuple[str, ...]]:
-        """``layer -> its parameters`` within the scope."""
+        """``layer -> its parameters`` within the selection."""
         mine = set(self.names)
         table = {layer: tuple(n for n in names if n in mine) for layer, names in self.collection.by_layer().items()}
         return {layer: names for layer, names in table.items() if names}

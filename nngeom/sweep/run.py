@@ -26,7 +26,7 @@ class Run:
     Objects that outlive the call which made them (implicit matrices, kernels and maps) keep their run, with its budget
     and its checks. :meth:`of` makes one from the arguments of a measure.
 
-    Its ``task`` is the model with what names its parameters and runs it, ``loader`` the data, ``memory_budget`` in
+    Its ``network`` is the model with what names its parameters and runs it, ``loader`` the data, ``memory_budget`` in
     bytes; ``check`` and ``progress`` as for :meth:`of`. ``left_to_fallback``: parameters whose rows come from the
     per-example fallback, as sweeps find out.
     """
