@@ -47,7 +47,7 @@ class PMatHalf(nng.PMatDiag):
 
     @classmethod
     def recipe(cls, selection):
-        blocks = yield from super().recipe(scope)
+        blocks = yield from super().recipe(selection)
         return {layout: block.scaled(0.5) for layout, block in blocks.items()}
 
 
@@ -157,7 +157,7 @@ def test_a_recipe_of_ones_own_may_still_say_what_it_keeps():
 
         @classmethod
         def recipe(cls, selection):
-            return (yield from super().recipe(scope))
+            return (yield from super().recipe(selection))
 
     case = build("mlp")
     m = nng.Hessian(case.model, case.loader, PMatTold, loss="cross_entropy")
