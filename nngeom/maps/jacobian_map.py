@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -42,6 +42,8 @@ class JacobianMap(ABC):
         """Where the entries are."""
 
     def _vector(self, v: Any) -> Tensor:
+        if isinstance(v, Mapping):
+            v = PVector.from_dict(self.layer_collection, v)
         if not isinstance(v, PVector):
             raise ArgumentTypeError(
                 f"the operand is {type(v).__name__}; expected a PVector (PVector.from_flat(J.layer_collection, "

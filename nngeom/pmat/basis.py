@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class Basis:
     """An orthonormal basis of parameter space, blockwise: never ``d x d`` for structured matrices.
 
     ``U.mv`` maps coordinates (in the order of the eigenvalues) to parameters, ``U.T.mv`` back; both take and give a
-    PVector or a flat tensor ``(*batch, d)``, as they are given.
+    PVector or a flat tensor ``(*batch, d)``, as they are given (a dict of named tensors is a PVector).
 
     ``parts``: bases of the blocks of ``layer_collection``; ``order [d]``: the place of each ascending eigenvalue in the
     blocks' own order; ``dtype``: of the entries; ``transposed``: this is ``U^T``.
@@ -41,6 +42,8 @@ class Basis:
 
     def mv(self, x: PVector | Tensor) -> Any:
         """``U x``, or ``U^T x`` when transposed."""
+        if isinstance(x, Mapping):
+            x = PVector.from_dict(self.layer_collection, x)
         if isinstance(x, PVector):
             self.layer_collection.require(x.layer_collection, "the vector")
             return PVector(self.layer_collection, self.mv(x.flat()))

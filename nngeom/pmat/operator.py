@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -73,11 +73,13 @@ class ParameterOperator(ABC):
         return self.layer_collection.numel, self.layer_collection.numel
 
     def operand(self, v: Any) -> Tensor:
-        """The entries ``[*b, d]`` of a PVector ``v``, checked, in the dtype of the matrix."""
+        """The entries ``[*b, d]`` of a PVector ``v`` or a dict of named tensors, checked, in the dtype of the matrix."""
+        if isinstance(v, Mapping):
+            v = PVector.from_dict(self.layer_collection, v)
         if not isinstance(v, PVector):
             raise ArgumentTypeError(
                 f"the operand is {type(v).__name__}; expected a PVector (PVector.from_flat(M.layer_collection, "
-                "tensor) makes one)"
+                "tensor) makes one) or a dict of one tensor a parameter"
             )
         self.layer_collection.require(v.layer_collection, "the vector")
         if v.device != self.device:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.norms import vector_norm
+from nngeom.space.operations import Elementwise
 
 
 @dataclass(frozen=True, eq=False)
-class FVector:
+class FVector(Elementwise):
     """A ``tensor (*batch, c, n)`` of outputs by examples; flattened output-major, row ``output * n + example``."""
 
     tensor: Tensor
@@ -22,6 +24,10 @@ class FVector:
         if not isinstance(self.tensor, Tensor) or self.tensor.ndim < 2:
             given = tuple(self.tensor.shape) if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
             raise ArgumentError(f"an FVector has shape (*batch, c, n); got {given}")
+
+    def like(self, tensor: Tensor) -> FVector:
+        """The vector of the entries ``tensor (*batch, c, n)``."""
+        return FVector(tensor)
 
     def flat(self) -> Tensor:
         """``(*batch, c * n)``."""
@@ -84,11 +90,13 @@ class FVector:
 
     def dot(self, other: FVector) -> Tensor:
         """Inner product with ``other``, ``(*batch)``."""
+        if not isinstance(other, FVector):
+            raise ArgumentTypeError(f"the other vector is {type(other).__name__}; expected an FVector")
         return self._with(other, torch.mul).tensor.sum((-2, -1))
 
     def norm(self, p: float = 2) -> Tensor:
         """The ``p``-norm of the whole vector, ``(*batch)``."""
-        return torch.linalg.vector_norm(self.tensor, p, dim=(-2, -1))
+        return vector_norm(self.flat(), p)
 
     def clone(self) -> FVector:
         """A copy."""

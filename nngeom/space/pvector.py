@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, CollectionError
+from nngeom.core.norms import vector_norm
 from nngeom.space.collection import LayerCollection, unwrap
+from nngeom.space.operations import Batched
 
 
 @dataclass(frozen=True, eq=False)
-class PVector:
+class PVector(Batched):
     """A vector (or batch of vectors) over the parameters of a :class:`LayerCollection`, its ``layer_collection``.
 
     One internal form: the flat ``tensor (*batch, d)``, in the order of the collection.
@@ -119,7 +121,13 @@ class PVector:
         """``{name: (*batch, *shape)}``, views of the flat tensor."""
         return {name: self[name] for name in self.layer_collection.names}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def like(self, tensor: Tensor) -> PVector:
+        """The vector of the same parameters with the entries ``tensor (*batch, d)``."""
+        return PVector(self.layer_collection, tensor)
+
+    def __getitem__(self, name: Any) -> Any:
+        if not isinstance(name, str):
+            return self.picked(name)
         table = self.layer_collection.offsets()
         if name not in table:
             raise CollectionError(f"no parameter {name!r} in this vector; it has {list(table)[:8]}")
@@ -155,6 +163,8 @@ class PVector:
     # -- algebra -------------------------------------------------------------------------------------------------------
 
     def _with(self, other: Any, f: Callable[[Tensor, Any], Tensor]) -> PVector:
+        if isinstance(other, Mapping):
+            other = PVector.from_dict(self.layer_collection, other)
         if isinstance(other, PVector):
             self.layer_collection.require(other.layer_collection, "the other vector")
             return PVector(self.layer_collection, f(self.tensor, other.tensor))
@@ -170,7 +180,7 @@ class PVector:
     def _same(self, other: Any, f: Callable[[Tensor, Any], Tensor]) -> PVector:
         if isinstance(other, (int, float)) and other == 0:  # so that sum() works
             return self
-        if not isinstance(other, PVector):
+        if not isinstance(other, (PVector, Mapping)):
             raise ArgumentTypeError(f"cannot add {type(other).__name__} to a PVector; expected a PVector")
         return self._with(other, f)
 
@@ -195,12 +205,13 @@ class PVector:
 
     def dot(self, other: PVector) -> Tensor:
         """Inner product with ``other``, ``(*batch)``."""
-        self.layer_collection.require(other.layer_collection, "the other vector")
-        return (self.tensor * other.tensor).sum(-1)
+        if not isinstance(other, (PVector, Mapping)):
+            raise ArgumentTypeError(f"the other vector is {type(other).__name__}; expected a PVector")
+        return self._with(other, torch.mul).tensor.sum(-1)
 
     def norm(self, p: float = 2) -> Tensor:
         """The ``p``-norm of the whole vector, ``(*batch)``."""
-        return torch.linalg.vector_norm(self.tensor, p, dim=-1)
+        return vector_norm(self.tensor, p)
 
     def clone(self) -> PVector:
         """A copy."""

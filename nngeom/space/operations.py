@@ -1,0 +1,71 @@
+"""What vectors of parameter space and of function space do entry by entry, and what batches of them do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import ArgumentError, ArgumentTypeError
+
+V = TypeVar("V", bound="Elementwise")
+
+
+class Elementwise(ABC):
+    """Functions of the entries of a vector with a ``tensor``, and the inner product as an operator."""
+
+    tensor: Tensor
+
+    @abstractmethod
+    def like(self: V, tensor: Tensor) -> V:
+        """A vector of the same space with the entries ``tensor``."""
+
+    @abstractmethod
+    def dot(self, other: Any) -> Tensor:
+        """The inner product with ``other``, ``(*batch)``."""
+
+    def apply(self: V, f: Callable[[Tensor], Tensor]) -> V:
+        """``f`` of the entries, a function of the tensor ``(*batch, ...)`` that returns one of the same shape."""
+        out = f(self.tensor)
+        if not isinstance(out, Tensor) or out.shape != self.tensor.shape:
+            given = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise ArgumentError(f"the function returned {given}; expected a tensor {tuple(self.tensor.shape)}")
+        return self.like(out)
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return self.dot(other)
+
+    def __abs__(self: V) -> V:
+        return self.like(self.tensor.abs())
+
+    def __pow__(self: V, p: Any) -> V:
+        if not isinstance(p, (int, float)) and not (isinstance(p, Tensor) and p.ndim == 0):
+            raise ArgumentTypeError(f"the power is {type(p).__name__}; expected a number")
+        return self.like(torch.pow(self.tensor, p))
+
+
+class Batched(Elementwise):
+    """Leading axes as a sequence of vectors."""
+
+    def picked(self, index: Any) -> Any:
+        """The vectors of a batch at ``index``: an integer, a slice, a tuple or tensor of these, for its axes."""
+        key = index if isinstance(index, tuple) else (index,)
+        entries = (slice(None),) if any(k is Ellipsis for k in key) else (Ellipsis, slice(None))
+        try:
+            return self.like(self.tensor[(*key, *entries)])
+        except (IndexError, TypeError) as error:
+            raise ArgumentError(
+                f"cannot take {index!r} of vectors {tuple(self.tensor.shape)}, the last axis their entries: {error}; "
+                "expected indices of the batch, or the name of a parameter"
+            ) from None
+
+    def __len__(self) -> int:
+        if self.tensor.ndim < 2:
+            raise ArgumentTypeError("a single vector has no length; .shape[-1] is the number of its entries")
+        return self.tensor.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.like(row) for row in self.tensor[: self.__len__()])
