@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,18 @@ from nngeom.core.damping import Cutoff, Damping
 from nngeom.core.errors import SingularError
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, zero_small
+from nngeom.pmat.given import (
+    foreign,
+    require_alike,
+    require_collection,
+    require_count,
+    require_cover,
+    require_mapping,
+    require_square,
+)
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Selection, join_rows
+from nngeom.space.collection import LayerCollection
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +121,17 @@ class PMatDense(PMat):
         layout = selection.span()
         return (yield from dense_recipe({layout: layout.names}))
 
+    @classmethod
+    def from_tensor(cls, lc: LayerCollection, tensor: Tensor, examples: int = 1) -> PMat:
+        """The symmetric matrix ``tensor (d, d)`` over the parameters of ``lc``, in flat order; a copy.
+
+        ``examples``: how many it is a mean over, for :func:`nngeom.merge`. Raises :class:`ArgumentError` for another
+        shape or an asymmetric one, :class:`NonFiniteError` for NaN and infinity.
+        """
+        d = require_collection(lc).numel
+        m = require_square(tensor, d, "the matrix")
+        return cls.of_blocks(lc, {lc.span(): DenseBlock(m)}, require_count(examples))
+
 
 class PMatBlockDiag(PMat):
     """One dense block a layer; covariances between layers are dropped."""
@@ -120,3 +142,20 @@ class PMatBlockDiag(PMat):
     def recipe(cls, selection: Selection):
         layers = {selection.collection.span(names): names for names in selection.by_layer().values()}
         return (yield from dense_recipe(layers))
+
+    @classmethod
+    def from_blocks(cls, lc: LayerCollection, blocks: Mapping[str, Tensor], examples: int = 1) -> PMat:
+        """The symmetric ``blocks``, ``{layer: (p, p)}``, of all layers of ``lc``, their parameters in flat order; copies.
+
+        ``examples``: how many they are means over, for :func:`nngeom.merge`. Raises :class:`CollectionError` for a
+        missing or foreign layer, :class:`ArgumentError` for another shape or an asymmetric block.
+        """
+        layers, found = require_collection(lc).by_layer(), {}
+        for layer, tensor in require_mapping(blocks, "tensor (p, p)").items():
+            if layer not in layers:
+                raise foreign(lc, layer)
+            layout = lc.span(layers[layer])
+            found[layout] = DenseBlock(require_square(tensor, layout.numel, f"the block of {layer!r}"))
+        require_cover(lc, [name for layout in found for name in layout.names])
+        require_alike([block.m for block in found.values()])
+        return cls.of_blocks(lc, dict(found), require_count(examples))

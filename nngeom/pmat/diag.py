@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nngeom.core.errors import ArgumentTypeError
 from nngeom.pmat.block import Block, Identity, reciprocal
+from nngeom.pmat.given import require_count, require_entries
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Selection
+from nngeom.space.pvector import PVector
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,3 +60,19 @@ class PMatDiag(PMat):
         for layout, tensors in means.items():  # a parameter used differently in different batches has several
             layout.scatter_(flat, layout.gather(flat) + tensors["d"])
         return {span: DiagBlock(span.gather(flat))}
+
+    @classmethod
+    def from_vector(cls, vector: PVector, examples: int = 1) -> PMat:
+        """The diagonal matrix of the entries of ``vector (d,)``, a copy.
+
+        ``examples``: how many it is a mean over, for :func:`nngeom.merge`. Raises :class:`ArgumentError` for a batch of
+        vectors, :class:`NonFiniteError` for NaN and infinity.
+        """
+        if not isinstance(vector, PVector):
+            raise ArgumentTypeError(
+                f"the diagonal is {type(vector).__name__}; expected a PVector (PVector.from_dict(lc, tensors) makes one)"
+            )
+        lc = vector.layer_collection
+        span = lc.span()
+        d = span.gather(require_entries(vector.flat(), "the diagonal", lc.numel))
+        return cls.of_blocks(lc, {span: DiagBlock(d)}, require_count(examples))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.pmat.factors import factors, is_kronecker, structure_of
+from nngeom.pmat.given import require_collection, require_count
+from nngeom.pmat.given_factors import blocks_of, factors_of
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.sua import has_window, sua_blocks, sua_sums
+from nngeom.space.collection import LayerCollection
 
 FACTOR_LIMIT = 10_000  # a factor with a longer side is kept diagonal
 
@@ -80,3 +86,27 @@ class PMatKFAC(PMat):
     def recipe(cls, selection: Selection, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
         """Factors of the parameters of ``selection``; ``sharing``, ``sua``, ``block_limit``: see the class."""
         return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua)))
+
+    @classmethod
+    def from_factors(cls, lc: LayerCollection, factors: Mapping[Any, tuple[Tensor, Tensor]], examples: int = 1) -> PMat:
+        """The Kronecker products of ``factors``, ``{layer: (A, G)}``, of all layers of ``lc``; copies.
+
+        ``A (i, i)`` is over the inputs, ``(i + 1, i + 1)`` with the bias last, ``G (o, o)`` over the outputs: entry
+        ``[o, i], [p, j]`` of the block is ``G[o, p] A[i, j]``. A factor may be its diagonal, ``(i,)``; factors of a
+        layer with groups have these as a leading axis, ``(s, i, i)`` and ``(s, o, o)``. A weight is output-major where
+        the sizes allow it, else input-major; with a diagonal ``A`` the other way round, as a table. In place of a layer
+        stand a parameter or a tuple (weight, bias) where it has several blocks.
+
+        ``examples``: how many they are means over, for :func:`nngeom.merge`. Raises :class:`CollectionError` for a
+        missing or foreign layer, :class:`ArgumentError` for another shape or an asymmetric factor.
+        """
+        return cls.of_blocks(lc, dict(blocks_of(require_collection(lc), factors)), require_count(examples))
+
+    def factors(self) -> dict[Any, tuple[Tensor, Tensor]]:
+        """``{layer: (A, G)}``, copies, as :meth:`from_factors` takes them: of these it makes this matrix again.
+
+        A parameter without Kronecker structure has its exact block as ``A``, and ``G`` is ``1``. Raises
+        :class:`StructureError` for a block whose place in the parameters the sizes of its factors do not tell: of an
+        einsum, of a window with ``sua=True``, of a square table or transposed kernel with a dense ``A``.
+        """
+        return factors_of(self.layer_collection, self.blocks)

@@ -13,8 +13,10 @@ from nngeom.core.errors import SingularError
 from nngeom.core.linear import differentiated
 from nngeom.core.statistic import Stacked
 from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, shifted_logdet
+from nngeom.pmat.given import require_collection, require_count, require_entries
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Selection, join_rows
+from nngeom.space.collection import LayerCollection
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,3 +169,13 @@ class PMatLowRank(PMat):
 
         means = yield statistic
         return {lay: LowRankBlock(t["r"]) for lay, t in means.items()}
+
+    @classmethod
+    def from_rows(cls, lc: LayerCollection, rows: Tensor, examples: int = 1) -> PMat:
+        """``R^T R`` of the ``rows (r, d)``, in the flat order of ``lc``, not divided by anything; a copy.
+
+        ``examples``: how many it is a mean over, for :func:`nngeom.merge`. Raises :class:`ArgumentError` for another
+        shape, :class:`NonFiniteError` for NaN and infinity.
+        """
+        r = require_entries(rows, "the tensor of rows", None, require_collection(lc).numel)
+        return cls.of_blocks(lc, {lc.span(): LowRankBlock(r)}, require_count(examples))

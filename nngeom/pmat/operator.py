@@ -73,7 +73,7 @@ class ParameterOperator(ABC):
         return self.layer_collection.numel, self.layer_collection.numel
 
     def operand(self, v: Any) -> Tensor:
-        """The entries ``[*b, d]`` of a PVector ``v`` or a dict of named tensors, checked, in the dtype of the matrix."""
+        """The entries ``[*b, d]`` of a PVector or dict of named tensors ``v``, checked, in the dtype of the matrix."""
         if isinstance(v, Mapping):
             v = PVector.from_dict(self.layer_collection, v)
         if not isinstance(v, PVector):
