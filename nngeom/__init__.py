@@ -1,6 +1,6 @@
 """``nngeom``: the matrices of deep learning as objects to compute with."""
 
-from nngeom.core.damping import Cutoff, FactoredTikhonov, Tikhonov
+from nngeom.core.damping import Cutoff, FactoredTikhonov, Relative, Tikhonov
 from nngeom.core.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -113,6 +113,7 @@ __all__ = [
     "PullBackImplicit",
     "PushForwardDense",
     "PushForwardImplicit",
+    "Relative",
     "SingularError",
     "SizeError",
     "StructureError",

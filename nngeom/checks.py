@@ -67,6 +67,7 @@ def _require(fits: bool, what: str) -> None:
 
 def _collection(lc: LayerCollection) -> None:
     _require(len(lc.names) == len(lc.shapes) == len(lc.layers), "a collection has as many names as shapes and layers")
+    _require(len(lc.aliases) in (0, len(lc.names)), "a collection has as many lists of names as names, or none")
     _require(len(set(lc.names)) == len(lc.names) > 0, "the names of a collection differ, and there is one at least")
     _require(all(v >= 0 for shape in lc.shapes for v in shape), "a parameter has a negative size")
 

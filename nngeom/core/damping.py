@@ -7,19 +7,21 @@ may be a 0-d tensor: where it requires a gradient, what is computed with it has 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DampingError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DampingError, UnsupportedError
 from nngeom.core.linear import differentiated
 
 
 @dataclass(frozen=True)
 class Tikhonov:
-    """``M + value * I``."""
+    """``M + value * I``; ``indefinite``: what is inverted may have negative eigenvalues, and must not have zero."""
 
     value: float | Tensor
+    indefinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,25 @@ class FactoredTikhonov:
 
 @dataclass(frozen=True)
 class Cutoff:
-    """Pseudo-inverse: eigenvalues below ``value`` count as zero, and so do their inverses. No gradient in ``value``."""
+    """Pseudo-inverse: eigenvalues below ``value`` count as zero, and so do their inverses. No gradient in ``value``.
 
-    value: float
+    ``top``: of a matrix over parameters, only so many of its largest eigenvalues count, and those equal to the last of
+    them; never any that are rounding error of zero.
+    """
+
+    value: float = 0.0
+    top: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.top is not None and (isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 1):
+            raise ArgumentError(f"top is {self.top!r}; expected a number of eigenvalues, 1 or more")
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Tikhonov damping of each block by ``value`` times its mean eigenvalue, its trace over its side."""
+
+    value: float | Tensor
 
 
 Damping = Tikhonov | FactoredTikhonov | Cutoff
@@ -52,6 +70,11 @@ def as_damping(damping: float | Tensor | Damping) -> Damping:
     Raises :class:`DampingError` when negative or not finite, :class:`ArgumentTypeError` for other types, and
     :class:`ArgumentError` for a :class:`Cutoff` whose value requires a gradient.
     """
+    if isinstance(damping, (Relative, Mapping)) or (isinstance(damping, Cutoff) and damping.top is not None):
+        raise UnsupportedError(
+            f"damping is {damping!r}, which needs the blocks of a stored matrix over parameters; expected a number "
+            ">= 0, FactoredTikhonov(x) or Cutoff(x)"
+        )
     if not isinstance(damping, (Tikhonov, FactoredTikhonov, Cutoff)):
         damping = Tikhonov(damping)
     try:

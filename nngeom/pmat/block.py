@@ -18,6 +18,7 @@ from torch import Tensor
 from nngeom.core.damping import Cutoff, Damping, Tikhonov
 from nngeom.core.errors import SingularError
 from nngeom.core.registry import Registry
+from nngeom.pmat.block_algebra import BlockAlgebra, same
 
 
 class TensorObject:
@@ -47,7 +48,7 @@ class TensorObject:
             yield from (t for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor))
 
 
-class Block(TensorObject, ABC):
+class Block(TensorObject, BlockAlgebra, ABC):
     """One block ``[s, o, i] x [s, o, i]`` of a parameter-space matrix."""
 
     kinds: ClassVar[Registry[type[Block]]] = Registry()  # by qualified name, for files
@@ -173,10 +174,22 @@ class EyeBlock(Block):
         return EyeBlock(self.c + other.c, self.s, self.o, self.i) if isinstance(other, EyeBlock) else None
 
     def inverse(self, damping):
-        return EyeBlock(reciprocal(self.c.view(1), damping, "the multiple of the identity")[0], self.s, self.o, self.i)
+        return self._times(reciprocal(self.c.view(1), damping, "the multiple of the identity")[0])
 
     def eigh(self):
         return self.diag(), Identity()
+
+    def restricted(self, columns):
+        return EyeBlock(self.c, self.s, self.o, len(columns))
+
+    def spectrum(self):
+        return self.diag(), lambda f: self._times(same(f, "a multiple of the identity") if f.numel() else self.c)
+
+    def plus_diagonal(self, d):
+        return self.of_diagonal(self.c + d)
+
+    def _times(self, c: Tensor) -> EyeBlock:
+        return EyeBlock(c, self.s, self.o, self.i)
 
 
 def reciprocal(values: Tensor, damping: Damping, what: str) -> Tensor:
@@ -185,7 +198,10 @@ def reciprocal(values: Tensor, damping: Damping, what: str) -> Tensor:
         keep = values >= max(damping.value, torch.finfo(values.dtype).tiny)
         return torch.where(keep, 1 / torch.where(keep, values, torch.ones_like(values)), torch.zeros_like(values))
     shifted = values + damping.value
-    require_positive(shifted, values, what)
+    if isinstance(damping, Tikhonov) and damping.indefinite:
+        require_nonzero(shifted, values, what)
+    else:
+        require_positive(shifted, values, what)
     return 1 / shifted
 
 
@@ -201,6 +217,12 @@ def require_positive(shifted: Tensor, values: Tensor, what: str) -> None:
             f"use a damping above {max(need, 0.0):.3e}, or Cutoff(x) for a pseudo-inverse",
             max(need, 0.0),
         )
+
+
+def require_nonzero(shifted: Tensor, values: Tensor, what: str) -> None:
+    """Raise unless all of ``shifted`` differ from zero by more than rounding error of ``values``."""
+    if values.numel() and bool(shifted.abs().min() <= rounding(values)):
+        raise SingularError(f"{what} is singular at this damping; use another, or Cutoff(x) for a pseudo-inverse")
 
 
 def rounding(values: Tensor) -> Tensor:
@@ -222,8 +244,6 @@ def log_sum(shifted: Tensor) -> Tensor:
 
 
 def zero_small(values: Tensor) -> Tensor:
-    """Eigenvalues within rounding error of zero set to zero, so that the log-determinant of a singular matrix is
-    ``-inf``.
-    """
+    """Eigenvalues within rounding error of zero set to it: the log-determinant of a singular matrix is ``-inf``."""
     floor = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
     return torch.where(values.abs() <= floor, torch.zeros_like(values), values)

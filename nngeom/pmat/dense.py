@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg
-from nngeom.core.damping import Cutoff, Damping
+from nngeom.core.damping import Cutoff, Damping, Tikhonov
 from nngeom.core.errors import SingularError
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, zero_small
+from nngeom.pmat.block_algebra import largest
 from nngeom.pmat.given import (
     foreign,
     require_alike,
@@ -52,13 +53,13 @@ class DenseBlock(Block):
         return self.m
 
     def inverse(self, damping):
-        if isinstance(damping, Cutoff):
+        if _by_eigenvalues(damping):
             values, u = linalg.eigh(self.m)
             return DenseBlock((u * reciprocal(values, damping, "the dense matrix")) @ u.T)
         return DenseBlock(torch.cholesky_inverse(linalg.cholesky(*self._shifted(damping))))
 
     def solve(self, b, damping):
-        if isinstance(damping, Cutoff):
+        if _by_eigenvalues(damping):
             return self.inverse(damping).mv(b)
         x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, linalg.cholesky(*self._shifted(damping)))
         return x.T.reshape(b.shape)
@@ -79,6 +80,24 @@ class DenseBlock(Block):
     def eigh(self):
         values, u = linalg.eigh(self.m)
         return zero_small(values)[None, None], DenseBasis(u)
+
+    def spectrum(self):
+        values, basis = self.eigh()
+        return values, lambda f: DenseBlock((basis.u * f.flatten()) @ basis.u.T)
+
+    def spectral_norm(self):
+        return largest(torch.linalg.eigvalsh(self.m.double())).to(self.m)
+
+    def restricted(self, columns):
+        return DenseBlock(self.m[columns][:, columns])
+
+    def plus_diagonal(self, d):
+        return DenseBlock(self.m + torch.diag(d.flatten()))
+
+
+def _by_eigenvalues(damping: Damping) -> bool:
+    """Whether the inverse takes eigenvalues, for a Cholesky factorisation would not do."""
+    return isinstance(damping, Cutoff) or (isinstance(damping, Tikhonov) and damping.indefinite)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +164,7 @@ class PMatBlockDiag(PMat):
 
     @classmethod
     def from_blocks(cls, lc: LayerCollection, blocks: Mapping[str, Tensor], examples: int = 1) -> PMat:
-        """The symmetric ``blocks``, ``{layer: (p, p)}``, of all layers of ``lc``, their parameters in flat order; copies.
+        """The symmetric ``blocks {layer: (p, p)}`` of all layers of ``lc``, parameters in flat order; copies.
 
         ``examples``: how many they are means over, for :func:`nngeom.merge`. Raises :class:`CollectionError` for a
         missing or foreign layer, :class:`ArgumentError` for another shape or an asymmetric block.

@@ -41,6 +41,18 @@ class DiagBlock(Block):
     def eigh(self):
         return self.d, Identity()
 
+    def spectrum(self):
+        return self.d, DiagBlock
+
+    def restricted(self, columns):
+        return DiagBlock(self.d[..., columns])
+
+    def plus_diagonal(self, d):
+        return DiagBlock(self.d + d)
+
+
+Block.of_diagonal = DiagBlock
+
 
 class PMatDiag(PMat):
     """The exact diagonal, everything else dropped."""
@@ -70,7 +82,7 @@ class PMatDiag(PMat):
         """
         if not isinstance(vector, PVector):
             raise ArgumentTypeError(
-                f"the diagonal is {type(vector).__name__}; expected a PVector (PVector.from_dict(lc, tensors) makes one)"
+                f"the diagonal is {type(vector).__name__}; expected a PVector, PVector.from_dict(lc, tensors)"
             )
         lc = vector.layer_collection
         span = lc.span()

@@ -36,14 +36,14 @@ def require_entries(x: Any, what: str, *shape: int | None) -> Tensor:
 
 
 def require_symmetric(x: Tensor, what: str) -> Tensor:
-    """``x [..., p, p]`` without what rounding left between it and its mirror; raises :class:`ArgumentError` for more."""
+    """``x [..., p, p]`` without what rounding left between it and its mirror; :class:`ArgumentError` for more."""
     if not x.numel():
         return x
     off, scale = (x - x.mT).detach().abs().max(), x.detach().abs().max()
     if bool(off > ROUNDING * torch.finfo(x.dtype).eps * scale):
         raise ArgumentError(
-            f"{what} is not symmetric: entries differ from their mirror by up to {off.item():.3e}; expected a symmetric "
-            "matrix, such as (m + m.mT) / 2"
+            f"{what} is not symmetric: entries differ from their mirror by up to {off.item():.3e}; expected a "
+            "symmetric matrix, such as (m + m.mT) / 2"
         )
     return (x + x.mT) / 2
 

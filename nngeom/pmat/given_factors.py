@@ -31,7 +31,7 @@ def blocks_of(collection: LayerCollection, given: Any) -> dict[Layout, Kronecker
     """The blocks of ``{key: (A, G)}``, checked."""
     blocks = {}
     for key, pair in require_mapping(given, "(A, G)").items():
-        a, g = _factors(key, pair)
+        a, g = _checked_pair(key, pair)
         blocks[layout_of(collection, key, a, g)] = KroneckerBlock(a, g)
     require_cover(collection, [name for layout in blocks for name in layout.names])
     require_alike([t for block in blocks.values() for t in block.tensors()])
@@ -43,7 +43,7 @@ def factors_of(collection: LayerCollection, blocks: dict[Layout, Block]) -> dict
     return {_key(collection, layout): _pair(collection, layout, block) for layout, block in blocks.items()}
 
 
-def _factors(key: Key, pair: Any) -> Factors:
+def _checked_pair(key: Key, pair: Any) -> Factors:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ArgumentTypeError(f"the factors of {key!r} are {type(pair).__name__}; expected a tuple (A, G)")
     grouped = any(isinstance(f, Tensor) and f.ndim == 3 for f in pair)
@@ -55,8 +55,8 @@ def _factor(what: str, factor: Any, grouped: bool) -> Tensor:
     axes = factor.ndim - grouped if isinstance(factor, Tensor) else 2
     if axes not in (1, 2):
         raise ArgumentError(
-            f"{what} has shape {tuple(factor.shape)}; expected (p, p), or its diagonal (p,), with the groups of a layer "
-            "as a leading axis of both factors"
+            f"{what} has shape {tuple(factor.shape)}; expected (p, p), or its diagonal (p,), with the groups of a "
+            "layer as a leading axis of both factors"
         )
     f = require_entries(factor, what, *[None] * (axes + grouped))
     f = f if grouped else f.unsqueeze(0)
@@ -71,21 +71,21 @@ def layout_of(collection: LayerCollection, key: Key, a: Tensor, g: Tensor) -> La
     """Where the block of the factors ``a [s, i, i]`` and ``g [s, o, o]`` lies; raises :class:`ArgumentError` where they
     do not fit the parameters.
     """
-    names, table = _parameters(collection, key), collection.offsets()
+    names, table = _weight_and_bias(collection, key), collection.offsets()
     shapes = [table[name][1] for name in names]
     (s, o), i = (g.shape[0], g.shape[-1]), a.shape[-1] - (len(names) - 1)
     fits = a.shape[0] == s and len(names) <= 2 and math.prod(shapes[0]) == s * o * i
     weight = _arrangement(shapes[0], s, o, i, linalg.is_diagonal(a)) if fits else None
     if weight is None or (len(names) == 2 and math.prod(shapes[1]) != s * o):
         raise ArgumentError(
-            f"the factors of {key!r} have shapes {tuple(a.shape)} and {tuple(g.shape)} (groups first), and its parameters "
-            f"{dict(zip(names, shapes))}; expected A over the inputs (and a bias last), G over the outputs"
+            f"the factors of {key!r} have shapes {tuple(a.shape)} and {tuple(g.shape)} (groups first), and its "
+            f"parameters {dict(zip(names, shapes))}; expected A over the inputs (and a bias last), G over the outputs"
         )
     arrangements = [weight, Arrangement.plain(s, o, 1)]
     return Layout(tuple(Piece((n,), table[n][0], arranged) for n, arranged in zip(names, arrangements)))
 
 
-def _parameters(collection: LayerCollection, key: Key) -> tuple[str, ...]:
+def _weight_and_bias(collection: LayerCollection, key: Key) -> tuple[str, ...]:
     """The weight, and the bias behind it."""
     if isinstance(key, str):
         names = collection.by_layer().get(key, (key,))

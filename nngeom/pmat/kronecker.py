@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nngeom.core import linalg
 from nngeom.core.damping import FactoredTikhonov
-from nngeom.pmat.block import Block, BlockBasis, reciprocal
+from nngeom.pmat.block import Block, BlockBasis, reciprocal, require_positive
+from nngeom.pmat.block_algebra import largest
 from nngeom.pmat.factors import product_of_marginals
 
 
@@ -105,6 +106,29 @@ class KroneckerBlock(Block):
         block = self.eigen()
         return block.d, KroneckerBasis(block.ua, block.ug)
 
+    def spectrum(self):
+        return self.eigen().spectrum()
+
+    def spectral_norm(self):
+        sides = [linalg.factor_eigh(f)[0].abs().amax(-1) for f in (self.a, self.g)]
+        return largest(sides[0] * sides[1])
+
+    def factor_power(self, p):
+        """Factor by factor, ``g^p (x) a^p``; where one has eigenvalues that are not positive, by their products."""
+        (sa, ua), (sg, ug) = linalg.factor_eigh(self.a), linalg.factor_eigh(self.g)
+        values = sg.unsqueeze(-1) * sa.unsqueeze(-2)
+        least = min(sa.min().item(), sg.min().item()) if values.numel() else 0.0
+        if (p < 0 and least <= 0) or (p != int(p) and least < 0):
+            return None
+        if p < 0:
+            require_positive(values, values, "the Kronecker product")
+        return KroneckerBlock(_remade(ua, sa**p), _remade(ug, sg**p))
+
+    def restricted(self, columns):
+        inputs = lambda a: a[..., columns] if linalg.is_diagonal(a) else a[..., columns, :][..., columns]
+        uses = tuple(f if q % 2 else inputs(f) for q, f in enumerate(self.uses))
+        return KroneckerBlock(inputs(self.a), self.g, uses)
+
 
 @dataclass(frozen=True, eq=False)
 class KroneckerBasis(BlockBasis):
@@ -179,6 +203,14 @@ class EigenBlock(Block):
 
     def eigh(self):
         return self.d, self.basis
+
+    def spectrum(self):
+        return self.d, lambda f: EigenBlock(self.ua, self.ug, f)
+
+
+def _remade(u: Tensor | None, values: Tensor) -> Tensor:
+    """The factor ``[s, p, p]``, or its diagonal, with these eigenvalues."""
+    return values if u is None else (u * values.unsqueeze(-2)) @ u.mT
 
 
 def _equal(x: Tensor | None, y: Tensor | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from nngeom.core.damping import Cutoff, Tikhonov
 from nngeom.core.errors import SingularError
 from nngeom.core.linear import differentiated
 from nngeom.core.statistic import Stacked
-from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, shifted_logdet
+from nngeom.pmat.block import Block, log_sum, reciprocal, shifted_logdet
 from nngeom.pmat.given import require_collection, require_count, require_entries
+from nngeom.pmat.householder import HouseholderBasis
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Selection, join_rows
+from nngeom.pmat.spanned import SpannedBlock
 from nngeom.space.collection import LayerCollection
 
 
@@ -79,6 +81,8 @@ class LowRankBlock(Block):
             if self.shift > damping.value:
                 return self._signed(inverse - 1 / self.shift, v, 1 / self.shift)
             return self._signed(inverse, v, 0.0)
+        if isinstance(damping, Tikhonov) and damping.indefinite:
+            return self._spanned().inverse(damping)
         c = self._positive_shift(damping) if v.shape[0] < self.r.shape[1] else self.shift + damping.value
         inverse = reciprocal(values + self.shift, damping, "the low-rank matrix")
         rest = 1 / c if c > 0 else 0.0
@@ -88,7 +92,7 @@ class LowRankBlock(Block):
         values, v = self._spectrum()
         d = self.r.shape[1]
         full = torch.cat([values, values.new_zeros(d - len(values))]) + self.shift
-        return full[None, None], HouseholderBasis(*torch.geqrf(v.T), _signs(v))
+        return full[None, None], HouseholderBasis.of(v)
 
     def logdet(self, damping):
         values, v = self._spectrum()
@@ -113,43 +117,27 @@ class LowRankBlock(Block):
         keep = s > s.amax() * max(self.r.shape) * torch.finfo(self.r.dtype).eps if s.numel() else s > 0
         return self.sign * s[keep].square().to(self.r), v[keep].to(self.r)
 
+    def spectrum(self):
+        return self._spanned().spectrum()
+
+    def _spanned(self) -> SpannedBlock:
+        values, v = self._spectrum()
+        return SpannedBlock(v, values + self.shift, values.new_zeros(()) + self.shift)
+
+    def restricted(self, columns):
+        return replace(self, r=self.r[:, columns])
+
     def _signed(self, values: Tensor, v: Tensor, shift: float | Tensor) -> Block:
-        """``V^T diag(values) V + shift I`` with values of one sign."""
+        """``V^T diag(values) V + shift I``, low-rank again where the values have one sign."""
         sign = -1.0 if bool((values <= 0).all()) else 1.0
+        if bool((values * sign < 0).any()):
+            return SpannedBlock(v, values + shift, values.new_zeros(()) + shift)
         some = values * sign > 0  # the root of zero has no derivative
         root = torch.where(some, (values * sign).where(some, torch.ones_like(values)).sqrt(), torch.zeros_like(values))
         return LowRankBlock(root.unsqueeze(1) * v, sign, shift)
 
 
-def _signs(v: Tensor) -> Tensor:
-    """Signs that make the first columns of the Householder basis the given vectors."""
-    return torch.geqrf(v.T)[0].diagonal().sign()
-
-
-@dataclass(frozen=True, eq=False)
-class HouseholderBasis(BlockBasis):
-    """A basis of the whole space that starts with given orthonormal vectors, as reflections: never ``p x p``."""
-
-    a: Tensor  # [p r]
-    tau: Tensor  # [r]
-    signs: Tensor  # [r]
-
-    def mv(self, x):
-        return self._apply(self._flip(x), transpose=False)
-
-    def tmv(self, x):
-        return self._flip(self._apply(x, transpose=True))
-
-    def _apply(self, x: Tensor, transpose: bool) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).T.contiguous()
-        return torch.ormqr(self.a, self.tau, flat, left=True, transpose=transpose).T.reshape(x.shape)
-
-    def _flip(self, x: Tensor) -> Tensor:
-        r = self.signs.shape[0]
-        return torch.cat([x[..., :r] * self.signs, x[..., r:]], -1)
-
-
-class PMatLowRank(PMat):
+class PMatLowRank(PMat, made_of=SpannedBlock):
     """``R^T R`` with ``R`` the rows ``v J / sqrt(n)``: exact, and lean while examples times outputs are fewer than
     parameters.
     """

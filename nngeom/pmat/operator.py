@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nngeom.core import linalg
 from nngeom.core.damping import Tikhonov, as_damping
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError, UnsupportedError
 from nngeom.core.linear import differentiated
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
@@ -116,6 +116,23 @@ class ParameterOperator(ABC):
         eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
         return self.product(eye).T.contiguous()
 
+    def apply(self, f: Callable[[Tensor], Tensor]) -> Any:
+        """``f(M)``, ``f`` of the eigenvalues; raises :class:`UnsupportedError` where they are not there."""
+        raise self._without_eigenbasis()
+
+    def power(self, p: float, damping: Any = 0.0) -> Any:
+        """``(M + damping I)^p``; raises :class:`UnsupportedError` where no eigenbasis is there."""
+        raise self._without_eigenbasis()
+
+    def __pow__(self, p: Any) -> Any:
+        return self.power(p)
+
+    def _without_eigenbasis(self) -> UnsupportedError:
+        return UnsupportedError(
+            f"a {type(self).__name__} has no eigenbasis for functions and powers; use materialize() of a sum, a stored "
+            "representation of an implicit matrix (PMatEKFAC, PMatLowRank, PMatDense), or M.solve(b, damping)"
+        )
+
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, ParameterOperator):
             return self.expressions["product"](self, other)
@@ -196,4 +213,6 @@ def require_tikhonov(damping: Any, what: str) -> Tikhonov:
 def require_frobenius(kind: Any) -> None:
     """Only the Frobenius norm is offered."""
     if kind not in ("fro", None):
-        raise ArgumentError(f"norm({kind!r}) is not offered; expected 'fro' (eigenvalues for other norms: M.eigh()[0])")
+        raise ArgumentError(
+            f"norm({kind!r}) is not offered; expected 'fro', of a stored matrix also 2 (M.eigh()[0]: all eigenvalues)"
+        )

@@ -6,27 +6,27 @@ any of these. Representations differ in their recipe and in their blocks' algebr
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from nngeom.core.damping import Damping, as_damping
-from nngeom.core.errors import ArgumentTypeError, SingularError, StructureError
+from nngeom.core.errors import ArgumentTypeError, StructureError
 from nngeom.core.layout import Layout
+from nngeom.pmat.algebra import StoredAlgebra
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.block import Block, EyeBlock
-from nngeom.pmat.operator import ParameterOperator, require_frobenius, require_tikhonov
+from nngeom.pmat.damped import damped, require_added, worst_block
+from nngeom.pmat.operator import ParameterOperator, require_frobenius
 from nngeom.pmat.representation import Measured
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
 
 @dataclass(frozen=True, eq=False, init=False)
-class PMat(ParameterOperator, Measured):
+class PMat(StoredAlgebra, ParameterOperator, Measured):
     """A symmetric matrix over the parameters, as blocks over a partition of them. Frozen; holds tensors only."""
 
     layer_collection: LayerCollection
@@ -88,24 +88,25 @@ class PMat(ParameterOperator, Measured):
     def device(self):
         return self._tensor.device
 
-    def _each(self, x: Tensor, f: Callable[[Block, Tensor], Tensor]) -> Tensor:
-        if len(self.blocks) == 1:
-            ((layout, block),) = self.blocks.items()
+    def _each(self, x: Tensor, f: Callable[[Any, Tensor], Tensor], parts: dict[Layout, Any]) -> Tensor:
+        if len(parts) == 1:
+            ((layout, part),) = parts.items()
             if layout.is_span and len(layout.pieces) == 1:
-                return f(block, layout.gather(x)).reshape(x.shape)
+                return f(part, layout.gather(x)).reshape(x.shape)
         out = torch.empty_like(x)
-        for layout, block in self.blocks.items():
-            layout.scatter_(out, f(block, layout.gather(x)))
+        for layout, part in parts.items():
+            layout.scatter_(out, f(part, layout.gather(x)))
         return out
 
-    def _collect(self, parts: dict[Layout, Tensor]) -> Tensor:
+    def flattened(self, parts: dict[Layout, Tensor]) -> Tensor:
+        """``(d,)`` of one number ``[s, o, i]`` a parameter of every block, the ``parts``."""
         out = torch.empty(self.shape[0], dtype=self.dtype, device=self.device)
         for layout, x in parts.items():
             layout.scatter_(out, x)
         return out
 
     def product(self, x):
-        return self._each(x, lambda block, y: block.mv(y))
+        return self._each(x, lambda block, y: block.mv(y), self.blocks)
 
     # -- numbers -------------------------------------------------------------------------------------------------------
 
@@ -115,50 +116,46 @@ class PMat(ParameterOperator, Measured):
 
     def diag(self) -> PVector:
         """The diagonal."""
-        return PVector(self.layer_collection, self._collect({lay: b.diag() for lay, b in self.blocks.items()}))
+        return PVector(self.layer_collection, self.flattened({lay: b.diag() for lay, b in self.blocks.items()}))
 
-    def norm(self, kind: str = "fro") -> Tensor:
-        """The Frobenius norm; ``kind`` is ``"fro"``, others raise :class:`ArgumentError`."""
+    def norm(self, kind: str | int = "fro") -> Tensor:
+        """The Frobenius norm, ``kind="fro"``, or the largest absolute eigenvalue, ``kind=2``; others raise
+        :class:`ArgumentError`.
+        """
+        if kind == 2:
+            return torch.stack([b.spectral_norm() for b in self.blocks.values()]).max()
         require_frobenius(kind)
         return torch.stack([b.squared_norm() for b in self.blocks.values()]).sum().sqrt()
 
-    def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
-        """``log det(M + damping I)``; ``-inf`` when that is singular."""
-        t = require_tikhonov(damping, "logdet")
-        return torch.stack([b.logdet(t) for b in self.blocks.values()]).sum()
+    def logdet(self, damping: Any = 0.0) -> Tensor:
+        """``log det(M + damping I)``, ``-inf`` when singular; ``damping``: what :meth:`solve` adds to the diagonal."""
+        parts = damped(self, damping).values()
+        return torch.stack([b.logdet(require_added(d, "logdet")) for b, d in parts]).sum()
 
     # -- inverses ------------------------------------------------------------------------------------------------------
 
-    def solve(self, b: Any, damping: float | Tensor | Damping = 0.0) -> Any:
+    def solve(self, b: Any, damping: Any = 0.0, indefinite: bool = False) -> Any:
         """``(M + damping I)^-1 b`` for a PVector (batched) or all rows of a ``PushForwardDense``.
 
-        ``damping`` is a number, :class:`FactoredTikhonov` or :class:`Cutoff`. Raises :class:`SingularError` when the
-        damped matrix is singular or indefinite.
+        ``damping``: a number or 0-d tensor, :class:`Relative`, ``{pattern: number}`` or a PVector of one number a
+        parameter, all added to the diagonal, or :class:`FactoredTikhonov` or :class:`Cutoff`. ``indefinite``: with
+        negative eigenvalues too. Raises :class:`SingularError` when the damped matrix is singular, or else indefinite.
         """
-        d = as_damping(damping)
-        with self._worst_block(d):
-            return self._apply(lambda x: self._each(x, lambda block, y: block.solve(y, d)), b)
+        parts = damped(self, damping, indefinite)
+        with worst_block(parts):
+            return self._apply(lambda x: self._each(x, lambda part, y: part[0].solve(y, part[1]), parts), b)
 
-    def inverse(self, damping: float | Tensor | Damping = 0.0) -> PMat:
-        """``(M + damping I)^-1`` as a matrix; the factorisation is done here, once."""
-        d = as_damping(damping)
-        with self._worst_block(d):
-            blocks = {lay: b.inverse(d) for lay, b in self.blocks.items()}
+    def inverse(self, damping: Any = 0.0, indefinite: bool = False) -> PMat:
+        """``(M + damping I)^-1`` as a matrix; the factorisation is done here, once. ``damping``, ``indefinite``: as for
+        :meth:`solve`.
+        """
+        parts = damped(self, damping, indefinite)
+        with worst_block(parts):
+            return self.remade({layout: block.inverse(d) for layout, (block, d) in parts.items()})
+
+    def remade(self, blocks: dict[Layout, Block]) -> PMat:
+        """The matrix of new ``blocks`` in the same places, of the kind that these make."""
         return self._made_of(blocks).of_blocks(self.layer_collection, blocks, self.examples)
-
-    @contextlib.contextmanager
-    def _worst_block(self, damping: Damping) -> Iterator[None]:
-        """Where one block is singular, the error of the block that needs the largest damping."""
-        try:
-            yield
-        except SingularError as first:
-            worst = first
-            for block in self.blocks.values():
-                try:
-                    block.inverse(damping)
-                except SingularError as error:
-                    worst = max(worst, error, key=lambda e: e.needed or 0.0)
-            raise worst from None
 
     def _made_of(self, blocks: dict[Layout, Block]) -> type[PMat]:
         """The representation of new blocks: this one's while their kinds stay, else the one made of them, or of any."""
@@ -173,17 +170,17 @@ class PMat(ParameterOperator, Measured):
         U^T``.
         """
         parts = {lay: b.eigh() for lay, b in self.blocks.items()}
-        flat = self._collect({lay: values for lay, (values, _) in parts.items()})
+        flat = self.flattened({lay: values for lay, (values, _) in parts.items()})
         order = flat.argsort(stable=True)
         return flat[order], Basis(
             self.layer_collection, {lay: basis for lay, (_, basis) in parts.items()}, order, self.dtype
         )
 
-    def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> PVector:
+    def sample(self, n: int, damping: Any = 0.0, generator: torch.Generator | None = None) -> PVector:
         """``n`` independent draws of ``N(0, (M + damping I)^-1)``, a batch of PVectors; ``generator``: torch's global
-        one by default.
+        one by default; ``damping``: what :meth:`solve` adds to the diagonal.
         """
-        t = require_tikhonov(damping, "sample")
+        parts = {lay: (b, require_added(d, "sample")) for lay, (b, d) in damped(self, damping).items()}
         noise = PVector.randn(
             self.layer_collection,
             n,
@@ -191,9 +188,8 @@ class PMat(ParameterOperator, Measured):
             dtype=self.dtype,
             device=self.device if generator is None else generator.device,
         )
-        return PVector(
-            self.layer_collection, self._each(noise.flat().to(self.device), lambda block, y: block.root_times(y, t))
-        )
+        draws = self._each(noise.flat().to(self.device), lambda part, y: part[0].root_times(y, part[1]), parts)
+        return PVector(self.layer_collection, draws)
 
     # -- algebra -------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg, memory
-from nngeom.core.damping import Cutoff
+from nngeom.core.damping import Cutoff, Tikhonov
 from nngeom.core.errors import SingularError
 from nngeom.core.jacobian import LayerJacobian, pieces
 from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal
@@ -45,6 +45,8 @@ class ArrowBlock(Block):
         if isinstance(damping, Cutoff):
             values, basis = self.eigh()
             return UnitBlock((basis.u * reciprocal(values, damping, "the arrow matrix").unsqueeze(-2)) @ basis.u.mT)
+        if isinstance(damping, Tikhonov) and damping.indefinite:
+            return UnitBlock(self._units()).inverse(damping)
         d = self.d + damping.value
         w, b = d[..., :-1], d[..., -1]
         positive = bool((w > 0).all())
@@ -64,6 +66,12 @@ class ArrowBlock(Block):
     def eigh(self):
         values, u = linalg.eigh(self._units())
         return values, UnitBasis(u)
+
+    def spectrum(self):
+        return UnitBlock(self._units()).spectrum()
+
+    def restricted(self, columns):
+        return DiagBlock(self.d[..., columns])  # without the bias, or without all that only it is coupled with
 
     def logdet(self, damping):
         """By the Schur complements; without damping ``-inf`` exactly where :meth:`inverse` raises."""
@@ -107,6 +115,12 @@ class SpikeBlock(Block):
     def eigh(self):
         return UnitBlock(self._units()).eigh()
 
+    def spectrum(self):
+        return UnitBlock(self._units()).spectrum()
+
+    def restricted(self, columns):
+        return SpikeBlock(self.d[..., columns], self.u[..., columns])
+
     def _units(self) -> Tensor:
         return torch.diag_embed(self.d) + self.u.unsqueeze(-1) * self.u.unsqueeze(-2)
 
@@ -143,6 +157,13 @@ class UnitBlock(Block):
     def eigh(self):
         values, u = linalg.eigh(self.m)
         return values, UnitBasis(u)
+
+    def spectrum(self):
+        values, basis = self.eigh()
+        return values, lambda f: UnitBlock((basis.u * f.unsqueeze(-2)) @ basis.u.mT)
+
+    def restricted(self, columns):
+        return UnitBlock(self.m[..., columns, :][..., columns])
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import fnmatch
-import inspect
 import math
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
-from nngeom.core.errors import ArgumentTypeError, CollectionError
+from nngeom.core.errors import CollectionError
 from nngeom.core.layout import Layout
-
-Pattern = Any  # a name, a glob, a module, a predicate (name, parameter) -> bool, or a list of these
+from nngeom.space.patterns import Named, Pattern, select
 
 
 @dataclass(frozen=True)
@@ -26,20 +23,21 @@ class LayerCollection:
     another. A *layer* is the module that owns a parameter under its first name; a bare parameter of
     the root is a layer by itself, unless the model is a single layer of ``torch.nn``.
 
-    ``names``, ``shapes`` and ``layers``: of the parameters, one each, in order; :meth:`from_model` reads them off a
-    model.
+    ``names``, ``shapes`` and ``layers``: of the parameters, one each, in order; ``aliases``: all names of each, where
+    some are tied. :meth:`from_model` reads them off a model, which the collection does not keep alive.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     layers: tuple[str, ...] = field(compare=False)  # the layer of every parameter
+    aliases: tuple[tuple[str, ...], ...] = field(default=(), compare=False, repr=False)
 
     @staticmethod
     def from_model(model: nn.Module, include: Pattern | None = None, exclude: Pattern | None = None) -> LayerCollection:
         """The trainable parameters of ``model``, in the order of ``model.named_parameters()``.
 
-        ``include`` and ``exclude`` take names, glob patterns (``"blocks.*.mlp.*"``), names of modules, modules,
-        predicates ``(name) -> bool`` or ``(name, parameter) -> bool``, or lists of these. Frozen parameters
+        ``include`` and ``exclude`` take names, glob patterns (``"blocks.*.mlp.*"``), names of modules, modules, classes
+        of modules, predicates ``(name) -> bool`` or ``(name, parameter) -> bool``, or lists of these. Frozen parameters
         (``requires_grad=False``) are left out; tied parameters count once, under their first name, and match by any of
         their names.
 
@@ -50,9 +48,14 @@ class LayerCollection:
         for name, p in model.named_parameters(remove_duplicate=False):
             aliases.setdefault(id(p), []).append(name)
         every = dict(model.named_parameters())
-        keep = set(every) if include is None else _select(model, every, aliases, include, "include")
+        root = (
+            type(model).__name__ if type(model).__module__.startswith("torch.nn") else None
+        )  # a single layer as the model
+        layer_of = lambda name: name.rpartition(".")[0] or root or name
+        known = [Named(name, tuple(aliases[id(p)]), layer_of(name)) for name, p in every.items()]
+        keep = set(every) if include is None else select(known, model, include, "include")
         if exclude is not None:
-            keep -= _select(model, every, aliases, exclude, "exclude")
+            keep -= select(known, model, exclude, "exclude")
         chosen = {name: p for name, p in every.items() if name in keep and p.requires_grad}
         for name, p in chosen.items():
             if not p.is_floating_point():
@@ -68,11 +71,40 @@ class LayerCollection:
                 f"include={include!r} and exclude={exclude!r} keep {len(keep)}; expected at least one trainable "
                 "parameter"
             )
-        root = (
-            type(model).__name__ if type(model).__module__.startswith("torch.nn") else None
-        )  # a single layer as the model
-        layers = tuple(name.rpartition(".")[0] or root or name for name in chosen)
-        return LayerCollection(tuple(chosen), tuple(tuple(p.shape) for p in chosen.values()), layers)
+        tied = any(len(aliases[id(p)]) > 1 for p in chosen.values())
+        lc = LayerCollection(
+            tuple(chosen),
+            tuple(tuple(p.shape) for p in chosen.values()),
+            tuple(map(layer_of, chosen)),
+            tuple(tuple(aliases[id(p)]) for p in chosen.values()) if tied else (),
+        )
+        object.__setattr__(lc, "_source", weakref.ref(model))
+        return lc
+
+    def subset(self, pattern: Pattern, role: str = "pattern") -> LayerCollection:
+        """The parameters that ``pattern`` means, in the same order; patterns as :meth:`from_model` takes them.
+
+        Modules, and predicates of the parameter itself, need the model, which must still be there. ``role``: what an
+        error calls the pattern. Raises :class:`CollectionError` where nothing matches.
+        """
+        aliases = self.aliases or tuple((name,) for name in self.names)
+        model = self._source() if self._source is not None else None
+        return self.only(select([Named(*x) for x in zip(self.names, aliases, self.layers)], model, pattern, role))
+
+    def only(self, names: Iterable[str]) -> LayerCollection:
+        """The parameters of these ``names``, in the same order."""
+        aliases, chosen = self.aliases or tuple((name,) for name in self.names), set(names)
+        keep = [j for j, name in enumerate(self.names) if name in chosen]
+        lists = (tuple(values[j] for j in keep) for values in (self.names, self.shapes, self.layers, aliases))
+        kept, shapes, layers, tied = lists
+        lc = LayerCollection(kept, shapes, layers, tied if self.aliases else ())
+        object.__setattr__(lc, "_source", self._source)
+        return lc
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_source"}
+
+    _source: ClassVar[Any] = None  # a weak reference to the model it was read off, which patterns may need
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -147,39 +179,3 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
-
-
-def _takes_two(predicate: Callable[..., Any]) -> bool:
-    """Whether a predicate wants the parameter beside its name."""
-    try:
-        inspect.signature(predicate).bind("", None)
-    except (TypeError, ValueError):  # one argument, or a built-in without a signature
-        return False
-    return True
-
-
-def _select(
-    model: nn.Module, every: dict[str, nn.Parameter], aliases: dict[int, list[str]], pattern: Pattern, role: str
-) -> set[str]:
-    if isinstance(pattern, (list, tuple, set)):
-        return set().union(*(_select(model, every, aliases, p, role) for p in pattern)) if pattern else set()
-    test: Callable[[str, torch.Tensor], bool]
-    if isinstance(pattern, str):
-        test = lambda name, p: fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
-    elif isinstance(pattern, nn.Module):
-        inside = {id(p) for p in pattern.parameters()}
-        test = lambda name, p: id(p) in inside
-    elif callable(pattern):
-        test = pattern if _takes_two(pattern) else lambda name, p: pattern(name)
-    else:
-        raise ArgumentTypeError(
-            f"{role} got {pattern!r}; expected a name, a glob, a module, a predicate (name, parameter) -> bool, "
-            "or a list of these"
-        )
-    found = {name for name, p in every.items() if any(test(alias, p) for alias in aliases[id(p)])}
-    if not found:
-        raise CollectionError(
-            f"{role}={pattern!r} matches no parameter; the model's parameters are "
-            f"{list(every)[:8]}{'...' if len(every) > 8 else ''}"
-        )
-    return found

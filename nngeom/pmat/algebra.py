@@ -1,0 +1,64 @@
+"""Parts and functions of a stored matrix, as its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nngeom.core.layout import Layout
+from nngeom.pmat.block import Block
+from nngeom.pmat.functions import applied, powered
+from nngeom.pmat.selected import blocks_within
+from nngeom.space.collection import LayerCollection
+
+if TYPE_CHECKING:
+    from nngeom.pmat.pmat import PMat
+
+
+class StoredAlgebra:
+    """What blocks make easy; joins :class:`nngeom.pmat.pmat.PMat`."""
+
+    layer_collection: LayerCollection
+    blocks: dict[Layout, Block]
+    examples: int
+
+    if TYPE_CHECKING:  # of PMat
+
+        def remade(self, blocks: dict[Layout, Block]) -> PMat: ...
+
+    def __getitem__(self, pattern: Any) -> PMat:
+        """The principal submatrix over the parameters that a pattern means, ``M["fc"]``, of the same kind.
+
+        Patterns as :meth:`LayerCollection.from_model` takes them. Raises :class:`CollectionError` where nothing
+        matches, :class:`StructureError` for a part of a block that is no block of its kind.
+        """
+        return self._over(self.layer_collection.subset(pattern))
+
+    def by_layer(self) -> dict[str, PMat]:
+        """``{layer: its diagonal block}``, matrices of the same kind, each over the parameters of its layer."""
+        lc = self.layer_collection
+        return {layer: self._over(lc.only(names)) for layer, names in lc.by_layer().items()}
+
+    def _over(self, part: LayerCollection) -> PMat:
+        blocks = blocks_within(self.blocks, self.layer_collection, part)
+        return type(self).of_blocks(part, blocks, self.examples)  # type: ignore[attr-defined]
+
+    def apply(self, f: Callable[[Tensor], Tensor]) -> PMat:
+        """``f(M)``, ``f`` of the eigenvalues in the eigenbasis: a function of all of them, ``(d,)``, ascending, to as
+        many numbers.
+
+        Of the same kind where that is closed; of Kronecker factors in their eigenbasis, a PMatEKFAC. Raises
+        :class:`ArgumentError` where ``f`` returns something else, or different values for eigenvalues that are one
+        number (those outside of the rank of a PMatLowRank), :class:`NonFiniteError` where it is not finite.
+        """
+        return self.remade(applied(self, f))  # type: ignore[arg-type]
+
+    def power(self, p: float, damping: Any = 0.0) -> PMat:
+        """``(M + damping I)^p`` for a real number ``p``; of KFAC without ``damping`` a KFAC, ``G^p (x) A^p``.
+
+        ``damping``: as for :meth:`solve`, what is added to the diagonal. Raises :class:`SingularError` for a negative
+        power of a matrix that is not positive definite, and for a fractional one with negative eigenvalues.
+        """
+        return self.remade(powered(self, p, damping))  # type: ignore[arg-type]
