@@ -190,7 +190,7 @@ CASES = {
         TypeError,
         "M @ N",
     ),
-    "other norms": (lambda c: nng.FIM(c.model, c.loader).norm(2), nng.ArgumentError, ValueError, "eigh"),
+    "other norms": (lambda c: nng.FIM(c.model, c.loader).norm("nuc"), nng.ArgumentError, ValueError, "eigh"),
     "cutoff for a logdet": (
         lambda c: nng.FIM(c.model, c.loader).logdet(nng.Cutoff(1.0)),
         nng.ArgumentError,

@@ -93,11 +93,14 @@ class LayerCollection:
 
     def only(self, names: Iterable[str]) -> LayerCollection:
         """The parameters of these ``names``, in the same order."""
-        aliases, chosen = self.aliases or tuple((name,) for name in self.names), set(names)
+        chosen = set(names)
         keep = [j for j, name in enumerate(self.names) if name in chosen]
-        lists = (tuple(values[j] for j in keep) for values in (self.names, self.shapes, self.layers, aliases))
-        kept, shapes, layers, tied = lists
-        lc = LayerCollection(kept, shapes, layers, tied if self.aliases else ())
+        lc = LayerCollection(
+            tuple(self.names[j] for j in keep),
+            tuple(self.shapes[j] for j in keep),
+            tuple(self.layers[j] for j in keep),
+            tuple(self.aliases[j] for j in keep) if self.aliases else (),
+        )
         object.__setattr__(lc, "_source", self._source)
         return lc
 
