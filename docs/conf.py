@@ -43,6 +43,7 @@ PLACED = {
     "errors",
     "measures",
     "representations",
+    "algebra",
     "extending",
     "api",
 }
