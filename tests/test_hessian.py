@@ -204,7 +204,7 @@ class Wrong(torch.autograd.Function):
 
 def test_refusals():
     c = build("mlp")
-    with pytest.raises(nng.UnsupportedError, match="PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got PMatKFAC"):
+    with pytest.raises(nng.UnsupportedError, match="PMatDiag and PMatEKFAC, got PMatKFAC"):
         nng.Hessian(c.model, c.loader, nng.PMatKFAC, loss="cross_entropy")
     with pytest.raises(nng.ArgumentTypeError, match="expected PMatImplicit"):
         nng.Hessian(c.model, c.loader, "dense", loss="cross_entropy")
@@ -300,7 +300,11 @@ def test_covariance_with_batches_that_skip_a_layer():
 
 def test_covariance_refusals():
     c = build("mlp")
-    for kind in (nng.PMatKFAC, nng.PMatEKFAC, nng.PMatMixed({"0": nng.PMatKFAC}, default=nng.PMatDiag)):
+    for kind in (
+        nng.PMatKFAC,
+        nng.PMatEKFAC.options(sua=True),
+        nng.PMatMixed({"0": nng.PMatKFAC}, default=nng.PMatDiag),
+    ):
         with pytest.raises(nng.UnsupportedError, match="is offered as PMatDense, PMatDiag"):
             nng.GradientCovariance(c.model, c.loader, kind, loss="cross_entropy")
     with pytest.raises(nng.ArgumentTypeError, match="representation"):

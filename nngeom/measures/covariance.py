@@ -18,7 +18,7 @@ from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.drive import Repeated, Source, built
 from nngeom.pmat.implicit import ImplicitFisher, PMatImplicit
 from nngeom.pmat.low_rank import PMatLowRank
-from nngeom.pmat.representation import as_representation
+from nngeom.pmat.representation import Representation, as_representation
 from nngeom.pullback.linearization import Linearization
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
@@ -46,20 +46,16 @@ def GradientCovariance(
 
     Args:
         representation: what holds it, as for :func:`FIM`: those of second moments of any rows hold it as they hold
-            those, your own too; those of Kronecker products (``centred = False``) raise :class:`UnsupportedError`.
+            those, your own too. PMatEKFAC has the eigenbasis of the second moment's factors, and in it the diagonal of
+            the covariance. PMatKFAC raises :class:`UnsupportedError`.
         loss: as for :func:`EmpiricalFIM`.
         options: of the representation.
 
     Other arguments and errors as for :func:`EmpiricalFIM`. Source: Le Roux et al. 2008 (TONGA).
     """
     chosen = None if representation is PMatImplicit and not options else as_representation(representation, **options)
-    if chosen is not None and not chosen.centred:
-        kinds = [r.kind.__name__ for r in getattr(chosen, "members", (chosen,)) if not r.centred]
-        raise UnsupportedError(
-            "a covariance of gradients is offered as PMatDense, PMatDiag, PMatBlockDiag, PMatQuasiDiag, PMatLowRank, "
-            f"PMatImplicit and other second moments of any rows, not as {', '.join(kinds)}: centred rows have no "
-            "Kronecker structure"
-        )
+    if chosen is not None:
+        _require_offered(chosen)
     run = Run.of(
         model,
         loader,
@@ -76,9 +72,23 @@ def GradientCovariance(
         sweep = Sweep(run, EmpiricalFisher(as_loss(loss, model)), policy).held()
         mean = mean_row(sweep)
         sweep = sweep.but(label="covariance", reread=True)
+        if chosen is not None and not chosen.centred:
+            chosen = chosen.last_sweep(built(chosen, run.network.collection, Repeated(sweep, chosen.passes)))
         if chosen is None:
             return ImplicitCovariance(replace(sweep, run=run.on(sweep.run.loader).held().silent()), mean=mean)
         return built(chosen, run.network.collection, Centred(Repeated(sweep, chosen.passes), mean))
+
+
+def _require_offered(chosen: Representation) -> None:
+    """Raise unless centred rows may enter, or do in the last sweep, in bases that others gave."""
+    members = getattr(chosen, "members", (chosen,))
+    kinds = [r.kind.__name__ for r in members if not r.centred and (r.passes == 1 or r.settings.get("sua"))]
+    if kinds:
+        raise UnsupportedError(
+            "a covariance of gradients is offered as PMatDense, PMatDiag, PMatBlockDiag, PMatQuasiDiag, PMatLowRank, "
+            "PMatEKFAC (without sua), PMatImplicit and other second moments of any rows, not as "
+            f"{', '.join(kinds)}: centred rows have no Kronecker structure"
+        )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedErro
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.measures.eigenbasis import bases, spectra
 from nngeom.measures.second_derivatives import (
     Quadratic,
     SecondDerivatives,
@@ -35,8 +36,9 @@ from nngeom.measures.second_derivatives import (
 from nngeom.pmat.block import Block
 from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
+from nngeom.pmat.ekfac import PMatEKFAC
 from nngeom.pmat.implicit import PMatImplicit
-from nngeom.pmat.representation import Representation
+from nngeom.pmat.representation import Representation, as_representation
 from nngeom.pullback.captured_pass import Pass
 from nngeom.pullback.proofs import Proof
 from nngeom.space.collection import LayerCollection
@@ -59,23 +61,28 @@ def Hessian(
     process_group: Any = None,
     **options: Any,
 ) -> Any:
-    """The Hessian of the mean loss, ``1/n sum_i d2 loss_i / dw2``, as PMatImplicit, PMatDense, PMatBlockDiag or
-    PMatDiag.
+    """The Hessian of the mean loss, ``1/n sum_i d2 loss_i / dw2``, as PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag
+    or PMatEKFAC.
 
     ``loss``: as for :func:`EmpiricalFIM`; the loss of an example is summed over its positions, and averaged over
     examples. The matrix need not be positive: a solve, inverse or sample whose damping is below its most negative
     eigenvalue raises :class:`SingularError`. Entries are exact: double backward, vectorised over columns; Dense and
     Diag take one column a parameter. Attention runs under its math kernel, the one that can be differentiated twice.
 
-    ``representation``: one of these classes, or a subclass of theirs that keeps their recipe; none has ``options``.
+    PMatEKFAC has the eigenbasis of the factors of :func:`GGN`, or the one that ``rescaled`` keeps, and in it the
+    diagonal of the Hessian, exact, at one product a parameter (George 2023, thesis, lemma A.2.1).
+
+    ``representation``: one of these classes, or a subclass of theirs that keeps their recipe; PMatEKFAC has its
+    ``options``, the others none.
     Raises :class:`UnsupportedError` for other representations; other arguments and errors as for :func:`FIM`. Source:
     Pearlmutter 1994.
     """
     kind: Any = representation.kind if isinstance(representation, Representation) else representation
-    entries = _entries(kind)
-    if isinstance(representation, Representation):
+    in_basis = isinstance(kind, type) and issubclass(kind, PMatEKFAC)
+    entries = None if in_basis else _entries(kind)
+    if isinstance(representation, Representation) and not in_basis:
         options = {**representation.settings, **options}
-    if options:
+    if options and not in_basis:
         raise ArgumentError(f"{kind.__name__} of a Hessian has no option {list(options)}")
     run = Run.of(
         model,
@@ -95,6 +102,11 @@ def Hessian(
             quiet = replace(sweep, run=replace(sweep.run, check=False, progress=False))
             return ImplicitHessian(quiet, width=width)
         collection, span = run.network.collection, run.network.collection.span()
+        if in_basis:
+            sweep = sweep.held()
+            kept = bases(sweep, as_representation(representation, **options))
+            values_in, count = spectra(sweep, batchwise(sweep), kept)
+            return kind.of_blocks(collection, values_in, count)
         if entries == "diagonal":
             values, count = diagonal(sweep)
             return kind.of_blocks(collection, {span: DiagBlock(span.gather(values))}, count)
@@ -107,13 +119,14 @@ def Hessian(
 def _entries(kind: Any) -> str | None:
     """Which entries of the Hessian a class of matrices keeps, ``None`` for PMatImplicit; raises for all others."""
     if not isinstance(kind, type):
-        expected = "PMatImplicit, PMatDense, PMatBlockDiag or PMatDiag"
+        expected = "PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag or PMatEKFAC"
         raise ArgumentTypeError(f"representation is {kind!r}; expected {expected}")
     entries: str | None = getattr(kind, "entries", None)
     if kind is not PMatImplicit and entries is None:
         raise UnsupportedError(
-            f"the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag and PMatDiag, got {kind.__name__}: it "
-            "is no average of outer products; use GGN (a subclass with the recipe of one of these is one of these)"
+            "the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag and PMatEKFAC, got "
+            f"{kind.__name__}: it is no average of outer products; use GGN (a subclass with the recipe of one of these is "
+            "one of these)"
         )
     return entries
 

@@ -69,8 +69,8 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         """New eigenvalues in the kept eigenbasis: the mean squares of the rows of ``model`` now, in one sweep, as a new
         PMatEKFAC.
 
-        ``measure``: :func:`FIM` (the default), :func:`GGN`, ...; ``options`` are its own (``likelihood=``, ``loss=``,
-        ``samples=``, ...). The eigenvalues of the factors, which :class:`FactoredTikhonov` adds, stay those of the
+        ``measure``: :func:`FIM` (the default), :func:`GGN`, ..., also :func:`Hessian`, the diagonal of which in the
+        basis is taken; ``options`` are its own (``likelihood=``, ``loss=``, ``samples=``, ...). The eigenvalues of the factors, which :class:`FactoredTikhonov` adds, stay those of the
         basis. Raises :class:`StructureError` where the model uses its parameters differently than when the basis was
         made, and what the measure raises. Source: George et al. 2018, algorithm 1.
         """
@@ -87,11 +87,20 @@ class Rescaling(Representation):
 
     def recipe(self, selection: Selection) -> Recipe:
         """The recipe for the whole collection."""
-        return (yield from rescale({layout: b for layout, b in self.bases.items() if isinstance(b, EigenBlock)}))
+        return (yield from rescale(self.bases_of(selection)))
+
+    def bases_of(self, selection: Selection) -> dict[Layout, EigenBlock]:
+        """Those of the parameters of the ``selection``."""
+        mine, blocks = set(selection.names), self.bases.items()
+        return {lay: b for lay, b in blocks if isinstance(b, EigenBlock) and mine.issuperset(lay.names)}
 
     @property
     def passes(self):
         return 1
+
+    @property
+    def centred(self):
+        return True
 
 
 def rescale(bases: dict[Layout, EigenBlock]) -> Recipe:

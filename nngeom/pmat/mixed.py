@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
@@ -35,6 +35,10 @@ class Mixture(Representation):
             part = Selection(selection.collection, tuple(names))
             recipes.append((part, self.member(index).recipe(part)))
         return (yield from run_together(recipes))
+
+    def last_sweep(self, matrix: PMat) -> Mixture:
+        rest = None if self.default is None else self.default.last_sweep(matrix)
+        return replace(self, parts=tuple((p, r.last_sweep(matrix)) for p, r in self.parts), default=rest)
 
     @property
     def passes(self):

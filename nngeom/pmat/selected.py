@@ -19,15 +19,15 @@ def blocks_within(blocks: dict[Layout, Block], whole: LayerCollection, part: Lay
     for layout, block in blocks.items():
         kept = [name for name in layout.names if name in part]
         if len(kept) == len(layout.names):
-            found[_moved(layout, part)] = block
+            found[moved(layout, part)] = block
         elif kept:
             pieces = Layout(tuple(p for p in layout.pieces if p.names[0] in part))
-            left = part.span(kept) if layout.is_span else _moved(pieces, part)
+            left = part.span(kept) if layout.is_span else moved(pieces, part)
             found[left] = block.restricted(_columns(layout, whole, part))
     return found
 
 
-def _moved(layout: Layout, part: LayerCollection) -> Layout:
+def moved(layout: Layout, part: LayerCollection) -> Layout:
     """The place of a whole block in the flat vector of some of the parameters."""
     if layout.is_span:
         return part.span(layout.names)

@@ -1,0 +1,94 @@
+"""Hessians and covariances in Kronecker eigenbases: the diagonal of the exact matrix in the basis of others."""
+
+import pytest
+import torch
+from cases import build
+
+import nngeom as nng
+
+f64 = torch.float64
+MODELS = ["mlp", "conv2d", "embedding", "transformer", "tied", "bare"]
+BY_MODEL = pytest.mark.parametrize("name", MODELS)
+
+
+def in_basis(ekfac, exact):
+    """``U diag(U^T M U) U^T`` with the eigenvectors of an EKFAC."""
+    _, basis = ekfac.eigh()
+    u = basis.to_dense()
+    return (u * ((exact @ u) * u).sum(0)) @ u.T
+
+
+def close(x, y, tol=1e-8):
+    torch.testing.assert_close(x, y, rtol=tol, atol=tol * float(y.abs().max()))
+
+
+@BY_MODEL
+def test_hessians_in_the_basis_of_the_gauss_newton_matrix(name):
+    c = build(name)
+    exact = nng.Hessian(c.model, c.loader, nng.PMatDense, loss="cross_entropy").to_dense()
+    h = nng.Hessian(c.model, c.loader, nng.PMatEKFAC, loss="cross_entropy")
+    assert type(h) is nng.PMatEKFAC and h.examples == c.n
+    close(h.to_dense(), in_basis(nng.GGN(c.model, c.loader, nng.PMatEKFAC, loss="cross_entropy"), exact))
+    close(h.trace(), exact.trace())
+
+
+@BY_MODEL
+def test_hessians_in_a_kept_basis(name):
+    c = build(name)
+    exact = nng.Hessian(c.model, c.loader, nng.PMatDense, loss="cross_entropy").to_dense()
+    e = nng.EmpiricalFIM(c.model, c.loader, nng.PMatEKFAC, loss="cross_entropy")
+    close(e.rescaled(c.model, c.loader, nng.Hessian, loss="cross_entropy").to_dense(), in_basis(e, exact))
+
+
+@BY_MODEL
+def test_covariances_in_the_basis_of_the_second_moment(name):
+    c = build(name)
+    exact = nng.GradientCovariance(c.model, c.loader, nng.PMatDense, loss="cross_entropy").to_dense()
+    e = nng.EmpiricalFIM(c.model, c.loader, nng.PMatEKFAC, loss="cross_entropy")
+    m = nng.GradientCovariance(c.model, c.loader, nng.PMatEKFAC, loss="cross_entropy")
+    assert type(m) is nng.PMatEKFAC and m.examples == c.n
+    close(m.to_dense(), in_basis(e, exact))
+    close(m.trace(), exact.trace())
+    again = e.rescaled(c.model, c.loader, nng.GradientCovariance, loss="cross_entropy")
+    close(again.to_dense(), m.to_dense())
+
+
+def test_covariances_are_second_moments_less_squared_means():
+    c = build("mlp")
+    e = nng.EmpiricalFIM(c.model, c.loader, nng.PMatEKFAC, loss="cross_entropy")
+    m = nng.GradientCovariance(c.model, c.loader, nng.PMatEKFAC, loss="cross_entropy")
+    u = e.eigh()[1].to_dense()
+    for p in c.model.parameters():
+        p.grad = None
+    torch.nn.functional.cross_entropy(c.model(c.inputs), c.targets).backward()
+    mean = nng.PVector.from_grad(c.model).flat()
+    close(m.to_dense(), e.to_dense() - (u * (u.T @ mean).square()) @ u.T)
+
+
+def test_mixtures_of_covariances():
+    c = build("mlp")
+    mixture = nng.PMatMixed({"0": nng.PMatEKFAC}, default=nng.PMatDense)
+    m = nng.GradientCovariance(c.model, c.loader, mixture, loss="cross_entropy")
+    exact = nng.GradientCovariance(c.model, c.loader, nng.PMatDense, loss="cross_entropy")
+    close(m["2"].to_dense(), exact["2"].to_dense())
+    e = nng.EmpiricalFIM(c.model, c.loader, nng.PMatEKFAC, loss="cross_entropy")
+    close(m["0"].to_dense(), in_basis(e["0"], exact["0"].to_dense()))
+
+
+def test_options_and_refusals():
+    c = build("sequence")
+    exact = nng.Hessian(c.model, c.loader, nng.PMatDense, loss="cross_entropy").to_dense()
+    g = nng.GGN(c.model, c.loader, nng.PMatEKFAC, loss="cross_entropy", sharing="reduce")
+    for h in (
+        nng.Hessian(c.model, c.loader, nng.PMatEKFAC, loss="cross_entropy", sharing="reduce"),
+        nng.Hessian(c.model, iter(c.loader), nng.PMatEKFAC.options(sharing="reduce"), loss="cross_entropy"),
+    ):
+        close(h.to_dense(), in_basis(g, exact))
+    with pytest.raises(nng.ArgumentError, match="no option"):
+        nng.Hessian(c.model, c.loader, nng.PMatEKFAC, loss="cross_entropy", shared=True)
+    with pytest.raises(nng.ArgumentError, match="convex"):
+        nng.Hessian(c.model, c.loader, nng.PMatEKFAC, loss=lambda f, y: -f.square().sum(1))
+    with pytest.raises(nng.UnsupportedError, match="not as PMatKFAC"):
+        nng.GradientCovariance(
+            c.model, c.loader, nng.PMatMixed({"body": nng.PMatKFAC}, default=nng.PMatEKFAC), loss="mse"
+        )
