@@ -75,6 +75,46 @@ def test_mixtures_of_covariances():
     close(m["0"].to_dense(), in_basis(e["0"], exact["0"].to_dense()))
 
 
+@BY_MODEL
+def test_hessians_keep_what_the_structure_keeps(name):
+    """A unit's bias against its weights, the mean of the diagonal, and each in its place of a mixture."""
+    c = build(name)
+    exact = nng.Hessian(c.model, c.loader, nng.PMatDense, loss="cross_entropy").to_dense()
+    quasi = nng.Hessian(c.model, c.loader, nng.PMatQuasiDiag, loss="cross_entropy")
+    kept = _coupled(quasi)
+    assert type(quasi) is nng.PMatQuasiDiag and quasi.examples == c.n
+    close(quasi.to_dense(), torch.where(kept, exact, 0))
+    eye = nng.Hessian(c.model, c.loader, nng.PMatEye, loss="cross_entropy")
+    close(eye.to_dense(), exact.trace() / len(exact) * torch.eye(len(exact), dtype=f64))
+    names = quasi.layer_collection.names
+    mixture = nng.PMatMixed({names[0]: nng.PMatDiag}, default=nng.PMatDense)
+    m = nng.Hessian(c.model, c.loader, mixture, loss="cross_entropy")
+    first = len(m[names[0]].diag().flat())
+    close(m[names[0]].to_dense(), exact[:first, :first].diagonal().diag())
+    close(m[list(names[1:])].to_dense(), exact[first:, first:])
+
+
+def _coupled(quasi):
+    """Which entries a quasi-diagonal matrix holds: those of its diagonal, and of units against their biases."""
+    held = torch.eye(quasi.shape[0], dtype=torch.bool)
+    for layout in quasi.blocks:
+        if len(layout.pieces) == 2:
+            at = layout.indices()
+            held[at[..., :-1].flatten(), at[..., -1:].expand_as(at[..., :-1]).flatten()] = True
+    return held | held.T
+
+
+def test_mixtures_of_hessians_in_bases():
+    c = build("mlp")
+    mixture = nng.PMatMixed({"0": nng.PMatEKFAC}, default=nng.PMatQuasiDiag)
+    m = nng.Hessian(c.model, c.loader, mixture, loss="cross_entropy")
+    h = [nng.Hessian(c.model, c.loader, k, loss="cross_entropy") for k in (nng.PMatEKFAC, nng.PMatQuasiDiag)]
+    close(m["0"].to_dense(), h[0]["0"].to_dense())
+    close(m["2"].to_dense(), h[1]["2"].to_dense())
+    with pytest.raises(nng.UnsupportedError, match="average of outer products"):
+        nng.Hessian(c.model, c.loader, nng.PMatMixed({"0": nng.PMatKFAC}, default=nng.PMatDiag), loss="cross_entropy")
+
+
 def test_options_and_refusals():
     c = build("sequence")
     exact = nng.Hessian(c.model, c.loader, nng.PMatDense, loss="cross_entropy").to_dense()

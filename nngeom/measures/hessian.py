@@ -25,7 +25,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedErro
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
-from nngeom.measures.eigenbasis import bases, spectra
+from nngeom.measures.projected import projected, structure
 from nngeom.measures.second_derivatives import (
     Quadratic,
     SecondDerivatives,
@@ -36,7 +36,6 @@ from nngeom.measures.second_derivatives import (
 from nngeom.pmat.block import Block
 from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
-from nngeom.pmat.ekfac import PMatEKFAC
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.representation import Representation, as_representation
 from nngeom.pullback.captured_pass import Pass
@@ -61,8 +60,8 @@ def Hessian(
     process_group: Any = None,
     **options: Any,
 ) -> Any:
-    """The Hessian of the mean loss, ``1/n sum_i d2 loss_i / dw2``, as PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag
-    or PMatEKFAC.
+    """The Hessian of the mean loss, ``1/n sum_i d2 loss_i / dw2``, as PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag,
+    PMatQuasiDiag, PMatEye, PMatEKFAC or PMatMixed of these.
 
     ``loss``: as for :func:`EmpiricalFIM`; the loss of an example is summed over its positions, and averaged over
     examples. The matrix need not be positive: a solve, inverse or sample whose damping is below its most negative
@@ -72,17 +71,16 @@ def Hessian(
     PMatEKFAC has the eigenbasis of the factors of :func:`GGN`, or the one that ``rescaled`` keeps, and in it the
     diagonal of the Hessian, exact, at one product a parameter (George 2023, thesis, lemma A.2.1).
 
-    ``representation``: one of these classes, or a subclass of theirs that keeps their recipe; PMatEKFAC has its
-    ``options``, the others none.
+    ``representation``: one of these classes, or a subclass of theirs that keeps their recipe; ``options`` are theirs.
     Raises :class:`UnsupportedError` for other representations; other arguments and errors as for :func:`FIM`. Source:
     Pearlmutter 1994.
     """
     kind: Any = representation.kind if isinstance(representation, Representation) else representation
-    in_basis = isinstance(kind, type) and issubclass(kind, PMatEKFAC)
-    entries = None if in_basis else _entries(kind)
-    if isinstance(representation, Representation) and not in_basis:
+    chosen = _projecting(representation, options)
+    entries = None if chosen else _entries(kind)
+    if isinstance(representation, Representation) and not chosen:
         options = {**representation.settings, **options}
-    if options and not in_basis:
+    if options and not chosen:
         raise ArgumentError(f"{kind.__name__} of a Hessian has no option {list(options)}")
     run = Run.of(
         model,
@@ -102,11 +100,9 @@ def Hessian(
             quiet = replace(sweep, run=replace(sweep.run, check=False, progress=False))
             return ImplicitHessian(quiet, width=width)
         collection, span = run.network.collection, run.network.collection.span()
-        if in_basis:
+        if chosen:
             sweep = sweep.held()
-            kept = bases(sweep, as_representation(representation, **options))
-            values_in, count = spectra(sweep, batchwise(sweep), kept)
-            return kind.of_blocks(collection, values_in, count)
+            return projected(sweep, batchwise(sweep), chosen, structure(sweep, chosen))
         if entries == "diagonal":
             values, count = diagonal(sweep)
             return kind.of_blocks(collection, {span: DiagBlock(span.gather(values))}, count)
@@ -116,17 +112,26 @@ def Hessian(
         return kind.of_blocks(collection, blocks, count)
 
 
+def _projecting(representation: Any, options: dict[str, Any]) -> Representation | None:
+    """The representation, where it keeps something of any matrix in a structure that is measured first."""
+    if not isinstance(representation, Representation) and not getattr(representation, "projects", False):
+        return None
+    chosen = as_representation(representation, **options)
+    listed = chosen.kind.entries is not None and not hasattr(chosen, "members")
+    return chosen if chosen.projects and not listed else None
+
+
 def _entries(kind: Any) -> str | None:
     """Which entries of the Hessian a class of matrices keeps, ``None`` for PMatImplicit; raises for all others."""
     if not isinstance(kind, type):
-        expected = "PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag or PMatEKFAC"
+        expected = "PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatEye or PMatEKFAC"
         raise ArgumentTypeError(f"representation is {kind!r}; expected {expected}")
     entries: str | None = getattr(kind, "entries", None)
     if kind is not PMatImplicit and entries is None:
         raise UnsupportedError(
-            "the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag and PMatEKFAC, got "
-            f"{kind.__name__}: it is no average of outer products; use GGN (a subclass with the recipe of one of these is "
-            "one of these)"
+            "the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatEye, "
+            f"PMatEKFAC and PMatMixed of these, got {kind.__name__}: it is no average of outer products; use GGN (a "
+            "subclass with the recipe of one of these is one of these)"
         )
     return entries
 

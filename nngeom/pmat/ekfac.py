@@ -51,6 +51,7 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
 
     passes = 2
     centred = False
+    projects = True
 
     @classmethod
     def recipe(cls, selection: Selection, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
@@ -69,10 +70,11 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         """New eigenvalues in the kept eigenbasis: the mean squares of the rows of ``model`` now, in one sweep, as a new
         PMatEKFAC.
 
-        ``measure``: :func:`FIM` (the default), :func:`GGN`, ..., also :func:`Hessian`, the diagonal of which in the
-        basis is taken; ``options`` are its own (``likelihood=``, ``loss=``, ``samples=``, ...). The eigenvalues of the factors, which :class:`FactoredTikhonov` adds, stay those of the
-        basis. Raises :class:`StructureError` where the model uses its parameters differently than when the basis was
-        made, and what the measure raises. Source: George et al. 2018, algorithm 1.
+        ``measure``: :func:`FIM` (the default), :func:`GGN`, ..., or :func:`Hessian`, whose diagonal in the basis it is;
+        ``options`` are its own (``likelihood=``, ``loss=``, ``samples=``, ...). The eigenvalues of the factors, which
+        :class:`FactoredTikhonov` adds, stay those of the basis. Raises :class:`StructureError` where the model uses its
+        parameters differently than when the basis was made, and what the measure raises. Source: George et al. 2018,
+        algorithm 1.
         """
         from nngeom.measures.second_moments import FIM
 

@@ -18,6 +18,8 @@ from nngeom.space.collection import LayerCollection
 class PMatEye(PMat):
     """``c`` times the identity; measured, ``c`` is the mean of the diagonal, so that the trace is exact."""
 
+    projects = True
+
     @staticmethod
     def build(
         layer_collection: LayerCollection,

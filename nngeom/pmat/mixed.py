@@ -49,6 +49,10 @@ class Mixture(Representation):
         return all(r.centred for r in self.members)
 
     @property
+    def projects(self):
+        return all(r.projects for r in self.members)
+
+    @property
     def members(self) -> tuple[Representation, ...]:
         """All that are mixed."""
         return (*(r for _, r in self.parts), *((self.default,) if self.default is not None else ()))

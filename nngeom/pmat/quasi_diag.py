@@ -182,6 +182,8 @@ class UnitBasis(BlockBasis):
 class PMatQuasiDiag(PMat):
     """The diagonal, and each output unit's weights against its bias. Units without bias keep their diagonal."""
 
+    projects = True
+
     @classmethod
     def recipe(cls, selection: Selection):
         def statistic(chunk):

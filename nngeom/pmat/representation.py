@@ -42,6 +42,11 @@ class Representation:
         """Whether rows whose mean was taken from them may enter."""
         return self.kind.centred
 
+    @property
+    def projects(self) -> bool:
+        """Whether it keeps something of any symmetric matrix."""
+        return self.kind.projects or self.kind.entries is not None
+
     def last_sweep(self, matrix: PMat) -> Representation:
         """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is
         only one.
@@ -63,6 +68,7 @@ class Measured(ABC):
     passes: ClassVar[int] = 1
     centred: ClassVar[bool] = True  # any rows may enter, such as those less their mean, not only sums of outer products
     entries: ClassVar[str | None] = None  # kept as they are of any matrix: "all", those in "layers", the "diagonal"
+    projects: ClassVar[bool] = False  # what it keeps of any matrix is read off products with the vectors of its blocks
     kinds: ClassVar[Registry[Any]] = Registry()  # by qualified name, for files
 
     @classmethod
