@@ -55,8 +55,7 @@ def test_parts_are_principal_submatrices(name, kind):
     m = measured(name, kind)
     dense, lc = m.to_dense(), m.layer_collection
     layers = lc.by_layer()
-    crossed = name == "bare" and kind in ("ekfac", "mixed-sweeps")
-    parts = m.by_layer() if not crossed else {layer: m[layer] for layer in layers}
+    parts = m.by_layer()
     assert list(parts) == list(layers)
     for layer, names in layers.items():
         part, at = parts[layer], places(lc, names)
@@ -86,6 +85,14 @@ def test_parts_of_several_layers_and_of_layers(kind):
 def test_part_of_an_eigenbasis_is_refused():
     with pytest.raises(nng.StructureError, match="all parameters of that block"):
         measured("mlp", "ekfac")["0.weight"]
+
+
+def test_parts_in_an_eigenbasis_are_measured_anew():
+    case = build("conv2d")
+    e = nng.FIM(case.model, case.loader, nng.PMatEKFAC)
+    part = e["body.0"].rescaled(case.model, case.loader, nng.EmpiricalFIM, loss="cross_entropy")
+    whole = e.rescaled(case.model, case.loader, nng.EmpiricalFIM, loss="cross_entropy")
+    close(part.to_dense(), whole["body.0"].to_dense())
 
 
 @pytest.mark.parametrize("kind", ["quasi-diag", "low-rank"])
@@ -394,11 +401,6 @@ def test_dampings_of_a_stored_matrix_are_refused_elsewhere():
 
 
 # -- indefinite matrices -----------------------------------------------------------------------------------------------
-
-
-def indefinite(name, kind):
-    m = measured(name, kind)
-    return m, m.power(1, 0.0) if kind == "low-rank" else m
 
 
 @BY_KIND

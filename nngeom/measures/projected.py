@@ -89,7 +89,7 @@ def _vectors(layout: Layout, block: Block, like: Tensor) -> Callable[[int, int],
 
 @functools.singledispatch
 def kept(block: Block, rows: Tensor, vectors: Tensor) -> Tensor:
-    """``[k, m]``: what a block keeps of the products ``rows [k, s, o, i]`` with its ``vectors``, their places ``[k]``."""
+    """``[k, m]``: what a block keeps of the products ``rows [k, s, o, i]`` with its ``vectors [k]``, by their place."""
     raise UnsupportedError(
         f"a {type(block).__name__} keeps nothing of a Hessian, which is no average of outer products; use PMatEKFAC, "
         "PMatDense, PMatBlockDiag, PMatQuasiDiag, PMatDiag, PMatEye or GGN"

@@ -92,7 +92,9 @@ class DenseBlock(Block):
         return DenseBlock(self.m[columns][:, columns])
 
     def plus_diagonal(self, d):
-        return DenseBlock(self.m + torch.diag(d.flatten()))
+        m = self.m.clone()
+        m.diagonal().add_(d.flatten())
+        return DenseBlock(m)
 
 
 def _by_eigenvalues(damping: Damping) -> bool:
