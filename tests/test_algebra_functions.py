@@ -466,3 +466,21 @@ def test_what_functions_make_is_saved(tmp_path, kind):
         again = nng.load(tmp_path / "m")
         assert type(again) is type(n) and torch.equal(again.to_dense(), n.to_dense())
         assert pickle.loads(pickle.dumps(n)).to(torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_parameters_that_the_data_does_not_use(kind):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    model.register_parameter("idle", nn.Parameter(torch.ones(4, dtype=f64)))
+    m = nng.FIM(model, [torch.randn(5, 3, dtype=f64)], representation(kind, model), check=False)
+    idle = m["idle"]
+    assert idle.layer_collection.names == ("idle",)
+    if kind != "eye":
+        assert float(idle.norm()) == 0.0
+    x = definite(m)
+    close(
+        m.power(0.5, x).to_dense(), function_of(m.to_dense() + x * torch.eye(m.shape[0], dtype=f64), torch.sqrt), 1e-8
+    )
+    if kind in EXACT_BY_PARAMETER:
+        prior = vector(m).apply(lambda x: x.abs() + 0.1)
+        require_damped(m, prior, prior.flat())

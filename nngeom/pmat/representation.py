@@ -90,8 +90,8 @@ class Measured(ABC):
     def in_basis(cls, matrix: PMat) -> Representation:
         """This representation in the kept basis of ``matrix``, measured in one sweep, where it has such a thing."""
         raise UnsupportedError(
-            f"{cls.__name__} with parts of several sweeps is not estimated from random probes; mix others than "
-            "PMatEKFAC"
+            f"{cls.__name__} takes several sweeps and keeps no basis (it has no in_basis), so it is not estimated from "
+            "random probes, nor measured of centred rows; use PMatEKFAC, or a representation of a single sweep"
         )
 
 
