@@ -484,3 +484,24 @@ def test_parameters_that_the_data_does_not_use(kind):
     if kind in EXACT_BY_PARAMETER:
         prior = vector(m).apply(lambda x: x.abs() + 0.1)
         require_damped(m, prior, prior.flat())
+
+
+def test_patterns_of_mixtures_are_those_of_collections():
+    case = build("transformer")
+    norms = lambda n: "norm" in n
+    expected = nng.FIM(case.model, case.loader, nng.PMatMixed({"*norm*": nng.PMatDiag}, default=nng.PMatKFAC))
+    layers = case.model.body[0]
+    for pattern in (nn.LayerNorm, norms, (layers.norm1, layers.norm2), lambda n, p: norms(n)):
+        mixture = nng.PMatMixed({pattern: nng.PMatDiag}, default=nng.PMatKFAC)
+        m = nng.FIM(case.model, case.loader, mixture)
+        assert m.blocks.keys() == expected.blocks.keys()
+        torch.testing.assert_close(m.to_dense(), expected.to_dense())
+        for measure in (nng.GradientCovariance, nng.Hessian):
+            kinds = nng.PMatMixed({pattern: nng.PMatDiag}, default=nng.PMatDense)
+            n = measure(case.model, case.loader, kinds, loss="cross_entropy")
+            close(n[nn.LayerNorm].to_dense(), n[norms].diag().flat().diag())
+    nng.optim.NaturalGradient(case.model, representation=mixture)
+    with pytest.raises(nng.CollectionError, match="PMatMixed"):
+        nng.FIM(case.model, case.loader, nng.PMatMixed({nn.Conv2d: nng.PMatDiag}, default=nng.PMatKFAC))
+    with pytest.raises(nng.ArgumentTypeError, match="expected a name"):
+        nng.FIM(case.model, case.loader, nng.PMatMixed({3: nng.PMatDiag}, default=nng.PMatKFAC))

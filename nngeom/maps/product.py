@@ -79,7 +79,7 @@ class PMatPullPush(PMatExpression):
         """The same matrix in a representation (``PMatDense``, ``PMatDiag``, ``PMatLowRank``, ...)."""
         if not self.symmetric:
             return super().materialize()
-        chosen = as_representation(representation, **options)
+        chosen = as_representation(representation, **options).within(self.layer_collection)
         if isinstance(self.right, PushForwardDense):
             matrix = built(chosen, self.layer_collection, ExplicitRows(self.right.tensor, self.layer_collection))
         else:

@@ -66,6 +66,7 @@ def GradientCovariance(
         check=check,
         process_group=process_group,
     )
+    chosen = None if chosen is None else chosen.within(run.network.collection)
     part_of = None if chosen is None else chosen.part_of
     policy = Policy("mean row", part_of=part_of, reread=False)
     with run.within():

@@ -101,7 +101,7 @@ def Hessian(
             return ImplicitHessian(quiet, width=width)
         collection, span = run.network.collection, run.network.collection.span()
         if chosen:
-            sweep = sweep.held()
+            chosen, sweep = chosen.within(collection), sweep.held()
             return projected(sweep, batchwise(sweep), chosen, structure(sweep, chosen))
         if entries == "diagonal":
             values, count = diagonal(sweep)

@@ -214,7 +214,7 @@ def measured(
             if options:
                 raise ArgumentError(f"PMatImplicit has no option {list(options)}")
             return implicit_estimate(sweep) if isinstance(cotangents, Probes) else implicit(sweep)
-        chosen = as_representation(representation, **options)
+        chosen = as_representation(representation, **options).within(run.network.collection)
         sweep = sweep.but(part_of=chosen.part_of)
         if isinstance(cotangents, Probes):
             return estimate(chosen, sweep)

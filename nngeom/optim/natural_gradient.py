@@ -103,8 +103,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"scalings is {scalings!r}; expected 'batch' (of the examples of the batch) or 'running' (EKFAC-ra)"
             )
         require_model(model)
-        self.representation = as_representation(representation)
         self.collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
+        self.representation = as_representation(representation).within(self.collection)
         self.clock = Clock(
             FactoredTikhonov(1e-3, balanced=False) if damping is None else damping,
             kl_clip=kl_clip,

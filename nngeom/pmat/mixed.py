@@ -12,13 +12,14 @@ from nngeom.pmat.block import Block
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, run_together
 from nngeom.pmat.representation import Representation, as_representation
+from nngeom.space.collection import LayerCollection
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture(Representation):
     """Patterns of parameter or layer names to representations; the first that matches counts."""
 
-    parts: tuple[tuple[str, Representation], ...] = ()
+    parts: tuple[tuple[Any, Representation], ...] = ()  # a pattern, or the set of names that one means
     default: Representation | None = None
 
     def recipe(self, selection: Selection) -> Recipe:
@@ -35,6 +36,11 @@ class Mixture(Representation):
             part = Selection(selection.collection, tuple(names))
             recipes.append((part, self.member(index).recipe(part)))
         return (yield from run_together(recipes))
+
+    def within(self, collection: LayerCollection) -> Mixture:
+        names = lambda p: p if isinstance(p, (str, frozenset)) else frozenset(collection.subset(p, "PMatMixed").names)
+        rest = None if self.default is None else self.default.within(collection)
+        return replace(self, parts=tuple((names(p), r.within(collection)) for p, r in self.parts), default=rest)
 
     def last_sweep(self, matrix: PMat) -> Mixture:
         rest = None if self.default is None else self.default.last_sweep(matrix)
@@ -59,7 +65,7 @@ class Mixture(Representation):
 
     def part_of(self, name: str) -> int:
         for j, (pattern, _) in enumerate(self.parts):
-            if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + "."):
+            if _matches(name, pattern):
                 return j
         if self.default is None:
             raise ArgumentError(
@@ -68,8 +74,8 @@ class Mixture(Representation):
             )
         return -1
 
-    def _matches_any(self, pattern: str, selection: Selection) -> bool:
-        return any(fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in selection.names)
+    def _matches_any(self, pattern: Any, selection: Selection) -> bool:
+        return any(_matches(n, pattern) for n in selection.names)
 
     def member(self, part: int) -> Representation:
         chosen = self.default if part < 0 else self.parts[part][1]
@@ -78,14 +84,23 @@ class Mixture(Representation):
         return chosen
 
 
+def _matches(name: str, pattern: Any) -> bool:
+    if isinstance(pattern, frozenset):
+        return name in pattern
+    if not isinstance(pattern, str):
+        raise ArgumentTypeError(f"pattern {pattern!r} of PMatMixed needs a model; expected a name or glob here")
+    return fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
 class PMatMixed(PMat, made_of=Block):
     """``PMatMixed({pattern: representation, ...}, default=...)`` is a representation; measured with it, a matrix.
 
     ``parts`` are patterns with what holds the parameters that match, the first counts; ``default`` holds the others.
-    Patterns are parameter names, layer names, or globs; representations may carry options, ``PMatKFAC.options(...)``.
+    Patterns are those of :meth:`LayerCollection.from_model`: names, globs, modules, classes of modules, predicates,
+    tuples of these; representations may carry options, ``PMatKFAC.options(...)``.
     """
 
-    def __new__(cls, parts: Mapping[str, Any] | None = None, default: Any = None):  # type: ignore[misc]
+    def __new__(cls, parts: Mapping[Any, Any] | None = None, default: Any = None):  # type: ignore[misc]
         if not isinstance(parts, Mapping):
             raise ArgumentTypeError(f"PMatMixed takes a dict {{pattern: representation}}, got {type(parts).__name__}")
         listed = tuple((pattern, as_representation(r)) for pattern, r in parts.items())

@@ -53,6 +53,10 @@ class Representation:
         """
         return self if self.passes == 1 else self.kind.in_basis(matrix)
 
+    def within(self, collection: LayerCollection) -> Representation:
+        """With patterns that need the model of the ``collection`` turned into names."""
+        return self
+
     def part_of(self, name: str) -> int:
         """The part of the parameter ``name``; parameters of different parts never share a block."""
         return 0
