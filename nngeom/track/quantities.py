@@ -23,7 +23,7 @@ from nngeom.analysis.stiffness import stiffness
 from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.causal import CausalLM
 from nngeom.cotangents.loss import EveryOutput, as_loss
-from nngeom.fmat.tiles import Side
+from nngeom.fmat.side import Side
 from nngeom.mgs.metrics import kernel_metrics
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Function, Run
