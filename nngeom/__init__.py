@@ -36,7 +36,8 @@ from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
 from nngeom.measures.covariance import GradientCovariance
 from nngeom.measures.hessian import Hessian
-from nngeom.measures.kernels import GramMatrices, GramMatrix, Jacobian
+from nngeom.measures.jacobian import Jacobian
+from nngeom.measures.kernels import GramMatrices, GramMatrix
 from nngeom.measures.rows import rows
 from nngeom.measures.second_moments import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
 from nngeom.pmat.dense import PMatBlockDiag, PMatDense

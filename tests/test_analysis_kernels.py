@@ -13,7 +13,7 @@ import nngeom as nng
 from nngeom import analysis
 from nngeom.analysis.rows import layer_kernel
 from nngeom.cotangents.loss import EveryOutput
-from nngeom.fmat.tiles import Side
+from nngeom.fmat.side import Side
 from nngeom.sweep.run import Run
 
 ZOO = ["mlp", "conv2d", "attention", "language-model"]

@@ -15,7 +15,7 @@ from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.dense import FMatDense
-from nngeom.fmat.tiles import Side
+from nngeom.fmat.side import Side
 from nngeom.pmat.recipe import join_rows
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Function, Run

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import LoaderError, NonFiniteError
+from nngeom.fmat.chunks import span
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.products import EVERYTHING, Grouping, build, products
 from nngeom.fmat.products import squared_norms as norms_by_group
+from nngeom.fmat.side import Side
 from nngeom.fmat.store import Store
-from nngeom.fmat.tiles import Side, matched, pairs, span
+from nngeom.fmat.tiles import matched, pairs
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Cotangents
 

@@ -12,7 +12,7 @@ from nngeom.analysis.labels import class_labels, described
 from nngeom.analysis.rows import require_finite_gradients, row_norms, row_products
 from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.loss import EmpiricalFisher, as_loss
-from nngeom.fmat.tiles import Side
+from nngeom.fmat.side import Side
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Function, Run
 

@@ -9,84 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.capture.network import gradients_on
-from nngeom.core import memory
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, UnsupportedError
-from nngeom.core.linalg import flat_rows
-from nngeom.core.linear import identity, linear, solution
+from nngeom.core.linear import identity, solution
 from nngeom.fmat.dense import FMatDense
+from nngeom.fmat.jacobian_products import pull, push
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import EVERYTHING, Mean, build, squared_norms
-from nngeom.fmat.tiles import Side, span
-from nngeom.pmat.tangents import tangents_or_rows, times_rows
-from nngeom.pullback.backward import pull_back
-from nngeom.pullback.linearization import Linearization
+from nngeom.fmat.side import Side
 from nngeom.solve.cg import conjugate_gradient
 from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos
 from nngeom.space.fvector import FVector
-from nngeom.space.pvector import PVector
-
-
-def push(side: Side, v: Tensor) -> Tensor:
-    """``J v``: ``[*b, d] -> [*b, c, n]``, a forward-mode pass a vector, or by rows; differentiable in ``v``."""
-    return linear(lambda x: _push(side, x), lambda u: _pull(side, u), v, side.parameters)
-
-
-def pull(side: Side, u: Tensor) -> Tensor:
-    """``J^T u``: ``[*b, c, n] -> [*b, d]``, differentiable in ``u``.
-
-    One forward pass a batch, and one backward pass for all vectors that fit the budget.
-    """
-    return linear(lambda x: _pull(side, x), lambda v: _push(side, v), u, side.parameters)
-
-
-def _push(side: Side, v: Tensor) -> Tensor:
-    flat = v.reshape(-1, v.shape[-1])
-    with side.within():
-        if not len(flat):
-            return v.new_zeros(*v.shape[:-1], side.outputs, side.examples)
-        pushed = tangents_or_rows(lambda: _by_tangents(side, flat), lambda: _by_rows(side, flat))
-    return pushed.view(*v.shape[:-1], *pushed.shape[1:])
-
-
-def _by_tangents(side: Side, v: Tensor) -> Tensor:
-    """``[b, d] -> [b, c, n]``."""
-    network = side.run.network
-    linearization, rows = Linearization(network), []
-    for x in v:
-        named = PVector(network.collection, x)
-        tangents = {name: named[name].to(p.dtype) for name, p in network.parameters.items()}
-        pushed = [linearization.jvp(batch, tangents)[1].flatten(1).T for batch in side.run.loader]
-        rows.append(torch.cat(pushed, 1).to(v.dtype))
-    return torch.stack(rows)
-
-
-def _by_rows(side: Side, v: Tensor) -> Tensor:
-    """As :func:`_by_tangents`, from the rows as every stored representation has them."""
-    out = v.new_zeros(len(v), side.outputs, side.examples)
-    for chunk in side.chunks(reuse=True):
-        k, n = span(chunk)
-        out[:, k, n] = times_rows(chunk, v)
-    return out
-
-
-def _pull(side: Side, u: Tensor) -> Tensor:
-    network, flat = side.run.network, u.reshape(-1, *u.shape[-2:])
-    total = torch.zeros(flat.shape[0], network.collection.numel, dtype=u.dtype, device=u.device)
-    parameters = list(network.parameters.values())
-    shapes, at = [p.shape for p in parameters], 0
-    with side.within():
-        for batch, n in zip(side.run.loader, side.sizes):
-            with gradients_on():
-                outputs = network.run(batch)
-            cotangents = flat[..., at : at + n].transpose(1, 2).reshape(-1, *outputs.shape).to(outputs.dtype)
-            for lo, hi in memory.pieces(len(flat), 2 * network.collection.numel * u.element_size()):
-                grads = pull_back(outputs, parameters, shapes, cotangents[lo:hi], retain=hi < len(flat))
-                total[lo:hi] += torch.cat([flat_rows(g) for g in grads], 1).to(u.dtype)
-            at += n
-    return total.view(*u.shape[:-2], -1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

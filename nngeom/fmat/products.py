@@ -13,8 +13,10 @@ from tqdm import tqdm
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.parts import has_positions
+from nngeom.fmat.chunks import span
+from nngeom.fmat.side import OneBatch, Side
 from nngeom.fmat.store import Store
-from nngeom.fmat.tiles import OneBatch, Side, matched, pairs, require_finite, span
+from nngeom.fmat.tiles import matched, pairs, require_finite
 from nngeom.sweep.sweep import Chunk
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import UnsupportedError
-from nngeom.fmat.implicit import FMatImplicit, pull, push
-from nngeom.fmat.tiles import Side, span
+from nngeom.fmat.chunks import span
+from nngeom.fmat.implicit import FMatImplicit
+from nngeom.fmat.jacobian_products import pull, push
+from nngeom.fmat.side import Side
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.pmat.recipe import write_rows

@@ -1,4 +1,4 @@
-"""Kernels and Jacobians of a model: the same sweeps as the parameter space, read the other way."""
+"""Kernels of a model: the same sweeps as the parameter space, read the other way."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.estimate import KernelEstimate, RandomSigns, TraceEstimate, kernel_estimate
 from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.fmat import FMat
-from nngeom.fmat.implicit import FMatImplicit, pull
+from nngeom.fmat.implicit import FMatImplicit
+from nngeom.fmat.jacobian_products import first_look
 from nngeom.fmat.products import EVERYTHING, Grouping, build
+from nngeom.fmat.side import Side
 from nngeom.fmat.store import FileStore
-from nngeom.fmat.tiles import Side
-from nngeom.maps.dense import PullBackDense, PushForwardDense
-from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit, dense_rows
 from nngeom.measures.probed import require_samples
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
@@ -114,9 +113,9 @@ def GramMatrix(
         if estimator is not None:
             return _estimated(kind, rows, columns, progress)
         if kind is FMatImplicit:
-            _first_look(rows)
+            first_look(rows)
             if columns is not None:
-                _first_look(columns)
+                first_look(columns)
             return FMatImplicit(rows, columns or rows, centered)
         return build(kind, rows, columns, EVERYTHING, centered=centered, progress=progress)[""]
 
@@ -179,56 +178,6 @@ def GramMatrices(
     with run.within(), torch.set_grad_enabled(differentiable):
         columns = None if other is None else side(other)
         return build(kind, side(loader), columns, grouping, centered=centered, progress=progress)
-
-
-def Jacobian(
-    model: nn.Module,
-    loader: Any,
-    representation: Any = PushForwardDense,
-    *,
-    function: Callable[..., Tensor] | None = None,
-    layer_collection: LayerCollection | None = None,
-    progress: bool = False,
-    memory_budget: int | None = None,
-    check: bool = True,
-    process_group: Any = None,
-) -> Any:
-    """The Jacobian of all outputs at all examples, ``(c, n, d)``, as a map between parameter and function space.
-
-    ``representation``: ``PushForwardDense`` or ``PushForwardImplicit`` (``J v``), ``PullBackDense`` or
-    ``PullBackImplicit`` (``J^T u``); ``.T`` links them. ``J @ J.T`` is a kernel, ``J.T @ J`` a matrix over the
-    parameters. Other arguments and errors as :func:`GramMatrix`.
-    """
-    run = Run.of(
-        model,
-        loader,
-        function=function,
-        layer_collection=layer_collection,
-        progress=progress,
-        memory_budget=memory_budget,
-        check=check,
-        process_group=process_group,
-    )
-    with run.within():
-        side = Side.of(run, EveryOutput(), Policy("Jacobian"))
-        if representation in (PushForwardImplicit, PullBackImplicit):
-            _first_look(side)
-            return representation(side)
-        if representation not in (PushForwardDense, PullBackDense):
-            raise ArgumentTypeError(
-                f"representation is {representation!r}; expected PushForwardDense, PushForwardImplicit, "
-                "PullBackDense or PullBackImplicit"
-            )
-        return representation(run.network.collection, dense_rows(side))
-
-
-def _first_look(side: Side) -> None:
-    """Refuse now what products would only meet later: models that mix examples, odd batches, NaN and infinity."""
-    side.sweep.look()
-    if side.run.check:
-        ones = torch.ones(side.outputs, side.examples, dtype=side.dtype, device=side.device)
-        if not bool(torch.isfinite(pull(side, ones).sum())):
-            side.sweep.raise_where_not_finite()
 
 
 def _signs(kind: Any, estimator: str, samples: int, generator: torch.Generator | None, *, plain: bool) -> RandomSigns:
