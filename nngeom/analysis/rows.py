@@ -13,8 +13,8 @@ from nngeom.fmat.products import squared_norms as norms_by_group
 from nngeom.fmat.side import Side
 from nngeom.fmat.store import Store
 from nngeom.fmat.tiles import matched, pairs
+from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Cotangents
 
 
 def require_finite_gradients(*gradients: Tensor) -> None:

@@ -11,7 +11,7 @@ from nngeom.core.errors import OutputError
 from nngeom.cotangents import softmax
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.softmax import Labels, wide
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 
 class Categorical(Likelihood):

@@ -15,7 +15,7 @@ from nngeom.cotangents.cross_entropy import CrossEntropy
 from nngeom.cotangents.language_models import is_causal_lm, shifts_labels
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.per_example import Loss
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 
 class CausalLM(Likelihood, Loss):

@@ -12,7 +12,7 @@ from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.likelihood import as_columns
 from nngeom.cotangents.per_example import Loss
 from nngeom.cotangents.softmax import Labels
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 
 class CrossEntropy(Loss):

@@ -13,7 +13,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.causal import CausalLM, by_name
 from nngeom.cotangents.likelihood import Bernoulli, Gaussian, Likelihood, Poisson, as_columns
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 _NAMES: dict[str, type[Likelihood]] = {
     "categorical": Categorical,

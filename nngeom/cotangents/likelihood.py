@@ -19,7 +19,7 @@ from nngeom.cotangents import logistic
 from nngeom.cotangents.precise import Precise
 from nngeom.cotangents.reading import Reading
 from nngeom.cotangents.softmax import wide
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 
 class Likelihood(Reading, ABC):

@@ -17,7 +17,7 @@ from nngeom.cotangents.likelihood import diagonal_columns
 from nngeom.cotangents.of_torch import known
 from nngeom.cotangents.per_example import CallableLoss, Loss
 from nngeom.cotangents.separable import BinaryCrossEntropy, PoissonLoss, SquaredError
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 _NAMES: dict[str, type[Loss]] = {
     "cross_entropy": CrossEntropy,

@@ -16,7 +16,7 @@ from nngeom.core.errors import UnsupportedError
 from nngeom.cotangents.fisher import Stream
 from nngeom.fmat.dense import FMatDense
 from nngeom.solve.hutchinson import Estimate
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 
 @dataclass(frozen=True)

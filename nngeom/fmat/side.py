@@ -16,8 +16,9 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.fmat.chunks import Group, Key, joined, key
+from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import START, Chunk, Cotangents, Policy, Sweep
+from nngeom.sweep.sweep import START, Chunk, Policy, Sweep
 
 SHARES = 4  # of the budget: one for a chunk of columns, two for rows, one for what is made of them
 

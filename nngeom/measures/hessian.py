@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nngeom.capture.graph import require_differentiable
 from nngeom.capture.recorder import record
@@ -125,7 +124,7 @@ def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivati
     """
     run, network, loss = sweep.run, sweep.run.network, sweep.cotangents.loss  # type: ignore[attr-defined]
     known: list[Proof] = []  # of graphs whose second derivatives were checked
-    for index, batch in enumerate(tqdm(run.batches(), desc=sweep.policy.label, disable=not run.progress)):
+    for index, batch in enumerate(run.followed(sweep.policy.label)):
         if width is not None:
             yield differentiated(network, loss, batch, index, width)
             continue

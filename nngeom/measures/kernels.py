@@ -24,8 +24,9 @@ from nngeom.fmat.side import Side
 from nngeom.fmat.store import FileStore
 from nngeom.measures.probed import require_samples
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Cotangents, Policy
+from nngeom.sweep.sweep import Policy
 
 
 def GramMatrix(

@@ -18,7 +18,8 @@ from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.implicit import implicit
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
-from nngeom.sweep.sweep import Chunk, Cotangents, Sweep, require_examples
+from nngeom.sweep.columns import Cotangents
+from nngeom.sweep.sweep import Chunk, Sweep, require_examples
 
 
 def probed(

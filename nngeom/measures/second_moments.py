@@ -21,8 +21,9 @@ from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import as_representation
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Cotangents, Policy, Sweep
+from nngeom.sweep.sweep import Policy, Sweep
 
 
 def FIM(
