@@ -48,7 +48,7 @@ class Pending:
             self.loss_scale = scaler.get_scale()
         self.examples += examples
 
-    def seen(self, own_loss: bool) -> Seen:
+    def seen(self, *, own_loss: bool) -> Seen:
         """For rows of the user's ``own_loss``, which carry its reduction and scale, or for those of a metric."""
         mean = self.reduction == "mean"
         scale = (self.examples if mean else 1) / self.loss_scale if own_loss else 1.0

@@ -80,13 +80,13 @@ class Observer:
         self.batchwise.update(state["batchwise"])
 
     @contextlib.contextmanager
-    def watch(self, record: bool = True) -> Iterator[Observation]:
+    def watch(self, *, record: bool = True) -> Iterator[Observation]:
         """Watch what happens inside; the observation is complete on leaving. ``record=False`` counts examples only."""
         if self._watching:
             raise ArgumentError(
                 "observe() was entered inside another observe() of the same optimizer; leave the first one before"
             )
-        visit = _Visit(self, record)
+        visit = _Visit(self, record=record)
         model = unwrap(self.network.model)
         handles = [
             model.register_forward_pre_hook(visit.enter, prepend=True),
@@ -104,7 +104,7 @@ class Observer:
 
 
 class _Visit:
-    def __init__(self, observer: Observer, record: bool):
+    def __init__(self, observer: Observer, *, record: bool):
         self.observer, self.record = observer, record
         self.observation = Observation()
         self.passages: list[Passage] = []
