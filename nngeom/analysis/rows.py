@@ -40,7 +40,7 @@ def row_products(rows: Side, columns: Side | None = None) -> Tensor:
     return build(FMatDense, rows, columns, EVERYTHING)[""].tensor
 
 
-def wide_kernels(rows: Side, by_layer: bool = False) -> dict[str, Tensor]:
+def wide_kernels(rows: Side, *, by_layer: bool = False) -> dict[str, Tensor]:
     """``{"": (c, n, c, n)}``, or one a layer, in float64 whatever the model's dtype.
 
     Products of float32 rows rounded to float32 tell eigenvalues from zero down to ``N eps`` of the largest only, the

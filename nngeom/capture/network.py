@@ -220,5 +220,5 @@ def require_finite(x: Tensor, what: str, batch_index: int) -> None:
 @contextlib.contextmanager
 def gradients_on() -> Iterator[None]:
     """Gradients are recorded, whatever the caller switched off."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(mode=False), torch.enable_grad():
         yield

@@ -47,22 +47,22 @@ class Capture:
     batch: Batch = None
 
 
-def record(network: Network, batch: Batch, keep_graph: bool = False) -> Capture:
+def record(network: Network, batch: Batch, *, keep_graph: bool = False) -> Capture:
     """Run the model on a batch and record how it uses the selected parameters.
 
     Raises :class:`ModeError` where it is random, mixes examples or changes buffers.
     """
     network.watch.harmless = False
     try:
-        return _recorded(network, batch, keep_graph)
+        return _recorded(network, batch, keep_graph=keep_graph)
     except Drew:
         with gradients_on():
             require_unused(lambda: network.run(batch), network.watch)
-        return _recorded(network, batch, keep_graph)
+        return _recorded(network, batch, keep_graph=keep_graph)
 
 
-def _recorded(network: Network, batch: Batch, keep_graph: bool) -> Capture:
-    recorder = Recorder(network, keep_graph)
+def _recorded(network: Network, batch: Batch, *, keep_graph: bool) -> Capture:
+    recorder = Recorder(network, keep_graph=keep_graph)
     with gradients_on(), unfused() if keep_graph else contextlib.nullcontext():
         with network.watch.own(recorder.generators), recorder:
             outputs = network.run(batch)
@@ -74,7 +74,7 @@ class Recorder(TorchFunctionMode):
     is no measure.
     """
 
-    def __init__(self, network: Network, keep_graph: bool = False, refuse: bool = True):
+    def __init__(self, network: Network, *, keep_graph: bool = False, refuse: bool = True):
         super().__init__()
         self.refuse = refuse
         self.mixing = False  # batch normalisation in training mode was seen
@@ -182,7 +182,7 @@ class Recorder(TorchFunctionMode):
         adapter = ADAPTERS.get(func)
         if adapter is None or not isinstance(out, Tensor):
             return None
-        call = Call(self.find, out, self.keep_graph)
+        call = Call(self.find, out, keep_graph=self.keep_graph)
         with torch.set_grad_enabled(self.keep_graph):
             try:
                 use = adapter(call, *args, **kwargs)

@@ -88,7 +88,7 @@ def log_softmax(z: Tensor, dim: int = -1) -> Tensor:
     return u - log_rest(u, top, dim)
 
 
-def log_sum_exp(z: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
+def log_sum_exp(z: Tensor, dim: int = -1, *, keepdim: bool = False) -> Tensor:
     """``log sum exp z``, as :func:`log_softmax`."""
     top = z.detach().argmax(dim, keepdim=True)
     most = z.gather(dim, top)

@@ -59,7 +59,7 @@ class FMatDense(FMat):
         return k, n, l, m
 
     @staticmethod
-    def tiles(blocks: Blocks, k: slice, l: slice, graph: bool, by_examples: bool) -> dict[str, Tensor]:
+    def tiles(blocks: Blocks, k: slice, l: slice, *, graph: bool, by_examples: bool) -> dict[str, Tensor]:
         """``{group: tile}``, summed over ``blocks (group, x, y)``; ``k``, ``l``: the outputs of their rows. With
         ``graph`` nothing is overwritten.
 
@@ -157,7 +157,7 @@ class FMatBlockDiag(FMat):
         return slice(max(k.start, l.start), min(k.stop, l.stop)), n, m
 
     @staticmethod
-    def tiles(blocks: Blocks, k: slice, l: slice, graph: bool, by_examples: bool) -> dict[str, Tensor]:
+    def tiles(blocks: Blocks, k: slice, l: slice, *, graph: bool, by_examples: bool) -> dict[str, Tensor]:
         """``{group: tile}``, summed over ``blocks (group, x, y)``, output by output; ``k``, ``l``: the outputs of their
         rows.
 

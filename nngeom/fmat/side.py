@@ -121,7 +121,7 @@ class Side:
         """Work under the memory budget that the object was built with, which outlives that call."""
         return self.run.within()
 
-    def chunks(self, after: Key = START, reuse: bool = False) -> Iterator[Chunk]:
+    def chunks(self, after: Key = START, *, reuse: bool = False) -> Iterator[Chunk]:
         """The chunks behind ``after``, captured anew; with ``reuse`` each may overwrite the one before."""
         first, start = 0, 0
         while first < len(self.sizes) and start + self.sizes[first] <= after[0]:

@@ -27,7 +27,7 @@ Place = tuple[slice, ...]
 class Store:
     """Kernels in memory, one a name. With ``graph`` nothing is overwritten that autograd still needs."""
 
-    def __init__(self, names: tuple[str, ...], graph: bool = False):
+    def __init__(self, names: tuple[str, ...], *, graph: bool = False):
         self.names, self.graph = names, graph
         self.tensors: dict[str, Tensor] = {}
         self.shape: tuple[int, ...] = ()

@@ -62,7 +62,7 @@ class Expansion(nn.Module):
         """``w - w0``, detached, a vector of the model's parameters."""
         return PVector.from_dict(self.layer_collection, self._displacement(detach=True))
 
-    def _displacement(self, detach: bool = False) -> dict[str, Tensor]:
+    def _displacement(self, *, detach: bool = False) -> dict[str, Tensor]:
         start = self._start()
         return {name: (w.detach() if detach else w) - start[name] for name, w in self._weights().items()}
 

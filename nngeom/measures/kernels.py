@@ -112,7 +112,7 @@ def GramMatrix(
             return _in_file(out, side, loader, other, centered=centered, progress=progress)
         rows, columns = side(loader), None if other is None else side(other)
         if estimator is not None:
-            return _estimated(kind, rows, columns, progress)
+            return _estimated(kind, rows, columns, progress=progress)
         if kind is FMatImplicit:
             first_look(rows)
             if columns is not None:
@@ -193,7 +193,7 @@ def _signs(kind: Any, estimator: str, samples: int, generator: torch.Generator |
     return RandomSigns(require_samples(samples), seed_of(generator), shared=kind is FMatDense)
 
 
-def _estimated(kind: Any, rows: Side, columns: Side | None, progress: bool) -> TraceEstimate | KernelEstimate:
+def _estimated(kind: Any, rows: Side, columns: Side | None, *, progress: bool) -> TraceEstimate | KernelEstimate:
     if kind is FMatDiag:
         return TraceEstimate(build(FMatDiag, rows, None, EVERYTHING)[""].tensor)
     return kernel_estimate(build(FMatBlockDiag, rows, columns, EVERYTHING, progress=progress)[""].tensor)

@@ -109,8 +109,8 @@ def loss_gradient_penalty(
     targets: Any,
     wrt: str = "parameters",
     loss: Any = "cross_entropy",
-    squared: bool = False,
     *,
+    squared: bool = False,
     function: Function = None,
     layer_collection: LayerCollection | None = None,
 ) -> Tensor:
@@ -192,7 +192,7 @@ def _with_a_row_an_example(run: Run, capture: Capture) -> list[Recorded]:
             found.append(recorded)
     if not found:
         return []
-    proof = Sweep(run, RandomSigns(1, 0, False), ALIVE).proved(capture)
+    proof = Sweep(run, RandomSigns(samples=1, seed=0, shared=False), ALIVE).proved(capture)
     return [
         recorded
         for recorded in found

@@ -52,6 +52,7 @@ def pull_back(
     inputs: Sequence[Any],
     shapes: Sequence[torch.Size],
     v: Tensor,
+    *,
     retain: bool,
     create_graph: bool = False,
     large: bool | None = None,
@@ -68,20 +69,23 @@ def pull_back(
     if large is None:
         large = one_by_one_pays(v.element_size() * sum(math.prod(s) for s in shapes), v.device, products=False)
     if k == 1:
-        grads = [None if g is None else g.unsqueeze(0) for g in _grad(outputs, inputs, v[0], retain, create_graph)]
+        grads = [
+            None if g is None else g.unsqueeze(0)
+            for g in _grad(outputs, inputs, v[0], retain=retain, create_graph=create_graph)
+        ]
     elif create_graph:
-        grads = _with_graph(outputs, inputs, v, large)
+        grads = _with_graph(outputs, inputs, v, large=large)
     elif large:
-        grads = _one_by_one(outputs, inputs, v, retain, piles)
+        grads = _one_by_one(outputs, inputs, v, retain=retain, piles=piles)
     else:
         try:
-            grads = _batched(outputs, inputs, v, create_graph)
+            grads = _batched(outputs, inputs, v, create_graph=create_graph)
         except RuntimeError:
-            grads = _one_by_one(outputs, inputs, v, retain, None)
+            grads = _one_by_one(outputs, inputs, v, retain=retain)
     return [v.new_zeros(1).expand(k, *shape) if g is None else g for g, shape in zip(grads, shapes)]
 
 
-def one_by_one_pays(bytes_each: int, device: torch.device, products: bool) -> bool:
+def one_by_one_pays(bytes_each: int, device: torch.device, *, products: bool) -> bool:
     """Whether a pass a cotangent, whose gradients take ``bytes_each``, costs no more than a batched one.
 
     ``products``: the graph is one of matrix products, which gain from a batched pass (:func:`gains_from_batching`).
@@ -89,7 +93,7 @@ def one_by_one_pays(bytes_each: int, device: torch.device, products: bool) -> bo
     return device.type == "cpu" and bytes_each > (PRODUCT_BYTES if products else LOOP_BYTES)
 
 
-def gains_from_batching(uses: Sequence[Use], create_graph: bool) -> bool:
+def gains_from_batching(uses: Sequence[Use], *, create_graph: bool) -> bool:
     """Whether a batched pass through what lies between uses of parameters is faster as long as its memory is small.
 
     Not through a serial use: it fills the machine alone, or is copied. With a graph, nor through anything with
@@ -100,11 +104,11 @@ def gains_from_batching(uses: Sequence[Use], create_graph: bool) -> bool:
     return not any(use.serial for use in uses)
 
 
-def _with_graph(outputs: Any, inputs: Sequence[Any], v: Tensor, large: bool) -> list[Tensor | None]:
+def _with_graph(outputs: Any, inputs: Sequence[Any], v: Tensor, *, large: bool) -> list[Tensor | None]:
     if not large:
         with contextlib.suppress(RuntimeError):
-            return _batched(outputs, inputs, v, True)
-    rows = [_grad(outputs, inputs, c, True, True) for c in v]
+            return _batched(outputs, inputs, v, create_graph=True)
+    rows = [_grad(outputs, inputs, c, retain=True, create_graph=True) for c in v]
     return [None if c[0] is None else _stacked(c) for c in zip(*rows)]
 
 
@@ -114,25 +118,26 @@ def _stacked(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(gradients), dim).transpose(0, dim)
 
 
-def _batched(outputs: Any, inputs: Sequence[Any], v: Tensor, create_graph: bool) -> list[Tensor | None]:
+def _batched(outputs: Any, inputs: Sequence[Any], v: Tensor, *, create_graph: bool) -> list[Tensor | None]:
     """Raises :class:`RuntimeError` where an operation cannot be mapped (recurrent cells, custom functions)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _grad(outputs, inputs, v, True, create_graph, is_grads_batched=True)
+        return _grad(outputs, inputs, v, retain=True, create_graph=create_graph, is_grads_batched=True)
 
 
 def _one_by_one(
-    outputs: Any, inputs: Sequence[Any], v: Tensor, retain: bool, piles: Sequence[Pile] | None
+    outputs: Any, inputs: Sequence[Any], v: Tensor, *, retain: bool, piles: Sequence[Pile] | None = None
 ) -> list[Tensor | None]:
     piles = piles or [Pile(len(v)) for _ in inputs]
     for j, c in enumerate(v):
-        for pile, g in zip(piles, _grad(outputs, inputs, c, retain or j + 1 < len(v), False)):
+        grads = _grad(outputs, inputs, c, retain=retain or j + 1 < len(v), create_graph=False)
+        for pile, g in zip(piles, grads):
             if g is not None:
                 pile.put(j, g)
     return [pile.all for pile in piles]
 
 
-def _grad(outputs, inputs, v, retain, create_graph, **options):
+def _grad(outputs, inputs, v, *, retain, create_graph, **options):
     grads = gradients(outputs, inputs, v, retain_graph=retain or create_graph, create_graph=create_graph, **options)
     return [dense(g) for g in grads]
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from nngeom.capture.graph import Edge, Graph, operation, shape
 from nngeom.pullback.axes import ExampleAxis
-from nngeom.pullback.safe import ASK, RULES, Place, Sizes, entrywise
+from nngeom.pullback.safe import ASK, RULES, Place, entrywise
 
 __all__ = ["ASK", "Place", "places"]
 
 
-def places(graph: Graph, n: int, trained: bool = False) -> dict[Edge, Place]:
+def places(graph: Graph, n: int, *, trained: bool = False) -> dict[Edge, Place]:
     """Where the ``n`` examples lie in every tensor of the graph, an edge each.
 
     ``trained``: batch normalisation that uses the statistics of the batch counts as if it kept examples apart.
@@ -34,17 +34,18 @@ def places(graph: Graph, n: int, trained: bool = False) -> dict[Edge, Place]:
         for number, edge in enumerate(node.next_functions):
             if edge[0] is None:
                 continue
-            told = [_behind(node, number, place, shape((node, j)), shape(edge), n, trained) for j, place in outputs]
+            told = [_behind((node, j), number, place, n, trained=trained) for j, place in outputs]
             told += [found[edge]] if edge in found else []
             found[edge] = told[0] if told and all(place == told[0] for place in told) else ASK
     return found
 
 
-def _behind(node: object, number: int, place: Place, out: Sizes, sizes: Sizes, n: int, trained: bool) -> Place:
-    """Where the examples lie in an input of a node."""
+def _behind(output: Edge, number: int, place: Place, n: int, *, trained: bool) -> Place:
+    """Where the examples lie in an input of a node, from where they lie in an output."""
     if not isinstance(place, ExampleAxis):
         return place
-    name = operation(node)
+    node = output[0]
+    out, sizes, name = shape(output), shape(node.next_functions[number]), operation(node)
     rule = RULES.get(name) if name is not None else None
     if name == "NativeBatchNorm" and trained and number == 0:
         rule = entrywise

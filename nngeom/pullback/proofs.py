@@ -118,7 +118,7 @@ def _concluded(network: Network, capture: Capture, graph: Graph) -> Proof:
     if n == 1:
         known = {use.place: ExampleAxis(None) for use in capture.uses}
     elif graph.nodes:
-        found = places(graph, n, capture.training)
+        found = places(graph, n, trained=capture.training)
         apart = all(isinstance(place, ExampleAxis) for edge, place in found.items() if edge[0] not in graph.leaves)
         for use in capture.uses:
             edge = use.edge.node, use.edge.output_nr

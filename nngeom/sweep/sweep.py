@@ -108,7 +108,7 @@ class Sweep:
     # -- one batch -----------------------------------------------------------------------------------------------------
 
     def _captured(self, batch: Batch, index: int) -> Capture:
-        capture = record(self.run.network, batch, self.policy.keep_graph)
+        capture = record(self.run.network, batch, keep_graph=self.policy.keep_graph)
         require_finite(capture.outputs.detach(), "outputs", index)
         if index == 0 and capture.outputs.shape[0] == 1:
             self._learn_from_a_pair(batch)
@@ -143,7 +143,7 @@ class Sweep:
         """
         outputs, n = capture.outputs.detach(), capture.outputs.shape[0]
         count = self.cotangents.columns(outputs, capture.batch, start).count
-        each = bytes_each_cotangent(capture, self.policy.keep_graph) * count // n
+        each = bytes_each_cotangent(capture, keep_graph=self.policy.keep_graph) * count // n
         size = memory.step(n, each, most=memory.budget() // self.policy.shares)
         size = min(size, self.policy.most_examples or n)
         if size >= n or leading_size(capture.batch) != n:
@@ -168,7 +168,7 @@ class Sweep:
         cotangent ``after`` are left out.
         """
         # of all uses: cuts must not depend on which are left to the fallback by now
-        each = bytes_each_cotangent(capture, self.policy.keep_graph)
+        each = bytes_each_cotangent(capture, keep_graph=self.policy.keep_graph)
         run, columns = self.begin(capture, start, working)
         size = memory.step(columns.count, each, "output of one batch", memory.budget() // self.policy.shares)
         self._resolve(run)
@@ -191,7 +191,7 @@ class Sweep:
         answer.
         """
         check = self.run.check
-        run.resolve(check)
+        run.resolve(check=check)
         if check and not run.proof.covers(run.capture) and bool(torch.isfinite(run.capture.outputs.detach().sum())):
             run.prove()
 
@@ -207,7 +207,7 @@ class Sweep:
             return None
         run, columns = self.begin(capture)
         room = memory.budget() // policy.shares
-        proof = 2 * bytes_each_cotangent(run.capture, policy.keep_graph)
+        proof = 2 * bytes_each_cotangent(run.capture, keep_graph=policy.keep_graph)
         if max(columns.count * capture.outputs.numel() * capture.outputs.element_size(), proof) > room:
             return None
         self._resolve(run)
