@@ -174,3 +174,76 @@ def test_nothing_is_decided_by_the_name_of_an_operation(file):
 def test_only_one_file_knows_processes():
     users = [f.name for f in FILES if "torch.distributed" in f.read_text()]
     assert set(users) <= {"distributed.py", "collection.py"}
+
+
+LINES, COLUMNS, PARAMETERS, POSITIONAL = 250, 120, 8, 6
+SHARED = {"model", "loader", "function", "layer_collection", "progress", "memory_budget", "check", "process_group"}
+LATER = {"core", "pmat", "solve", "space"}  # the rules of this section hold elsewhere
+SIGNATURES = [name for name in TREES if name.split(".")[1:2] not in ([folder] for folder in LATER)]
+ADAPTERS = {  # parameters stand where those of torch's functions do, which these are called for or call
+    *("nngeom.layers.embedding", "nngeom.layers.norm", "nngeom.layers.refuse", "nngeom.capture.written_out"),
+}
+# functions that take booleans by position, with the reason
+BY_POSITION = {
+    "nngeom.analysis.alignment.alignment": "public: alignment(K, L, centered=True)",
+    "nngeom.analysis.alignment.label_alignment": "public: label_alignment(model, loader, centered, by_layer)",
+    "nngeom.checks._require": "a condition, and what to say where it does not hold",
+    "nngeom.cotangents.causal.CausalLM.__init__": "public: CausalLM(ignore_index=-100, logits_are_shifted=False)",
+    "nngeom.cotangents.precise.logsumexp": "torch.logsumexp",
+    "nngeom.optim.preconditioned.Preconditioned.zero_grad": "torch.optim.Optimizer.zero_grad",
+    "nngeom.optim.robust.WinsorizedSGD.zero_grad": "torch.optim.Optimizer.zero_grad",
+}
+# functions of many parameters: all options of a training, which the public contract fixes
+MANY = {f"nngeom.optim.{name}.__init__" for name in ("natural_gradient.NaturalGradient", "kfac.KFAC", "ekfac.EKFAC")}
+CALLED = r"getattr|setattr|set_\w+"  # by others: of a name and a value
+
+
+def functions(tree: ast.AST, path: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The functions of a module with their dotted names."""
+    for node in ast.iter_child_nodes(tree):
+        inner = f"{path}.{node.name}" if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else path
+        if isinstance(node, ast.FunctionDef):
+            yield inner, node
+        yield from functions(node, inner)
+
+
+def is_boolean(node: ast.AST) -> bool:
+    """Whether this is ``True`` or ``False``."""
+    return isinstance(node, ast.Constant) and isinstance(node.value, bool)
+
+
+def takes_booleans(node: ast.FunctionDef) -> bool:
+    """Whether a boolean may be given by position."""
+    types = (part for a in node.args.args if a.annotation for part in ast.unparse(a.annotation).split(" | "))
+    return "bool" in types or any(map(is_boolean, node.args.defaults))
+
+
+FUNCTIONS = {path: node for name in SIGNATURES if name not in ADAPTERS for path, node in functions(TREES[name], name)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_files_and_lines_are_short(file):
+    lines = [re.sub(r"  # type: ignore.*", "", line) for line in file.read_text().splitlines()]
+    assert len(lines) <= LINES or file.parent.name in LATER, "split it by concept"
+    assert [line for line in lines if len(line) > COLUMNS] == []
+
+
+def test_booleans_go_by_name():
+    assert {path for path, node in FUNCTIONS.items() if takes_booleans(node)} == BY_POSITION.keys(), "put a * before"
+
+
+def test_functions_take_few_parameters():
+    many = {
+        path
+        for path, node in FUNCTIONS.items()
+        if len({a.arg for a in [*node.args.args, *node.args.kwonlyargs]} - {"self", "cls"} - SHARED) > PARAMETERS
+    }
+    assert {path for path in many if not path.startswith("nngeom.layers.")} == MANY
+
+
+@pytest.mark.parametrize("name", [name for name in SIGNATURES if name not in ADAPTERS])
+def test_calls_name_what_they_pass(name):
+    for node in (n for n in ast.walk(TREES[name]) if isinstance(n, ast.Call)):
+        called = ast.unparse(node.func).rpartition(".")[2]
+        assert len(node.args) <= POSITIONAL or called == "adapts", ast.unparse(node)
+        assert not any(map(is_boolean, node.args)) or re.fullmatch(CALLED, called), ast.unparse(node)

@@ -167,8 +167,8 @@ class Recorder(TorchFunctionMode):
 
     def _use_behind(self, x: Any) -> Recorded | None:
         """The use whose output ``x`` is."""
-        held = self._tables.get(id(x))
-        return held[1] if held is not None and held[0]() is x else None
+        entry = self._tables.get(id(x))
+        return entry[1] if entry is not None and entry[0]() is x else None
 
     def _consider(self, refusal, func, args, kwargs) -> None:
         try:

@@ -143,10 +143,10 @@ class Side:
         """The rows of the only batch; ``None`` where there are several batches, or no room for one at once."""
         if self.wide or self.watch or len(self.sizes) != 1:
             return None
-        found = self.sweep.but(most_examples=self.most_examples).one_batch()
-        if found is None:
+        begun = self.sweep.but(most_examples=self.most_examples).one_batch()
+        if begun is None:
             return None
-        run, v = found
+        run, v = begun
         return OneBatch(run.by_layers(v), len(v), run.has_positions)
 
     def groups(self, after: Key = START) -> Iterator[Group]:
@@ -157,17 +157,17 @@ class Side:
             return
         chunks: list[Chunk] = []
         most = memory.budget() * (2 if after == START else 1) // SHARES
-        room, held, runs = most, set[int](), 0
+        room, storages, groups = most, set[int](), 0
         for chunk in self.chunks(after):
-            size = chunk.nbytes(held)
+            size = chunk.nbytes(storages)
             if chunks and room < size and not self.sweep.policy.keep_graph:
                 yield Group(joined(chunks, self.most_examples), key(chunks[-1]))
-                chunks, room, held, runs = [], most, set[int](), runs + 1
-                size = chunk.nbytes(held)
+                chunks, room, storages, groups = [], most, set[int](), groups + 1
+                size = chunk.nbytes(storages)
             chunks.append(chunk)
             room -= size
         if chunks:
             group = Group(joined(chunks, self.most_examples), key(chunks[-1]))
-            if runs == 0 and after == START:
+            if groups == 0 and after == START:
                 self.group = group
             yield group

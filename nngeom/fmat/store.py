@@ -187,13 +187,13 @@ class FileStore(Store):
         if not lines or not os.path.exists(self.part):
             return False
         self._require_same(about, lines[0])
-        found = npy.begun(self.part, self.shape, self.dtype)
-        if found is None:
+        numbers = npy.begun(self.part, self.shape, self.dtype)
+        if numbers is None:
             return False
-        self.map = found
+        self.map = numbers
         for parts in lines[1:]:
             places = [tuple(slice(*ends) for ends in ranges) for ranges, _ in parts]
-            if all(npy.checksum(found[place]) == crc for place, (_, crc) in zip(places, parts)):
+            if all(npy.checksum(numbers[place]) == crc for place, (_, crc) in zip(places, parts)):
                 self.done[_ranges(places[0])] = parts
         npy.write_lines(self.journal, [self.about, *self.done.values()])
         return True

@@ -22,8 +22,8 @@ from nngeom.pullback.halts import Stage, stages
 from nngeom.pullback.use_groups import Empty, UseGroup
 
 Jacobians = dict[Layout, LayerJacobian]
-# Both save memory at no cost in time: kernels of seven nets (29 November 2026, one thread, torch 2.13.0, float32) took as
-# long within the noise, a quarter, for 2**20 to 2**28 bytes, and for 4 to 8 times or never; for 1 time up to 1.5.
+# Both save memory at no cost in time: kernels of seven nets (29 November 2026, one thread, torch 2.13.0, float32) took
+# as long within the noise, a quarter, for 2**20 to 2**28 bytes, and for 4 or 8 times or never; for 1 time up to 1.5.
 STAGE_BYTES = 2**24  # gradients of all cotangents that are held at once, where layers may come one after the other
 SMALLER = 4  # rows that take so many times less memory than the gradients they are made of are kept instead
 
@@ -189,10 +189,10 @@ class Descent:
                 )
                 if end is not None:
                     start, v = end, pulled[-1]
-                found = dict(zip(turn, pulled))
+                gradients = dict(zip(turn, pulled))
                 del pulled, piles
-                yield found
-                del found
+                yield gradients
+                del gradients
 
     def _pile(self, j: int, count: int, group: UseGroup | None, empty: Callable[..., Tensor], inputs_in: Empty) -> Pile:
         if group is None:

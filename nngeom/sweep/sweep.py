@@ -44,11 +44,11 @@ class Chunk:
         """Whether these are the first cotangents of the batch: statistics of inputs alone are taken once."""
         return self.cotangents[0] == 0
 
-    def nbytes(self, held: set[int]) -> int:
-        """Bytes beyond those of the storages in ``held``, which these join: chunks of one batch share its inputs."""
+    def nbytes(self, storages: set[int]) -> int:
+        """Bytes beyond those of the ``storages`` held, which these join: chunks of one batch share its inputs."""
         new = {t.untyped_storage().data_ptr(): t for j in self.jacobians.values() for t in tensors(j)}
-        new = {place: t for place, t in new.items() if place not in held}
-        held.update(new)
+        new = {place: t for place, t in new.items() if place not in storages}
+        storages.update(new)
         return sum(t.numel() * t.element_size() for t in new.values())
 
 
