@@ -25,8 +25,9 @@ from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos
 from nngeom.solve.slq import SpectralDensity, spectral_density
 from nngeom.space.pvector import PVector
+from nngeom.sweep.columns import Columns
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Chunk, Columns, Sweep
+from nngeom.sweep.sweep import Chunk, Sweep
 
 FEW_BYTES = 2**26  # of the cotangents of the first look
 
