@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import nngeom
+
 ROOT = Path(__file__).parent.parent / "nngeom"
 ORDER = ["core", "solve", "layers", "space", "capture", "pullback", "sweep", "cotangents", "pmat", "fmat", "maps"]
-ORDER += ["measures", "top", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
+ORDER += ["measures", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -169,6 +171,11 @@ def test_nothing_is_decided_by_the_name_of_an_operation(file):
         asked = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
         asked += [node.value] if isinstance(node, ast.Attribute) else []  # use.operation.startswith
         assert not any(isinstance(x, ast.Attribute) and x.attr == "operation" for x in asked), ast.unparse(node)
+
+
+def test_no_module_hides_a_public_function():
+    """``nngeom.explain`` is what is called, whatever was imported before."""
+    assert {name for name in nngeom.__all__ if (ROOT / f"{name}.py").exists() or (ROOT / name).is_dir()} == set()
 
 
 def test_only_one_file_knows_processes():

@@ -18,6 +18,7 @@ from nngeom.pmat.kfac import FACTOR_LIMIT
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Sweep
+from nngeom.views.text import as_text
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,6 @@ class Row:
     structure: str
     block: tuple[int, int, int]  # (s, o, i) of the block it belongs to
     numbers: dict[str, int]  # entries held by each representation for its whole block
-
-
-def as_text(lines: list[list[str]], numbers: int = 0) -> str:
-    """Lines of cells as a table whose last columns are ``numbers``."""
-    widths = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
-    words = len(widths) - numbers
-    aligned = lambda line: [
-        cell.ljust(w) if j < words else cell.rjust(w) for j, (cell, w) in enumerate(zip(line, widths))
-    ]
-    return "\n".join("  ".join(aligned(line)).rstrip() for line in lines)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, ConvergenceErro
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.pvector import PVector
+from nngeom.views.text import as_text
 
 EXPLICIT_LIMIT, IMPLICIT_LIMIT = 4000, 400  # parameters up to which dense matrices are compared by default
 
@@ -67,12 +68,8 @@ class Table:
         cells = [["", *self.columns]]
         for row, line in zip(self.rows, self.values.tolist()):
             cells.append([row, *("-" if math.isnan(x) else f"{x:.3g}" for x in line)])
-        widths = [max(len(line[j]) for line in cells) for j in range(len(cells[0]))]
-        lines = [
-            "  ".join(c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(line, widths)))
-            for line in cells
-        ]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        head, *body = as_text(cells, numbers=len(self.columns)).splitlines()
+        return "\n".join([head, "-" * len(head), *body])
 
 
 def approximation_report(
