@@ -110,6 +110,10 @@ class PMatDense(PMat):
         layout = selection.span()
         return (yield from dense_recipe({layout: layout.names}))
 
+    @classmethod
+    def entries_of(cls, layout, rows, selection):
+        return layout.numel * selection.span().numel
+
 
 class PMatBlockDiag(PMat):
     """One dense block a layer; covariances between layers are dropped."""
@@ -120,3 +124,8 @@ class PMatBlockDiag(PMat):
     def recipe(cls, selection: Selection):
         layers = {selection.collection.span(names): names for names in selection.by_layer().values()}
         return (yield from dense_recipe(layers))
+
+    @classmethod
+    def entries_of(cls, layout, rows, selection):
+        layer = next(names for names in selection.by_layer().values() if layout.names[0] in names)
+        return layout.numel * selection.collection.span(layer).numel

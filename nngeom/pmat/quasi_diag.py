@@ -174,6 +174,11 @@ class PMatQuasiDiag(PMat):
         means = yield statistic
         return {layout: ArrowBlock(t["d"], t["c"]) if "c" in t else DiagBlock(t["d"]) for layout, t in means.items()}
 
+    @classmethod
+    def entries_of(cls, layout, rows, selection):
+        s, o, i = layout.sizes
+        return 1 if rows is None else layout.numel + (s * o * (i - 1) if len(layout.pieces) == 2 else 0)
+
 
 def _coupling(j: LayerJacobian) -> Tensor:
     """``sum_kn J[..., :-1] J[..., -1:]``, ``[s, o, i-1]``."""

@@ -4,17 +4,19 @@ hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from nngeom.capture.recorder import record
-from nngeom.core.layout import Layout
+from nngeom.core.errors import ArgumentError
+from nngeom.core.registry import qualified
 from nngeom.cotangents.loss import EveryOutput
-from nngeom.pmat.factors import is_kronecker, structure_of
-from nngeom.pmat.kfac import FACTOR_LIMIT
+from nngeom.pmat.factors import structure_of
+from nngeom.pmat.recipe import Selection
+from nngeom.pmat.representation import Measured, Representation, as_representation
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Sweep
@@ -26,7 +28,7 @@ class Row:
     """One parameter, its ``name`` and ``shape``: where it is used and what its Jacobian rows look like.
 
     ``operations``: every use, in order; ``structure``: see :func:`explain`; ``block``: ``(s, o, i)`` of the block it
-    belongs to; ``numbers``: entries held by each representation for its whole block.
+    belongs to; ``numbers``: entries held by each representation for its whole block, ``None`` where it does not tell.
     """
 
     name: str
@@ -34,7 +36,7 @@ class Row:
     operations: tuple[str, ...]  # every use, in order
     structure: str
     block: tuple[int, int, int]  # (s, o, i) of the block it belongs to
-    numbers: dict[str, int]  # entries held by each representation for its whole block
+    numbers: dict[str, int | None]  # entries held by each representation for its whole block, None: not told
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Explanation:
                 _counted(r.operations),
                 r.structure,
                 "x".join(map(str, r.block)),
-                *(f"{r.numbers[k]:,}" for k in kinds),
+                *("-" if (count := r.numbers[k]) is None else f"{count:,}" for k in kinds),
             ]
             for r in self.rows
         ]
@@ -78,53 +80,60 @@ def explain(
     *,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
+    representations: Iterable[Any] | Mapping[str, Any] | None = None,
 ) -> Explanation:
     """Look at one forward and backward pass of ``model`` on one ``batch`` (as a loader would give it) and report.
 
     Structures: ``kronecker`` (rows are sums of outer products), ``lookup`` (the same with one-hot inputs), ``tied`` (a
     matrix used as itself and transposed), ``exact`` (small blocks, exact under KFAC), ``unlike uses`` and ``fallback``
     (rows by one backward pass an example and output), ``unused``. The numbers are entries held for the whole block that
-    the parameter shares with its bias. Raises as :func:`FIM` does.
+    the parameter shares with its bias, as each of ``representations`` says of itself; by default all that are defined
+    and say it, your own too, the leanest first. A dict gives them headings.
+
+    ``function`` and ``layer_collection`` as for :func:`FIM`. Raises as :func:`FIM` does.
     """
     run = Run.of(model, [batch], function=function, layer_collection=layer_collection)
-    network = run.network
+    collection, asked = run.network.collection, _asked(representations)
     chunk = next(Sweep(run, EveryOutput()).chunks())
     used: dict[str, list[str]] = {}
-    capture = record(network, next(run.batches()))
-    for use in (recorded.use for recorded in capture.uses):
+    for use in (recorded.use for recorded in record(run.network, next(run.batches())).uses):
         for slot in use.slots:
             used.setdefault(slot.name, []).append(use.operation)
-    rows = {}
-    for layout, jacobian in chunk.jacobians.items():
-        for name in layout.names:
-            operations = tuple(used.get(name, ()))
-            rows[name] = _row(
-                network.collection,
-                name,
-                layout,
-                operations,
-                "fallback" if name in run.left_to_fallback else structure_of(jacobian),
+    blocks = {name: (layout, j) for layout, j in chunk.jacobians.items() for name in layout.names}
+    selection, rows = Selection.of(collection), []
+    for name, shape in zip(collection.names, collection.shapes):
+        layout, j = blocks.get(name, (collection.span([name]), None))
+        structure = "unused" if j is None else "fallback" if name in run.left_to_fallback else structure_of(j)
+        numbers = {heading: r.entries_of(layout, j, selection) for heading, r in asked.items()}
+        rows.append(Row(name, shape, tuple(used.get(name, ())), structure, layout.sizes, numbers))
+    rows = _told(asked, rows) if representations is None else rows
+    return Explanation(tuple(rows), (chunk.cotangents[1], chunk.examples))
+
+
+def _asked(representations: Any) -> dict[str, Representation]:
+    """``{heading: representation}``."""
+    if isinstance(representations, Mapping):
+        return {name: as_representation(r) for name, r in representations.items()}
+    listed = Measured.kinds.classes() if representations is None else representations
+    asked: dict[str, Representation] = {}
+    for r in map(as_representation, [listed] if isinstance(listed, (type, Representation)) else listed):
+        heading = r.kind.__name__.removeprefix("PMat")
+        heading += f"({', '.join(f'{key}={value}' for key, value in r.settings.items())})" if r.settings else ""
+        if heading in asked:
+            heading = qualified(r.kind)
+        if heading in asked:
+            raise ArgumentError(
+                f"two representations are both called {heading}; pass a dict {{heading: representation}}"
             )
-    missing = [name for name in network.collection.names if name not in rows]
-    for name in missing:
-        rows[name] = _row(network.collection, name, network.collection.span([name]), (), "unused")
-    return Explanation(tuple(rows[name] for name in network.collection.names), (chunk.cotangents[1], chunk.examples))
+        asked[heading] = r
+    return asked
 
 
-def _row(collection: LayerCollection, name: str, layout: Layout, operations: tuple[str, ...], structure: str) -> Row:
-    s, o, i = layout.sizes
-    kronecker = is_kronecker(structure)
-    side = lambda p, diagonal=False: p if diagonal or p > FACTOR_LIMIT else p * p
-    factors = s * (side(i, structure == "lookup") + side(o)) if kronecker else s * i * i
-    numbers = {
-        "Diag": layout.numel,
-        "QuasiDiag": layout.numel + (s * o * (i - 1) if len(layout.pieces) == 2 else 0),
-        "KFAC": factors,
-        "EKFAC": factors + layout.numel,
-        "Dense block": layout.numel**2,
-    }
-    shape = collection.shapes[collection.names.index(name)]
-    return Row(name, shape, operations, structure, (s, o, i), numbers)
+def _told(asked: dict[str, Representation], rows: list[Row]) -> list[Row]:
+    """The rows with those numbers alone that some representation told, the leanest first."""
+    sizes = {name: [r.numbers[name] for r in rows] for name in asked}
+    told = {name: sum(x or 0 for x in column) for name, column in sizes.items() if any(column)}
+    return [replace(r, numbers={name: r.numbers[name] for name in sorted(told, key=told.__getitem__)}) for r in rows]
 
 
 def _counted(operations: tuple[str, ...]) -> str:
