@@ -15,7 +15,7 @@ import torch
 from nngeom.core.errors import DeviceError, StructureError
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block
-from nngeom.pmat.kfac import block_shapes, factor_statistic, kronecker_blocks
+from nngeom.pmat.kfac import block_shapes, factor_statistic, has_room, kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection
@@ -63,7 +63,11 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         return (yield from rescale(bases))
 
     @classmethod
-    def entries_of(cls, layout, rows, selection, sua=False, **options):
+    def takes(cls, rows, block_limit=None, **options):
+        return block_limit is None or has_room(rows, block_limit)
+
+    @classmethod
+    def entries_of(cls, layout, rows, selection, sua, **options):
         """Eigenvectors of dense factors, eigenvalues of both, and the spectrum."""
         sides = [shape for pair in block_shapes(layout, rows, sua) for shape in pair[:2]]
         kept = sum(math.prod(shape) * (len(shape) == 3) + math.prod(shape[:2]) for shape in sides)

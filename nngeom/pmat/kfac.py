@@ -36,12 +36,17 @@ def factor_statistic(sharing: str, block_limit: int, sua: bool = False):
     return statistic
 
 
+def has_room(j: LayerJacobian, block_limit: int) -> bool:
+    """Whether rows have factors, or an exact block that is not above the limit."""
+    return j.shape[-1] <= block_limit or is_kronecker(structure_of(j))
+
+
 def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> None:
     """Raise :class:`StructureError` for a parameter without Kronecker structure whose exact block is above the
     limit.
     """
     i = j.shape[-1]
-    if i > block_limit and not is_kronecker(structure_of(j)):
+    if not has_room(j, block_limit):
         raise StructureError(
             f"parameter {' and '.join(map(repr, names))} has no Kronecker structure and {i} entries; its exact "
             f"block of {i}**2 numbers is above "
@@ -99,6 +104,10 @@ class PMatKFAC(PMat):
         return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua)))
 
     @classmethod
-    def entries_of(cls, layout, rows, selection, sua=False, **options):
+    def takes(cls, rows, block_limit=None, **options):
+        return block_limit is None or has_room(rows, block_limit)
+
+    @classmethod
+    def entries_of(cls, layout, rows, selection, sua, **options):
         shapes = block_shapes(layout, rows, sua)
         return 1 if rows is None else sum(math.prod(x) for pair in shapes for x in pair) or None

@@ -48,7 +48,16 @@ class Representation:
         said = next(k for k in self.kind.__mro__ if not vars(k).keys().isdisjoint(("recipe", "entries_of")))
         if "entries_of" not in vars(said):
             return None
-        return self.kind.entries_of(layout, rows, selection, **self.settings)
+        return self.kind.entries_of(layout, rows, selection, **self._options())
+
+    def takes(self, rows: LayerJacobian) -> bool:
+        """See :meth:`Measured.takes`."""
+        return self.kind.takes(rows, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """All options of the recipe, with its defaults."""
+        given = list(inspect.signature(self.kind.recipe).parameters.values())[1:]
+        return {p.name: p.default for p in given if p.default is not p.empty} | self.settings
 
     def last_sweep(self, matrix: PMat) -> Representation:
         """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is
@@ -89,9 +98,17 @@ class Measured(ABC):
         before measuring.
 
         ``rows``: those of a batch, of which the type and the sizes ``[k, n, s, o, i]`` count; ``None`` where the batch
-        does not use the parameters. ``selection``: all parameters that are represented; ``options``: of the recipe.
+        does not use the parameters. ``selection``: all parameters that are represented; ``options``: those of the
+        recipe, by name.
         """
         return None
+
+    @classmethod
+    def takes(cls, rows: LayerJacobian, **options: Any) -> bool:
+        """Whether a block with these ``rows`` can be kept, with ``options`` of the recipe; an optimizer keeps the
+        others in another way.
+        """
+        return True
 
     @classmethod
     def options(cls, **settings: Any) -> Representation:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nngeom.core.damping import Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, ConvergenceError, FileError, SingularError
-from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.pvector import PVector
 from nngeom.views.text import as_text
@@ -113,11 +112,8 @@ def approximation_report(
     v = (v / v.norm(dim=1, keepdim=True)).to(reference.dtype)
     fv = reference.product(v)
     if dense_limit is None:
-        dense_limit = (
-            IMPLICIT_LIMIT
-            if any(isinstance(m, PMatImplicit) for m in (reference, *matrices.values()))
-            else EXPLICIT_LIMIT
-        )
+        by_model = any(m.held for m in (reference, *matrices.values()))  # columns are passes of a model
+        dense_limit = IMPLICIT_LIMIT if by_model else EXPLICIT_LIMIT
     dense = reference.to_dense() if reference.shape[0] <= dense_limit else None
     lines = [_measures(m, v, fv, trace, [float(x.value) for x in checked], dense) for m in matrices.values()]
     cells = [[_mean(x) for x in line.values()] for line in lines]
