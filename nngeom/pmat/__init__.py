@@ -7,7 +7,6 @@ from nngeom.pmat.block import Block, BlockBasis, EyeBlock, Identity, reciprocal
 from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
-from nngeom.pmat.low_rank import LowRankBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.quasi_diag import UnitBlock
 from nngeom.pmat.recipe import Selection, join_rows
@@ -26,7 +25,6 @@ __all__ = [
     "KroneckerBlock",
     "LayerJacobian",
     "Layout",
-    "LowRankBlock",
     "Moment",
     "PMat",
     "Selection",

@@ -18,7 +18,7 @@ from nngeom.pmat.recipe import Selection, join_rows
 
 @dataclass(frozen=True, eq=False)
 class DenseBlock(Block):
-    """``M x`` with an explicit matrix over the flattened block ``[1, 1, p]``."""
+    """``M x`` with an explicit matrix ``m [p, p]`` over the flattened block ``[1, 1, p]``."""
 
     m: Tensor  # [p p]
 
@@ -53,7 +53,7 @@ class DenseBlock(Block):
         return x.T.reshape(b.shape)
 
     def logdet(self, damping):
-        """Twice the logarithms of the Cholesky pivots: without damping ``-inf`` exactly where :meth:`solve` raises."""
+        """Twice the logarithms of the Cholesky pivots: without ``damping`` ``-inf`` just where :meth:`solve` raises."""
         try:
             return linalg.cholesky_logdet(*self._shifted(damping))
         except SingularError:

@@ -63,13 +63,13 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         return (yield from rescale(bases))
 
     @classmethod
-    def takes(cls, rows, block_limit=None, **options):
-        return block_limit is None or has_room(rows, block_limit)
+    def takes(cls, rows, **options):
+        return has_room(rows, options.get("block_limit"))
 
     @classmethod
-    def entries_of(cls, layout, rows, selection, sua, **options):
-        """Eigenvectors of dense factors, eigenvalues of both, and the spectrum."""
-        sides = [shape for pair in block_shapes(layout, rows, sua) for shape in pair[:2]]
+    def entries_of(cls, layout, rows, selection, **options):
+        # eigenvectors of dense factors, eigenvalues of both, and the spectrum
+        sides = [shape for pair in block_shapes(layout, rows, options["sua"]) for shape in pair[:2]]
         kept = sum(math.prod(shape) * (len(shape) == 3) + math.prod(shape[:2]) for shape in sides)
         return 1 if rows is None else kept + layout.numel if sides else None
 

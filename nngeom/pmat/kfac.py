@@ -36,9 +36,9 @@ def factor_statistic(sharing: str, block_limit: int, sua: bool = False):
     return statistic
 
 
-def has_room(j: LayerJacobian, block_limit: int) -> bool:
-    """Whether rows have factors, or an exact block that is not above the limit."""
-    return j.shape[-1] <= block_limit or is_kronecker(structure_of(j))
+def has_room(j: LayerJacobian, block_limit: int | None) -> bool:
+    """Whether rows have factors, or an exact block that is not above the limit, if there is one."""
+    return block_limit is None or j.shape[-1] <= block_limit or is_kronecker(structure_of(j))
 
 
 def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> None:
@@ -104,10 +104,10 @@ class PMatKFAC(PMat):
         return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua)))
 
     @classmethod
-    def takes(cls, rows, block_limit=None, **options):
-        return block_limit is None or has_room(rows, block_limit)
+    def takes(cls, rows, **options):
+        return has_room(rows, options.get("block_limit"))
 
     @classmethod
-    def entries_of(cls, layout, rows, selection, sua, **options):
-        shapes = block_shapes(layout, rows, sua)
+    def entries_of(cls, layout, rows, selection, **options):
+        shapes = block_shapes(layout, rows, options["sua"])
         return 1 if rows is None else sum(math.prod(x) for pair in shapes for x in pair) or None

@@ -113,7 +113,7 @@ class SpikeBlock(Block):
 
 @dataclass(frozen=True, eq=False)
 class UnitBlock(Block):
-    """A dense symmetric matrix a unit, over its incoming weights and bias."""
+    """A dense symmetric matrix a unit, ``m [s, o, i, i]``, over its incoming weights and bias."""
 
     m: Tensor  # [s o i i]
 

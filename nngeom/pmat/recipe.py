@@ -29,14 +29,14 @@ Recipe = Generator[Statistic, Means, dict[Layout, Any]]
 
 @dataclass(frozen=True)
 class Selection:
-    """The parameters a recipe is responsible for."""
+    """The parameters a recipe is responsible for: those called ``names`` of a ``collection``."""
 
     collection: LayerCollection
     names: tuple[str, ...]
 
     @staticmethod
     def of(collection: LayerCollection) -> Selection:
-        """All parameters of a collection."""
+        """All parameters of a ``collection``."""
         return Selection(collection, collection.names)
 
     def span(self) -> Layout:
@@ -50,7 +50,7 @@ class Selection:
         return {layer: names for layer, names in table.items() if names}
 
     def restrict(self, chunk: Chunk) -> Chunk:
-        """The LayerJacobians of these parameters only."""
+        """The LayerJacobians of these parameters only, of those of a ``chunk``."""
         if len(self.names) == len(self.collection):
             return chunk
         mine = set(self.names)
@@ -58,7 +58,9 @@ class Selection:
 
 
 def join_rows(chunk: Chunk, layout: Layout, names: tuple[str, ...]) -> Iterator[Tensor]:
-    """Explicit rows ``[k, n, p]`` over a span of whole parameters, in pieces of examples that fit the memory budget."""
+    """Explicit rows ``[k, n, p]`` of a ``chunk`` over the ``layout`` of whole parameters, those called ``names``, in
+    pieces of examples that fit the memory budget.
+    """
     mine = set(names)
     members = [(lay, j) for lay, j in chunk.jacobians.items() if mine.intersection(lay.names)]
     if not members:

@@ -27,7 +27,7 @@ START = (-1, -1)  # before the first chunk, which starts with example 0 and cota
 
 @dataclass(frozen=True)
 class Columns:
-    """Cotangents ``v[k, n, *out]``, made in slices: ``make(lo, hi) -> [hi - lo, n, *out]``."""
+    """``count`` cotangents ``v[k, n, *out]``, made in slices: ``make(lo, hi) -> [hi - lo, n, *out]``."""
 
     count: int
     make: Callable[[int, int], Tensor]

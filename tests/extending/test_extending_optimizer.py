@@ -48,7 +48,7 @@ def test_under_a_likelihood_and_on_some_parameters():
 def test_it_descends_and_resumes_bitwise():
     case = build("mlp", sizes=(8, 8))
     loss = lambda: cross_entropy(case.model(case.inputs), case.targets).mean().item()
-    opt, before = MatricesOnly(case.model, 0.05, every=3, statistics_every=1), loss()
+    opt, before = MatricesOnly(case.model, 0.02, damping=0.1, every=3, statistics_every=1), loss()
     for turn in range(6):
         step(opt, case.model, *case.loader[turn % 2])
     file = io.BytesIO()
@@ -57,7 +57,7 @@ def test_it_descends_and_resumes_bitwise():
     saved, weights = torch.load(file, weights_only=True)
     again = build("mlp", sizes=(8, 8)).model
     again.load_state_dict(weights)
-    second = MatricesOnly(again, 0.05, every=3, statistics_every=1)
+    second = MatricesOnly(again, 0.02, damping=0.1, every=3, statistics_every=1)
     second.load_state_dict(saved)
     for turn in range(4):
         step(opt, case.model, *case.loader[turn % 2])
