@@ -149,3 +149,21 @@ def test_it_is_an_approximation_as_good_as_its_trace():
 def test_options_that_it_does_not_have():
     with pytest.raises(nng.ArgumentError, match="PMatUnitEye has no option"):
         measured(sharing="reduce")
+
+
+def test_blocks_that_it_does_not_take_are_kept_by_the_rest():
+    class PMatSmall(PMatUnitEye):
+        """Of blocks of few parameters."""
+
+        @classmethod
+        def takes(cls, rows, **options):
+            return rows.shape[2] * rows.shape[3] * rows.shape[4] < 20
+
+    case = build("mlp", sizes=(8,))
+    x, y = case.loader[0]
+    sizes = [layout.numel for layout in next(nng.rows(case.model, case.loader)).jacobians]
+    assert [size < 20 for size in sizes] == [False, True]
+    apart = nng.PMatMixed({"2": PMatUnitEye}, default=nng.PMatDiag)
+    matrix = nng.EmpiricalFIM(case.model, (x, y), apart, loss="cross_entropy")
+    gradient, moved = step(NaturalGradient(case.model, PMatSmall, **EXACT), case.model, x, y)
+    close(moved, matrix.solve(gradient, 1e-2))
