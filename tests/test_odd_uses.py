@@ -238,7 +238,7 @@ def test_what_an_adapter_said_stays():
     (recorded,) = seen.uses
     run = Pass(network, seen, {"bias"})
     assert [slot.name for slot in recorded.use.slots] == ["weight", "bias"] and seen.uses == [recorded]
-    assert [slot.name for slot in run.seen.uses[0].use.slots] == ["weight"]
+    assert [slot.name for slot in run.capture.uses[0].use.slots] == ["weight"]
     with pytest.raises(FrozenInstanceError):
         recorded.use.weight = None
     with pytest.raises(FrozenInstanceError):
