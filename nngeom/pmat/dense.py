@@ -112,7 +112,7 @@ class PMatDense(PMat):
 
     @classmethod
     def entries_of(cls, layout, rows, selection):
-        return layout.numel * selection.span().numel
+        return layout.numel * selection.numel()
 
 
 class PMatBlockDiag(PMat):
@@ -127,5 +127,4 @@ class PMatBlockDiag(PMat):
 
     @classmethod
     def entries_of(cls, layout, rows, selection):
-        layer = next(names for names in selection.by_layer().values() if layout.names[0] in names)
-        return layout.numel * selection.collection.span(layer).numel
+        return layout.numel * selection.numel(beside=layout.names[0])

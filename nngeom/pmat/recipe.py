@@ -7,6 +7,7 @@ over all examples, and returns ``{layout: block}``. Recipes never touch a networ
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,6 +49,13 @@ class Selection:
         mine = set(self.names)
         table = {layer: tuple(n for n in names if n in mine) for layer, names in self.collection.by_layer().items()}
         return {layer: names for layer, names in table.items() if names}
+
+    def numel(self, beside: str | None = None) -> int:
+        """Number of entries of all of them, or of those in the layer of the parameter called ``beside``."""
+        c, mine = self.collection, set(self.names)
+        layer = None if beside is None else c.layers[c.names.index(beside)]
+        named = zip(c.names, c.shapes, c.layers)
+        return sum(math.prod(shape) for name, shape, of in named if name in mine and layer in (None, of))
 
     def restrict(self, chunk: Chunk) -> Chunk:
         """The LayerJacobians of these parameters only, of those of a ``chunk``."""

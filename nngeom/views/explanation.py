@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from nngeom.capture.recorder import record
 from nngeom.core.errors import ArgumentError
+from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.layout import Layout
 from nngeom.core.registry import qualified
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.pmat.factors import structure_of
@@ -99,13 +101,16 @@ def explain(
     for use in (recorded.use for recorded in record(run.network, next(run.batches())).uses):
         for slot in use.slots:
             used.setdefault(slot.name, []).append(use.operation)
-    blocks = {name: (layout, j) for layout, j in chunk.jacobians.items() for name in layout.names}
-    selection, rows = Selection.of(collection), []
-    for name, shape in zip(collection.names, collection.shapes):
-        layout, j = blocks.get(name, (collection.span([name]), None))
-        structure = "unused" if j is None else "fallback" if name in run.left_to_fallback else structure_of(j)
+    unused = set(collection.names).difference(*(layout.names for layout in chunk.jacobians))
+    blocks: dict[Layout, LayerJacobian | None] = {**chunk.jacobians, **{collection.span([n]): None for n in unused}}
+    selection, shapes = Selection.of(collection), dict(zip(collection.names, collection.shapes))
+    named = {}
+    for layout, j in blocks.items():
         numbers = {heading: r.entries_of(layout, j, selection) for heading, r in asked.items()}
-        rows.append(Row(name, shape, tuple(used.get(name, ())), structure, layout.sizes, numbers))
+        for name in layout.names:
+            structure = "unused" if j is None else "fallback" if name in run.left_to_fallback else structure_of(j)
+            named[name] = Row(name, shapes[name], tuple(used.get(name, ())), structure, layout.sizes, numbers)
+    rows = [named[name] for name in collection.names]
     rows = _told(asked, rows) if representations is None else rows
     return Explanation(tuple(rows), (chunk.cotangents[1], chunk.examples))
 
