@@ -26,8 +26,6 @@ from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.causal import CausalLM
 from nngeom.cotangents.cross_entropy import CrossEntropy
 from nngeom.cotangents.likelihood import Bernoulli, Gaussian, Likelihood, Poisson
-from nngeom.diagnosis import diagnose
-from nngeom.explain import explain
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.implicit import FMatImplicit
@@ -51,10 +49,12 @@ from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
 from nngeom.regression import gradient_flow_mse, kernel_regression
-from nngeom.report import approximation_report
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
+from nngeom.views.approximation import approximation_report
+from nngeom.views.diagnosis import diagnose
+from nngeom.views.explanation import explain
 
 __version__ = "0.1.0"
 

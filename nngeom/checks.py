@@ -94,7 +94,7 @@ def _sum(total: PMatSum | FMatSum) -> None:
         "a sum has parts, and a weight for each or none",
     )
     place: Callable[[Any], Any] = lambda p: (
-        p.collection if isinstance(total, PMatSum) else (p.outputs, p.rows, p.columns)
+        p.layer_collection if isinstance(total, PMatSum) else (p.outputs, p.rows, p.columns)
     )
     _require(all(place(a) == place(b) for a, b in pairwise(total.parts)), "the parts of a sum have the same shape")
 

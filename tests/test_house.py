@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import nngeom
+
 ROOT = Path(__file__).parent.parent / "nngeom"
 ORDER = ["core", "solve", "layers", "space", "capture", "pullback", "sweep", "cotangents", "pmat", "fmat", "maps"]
-ORDER += ["measures", "top", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
+ORDER += ["measures", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -135,6 +137,48 @@ def test_adapters_know_no_representation(file):
     assert not re.search(r"PMat|FMat|Kronecker|KFAC|EKFAC", re.sub(r'""".*?"""', "", file.read_text(), flags=re.S))
 
 
+REPRESENTATION = re.compile(r"(PMat|FMat|PushForward|PullBack)[A-Z]\w*")
+BY_PRODUCTS = {"PMatImplicit", "FMatImplicit", "PushForwardImplicit", "PullBackImplicit"}
+# (package or module, names that its code asks for or makes, reason); the other packages name none
+NAMES_REPRESENTATIONS = [
+    ("measures", BY_PRODUCTS, "they hold a model, and are not measured by a recipe or by tiles"),
+    ("measures", {"PushForwardDense", "PullBackDense"}, "maps have two representations each"),
+    ("measures", {"FMatDense", "FMatDiag", "FMatBlockDiag"}, "files and estimates of kernels are of these kinds"),
+    ("checks", {"PMatSum", "FMatSum"}, "sums do not check their own values"),
+    ("tree", {"PMatSum", "PMatProduct", "FMatSum", "PushForwardDense", "PullBackDense"}, "a closed list, for files"),
+    ("analysis", {"FMatDense"}, "kernels of a quantity's own, entry by entry"),
+    ("optim.arguments", {"PMatDiag", "PMatEye"}, "names of rest="),
+    ("optim.kfac", {"PMatKFAC"}, "a preset"),
+    ("optim.ekfac", {"PMatEKFAC"}, "a preset"),
+    ("optim.eigenbasis", {"PMatEKFAC"}, "how this one is kept in training"),
+]
+
+
+def representations_in(node: ast.AST) -> set[str]:
+    """The representations that code names: not text, imports, annotations and defaults of arguments."""
+    passed_over = (ast.arguments, ast.Import, ast.ImportFrom)
+    children = [c for c in ast.iter_child_nodes(node) if not isinstance(c, passed_over)]
+    children = [c for c in children if c not in (getattr(node, "returns", None), getattr(node, "annotation", None))]
+    own = {getattr(node, "id", getattr(node, "attr", ""))}
+    return {name for name in own if REPRESENTATION.fullmatch(name)}.union(*map(representations_in, children))
+
+
+def allowed_representations(name: str) -> list[tuple[str, set[str]]]:
+    place = name.removeprefix("nngeom.")
+    return [(of, names) for of, names, _ in NAMES_REPRESENTATIONS if place == of or place.startswith(f"{of}.")]
+
+
+@pytest.mark.parametrize("name", [n for n in TREES if n.split(".")[1:2] not in (["pmat"], ["fmat"], ["maps"])])
+def test_representations_are_asked_not_listed(name):
+    assert representations_in(TREES[name]) <= set().union(*(names for _, names in allowed_representations(name)))
+
+
+def test_representations_that_may_be_named_are():
+    places = [(of, representations_in(tree)) for n, tree in TREES.items() for of, _ in allowed_representations(n)]
+    named = [(of, x) for of, found in places for x in found]
+    assert [(of, x) for of, names, _ in NAMES_REPRESENTATIONS for x in names if (of, x) not in named] == []
+
+
 KNOWS_OPERATIONS = {
     "capture/recorder.py": {"batch_norm"},  # in a training step of the user's it mixes examples, and is let pass
     "capture/fused.py": {"embedding", "embedding_bag"},  # gradients with gaps, and padding in forward mode
@@ -169,6 +213,11 @@ def test_nothing_is_decided_by_the_name_of_an_operation(file):
         asked = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
         asked += [node.value] if isinstance(node, ast.Attribute) else []  # use.operation.startswith
         assert not any(isinstance(x, ast.Attribute) and x.attr == "operation" for x in asked), ast.unparse(node)
+
+
+def test_no_module_hides_a_public_function():
+    """``nngeom.explain`` is what is called, whatever was imported before."""
+    assert {name for name in nngeom.__all__ if (ROOT / f"{name}.py").exists() or (ROOT / name).is_dir()} == set()
 
 
 def test_only_one_file_knows_processes():

@@ -15,7 +15,7 @@ from nngeom.core.linalg import accumulation_dtype
 
 @dataclass
 class Stacked:
-    """A statistic that is stacked instead of summed: rows ``[r, p]`` whose Gram matrix is averaged."""
+    """A statistic that is stacked instead of summed: ``parts``, rows ``[r, p]`` whose Gram matrix is averaged."""
 
     parts: list[Tensor]
 

@@ -98,7 +98,7 @@ def GramMatrix(
         )
     elif kind is FMatImplicit and (differentiable or out is not None):
         raise ArgumentError("FMatImplicit takes neither differentiable= nor out=; use FMatDense")
-    elif kind is FMatDiag and other is not None:
+    elif other is not None and kind is not FMatImplicit and kind.diagonal:
         raise ArgumentError(
             "a kernel between two sets of examples has no diagonal; use FMatDense or FMatBlockDiag with other="
         )

@@ -13,11 +13,13 @@ class SkippedStepWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen since the last step: examples, and by what the observed gradients are to be multiplied."""
+    """What was seen since the last step: how many ``examples``; by what the observed gradients are to be multiplied to
+    be those of single examples' losses, ``scale``, and ``.grad`` to be that of their mean, ``mean``.
+    """
 
     examples: int
     scale: float
-    mean: float  # what makes .grad that of the mean loss
+    mean: float
 
 
 @dataclass

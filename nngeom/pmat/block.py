@@ -146,7 +146,7 @@ class Identity(BlockBasis):
 
 @dataclass(frozen=True, eq=False)
 class EyeBlock(Block):
-    """``c x``; with ``c = 0`` the block of parameters that the data does not use."""
+    """``c x`` for ``x [s, o, i]``; with ``c = 0`` the block of parameters that the data does not use."""
 
     c: Tensor  # []
     s: int
@@ -180,7 +180,10 @@ class EyeBlock(Block):
 
 
 def reciprocal(values: Tensor, damping: Damping, what: str) -> Tensor:
-    """``1 / (values + damping)``, or the pseudo-inverse under :class:`Cutoff`; raises :class:`SingularError`."""
+    """``1 / (values + damping)``, or the pseudo-inverse under :class:`Cutoff`; raises :class:`SingularError`.
+
+    ``what``: what the error calls the matrix.
+    """
     if isinstance(damping, Cutoff):
         keep = values >= max(damping.value, torch.finfo(values.dtype).tiny)
         return torch.where(keep, 1 / torch.where(keep, values, torch.ones_like(values)), torch.zeros_like(values))

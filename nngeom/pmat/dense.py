@@ -18,7 +18,7 @@ from nngeom.pmat.recipe import Selection, join_rows
 
 @dataclass(frozen=True, eq=False)
 class DenseBlock(Block):
-    """``M x`` with an explicit matrix over the flattened block ``[1, 1, p]``."""
+    """``M x`` with an explicit matrix ``m [p, p]`` over the flattened block ``[1, 1, p]``."""
 
     m: Tensor  # [p p]
 
@@ -53,7 +53,7 @@ class DenseBlock(Block):
         return x.T.reshape(b.shape)
 
     def logdet(self, damping):
-        """Twice the logarithms of the Cholesky pivots: without damping ``-inf`` exactly where :meth:`solve` raises."""
+        """Twice the logarithms of the Cholesky pivots: without ``damping`` ``-inf`` just where :meth:`solve` raises."""
         try:
             return linalg.cholesky_logdet(*self._shifted(damping))
         except SingularError:
@@ -110,6 +110,10 @@ class PMatDense(PMat):
         layout = selection.span()
         return (yield from dense_recipe({layout: layout.names}))
 
+    @classmethod
+    def entries_of(cls, layout, rows, selection):
+        return layout.numel * selection.numel()
+
 
 class PMatBlockDiag(PMat):
     """One dense block a layer; covariances between layers are dropped."""
@@ -120,3 +124,7 @@ class PMatBlockDiag(PMat):
     def recipe(cls, selection: Selection):
         layers = {selection.collection.span(names): names for names in selection.by_layer().values()}
         return (yield from dense_recipe(layers))
+
+    @classmethod
+    def entries_of(cls, layout, rows, selection):
+        return layout.numel * selection.numel(beside=layout.names[0])

@@ -57,3 +57,7 @@ class PMatDiag(PMat):
         for layout, tensors in means.items():  # a parameter used differently in different batches has several
             layout.scatter_(flat, layout.gather(flat) + tensors["d"])
         return {span: DiagBlock(span.gather(flat))}
+
+    @classmethod
+    def entries_of(cls, layout, rows, selection):
+        return layout.numel

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from nngeom.core.errors import DeviceError, StructureError
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block
-from nngeom.pmat.kfac import factor_statistic, kronecker_blocks
+from nngeom.pmat.kfac import block_shapes, factor_statistic, has_room, kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection
@@ -60,6 +61,17 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         means = yield factor_statistic(sharing, block_limit, sua)
         bases = {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}
         return (yield from rescale(bases))
+
+    @classmethod
+    def takes(cls, rows, **options):
+        return has_room(rows, options.get("block_limit"))
+
+    @classmethod
+    def entries_of(cls, layout, rows, selection, **options):
+        # eigenvectors of dense factors, eigenvalues of both, and the spectrum
+        sides = [shape for pair in block_shapes(layout, rows, options["sua"]) for shape in pair[:2]]
+        kept = sum(math.prod(shape) * (len(shape) == 3) + math.prod(shape[:2]) for shape in sides)
+        return 1 if rows is None else kept + layout.numel if sides else None
 
     @classmethod
     def in_basis(cls, matrix):

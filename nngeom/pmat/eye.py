@@ -49,3 +49,7 @@ class PMatEye(PMat):
 
         means = yield statistic
         return {layout: EyeBlock(t["trace"] / layout.numel, *layout.sizes) for layout, t in means.items()}
+
+    @classmethod
+    def entries_of(cls, layout, rows, selection):
+        return 1  # for all blocks

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
-from nngeom.pmat.factors import factors, is_kronecker, structure_of
+from nngeom.pmat.factors import Shape, factor_shapes, factors, is_kronecker, structure_of
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Selection
-from nngeom.pmat.sua import has_window, sua_blocks, sua_sums
+from nngeom.pmat.sua import has_window, sua_blocks, sua_shapes, sua_sums
 
 FACTOR_LIMIT = 10_000  # a factor with a longer side is kept diagonal
 
@@ -34,12 +36,17 @@ def factor_statistic(sharing: str, block_limit: int, sua: bool = False):
     return statistic
 
 
+def has_room(j: LayerJacobian, block_limit: int | None) -> bool:
+    """Whether rows have factors, or an exact block that is not above the limit, if there is one."""
+    return block_limit is None or j.shape[-1] <= block_limit or is_kronecker(structure_of(j))
+
+
 def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> None:
     """Raise :class:`StructureError` for a parameter without Kronecker structure whose exact block is above the
     limit.
     """
     i = j.shape[-1]
-    if i > block_limit and not is_kronecker(structure_of(j)):
+    if not has_room(j, block_limit):
         raise StructureError(
             f"parameter {' and '.join(map(repr, names))} has no Kronecker structure and {i} entries; its exact "
             f"block of {i}**2 numbers is above "
@@ -65,6 +72,21 @@ def kronecker_blocks(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, Kro
     return blocks
 
 
+def block_shapes(layout: Layout, rows: LayerJacobian | None, sua: bool) -> list[tuple[Shape, ...]]:
+    """The shapes of the factors that each block for these rows holds; of unlike uses those of every use, after the
+    joined ones.
+    """
+    if rows is None:
+        return []
+    if sua and has_window(layout, rows):
+        return list(sua_shapes(layout, rows, FACTOR_LIMIT))
+    uses = factor_shapes(rows, FACTOR_LIMIT)
+    if len(uses) < 2:
+        return list(uses)
+    joined = (max((pair[side] for pair in uses), key=len) for side in (0, 1))
+    return [(*joined, *(shape for pair in uses for shape in pair))]
+
+
 class PMatKFAC(PMat):
     """A Kronecker product a layer. ``sharing``: positions as independent (``"expand"``) or averaged first
     (``"reduce"``).
@@ -80,3 +102,12 @@ class PMatKFAC(PMat):
     def recipe(cls, selection: Selection, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
         """Factors of the parameters of ``selection``; ``sharing``, ``sua``, ``block_limit``: see the class."""
         return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua)))
+
+    @classmethod
+    def takes(cls, rows, **options):
+        return has_room(rows, options.get("block_limit"))
+
+    @classmethod
+    def entries_of(cls, layout, rows, selection, **options):
+        shapes = block_shapes(layout, rows, options["sua"])
+        return 1 if rows is None else sum(math.prod(x) for pair in shapes for x in pair) or None

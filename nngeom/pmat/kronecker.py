@@ -15,7 +15,10 @@ from nngeom.pmat.factors import product_of_marginals
 
 @dataclass(frozen=True, eq=False)
 class KroneckerBlock(Block):
-    """``x -> g x a`` with ``a`` over inputs and ``g`` over output gradients, both dense or diagonal."""
+    """``x -> g x a`` with ``a`` over inputs and ``g`` over output gradients, both dense or diagonal.
+
+    ``uses``: the factors of every use, where there are several unlike ones.
+    """
 
     a: Tensor  # [s i i] or [s i]
     g: Tensor  # [s o o] or [s o]
@@ -44,7 +47,9 @@ class KroneckerBlock(Block):
         return KroneckerBlock(self.a, c * self.g, tuple(c * f if q % 2 else f for q, f in enumerate(self.uses)))
 
     def merged(self, other, mine, theirs):
-        """The means of the factors: what one sweep over both data sets gives."""
+        """The means of the factors, weighted by ``mine`` and ``theirs``: what one sweep over both data sets, this and
+        ``other``, gives.
+        """
         if not isinstance(other, KroneckerBlock) or [f.shape for f in self._factors] != [
             f.shape for f in other._factors
         ]:
@@ -53,7 +58,7 @@ class KroneckerBlock(Block):
 
     @staticmethod
     def of(*factors: Tensor) -> KroneckerBlock:
-        """From the factors ``a, g`` of one use, or ``a0, g0, a1, g1, ...`` of several unlike ones."""
+        """From the ``factors`` ``a, g`` of one use, or ``a0, g0, a1, g1, ...`` of several unlike ones."""
         if len(factors) == 2:
             return KroneckerBlock(*factors)
         return KroneckerBlock(*product_of_marginals(list(zip(factors[::2], factors[1::2]))), factors)
@@ -75,14 +80,16 @@ class KroneckerBlock(Block):
         return linalg.factor_solve(a, b.mT, "the damped input factor").mT
 
     def factored_inverse(self, damping: FactoredTikhonov) -> KroneckerBlock:
-        """The inverse of :meth:`damped`, factor by factor."""
+        """The inverse under a ``damping``, factor by factor: of :meth:`damped`."""
         a, g = self.damped(damping)
         return KroneckerBlock(
             linalg.factor_inverse(a, "the damped input factor"), linalg.factor_inverse(g, "the damped gradient factor")
         )
 
     def damped(self, damping: FactoredTikhonov) -> tuple[Tensor, Tensor]:
-        """``a + pi sqrt(x)`` and ``g + sqrt(x) / pi``, ``pi`` the root of the ratio of mean eigenvalues, or 1."""
+        """``a + pi sqrt(x)`` and ``g + sqrt(x) / pi`` for a ``damping`` by ``x``; ``pi``: the root of the ratio of mean
+        eigenvalues, or 1.
+        """
         if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
             shift = self.a.new_zeros(self.a.shape[0]) + damping.value
             return linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), shift), torch.ones_like(
@@ -122,7 +129,10 @@ class KroneckerBasis(BlockBasis):
 
 @dataclass(frozen=True, eq=False)
 class EigenBlock(Block):
-    """Any spectrum in a Kronecker-factored eigenbasis: ``x -> ug (d * (ug^T x ua)) ua^T``."""
+    """Any spectrum in a Kronecker-factored eigenbasis: ``x -> ug (d * (ug^T x ua)) ua^T``.
+
+    ``sa``, ``sg``: the eigenvalues of the factors that the basis came from.
+    """
 
     ua: Tensor | None  # [s i i]
     ug: Tensor | None  # [s o o]
@@ -158,7 +168,9 @@ class EigenBlock(Block):
         return EigenBlock(self.ua, self.ug, c * self.d, self.sa, None if self.sg is None else c * self.sg)
 
     def merged(self, other, mine, theirs):
-        """Mean eigenvalues in the same basis; ``None`` in different ones, where they are not comparable."""
+        """Mean eigenvalues of this and ``other``, weighted by ``mine`` and ``theirs``, in the same basis; ``None`` in
+        different ones, where they are not comparable.
+        """
         if not isinstance(other, EigenBlock) or not (_equal(self.ua, other.ua) and _equal(self.ug, other.ug)):
             return None
         return EigenBlock(self.ua, self.ug, mine * self.d + theirs * other.d, self.sa, self.sg)

@@ -36,6 +36,13 @@ class Mixture(Representation):
             recipes.append((part, self.member(index).recipe(part)))
         return (yield from run_together(recipes))
 
+    def entries_of(self, layout, rows, selection):
+        index = self.part_of(layout.names[0])
+        part = tuple(name for name in selection.names if self.part_of(name) == index)
+        if not set(layout.names) <= set(part):
+            return None  # measured, it is several blocks
+        return self.member(index).entries_of(layout, rows, Selection(selection.collection, part))
+
     @property
     def passes(self):
         return max(r.passes for r in self.members)

@@ -113,7 +113,7 @@ class SpikeBlock(Block):
 
 @dataclass(frozen=True, eq=False)
 class UnitBlock(Block):
-    """A dense symmetric matrix a unit, over its incoming weights and bias."""
+    """A dense symmetric matrix a unit, ``m [s, o, i, i]``, over its incoming weights and bias."""
 
     m: Tensor  # [s o i i]
 
@@ -173,6 +173,11 @@ class PMatQuasiDiag(PMat):
 
         means = yield statistic
         return {layout: ArrowBlock(t["d"], t["c"]) if "c" in t else DiagBlock(t["d"]) for layout, t in means.items()}
+
+    @classmethod
+    def entries_of(cls, layout, rows, selection):
+        s, o, i = layout.sizes
+        return 1 if rows is None else layout.numel + (s * o * (i - 1) if len(layout.pieces) == 2 else 0)
 
 
 def _coupling(j: LayerJacobian) -> Tensor:

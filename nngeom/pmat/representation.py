@@ -13,6 +13,7 @@ from nngeom.core.registry import Registry
 from nngeom.space.collection import LayerCollection
 
 if TYPE_CHECKING:
+    from nngeom.core.jacobian import LayerJacobian
     from nngeom.pmat.pmat import PMat
     from nngeom.pmat.recipe import Recipe, Selection
 
@@ -41,6 +42,22 @@ class Representation:
     def centred(self) -> bool:
         """Whether rows whose mean was taken from them may enter."""
         return self.kind.centred
+
+    def entries_of(self, layout: Layout, rows: LayerJacobian | None, selection: Selection) -> int | None:
+        """See :meth:`Measured.entries_of`; ``None`` too for a recipe that is not the one that was spoken of."""
+        said = next(k for k in self.kind.__mro__ if not vars(k).keys().isdisjoint(("recipe", "entries_of")))
+        if "entries_of" not in vars(said):
+            return None
+        return self.kind.entries_of(layout, rows, selection, **self._options())
+
+    def takes(self, rows: LayerJacobian) -> bool:
+        """See :meth:`Measured.takes`."""
+        return self.kind.takes(rows, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """All options of the recipe, with its defaults."""
+        given = list(inspect.signature(self.kind.recipe).parameters.values())[1:]
+        return {p.name: p.default for p in given if p.default is not p.empty} | self.settings
 
     def last_sweep(self, matrix: PMat) -> Representation:
         """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is
@@ -74,6 +91,24 @@ class Measured(ABC):
     @abstractmethod
     def of_blocks(cls, collection: LayerCollection, blocks: dict[Layout, Any], examples: int) -> PMat:
         """The matrix of the ``blocks`` over a ``collection`` that a recipe returned, means over ``examples``."""
+
+    @classmethod
+    def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
+        """How many numbers are kept for the block of the parameters of ``layout``; ``None`` where that is not known
+        before measuring.
+
+        ``rows``: those of a batch, of which the type and the sizes ``[k, n, s, o, i]`` count; ``None`` where the batch
+        does not use the parameters. ``selection``: all parameters that are represented; ``options``: those of the
+        recipe, by name.
+        """
+        return None
+
+    @classmethod
+    def takes(cls, rows: LayerJacobian, **options: Any) -> bool:
+        """Whether a block with these ``rows`` can be kept, with ``options`` of the recipe; an optimizer keeps the
+        others in another way.
+        """
+        return True
 
     @classmethod
     def options(cls, **settings: Any) -> Representation:

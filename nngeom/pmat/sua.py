@@ -19,7 +19,7 @@ from nngeom.core import linalg
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout, Piece
 from nngeom.core.statistic import Inputs
-from nngeom.pmat.factors import Factors, of_gradients, structure_of
+from nngeom.pmat.factors import Factors, Shape, factor_shapes, of_gradients, structure_of
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
 
 
@@ -58,6 +58,15 @@ def _channels(a: Tensor, window: int, bias: bool, sharing: str, limit: int) -> T
 
 def _windows(a: Tensor, window: int, bias: bool) -> Tensor:
     return (a[..., :-1] if bias else a).unflatten(-1, (-1, window))
+
+
+def sua_shapes(layout: Layout, j: Any, limit: int) -> list[tuple[Shape, Shape]]:
+    """The shapes of the factors of :func:`sua_blocks`, of the weight and of the bias."""
+    weight, bias = parts(layout)
+    s, o, c = weight.sizes
+    ((_, g),) = factor_shapes(j, limit)
+    blocks: list[tuple[Shape, Shape]] = [((s, c) if c > limit else (s, c, c), (s, *g[1:]))]
+    return blocks if bias is None else [*blocks, ((g[0], 1, 1), g)]
 
 
 def sua_blocks(layout: Layout, means: dict[str, Tensor]) -> dict[Layout, KroneckerBlock]:

@@ -13,7 +13,7 @@ from nngeom.capture.network import Batch
 
 @dataclass(frozen=True)
 class Columns:
-    """Cotangents ``v[k, n, *out]``, made in slices: ``make(lo, hi) -> [hi - lo, n, *out]``."""
+    """``count`` cotangents ``v[k, n, *out]``, made in slices: ``make(lo, hi) -> [hi - lo, n, *out]``."""
 
     count: int
     make: Callable[[int, int], Tensor]
