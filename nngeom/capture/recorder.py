@@ -74,7 +74,7 @@ class Recorder(TorchFunctionMode):
     is no measure.
     """
 
-    def __init__(self, network: Network, keep_graph: bool = False, refuse: bool = True):
+    def __init__(self, network: Network, keep_graph: bool = False, refuse: bool = True) -> None:
         super().__init__()
         self.refuse = refuse
         self.mixing = False  # batch normalisation in training mode was seen

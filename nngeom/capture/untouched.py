@@ -30,7 +30,7 @@ class Drew(ModeError):
 class Watch:
     """The buffers and the random state of one model, around its forward passes."""
 
-    def __init__(self, model: nn.Module, device: torch.device):
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.device = device
         self.harmless = False  # numbers that are drawn were seen to be unused
         self._model = model
@@ -208,7 +208,7 @@ def _constant(run: Callable[[], Tensor], watch: Watch, outputs: Tensor, first: _
 class _Draws(TorchFunctionMode):
     """Sees which operation draws, and whether what it drew is used."""
 
-    def __init__(self, generators: list[torch.Generator]):
+    def __init__(self, generators: list[torch.Generator]) -> None:
         super().__init__()
         self.generators = generators
         self.private: dict[torch.Generator, Tensor] = {}  # generators given to calls, with their states before

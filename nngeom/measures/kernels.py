@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.cotangents.fisher import seed_of
@@ -18,17 +19,45 @@ from nngeom.fmat.estimate import KernelEstimate, RandomSigns, TraceEstimate, ker
 from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.implicit import FMatImplicit, pull
+from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import EVERYTHING, Grouping, build
 from nngeom.fmat.store import FileStore
 from nngeom.fmat.tiles import Side
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit, dense_rows
+from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.measures.probed import require_samples
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Cotangents, Policy
 
+K = TypeVar("K", bound=FunctionOperator, default=FMatDense)
+J = TypeVar("J", bound=JacobianMap, default=PushForwardDense)
 
+
+# fmt: off
+@overload
+def GramMatrix(model: nn.Module, loader: Any, representation: type[K] = ..., *,
+        other: Any = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
+        estimator: None = None, samples: int = 1, generator: torch.Generator | None = None,
+        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None) -> K: ...
+@overload
+def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
+        other: Any = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
+        estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
+        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None) -> KernelEstimate: ...
+@overload
+def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
+        other: Any = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
+        estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
+        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None) -> TraceEstimate: ...
+# fmt: on
 def GramMatrix(
     model: nn.Module,
     loader: Any,
@@ -140,7 +169,7 @@ def _in_file(
 def GramMatrices(
     model: nn.Module,
     loader: Any,
-    representation: Any = FMatDense,
+    representation: type[K] = FMatDense,  # type: ignore[assignment]
     *,
     other: Any = None,
     function: Callable[..., Tensor] | None = None,
@@ -151,7 +180,7 @@ def GramMatrices(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
-) -> dict[str, Any]:
+) -> dict[str, K]:
     """One Gram matrix a layer, ``{layer: kernel}``, in the same sweep; they sum to :func:`GramMatrix`.
 
     A layer is the module that owns a parameter under its first name. ``representation`` (not ``FMatImplicit``),
@@ -184,7 +213,7 @@ def GramMatrices(
 def Jacobian(
     model: nn.Module,
     loader: Any,
-    representation: Any = PushForwardDense,
+    representation: type[J] = PushForwardDense,  # type: ignore[assignment]
     *,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
@@ -192,7 +221,7 @@ def Jacobian(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
-) -> Any:
+) -> J:
     """The Jacobian of all outputs at all examples, ``(c, n, d)``, as a map between parameter and function space.
 
     ``representation``: ``PushForwardDense`` or ``PushForwardImplicit`` (``J v``), ``PullBackDense`` or
@@ -209,17 +238,18 @@ def Jacobian(
         check=check,
         process_group=process_group,
     )
+    kind: Any = representation
     with run.within():
         side = Side.of(run, EveryOutput(), Policy("Jacobian"))
-        if representation in (PushForwardImplicit, PullBackImplicit):
+        if kind in (PushForwardImplicit, PullBackImplicit):
             _first_look(side)
-            return representation(side)
-        if representation not in (PushForwardDense, PullBackDense):
+            return cast(J, kind(side))
+        if kind not in (PushForwardDense, PullBackDense):
             raise ArgumentTypeError(
                 f"representation is {representation!r}; expected PushForwardDense, PushForwardImplicit, "
                 "PullBackDense or PullBackImplicit"
             )
-        return representation(run.network.collection, dense_rows(side))
+        return cast(J, kind(run.network.collection, dense_rows(side)))
 
 
 def _first_look(side: Side) -> None:

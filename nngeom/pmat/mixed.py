@@ -15,11 +15,11 @@ from nngeom.pmat.representation import Representation, as_representation
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture(Representation):
+class Mixture(Representation["PMatMixed"]):
     """Patterns of parameter or layer names to representations; the first that matches counts."""
 
-    parts: tuple[tuple[str, Representation], ...] = ()
-    default: Representation | None = None
+    parts: tuple[tuple[str, Representation[Any]], ...] = ()
+    default: Representation[Any] | None = None
 
     def recipe(self, selection: Selection) -> Recipe:
         groups: dict[int, list[str]] = {}
@@ -37,15 +37,15 @@ class Mixture(Representation):
         return (yield from run_together(recipes))
 
     @property
-    def passes(self):
+    def passes(self) -> int:
         return max(r.passes for r in self.members)
 
     @property
-    def centred(self):
+    def centred(self) -> bool:
         return all(r.centred for r in self.members)
 
     @property
-    def members(self) -> tuple[Representation, ...]:
+    def members(self) -> tuple[Representation[Any], ...]:
         """All that are mixed."""
         return (*(r for _, r in self.parts), *((self.default,) if self.default is not None else ()))
 
@@ -63,7 +63,7 @@ class Mixture(Representation):
     def _matches_any(self, pattern: str, selection: Selection) -> bool:
         return any(fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in selection.names)
 
-    def member(self, part: int) -> Representation:
+    def member(self, part: int) -> Representation[Any]:
         chosen = self.default if part < 0 else self.parts[part][1]
         if chosen is None:
             raise ArgumentError("PMatMixed has no default representation; pass default=")
@@ -77,12 +77,12 @@ class PMatMixed(PMat, made_of=Block):
     Patterns are parameter names, layer names, or globs; representations may carry options, ``PMatKFAC.options(...)``.
     """
 
-    def __new__(cls, parts: Mapping[str, Any] | None = None, default: Any = None):  # type: ignore[misc]
+    def __new__(cls, parts: Mapping[str, Any] | None = None, default: Any = None) -> Mixture:  # type: ignore[misc]
         if not isinstance(parts, Mapping):
             raise ArgumentTypeError(f"PMatMixed takes a dict {{pattern: representation}}, got {type(parts).__name__}")
         listed = tuple((pattern, as_representation(r)) for pattern, r in parts.items())
         return Mixture(cls, {}, listed, None if default is None else as_representation(default))
 
     @classmethod
-    def recipe(cls, selection: Selection):
+    def recipe(cls, selection: Selection) -> Recipe:
         raise ArgumentError("PMatMixed needs to know what to mix: PMatMixed({pattern: representation}, default=...)")

@@ -112,7 +112,7 @@ class UseGroup:
             rows = [g[:, :, 0].flatten(2) for _, g, _ in parts]  # [k n p], of groups or of outputs
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))[:, :, None, None])
         if use.elementwise:
-            rows = [contract.scaled_sums(g[..., 0], a, self.with_bias) for a, g, _ in parts]
+            rows = [contract.scaled_sums(g[..., 0], a, ones=self.with_bias) for a, g, _ in parts]
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)).unsqueeze(3))
         return self._factored(parts)
 

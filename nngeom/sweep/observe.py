@@ -108,7 +108,7 @@ class Observer:
 
 
 class _Visit:
-    def __init__(self, observer: Observer, record: bool):
+    def __init__(self, observer: Observer, record: bool) -> None:
         self.observer, self.record = observer, record
         self.observation = Observation()
         self.passages: list[_Passage] = []
@@ -177,7 +177,7 @@ class _Visit:
 class _Passage:
     """One call of the model: its uses, and the gradients of their outputs as they arrive."""
 
-    def __init__(self, observer: Observer, capture: Capture, groups: list[UseGroup], rest: list[str]):
+    def __init__(self, observer: Observer, capture: Capture, groups: list[UseGroup], rest: list[str]) -> None:
         self.network, self.observer, self.capture, self.groups, self.rest = (
             observer.network,
             observer,
