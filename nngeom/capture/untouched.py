@@ -216,7 +216,7 @@ class _Draws(TorchFunctionMode):
         self.drawn: dict[int, tuple[Tensor, str]] = {}
         self.after: list[Tensor] = []  # the states of the generators after the last draw from one of them
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for x in tensors(args, kwargs):
             if self.used is None and id(x) in self.drawn:

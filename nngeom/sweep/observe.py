@@ -20,7 +20,8 @@ from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture, Recorder
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, OutputError
-from nngeom.core.jacobian import FullJacobian
+from nngeom.core.jacobian import FullJacobian, LayerJacobian
+from nngeom.core.layout import Layout
 from nngeom.core.linalg import flat_rows
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.captured_pass import Pass
@@ -252,7 +253,7 @@ class _Passage:
                 rows = {name: flat_rows(g) for name, g in zip(self.rest, pulled)}
             yield Chunk(jacobians | self._batchwise(rows), self.n, start, (lo, columns.count))
 
-    def _batchwise(self, rows: dict[str, Tensor]) -> dict:
+    def _batchwise(self, rows: dict[str, Tensor]) -> dict[Layout, LayerJacobian]:
         """``[k, p]`` -> one row a cotangent, ``[k, 1, 1, 1, p]``."""
         return {
             self.network.collection.span([name]): FullJacobian(wide(row)[:, None, None, None])
