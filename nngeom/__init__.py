@@ -1,5 +1,7 @@
 """``nngeom``: the matrices of deep learning as objects to compute with."""
 
+from typing import TYPE_CHECKING
+
 from nngeom.core.damping import Cutoff, FactoredTikhonov, Tikhonov
 from nngeom.core.errors import (
     ArgumentError,
@@ -132,10 +134,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    """The subpackages, imported when they are first asked for: ``nng.analysis.coherence(...)``."""
-    if name in ("analysis", "linearized", "mgs", "optim", "solve", "track"):
-        import importlib
+if TYPE_CHECKING:
+    from nngeom import analysis as analysis
+    from nngeom import linearized as linearized
+    from nngeom import mgs as mgs
+    from nngeom import optim as optim
+    from nngeom import solve as solve
+    from nngeom import track as track
+else:
 
-        return importlib.import_module(f"nngeom.{name}")
-    raise AttributeError(f"module 'nngeom' has no attribute {name!r}")
+    def __getattr__(name: str):
+        """The subpackages, imported when they are first asked for: ``nng.analysis.coherence(...)``."""
+        if name in ("analysis", "linearized", "mgs", "optim", "solve", "track"):
+            import importlib
+
+            return importlib.import_module(f"nngeom.{name}")
+        raise AttributeError(f"module 'nngeom' has no attribute {name!r}")

@@ -49,7 +49,7 @@ def as_batches(loader: Any) -> Iterable[Batch]:
 class _Loader:
     """A loader that can be iterated again; ``len`` where it has one."""
 
-    def __init__(self, source: Iterable[Any]):
+    def __init__(self, source: Iterable[Any]) -> None:
         self.source = source
 
     def __iter__(self) -> Iterator[Batch]:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.capture import remedies
-from nngeom.capture.batch import Batch, as_batches, leading_size, move
+from nngeom.capture.batch import Batch as Batch
+from nngeom.capture.batch import as_batches as as_batches
+from nngeom.capture.batch import leading_size as leading_size
+from nngeom.capture.batch import move
 from nngeom.capture.batch import take as take
 from nngeom.capture.compiled import as_written
 from nngeom.capture.fused import DenseGradients

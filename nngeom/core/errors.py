@@ -49,7 +49,7 @@ class SingularError(NNGeomError, ArithmeticError):
     ``message``: the text. ``needed`` is the damping above which it is positive definite, where that is known.
     """
 
-    def __init__(self, message: str, needed: float | None = None):
+    def __init__(self, message: str, needed: float | None = None) -> None:
         super().__init__(message)
         self.needed = needed
 

@@ -2,6 +2,6 @@
 
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.per_example import Loss
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 __all__ = ["Columns", "Likelihood", "Loss"]

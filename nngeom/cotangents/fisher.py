@@ -112,7 +112,7 @@ class Stream:
     of processes changes a draw.
     """
 
-    def __init__(self, seed: int, start: int, n: int, sample: int, device: torch.device):
+    def __init__(self, seed: int, start: int, n: int, sample: int, device: torch.device) -> None:
         self._index = torch.arange(start, start + n, device=device)
         self._base = _mix(_mix(torch.tensor(seed, device=device)) + sample)
         self._drawn = 0

@@ -64,7 +64,7 @@ class CallableLoss(Loss):
 
     function: Callable[[Tensor, Any], Tensor]
 
-    def __call__(self, outputs, targets):
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
         with Precise():
             value = self.function(outputs, targets)
         if not isinstance(value, Tensor) or value.shape != outputs.shape[:1]:

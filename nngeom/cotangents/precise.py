@@ -25,7 +25,7 @@ Call = Callable[..., Any]
 class Precise(TorchFunctionMode):
     """Runs :data:`WRITTEN` instead of torch's operations, where they know the arguments."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         written = WRITTEN.get(func)
         out = None if written is None else written(*args, **kwargs)

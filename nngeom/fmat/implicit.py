@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, UnsupportedError
@@ -38,37 +39,37 @@ class FMatImplicit(FunctionOperator):
     reference: Side | None = None  # whose mean gradient is subtracted; the left side by default
 
     @property
-    def outputs(self):
+    def outputs(self) -> int:
         return self.left.outputs
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         return self.left.examples
 
     @property
-    def columns(self):
+    def columns(self) -> int:
         return self.right.examples
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.left.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.left.device
 
     @property
-    def T(self):
+    def T(self) -> FMatImplicit:
         return FMatImplicit(self.right, self.left, self.centered, self.scale, self._reference)
 
     @property
     def _reference(self) -> Side:
         return self.reference or self.left
 
-    def scaled(self, c):
-        return FMatImplicit(self.left, self.right, self.centered, c * self.scale, self.reference)
+    def scaled(self, c: float | Tensor) -> Self:
+        return replace(self, scale=c * self.scale)
 
-    def product(self, f):
+    def product(self, f: Tensor) -> Tensor:
         return self.scale * self._unscaled(f)
 
     def _unscaled(self, f: Tensor) -> Tensor:
@@ -192,6 +193,12 @@ class FMatImplicit(FunctionOperator):
         values, vectors = lanczos(self._flat(), start, k, steps, tol)
         return values, FVector(vectors.view(-1, self.outputs, self.rows))
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise UnsupportedError(
+            "an implicit kernel follows its model; move the model with model.to(...) and build it again"
+        )
+
     def eigh(self) -> Any:
         """Not offered; raises :class:`UnsupportedError`."""
         raise self._refuse("eigh()")
@@ -205,7 +212,7 @@ class FMatImplicit(FunctionOperator):
             f"an implicit kernel has no {what}; lanczos(k) gives leading eigenpairs, materialize() an FMatDense"
         )
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         raise UnsupportedError(
             "an implicit kernel holds a model and data, so it is not pickled; materialize() it first"
         )

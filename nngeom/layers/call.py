@@ -23,7 +23,7 @@ class Call:
     the output of the call; ``keep_graph``: inputs are to keep theirs.
     """
 
-    def __init__(self, find: Callable[[Tensor], tuple[str, Tensor] | None], out: Tensor, *, keep_graph: bool):
+    def __init__(self, find: Callable[[Tensor], tuple[str, Tensor] | None], out: Tensor, *, keep_graph: bool) -> None:
         self._find, self.out, self.keep_graph = find, out, keep_graph
         self.sources: list[tuple[Tensor, int]] = []
 

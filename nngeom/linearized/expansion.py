@@ -30,7 +30,7 @@ class Expansion(nn.Module):
     Raises :class:`CollectionError` for a model without trainable parameters.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")

@@ -24,7 +24,7 @@ class Scaled(Expansion):
     thesis, eq. 5.2.4 and C.4.
     """
 
-    def __init__(self, model: nn.Module, alpha: float, *, include_f0: bool = True):
+    def __init__(self, model: nn.Module, alpha: float, *, include_f0: bool = True) -> None:
         super().__init__(model)
         _require_positive(alpha)
         self.alpha, self.include_f0 = float(alpha), include_f0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from nngeom.core.centred import CentredJacobian
 from nngeom.core.errors import UnsupportedError
@@ -18,17 +19,20 @@ from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.drive import Repeated, Source, built
 from nngeom.pmat.implicit import ImplicitFisher, PMatImplicit
 from nngeom.pmat.low_rank import PMatLowRank
-from nngeom.pmat.representation import as_representation
+from nngeom.pmat.operator import ParameterOperator
+from nngeom.pmat.representation import Representation, as_representation
 from nngeom.pullback.linearization import Linearization
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Policy, Sweep, require_examples
 
+M = TypeVar("M", bound=ParameterOperator, default=PMatLowRank)
+
 
 def GradientCovariance(
     model: nn.Module,
     loader: Any,
-    representation: Any = PMatLowRank,
+    representation: type[M] | Representation[M] = PMatLowRank,  # type: ignore[assignment]
     *,
     loss: str | Loss | Callable[[Tensor, Any], Tensor],
     function: Callable[..., Tensor] | None = None,
@@ -38,7 +42,7 @@ def GradientCovariance(
     check: bool = True,
     process_group: Any = None,
     **options: Any,
-) -> Any:
+) -> M:
     """The covariance of per-example loss gradients, ``1/n sum_i (g_i - m)(g_i - m)^T`` with their mean ``m``.
 
     Divided by ``n``, as every other measure. Two sweeps, the mean first, so that large means cancel before any square;
@@ -77,7 +81,8 @@ def GradientCovariance(
         mean = mean_row(sweep)
         sweep = sweep.but(label="covariance", reread=True)
         if chosen is None:
-            return ImplicitCovariance(replace(sweep, run=run.on(sweep.run.loader).held().silent()), mean=mean)
+            quiet = replace(sweep, run=run.on(sweep.run.loader).held().silent())
+            return cast(M, ImplicitCovariance(quiet, mean=mean))
         return built(chosen, run.network.collection, Centred(Repeated(sweep, chosen.passes), mean))
 
 
@@ -139,10 +144,10 @@ class ImplicitCovariance(ImplicitFisher):
 
     mean: MeanRow = MeanRow(torch.zeros(0), ())
 
-    def _chunks(self):
+    def _chunks(self) -> Iterator[Chunk]:
         return map(self.mean.taken_from, self.sweep.chunks())
 
-    def _by_tangents(self, x):
+    def _by_tangents(self, x: Tensor) -> Tensor:
         linear, v, mean = Linearization(self.network), self._split(x), self.mean.flat
         total, weight, count = torch.zeros_like(x), torch.zeros((), dtype=x.dtype, device=x.device), 0
         for batch in self.run.batches():

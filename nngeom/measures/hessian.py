@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from nngeom.capture.graph import require_differentiable
 from nngeom.capture.recorder import record
@@ -35,6 +36,7 @@ from nngeom.pmat.block import Block
 from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.implicit import PMatImplicit
+from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import Representation
 from nngeom.pullback.captured_pass import Pass
 from nngeom.pullback.proofs import Proof
@@ -43,11 +45,13 @@ from nngeom.space.pvector import PVector
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy, Sweep, require_examples
 
+M = TypeVar("M", bound=ParameterOperator, default=PMatImplicit)
+
 
 def Hessian(
     model: nn.Module,
     loader: Any,
-    representation: Any = PMatImplicit,
+    representation: type[M] | Representation[M] = PMatImplicit,  # type: ignore[assignment]
     *,
     loss: str | Loss | Callable[[Tensor, Any], Tensor],
     function: Callable[..., Tensor] | None = None,
@@ -57,7 +61,7 @@ def Hessian(
     check: bool = True,
     process_group: Any = None,
     **options: Any,
-) -> Any:
+) -> M:
     """The Hessian of the mean loss, ``1/n sum_i d2 loss_i / dw2``, as PMatImplicit, PMatDense, PMatBlockDiag or
     PMatDiag.
 
@@ -92,7 +96,7 @@ def Hessian(
             sweep = replace(sweep, run=run.held())
             width = max((second.width // second.examples for second in batchwise(sweep)), default=0)
             quiet = replace(sweep, run=replace(sweep.run, check=False, progress=False))
-            return ImplicitHessian(quiet, width=width)
+            return cast(M, ImplicitHessian(quiet, width=width))
         collection, span = run.network.collection, run.network.collection.span()
         if entries == "diagonal":
             values, count = diagonal(sweep)
@@ -200,7 +204,7 @@ class ImplicitHessian(PMatImplicit):
 
     width: int = 0  # bytes of the activations of an example, roughly
 
-    def _unscaled(self, x):
+    def _unscaled(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         total, count = torch.zeros_like(flat), 0
         with self.run.within():
@@ -210,9 +214,9 @@ class ImplicitHessian(PMatImplicit):
                 count += batch.examples
         return (total / count).reshape(x.shape)
 
-    def _exact_trace(self):
+    def _exact_trace(self) -> Tensor:
         return self.diag().flat().sum()
 
-    def diag(self):
+    def diag(self) -> PVector:
         with self.run.within():
             return PVector(self.layer_collection, self.scale * diagonal(self.sweep, self.width)[0])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from nngeom.core.errors import ArgumentTypeError
 from nngeom.cotangents.loss import EveryOutput
@@ -13,15 +14,18 @@ from nngeom.fmat.jacobian_products import first_look
 from nngeom.fmat.side import Side
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit, dense_rows
+from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy
+
+J = TypeVar("J", bound=JacobianMap, default=PushForwardDense)
 
 
 def Jacobian(
     model: nn.Module,
     loader: Any,
-    representation: Any = PushForwardDense,
+    representation: type[J] = PushForwardDense,  # type: ignore[assignment]
     *,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
@@ -29,7 +33,7 @@ def Jacobian(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
-) -> Any:
+) -> J:
     """The Jacobian of all outputs at all examples, ``(c, n, d)``, as a map between parameter and function space.
 
     ``representation``: ``PushForwardDense`` or ``PushForwardImplicit`` (``J v``), ``PullBackDense`` or
@@ -46,14 +50,15 @@ def Jacobian(
         check=check,
         process_group=process_group,
     )
+    kind: Any = representation
     with run.within():
         side = Side.of(run, EveryOutput(), Policy("Jacobian"))
-        if representation in (PushForwardImplicit, PullBackImplicit):
+        if kind in (PushForwardImplicit, PullBackImplicit):
             first_look(side)
-            return representation(side)
-        if representation not in (PushForwardDense, PullBackDense):
+            return cast(J, kind(side))
+        if kind not in (PushForwardDense, PullBackDense):
             raise ArgumentTypeError(
                 f"representation is {representation!r}; expected PushForwardDense, PushForwardImplicit, "
                 "PullBackDense or PullBackImplicit"
             )
-        return representation(run.network.collection, dense_rows(side))
+        return cast(J, kind(run.network.collection, dense_rows(side)))

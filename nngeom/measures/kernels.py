@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.cotangents.fisher import seed_of
@@ -19,6 +20,7 @@ from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.jacobian_products import first_look
+from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import EVERYTHING, Grouping, build
 from nngeom.fmat.side import Side
 from nngeom.fmat.store import FileStore
@@ -28,7 +30,32 @@ from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy
 
+K = TypeVar("K", bound=FunctionOperator, default=FMatDense)
 
+
+# fmt: off
+@overload
+def GramMatrix(model: nn.Module, loader: Any, representation: type[K] = ..., *,
+        other: Any = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
+        estimator: None = None, samples: int = 1, generator: torch.Generator | None = None,
+        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None) -> K: ...
+@overload
+def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
+        other: Any = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
+        estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
+        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None) -> KernelEstimate: ...
+@overload
+def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
+        other: Any = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
+        estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
+        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None) -> TraceEstimate: ...
+# fmt: on
 def GramMatrix(
     model: nn.Module,
     loader: Any,
@@ -140,7 +167,7 @@ def _in_file(
 def GramMatrices(
     model: nn.Module,
     loader: Any,
-    representation: Any = FMatDense,
+    representation: type[K] = FMatDense,  # type: ignore[assignment]
     *,
     other: Any = None,
     function: Callable[..., Tensor] | None = None,
@@ -151,7 +178,7 @@ def GramMatrices(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
-) -> dict[str, Any]:
+) -> dict[str, K]:
     """One Gram matrix a layer, ``{layer: kernel}``, in the same sweep; they sum to :func:`GramMatrix`.
 
     A layer is the module that owns a parameter under its first name. ``representation`` (not ``FMatImplicit``),

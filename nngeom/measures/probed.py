@@ -46,7 +46,7 @@ def require_samples(samples: Any) -> int:
     return samples
 
 
-def estimate(chosen: Representation, sweep: Sweep) -> MatrixEstimate:
+def estimate(chosen: Representation[Any], sweep: Sweep) -> MatrixEstimate:
     """The matrix of every probe by itself, and of all, in one sweep; representations of several sweeps take their basis
     from a matrix of all first.
     """

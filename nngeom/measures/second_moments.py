@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood, seed_of
@@ -19,13 +20,31 @@ from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.implicit import PMatImplicit, implicit
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.operator import ParameterOperator
-from nngeom.pmat.representation import as_representation
+from nngeom.pmat.representation import Representation, as_representation
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy, Sweep
 
+M = TypeVar("M", bound=ParameterOperator, default=PMatKFAC)
 
+
+# fmt: off
+@overload
+def FIM(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
+        likelihood: str | Likelihood = "categorical",
+        estimator: None = None, samples: None = None, generator: None = None,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        **options: Any) -> M: ...
+@overload
+def FIM(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
+        likelihood: str | Likelihood = "categorical",
+        estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        **options: Any) -> MatrixEstimate: ...
+# fmt: on
 def FIM(
     model: nn.Module,
     loader: Any,
@@ -85,7 +104,7 @@ def FIM(
 def FIM_MonteCarlo(
     model: nn.Module,
     loader: Any,
-    representation: Any = PMatKFAC,
+    representation: type[M] | Representation[M] = PMatKFAC,  # type: ignore[assignment]
     *,
     likelihood: str | Likelihood = "categorical",
     samples: int = 1,
@@ -97,7 +116,7 @@ def FIM_MonteCarlo(
     check: bool = True,
     process_group: Any = None,
     **options: Any,
-) -> Any:
+) -> M:
     """The Fisher information matrix with ``samples`` labels an example drawn from the model: unbiased, one backward a
     sample.
 
@@ -116,13 +135,13 @@ def FIM_MonteCarlo(
         check=check,
         process_group=process_group,
     )
-    return measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False))
+    return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False)))
 
 
 def EmpiricalFIM(
     model: nn.Module,
     loader: Any,
-    representation: Any = PMatKFAC,
+    representation: type[M] | Representation[M] = PMatKFAC,  # type: ignore[assignment]
     *,
     loss: str | Loss | Callable[[Tensor, Any], Tensor],
     function: Callable[..., Tensor] | None = None,
@@ -132,7 +151,7 @@ def EmpiricalFIM(
     check: bool = True,
     process_group: Any = None,
     **options: Any,
-) -> Any:
+) -> M:
     """The second moment of per-example loss gradients, ``1/n sum_i g_i g_i^T``, with the targets of the batches.
 
     Not the Fisher matrix unless the model is right about its labels.
@@ -159,9 +178,25 @@ def EmpiricalFIM(
         process_group=process_group,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
-    return measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True))
+    return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))
 
 
+# fmt: off
+@overload
+def GGN(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
+        loss: str | Loss | Callable[[Tensor, Any], Tensor],
+        estimator: None = None, samples: None = None, generator: None = None,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        **options: Any) -> M: ...
+@overload
+def GGN(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
+        loss: str | Loss | Callable[[Tensor, Any], Tensor],
+        estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        **options: Any) -> MatrixEstimate: ...
+# fmt: on
 def GGN(
     model: nn.Module,
     loader: Any,

@@ -128,7 +128,7 @@ class NaturalGradient(Preconditioned):
         self.clock.now()  # checks the numbers
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, evaluate: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *, evaluate: Callable[[], Any] | None = None) -> Any:
         """Precondition ``.grad`` and move. ``closure`` makes the passes itself, inside :meth:`observe`, and returns the
         loss.
 

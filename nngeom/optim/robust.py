@@ -140,7 +140,7 @@ class WinsorizedSGD(torch.optim.SGD):
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Winsorize what was observed, and move; ``closure``, run with gradients, returns the loss that is returned."""
         loss = None
         if closure is not None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core.damping import Cutoff, Damping, Tikhonov
 from nngeom.core.errors import SingularError
@@ -23,15 +24,15 @@ from nngeom.core.registry import Registry
 class TensorObject:
     """A frozen dataclass of tensors and plain values: moves and serialises field by field."""
 
-    def to(self, *args: Any, **kwargs: Any):
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """Another dtype or device, as ``Tensor.to``."""
         return self.map_tensors(lambda t: t.to(*args, **kwargs))
 
-    def detach(self):
+    def detach(self) -> Self:
         """Without its graph."""
         return self.map_tensors(lambda t: t.detach())
 
-    def map_tensors(self, f):
+    def map_tensors(self, f: Callable[[Tensor], Tensor]) -> Self:
         """The same object with ``f`` of every tensor."""
         fields: dict[str, Any] = {name: f(t) for name, t in self.fields().items() if isinstance(t, Tensor)}
         fields |= {name: tuple(map(f, ts)) for name, ts in self.fields().items() if isinstance(ts, tuple)}
@@ -137,10 +138,10 @@ class BlockBasis(TensorObject, ABC):
 class Identity(BlockBasis):
     """The parameters themselves."""
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return x
 
-    def tmv(self, x):
+    def tmv(self, x: Tensor) -> Tensor:
         return x
 
 
@@ -154,28 +155,28 @@ class EyeBlock(Block):
     i: int
 
     @property
-    def sizes(self):
+    def sizes(self) -> torch.Size:
         return torch.Size((self.s, self.o, self.i))
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return self.c * x
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return self.c.expand(self.sizes)
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         return self.c.square() * self.sizes.numel()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> EyeBlock:
         return EyeBlock(c * self.c, self.s, self.o, self.i)
 
-    def added(self, other):
+    def added(self, other: Block) -> EyeBlock | None:
         return EyeBlock(self.c + other.c, self.s, self.o, self.i) if isinstance(other, EyeBlock) else None
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> EyeBlock:
         return EyeBlock(reciprocal(self.c.view(1), damping, "the multiple of the identity")[0], self.s, self.o, self.i)
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, Identity]:
         return self.diag(), Identity()
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nngeom.core import linalg
-from nngeom.core.damping import Cutoff, Damping
+from nngeom.core.damping import Cutoff, Damping, Tikhonov
 from nngeom.core.errors import SingularError
+from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.core.statistic import Named
 from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, zero_small
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Selection, join_rows
+from nngeom.pmat.recipe import Recipe, Selection, join_rows
+from nngeom.sweep.sweep import Chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,37 +26,37 @@ class DenseBlock(Block):
 
     m: Tensor  # [p p]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return x @ self.m
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return self.m.diagonal()[None, None]
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         return self.m.square().sum()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> DenseBlock:
         return DenseBlock(c * self.m)
 
-    def added(self, other):
+    def added(self, other: Block) -> DenseBlock | None:
         return DenseBlock(self.m + other.m) if isinstance(other, DenseBlock) else None
 
-    def dense(self):
+    def dense(self) -> Tensor:
         return self.m
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> DenseBlock:
         if isinstance(damping, Cutoff):
             values, u = linalg.eigh(self.m)
             return DenseBlock((u * reciprocal(values, damping, "the dense matrix")) @ u.T)
         return DenseBlock(torch.cholesky_inverse(linalg.cholesky(*self._shifted(damping))))
 
-    def solve(self, b, damping):
+    def solve(self, b: Tensor, damping: Damping) -> Tensor:
         if isinstance(damping, Cutoff):
             return self.inverse(damping).mv(b)
         x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, linalg.cholesky(*self._shifted(damping)))
         return x.T.reshape(b.shape)
 
-    def logdet(self, damping):
+    def logdet(self, damping: Tikhonov) -> Tensor:
         """Twice the logarithms of the Cholesky pivots: without ``damping`` ``-inf`` just where :meth:`solve` raises."""
         try:
             return linalg.cholesky_logdet(*self._shifted(damping))
@@ -65,7 +69,7 @@ class DenseBlock(Block):
         shifted.diagonal().add_(damping.value)
         return shifted, f"the dense matrix with damping {damping.value:g}"
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, DenseBasis]:
         values, u = linalg.eigh(self.m)
         return zero_small(values)[None, None], DenseBasis(u)
 
@@ -76,17 +80,17 @@ class DenseBasis(BlockBasis):
 
     u: Tensor  # [p p]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return x @ self.u.T
 
-    def tmv(self, x):
+    def tmv(self, x: Tensor) -> Tensor:
         return x @ self.u
 
 
-def dense_recipe(layouts: dict[Layout, tuple[str, ...]]):
+def dense_recipe(layouts: dict[Layout, tuple[str, ...]]) -> Recipe:
     """Second moments of the rows over the given spans of parameters."""
 
-    def statistic(chunk):
+    def statistic(chunk: Chunk) -> Named:
         named = {}
         for layout, names in layouts.items():
             total = None
@@ -106,12 +110,12 @@ class PMatDense(PMat):
     entries = "all"
 
     @classmethod
-    def recipe(cls, selection: Selection):
+    def recipe(cls, selection: Selection) -> Recipe:
         layout = selection.span()
         return (yield from dense_recipe({layout: layout.names}))
 
     @classmethod
-    def entries_of(cls, layout, rows, selection):
+    def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
         return layout.numel * selection.numel()
 
 
@@ -121,10 +125,10 @@ class PMatBlockDiag(PMat):
     entries = "layers"
 
     @classmethod
-    def recipe(cls, selection: Selection):
+    def recipe(cls, selection: Selection) -> Recipe:
         layers = {selection.collection.span(names): names for names in selection.by_layer().values()}
         return (yield from dense_recipe(layers))
 
     @classmethod
-    def entries_of(cls, layout, rows, selection):
+    def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
         return layout.numel * selection.numel(beside=layout.names[0])

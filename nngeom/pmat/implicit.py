@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.capture.network import Batch, Network
 from nngeom.core import memory
@@ -16,7 +17,7 @@ from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.core.linear import identity, solution, symmetric
 from nngeom.pmat.implicit_inverse import ImplicitInverse
-from nngeom.pmat.operator import ParameterOperator, require_frobenius
+from nngeom.pmat.operator import ParameterOperator, V, require_frobenius
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.tangents import are_adjoint, tangents_or_rows, times_rows
 from nngeom.pullback.linearization import Linearization
@@ -24,6 +25,7 @@ from nngeom.solve.cg import conjugate_gradient
 from nngeom.solve.hutchinson import Estimate, hutchinson, hutchpp
 from nngeom.solve.lanczos import lanczos
 from nngeom.solve.slq import SpectralDensity, spectral_density
+from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 from nngeom.sweep.columns import Columns
 from nngeom.sweep.run import Run
@@ -54,19 +56,19 @@ class PMatImplicit(ParameterOperator):
         return self.run.network
 
     @property
-    def layer_collection(self):
+    def layer_collection(self) -> LayerCollection:
         """The parameters this matrix acts on."""
         return self.network.collection
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return accumulation_dtype(self.network.dtype)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.network.device
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> Self:
         return replace(self, scale=c * self.scale)
 
     def _split(self, x: Tensor) -> dict[str, Tensor]:
@@ -78,7 +80,7 @@ class PMatImplicit(ParameterOperator):
         """What products depend on."""
         return tuple(self.network.parameters.values())
 
-    def product(self, x):
+    def product(self, x: Tensor) -> Tensor:
         return self.scale * symmetric(self._unscaled, x, self.held)
 
     def _unscaled(self, x: Tensor) -> Tensor:
@@ -91,19 +93,19 @@ class PMatImplicit(ParameterOperator):
     def _product(self, x: Tensor) -> Tensor:
         raise UnsupportedError("an implicit operator defines its product")
 
-    def terms(self):
+    def terms(self) -> list[tuple[float | Tensor, Callable[[Tensor], Tensor]]]:
         return [(self.scale, self._unscaled)]
 
     # -- what it solves and estimates ----------------------------------------------------------------------------------
 
     def solve(
         self,
-        b: Any,
+        b: V,
         damping: float | Tensor | Damping = 0.0,
         tol: float = 1e-6,
         max_iter: int | None = None,
         preconditioner: PMat | None = None,
-    ) -> Any:
+    ) -> V:
         """``(M + damping I)^-1 b`` by conjugate gradients to a relative residual ``tol``.
 
         ``max_iter``: steps at most (by default ten times the side, at most 10 000). ``preconditioner``: a PMat whose
@@ -216,7 +218,7 @@ class PMatImplicit(ParameterOperator):
             "an implicit matrix follows its model; move the model with model.to(...) and build it again"
         )
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         raise UnsupportedError(
             "an implicit matrix holds a model and data, so it is not pickled; save a PMatKFAC, PMatEKFAC, ... instead"
         )
@@ -233,7 +235,7 @@ class ImplicitFisher(PMatImplicit):
         """The rows, batch by batch."""
         return self.sweep.chunks()
 
-    def _product(self, x):
+    def _product(self, x: Tensor) -> Tensor:
         return tangents_or_rows(lambda: self._by_tangents(x), lambda: self._by_rows(x))
 
     def _by_rows(self, x: Tensor) -> Tensor:
@@ -277,7 +279,7 @@ class ImplicitFisher(PMatImplicit):
             total += (inner.view(*inner.shape, *[1] * (v.ndim - 2)) * v).sum(0)
         return total
 
-    def _exact_trace(self):
+    def _exact_trace(self) -> Tensor:
         total, count = torch.zeros((), dtype=self.dtype, device=self.device), 0
         with self.run.within():
             for chunk in self._chunks():
@@ -285,7 +287,7 @@ class ImplicitFisher(PMatImplicit):
                 count = chunk.start + chunk.examples
         return self.scale * total / count
 
-    def diag(self):
+    def diag(self) -> PVector:
         out = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         count = 0
         with self.run.within():

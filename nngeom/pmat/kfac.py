@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.core.statistic import Named
 from nngeom.pmat.factors import Shape, factor_shapes, factors, is_kronecker, structure_of
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Selection
+from nngeom.pmat.recipe import Recipe, Selection, Statistic
 from nngeom.pmat.sua import has_window, sua_blocks, sua_shapes, sua_sums
+from nngeom.sweep.sweep import Chunk
 
 FACTOR_LIMIT = 10_000  # a factor with a longer side is kept diagonal
 
 
-def factor_statistic(sharing: str, block_limit: int, sua: bool = False):
+def factor_statistic(sharing: str, block_limit: int, *, sua: bool = False) -> Statistic:
     """``chunk -> {layout: {"a", "g"}}``: Kronecker factors, of inputs and of gradients."""
     if sharing not in ("expand", "reduce"):
         raise ArgumentError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'")
 
-    def statistic(chunk):
+    def statistic(chunk: Chunk) -> Named:
         named = {}
         for layout, j in chunk.jacobians.items():
             require_room(j, layout.names, block_limit)
@@ -72,7 +75,7 @@ def kronecker_blocks(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, Kro
     return blocks
 
 
-def block_shapes(layout: Layout, rows: LayerJacobian | None, sua: bool) -> list[tuple[Shape, ...]]:
+def block_shapes(layout: Layout, rows: LayerJacobian | None, *, sua: bool) -> list[tuple[Shape, ...]]:
     """The shapes of the factors that each block for these rows holds; of unlike uses those of every use, after the
     joined ones.
     """
@@ -99,15 +102,17 @@ class PMatKFAC(PMat):
     centred = False
 
     @classmethod
-    def recipe(cls, selection: Selection, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
+    def recipe(
+        cls, selection: Selection, *, sharing: str = "expand", sua: bool = False, block_limit: int = 4096
+    ) -> Recipe:
         """Factors of the parameters of ``selection``; ``sharing``, ``sua``, ``block_limit``: see the class."""
-        return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua)))
+        return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua=sua)))
 
     @classmethod
-    def takes(cls, rows, **options):
+    def takes(cls, rows: LayerJacobian, **options: Any) -> bool:
         return has_room(rows, options.get("block_limit"))
 
     @classmethod
-    def entries_of(cls, layout, rows, selection, **options):
-        shapes = block_shapes(layout, rows, options["sua"])
+    def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
+        shapes = block_shapes(layout, rows, sua=options["sua"])
         return 1 if rows is None else sum(math.prod(x) for pair in shapes for x in pair) or None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg
-from nngeom.core.damping import FactoredTikhonov
+from nngeom.core.damping import Damping, FactoredTikhonov
 from nngeom.pmat.block import Block, BlockBasis, reciprocal
 from nngeom.pmat.factors import product_of_marginals
 
@@ -28,25 +28,25 @@ class KroneckerBlock(Block):
     ] = ()
 
     @property
-    def sizes(self):
+    def sizes(self) -> torch.Size:
         return torch.Size((self.a.shape[0], self.g.shape[-1], self.a.shape[-1]))
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return linalg.right(linalg.left(self.g, x), self.a)
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return linalg.factor_diag(self.g).unsqueeze(-1) * linalg.factor_diag(self.a).unsqueeze(-2)
 
-    def trace(self):
+    def trace(self) -> Tensor:
         return (linalg.factor_diag(self.g).sum(-1) * linalg.factor_diag(self.a).sum(-1)).sum()
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         return (linalg.factor_norm2(self.a) * linalg.factor_norm2(self.g)).sum()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> KroneckerBlock:
         return KroneckerBlock(self.a, c * self.g, tuple(c * f if q % 2 else f for q, f in enumerate(self.uses)))
 
-    def merged(self, other, mine, theirs):
+    def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
         """The means of the factors, weighted by ``mine`` and ``theirs``: what one sweep over both data sets, this and
         ``other``, gives.
         """
@@ -67,12 +67,12 @@ class KroneckerBlock(Block):
     def _factors(self) -> tuple[Tensor, ...]:
         return self.uses or (self.a, self.g)
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> Block:
         if isinstance(damping, FactoredTikhonov):
             return self.factored_inverse(damping)
         return self.eigen().inverse(damping)
 
-    def solve(self, b, damping):
+    def solve(self, b: Tensor, damping: Damping) -> Tensor:
         if not isinstance(damping, FactoredTikhonov) or b.ndim > 3:
             return super().solve(b, damping)
         a, g = self.damped(damping)
@@ -108,7 +108,7 @@ class KroneckerBlock(Block):
         (sa, ua), (sg, ug) = linalg.factor_eigh(self.a), linalg.factor_eigh(self.g)
         return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, KroneckerBasis]:
         block = self.eigen()
         return block.d, KroneckerBasis(block.ua, block.ug)
 
@@ -120,10 +120,10 @@ class KroneckerBasis(BlockBasis):
     ua: Tensor | None  # [s i i]
     ug: Tensor | None  # [s o o]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return linalg.right(linalg.left(self.ug, x), self.ua, transpose=True)
 
-    def tmv(self, x):
+    def tmv(self, x: Tensor) -> Tensor:
         return linalg.right(linalg.left(self.ug, x, transpose=True), self.ua)
 
 
@@ -145,29 +145,29 @@ class EigenBlock(Block):
         """The eigenvectors."""
         return KroneckerBasis(self.ua, self.ug)
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return self.basis.mv(self.d * self.basis.tmv(x))
 
-    def diag(self):
+    def diag(self) -> Tensor:
         d = self.d
         if self.ug is not None:
             d = self.ug.square() @ d
         return d @ self.ua.square().mT if self.ua is not None else d
 
     @property
-    def sizes(self):
+    def sizes(self) -> torch.Size:
         return self.d.shape
 
-    def trace(self):
+    def trace(self) -> Tensor:
         return self.d.sum()
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         return self.d.square().sum()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> EigenBlock:
         return EigenBlock(self.ua, self.ug, c * self.d, self.sa, None if self.sg is None else c * self.sg)
 
-    def merged(self, other, mine, theirs):
+    def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
         """Mean eigenvalues of this and ``other``, weighted by ``mine`` and ``theirs``, in the same basis; ``None`` in
         different ones, where they are not comparable.
         """
@@ -175,7 +175,7 @@ class EigenBlock(Block):
             return None
         return EigenBlock(self.ua, self.ug, mine * self.d + theirs * other.d, self.sa, self.sg)
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> EigenBlock:
         if isinstance(damping, FactoredTikhonov):
             values = self.d + self.additive(damping.value)
             return EigenBlock(
@@ -189,7 +189,7 @@ class EigenBlock(Block):
             return x
         return x + x**0.5 * (self.sa.unsqueeze(-2) + self.sg.unsqueeze(-1))
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, BlockBasis]:
         return self.d, self.basis
 
 

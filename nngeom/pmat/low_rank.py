@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nngeom.core import linalg
-from nngeom.core.damping import Cutoff, Tikhonov
+from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov, Tikhonov
 from nngeom.core.errors import SingularError
 from nngeom.core.linear import differentiated
-from nngeom.core.statistic import Stacked
+from nngeom.core.statistic import Named, Stacked
 from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, shifted_logdet
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Selection, join_rows
+from nngeom.pmat.recipe import Recipe, Selection, join_rows
+from nngeom.sweep.sweep import Chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,17 +27,17 @@ class LowRankBlock(Block):
     sign: float = 1.0
     shift: float | Tensor = 0.0  # a tensor where it has a graph
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         low = self.sign * (x @ self.r.T) @ self.r
         return low + self.shift * x if self._shifted else low
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return (self.sign * self.r.square().sum(0) + self.shift)[None, None]
 
-    def trace(self):
+    def trace(self) -> Tensor:
         return self.sign * self.r.square().sum() + self.shift * self.r.shape[1]
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         gram = self.r @ self.r.T if self.r.shape[0] <= self.r.shape[1] else self.r.T @ self.r
         return (
             gram.square().sum() + 2 * self.sign * self.shift * self.r.square().sum() + self.shift**2 * self.r.shape[1]
@@ -46,16 +48,17 @@ class LowRankBlock(Block):
         """Whether there is a shift, or one that is zero but has a graph."""
         return isinstance(self.shift, Tensor) or self.shift != 0
 
-    def scaled(self, c):
-        c = c if differentiated(c) else float(c)
-        return LowRankBlock(self.r * abs(c) ** 0.5, self.sign if c >= 0 else -self.sign, self.shift * c)
+    def scaled(self, c: float | Tensor) -> LowRankBlock:
+        factor = c if differentiated(c) else float(c)
+        size: Any = abs(factor)
+        return LowRankBlock(self.r * size**0.5, self.sign if factor >= 0 else -self.sign, self.shift * factor)
 
-    def added(self, other):
+    def added(self, other: Block) -> Block | None:
         if isinstance(other, LowRankBlock) and self.sign == other.sign:
             return LowRankBlock(torch.cat([self.r, other.r]), self.sign, self.shift + other.shift)
         return None
 
-    def solve(self, b, damping):
+    def solve(self, b: Tensor, damping: Damping) -> Tensor:
         """Woodbury with the Gram matrix of the rows, ``(b - R^T (R R^T +- c I)^-1 R b) / c``, else :meth:`inverse`."""
         c = self.shift + damping.value
         if isinstance(damping, Cutoff) or c <= 0:
@@ -69,7 +72,7 @@ class LowRankBlock(Block):
         inner = torch.cholesky_solve((b @ self.r.T).flatten(0, -2).T, factor).T
         return (b - self.sign * inner.reshape(*b.shape[:-1], -1) @ self.r) / c
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> Block:
         """Woodbury; with ``R = U S V^T`` the inverse is ``V (1 / (S^2 + c) - 1 / c) V^T + I / c``, low-rank again."""
         values, v = self._spectrum()
         if isinstance(damping, Cutoff):
@@ -82,13 +85,13 @@ class LowRankBlock(Block):
         rest = 1 / c if c > 0 else 0.0
         return self._signed(inverse - rest, v, rest)
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, HouseholderBasis]:
         values, v = self._spectrum()
         d = self.r.shape[1]
         full = torch.cat([values, values.new_zeros(d - len(values))]) + self.shift
         return full[None, None], HouseholderBasis(*torch.geqrf(v.T), _signs(v))
 
-    def logdet(self, damping):
+    def logdet(self, damping: Tikhonov) -> Tensor:
         values, v = self._spectrum()
         rest = self.r.shape[1] - v.shape[0]
         others = values.new_zeros(min(rest, 1)) + self.shift  # of the shift, once
@@ -96,7 +99,7 @@ class LowRankBlock(Block):
         low, many = shifted_logdet(whole, damping), rest - 1
         return low + many * log_sum(others + damping.value) if many > 0 else low
 
-    def _positive_shift(self, damping: Tikhonov) -> float | Tensor:
+    def _positive_shift(self, damping: Tikhonov | FactoredTikhonov) -> float | Tensor:
         c = self.shift + damping.value
         if c <= 0:
             raise SingularError(
@@ -132,13 +135,13 @@ class HouseholderBasis(BlockBasis):
     tau: Tensor  # [r]
     signs: Tensor  # [r]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return self._apply(self._flip(x), transpose=False)
 
-    def tmv(self, x):
+    def tmv(self, x: Tensor) -> Tensor:
         return self._flip(self._apply(x, transpose=True))
 
-    def _apply(self, x: Tensor, transpose: bool) -> Tensor:
+    def _apply(self, x: Tensor, *, transpose: bool) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).T.contiguous()
         return torch.ormqr(self.a, self.tau, flat, left=True, transpose=transpose).T.reshape(x.shape)
 
@@ -153,10 +156,10 @@ class PMatLowRank(PMat):
     """
 
     @classmethod
-    def recipe(cls, selection: Selection):
+    def recipe(cls, selection: Selection) -> Recipe:
         layout = selection.span()
 
-        def statistic(chunk):
+        def statistic(chunk: Chunk) -> Named:
             return {
                 layout: {
                     "r": Stacked(

@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core.damping import Damping, as_damping
 from nngeom.core.errors import ArgumentTypeError, SingularError, StructureError
 from nngeom.core.layout import Layout
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.block import Block, EyeBlock
-from nngeom.pmat.operator import ParameterOperator, require_frobenius, require_tikhonov
+from nngeom.pmat.operator import ParameterOperator, V, require_frobenius, require_tikhonov
 from nngeom.pmat.representation import Measured
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
@@ -43,13 +44,13 @@ class PMat(ParameterOperator, Measured):
             cls.entries = None  # what was said of the parent's recipe
         PMat.kinds.add(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise ArgumentTypeError(
             f"{type(self).__name__} is built by FIM(model, loader, {type(self).__name__}) and its like, not called"
         )
 
     @classmethod
-    def of_blocks(cls, collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
+    def of_blocks(cls, collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> Self:
         """A checked matrix: the ``blocks`` must partition the parameters of the ``collection``, missing ones are zero.
 
         ``examples``: how many they are means over. Raises :class:`StructureError` for a parameter in several blocks.
@@ -81,11 +82,11 @@ class PMat(ParameterOperator, Measured):
         return next(t for b in self.blocks.values() for t in b.tensors())
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self._tensor.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self._tensor.device
 
     def _each(self, x: Tensor, f: Callable[[Block, Tensor], Tensor]) -> Tensor:
@@ -104,7 +105,7 @@ class PMat(ParameterOperator, Measured):
             layout.scatter_(out, x)
         return out
 
-    def product(self, x):
+    def product(self, x: Tensor) -> Tensor:
         return self._each(x, lambda block, y: block.mv(y))
 
     # -- numbers -------------------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ class PMat(ParameterOperator, Measured):
 
     # -- inverses ------------------------------------------------------------------------------------------------------
 
-    def solve(self, b: Any, damping: float | Tensor | Damping = 0.0) -> Any:
+    def solve(self, b: V, damping: float | Tensor | Damping = 0.0) -> V:
         """``(M + damping I)^-1 b`` for a PVector (batched) or all rows of a ``PushForwardDense``.
 
         ``damping`` is a number, :class:`FactoredTikhonov` or :class:`Cutoff`. Raises :class:`SingularError` when the
@@ -197,19 +198,19 @@ class PMat(ParameterOperator, Measured):
 
     # -- algebra -------------------------------------------------------------------------------------------------------
 
-    def _dense(self):
+    def _dense(self) -> Tensor:
         if len(self.blocks) == 1:
             ((layout, block),) = self.blocks.items()
             if layout.is_span and len(layout.pieces) == 1:
                 return block.dense()
         return super()._dense()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> Self:
         return self.of_blocks(
             self.layer_collection, {lay: b.scaled(c) for lay, b in self.blocks.items()}, self.examples
         )
 
-    def added(self, other):
+    def added(self, other: ParameterOperator) -> Self | None:
         if not isinstance(other, PMat) or self.blocks.keys() != other.blocks.keys():
             return None
         sums = {lay: b.added(other.blocks[lay]) for lay, b in self.blocks.items()}
@@ -217,13 +218,13 @@ class PMat(ParameterOperator, Measured):
             return None
         return self.of_blocks(self.layer_collection, sums, self.examples + other.examples)  # type: ignore[arg-type]
 
-    def to(self, *args: Any, **kwargs: Any) -> PMat:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """Another dtype or device, as ``Tensor.to``."""
         return self.of_blocks(
             self.layer_collection, {lay: b.to(*args, **kwargs) for lay, b in self.blocks.items()}, self.examples
         )
 
-    def detach(self) -> PMat:
+    def detach(self) -> Self:
         """Without its graph, which a matrix has that was made with a damping or a factor that requires a gradient."""
         blocks = {lay: b.detach() for lay, b in self.blocks.items()}
         return self.of_blocks(self.layer_collection, blocks, self.examples)
@@ -232,7 +233,7 @@ class PMat(ParameterOperator, Measured):
         """Bytes of all tensors held."""
         return sum(t.numel() * t.element_size() for b in self.blocks.values() for t in b.tensors())
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         blocks = {lay: b.detach() for lay, b in self.blocks.items()}
         return _rebuild, (type(self), self.layer_collection, blocks, self.examples)
 

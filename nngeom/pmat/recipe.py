@@ -121,7 +121,7 @@ def run_together(recipes: list[tuple[Selection, Recipe]]) -> Recipe:
     while waiting:
         current = dict(waiting)
 
-        def statistic(chunk: Chunk, current=current) -> Named:
+        def statistic(chunk: Chunk, current: dict[int, Statistic] = current) -> Named:
             return {(j, block): t for j, f in current.items() for block, t in f(recipes[j][0].restrict(chunk)).items()}
 
         means = yield statistic

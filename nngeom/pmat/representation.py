@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from typing_extensions import Self
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from nngeom.core.layout import Layout
@@ -17,10 +19,12 @@ if TYPE_CHECKING:
     from nngeom.pmat.pmat import PMat
     from nngeom.pmat.recipe import Recipe, Selection
 
+M_co = TypeVar("M_co", covariant=True)
+
 
 @dataclass(frozen=True, eq=False)
-class Representation:
-    """A representation with its options: what is passed as ``representation``."""
+class Representation(Generic[M_co]):
+    """A representation with its options: what is passed as ``representation`` to have a matrix of the class ``M``."""
 
     kind: type[Measured]
     settings: dict[str, Any]
@@ -59,7 +63,7 @@ class Representation:
         given = list(inspect.signature(self.kind.recipe).parameters.values())[1:]
         return {p.name: p.default for p in given if p.default is not p.empty} | self.settings
 
-    def last_sweep(self, matrix: PMat) -> Representation:
+    def last_sweep(self, matrix: PMat) -> Representation[Any]:
         """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is
         only one.
         """
@@ -69,7 +73,7 @@ class Representation:
         """The part of the parameter ``name``; parameters of different parts never share a block."""
         return 0
 
-    def member(self, part: int) -> Representation:
+    def member(self, part: int) -> Representation[Any]:
         """The representation of a ``part``."""
         return self
 
@@ -111,12 +115,12 @@ class Measured(ABC):
         return True
 
     @classmethod
-    def options(cls, **settings: Any) -> Representation:
+    def options(cls, **settings: Any) -> Representation[Self]:
         """This representation with options, its ``settings`` by name, for use inside :class:`PMatMixed`."""
         return Representation(cls, settings)
 
     @classmethod
-    def in_basis(cls, matrix: PMat) -> Representation:
+    def in_basis(cls, matrix: PMat) -> Representation[Self]:
         """This representation in the kept basis of ``matrix``, measured in one sweep, where it has such a thing."""
         raise UnsupportedError(
             f"{cls.__name__} with parts of several sweeps is not estimated from random probes; mix others than "
@@ -124,7 +128,7 @@ class Measured(ABC):
         )
 
 
-def as_representation(r: Any, **settings: Any) -> Representation:
+def as_representation(r: Any, **settings: Any) -> Representation[Any]:
     """A representation from a PMat class or one with options."""
     if isinstance(r, Representation):
         if settings:

@@ -142,7 +142,9 @@ def _one_by_one(
     return [pile.all for pile in piles]
 
 
-def _grad(outputs, inputs, v, *, retain, create_graph, **options):
+def _grad(
+    outputs: Any, inputs: Any, v: Tensor, *, retain: bool, create_graph: bool, **options: Any
+) -> list[Tensor | None]:
     grads = gradients(outputs, inputs, v, retain_graph=retain or create_graph, create_graph=create_graph, **options)
     return [dense(g) for g in grads]
 

@@ -35,7 +35,7 @@ class Descent:
     positions that share a gradient are summed.
     """
 
-    def __init__(self, capture: Capture, groups: list[UseGroup], *, keep_graph: bool, explicit: bool):
+    def __init__(self, capture: Capture, groups: list[UseGroup], *, keep_graph: bool, explicit: bool) -> None:
         self.capture, self.uses, self.groups = capture, capture.uses, groups
         self.keep_graph, self.explicit = keep_graph, explicit
         self.n = capture.outputs.shape[0]
@@ -221,7 +221,7 @@ class _Halts:
     when the one before was pulled on.
     """
 
-    def __init__(self, empty: Empty):
+    def __init__(self, empty: Empty) -> None:
         self._empty, self._which = empty, 0
         self._sizes: tuple[int, ...] = ()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from nngeom.space.collection import LayerCollection
 
 Gradients = Sequence[Tensor] | Mapping[int, Tensor]  # of the outputs of uses, by index
 Empty = Callable[[Hashable, Sequence[int], Tensor], Tensor]  # as memory.fresh
+Part = tuple[Any, Tensor, Use]  # inputs of one use, None where a bias is alone, and gradients
 
 
 PlacedUse = tuple[int, Recorded, ExampleAxis]  # index into the list of uses, and where its examples lie
@@ -54,7 +56,7 @@ class UseGroup:
 
     def _unlike(self, gradients: Gradients, n: int, empty: Empty) -> LayerJacobian:
         """Like uses joined, unlike ones summed."""
-        groups: dict[tuple[Arrangement, bool], list] = {}
+        groups: dict[tuple[Arrangement, bool], list[Part]] = {}
         for placed, arrangement in zip(self.uses, self.arrangements or ()):
             like = arrangement, placed[1].use.lookup
             groups.setdefault(like, []).append(self._part(placed, gradients, n, arrangement, empty))
@@ -63,7 +65,7 @@ class UseGroup:
             return TiedJacobian(tuple((a != main, self._factored(parts)) for (a, _), parts in groups.items()))
         return SumJacobian(tuple((a, self._join(parts)) for (a, _), parts in groups.items()))
 
-    def _part(self, placed: PlacedUse, gradients: Gradients, n: int, full: Arrangement, empty: Empty):
+    def _part(self, placed: PlacedUse, gradients: Gradients, n: int, full: Arrangement, empty: Empty) -> Part:
         j, recorded, axis = placed
         use, lead = recorded.use, len(recorded.use.lead)
         g = wide(axis.split(use.gradients(gradients[j]), n, 1, lead))
@@ -100,17 +102,17 @@ class UseGroup:
         column = use.weight.column if use.weight is not None else 0
         return _with_ones(a, column, width, empty) if self.with_bias else _pad(a, column, width)
 
-    def _join(self, parts) -> LayerJacobian:
+    def _join(self, parts: list[Part]) -> LayerJacobian:
         use = parts[0][2]
         if not self.with_weight:
             rows = [g[:, :, 0].flatten(2) for _, g, _ in parts]  # [k n p], of groups or of outputs
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))[:, :, None, None])
         if use.elementwise:
-            rows = [contract.scaled_sums(g[..., 0], a, self.with_bias) for a, g, _ in parts]
+            rows = [contract.scaled_sums(g[..., 0], a, ones=self.with_bias) for a, g, _ in parts]
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)).unsqueeze(3))
         return self._factored(parts)
 
-    def _factored(self, parts) -> FactoredJacobian:
+    def _factored(self, parts: list[Part]) -> FactoredJacobian:
         a0, g0, use = parts[0]
         a = a0 if len(parts) == 1 else torch.cat([a for a, _, _ in parts], 1)
         g = g0 if len(parts) == 1 else torch.cat([g for _, g, _ in parts], 2)

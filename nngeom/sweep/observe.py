@@ -104,7 +104,7 @@ class Observer:
 
 
 class _Visit:
-    def __init__(self, observer: Observer, *, record: bool):
+    def __init__(self, observer: Observer, *, record: bool) -> None:
         self.observer, self.record = observer, record
         self.observation = Observation()
         self.passages: list[Passage] = []

@@ -29,7 +29,7 @@ FORMAT = "nngeom-track-1"
 class geometric:
     """A schedule: steps 0, 1, 2, ... each at least ``factor`` times the last, for plots against ``log(step)``."""
 
-    def __init__(self, factor: float = 1.15):
+    def __init__(self, factor: float = 1.15) -> None:
         if factor <= 1:
             raise ArgumentError(f"factor is {factor}; expected a number above 1")
         self.factor, self.last = factor, -1

@@ -101,7 +101,7 @@ def approximation_report(
         reference.layer_collection.require(m.layer_collection, f"the matrix {name!r}")
     if not matrices or draws < 1:
         raise ArgumentError(f"got {len(matrices)} matrices and draws={draws}; expected at least one of each")
-    trace = float(reference.trace())  # type: ignore[attr-defined]
+    trace = float(reference.trace())
     if dampings is None:
         dampings = [x * abs(trace) / reference.shape[0] for x in (0.01, 0.1, 1.0, 10.0)]
     checked = [as_damping(x) for x in dampings]
@@ -128,7 +128,7 @@ def _measures(
     mv = m.product(v.to(m.dtype)).to(v)
     quadratic = (v * fv).sum(-1)
     out = {
-        "trace": (torch.as_tensor(float(m.trace()), dtype=torch.float64) - trace).abs() / abs(trace),  # type: ignore[attr-defined]
+        "trace": (torch.as_tensor(float(m.trace()), dtype=torch.float64) - trace).abs() / abs(trace),
         "quadratic": ((v * mv).sum(-1) - quadratic).abs() / quadratic.abs(),
         "forward cos": torch.cosine_similarity(fv, mv, eps=0.0),
         "forward residual": (fv - mv).norm(dim=-1) / fv.norm(dim=-1),
