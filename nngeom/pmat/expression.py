@@ -58,10 +58,10 @@ class PMatExpression(ParameterOperator):
         return PMatDense.of_blocks(self.layer_collection, {span: DenseBlock(self.to_dense(limit))}, 0)
 
     def solve(
-        self, b: Any, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None
+        self, b: Any, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_steps: int | None = None
     ) -> Any:
         """``(M + damping I)^-1 b``: dense below the size limit, above it conjugate gradients to a relative residual
-        ``tol``, in ``max_iter`` steps at most (by default ten times the side, at most 10 000).
+        ``tol``, in ``max_steps`` steps at most (by default ten times the side, at most 10 000).
         """
         d = as_damping(damping)
         if self.shape[0] <= DENSE_LIMIT:
@@ -73,7 +73,7 @@ class PMatExpression(ParameterOperator):
                 "solving with a product, or with Cutoff or FactoredTikhonov on a sum, needs the dense matrix; "
                 "this one is above the size limit"
             )
-        solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter)
+        solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_steps)
         return self._apply(lambda x: solution(solver, [*self.terms(), (d.value, identity)], x, self.held), b)
 
     def _solve_general(self, x: Tensor, damping: Damping) -> Tensor:
@@ -208,10 +208,10 @@ class PMatProduct(PMatExpression):
     def trace(self):
         return self.to_dense().trace()
 
-    def solve(self, b, damping=0.0, tol=1e-6, max_iter=None):
+    def solve(self, b, damping=0.0, tol=1e-6, max_steps=None):
         if as_damping(damping) == Tikhonov(0.0):
             return (1 / self.scale) * self.right.solve(self.left.solve(b, 0.0), 0.0)  # type: ignore[attr-defined]
-        return super().solve(b, damping, tol, max_iter)
+        return super().solve(b, damping, tol, max_steps)
 
     def inverse(self, damping=0.0):
         raise UnsupportedError("the inverse of a product is not offered as a matrix; use solve(b, damping)")
