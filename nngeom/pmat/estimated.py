@@ -133,6 +133,7 @@ class EstimatedOperator(ParameterOperator):
         return slq_logdet(self.product, self.shape[0], self._like, number, steps, samples, generator)
 
     def refusal(self, what: str) -> UnsupportedError:
+        """The error that ``what`` is not offered."""
         return UnsupportedError(
             f"an implicit matrix has no {what}; lanczos(k) and spectral_density() estimate its spectrum, or "
             "build a PMatDense, PMatKFAC or PMatEKFAC"

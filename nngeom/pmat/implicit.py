@@ -60,7 +60,7 @@ class PMatImplicit(EstimatedOperator):
         return replace(self, scale=c * self.scale)
 
     def named(self, x: Tensor) -> dict[str, Tensor]:
-        """A vector ``[d]`` as a tangent of every parameter."""
+        """A vector ``x [d]`` as a tangent of every parameter."""
         v = PVector(self.layer_collection, x)
         return {name: v[name].to(p.dtype) for name, p in self.network.parameters.items()}
 
@@ -79,7 +79,7 @@ class PMatImplicit(EstimatedOperator):
             return (self.products(flat) if len(flat) else flat).reshape(x.shape)
 
     def products(self, x: Tensor) -> Tensor:
-        """``[b, d] -> [b, d]`` before scaling, under the budget in force."""
+        """Products of ``x [b, d]`` before scaling, under the budget in force."""
         raise UnsupportedError("an implicit operator defines its products")
 
     # -- layers --------------------------------------------------------------------------------------------------------

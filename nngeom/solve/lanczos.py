@@ -21,7 +21,7 @@ MOST = 10_000  # products, unless told otherwise
 LOOKS = 4  # at what has converged, while the basis is filled
 KEPT = 5  # tenths of the vectors beyond those wanted that survive a restart
 LEAST_ASKED = 15  # products from a random vector: of a separate eigenvalue it shows a million parts by then
-MOST_ASKED = 2  # fillings of the basis in which a random vector that leaves doubt is followed
+MOST_ASKED = 1  # fillings of the basis in which a random vector that leaves doubt is followed
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,8 @@ def _iterate(basis: Basis, k: int, order: Callable[[Tensor], Tensor], tol: float
     stride = max(8, (basis.m - k) // LOOKS)
     while True:
         before = basis.products
-        basis.extend(min(max(basis.size, k) + stride, basis.m, basis.size + most - before))
+        ahead = LEAST_ASKED if pairs is not None and asked == 0 else stride
+        basis.extend(min(max(basis.size, k) + ahead, basis.m, basis.size + most - before))
         ritz = basis.ritz(order)
         if basis.size == basis.d:
             return basis.pairs(ritz, k), True
