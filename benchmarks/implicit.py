@@ -15,7 +15,7 @@ from benchmarks.timing import clock, interleaved
 from nngeom.solve.lanczos import lanczos
 
 VECTORS = 32
-COUNTS = (20, 50)
+COUNTS = (5, 20, 50)
 
 
 class _Sequences(nn.Module):
