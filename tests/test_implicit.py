@@ -207,6 +207,14 @@ def test_norms_of_kernels():
     assert vectors.shape == (3, k.outputs, k.columns)
 
 
+def test_factors_that_require_gradients():
+    m = torch.tensor(2.0, dtype=f64, requires_grad=True) * measured("FIM", build("mlp"))
+    top, _ = m.lanczos(2)
+    assert not top.requires_grad
+    close(top, torch.linalg.eigvalsh(m.to_dense().detach()).flip(0)[:2], 1e-6)
+    assert not m.logdet(0.1, estimator="slq", samples=4).value.requires_grad
+
+
 def test_unconverged_eigenvalues():
     case = build("mlp")
     for m in (measured("FIM", case), nng.GramMatrix(case.model, case.loader, nng.FMatImplicit)):

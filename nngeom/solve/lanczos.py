@@ -151,6 +151,7 @@ def _both(values: Tensor) -> Tensor:
 ENDS = {"largest": _largest, "smallest": _smallest, "both": _both}
 
 
+@torch.no_grad()
 def lanczos(
     matrix: Callable[[Tensor], Tensor],
     start: Tensor,
@@ -167,8 +168,8 @@ def lanczos(
     times the largest absolute eigenvalue met, through ``max_steps`` products at most (ten times the side and at most
     10 000 by default).
 
-    Raises :class:`ConvergenceError`, unless not ``strict``; its ``iterate`` is what was reached. Source: Wu and Simon
-    2000 (thick restarts).
+    Raises :class:`ConvergenceError`, unless not ``strict``; its ``iterate`` is what was reached. No gradient passes.
+    Source: Wu and Simon 2000 (thick restarts).
     """
     d = start.numel()
     require_wanted(k, d, which)

@@ -96,6 +96,7 @@ def quadrature(t: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors[..., 0, :].square()
 
 
+@torch.no_grad()
 def tridiagonal(
     matrix: Callable[[Tensor], Tensor],
     d: int,
