@@ -89,6 +89,10 @@ class Network:
         """The layer of a parameter."""
         return self.collection.layers[self.collection.names.index(name)]
 
+    def only(self, names: tuple[str, ...]) -> Network:
+        """The same with some of its parameters selected, ``names``."""
+        return Network.build(self.model, self.function, self.collection.only(names))
+
     # -- batches -------------------------------------------------------------------------------------------------------
 
     def batches(self, loader: Any) -> Iterator[Batch]:

@@ -11,14 +11,15 @@ from nngeom.core.linalg import flat_rows
 from nngeom.core.linear import linear
 from nngeom.fmat.chunks import span
 from nngeom.fmat.side import Side
-from nngeom.pmat.tangents import tangents_or_rows, times_rows
+from nngeom.pmat.tangents import at_once_or_not, tangents_or_rows, times_rows
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.linearization import Linearization
+from nngeom.pullback.many_tangents import ManyTangents
 from nngeom.space.pvector import PVector
 
 
 def push(side: Side, v: Tensor) -> Tensor:
-    """``J v``: ``[*b, d] -> [*b, c, n]``, a forward-mode pass a vector, or by rows; differentiable in ``v``."""
+    """``J v``: ``[*b, d] -> [*b, c, n]``, by tangents or by rows; differentiable in ``v``."""
     return linear(lambda x: _push(side, x), lambda u: _pull(side, u), v, side.parameters)
 
 
@@ -35,8 +36,20 @@ def _push(side: Side, v: Tensor) -> Tensor:
     with side.within():
         if not len(flat):
             return v.new_zeros(*v.shape[:-1], side.outputs, side.examples)
-        pushed = tangents_or_rows(lambda: _by_tangents(side, flat), lambda: _by_rows(side, flat))
+        one_by_one = lambda: tangents_or_rows(lambda: _by_tangents(side, flat), lambda: _by_rows(side, flat))
+        pushed = at_once_or_not(lambda: _at_once(side, flat), one_by_one) if len(flat) > 1 else one_by_one()
     return pushed.view(*v.shape[:-1], *pushed.shape[1:])
+
+
+def _at_once(side: Side, v: Tensor) -> Tensor:
+    """``[b, d] -> [b, c, n]``, all vectors through one graph a batch."""
+    parts = []
+    for batch in side.run.loader:
+        tangents = ManyTangents.of(side.run.network, batch)
+        tangents.require_right()
+        pushed = [tangents.push(v[lo:hi]) for lo, hi in tangents.pieces(len(v))]
+        parts.append(torch.cat(pushed).flatten(2).transpose(1, 2).to(v.dtype))
+    return torch.cat(parts, 2)
 
 
 def _by_tangents(side: Side, v: Tensor) -> Tensor:

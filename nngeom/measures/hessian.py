@@ -41,7 +41,6 @@ from nngeom.pmat.representation import Representation
 from nngeom.pullback.captured_pass import Pass
 from nngeom.pullback.proofs import Proof
 from nngeom.space.collection import LayerCollection
-from nngeom.space.pvector import PVector
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy, Sweep, require_examples
 
@@ -204,19 +203,17 @@ class ImplicitHessian(PMatImplicit):
 
     width: int = 0  # bytes of the activations of an example, roughly
 
-    def _unscaled(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        total, count = torch.zeros_like(flat), 0
-        with self.run.within():
-            for batch in batchwise(self.sweep, self.width):
-                for lo, hi, rows in batch.times(self.layer_collection.names, lambda lo, hi: flat[lo:hi], len(flat)):
-                    total[lo:hi] += rows
-                count += batch.examples
-        return (total / count).reshape(x.shape)
+    def products(self, x: Tensor) -> Tensor:
+        total, count = torch.zeros_like(x), 0
+        for batch in batchwise(self.sweep, self.width):
+            for lo, hi, rows in batch.times(self.layer_collection.names, lambda lo, hi: x[lo:hi], len(x)):
+                total[lo:hi] += rows
+            count += batch.examples
+        return total / count
 
     def _exact_trace(self) -> Tensor:
-        return self.diag().flat().sum()
+        return self._exact_diagonal().sum()
 
-    def diag(self) -> PVector:
+    def _exact_diagonal(self) -> Tensor:
         with self.run.within():
-            return PVector(self.layer_collection, self.scale * diagonal(self.sweep, self.width)[0])
+            return self.scale * diagonal(self.sweep, self.width)[0]

@@ -15,7 +15,7 @@ from nngeom.cotangents.loss import GaussNewton
 from nngeom.cotangents.probes import Probes
 from nngeom.pmat.drive import Repeated, built, finished, one_dtype, require_finite
 from nngeom.pmat.estimate import MatrixEstimate
-from nngeom.pmat.implicit import implicit
+from nngeom.pmat.implicit_fisher import implicit
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
 from nngeom.sweep.columns import Cotangents

@@ -17,7 +17,8 @@ from nngeom.cotangents.probes import Probes
 from nngeom.measures.probed import estimate, implicit_estimate, probed, require_samples
 from nngeom.pmat.drive import Repeated, built
 from nngeom.pmat.estimate import MatrixEstimate
-from nngeom.pmat.implicit import PMatImplicit, implicit
+from nngeom.pmat.implicit import PMatImplicit
+from nngeom.pmat.implicit_fisher import implicit
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import Representation, as_representation

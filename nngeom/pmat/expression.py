@@ -59,9 +59,11 @@ class PMatExpression(ParameterOperator):
         span: Layout = self.layer_collection.span()
         return PMatDense.of_blocks(self.layer_collection, {span: DenseBlock(self.to_dense(limit))}, 0)
 
-    def solve(self, b: V, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None) -> V:
+    def solve(
+        self, b: V, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_steps: int | None = None
+    ) -> V:
         """``(M + damping I)^-1 b``: dense below the size limit, above it conjugate gradients to a relative residual
-        ``tol``, in ``max_iter`` steps at most (by default ten times the side, at most 10 000).
+        ``tol``, in ``max_steps`` steps at most (by default ten times the side, at most 10 000).
         """
         d = as_damping(damping)
         if self.shape[0] <= DENSE_LIMIT:
@@ -73,7 +75,7 @@ class PMatExpression(ParameterOperator):
                 "solving with a product, or with Cutoff or FactoredTikhonov on a sum, needs the dense matrix; "
                 "this one is above the size limit"
             )
-        solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter)
+        solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_steps)
         return self._apply(lambda x: solution(solver, [*self.terms(), (d.value, identity)], x, self.held), b)
 
     def _solve_general(self, x: Tensor, damping: Damping) -> Tensor:
@@ -206,10 +208,12 @@ class PMatProduct(PMatExpression):
     def trace(self) -> Tensor:
         return self.to_dense().trace()
 
-    def solve(self, b: V, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None) -> V:
+    def solve(
+        self, b: V, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_steps: int | None = None
+    ) -> V:
         if as_damping(damping) == Tikhonov(0.0):
             return self._apply(lambda x: x / self.scale, self.right.solve(self.left.solve(b, 0.0), 0.0))
-        return super().solve(b, damping, tol, max_iter)
+        return super().solve(b, damping, tol, max_steps)
 
     def inverse(self, damping: float | Tensor | Damping = 0.0) -> PMat:
         raise UnsupportedError("the inverse of a product is not offered as a matrix; use solve(b, damping)")

@@ -86,6 +86,13 @@ class Linearization:
             (tangent,) = torch.autograd.grad(torch.stack(parts).sum(), u, retain_graph=True, allow_unused=True)
             return outputs, torch.zeros_like(outputs) if tangent is None else tangent.detach()
 
+    def twice_is_right(self, batch: Batch, outputs: Tensor) -> bool:
+        """Whether double backward gives ``J v`` on this ``batch``: remembered of the graph of its ``outputs``, or asked
+        of them.
+        """
+        known = self._known(self._twice, outputs)
+        return self._ask(self._twice, batch, outputs) if known is None else known
+
     def _keys(self, way: Callable[..., tuple[Tensor, Tensor]], outputs: Tensor) -> Iterator[tuple[object, ...]]:
         """Of the graph, then of these very outputs."""
         graph = read(outputs, self.network.ids, self.network.registered)

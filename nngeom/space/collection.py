@@ -102,6 +102,12 @@ class LayerCollection:
             table[layer] = (*table.get(layer, ()), name)
         return table
 
+    def only(self, names: Iterable[str]) -> LayerCollection:
+        """The collection of some of these parameters, ``names``, in this order."""
+        kept = set(names)
+        chosen = [entry for entry in zip(self.names, self.shapes, self.layers) if entry[0] in kept]
+        return LayerCollection(*(tuple(part) for part in zip(*chosen)))
+
     def span(self, names: Iterable[str] | None = None) -> Layout:
         """The layout of whole parameters, ``names``, in flat order (all of them by default)."""
         table = self.offsets()
