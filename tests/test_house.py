@@ -144,6 +144,7 @@ NAMES_REPRESENTATIONS = [
     ("measures", BY_PRODUCTS, "they hold a model, and are not measured by a recipe or by tiles"),
     ("measures", {"PushForwardDense", "PullBackDense"}, "maps have two representations each"),
     ("measures", {"FMatDense", "FMatDiag", "FMatBlockDiag"}, "files and estimates of kernels are of these kinds"),
+    ("measures", {"PMatKFAC", "PMatLowRank"}, "what is measured by default, said to type checkers"),
     ("checks", {"PMatSum", "FMatSum"}, "sums do not check their own values"),
     ("tree", {"PMatSum", "PMatProduct", "FMatSum", "PushForwardDense", "PullBackDense"}, "a closed list, for files"),
     ("analysis", {"FMatDense"}, "kernels of a quantity's own, entry by entry"),

@@ -153,7 +153,9 @@ class EstimatedKernel(FunctionOperator):
             raise self._refuse('exact logdet(); logdet(damping, estimator="slq") estimates it')
         self.require_symmetric("logdet")
         number = require_slq(estimator, damping)
-        return slq_logdet(self.flat_product(), self.shape[0], self._like, number, steps, samples, generator)
+        return slq_logdet(
+            self.flat_product(), self.shape[0], self._like, number, steps, samples=samples, generator=generator
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered; raises :class:`UnsupportedError`."""

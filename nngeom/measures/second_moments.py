@@ -9,23 +9,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood, seed_of
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.loss import EmpiricalFisher, GaussNewton, Loss, as_loss
-from nngeom.cotangents.probes import Probes
-from nngeom.measures.probed import estimate, implicit_estimate, probed, require_samples
-from nngeom.pmat.drive import Repeated, built
+from nngeom.measures.measured import measured
+from nngeom.measures.probed import probed, require_samples
 from nngeom.pmat.estimate import MatrixEstimate
-from nngeom.pmat.implicit import PMatImplicit
-from nngeom.pmat.implicit_fisher import implicit
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.operator import ParameterOperator
-from nngeom.pmat.representation import Representation, as_representation
+from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
-from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Policy, Sweep
+from nngeom.sweep.sweep import Policy
 
 M = TypeVar("M", bound=ParameterOperator, default=PMatKFAC)
 
@@ -239,20 +234,3 @@ def GGN(
     )
     cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
     return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None))
-
-
-def measured(
-    run: Run, cotangents: Cotangents, representation: Any, options: dict[str, Any], policy: Policy
-) -> ParameterOperator | MatrixEstimate:
-    """Any metric in any representation: the representation's recipe driven over sweeps of the data."""
-    sweep = Sweep(run, cotangents, policy)
-    with run.within():
-        if representation is PMatImplicit:
-            if options:
-                raise ArgumentError(f"PMatImplicit has no option {list(options)}")
-            return implicit_estimate(sweep) if isinstance(cotangents, Probes) else implicit(sweep)
-        chosen = as_representation(representation, **options)
-        sweep = sweep.but(part_of=chosen.part_of)
-        if isinstance(cotangents, Probes):
-            return estimate(chosen, sweep)
-        return built(chosen, run.network.collection, Repeated(sweep, chosen.passes))

@@ -130,7 +130,7 @@ class EstimatedOperator(ParameterOperator):
         if estimator is None:
             raise self.refusal('exact logdet(); logdet(damping, estimator="slq") estimates it')
         number = require_slq(estimator, damping)
-        return slq_logdet(self.product, self.shape[0], self._like, number, steps, samples, generator)
+        return slq_logdet(self.product, self.shape[0], self._like, number, steps, samples=samples, generator=generator)
 
     def refusal(self, what: str) -> UnsupportedError:
         """The error that ``what`` is not offered."""
