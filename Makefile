@@ -26,6 +26,7 @@ test-slow: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright -p tests/typing --pythonpath $(BIN)/python
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 docs: setup

@@ -4,6 +4,7 @@ outputs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ class Workload:
 def mlp(width: int = 300, depth: int = 6, inputs: int = 784, outputs: int = OUTPUTS) -> nn.Module:
     """Linear layers and ReLU."""
     sizes = [inputs] + [width] * depth
-    layers = [layer for a, b in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.pycode import ModuleAnalyzer
 
 from nngeom import __version__
 
@@ -72,6 +73,14 @@ def hide(app, what, name, x, skip, options):
     return True if name in ("__init__", "__new__") and not public.parameters(x) else None
 
 
+def whole_signatures(app):
+    """The page of an overloaded function shows the one signature that runs; overloads are for type checkers."""
+    for name in [name for name in sys.modules if name.startswith("nngeom.")]:
+        analyzer = ModuleAnalyzer.for_module(name)
+        analyzer.analyze()
+        analyzer.overloads.clear()
+
+
 def setup(app):
     """Pages of the parts built on top of the core join the table of contents by being there."""
     order = ["function_space", "analysis", "linearized", "optimizers", "tracking", "distributed", "benchmarks"]
@@ -89,5 +98,6 @@ def setup(app):
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("source-read", insert)
     app.connect("env-get-outdated", lambda app, env, *args: [n for n in env.all_docs if n in made or "/" in n])
+    app.connect("builder-inited", whole_signatures)
     app.connect("autodoc-skip-member", hide)
     app.connect("autodoc-process-docstring", splice)

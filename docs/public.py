@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 PACKAGES = ("nngeom", "nngeom.optim", "nngeom.analysis", "nngeom.mgs", "nngeom.linearized", "nngeom.track")
+PACKAGES += ("nngeom.layers", "nngeom.pmat", "nngeom.cotangents")  # for those who write their own
 SHARED = {
     "model",
     "loader",

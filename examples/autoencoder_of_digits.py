@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gzip
+import itertools
 import warnings
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def autoencoder(seed: int, batch_norm: bool = False, widths: tuple[int, ...] = W
     """Logits of the pixels."""
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
-    for j, (fan_in, width) in enumerate(zip(widths, widths[1:])):
+    for j, (fan_in, width) in enumerate(itertools.pairwise(widths)):
         linear = nn.Linear(fan_in, width)
         linear.weight.data.normal_(0, fan_in**-0.5, generator=generator)
         linear.bias.data.zero_()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.linearized import Run, Scaled
+from nngeom.linearized import Curves, Scaled
 
 # Okabe & Ito's colours, distinguishable with any colour vision: one a regime, everywhere.
 COLOURS = {0.5: "#009E73", 1.0: "#D55E00", 100.0: "#0072B2"}
@@ -27,14 +27,14 @@ def descend(
     every: float,
     until: float,
     steps: int,
-) -> Run:
+) -> Curves:
     """Full-batch gradient descent with momentum 0.9 on the alpha-scaled model, at the learning rate ``lr / alpha**2``.
 
     ``losses(outputs, y) -> (n,)``. A record has ``step``, ``loss`` and what ``measure(scaled, example losses)``
     returns; records are taken when the step has grown by the share ``every`` (and at every one of the first), until the
     mean loss is below ``until`` or ``steps`` are done.
     """
-    scaled, run, due = Scaled(model, alpha), Run(), 0
+    scaled, run, due = Scaled(model, alpha), Curves(), 0
     optimizer = torch.optim.SGD(scaled.parameters(), lr=scaled.learning_rate(lr), momentum=0.9)
     for step in range(steps + 1):
         optimizer.zero_grad()

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 import nngeom as nng
 from nngeom.linearized import (
+    Curves,
     Groups,
     Linearized,
     QuadraticData,
-    Run,
     equal_progress,
     gradient_flow,
     groups_by_flag,
@@ -55,21 +55,21 @@ def problems() -> dict[str, tuple[QuadraticData, Groups]]:
     }
 
 
-def relative(run: Run) -> dict[str, Tensor]:
+def relative(run: Curves) -> dict[str, Tensor]:
     """Every curve divided by its start."""
     return {name: run[name] / run[name][0] for name in run}
 
 
-def errors(predictions: Tensor, data: QuadraticData, groups: Groups) -> Run:
+def errors(predictions: Tensor, data: QuadraticData, groups: Groups) -> Curves:
     """Losses ``predictions (times, n)`` make, whole and by group."""
-    run = Run()
+    run = Curves()
     for f in predictions:
         each = 0.5 * (f - data.y).square()
         run.record(loss=each.mean(), **groups.means(each))
     return run
 
 
-def quadratic(data: QuadraticData, groups: Groups, regime: str, flow: bool = False) -> Run:
+def quadratic(data: QuadraticData, groups: Groups, regime: str, flow: bool = False) -> Curves:
     """The quadratic model in closed form, or by integration."""
     modes = singular_modes(data.X, data.y)
     w0 = torch.full_like(modes.mu, SIGMA**0.5)
@@ -85,7 +85,7 @@ def quadratic(data: QuadraticData, groups: Groups, regime: str, flow: bool = Fal
     return errors(modes.predict(data.X, theta), data, groups)
 
 
-def network(data: QuadraticData, groups: Groups, regime: str, activation: nn.Module, seed: int) -> Run:
+def network(data: QuadraticData, groups: Groups, regime: str, activation: nn.Module, seed: int) -> Curves:
     """A dense two-layer network, as it is or linearised at the start; the step is set by its tangent kernel."""
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -101,7 +101,7 @@ def network(data: QuadraticData, groups: Groups, regime: str, activation: nn.Mod
     else:  # the kernel grows with the weights: to about twice the norm of the solution times that of the data
         largest = torch.linalg.matrix_norm(data.X, 2)
         lr = 0.1 * n / float(largest * data.y.norm() + largest**2)
-    optimizer, run = torch.optim.SGD(model.parameters(), lr=lr), Run()
+    optimizer, run = torch.optim.SGD(model.parameters(), lr=lr), Curves()
     for step in range(6000):
         optimizer.zero_grad()
         each = 0.5 * (model(data.X) - targets).square()[:, 0]
@@ -114,7 +114,7 @@ def network(data: QuadraticData, groups: Groups, regime: str, activation: nn.Mod
     return run
 
 
-def at_levels(run: Run) -> dict[str, Tensor]:
+def at_levels(run: Curves) -> dict[str, Tensor]:
     """Relative curves at relative losses."""
     curves = relative(run)
     return equal_progress(curves, curves, LEVELS).a

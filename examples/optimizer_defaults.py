@@ -11,6 +11,7 @@ on the last three nothing was.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import warnings
@@ -47,7 +48,7 @@ def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> Callable
     def make(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:]):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), activation()]
         return nn.Sequential(*layers[:-1])
 

@@ -1,5 +1,7 @@
 """``nngeom``: the matrices of deep learning as objects to compute with."""
 
+import typing as _typing
+
 from nngeom.core.damping import Cutoff, FactoredTikhonov, Relative, Tikhonov
 from nngeom.core.errors import (
     ArgumentError,
@@ -26,8 +28,6 @@ from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.causal import CausalLM
 from nngeom.cotangents.cross_entropy import CrossEntropy
 from nngeom.cotangents.likelihood import Bernoulli, Gaussian, Likelihood, Poisson
-from nngeom.diagnosis import diagnose
-from nngeom.explain import explain
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.implicit import FMatImplicit
@@ -36,7 +36,8 @@ from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
 from nngeom.measures.covariance import GradientCovariance
 from nngeom.measures.hessian import Hessian
-from nngeom.measures.kernels import GramMatrices, GramMatrix, Jacobian
+from nngeom.measures.jacobian import Jacobian
+from nngeom.measures.kernels import GramMatrices, GramMatrix
 from nngeom.measures.rows import rows
 from nngeom.measures.second_moments import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
 from nngeom.pmat.dense import PMatBlockDiag, PMatDense
@@ -50,10 +51,12 @@ from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
 from nngeom.regression import gradient_flow_mse, kernel_regression
-from nngeom.report import approximation_report
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
+from nngeom.views.approximation import approximation_report
+from nngeom.views.diagnosis import diagnose
+from nngeom.views.explanation import explain
 
 __version__ = "0.1.0"
 
@@ -132,10 +135,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    """The subpackages, imported when they are first asked for: ``nng.analysis.coherence(...)``."""
-    if name in ("analysis", "linearized", "mgs", "optim", "solve", "track"):
-        import importlib
+if _typing.TYPE_CHECKING:
+    from nngeom import analysis as analysis
+    from nngeom import linearized as linearized
+    from nngeom import mgs as mgs
+    from nngeom import optim as optim
+    from nngeom import solve as solve
+    from nngeom import track as track
+else:
 
-        return importlib.import_module(f"nngeom.{name}")
-    raise AttributeError(f"module 'nngeom' has no attribute {name!r}")
+    def __getattr__(name: str):
+        """The subpackages, imported when they are first asked for: ``nng.analysis.coherence(...)``."""
+        if name in ("analysis", "linearized", "mgs", "optim", "solve", "track"):
+            import importlib
+
+            return importlib.import_module(f"nngeom.{name}")
+        raise AttributeError(f"module 'nngeom' has no attribute {name!r}")

@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import Queue
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("core", "pmat", "fmat", "metrics", "generator", "optim")
+FOLDERS = ("core", "pmat", "fmat", "cotangents", "capture", "pullback", "sweep", "optim")
 LIKELY = 6  # test files that are run by themselves, the likeliest first
 MEMORY = 24 * 2**30  # bytes of addresses: a change may allocate without end
 EXCHANGED = {

@@ -176,7 +176,7 @@ def test_unconverged_solves_raise():
     case = build("mlp")
     m = nng.FIM(case.model, case.loader, nng.PMatImplicit)
     with pytest.raises(nng.ConvergenceError, match="residual"):
-        m.solve(nng.PVector.randn(m.layer_collection, dtype=f64), 1e-6, max_iter=1)
+        m.solve(nng.PVector.randn(m.layer_collection, dtype=f64), 1e-6, max_steps=1)
 
 
 @pytest.mark.parametrize("kind", STORED)

@@ -13,7 +13,7 @@ import nngeom as nng
 from nngeom import analysis
 from nngeom.analysis.rows import layer_kernel
 from nngeom.cotangents.loss import EveryOutput
-from nngeom.fmat.tiles import Side
+from nngeom.fmat.side import Side
 from nngeom.sweep.run import Run
 
 ZOO = ["mlp", "conv2d", "attention", "language-model"]
@@ -143,7 +143,7 @@ def test_the_fast_formula_of_label_alignment(case):
     k = nng.GramMatrix(case.model, case.loader)
     labels = analysis.label_kernel(case.targets, 3, torch.float64)
     for how in (True, "global", False):
-        close(analysis.kernel_label_alignment(k, case.targets, how), analysis.alignment(k, labels, how))
+        close(analysis.kernel_label_alignment(k, case.targets, centered=how), analysis.alignment(k, labels, how))
     for centered in (True, False):
         close(analysis.label_alignment(case.model, case.loader, centered), analysis.alignment(k, labels, centered))
     kernels = nng.GramMatrices(case.model, case.loader)

@@ -1,4 +1,6 @@
-"""Hessians and covariances ask the representation what may enter it: subclasses, and those from outside."""
+"""Measures ask the representation what may enter it: subclasses, and those from outside."""
+
+from dataclasses import dataclass
 
 import pytest
 import reference
@@ -163,3 +165,14 @@ def test_a_recipe_of_ones_own_may_still_say_what_it_keeps():
     m = nng.Hessian(case.model, case.loader, PMatTold, loss="cross_entropy")
     close(m.diag().flat(), reference.hessian(case.model, case.inputs, case.targets, LOSS).diagonal())
     assert isinstance(next(iter(m.blocks.values())), Block)
+
+
+def test_kernels_between_two_sets_have_no_diagonal_in_subclasses_either():
+    @dataclass(frozen=True, eq=False, repr=False)
+    class FMatNamedDiag(nng.FMatDiag):
+        """The diagonal, under another name."""
+
+    case = build("mlp")
+    assert type(nng.GramMatrix(case.model, case.loader, FMatNamedDiag)) is FMatNamedDiag
+    with pytest.raises(nng.ArgumentError, match="no diagonal"):
+        nng.GramMatrix(case.model, case.loader, FMatNamedDiag, other=case.loader)

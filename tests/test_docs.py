@@ -22,8 +22,17 @@ def blocks(page: Path) -> list[str]:
     return ["\n" * text[: m.start(1)].count("\n") + m[1] for m in found]
 
 
+def shown(page: Path) -> list[Path]:
+    """The files that a page shows whole."""
+    names = re.findall(r"^```\{literalinclude\} (\S+)$", page.read_text(), re.M)
+    return [(page.parent / name).resolve() for name in names]
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.stem)
 def test_examples_run(page, tmp_path, monkeypatch):
+    """Files that are shown can be imported, as if they lay beside."""
+    for folder in {file.parent for file in shown(page)}:
+        monkeypatch.syspath_prepend(str(folder))
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": f"docs_{page.stem}"}
     for block in blocks(page):

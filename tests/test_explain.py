@@ -1,7 +1,8 @@
 """The report of what the engine sees."""
 
+import pytest
 import torch
-from cases import build
+from cases import CASES, build
 
 import nngeom as nng
 
@@ -15,26 +16,71 @@ def test_explain_names_operations_structures_and_costs():
     }
     assert report["positions.weight"].structure == "lookup"
     assert report["norm.weight"].structure == "exact" and report["norm.weight"].block == (3, 1, 2)
-    assert "Dense block" in str(report) and "tokens.weight" in str(report)
+    assert "BlockDiag" in str(report) and "tokens.weight" in str(report)
     gru = nng.explain(build("gru").model, build("gru").loader[0])
     assert gru["cell.weight_ih_l0"].structure == "fallback" and "one backward pass" in str(gru)
     assert gru["head.weight"].structure == "kronecker"
 
 
-def test_the_numbers_are_those_held():
-    for name in ("mlp", "conv2d", "residual", "embedding"):
-        c = build(name)
-        report = nng.explain(c.model, c.loader[0])
-        for kind, r in (("Diag", nng.PMatDiag), ("QuasiDiag", nng.PMatQuasiDiag), ("KFAC", nng.PMatKFAC)):
-            m = nng.FIM(c.model, c.loader, r)
-            seen, total = set(), 0
-            for row in report.rows:
-                block = next(lay for lay in nng.FIM(c.model, c.loader, nng.PMatKFAC).blocks if row.name in lay.names)
-                if block not in seen:
-                    seen.add(block)
-                    total += row.numbers[kind]
-            trivial = sum(b.g.numel() for b in m.blocks.values() if b.g.shape[-1] == 1) if kind == "KFAC" else 0
-            assert m.nbytes() == 8 * (total + trivial)
+TOLD = [nng.PMatDense, nng.PMatBlockDiag, nng.PMatDiag, nng.PMatQuasiDiag, nng.PMatKFAC, nng.PMatEKFAC]
+TOLD += [nng.PMatKFAC.options(sua=True), nng.PMatEKFAC.options(sua=True, sharing="reduce")]
+TOLD += [nng.PMatMixed({"*": nng.PMatMixed({"*": nng.PMatDiag})}), nng.PMatMixed({}, default=nng.PMatEKFAC)]
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("kind", range(len(TOLD)))
+def test_the_numbers_are_those_held(name, kind):
+    """The sum over blocks is what the measured matrix holds, or nothing is told and it cannot be measured."""
+    c = build(name)
+    report = nng.explain(c.model, c.loader[0], representations={"told": TOLD[kind]})
+    together = {names: layout.names for layout in next(nng.rows(c.model, c.loader)).jacobians for names in layout.names}
+    first = [row for row in report.rows if together.get(row.name, (row.name,))[0] == row.name]
+    counts = [row.numbers["told"] for row in first]
+    try:
+        m = nng.FIM(c.model, c.loader, TOLD[kind])
+    except nng.StructureError:
+        assert None in counts
+        return
+    assert sum(counts) == sum(t.numel() for b in m.blocks.values() for t in b.tensors())
+
+
+def test_representations_are_asked_and_the_leanest_comes_first():
+    c = build("mlp")
+    names = list(nng.explain(c.model, c.loader[0])["0.weight"].numbers)
+    known = ["Eye", "Diag", "QuasiDiag", "KFAC", "EKFAC", "BlockDiag", "Dense"]
+    assert [name for name in names if name in known] == known and "LowRank" not in names
+    few = nng.explain(c.model, c.loader[0], representations=(nng.PMatLowRank, nng.PMatKFAC.options(sua=True)))
+    assert list(few["0.weight"].numbers) == ["LowRank", "KFAC(sua=True)"] and few["0.weight"].numbers["LowRank"] is None
+    assert "  -" in str(few) and list(nng.explain(c.model, c.loader[0], representations=nng.PMatEye)["0.bias"].numbers)
+
+
+def test_what_is_no_representation_is_refused():
+    c = build("mlp")
+    with pytest.raises(nng.ArgumentTypeError, match="PMatKFAC"):
+        nng.explain(c.model, c.loader[0], representations=("diag",))
+    with pytest.raises(nng.ArgumentTypeError, match="PMatImplicit"):
+        nng.explain(c.model, c.loader[0], representations=(nng.PMatImplicit,))
+    mixtures = [nng.PMatMixed({"*": kind}) for kind in (nng.PMatDiag, nng.PMatEye, nng.PMatKFAC)]
+    with pytest.raises(nng.ArgumentError, match=r"two representations .* pass a dict"):
+        nng.explain(c.model, c.loader[0], representations=mixtures)
+
+
+def test_a_recipe_of_ones_own_is_not_spoken_for():
+    class PMatTwice(nng.PMatDiag):
+        @classmethod
+        def recipe(cls, selection):
+            return (yield from super().recipe(selection))
+
+    class PMatThrice(PMatTwice):
+        @classmethod
+        def entries_of(cls, layout, rows, selection):
+            return 3 * layout.numel
+
+    c = build("mlp")
+    row = nng.explain(c.model, c.loader[0], representations=(PMatTwice, PMatThrice))["0.bias"]
+    assert row.numbers == {"Twice": None, "Thrice": 3 * nng.explain(c.model, c.loader[0])["0.bias"].numbers["Diag"]}
+    apart = nng.PMatMixed({"*bias": nng.PMatDiag}, default=nng.PMatKFAC)
+    assert nng.explain(c.model, c.loader[0], representations=apart)["0.bias"].numbers == {"Mixed": None}
 
 
 def test_unused_parameters_are_reported():

@@ -18,8 +18,8 @@ import nngeom.measures.kernels
 from nngeom.core import files
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.fingerprint import Fingerprint
+from nngeom.fmat.side import Side
 from nngeom.fmat.store import FileStore
-from nngeom.fmat.tiles import Side
 from nngeom.sweep.run import Run
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import cases
 import pytest
@@ -131,7 +132,7 @@ def test_large_alpha_follows_the_linearized_model():
         train(scaled, x, y, scaled.learning_rate(0.2), 100, path=other)
         errors.append((torch.stack(other) - torch.stack(path)).abs().max())
     assert errors[-1] < 1e-2
-    for big, small in zip(errors, errors[1:]):
+    for big, small in itertools.pairwise(errors):
         assert abs(big / small - 2) < 0.05
 
 

@@ -9,8 +9,8 @@ import torch
 
 import nngeom as nng
 from nngeom.linearized import (
+    Curves,
     Grid,
-    Run,
     add_spurious_feature,
     c_scores,
     equal_progress,
@@ -24,9 +24,9 @@ from nngeom.linearized import (
 )
 
 
-def fast_and_slow() -> tuple[Run, dict]:
+def fast_and_slow() -> tuple[Curves, dict]:
     """Two runs on one path, at different speeds."""
-    fast, slow = Run(), {"loss": [], "hard": [], "map": []}
+    fast, slow = Curves(), {"loss": [], "hard": [], "map": []}
     for t in range(6):
         fast.record(loss=1 - 0.2 * t, hard=3 - 0.2 * t, map=torch.arange(4.0, dtype=torch.float64) * (1 - 0.2 * t))
     for t in range(40):
@@ -81,7 +81,7 @@ def test_an_object_with_a_history_is_a_run():
 def test_run_errors():
     run = {"loss": [1.0], "x": [1.0]}
     bad = [
-        lambda: Run().record() or Run({"loss": []}).record(x=1),
+        lambda: Curves().record() or Curves({"loss": []}).record(x=1),
         lambda: equal_progress(run, {"a": [1.0]}, [1.0]),
         lambda: equal_progress(run, {"loss": [1.0, 2.0], "x": [1.0]}, [1.0]),
         lambda: equal_progress(run, run, [1.0], smoothing=1.0),

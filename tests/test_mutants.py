@@ -72,3 +72,7 @@ def test_a_seed_draws_the_same_mutants_and_likely_tests_come_first():
     assert "tests/test_statistics.py" in mutants.ordered_tests(statistic)[:3]
     gradients = mutants.draw(1, 0, only="optim/gradients.py")[0]
     assert "tests/test_optim_gradients.py" in mutants.ordered_tests(gradients)[:3]
+
+
+def test_faults_go_into_folders_that_are_there():
+    assert all(list((mutants.ROOT / "nngeom" / folder).glob("*.py")) for folder in mutants.FOLDERS)

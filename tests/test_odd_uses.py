@@ -196,7 +196,7 @@ def test_each_parameter_of_a_call_is_explained_once(function, arguments, slots):
     args = arguments(p, x)
     find = lambda t: ("p", p) if t is p or t._base is p else None
     try:
-        use = ADAPTERS[function](Call(find, function(*args), False), *args)
+        use = ADAPTERS[function](Call(find, function(*args), keep_graph=False), *args)
     except Exception:
         use = None
     assert (use and len(use.slots)) == slots
@@ -238,7 +238,7 @@ def test_what_an_adapter_said_stays():
     (recorded,) = seen.uses
     run = Pass(network, seen, {"bias"})
     assert [slot.name for slot in recorded.use.slots] == ["weight", "bias"] and seen.uses == [recorded]
-    assert [slot.name for slot in run.seen.uses[0].use.slots] == ["weight"]
+    assert [slot.name for slot in run.capture.uses[0].use.slots] == ["weight"]
     with pytest.raises(FrozenInstanceError):
         recorded.use.weight = None
     with pytest.raises(FrozenInstanceError):

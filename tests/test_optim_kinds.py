@@ -28,7 +28,7 @@ class PMatReduced(nng.PMatEKFAC):
 
     @classmethod
     def recipe(cls, selection, sharing="reduce", sua=False, block_limit=4096):
-        return (yield from super().recipe(selection, sharing, sua, block_limit))
+        return (yield from super().recipe(selection, sharing=sharing, sua=sua, block_limit=block_limit))
 
 
 class PMatDoubled(nng.PMatEKFAC):

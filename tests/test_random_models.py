@@ -183,7 +183,7 @@ def agree(problem):
 
 
 @given(problems())
-@settings(max_examples=2400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=800, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_random_models(problem):
     agree(problem)
 

@@ -82,7 +82,7 @@ def test_implicit_reference(matrices):
 def test_the_columns_of_a_large_implicit_reference_are_not_formed(matrices, monkeypatch):
     case = build("mlp")
     implicit = nng.FIM(case.model, case.loader, nng.PMatImplicit)
-    monkeypatch.setattr("nngeom.report.IMPLICIT_LIMIT", 10)
+    monkeypatch.setattr("nngeom.views.approximation.IMPLICIT_LIMIT", 10)
     table = nng.approximation_report(matrices["kfac"], implicit, dampings=[0.1])
     assert (
         str(table).endswith(" -")

@@ -15,7 +15,7 @@ from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.dense import FMatDense
-from nngeom.fmat.tiles import Side
+from nngeom.fmat.side import Side
 from nngeom.pmat.recipe import join_rows
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Function, Run
@@ -35,7 +35,7 @@ def alignment(K: Any, L: Any, centered: bool | str = True) -> Tensor:
     k, m = kernel_tensor(K), kernel_tensor(L)
     if k.shape != m.shape:
         raise ArgumentError(f"the kernels have shapes {tuple(k.shape)} and {tuple(m.shape)}; expected equal ones")
-    x, y = center(k, centered), center(m.to(k), centered)
+    x, y = center(k, how=centered), center(m.to(k), how=centered)
     return _ratio((x * y).sum(), x.norm() * y.norm())
 
 
@@ -85,15 +85,15 @@ def label_vector(y: Tensor, c: int, dtype: torch.dtype | None = None, shape: Seq
 
 
 def kernel_label_alignment(
-    K: Any, y: Tensor, centered: bool | str = True, shape: Sequence[int] | None = None
+    K: Any, y: Tensor, *, centered: bool | str = True, shape: Sequence[int] | None = None
 ) -> Tensor:
     """:func:`alignment` of a kernel at hand with the labels ``y``, as ``Y^T K Y / (|K|_F |Y|^2)``.
 
     ``centered``: as for :func:`alignment`. ``shape`` of an example's outputs, for labels of positions: see
     :func:`label_vector`.
     """
-    k = center(K, centered)
-    v = _centered(label_vector(y, k.shape[0], k.dtype, shape).to(k.device), centered)
+    k = center(K, how=centered)
+    v = _centered(label_vector(y, k.shape[0], k.dtype, shape).to(k.device), how=centered)
     if v.shape[1] != k.shape[1] or k.shape[1] != k.shape[3]:
         raise ArgumentError(
             f"the kernel is {tuple(k.shape)} and there are {v.shape[1]} labels; expected one set of examples"
@@ -101,7 +101,9 @@ def kernel_label_alignment(
     return _ratio(torch.einsum("cn,cndm,dm->", v, k, v), k.norm() * v.square().sum())
 
 
-def group_alignment(K: Any, y: Tensor, groups: Mapping[str, Tensor], centered: bool | str = True) -> dict[str, Tensor]:
+def group_alignment(
+    K: Any, y: Tensor, groups: Mapping[str, Tensor], *, centered: bool | str = True
+) -> dict[str, Tensor]:
     """Label alignment of the kernel restricted to subsets of its examples (easy and hard ones), by name.
 
     ``K`` ``(c, n, c, n)``, labels ``y`` as for :func:`label_vector`, ``centered`` as for :func:`alignment`. ``groups``:
@@ -113,7 +115,7 @@ def group_alignment(K: Any, y: Tensor, groups: Mapping[str, Tensor], centered: b
     for name, members in groups.items():
         index = _members(name, torch.as_tensor(members, device=k.device), k.shape[1])
         chosen, own = k[:, index][:, :, :, index], y[index.to(y.device)]
-        out[name] = kernel_label_alignment(chosen, own, centered) if len(index) else k.new_tensor(torch.nan)
+        out[name] = kernel_label_alignment(chosen, own, centered=centered) if len(index) else k.new_tensor(torch.nan)
     return out
 
 
@@ -165,15 +167,15 @@ def label_alignment(
     with run.within(), torch.no_grad():
         side = Side.of(run, EveryOutput())
         shape = run.network.run(run.loader[0]).shape[1:] if y.numel() > len(y) and not y.is_floating_point() else None
-        v = _centered(label_vector(y, side.outputs, side.dtype, shape), centered)
-        values = {name: _aligned(side, name, names, v, centered) for name, names in parts.items()}
+        v = _centered(label_vector(y, side.outputs, side.dtype, shape), how=centered)
+        values = {name: _aligned(side, name, names, v, centered=centered) for name, names in parts.items()}
     return values if by_layer else values[""]
 
 
-def _aligned(side: Side, layer: str, names: tuple[str, ...], v: Tensor, centered: bool) -> Tensor:
+def _aligned(side: Side, layer: str, names: tuple[str, ...], v: Tensor, *, centered: bool) -> Tensor:
     layout = side.run.network.collection.span(names)
     if layout.numel >= v.numel():
-        k = center(layer_kernel(side, layer, len(v)) if layer else row_products(side), centered)
+        k = center(layer_kernel(side, layer, len(v)) if layer else row_products(side), how=centered)
         return _ratio(torch.einsum("cn,cndm,dm->", v, k, v), k.norm() * v.square().sum())
     second, signal = v.new_zeros(layout.numel, layout.numel), v.new_zeros(layout.numel)
     sums = v.new_zeros(v.shape[0], layout.numel)
@@ -190,7 +192,7 @@ def _aligned(side: Side, layer: str, names: tuple[str, ...], v: Tensor, centered
     return _ratio(signal.square().sum(), second.norm() * v.square().sum())
 
 
-def _centered(v: Tensor, how: bool | str) -> Tensor:
+def _centered(v: Tensor, *, how: bool | str) -> Tensor:
     if how is False:
         return v
     return v - v.mean() if how == "global" else v - v.mean(1, keepdim=True)

@@ -63,7 +63,7 @@ class ComplexityMeasure:
     def _read(self) -> Tensor:
         return PVector.from_model(self.model, self._run.network.collection).flat()
 
-    def _measure(self, check: bool = False) -> float:
+    def _measure(self, *, check: bool = False) -> float:
         with evaluating(self.model):
             norms = squared_norms(replace(self._run, check=check), EveryOutput())
         self.examples = len(norms)

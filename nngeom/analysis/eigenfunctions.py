@@ -157,7 +157,15 @@ def step_modes(
     residual = (change - expected).norm() / change.norm()
     functions = vectors.T.reshape(count, kernel.outputs, kernel.rows)
     return StepModes(
-        values, functions, predicted, vectors.T @ change.flatten(), residual, change, expected, moved, cross
+        eigenvalues=values,
+        functions=functions,
+        predicted=predicted,
+        actual=vectors.T @ change.flatten(),
+        residual=residual,
+        change=change,
+        predicted_change=expected,
+        elsewhere=moved,
+        predicted_elsewhere=cross,
     )
 
 

@@ -54,7 +54,15 @@ def geometric_complexity(
     total, count = torch.zeros((), dtype=network.dtype, device=network.device), 0
     with run.within():
         for index, batch in enumerate(run.batches()):
-            part, n = _batch(network, batch, index, differentiable, estimator, samples, generator)
+            part, n = _batch(
+                network,
+                batch,
+                index,
+                graph=differentiable,
+                estimator=estimator,
+                samples=samples,
+                generator=generator,
+            )
             total, count = total + part, count + n
     return total / require_examples(count)
 
@@ -63,6 +71,7 @@ def _batch(
     network: Network,
     batch: Batch,
     index: int,
+    *,
     graph: bool,
     estimator: str,
     samples: int,

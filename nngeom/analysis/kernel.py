@@ -37,7 +37,7 @@ def square_kernel(K: Any) -> Tensor:
     return t.reshape(c * n, c * n)
 
 
-def center(K: Any, how: bool | str = True) -> Tensor:
+def center(K: Any, *, how: bool | str = True) -> Tensor:
     """The kernel of centred features, ``(c, n, c, m)``.
 
     ``K``: an FMat or tensor. ``how``: ``True`` or ``"features"``: the mean over examples is subtracted output by

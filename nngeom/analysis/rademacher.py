@@ -118,7 +118,7 @@ def margin_bound(K: Any, norm: float, gamma: float) -> Tensor:
 
 
 def generalization_bound(
-    empirical: float, complexity: float, examples: int, delta: float = 0.05, data_dependent: bool = True
+    empirical: float, complexity: float, examples: int, delta: float = 0.05, *, data_dependent: bool = True
 ) -> float:
     """``emp + 2 R + 3 sqrt(log(2/delta) / 2n)`` with the empirical complexity, or ``emp + 2 R_n + sqrt(log(1/delta) /
     2n)``.

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import LoaderError, NonFiniteError
+from nngeom.fmat.chunks import span
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.products import EVERYTHING, Grouping, build, products
 from nngeom.fmat.products import squared_norms as norms_by_group
+from nngeom.fmat.side import Side
 from nngeom.fmat.store import Store
-from nngeom.fmat.tiles import Side, matched, pairs, span
+from nngeom.fmat.tiles import matched, pairs
+from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Cotangents
 
 
 def require_finite_gradients(*gradients: Tensor) -> None:
@@ -38,7 +40,7 @@ def row_products(rows: Side, columns: Side | None = None) -> Tensor:
     return build(FMatDense, rows, columns, EVERYTHING)[""].tensor
 
 
-def wide_kernels(rows: Side, by_layer: bool = False) -> dict[str, Tensor]:
+def wide_kernels(rows: Side, *, by_layer: bool = False) -> dict[str, Tensor]:
     """``{"": (c, n, c, n)}``, or one a layer, in float64 whatever the model's dtype.
 
     Products of float32 rows rounded to float32 tell eigenvalues from zero down to ``N eps`` of the largest only, the

@@ -94,5 +94,11 @@ def spectrum_summary(K: Any) -> SpectrumSummary:
     total = values.sum()
     participation = total.square() / values.square().sum() if bool(total > 0) else torch.zeros_like(total)
     return SpectrumSummary(
-        total, values[0], values.mean(), values.median(), int((values > 0).sum()), effective_rank(values), participation
+        trace=total,
+        largest=values[0],
+        mean=values.mean(),
+        median=values.median(),
+        rank=int((values > 0).sum()),
+        effective_rank=effective_rank(values),
+        participation=participation,
     )

@@ -12,7 +12,7 @@ from nngeom.analysis.labels import class_labels, described
 from nngeom.analysis.rows import require_finite_gradients, row_norms, row_products
 from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.loss import EmpiricalFisher, as_loss
-from nngeom.fmat.tiles import Side
+from nngeom.fmat.side import Side
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Function, Run
 
@@ -111,7 +111,7 @@ def stiffness(
         gram = row_products(sides[0], None if other is None else sides[1])[0, :, 0]
         norms = [gram.diagonal()] if other is None else [row_norms(side) for side in sides]
     labels = [side.run.targets() for side in sides]
-    return _summary(gram, norms[0], norms[-1], labels[0], labels[-1], kind, other is None, ignored)
+    return _summary(gram, (norms[0], norms[-1]), (labels[0], labels[-1]), kind, same=other is None, ignored=ignored)
 
 
 def gradient_stiffness(
@@ -137,8 +137,8 @@ def gradient_stiffness(
             raise ArgumentError(f"{name} are {tuple(y.shape)} for {len(g)} gradients; expected one an example")
     require_finite_gradients(gradients, right)
     gram = gradients @ right.T
-    x, y = (g.square().sum(-1) for g in (gradients, right))
-    return _summary(gram, x, y, labels, right_labels, kind, other is None)
+    norms = gradients.square().sum(-1), right.square().sum(-1)
+    return _summary(gram, norms, (labels, right_labels), kind, same=other is None)
 
 
 def require_kind(kind: str) -> None:
@@ -149,14 +149,15 @@ def require_kind(kind: str) -> None:
 
 def _summary(
     gram: Tensor,
-    left: Tensor,
-    right: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
+    norms: tuple[Tensor, Tensor],
+    labels: tuple[Tensor | None, Tensor | None],
     kind: str,
+    *,
     same: bool,
     ignored: int | None = None,
 ) -> Stiffness:
+    """Of the inner products ``(n, m)`` of two sets of gradients, with the squared norms and labels of both."""
+    left, right = norms
     scale = left.sqrt()[:, None] * right.sqrt()[None, :]
     live = scale > 0
     cosine = torch.where(live, gram / torch.where(live, scale, torch.ones_like(scale)), torch.zeros_like(gram)).clamp(
@@ -167,7 +168,7 @@ def _summary(
     if same:
         distinct.fill_diagonal_(0)
     mean = (matrix * distinct).sum() / distinct.sum()  # 0/0: NaN for a single example
-    return Stiffness(matrix, 1 - cosine, mean, _grouped(matrix, distinct, a, b, ignored))
+    return Stiffness(matrix, 1 - cosine, mean, _grouped(matrix, distinct, *labels, ignored))
 
 
 def _grouped(

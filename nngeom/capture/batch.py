@@ -49,7 +49,7 @@ def as_batches(loader: Any) -> Iterable[Batch]:
 class _Loader:
     """A loader that can be iterated again; ``len`` where it has one."""
 
-    def __init__(self, source: Iterable[Any]):
+    def __init__(self, source: Iterable[Any]) -> None:
         self.source = source
 
     def __iter__(self) -> Iterator[Batch]:
@@ -120,7 +120,7 @@ def move(batch: Batch, device: torch.device) -> Batch:
             x = _tensor(x)
         if not isinstance(x, Tensor):
             return x.to(device) if isinstance(x, PackedSequence) else x  # type: ignore[arg-type]
-        with torch.inference_mode(False):
+        with torch.inference_mode(mode=False):
             return (x.clone() if x.is_inference() else x.detach()).to(device)
 
     return each(batch, moved)
@@ -203,7 +203,7 @@ def with_input_gradients(batch: Batch) -> tuple[Batch, list[Tensor]]:
         if isinstance(x, Tensor):
             if not x.is_floating_point():
                 return x
-            with torch.inference_mode(False):
+            with torch.inference_mode(mode=False):
                 x = x.detach().clone() if x.is_inference() else x.detach()
                 found.append(x.requires_grad_())
             return x

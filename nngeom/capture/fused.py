@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def twice_differentiable(model: nn.Module | None = None) -> Iterator[None]:
 class _Composite(TorchFunctionMode):
     """Runs :data:`COMPOSED` instead of the fused operations."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return COMPOSED.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -47,7 +48,7 @@ class ReverseConventions(TorchFunctionMode):
     2.13), and those of a softmax fail then: where the input requires gradients, the three are written out.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         written = WRITTEN_OUT.get(func)
         if written is not None and torch.is_grad_enabled() and args and args[0].requires_grad and args[0].numel():
@@ -66,7 +67,7 @@ class DenseGradients(TorchFunctionMode):
     same.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         place = {F.embedding: 6, F.embedding_bag: 7}.get(func)
         if place is not None:

@@ -237,4 +237,4 @@ def once_only(what: str) -> UnsupportedError:
 
 def sequence_number() -> int:
     """The number that the next node of the graph will get."""
-    return int(torch._C._autograd._get_sequence_nr())  # type: ignore[attr-defined]
+    return int(torch._C._autograd._get_sequence_nr())

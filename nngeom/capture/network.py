@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.capture import remedies
-from nngeom.capture.batch import Batch, as_batches, leading_size, move
+from nngeom.capture.batch import Batch as Batch
+from nngeom.capture.batch import as_batches as as_batches
+from nngeom.capture.batch import leading_size as leading_size
+from nngeom.capture.batch import move
 from nngeom.capture.batch import take as take
 from nngeom.capture.compiled import as_written
 from nngeom.capture.fused import DenseGradients
@@ -85,6 +88,10 @@ class Network:
     def layer_of(self, name: str) -> str:
         """The layer of a parameter."""
         return self.collection.layers[self.collection.names.index(name)]
+
+    def only(self, names: tuple[str, ...]) -> Network:
+        """The same with some of its parameters selected, ``names``."""
+        return Network.build(self.model, self.function, self.collection.only(names))
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -220,5 +227,5 @@ def require_finite(x: Tensor, what: str, batch_index: int) -> None:
 @contextlib.contextmanager
 def gradients_on() -> Iterator[None]:
     """Gradients are recorded, whatever the caller switched off."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(mode=False), torch.enable_grad():
         yield

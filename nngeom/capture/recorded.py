@@ -85,7 +85,7 @@ class Recorded:
             self, use=use, edge=get_gradient_edge(out), shape=out.shape, origin=self.origin or self.edge
         )
 
-    def read_inputs(self, empty: Callable[..., Tensor] | None = None, ones: bool = False) -> Tensor:
+    def read_inputs(self, empty: Callable[..., Tensor] | None = None, *, ones: bool = False) -> Tensor:
         """``[*lead, s, i]`` (integer ``[*lead]`` for lookups), with ``empty`` as :attr:`Use.copied`; raises where the
         input was overwritten since.
         """
@@ -98,4 +98,4 @@ class Recorded:
                 )
         if use.inputs is None:
             raise CoverageError(f"{use.operation} was recorded without its input")
-        return use.inputs() if empty is None or use.copied is None else use.copied(empty, ones)
+        return use.inputs() if empty is None or use.copied is None else use.copied(empty, ones=ones)

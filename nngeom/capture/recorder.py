@@ -47,22 +47,22 @@ class Capture:
     batch: Batch = None
 
 
-def record(network: Network, batch: Batch, keep_graph: bool = False) -> Capture:
+def record(network: Network, batch: Batch, *, keep_graph: bool = False) -> Capture:
     """Run the model on a batch and record how it uses the selected parameters.
 
     Raises :class:`ModeError` where it is random, mixes examples or changes buffers.
     """
     network.watch.harmless = False
     try:
-        return _recorded(network, batch, keep_graph)
+        return _recorded(network, batch, keep_graph=keep_graph)
     except Drew:
         with gradients_on():
             require_unused(lambda: network.run(batch), network.watch)
-        return _recorded(network, batch, keep_graph)
+        return _recorded(network, batch, keep_graph=keep_graph)
 
 
-def _recorded(network: Network, batch: Batch, keep_graph: bool) -> Capture:
-    recorder = Recorder(network, keep_graph)
+def _recorded(network: Network, batch: Batch, *, keep_graph: bool) -> Capture:
+    recorder = Recorder(network, keep_graph=keep_graph)
     with gradients_on(), unfused() if keep_graph else contextlib.nullcontext():
         with network.watch.own(recorder.generators), recorder:
             outputs = network.run(batch)
@@ -74,7 +74,7 @@ class Recorder(TorchFunctionMode):
     is no measure.
     """
 
-    def __init__(self, network: Network, keep_graph: bool = False, refuse: bool = True):
+    def __init__(self, network: Network, *, keep_graph: bool = False, refuse: bool = True) -> None:
         super().__init__()
         self.refuse = refuse
         self.mixing = False  # batch normalisation in training mode was seen
@@ -108,7 +108,7 @@ class Recorder(TorchFunctionMode):
             return self.names[id(base)], base
         return None
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.register_hook and args[0].grad_fn is not None:
             self.hooked.add(args[0].grad_fn)
@@ -167,10 +167,10 @@ class Recorder(TorchFunctionMode):
 
     def _use_behind(self, x: Any) -> Recorded | None:
         """The use whose output ``x`` is."""
-        held = self._tables.get(id(x))
-        return held[1] if held is not None and held[0]() is x else None
+        entry = self._tables.get(id(x))
+        return entry[1] if entry is not None and entry[0]() is x else None
 
-    def _consider(self, refusal, func, args, kwargs) -> None:
+    def _consider(self, refusal: Callable[..., None], func: Any, args: Any, kwargs: Any) -> None:
         try:
             refusal(*args, **kwargs)
         except ModeError:
@@ -178,11 +178,11 @@ class Recorder(TorchFunctionMode):
                 raise
             self.mixing |= func is F.batch_norm
 
-    def _adapt(self, func, out, args, kwargs, since: int) -> Recorded | None:
+    def _adapt(self, func: Any, out: Any, args: Any, kwargs: Any, since: int) -> Recorded | None:
         adapter = ADAPTERS.get(func)
         if adapter is None or not isinstance(out, Tensor):
             return None
-        call = Call(self.find, out, self.keep_graph)
+        call = Call(self.find, out, keep_graph=self.keep_graph)
         with torch.set_grad_enabled(self.keep_graph):
             try:
                 use = adapter(call, *args, **kwargs)
@@ -198,7 +198,7 @@ class Recorder(TorchFunctionMode):
             ):  # NotStructured, or what an adapter did not expect of this call: the fallback knows better
                 return None
 
-    def _open(self, func):
+    def _open(self, func: Any) -> Callable[..., Any]:
         """A Python function of ``torch.nn.functional`` run with this mode switched on inside."""
         if func not in self._opened:
             scope = {
@@ -209,7 +209,7 @@ class Recorder(TorchFunctionMode):
             opened.__kwdefaults__ = func.__kwdefaults__
             self._opened[func] = opened
 
-        def run(*args, **kwargs):
+        def run(*args: Any, **kwargs: Any) -> Any:
             with self:
                 return self._opened[func](*args, **kwargs)
 

@@ -30,7 +30,7 @@ class Drew(ModeError):
 class Watch:
     """The buffers and the random state of one model, around its forward passes."""
 
-    def __init__(self, model: nn.Module, device: torch.device):
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.device = device
         self.harmless = False  # numbers that are drawn were seen to be unused
         self._model = model
@@ -208,7 +208,7 @@ def _constant(run: Callable[[], Tensor], watch: Watch, outputs: Tensor, first: _
 class _Draws(TorchFunctionMode):
     """Sees which operation draws, and whether what it drew is used."""
 
-    def __init__(self, generators: list[torch.Generator]):
+    def __init__(self, generators: list[torch.Generator]) -> None:
         super().__init__()
         self.generators = generators
         self.private: dict[torch.Generator, Tensor] = {}  # generators given to calls, with their states before
@@ -216,7 +216,7 @@ class _Draws(TorchFunctionMode):
         self.drawn: dict[int, tuple[Tensor, str]] = {}
         self.after: list[Tensor] = []  # the states of the generators after the last draw from one of them
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for x in tensors(args, kwargs):
             if self.used is None and id(x) in self.drawn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nngeom.core.jacobian import LayerJacobian
@@ -17,22 +18,22 @@ class CentredJacobian(LayerJacobian):
     mean: Tensor  # [s o i]
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int, int, int]:
         return self.inner.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.mean.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.mean.device
 
-    def matrix(self):
+    def matrix(self) -> Tensor:
         return self.inner.matrix() - self.mean
 
-    def examples(self, lo, hi):
+    def examples(self, lo: int, hi: int) -> CentredJacobian:
         return CentredJacobian(self.inner.examples(lo, hi), self.mean)
 
-    def cotangents(self, lo, hi):
+    def cotangents(self, lo: int, hi: int) -> CentredJacobian:
         return CentredJacobian(self.inner.cotangents(lo, hi), self.mean)

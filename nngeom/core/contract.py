@@ -7,6 +7,7 @@ stay in a processor cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def sum_positions(g: Tensor, a: Tensor) -> Tensor:
     return torch.bmm(left, right).reshape(n, s, k, o, a.shape[-1]).permute(2, 0, 1, 3, 4)
 
 
-def scaled_sums(g: Tensor, a: Tensor, ones: bool) -> Tensor:
+def scaled_sums(g: Tensor, a: Tensor, *, ones: bool) -> Tensor:
     """``[k n t s], [n t s 1] -> [k n s 1]``: ``sum_t g a``, and with ``ones`` beside it ``sum_t g``, ``[k n s 2]``."""
     a = a.squeeze(-1)
     if g.shape[2] == 1:
@@ -80,12 +81,12 @@ def squared_lengths(x: Tensor) -> Tensor:
 
 class _SquaredLengths(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return torch.linalg.vector_norm(x, dim=-1).square()
 
     @staticmethod
-    def backward(ctx, s):
+    def backward(ctx: Any, s: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return (2 * s).unsqueeze(-1) * x
 
@@ -167,24 +168,24 @@ def products(g: Tensor, inner: Tensor, h: Tensor, empty: Callable[..., Tensor] |
     return (g.reshape(n, k, t * o) @ mixed.mT).view(n, k, m, -1)
 
 
-def squared_norms(g: Tensor, a: Tensor, by_pairs: bool) -> Tensor:
+def squared_norms(g: Tensor, a: Tensor, *, by_pairs: bool) -> Tensor:
     """``sum_s |sum_t g_t (x) a_t|**2`` as ``[k, n]``: by pairs of positions ``sum_tu (a_t . a_u) (g_t . g_u)``, or by
     rows.
     """
     k, n, t, s, o = g.shape
     i = a.shape[-1]
     if g.requires_grad or a.requires_grad:  # with a graph, every slice costs a gradient of the whole
-        return _pieces_of_norms(g, a, by_pairs)
+        return _pieces_of_norms(g, a, by_pairs=by_pairs)
     together = k if o < costs.LOOPED else 1
     each = together * s * (t * t if by_pairs else o * i) * g.element_size()
     parts = [
-        _pieces_of_norms(g[:, lo:hi], a[lo:hi], by_pairs, together)
+        _pieces_of_norms(g[:, lo:hi], a[lo:hi], together, by_pairs=by_pairs)
         for lo, hi in memory.pieces(n, each, most=memory.CACHE_BYTES // 2)
     ]
     return torch.cat(parts, 1)
 
 
-def _pieces_of_norms(g: Tensor, a: Tensor, by_pairs: bool, together: int | None = None) -> Tensor:
+def _pieces_of_norms(g: Tensor, a: Tensor, together: int | None = None, *, by_pairs: bool) -> Tensor:
     inputs = a.transpose(1, 2)  # [n s t i]
     inner = inputs @ inputs.mT if by_pairs else None
     rows = []

@@ -21,7 +21,7 @@ NARROW = 32  # columns of a product: without a limit, products over 1153 inputs 
 LOOPED = 16  # outputs from which cotangents one at a time run well: at 4 narrow layers take 1.4, at 128 wide ones 1.4
 
 
-def products_by_positions(g: Sequence[int], h: Sequence[int], i: int, compared: int, same: bool) -> bool:
+def products_by_positions(g: Sequence[int], h: Sequence[int], i: int, compared: int, *, same: bool) -> bool:
     """Whether pairs of positions beat rows in the products of all pairs of examples; the cost of one pair of them.
 
     ``g [k n t s o]``, ``h [l m u s o]``: sizes of both sides' output gradients; ``compared``: operations to compare two
@@ -61,7 +61,7 @@ def squares_by_positions(g: Sequence[int], i: int) -> bool:
     return s == 1 and pairs < k * (t + 5) * o * i
 
 
-def block(s: int, o: int, i: int, most: int, across: bool) -> tuple[int, int]:
+def block(s: int, o: int, i: int, most: int, *, across: bool) -> tuple[int, int]:
     """Groups (of one: outputs) and inputs of the blocks, of about ``most`` parameters, that rows are formed in.
 
     ``across``: whether inputs can be cut. Then a block has those inputs that leave all outputs together, or all, or

@@ -38,3 +38,9 @@ def dot(x: Tensor, y: Tensor) -> tuple[float, float]:
         terms = a.double() * b.double()
         total, most = total + float(terms.sum()), most + float(terms.abs().sum())
     return total, most
+
+
+def inner_products(x: Tensor, y: Tensor) -> Tensor:
+    """``<x[j], y[j]>`` for every row, ``[b]``, added up in double precision."""
+    rows = zip(*(t.flatten(1).split(max(1, PIECE // len(x)), 1) for t in (x, y)))
+    return torch.stack([(a.double() * b.double()).sum(1) for a, b in rows]).sum(0)

@@ -6,6 +6,8 @@ All derive from :class:`NNGeomError` and from the builtin exception that fits, s
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class NNGeomError(Exception):
     """Base class of every error raised by ``nngeom``."""
@@ -49,13 +51,21 @@ class SingularError(NNGeomError, ArithmeticError):
     ``message``: the text. ``needed`` is the damping above which it is positive definite, where that is known.
     """
 
-    def __init__(self, message: str, needed: float | None = None):
+    def __init__(self, message: str, needed: float | None = None) -> None:
         super().__init__(message)
         self.needed = needed
 
 
 class ConvergenceError(NNGeomError, ArithmeticError):
-    """An iterative method did not reach its tolerance."""
+    """An iterative method did not reach its tolerance.
+
+    ``message``: the text. ``iterate`` is what was reached, of the type of the result, and ``residual`` its residuals
+    relative to what they are of, one a vector, where these are known.
+    """
+
+    def __init__(self, message: str, iterate: Any = None, residual: Any = None):
+        super().__init__(message)
+        self.iterate, self.residual = iterate, residual
 
 
 class SizeError(NNGeomError, MemoryError):

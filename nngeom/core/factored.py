@@ -23,16 +23,16 @@ class FactoredJacobian(LayerJacobian):
     g: Tensor  # [k n t s o]
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int, int, int]:
         k, n, _, s, o = self.g.shape
         return k, n, s, o, self.a.shape[-1]
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.g.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.g.device
 
     @property
@@ -40,25 +40,25 @@ class FactoredJacobian(LayerJacobian):
         """Number of positions ``t`` that share the parameters."""
         return self.g.shape[2]
 
-    def examples(self, lo, hi):
+    def examples(self, lo: int, hi: int) -> FactoredJacobian:
         return FactoredJacobian(self.a[lo:hi], self.g[:, lo:hi])
 
-    def cotangents(self, lo, hi):
+    def cotangents(self, lo: int, hi: int) -> FactoredJacobian:
         return FactoredJacobian(self.a, self.g[lo:hi])
 
-    def matrix(self):
+    def matrix(self) -> Tensor:
         k, n, t, s, o = self.g.shape
         if t == 1:
             return self.g[:, :, 0].unsqueeze(-1) * self.a[:, 0].unsqueeze(-2)
         return contract.sum_positions(self.g, self.a)
 
-    def jvp(self, v):
+    def jvp(self, v: Tensor) -> Tensor:
         vectors = v.reshape(-1, *v.shape[-3:])
         return paths.contract("kntso,ntsi,bsoi->bkn", self.g, self.a, vectors, along="n").view(
             *v.shape[:-3], *self.g.shape[:2]
         )
 
-    def vjp(self, u):
+    def vjp(self, u: Tensor) -> Tensor:
         if u.ndim == 2:  # gradients first, whatever the sizes, and in the memory order that they have
             return contract.weight_gradient(contract.weighted_sum(u, self.g), self.a)
         weights = u.reshape(-1, *u.shape[-2:])
@@ -66,7 +66,7 @@ class FactoredJacobian(LayerJacobian):
             *u.shape[:-2], *self.shape[2:]
         )
 
-    def square(self):
+    def square(self) -> Tensor:
         if self.positions == 1:
             squares = contract.summed_squares(self.g)[:, 0].transpose(0, 1)  # [s n o]
             return squares.mT @ self.a[:, 0].square().transpose(0, 1)
@@ -74,17 +74,18 @@ class FactoredJacobian(LayerJacobian):
             return contract.square_by_pairs(self.g, self.a)
         return contract.square_by_rows(self.g, self.a)
 
-    def squared_norms(self):
+    def squared_norms(self) -> Tensor:
         if self.positions == 1:
             return (contract.squared_lengths(self.g) * contract.squared_lengths(self.a)).sum((2, 3))
-        return contract.squared_norms(self.g, self.a, costs.norms_by_positions(self.g.shape, self.shape[-1]))
+        by_pairs = costs.norms_by_positions(self.g.shape, self.shape[-1])
+        return contract.squared_norms(self.g, self.a, by_pairs=by_pairs)
 
-    def gram(self, other):
+    def gram(self, other: LayerJacobian) -> Tensor:
         if not isinstance(other, FactoredJacobian):
             return super().gram(other)
         if self.positions == other.positions == 1:
             return self._gram_of_one_position(other)
-        if costs.products_by_positions(self.g.shape, other.g.shape, self.shape[-1], self.compared, False):
+        if costs.products_by_positions(self.g.shape, other.g.shape, self.shape[-1], self.compared, same=False):
             return self._gram_by_positions(other)
         return super().gram(other)
 
@@ -116,7 +117,7 @@ class FactoredJacobian(LayerJacobian):
         """And as its right side: ``[n, (k o), t]``."""
         return self.g[:, :, :, s].permute(1, 0, 3, 2).flatten(1, 2)
 
-    def rotate(self, ua, ug):
+    def rotate(self, ua: Tensor | None, ug: Tensor | None) -> FactoredJacobian:
         a = self.a if ua is None else contract.times(self.a, ua)
         return FactoredJacobian(a, self._rotated_gradients(ug))
 
@@ -161,23 +162,23 @@ class LookupJacobian(FactoredJacobian):
     size: int = 0
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int, int, int]:
         k, n, _, s, o = self.g.shape
         return k, n, s, o, self.size
 
-    def examples(self, lo, hi):
+    def examples(self, lo: int, hi: int) -> LookupJacobian:
         return LookupJacobian(self.a[lo:hi], self.g[:, lo:hi], self.size)
 
-    def cotangents(self, lo, hi):
+    def cotangents(self, lo: int, hi: int) -> LookupJacobian:
         return LookupJacobian(self.a, self.g[lo:hi], self.size)
 
-    def matrix(self):
+    def matrix(self) -> Tensor:
         k, n, t, _, o = self.g.shape
         rows = self.g.new_zeros(k, n, self.size, o)
         rows.scatter_add_(2, self.a[None, :, :, None].expand(k, n, t, o), self.g[:, :, :, 0])
         return rows.mT.unsqueeze(2)
 
-    def square(self):
+    def square(self) -> Tensor:
         n, t = self.a.shape
         key = self.a + self.size * torch.arange(n, device=self.a.device)[:, None]
         pairs, slot = key.flatten().unique(return_inverse=True)
@@ -189,31 +190,31 @@ class LookupJacobian(FactoredJacobian):
             total.index_add_(0, pairs % self.size, sums.square().to(total.dtype))
         return total.T.unsqueeze(0)
 
-    def jvp(self, v):
+    def jvp(self, v: Tensor) -> Tensor:
         inputs = v[..., 0, :, :].mT[..., self.a, :].unsqueeze(-2)  # [*b n t s o]
         return torch.einsum("kntso,...ntso->...kn", self.g, inputs)
 
-    def vjp(self, u):
+    def vjp(self, u: Tensor) -> Tensor:
         w = contract.weighted_sum(u, self.g)  # [*b n t s o]
         b = w.shape[:-4]
         w = w.reshape(-1, self.a.numel(), w.shape[-1])
         rows = w.new_zeros(w.shape[0], self.size, w.shape[-1]).index_add_(1, self.a.flatten(), w)
         return rows.mT.reshape(*b, 1, -1, self.size)
 
-    def squared_norms(self):
+    def squared_norms(self) -> Tensor:
         inner = (self.a[:, :, None] == self.a[:, None, :]).to(self.g)
         return paths.contract("ntu,kntso,knuso->kn", inner, self.g, self.g, along="n")
 
-    def rotate(self, ua, ug):
+    def rotate(self, ua: Tensor | None, ug: Tensor | None) -> FactoredJacobian:
         if ua is not None:
             return FactoredJacobian(ua[0][self.a].unsqueeze(2), self._rotated_gradients(ug))
         return LookupJacobian(self.a, self._rotated_gradients(ug), self.size)
 
     @property
-    def compared(self):
+    def compared(self) -> int:
         return 1
 
-    def input_gram(self, other, s):
+    def input_gram(self, other: FactoredJacobian, s: int) -> Tensor:
         if not isinstance(other, LookupJacobian):
             return other.a[:, :, s][..., self.a].permute(2, 3, 0, 1)
         return (self.a[:, :, None, None] == other.a[None, None]).to(self.g)

@@ -39,7 +39,7 @@ class Lock:
     ``create``: make the file ``path`` if there is none.
     """
 
-    def __init__(self, path: str, *, create: bool = True):
+    def __init__(self, path: str, *, create: bool = True) -> None:
         self.path = path
         while True:
             fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)

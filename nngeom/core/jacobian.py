@@ -137,22 +137,23 @@ class FullJacobian(LayerJacobian):
     m: Tensor  # [k n s o i]
 
     @property
-    def shape(self):
-        return tuple(self.m.shape)
+    def shape(self) -> tuple[int, int, int, int, int]:
+        k, n, s, o, i = self.m.shape
+        return k, n, s, o, i
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.m.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.m.device
 
-    def matrix(self):
+    def matrix(self) -> Tensor:
         return self.m
 
-    def examples(self, lo, hi):
+    def examples(self, lo: int, hi: int) -> FullJacobian:
         return FullJacobian(self.m[:, lo:hi])
 
-    def cotangents(self, lo, hi):
+    def cotangents(self, lo: int, hi: int) -> FullJacobian:
         return FullJacobian(self.m[lo:hi])

@@ -17,7 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How one parameter is read as a matrix: ``w.reshape(view).permute(order).reshape(s, o, i)``."""
+    """How one parameter is read as a matrix: ``w.reshape(view).permute(order).reshape(sizes)``, ``sizes = (s, o, i)``.
+
+    ``window``: of inputs ``(channel, place)``, how many places there are.
+    """
 
     view: tuple[int, ...]
     order: tuple[int, ...]
@@ -26,7 +29,7 @@ class Arrangement:
 
     @staticmethod
     def plain(s: int, o: int, i: int, window: int = 1) -> Arrangement:
-        """The parameter's own order, read as ``[s, o, i]``."""
+        """The parameter's own order, read as ``[s, o, i]``; ``window`` as in the class."""
         return Arrangement((s, o, i), (0, 1, 2), (s, o, i), window)
 
     def by_place(self) -> Arrangement:
@@ -42,14 +45,14 @@ class Arrangement:
         return self.order == tuple(range(len(self.order)))
 
     def read(self, x: Tensor) -> Tensor:
-        """``[*b, numel] -> [*b, s, o, i]`` (a view where strides allow)."""
+        """``x [*b, numel] -> [*b, s, o, i]`` (a view where strides allow)."""
         b = x.shape[:-1]
         if not self.is_plain():
             x = x.reshape(*b, *self.view).permute(*range(len(b)), *(len(b) + j for j in self.order))
         return x.reshape(*b, *self.sizes)
 
     def write(self, m: Tensor) -> Tensor:
-        """``[*b, s, o, i] -> [*b, numel]``: the inverse of :meth:`read`."""
+        """``m [*b, s, o, i] -> [*b, numel]``: the inverse of :meth:`read`."""
         b = m.shape[:-3]
         if not self.is_plain():
             m = m.reshape(*b, *(self.view[j] for j in self.order))
@@ -82,13 +85,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """The place of one block in the flat vector: pieces side by side along ``i``."""
+    """The place of one block in the flat vector: ``pieces``, one a parameter, side by side along ``i``."""
 
     pieces: tuple[Piece, ...]
 
     @staticmethod
     def span(named: Sequence[tuple[str, int, int]]) -> Layout:
-        """Whole parameters ``(name, offset, numel)`` one after the other as ``[1, 1, p]``; neighbours are merged."""
+        """Whole parameters, ``named (name, offset, numel)``, as ``[1, 1, p]`` in a row; neighbours are merged."""
         runs: list[tuple[list[str], int, int]] = []
         for name, offset, numel in named:
             if runs and runs[-1][2] == offset:
@@ -119,7 +122,7 @@ class Layout:
         return all(p.arrangement.sizes[:2] == (1, 1) and p.arrangement.is_plain() for p in self.pieces)
 
     def gather(self, flat: Tensor) -> Tensor:
-        """``[*b, d] -> [*b, s, o, i]``."""
+        """``flat [*b, d] -> [*b, s, o, i]``."""
         parts = [p.arrangement.read(flat[..., p.offset : p.stop]) for p in self.pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -132,6 +135,6 @@ class Layout:
             lo += i
 
     def indices(self, device: torch.device | None = None) -> Tensor:
-        """``[s, o, i]`` flat indices, for code that needs single coordinates."""
+        """``[s, o, i]`` flat indices on a ``device``, for code that needs single coordinates."""
         stop = max(p.stop for p in self.pieces)
         return self.gather(torch.arange(stop, device=device))

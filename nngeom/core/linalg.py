@@ -6,6 +6,8 @@ or by choice diagonal, its diagonal ``[s, p]``. An eigenbasis of a diagonal fact
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,12 +66,12 @@ class _Distinct(torch.autograd.Function):
     """Eigenvectors as they are; no gradient passes where eigenvalues ``[..., p]`` repeat: it would be infinite."""
 
     @staticmethod
-    def forward(ctx, vectors, values):
+    def forward(ctx: Any, vectors: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(values)
         return vectors.view_as(vectors)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (values,) = ctx.saved_tensors
         gaps, scale = values.diff(dim=-1).abs(), values.abs().amax(-1, keepdim=True)
         if bool((g != 0).any()) and bool((gaps <= torch.finfo(values.dtype).eps ** 0.5 * scale).any()):
@@ -99,7 +101,7 @@ def add_gram_(total: Tensor | None, x: Tensor, scale: float = 1.0) -> Tensor:
     return total
 
 
-def mirror_(total: Tensor, corners: bool = False) -> Tensor:
+def mirror_(total: Tensor, *, corners: bool = False) -> Tensor:
     """The lower half of ``total [p, p]`` from the upper one, in place; ``corners``: also where strips meet the
     diagonal.
     """
@@ -209,7 +211,7 @@ def factor_solve(factor: Tensor, x: Tensor, what: str) -> Tensor:
     return torch.cholesky_solve(x, cholesky(factor, what).expand(*x.shape[:-2], -1, -1))
 
 
-def left(factor: Tensor | None, x: Tensor, transpose: bool = False) -> Tensor:
+def left(factor: Tensor | None, x: Tensor, *, transpose: bool = False) -> Tensor:
     """``factor @ x`` over the rows of ``x [..., s, o, i]``."""
     if factor is None:
         return x
@@ -218,7 +220,7 @@ def left(factor: Tensor | None, x: Tensor, transpose: bool = False) -> Tensor:
     return _product(factor.mT if transpose else factor, x)
 
 
-def right(x: Tensor, factor: Tensor | None, transpose: bool = False) -> Tensor:
+def right(x: Tensor, factor: Tensor | None, *, transpose: bool = False) -> Tensor:
     """``x @ factor`` over the columns of ``x [..., s, o, i]``."""
     if factor is None:
         return x

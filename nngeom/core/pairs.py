@@ -46,7 +46,7 @@ def _(x: FactoredJacobian, tile: Tile, y: LayerJacobian) -> None:
         by_rows(tile, x, y)
     elif x.positions == y.positions == 1:
         without_positions(tile, x, y)
-    elif costs.products_by_positions(x.g.shape, y.g.shape, x.shape[-1], x.compared, x is y):
+    elif costs.products_by_positions(x.g.shape, y.g.shape, x.shape[-1], x.compared, same=x is y):
         by_positions(tile, x, y)
     else:
         by_rows(tile, x, y)
@@ -69,7 +69,7 @@ def _blocks(x: LayerJacobian, y: LayerJacobian) -> Iterator[LayerJacobian]:
     count = n * k + (0 if x is y else y.shape[0] * y.shape[1])
     most = min(costs.SLICE_BYTES, memory.budget() // 4) // (count * x.dtype.itemsize)
     across = s == 1 and cuts_inputs(x) and cuts_inputs(y)
-    step, width = costs.block(s, o, i, most, across)
+    step, width = costs.block(s, o, i, most, across=across)
     for lo in range(0, height, step):
         part = features(x, lo, min(height, lo + step))
         for first in range(0, i, width):

@@ -15,7 +15,7 @@ from nngeom.core.linalg import accumulation_dtype
 
 @dataclass
 class Stacked:
-    """A statistic that is stacked instead of summed: rows ``[r, p]`` whose Gram matrix is averaged."""
+    """A statistic that is stacked instead of summed: ``parts``, rows ``[r, p]`` whose Gram matrix is averaged."""
 
     parts: list[Tensor]
 
@@ -155,15 +155,16 @@ class Sums:
             self._sums.setdefault(block, {})[name] = other.sums[block][name]
         self.inputs, self.count = set(other.inputs), other.count
 
-    def mean(self, used_up: bool = False) -> dict[Any, dict[str, Tensor]]:
+    def mean(self, *, used_up: bool = False) -> dict[Any, dict[str, Tensor]]:
         """Sums divided by the number of examples; rows stacked and divided by its square root. ``used_up``: the sums
         are given up for it.
         """
         return {
-            block: {name: self._mean(t, used_up) for name, t in tensors.items()} for block, tensors in self.sums.items()
+            block: {name: self._mean(t, used_up=used_up) for name, t in tensors.items()}
+            for block, tensors in self.sums.items()
         }
 
-    def _mean(self, t: Tensor | Stacked, used_up: bool) -> Tensor:
+    def _mean(self, t: Tensor | Stacked, *, used_up: bool) -> Tensor:
         if isinstance(t, Stacked):
             return torch.cat(t.parts) / self.count**0.5
         return t.div_(self.count) if used_up and t.is_floating_point() else t / self.count

@@ -4,6 +4,7 @@ ways.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,36 +23,36 @@ class TiedJacobian(LayerJacobian):
     terms: tuple[tuple[bool, FactoredJacobian], ...]  # (transposed, rows in the use's own orientation)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int, int, int]:
         transposed, j = self.terms[0]
         k, n, s, o, i = j.shape
         return (k, n, s, i, o) if transposed else (k, n, s, o, i)
 
-    def _each(self, f) -> LayerJacobian:
+    def _each(self, f: Callable[[FactoredJacobian], FactoredJacobian]) -> TiedJacobian:
         return TiedJacobian(tuple((transposed, f(j)) for transposed, j in self.terms))
 
-    def examples(self, lo, hi):
+    def examples(self, lo: int, hi: int) -> LayerJacobian:
         return self._each(lambda j: j.examples(lo, hi))
 
-    def cotangents(self, lo, hi):
+    def cotangents(self, lo: int, hi: int) -> LayerJacobian:
         return self._each(lambda j: j.cotangents(lo, hi))
 
-    def matrix(self):
+    def matrix(self) -> Tensor:
         return sum_of([j.matrix().mT if transposed else j.matrix() for transposed, j in self.terms])
 
-    def jvp(self, v):
+    def jvp(self, v: Tensor) -> Tensor:
         return sum_of([j.jvp(v.mT if transposed else v) for transposed, j in self.terms])
 
-    def vjp(self, u):
+    def vjp(self, u: Tensor) -> Tensor:
         return sum_of([j.vjp(u).mT if transposed else j.vjp(u) for transposed, j in self.terms])
 
-    def gram(self, other):
+    def gram(self, other: LayerJacobian) -> Tensor:
         if not isinstance(other, TiedJacobian):
             return super().gram(other)
         parts = [x.gram(y) if p == q else crossed_gram(x, y) for p, x in self.terms for q, y in other.terms]
         return sum_of(parts)
 
-    def squared_norms(self):
+    def squared_norms(self) -> Tensor:
         total = sum_of([j.squared_norms() for _, j in self.terms])
         for a, (p, x) in enumerate(self.terms):
             for q, y in self.terms[:a]:
@@ -62,8 +63,8 @@ class TiedJacobian(LayerJacobian):
                 total = total + 2 * torch.stack([c[:, 0, :, 0].diagonal() for c in cross], 1)
         return total
 
-    def rotate(self, ua, ug):
-        return TiedJacobian(tuple((t, j.rotate(ug, ua) if t else j.rotate(ua, ug)) for t, j in self.terms))  # type: ignore[misc]
+    def rotate(self, ua: Tensor | None, ug: Tensor | None) -> TiedJacobian:
+        return TiedJacobian(tuple((t, j.rotate(ug, ua) if t else j.rotate(ua, ug)) for t, j in self.terms))
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:
@@ -71,7 +72,7 @@ def sum_of(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def _singles(j: LayerJacobian):
+def _singles(j: FactoredJacobian) -> Iterator[FactoredJacobian]:
     return (j.examples(n, n + 1) for n in range(j.shape[1]))
 
 
@@ -102,21 +103,21 @@ class SumJacobian(LayerJacobian):
     terms: tuple[tuple[Arrangement, LayerJacobian], ...]
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int, int, int]:
         k, n, s, o, i = self.terms[0][1].shape
         return k, n, 1, 1, s * o * i
 
-    def matrix(self):
+    def matrix(self) -> Tensor:
         return sum_of([arrangement.write(j.matrix()) for arrangement, j in self.terms])[:, :, None, None]
 
-    def jvp(self, v):
+    def jvp(self, v: Tensor) -> Tensor:
         return sum_of([j.jvp(a.read(v[..., 0, 0, :])) for a, j in self.terms])
 
-    def vjp(self, u):
+    def vjp(self, u: Tensor) -> Tensor:
         return sum_of([a.write(j.vjp(u)) for a, j in self.terms])[..., None, None, :]
 
-    def examples(self, lo, hi):
+    def examples(self, lo: int, hi: int) -> SumJacobian:
         return SumJacobian(tuple((a, j.examples(lo, hi)) for a, j in self.terms))
 
-    def cotangents(self, lo, hi):
+    def cotangents(self, lo: int, hi: int) -> SumJacobian:
         return SumJacobian(tuple((a, j.cotangents(lo, hi)) for a, j in self.terms))

@@ -17,7 +17,7 @@ class Tile:
     complete, about half of the work, until :meth:`result` mirrors it. All layers share one piece of working memory.
     """
 
-    def __init__(self, x: LayerJacobian, y: LayerJacobian, by_examples: bool = False):
+    def __init__(self, x: LayerJacobian, y: LayerJacobian, *, by_examples: bool = False) -> None:
         (self.k, self.n), (self.l, self.m) = x.shape[:2], y.shape[:2]
         self.symmetric, self.by_examples = x is y, by_examples or self.k == 1
         self.flat = torch.zeros(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from nngeom.core.errors import OutputError
 from nngeom.cotangents import softmax
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.softmax import Labels, wide
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 
 class Categorical(Likelihood):
@@ -22,10 +23,10 @@ class Categorical(Likelihood):
     whose target is ``ignore_index`` count for nothing; targets that are no label a position are not looked at.
     """
 
-    def __init__(self, dim: int | None = None, ignore_index: int = -100):
+    def __init__(self, dim: int | None = None, ignore_index: int = -100) -> None:
         self.dim, self.ignore_index = dim, ignore_index
 
-    def fit(self, outputs, targets=None):
+    def fit(self, outputs: Tensor, targets: Any = None) -> Categorical:
         if self.dim is not None or outputs.ndim == 2:
             return self
         shape = targets.shape if isinstance(targets, Tensor) else None
@@ -50,7 +51,7 @@ class Categorical(Likelihood):
             )
         return axis
 
-    def check(self, outputs, targets=None):
+    def check(self, outputs: Tensor, targets: Any = None) -> None:
         axis = self._axis(outputs)
         if outputs.shape[axis] < 2:
             raise OutputError(
@@ -98,7 +99,7 @@ class Categorical(Likelihood):
         keep = y != self.ignore_index
         return None if bool(keep.all()) else keep.to(outputs.dtype)
 
-    def square_root(self, outputs, targets=None):
+    def square_root(self, outputs: Tensor, targets: Any = None) -> Columns:
         """``c - 1`` columns a position, ``v_j = sqrt(p_j q_{j+1} / q_j) (e_j - p / q_{j+1} on l > j)``, and
         ``q_j = sum_{l >= j} p_l``.
 
@@ -144,7 +145,7 @@ class Categorical(Likelihood):
 
         return Columns(positions * (c - 1), make)
 
-    def root_times(self, outputs, noise, targets=None):
+    def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any = None) -> Tensor:
         """``sqrt(p) r - p <sqrt(p), r>`` at every position: the root ``diag(sqrt(p)) - p sqrt(p)^T`` of ``c``
         columns, never formed.
 
@@ -156,7 +157,7 @@ class Categorical(Likelihood):
         v = [softmax.root_times(z, one.reshape(z.shape), counted) for one in r]
         return self.unmove(torch.stack(v), outputs)
 
-    def sample(self, outputs, uniform):
+    def sample(self, outputs: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
         z = self.rows(outputs)
         u = uniform(len(z) // outputs.shape[0]).reshape(len(z), 1)
 
@@ -167,7 +168,7 @@ class Categorical(Likelihood):
 
         return softmax.in_rows(z, some).view(outputs.shape[0], -1)
 
-    def log_prob(self, outputs, targets):
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         z = self.rows(outputs)
         return (
             -softmax.cross_entropy(z, Labels(self._required(outputs, targets), None, 0.0, self.ignore_index))
@@ -175,7 +176,7 @@ class Categorical(Likelihood):
             .sum(1)
         )
 
-    def score(self, outputs, labels, targets=None):
+    def score(self, outputs: Tensor, labels: Tensor, targets: Any = None) -> Tensor:
         """``d log p(labels | outputs) / d outputs``: ``labels`` are drawn ones, so that ``ignore_index`` among them is
         a class; positions of ``outputs`` whose entry of ``targets`` it is count for nothing.
         """
@@ -183,7 +184,7 @@ class Categorical(Likelihood):
         y = y if counted is None else y.masked_fill(counted == 0, -1)
         return -self.unmove(softmax.residual(self.rows(outputs), Labels(y, None, 0.0, -1)), outputs)
 
-    def fisher_times(self, outputs, tangent, targets=None):
+    def fisher_times(self, outputs: Tensor, tangent: Tensor, targets: Any = None) -> Tensor:
         return self.unmove(
             softmax.times(self.rows(outputs), self.rows(tangent), self.counted(outputs, targets)), outputs
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from nngeom.cotangents.cross_entropy import CrossEntropy
 from nngeom.cotangents.language_models import is_causal_lm, shifts_labels
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.per_example import Loss
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 
 class CausalLM(Likelihood, Loss):
@@ -41,7 +41,7 @@ class CausalLM(Likelihood, Loss):
     ``"mean"`` as a likelihood: the mean over positions is none.
     """
 
-    def __init__(self, ignore_index: int = -100, logits_are_shifted: bool = False, reduction: str = "sum"):
+    def __init__(self, ignore_index: int = -100, logits_are_shifted: bool = False, reduction: str = "sum") -> None:
         if reduction not in ("sum", "mean"):
             raise ArgumentError(
                 f"reduction is {reduction!r}; expected 'sum' or 'mean' over the counted positions of a sequence"
@@ -54,7 +54,7 @@ class CausalLM(Likelihood, Loss):
 
     # -- what is compared with what ------------------------------------------------------------------------------------
 
-    def targets_of(self, outputs, batch):
+    def targets_of(self, outputs: Tensor, batch: Any) -> Any:
         """Labels of a ``batch`` in which tokens that its attention mask leaves out are ignored; without labels, zeros
         for those that count, a token of ``outputs (n, t, V)`` each.
         """
@@ -102,7 +102,7 @@ class CausalLM(Likelihood, Loss):
             return y[:, 1:]
         return y if self.logits_are_shifted else torch.cat([y[:, 1:], torch.full_like(y[:, :1], self.ignore_index)], 1)
 
-    def check(self, outputs, targets=None):
+    def check(self, outputs: Tensor, targets: Any = None) -> None:
         self.aligned(outputs, targets)
         self.categorical.check(outputs)
 
@@ -115,22 +115,22 @@ class CausalLM(Likelihood, Loss):
 
     # -- as a loss -----------------------------------------------------------------------------------------------------
 
-    def __call__(self, outputs, targets):
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
         y = self.aligned(outputs, targets)
         value, shares = self.cross_entropy(outputs, y), self._shares(outputs, y)
         return value if shares is None else value * shares.view(-1)
 
-    def gradient(self, outputs, targets):
+    def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
         y = self.aligned(outputs, targets)
         return _shared(self.cross_entropy.gradient(outputs, y), self._shares(outputs, y))
 
-    def times(self, outputs, tangent, targets):
+    def times(self, outputs: Tensor, tangent: Tensor, targets: Any) -> Tensor:
         y = self.aligned(outputs, targets)
         return _shared(self.cross_entropy.times(outputs, tangent, y), self._shares(outputs, y))
 
     # -- as either -----------------------------------------------------------------------------------------------------
 
-    def square_root(self, outputs, targets=None):
+    def square_root(self, outputs: Tensor, targets: Any = None) -> Columns:
         """The categorical root at every position of ``outputs`` but those that ``targets`` ignore, and, unless the
         logits are shifted, the last.
         """
@@ -140,27 +140,27 @@ class CausalLM(Likelihood, Loss):
         count = columns.count if self.logits_are_shifted else (t - 1) * (c - 1)
         return Columns(count, columns.make if shares is None else lambda lo, hi: columns.make(lo, hi) * shares.sqrt())
 
-    def root_times(self, outputs, noise, targets=None):
+    def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any = None) -> Tensor:
         y = self.aligned(outputs, targets)
         shares = self._shares(outputs, y)
         return _shared(self.categorical.root_times(outputs, noise, y), None if shares is None else shares.sqrt())
 
     # -- as a likelihood -----------------------------------------------------------------------------------------------
 
-    def fisher_times(self, outputs, tangent, targets=None):
+    def fisher_times(self, outputs: Tensor, tangent: Tensor, targets: Any = None) -> Tensor:
         return self.categorical.fisher_times(outputs, tangent, self.aligned(outputs, targets))
 
-    def sample(self, outputs, uniform):
+    def sample(self, outputs: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
         """Labels of tokens as in a batch, ``(n, t)`` for ``outputs (n, t, V)``, by ``uniform``; nothing is drawn for
         the first, which nothing predicts.
         """
         drawn = self.categorical.sample(outputs, uniform)
         return drawn if self.logits_are_shifted else drawn.roll(1, 1)
 
-    def log_prob(self, outputs, targets):
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.categorical.log_prob(outputs, self.aligned(outputs, targets))
 
-    def score(self, outputs, labels, targets=None):
+    def score(self, outputs: Tensor, labels: Tensor, targets: Any = None) -> Tensor:
         drawn = labels if self.logits_are_shifted else labels.roll(-1, 1)
         return self.categorical.score(outputs, drawn, self.aligned(outputs, targets))
 
@@ -185,11 +185,11 @@ class CausalByName(CausalLM):
     classes.
     """
 
-    def __init__(self, model: nn.Module, plain: Categorical | CrossEntropy):
+    def __init__(self, model: nn.Module, plain: Categorical | CrossEntropy) -> None:
         super().__init__()
         self.model, self.plain = model, plain
 
-    def resolved(self, outputs, batch):
+    def resolved(self, outputs: Tensor, batch: Any) -> Any:
         if outputs.ndim != 3:
             return self.plain
         if isinstance(batch, Mapping) and batch.get("labels") is not None and shifts_labels(self.model):
@@ -204,5 +204,5 @@ class CausalByName(CausalLM):
             "whose own loss shifts them)"
         )
 
-    def __call__(self, outputs, targets):
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
         return self.resolved(outputs, {"labels": targets})(outputs, targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.likelihood import as_columns
 from nngeom.cotangents.per_example import Loss
 from nngeom.cotangents.softmax import Labels
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 
 class CrossEntropy(Loss):
@@ -43,15 +44,15 @@ class CrossEntropy(Loss):
         self.weight, self.label_smoothing = weight, label_smoothing
         self.categorical = Categorical(dim, ignore_index)
 
-    def __call__(self, outputs, targets):
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
         z, labels, _ = self._fitted(outputs, targets)
         return softmax.cross_entropy(z, labels).view(outputs.shape[0], -1).sum(1)
 
-    def gradient(self, outputs, targets):
+    def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
         z, labels, categorical = self._fitted(outputs, targets)
         return categorical.unmove(softmax.residual(z, labels), outputs)
 
-    def square_root(self, outputs, targets):
+    def square_root(self, outputs: Tensor, targets: Any) -> Columns:
         """The categorical root of ``outputs``, times the root of the total weight of each position's (smoothed) label
         in ``targets``.
         """
@@ -62,11 +63,11 @@ class CrossEntropy(Loss):
         root = categorical.unmove(totals.sqrt().unsqueeze(-1).expand(z.shape), outputs)
         return Columns(columns.count, lambda lo, hi: columns.make(lo, hi) * root)
 
-    def times(self, outputs, tangent, targets):
+    def times(self, outputs: Tensor, tangent: Tensor, targets: Any) -> Tensor:
         z, labels, categorical = self._fitted(outputs, targets)
         return categorical.unmove(softmax.times(z, categorical.rows(tangent), labels.totals(z)), outputs)
 
-    def root_times(self, outputs, noise, targets):
+    def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any) -> Tensor:
         z, labels, categorical = self._fitted(outputs, targets)
         totals, product = labels.totals(z), categorical.root_times(outputs, noise)
         return (

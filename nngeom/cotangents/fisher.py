@@ -13,7 +13,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.causal import CausalLM, by_name
 from nngeom.cotangents.likelihood import Bernoulli, Gaussian, Likelihood, Poisson, as_columns
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 _NAMES: dict[str, type[Likelihood]] = {
     "categorical": Categorical,
@@ -112,7 +112,7 @@ class Stream:
     of processes changes a draw.
     """
 
-    def __init__(self, seed: int, start: int, n: int, sample: int, device: torch.device):
+    def __init__(self, seed: int, start: int, n: int, sample: int, device: torch.device) -> None:
         self._index = torch.arange(start, start + n, device=device)
         self._base = _mix(_mix(torch.tensor(seed, device=device)) + sample)
         self._drawn = 0

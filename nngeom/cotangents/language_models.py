@@ -44,5 +44,5 @@ def _of_transformers(model: Any) -> nn.Module | None:
     model = unwrap(model)
     bases = [(base.__module__.split(".")[0], base.__name__) for base in type(model).__mro__]
     if ("peft", "PeftModel") in bases:
-        return _of_transformers(model.get_base_model())  # type: ignore[operator]
+        return _of_transformers(model.get_base_model())
     return model if ("transformers", "PreTrainedModel") in bases else None

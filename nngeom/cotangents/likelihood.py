@@ -19,7 +19,7 @@ from nngeom.cotangents import logistic
 from nngeom.cotangents.precise import Precise
 from nngeom.cotangents.reading import Reading
 from nngeom.cotangents.softmax import wide
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 
 class Likelihood(Reading, ABC):
@@ -134,29 +134,29 @@ class Independent(Likelihood):
         """The square root of the information of every entry of ``outputs``, ``(n, *shape)``."""
         raise UnsupportedError(f"{type(self).__name__} defines no root")
 
-    def square_root(self, outputs, targets=None):
+    def square_root(self, outputs: Tensor, targets: Any = None) -> Columns | Tensor:
         return diagonal_columns(self.root(outputs))
 
-    def root_times(self, outputs, noise, targets=None):
+    def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any = None) -> Tensor:
         return self.root(outputs) * noise(*outputs.shape[1:])
 
-    def fisher_times(self, outputs, tangent, targets=None):
+    def fisher_times(self, outputs: Tensor, tangent: Tensor, targets: Any = None) -> Tensor:
         return self.root(outputs).square() * tangent
 
 
 class Bernoulli(Independent):
     """Independent binary labels; outputs are logits ``(n, *shape)``."""
 
-    def root(self, outputs):
+    def root(self, outputs: Tensor) -> Tensor:
         return (outputs.sigmoid() * torch.sigmoid(-outputs)).sqrt()
 
-    def sample(self, outputs, uniform):
+    def sample(self, outputs: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
         return (uniform(*outputs.shape[1:]) < wide(outputs).sigmoid()).to(outputs.dtype)
 
-    def log_prob(self, outputs, targets):
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return -logistic.binary_cross_entropy(wide(outputs), like(targets, outputs)).flatten(1).sum(1).to(outputs.dtype)
 
-    def score(self, outputs, labels, targets=None):
+    def score(self, outputs: Tensor, labels: Tensor, targets: Any = None) -> Tensor:
         return -logistic.slope(wide(outputs), like(labels, outputs)).to(outputs.dtype)
 
 
@@ -165,7 +165,7 @@ class Gaussian(Independent):
     ``shape``).
     """
 
-    def __init__(self, variance: float | Tensor = 1.0):
+    def __init__(self, variance: float | Tensor = 1.0) -> None:
         self.variance = torch.as_tensor(variance, dtype=torch.float64)
         if not bool((self.variance > 0).all()) or not bool(torch.isfinite(self.variance).all()):
             raise ArgumentError(f"variance is {variance}; expected positive finite numbers")
@@ -179,15 +179,15 @@ class Gaussian(Independent):
                 f"{tuple(outputs.shape)}"
             ) from None
 
-    def root(self, outputs):
+    def root(self, outputs: Tensor) -> Tensor:
         return 1 / self._deviation(outputs)
 
-    def sample(self, outputs, uniform):
+    def sample(self, outputs: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
         shape = outputs.shape[1:]
         radius = (-2 * uniform(*shape).log()).sqrt()
         return outputs + self._deviation(outputs) * (radius * torch.cos(2 * torch.pi * uniform(*shape))).to(outputs)
 
-    def log_prob(self, outputs, targets):
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         f = wide(outputs)
         deviation = self._deviation(f)
         z = (like(targets, outputs) - f) / deviation
@@ -198,7 +198,7 @@ class Gaussian(Independent):
             .to(outputs.dtype)
         )
 
-    def score(self, outputs, labels, targets=None):
+    def score(self, outputs: Tensor, labels: Tensor, targets: Any = None) -> Tensor:
         f = wide(outputs)
         return ((like(labels, outputs) - f) / self._deviation(f).square()).to(outputs.dtype)
 
@@ -206,18 +206,18 @@ class Gaussian(Independent):
 class Poisson(Independent):
     """Counts; outputs are log-rates ``(n, *shape)``."""
 
-    def root(self, outputs):
+    def root(self, outputs: Tensor) -> Tensor:
         return (0.5 * outputs).exp()
 
-    def sample(self, outputs, uniform):
+    def sample(self, outputs: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
         from scipy.stats import poisson
 
         u, rate = uniform(*outputs.shape[1:]).double().cpu().numpy(), outputs.double().exp().cpu().numpy()
         return torch.as_tensor(poisson.ppf(u, rate)).to(outputs)
 
-    def log_prob(self, outputs, targets):
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         f, y = wide(outputs), like(targets, outputs)
         return (y * f - f.exp() - torch.lgamma(y + 1)).flatten(1).sum(1).to(outputs.dtype)
 
-    def score(self, outputs, labels, targets=None):
+    def score(self, outputs: Tensor, labels: Tensor, targets: Any = None) -> Tensor:
         return (like(labels, outputs) - wide(outputs).exp()).to(outputs.dtype)

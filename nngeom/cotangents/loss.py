@@ -15,9 +15,10 @@ from nngeom.cotangents.causal import by_name
 from nngeom.cotangents.cross_entropy import CrossEntropy
 from nngeom.cotangents.likelihood import diagonal_columns
 from nngeom.cotangents.of_torch import known
-from nngeom.cotangents.per_example import CallableLoss, Loss
+from nngeom.cotangents.per_example import CallableLoss
+from nngeom.cotangents.per_example import Loss as Loss
 from nngeom.cotangents.separable import BinaryCrossEntropy, PoissonLoss, SquaredError
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 _NAMES: dict[str, type[Loss]] = {
     "cross_entropy": CrossEntropy,

@@ -15,7 +15,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, OutputError, Si
 from nngeom.cotangents.likelihood import columns_times
 from nngeom.cotangents.precise import Precise
 from nngeom.cotangents.reading import Reading
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 OUTPUT_LIMIT = 4096  # outputs an example whose Hessian in them is formed
 ROUNDING = 1e-8  # negative eigenvalues of a Hessian that are so much smaller than the largest are zero
@@ -64,7 +64,7 @@ class CallableLoss(Loss):
 
     function: Callable[[Tensor, Any], Tensor]
 
-    def __call__(self, outputs, targets):
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
         with Precise():
             value = self.function(outputs, targets)
         if not isinstance(value, Tensor) or value.shape != outputs.shape[:1]:

@@ -25,7 +25,7 @@ Call = Callable[..., Any]
 class Precise(TorchFunctionMode):
     """Runs :data:`WRITTEN` instead of torch's operations, where they know the arguments."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         written = WRITTEN.get(func)
         out = None if written is None else written(*args, **kwargs)
@@ -106,7 +106,9 @@ def softmaxed(input: Tensor, dim: int | None = None, *options: Any, **named: Any
 def logsumexp(input: Tensor, dim: Any, keepdim: bool = False, **named: Any) -> Tensor | None:
     """``logsumexp`` along one axis."""
     axes = (dim,) if isinstance(dim, int) else tuple(dim)
-    return softmax.log_sum_exp(input, axes[0], keepdim) if len(axes) == 1 and _real(input) and not named else None
+    return (
+        softmax.log_sum_exp(input, axes[0], keepdim=keepdim) if len(axes) == 1 and _real(input) and not named else None
+    )
 
 
 def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nngeom.core.errors import OutputError
 from nngeom.cotangents.fisher import Stream
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 
 class Rooted(Protocol):

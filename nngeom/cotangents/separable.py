@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from nngeom.cotangents import logistic
 from nngeom.cotangents.likelihood import diagonal_columns, like
 from nngeom.cotangents.per_example import Loss
 from nngeom.cotangents.softmax import wide
+from nngeom.sweep.columns import Columns
 
 
 class Separable(Loss):
@@ -38,19 +40,19 @@ class Separable(Loss):
         """The targets, if their numbers are some of this loss; raises :class:`OutputError`."""
         return y
 
-    def __call__(self, outputs, targets):
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
         return self.value(wide(outputs), self._like(targets, outputs)).flatten(1).sum(1).to(outputs.dtype)
 
-    def gradient(self, outputs, targets):
+    def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
         return self.slope(wide(outputs), self._like(targets, outputs)).to(outputs.dtype)
 
-    def square_root(self, outputs, targets):
+    def square_root(self, outputs: Tensor, targets: Any) -> Columns:
         return diagonal_columns(self._curvature(outputs, targets).sqrt().to(outputs.dtype))
 
-    def times(self, outputs, tangent, targets):
+    def times(self, outputs: Tensor, tangent: Tensor, targets: Any) -> Tensor:
         return (self._curvature(outputs, targets) * tangent).to(tangent.dtype)
 
-    def root_times(self, outputs, noise, targets):
+    def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any) -> Tensor:
         return (self._curvature(outputs, targets).sqrt() * noise(*outputs.shape[1:])).to(outputs.dtype)
 
     def _curvature(self, outputs: Tensor, targets: Any) -> Tensor:
@@ -66,19 +68,19 @@ class SquaredError(Separable):
 
     scale: float = 0.5
 
-    def value(self, f, y):
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
         return self.scale * (f - y).square()
 
-    def slope(self, f, y):
+    def slope(self, f: Tensor, y: Tensor) -> Tensor:
         return 2 * self.scale * (f - y)
 
-    def curvature(self, f, y):
+    def curvature(self, f: Tensor, y: Tensor) -> Tensor:
         return torch.full_like(f, 2 * self.scale)
 
-    def _curvature(self, outputs, targets):  # the same whatever the targets are
+    def _curvature(self, outputs: Tensor, targets: Any) -> Tensor:  # the same whatever the targets are
         return torch.full_like(outputs, 2 * self.scale)
 
-    def times(self, outputs, tangent, targets):
+    def times(self, outputs: Tensor, tangent: Tensor, targets: Any) -> Tensor:
         return tangent if self.scale == 0.5 else 2 * self.scale * tangent
 
 
@@ -93,7 +95,7 @@ class BinaryCrossEntropy(Separable):
     weight: Tensor | None = None
     pos_weight: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("weight", "pos_weight"):
             w = getattr(self, name)
             if w is not None and not bool((w >= 0).all()):
@@ -101,16 +103,16 @@ class BinaryCrossEntropy(Separable):
                     f"{name} has entries that are negative or NaN; expected non-negative numbers, one an output"
                 )
 
-    def value(self, f, y):
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
         return self._of("weight", f) * logistic.binary_cross_entropy(f, y, self._of("pos_weight", f))
 
-    def slope(self, f, y):
+    def slope(self, f: Tensor, y: Tensor) -> Tensor:
         return self._of("weight", f) * logistic.slope(f, y, self._of("pos_weight", f))
 
-    def curvature(self, f, y):
+    def curvature(self, f: Tensor, y: Tensor) -> Tensor:
         return self._of("weight", f) * logistic.curvature(f, y, self._of("pos_weight", f))
 
-    def accepted(self, y):
+    def accepted(self, y: Tensor) -> Tensor:
         if not bool(((y >= 0) & (y <= 1)).all()):
             raise OutputError(f"targets go from {float(y.min())} to {float(y.max())}; binary labels are in [0, 1]")
         return y
@@ -141,20 +143,20 @@ class PoissonLoss(Separable):
     full: bool = False
     eps: float = 1e-8
 
-    def value(self, f, y):
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
         loss = f.exp() - y * f if self.log_input else f - y * (f + self.eps).log()
         if not self.full:
             return loss
         many = y.clamp_min(1)
         return loss + torch.where(y > 1, many * many.log() - many + 0.5 * (2 * torch.pi * many).log(), 0)
 
-    def slope(self, f, y):
+    def slope(self, f: Tensor, y: Tensor) -> Tensor:
         return f.exp() - y if self.log_input else 1 - y / (f + self.eps)
 
-    def curvature(self, f, y):
+    def curvature(self, f: Tensor, y: Tensor) -> Tensor:
         return f.exp() if self.log_input else y / (f + self.eps).square()
 
-    def accepted(self, y):
+    def accepted(self, y: Tensor) -> Tensor:
         if not bool((y >= 0).all()):
             raise OutputError(f"targets have a smallest entry of {float(y.min())}; counts are not negative")
         return y

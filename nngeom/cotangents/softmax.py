@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def log_softmax(z: Tensor, dim: int = -1) -> Tensor:
     return u - log_rest(u, top, dim)
 
 
-def log_sum_exp(z: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
+def log_sum_exp(z: Tensor, dim: int = -1, *, keepdim: bool = False) -> Tensor:
     """``log sum exp z``, as :func:`log_softmax`."""
     top = z.detach().argmax(dim, keepdim=True)
     most = z.gather(dim, top)
@@ -172,7 +173,7 @@ class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits, *labels):
+    def forward(logits: Tensor, *labels: Any) -> Tensor:
         known = Labels(*labels)
 
         def some(part: slice) -> Tensor:
@@ -182,16 +183,16 @@ class _CrossEntropy(torch.autograd.Function):
         return in_rows(logits, some)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         _keep(ctx, inputs)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> Any:
         logits, *labels = _kept(ctx)
         return g.unsqueeze(-1) * _Residual.apply(logits, *labels), None, None, None, None
 
     @staticmethod
-    def jvp(ctx, tangent, *_):
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
         logits, *labels = _kept(ctx)
         return (_Residual.apply(logits, *labels) * tangent).sum(-1)
 
@@ -202,29 +203,29 @@ class _Residual(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits, *labels):
+    def forward(logits: Tensor, *labels: Any) -> Tensor:
         return residual(logits, Labels(*labels))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         _keep(ctx, inputs)
 
     @staticmethod
-    def backward(ctx, x):
+    def backward(ctx: Any, x: Tensor) -> Any:
         logits, *labels = _kept(ctx)
         return times(logits, x, Labels(*labels).totals(logits)), None, None, None, None
 
     @staticmethod
-    def jvp(ctx, tangent, *_):
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
         logits, *labels = _kept(ctx)
         return times(logits, tangent, Labels(*labels).totals(logits))
 
 
-def _keep(ctx, inputs):
+def _keep(ctx: Any, inputs: Any) -> None:
     logits, y, weight, ctx.smoothing, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, y, weight)
     ctx.save_for_forward(logits, y, weight)
 
 
-def _kept(ctx):
+def _kept(ctx: Any) -> Any:
     return *ctx.saved_tensors, ctx.smoothing, ctx.ignore_index

@@ -14,6 +14,7 @@ from nngeom.core.errors import ArgumentError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.tile import Tile
 from nngeom.fmat.fmat import FMat
+from nngeom.fmat.operator import FunctionOperator
 from nngeom.space.fvector import FVector
 
 Blocks = Iterable[tuple[str, LayerJacobian, LayerJacobian]]  # group, rows of the left examples, rows of the right
@@ -59,7 +60,7 @@ class FMatDense(FMat):
         return k, n, l, m
 
     @staticmethod
-    def tiles(blocks: Blocks, k: slice, l: slice, graph: bool, by_examples: bool) -> dict[str, Tensor]:
+    def tiles(blocks: Blocks, k: slice, l: slice, *, graph: bool, by_examples: bool) -> dict[str, Tensor]:
         """``{group: tile}``, summed over ``blocks (group, x, y)``; ``k``, ``l``: the outputs of their rows. With
         ``graph`` nothing is overwritten.
 
@@ -70,7 +71,7 @@ class FMatDense(FMat):
         totals: dict[str, Tile] = {}
         for name, x, y in blocks:
             if name not in totals:
-                totals[name] = Tile(x, y, by_examples)
+                totals[name] = Tile(x, y, by_examples=by_examples)
             pairs.add(totals[name], x, y)
             del x, y  # so that their memory is free for the next
         return {name: tile.result() for name, tile in totals.items()}
@@ -89,43 +90,43 @@ class FMatDense(FMat):
         """The ``tile`` on the other side of the diagonal."""
         return tile.permute(2, 3, 0, 1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_ndim(self.tensor, "FMatDense", "(c, n, c, m)", 4)
         if self.tensor.shape[0] != self.tensor.shape[2]:
             raise ArgumentError(f"an FMatDense has as many outputs on both sides; got {tuple(self.tensor.shape)}")
 
     @property
-    def outputs(self):
+    def outputs(self) -> int:
         return self.tensor.shape[0]
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         return self.tensor.shape[1]
 
     @property
-    def columns(self):
+    def columns(self) -> int:
         return self.tensor.shape[3]
 
-    def product(self, f):
+    def product(self, f: Tensor) -> Tensor:
         return (f.flatten(-2) @ self._dense().T).unflatten(-1, (self.outputs, self.rows))
 
-    def _dense(self):
+    def _dense(self) -> Tensor:
         return self.tensor.reshape(self.shape)
 
     @property
-    def T(self):
+    def T(self) -> FMatDense:
         return FMatDense(self.tensor.permute(2, 3, 0, 1))
 
-    def added(self, other):
+    def added(self, other: FunctionOperator) -> FunctionOperator:
         if isinstance(other, FMat):
             return FMatDense(self.tensor + other.to_dense(max(other.shape)).view(self.tensor.shape))
         return super().added(other)
 
-    def diag(self):
+    def diag(self) -> FVector:
         self._require_square("diag")
         return FVector(self._dense().diagonal().view(self.outputs, self.rows))
 
-    def _symmetric_parts(self):
+    def _symmetric_parts(self) -> Tensor:
         return self._dense().unsqueeze(0)
 
 
@@ -157,7 +158,7 @@ class FMatBlockDiag(FMat):
         return slice(max(k.start, l.start), min(k.stop, l.stop)), n, m
 
     @staticmethod
-    def tiles(blocks: Blocks, k: slice, l: slice, graph: bool, by_examples: bool) -> dict[str, Tensor]:
+    def tiles(blocks: Blocks, k: slice, l: slice, *, graph: bool, by_examples: bool) -> dict[str, Tensor]:
         """``{group: tile}``, summed over ``blocks (group, x, y)``, output by output; ``k``, ``l``: the outputs of their
         rows.
 
@@ -189,37 +190,37 @@ class FMatBlockDiag(FMat):
         """The ``tile`` on the other side of the diagonal."""
         return tile.mT
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_ndim(self.tensor, "FMatBlockDiag", "(c, n, m)", 3)
 
     @property
-    def outputs(self):
+    def outputs(self) -> int:
         return self.tensor.shape[0]
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         return self.tensor.shape[1]
 
     @property
-    def columns(self):
+    def columns(self) -> int:
         return self.tensor.shape[2]
 
-    def product(self, f):
+    def product(self, f: Tensor) -> Tensor:
         return (self.tensor @ f.unsqueeze(-1)).squeeze(-1)
 
-    def _dense(self):
+    def _dense(self) -> Tensor:
         return torch.block_diag(*self.tensor)
 
     @property
-    def T(self):
+    def T(self) -> FMatBlockDiag:
         return FMatBlockDiag(self.tensor.mT)
 
-    def widened(self):
+    def widened(self) -> FMatDense:
         return FMatDense(self._dense().view(self.outputs, self.rows, self.outputs, self.columns))
 
-    def diag(self):
+    def diag(self) -> FVector:
         self._require_square("diag")
         return FVector(self.tensor.diagonal(dim1=1, dim2=2))
 
-    def _symmetric_parts(self):
+    def _symmetric_parts(self) -> Tensor:
         return self.tensor

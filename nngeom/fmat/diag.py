@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nngeom.core.damping import Cutoff, as_damping
+from nngeom.core.damping import Cutoff, Damping, Tikhonov, as_damping
 from nngeom.fmat.dense import FMatBlockDiag, require_ndim
 from nngeom.fmat.fmat import FMat
-from nngeom.pmat.block import reciprocal, shifted_logdet
+from nngeom.pmat.eigenvalues import reciprocal, shifted_logdet
 from nngeom.space.fvector import FVector
 
 
@@ -24,51 +24,49 @@ class FMatDiag(FMat):
     diagonal: ClassVar[bool] = True
     wider: ClassVar[type[FMat]] = FMatBlockDiag
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_ndim(self.tensor, "FMatDiag", "(c, n)", 2)
 
     @property
-    def outputs(self):
+    def outputs(self) -> int:
         return self.tensor.shape[0]
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         return self.tensor.shape[1]
 
     @property
-    def columns(self):
+    def columns(self) -> int:
         return self.tensor.shape[1]
 
-    def product(self, f):
+    def product(self, f: Tensor) -> Tensor:
         return self.tensor * f
 
-    def _dense(self):
+    def _dense(self) -> Tensor:
         return torch.diag(self.tensor.flatten())
 
     @property
-    def T(self):
+    def T(self) -> FMatDiag:
         return self
 
-    def widened(self):
+    def widened(self) -> FMatBlockDiag:
         return FMatBlockDiag(torch.diag_embed(self.tensor))
 
-    def diag(self):
+    def diag(self) -> FVector:
         return FVector(self.tensor)
 
-    def _symmetric_parts(self):
+    def _symmetric_parts(self) -> Tensor:
         return self.tensor.flatten()[:, None, None]
 
-    def solve(self, f, damping=0.0):
+    def solve(self, f: FVector, damping: float | Tensor | Damping = 0.0) -> FVector:
         d = as_damping(damping)
         if not isinstance(d, Cutoff):
             self._number(d)
         return FVector(reciprocal(self.tensor, d, "the diagonal kernel") * self.operand(f, self.columns))
 
-    def logdet(self, damping=0.0):
-        d = as_damping(damping)
-        self._number(d)
-        return shifted_logdet(self.tensor.flatten(), d)
+    def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
+        return shifted_logdet(self.tensor.flatten(), Tikhonov(self._number(as_damping(damping))))
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, Tensor]:
         values, order = self.tensor.flatten().sort(stable=True)
         return values, torch.eye(len(values), dtype=self.dtype, device=self.device)[:, order].contiguous()

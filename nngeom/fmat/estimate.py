@@ -16,7 +16,7 @@ from nngeom.core.errors import UnsupportedError
 from nngeom.cotangents.fisher import Stream
 from nngeom.fmat.dense import FMatDense
 from nngeom.solve.hutchinson import Estimate
-from nngeom.sweep.sweep import Columns
+from nngeom.sweep.columns import Columns
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TraceEstimate(_Estimated):
 
     samples: Tensor  # [samples n]
 
-    def _offers(self):
+    def _offers(self) -> str:
         return "trace()"
 
     def trace(self) -> Estimate:
@@ -83,7 +83,7 @@ class KernelEstimate(_Estimated):
     standard_error: Tensor  # [n m]
     traces: Tensor  # [samples], of each draw; empty where the kernel is rectangular
 
-    def _offers(self):
+    def _offers(self) -> str:
         return "kernel, standard_error and trace()"
 
     def trace(self) -> Estimate:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core.damping import Damping
 from nngeom.fmat.dense import FMatDense
@@ -20,55 +23,58 @@ class FMatSum(FunctionOperator):
     parts: tuple[FunctionOperator, ...]
     weights: tuple[float | Tensor, ...] | None = None
 
-    def _weighted(self):
+    def _weighted(self) -> Iterator[tuple[float | Tensor, FunctionOperator]]:
         return zip(self.weights or (1.0,) * len(self.parts), self.parts)
 
     @property
-    def outputs(self):
+    def outputs(self) -> int:
         return self.parts[0].outputs
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         return self.parts[0].rows
 
     @property
-    def columns(self):
+    def columns(self) -> int:
         return self.parts[0].columns
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         dtype = self.parts[0].dtype
         for part in self.parts[1:]:
             dtype = torch.promote_types(dtype, part.dtype)
         return dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.parts[0].device
 
-    def product(self, f):
+    def product(self, f: Tensor) -> Tensor:
         return torch.stack([(w * p.product(f.to(p.dtype))).to(self.dtype) for w, p in self._weighted()]).sum(0)
 
     @property
-    def T(self):
+    def T(self) -> FMatSum:
         return FMatSum(tuple(p.T for p in self.parts), self.weights)
 
-    def scaled(self, c):
-        return FMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
+    def scaled(self, c: float | Tensor) -> Self:
+        return replace(self, weights=tuple(c * w for w, _ in self._weighted()))
 
-    def trace(self):
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        return replace(self, parts=tuple(p.to(*args, **kwargs) for p in self.parts))
+
+    def trace(self) -> Tensor:
         """``tr K``."""
-        return torch.stack([(w * p.trace()).to(self.dtype) for w, p in self._weighted()]).sum()  # type: ignore[attr-defined]
+        return torch.stack([(w * p.trace()).to(self.dtype) for w, p in self._weighted()]).sum()
 
     def diag(self) -> FVector:
         """The diagonal."""
-        return FVector(torch.stack([(w * p.diag().tensor).to(self.dtype) for w, p in self._weighted()]).sum(0))  # type: ignore[attr-defined]
+        return FVector(torch.stack([(w * p.diag().tensor).to(self.dtype) for w, p in self._weighted()]).sum(0))
 
     def materialize(self, limit: int = DENSE_LIMIT) -> FMatDense:
         """The same kernel as an :class:`FMatDense`."""
         return FMatDense(self.to_dense(limit).view(self.outputs, self.rows, self.outputs, self.columns))
 
-    def norm(self, kind: str = "fro"):
+    def norm(self, kind: str = "fro") -> Tensor:
         """The Frobenius norm of the dense kernel."""
         return self.materialize().norm(kind)
 
@@ -76,11 +82,11 @@ class FMatSum(FunctionOperator):
         """``(K + damping I)^-1 f`` with the dense kernel."""
         return self.materialize().solve(f, damping)
 
-    def logdet(self, damping: float | Tensor = 0.0):
+    def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
         """``log det(K + damping I)`` of the dense kernel."""
         return self.materialize().logdet(damping)
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and eigenvectors of the dense kernel."""
         return self.materialize().eigh()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
-from nngeom.fmat.tiles import Side
+from nngeom.fmat.side import Side
 
 NUMBERS = 4096  # of the first outputs that are kept
 

@@ -4,56 +4,61 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, SingularError
 from nngeom.core.registry import Registry
 from nngeom.fmat.operator import FunctionOperator
-from nngeom.pmat.block import TensorObject, log_sum, reciprocal, zero_small
+from nngeom.pmat.block import TensorObject
+from nngeom.pmat.eigenvalues import log_sum, reciprocal, zero_small
 from nngeom.space.fvector import FVector
 
 
-class FMat(FunctionOperator, TensorObject):
+@dataclass(frozen=True, eq=False, repr=False)
+class FMat(TensorObject, FunctionOperator):
     """A kernel that holds its entries: frozen, one field ``tensor``. Representations differ in the shape of it.
 
     Primitives besides those of the operator: ``_symmetric_parts``, the matrices ``[parts, p, p]`` it is block diagonal
     in, from which factorisations follow.
     """
 
+    tensor: Tensor
+
     kinds: ClassVar[Registry[type[FMat]]] = Registry()  # by qualified name, for files
     wider: ClassVar[type[FMat] | None] = None  # the next representation, which holds kernels of this one as well
-    tensor: Tensor
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         FMat.kinds.add(cls)
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.tensor.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.tensor.device
 
-    def scaled(self, c):
-        return type(self)(c * self.tensor)  # type: ignore[call-arg]
+    def scaled(self, c: float | Tensor) -> Self:
+        return self.map_tensors(lambda t: c * t)
 
     def widened(self) -> FMat:
         """The same kernel in the next wider representation; itself where there is none."""
         return self
 
-    def added(self, other):
+    def added(self, other: FunctionOperator) -> FunctionOperator:
         """``K + other`` in the narrowest representation that holds both, where there is one."""
-        kind = _common(type(self), type(other)) if self.wider is not None and isinstance(other, FMat) else None
-        if kind is None:
+        if self.wider is None or not isinstance(other, FMat):
             return super().added(other)
-        return kind(self._entries_as(kind) + other._entries_as(kind))  # type: ignore[call-arg]
+        kind = _common(type(self), type(other))
+        return super().added(other) if kind is None else kind(self._entries_as(kind) + other._entries_as(kind))
 
     def _entries_as(self, kind: type[FMat]) -> Tensor:
         """The entries in a wider representation."""

@@ -47,14 +47,14 @@ def create(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.memmap:
 def begun(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.memmap | None:
     """A file made by :func:`create`, mapped; ``None`` where there is none or it is cut off."""
     try:
-        found = np.lib.format.open_memmap(path, mode="r+")
+        numbers = np.lib.format.open_memmap(path, mode="r+")
     except (FileNotFoundError, ValueError):
         return None
-    if found.shape != tuple(shape) or found.dtype != _numpy(dtype):
+    if numbers.shape != tuple(shape) or numbers.dtype != _numpy(dtype):
         return None
     with open(path, "rb+") as file:
-        files.reserve(file.fileno(), found.offset, found.offset + found.nbytes, new=False)
-    return found
+        files.reserve(file.fileno(), numbers.offset, numbers.offset + numbers.nbytes, new=False)
+    return numbers
 
 
 def finish(numbers: np.memmap, path: str, about: dict[str, Any]) -> None:
@@ -96,10 +96,10 @@ def description(path: str) -> dict[str, Any]:
 def require_whole(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise :class:`ValueError` unless the numbers of a finished file are those that were written; reads all of it."""
     foot, start = _foot(path)
-    found = np.lib.format.open_memmap(path, mode="r")
-    if found.shape != tuple(shape) or found.dtype != _numpy(dtype) or found.offset + found.nbytes != start:
+    numbers = np.lib.format.open_memmap(path, mode="r")
+    if numbers.shape != tuple(shape) or numbers.dtype != _numpy(dtype) or numbers.offset + numbers.nbytes != start:
         raise ValueError(
-            f"it has {found.dtype} numbers of shape {found.shape}; expected {_numpy(dtype)}, {tuple(shape)}"
+            f"it has {numbers.dtype} numbers of shape {numbers.shape}; expected {_numpy(dtype)}, {tuple(shape)}"
         )
     if _checksum_of_file(path, start) != foot["checksum"]:
         raise ValueError("its numbers do not have the checksum they were saved with")

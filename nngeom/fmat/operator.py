@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core import linalg
+from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError
 from nngeom.space.fvector import FVector
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
+
+    from nngeom.fmat.dense import FMatDense
 
 DENSE_LIMIT = 50_000
 
@@ -26,8 +30,9 @@ DENSE_LIMIT = 50_000
 class FunctionOperator(ABC):
     """Anything that maps function space to function space; rectangular between two sets of examples.
 
-    Primitives are ``outputs, rows, columns, dtype, device, product, T, scaled``; the rest has a definition in terms of
-    them, overridden where the structure makes it cheap or exact.
+    Primitives are ``outputs, rows, columns, dtype, device, product, T, scaled``, and what every kernel answers in a way
+    of its own, from ``trace`` to ``to``; the rest has a definition in terms of them, overridden where the structure
+    makes it cheap or exact.
     """
 
     expressions: ClassVar[dict[str, Callable[..., FunctionOperator]]] = {}  # what + and @ make where nothing is closed
@@ -69,8 +74,36 @@ class FunctionOperator(ABC):
         """The transpose: a kernel between the two sets of examples the other way round."""
 
     @abstractmethod
-    def scaled(self, c: float | Tensor) -> FunctionOperator:
+    def scaled(self, c: float | Tensor) -> Self:
         """``c K``."""
+
+    @abstractmethod
+    def trace(self) -> Tensor:
+        """``tr K``."""
+
+    @abstractmethod
+    def diag(self) -> FVector:
+        """The diagonal, ``(c, n)``."""
+
+    @abstractmethod
+    def norm(self, kind: str = "fro") -> Tensor:
+        """The Frobenius norm; others than ``kind="fro"`` raise :class:`ArgumentError`."""
+
+    @abstractmethod
+    def solve(self, f: FVector, damping: float | Tensor | Damping = 0.0) -> FVector:
+        """``(K + damping I)^-1 f``, batched."""
+
+    @abstractmethod
+    def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
+        """``log det(K + damping I)``."""
+
+    @abstractmethod
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ``(c n,)``, ascending, and eigenvectors ``(c n, c n)``, columns in the same order."""
+
+    @abstractmethod
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Another dtype or device, as ``Tensor.to``."""
 
     # -- derived -------------------------------------------------------------------------------------------------------
 
@@ -126,6 +159,10 @@ class FunctionOperator(ABC):
         eye = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
         return self.product(eye.view(-1, self.outputs, self.columns)).flatten(1).T.contiguous()
 
+    @overload
+    def __matmul__(self, other: FunctionOperator) -> FMatDense: ...
+    @overload
+    def __matmul__(self, other: FVector) -> FVector: ...
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, FunctionOperator):
             if (other.outputs, other.rows) != (self.outputs, self.columns):
@@ -133,7 +170,7 @@ class FunctionOperator(ABC):
             return self.expressions["product"](self, other)
         return self.mv(other)
 
-    def __add__(self, other: Any) -> Any:
+    def __add__(self, other: FunctionOperator | Literal[0]) -> FunctionOperator:
         if isinstance(other, (int, float)) and other == 0:  # so that sum() works
             return self
         if not isinstance(other, FunctionOperator):
@@ -145,38 +182,39 @@ class FunctionOperator(ABC):
             raise ArgumentError(f"kernels of (outputs, rows, columns) {mine} and {theirs} do not add")
         return self.added(other)
 
-    __radd__ = __add__
+    def __radd__(self, other: Any) -> FunctionOperator:
+        return self.__add__(other)
 
     def added(self, other: FunctionOperator) -> FunctionOperator:
         """``K + other``, both of one shape: a lazy sum unless something closer is known."""
         return self.expressions["sum"](self, other)
 
-    def __sub__(self, other: Any) -> Any:
+    def __sub__(self, other: FunctionOperator) -> FunctionOperator:
         if not isinstance(other, FunctionOperator):
             raise ArgumentTypeError(
                 f"cannot subtract {type(other).__name__} from a function-space matrix; expected another one"
             )
         return self + (-1.0) * other
 
-    def __neg__(self) -> Any:
+    def __neg__(self) -> Self:
         return -1.0 * self
 
-    def __mul__(self, c: Any) -> Any:
+    def __mul__(self, c: float | Tensor) -> Self:
         if not isinstance(c, (int, float)) and not (isinstance(c, Tensor) and c.ndim == 0):
             raise ArgumentTypeError(f"cannot scale a kernel by {type(c).__name__}; expected a number")
         return self.scaled(c)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, c: Any) -> Any:
+    def __truediv__(self, c: float | Tensor) -> Self:
         return self * (1 / c)
 
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` on flat numpy vectors."""
         from scipy.sparse.linalg import LinearOperator
 
-        def act(k: FunctionOperator):
-            def apply(x):
+        def act(k: FunctionOperator) -> Callable[[Any], Any]:
+            def apply(x: Any) -> Any:
                 t = torch.as_tensor(x.copy()).to(k.dtype).to(k.device)
                 columns = t.reshape(k.shape[1], -1).T.reshape(-1, k.outputs, k.columns)
                 out = k.product(columns).flatten(1).T

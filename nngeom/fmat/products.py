@@ -13,8 +13,10 @@ from tqdm import tqdm
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.parts import has_positions
+from nngeom.fmat.chunks import span
+from nngeom.fmat.side import OneBatch, Side
 from nngeom.fmat.store import Store
-from nngeom.fmat.tiles import OneBatch, Side, matched, pairs, require_finite, span
+from nngeom.fmat.tiles import matched, pairs, require_finite
 from nngeom.sweep.sweep import Chunk
 
 
@@ -56,7 +58,7 @@ def build(
     if columns is not None:
         columns = columns.for_tiles(explicit=not centered, on_disk=store is not None)
     late = centered and columns is None and store is None
-    store = store or Store(grouping.names, rows.sweep.policy.keep_graph)
+    store = store or Store(grouping.names, graph=rows.sweep.policy.keep_graph)
     mean = Mean.over(rows) if centered and not late else None
     tensors = products(kind, rows, columns, grouping, store, mean=mean, progress=progress)
     return {name: kind((kind.doubly_centred(t) if late else t).to(kept)) for name, t in tensors.items()}
@@ -146,7 +148,7 @@ def products(
     """
     m = (columns or rows).examples
     if columns is None and mean is None and (one_batch := rows.one_batch()) is not None:
-        return _of_one_batch(kind, rows, one_batch, grouping, store, progress)
+        return _of_one_batch(kind, rows, one_batch, grouping, store, progress=progress)
     squares = mean.squares(rows, grouping) if mean is not None else {}
     bar = tqdm(total=rows.examples * m, desc="GramMatrix", unit="pair", disable=not progress)
     for x, y in pairs(rows, columns):
@@ -158,7 +160,7 @@ def products(
         if all(s.stop > s.start for s in place) and not store.has(place):
             blocks = list(matched(x, y, grouping.of))
             by_examples = any(has_positions(j) for _, j, _ in blocks)
-            tiles = kind.tiles(blocks, k, l, store.graph, by_examples)
+            tiles = kind.tiles(blocks, k, l, graph=store.graph, by_examples=by_examples)
             if mean is not None:
                 left, right = mean.products(x, grouping), mean.products(y, grouping)
                 zero = torch.zeros([s.stop - s.start for s in place], dtype=rows.dtype, device=rows.device)
@@ -179,21 +181,22 @@ def products(
 
 
 def _of_one_batch(
-    kind: Any, rows: Side, one_batch: OneBatch, grouping: Grouping, store: Store, progress: bool
+    kind: Any, rows: Side, one_batch: OneBatch, grouping: Grouping, store: Store, *, progress: bool
 ) -> dict[str, Tensor]:
     """A square kernel as one tile, summed over blocks as they come."""
     n, c = slice(0, rows.examples), slice(0, one_batch.outputs)
     place = kind.place(c, n, c, n)
     store.open(kind.sizes(c.stop, n.stop, n.stop), rows.dtype, rows.device)
     if not store.has(place):
-        tiles = kind.tiles(_released(one_batch.parts, grouping, progress), c, c, False, one_batch.positions)
+        blocks = _released(one_batch.parts, grouping, progress=progress)
+        tiles = kind.tiles(blocks, c, c, graph=False, by_examples=one_batch.positions)
         require_finite(tiles.values(), rows)
         store.write(place, tiles, None, kind.mirror)
     return store.result()
 
 
 def _released(
-    parts: Iterator[dict[Layout, LayerJacobian]], grouping: Grouping, progress: bool
+    parts: Iterator[dict[Layout, LayerJacobian]], grouping: Grouping, *, progress: bool
 ) -> Iterator[tuple[str, LayerJacobian, LayerJacobian]]:
     """The blocks of all parts, none of them held any longer when the next is made."""
     with tqdm(desc="GramMatrix", unit="layer", disable=not progress) as bar:

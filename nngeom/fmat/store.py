@@ -27,7 +27,7 @@ Place = tuple[slice, ...]
 class Store:
     """Kernels in memory, one a name. With ``graph`` nothing is overwritten that autograd still needs."""
 
-    def __init__(self, names: tuple[str, ...], graph: bool = False):
+    def __init__(self, names: tuple[str, ...], *, graph: bool = False) -> None:
         self.names, self.graph = names, graph
         self.tensors: dict[str, Tensor] = {}
         self.shape: tuple[int, ...] = ()
@@ -70,7 +70,7 @@ class FileStore(Store):
     process, before anything is computed; :class:`ArgumentError` where it is a kernel of other inputs.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(("",))
         try:
             self.path = os.path.realpath(os.fsdecode(path))
@@ -187,27 +187,29 @@ class FileStore(Store):
         if not lines or not os.path.exists(self.part):
             return False
         self._require_same(about, lines[0])
-        found = npy.begun(self.part, self.shape, self.dtype)
-        if found is None:
+        numbers = npy.begun(self.part, self.shape, self.dtype)
+        if numbers is None:
             return False
-        self.map = found
+        self.map = numbers
         for parts in lines[1:]:
             places = [tuple(slice(*ends) for ends in ranges) for ranges, _ in parts]
-            if all(npy.checksum(found[place]) == crc for place, (_, crc) in zip(places, parts)):
+            if all(npy.checksum(numbers[place]) == crc for place, (_, crc) in zip(places, parts)):
                 self.done[_ranges(places[0])] = parts
         npy.write_lines(self.journal, [self.about, *self.done.values()])
         return True
 
-    def open(self, shape, dtype, device):
+    def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         if self.map is None or tuple(shape) != tuple(self.shape) or dtype != self.dtype:
             raise FileError(
                 f"the kernel {self.path!r} was begun as {self.shape} {self.dtype}, and is {shape} {dtype} now"
             )
 
-    def has(self, place):
+    def has(self, place: Place) -> bool:
         return _ranges(place) in self.done
 
-    def write(self, place, tiles, mirror, flip):
+    def write(
+        self, place: Place, tiles: Mapping[str, Tensor], mirror: Place | None, flip: Callable[[Tensor], Tensor]
+    ) -> None:
         parts = []
         for where, turned in ((place, lambda tile: tile), (mirror, flip)):
             if where is not None:
@@ -217,7 +219,7 @@ class FileStore(Store):
             npy.add_line(self.journal, parts)
         self.done[_ranges(place)] = parts
 
-    def result(self):
+    def result(self) -> dict[str, Tensor]:
         """The kernel, moved to its place."""
         with self._writing():
             npy.finish(self.map, self.part, self.about)

@@ -23,7 +23,7 @@ class Call:
     the output of the call; ``keep_graph``: inputs are to keep theirs.
     """
 
-    def __init__(self, find: Callable[[Tensor], tuple[str, Tensor] | None], out: Tensor, keep_graph: bool):
+    def __init__(self, find: Callable[[Tensor], tuple[str, Tensor] | None], out: Tensor, *, keep_graph: bool) -> None:
         self._find, self.out, self.keep_graph = find, out, keep_graph
         self.sources: list[tuple[Tensor, int]] = []
 
@@ -43,10 +43,10 @@ class Call:
 
     def _parameter(self, x: Tensor | None) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` of a parameter or view; empty ones and unusual outputs have no structure."""
-        found = None if x is None else self._find(x)
-        if found is not None and (not found[1].numel() or self.out.is_complex() or self.out.is_nested):
+        parameter = None if x is None else self._find(x)
+        if parameter is not None and (not parameter[1].numel() or self.out.is_complex() or self.out.is_nested):
             raise NotStructured
-        return found
+        return parameter
 
     def keep(self, x: Tensor) -> Tensor:
         """An input ``x`` to be read later: detached unless the kernel is to be differentiated."""
@@ -60,20 +60,20 @@ class Call:
         """The slot of a parameter used whole, read by ``arrangement``; ``None`` where ``x`` is no selected parameter. A
         partial view raises.
         """
-        found = self._parameter(x)
-        if x is None or found is None:
+        parameter = self._parameter(x)
+        if x is None or parameter is None:
             return None
-        name, base = found
+        name, base = parameter
         if x.numel() != base.numel() or (x is not base and not _same_order(x, base)):
             raise NotStructured
         return Slot(name, arrangement)
 
     def matrix(self, x: Tensor | None) -> Slot | None:
         """The slot of a 2-D tensor ``x [o, i]``: a parameter, its transpose, or a rectangular part of either."""
-        found = self._parameter(x)
-        if x is None or found is None:
+        parameter = self._parameter(x)
+        if x is None or parameter is None:
             return None
-        name, base = found
+        name, base = parameter
         o, i = x.shape
         if x is base:
             return Slot(name, Arrangement.plain(1, o, i))
@@ -100,10 +100,10 @@ class Call:
         """The slot of a bias ``x`` of ``s * o`` entries: a parameter, or for ``s = 1`` a run of neighbours of one, of
         any shape.
         """
-        found = self._parameter(x)
-        if x is None or found is None:
+        parameter = self._parameter(x)
+        if x is None or parameter is None:
             return None
-        name, base = found
+        name, base = parameter
         if s != 1 or x is base:
             return self.whole(x, Arrangement.plain(s, base.numel() // s, 1))
         return Slot(name, Arrangement.plain(1, base.numel(), 1), self.run(x, base))
@@ -118,10 +118,10 @@ class Call:
 
     def table(self, x: Tensor) -> tuple[Slot, int]:
         """The slot of ``[i, o]`` for rows ``x`` of a parameter table, ``o`` its last axis, and the first row."""
-        found = self._parameter(x)
-        if found is None:
+        parameter = self._parameter(x)
+        if parameter is None:
             raise NotStructured
-        name, base = found
+        name, base = parameter
         width = x.shape[-1]
         first, inside = divmod(self.run(x, base), width)
         if base.shape[-1] != width or inside:

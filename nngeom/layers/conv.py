@@ -27,6 +27,7 @@ def patches(
     padding: Sequence[tuple[int, int]],
     dilation: Sequence[int],
     groups: int,
+    *,
     ones: bool,
     empty: Callable[..., Tensor],
 ) -> Tensor:
@@ -78,8 +79,8 @@ def conv(call: Call, input: Tensor, weight: Tensor, bias=None, stride=1, padding
     w, b = call.whole(weight, Arrangement.plain(*sizes, window=math.prod(kernel))), call.vector(bias, groups)
     x = call.keep(input) if w is not None else input
 
-    def windows(empty: Callable[..., Tensor], ones: bool) -> Tensor:
-        return patches(x, kernel, strides, pads, dilations, groups, ones, empty)
+    def windows(empty: Callable[..., Tensor], *, ones: bool) -> Tensor:
+        return patches(x, kernel, strides, pads, dilations, groups, ones=ones, empty=empty)
 
     return Use(
         f"conv{d}d",
@@ -89,6 +90,6 @@ def conv(call: Call, input: Tensor, weight: Tensor, bias=None, stride=1, padding
         gradients=lambda g: channels_last(g, groups),
         channels=1,
         serial=True,
-        inputs=None if w is None else lambda: windows(lambda sizes, like: like.new_empty(*sizes), False),
+        inputs=None if w is None else lambda: windows(lambda sizes, like: like.new_empty(*sizes), ones=False),
         copied=None if w is None else windows,
     )

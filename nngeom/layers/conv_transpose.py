@@ -23,7 +23,7 @@ def transposed_patches(x: Tensor, kernel, stride, padding, output_padding, dilat
     channels, size = x.shape[1], math.prod(kernel)
     unit = torch.eye(size, dtype=x.dtype, device=x.device).reshape(1, size, *kernel)
     unit = unit.expand(channels, size, *kernel).contiguous()
-    out = _FUNCTIONS[len(kernel)](x, unit, None, stride, padding, output_padding, channels, dilation)
+    out = _FUNCTIONS[len(kernel)](x, unit, None, stride, padding, output_padding, groups=channels, dilation=dilation)
     return out.movedim(1, -1).unflatten(-1, (groups, -1))
 
 
@@ -64,5 +64,7 @@ def conv_transpose(
         gradients=lambda g: channels_last(g, groups),
         channels=1,
         serial=True,
-        inputs=None if x is None else lambda: transposed_patches(x, kernel, strides, pads, extra, dilations, groups),
+        inputs=None
+        if x is None
+        else lambda: transposed_patches(x, kernel, strides, pads, extra, dilations, groups=groups),
     )

@@ -22,6 +22,7 @@ def _use(
     weight,
     bias,
     lead,
+    *,
     normalised: Callable[[], Tensor],
     features_last: Callable[[Tensor, int], Tensor],
 ) -> Use:
@@ -59,7 +60,9 @@ def layer_norm(
     """Over the last axes."""
     x, d = call.keep(input), len(normalized_shape)
     normalised = lambda: F.layer_norm(x, normalized_shape, eps=eps)
-    return _use(call, "layer_norm", weight, bias, tuple(input.shape[:-d]), normalised, _last(d))
+    return _use(
+        call, "layer_norm", weight, bias, tuple(input.shape[:-d]), normalised=normalised, features_last=_last(d)
+    )
 
 
 @adapts(F.rms_norm, torch.rms_norm)
@@ -67,7 +70,7 @@ def rms_norm(call: Call, input: Tensor, normalized_shape, weight=None, eps: floa
     """Over the last axes, without centring."""
     x, d = call.keep(input), len(normalized_shape)
     normalised = lambda: F.rms_norm(x, normalized_shape, eps=eps)
-    return _use(call, "rms_norm", weight, None, tuple(input.shape[:-d]), normalised, _last(d))
+    return _use(call, "rms_norm", weight, None, tuple(input.shape[:-d]), normalised=normalised, features_last=_last(d))
 
 
 @adapts(F.group_norm, torch.group_norm)
@@ -77,7 +80,9 @@ def group_norm(
     """Over groups of channels and all positions of one example."""
     x = call.keep(input)
     normalised = lambda: F.group_norm(x, num_groups, eps=eps)
-    return _use(call, "group_norm", weight, bias, _channel_lead(call.out), normalised, _channels)
+    return _use(
+        call, "group_norm", weight, bias, _channel_lead(call.out), normalised=normalised, features_last=_channels
+    )
 
 
 @adapts(F.batch_norm)
@@ -89,7 +94,9 @@ def batch_norm(
         raise ModeError("batch normalisation in training mode mixes the examples of a batch; call model.eval()")
     x = call.keep(input)
     normalised = lambda: F.batch_norm(x, running_mean, running_var, eps=eps)
-    return _use(call, "batch_norm", weight, bias, _channel_lead(call.out), normalised, _channels)
+    return _use(
+        call, "batch_norm", weight, bias, _channel_lead(call.out), normalised=normalised, features_last=_channels
+    )
 
 
 @adapts(F.instance_norm)
@@ -106,5 +113,9 @@ def instance_norm(
 ) -> Use:
     """Over the positions of one channel of one example."""
     x = call.keep(input)
-    normalised = lambda: F.instance_norm(x, running_mean, running_var, None, None, use_input_stats, 0.0, eps)
-    return _use(call, "instance_norm", weight, bias, _channel_lead(call.out), normalised, _channels)
+    normalised = lambda: F.instance_norm(
+        x, running_mean, running_var, use_input_stats=use_input_stats, momentum=0.0, eps=eps
+    )
+    return _use(
+        call, "instance_norm", weight, bias, _channel_lead(call.out), normalised=normalised, features_last=_channels
+    )

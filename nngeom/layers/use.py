@@ -33,7 +33,7 @@ class Use:
         lead: sizes of the axes of the output that hold examples and positions.
         gradients: ``[k, *out] -> [k, *lead, s, o]``, the gradients of the output as the rows need them.
         inputs: ``() -> [*lead, s, i]``, integer ``[*lead]`` for lookups; ``None`` without weight.
-        copied: where reading inputs copies them anyhow: ``(empty, ones)`` to the copy in memory that ``empty(sizes,
+        copied: where reading inputs copies them anyhow: ``(empty, ones=...)`` to the copy in memory that ``empty(sizes,
             like)`` gives, with ``ones`` followed by a column of ones for the bias.
         channels: the axis of the output that holds features.
         lookup: inputs are indices, one-hot rows.
@@ -48,7 +48,7 @@ class Use:
     lead: tuple[int, ...]
     gradients: Callable[[Tensor], Tensor]
     inputs: Callable[[], Tensor] | None = None
-    copied: Callable[[Callable[..., Tensor], bool], Tensor] | None = None
+    copied: Callable[..., Tensor] | None = None
     channels: int = -1
     lookup: bool = False
     elementwise: bool = False

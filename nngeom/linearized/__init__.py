@@ -5,13 +5,14 @@ from nngeom.linearized.data import add_spurious_feature, in_disks, yin_yang, yin
 from nngeom.linearized.difficulty import Groups, flip_labels, groups_by_attribute, groups_by_flag, groups_by_score
 from nngeom.linearized.linearity import Linearity, linearity
 from nngeom.linearized.linearized import Linearized
-from nngeom.linearized.progress import EqualProgress, Grid, Run, equal_progress
+from nngeom.linearized.progress import Curves, EqualProgress, Grid, equal_progress
 from nngeom.linearized.quadratic import Modes, convergence_times, gradient_flow, quadratic_modes, singular_modes
 from nngeom.linearized.quadratic_data import QuadraticData, label_noise, reversed_modes, spurious_feature
 from nngeom.linearized.scaled import Scaled, scaled_lr
 
 __all__ = [
     "CScores",
+    "Curves",
     "EqualProgress",
     "Grid",
     "Groups",
@@ -19,7 +20,6 @@ __all__ = [
     "Linearized",
     "Modes",
     "QuadraticData",
-    "Run",
     "Scaled",
     "add_spurious_feature",
     "c_scores",

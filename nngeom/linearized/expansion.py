@@ -30,7 +30,7 @@ class Expansion(nn.Module):
     Raises :class:`CollectionError` for a model without trainable parameters.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
@@ -62,7 +62,7 @@ class Expansion(nn.Module):
         """``w - w0``, detached, a vector of the model's parameters."""
         return PVector.from_dict(self.layer_collection, self._displacement(detach=True))
 
-    def _displacement(self, detach: bool = False) -> dict[str, Tensor]:
+    def _displacement(self, *, detach: bool = False) -> dict[str, Tensor]:
         start = self._start()
         return {name: (w.detach() if detach else w) - start[name] for name, w in self._weights().items()}
 

@@ -84,8 +84,8 @@ def _forward(now, start, batches, layer, function, collection) -> tuple[int, int
     kept: list[list[Tensor]] = [[], []]
     pairs = zip(*(network.batches(batches) for network in networks))
     for pair in pairs:
-        seen = [_watched(network, batch, layer) for network, batch in zip(networks, pair)]
-        masks, others = (watch.signs for watch in seen)
+        watched = [_watched(network, batch, layer) for network, batch in zip(networks, pair)]
+        masks, others = (watch.signs for watch in watched)
         if [m.shape for m in masks] != [m.shape for m in others]:
             raise StructureError(
                 f"model and reference call different activations ({len(masks)} and {len(others)}); expected two "
@@ -94,7 +94,7 @@ def _forward(now, start, batches, layer, function, collection) -> tuple[int, int
         for mask, other in zip(masks, others):
             same += int((mask == other.to(mask.device)).sum())
             units += mask.numel()
-        for rows, watch in zip(kept, seen):
+        for rows, watch in zip(kept, watched):
             rows.append(watch.representation())
     return same, units, [torch.cat(rows).double() for rows in kept]
 

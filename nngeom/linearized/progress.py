@@ -15,7 +15,7 @@ _USUAL = ("loss", "train_loss", "progress")
 
 
 @dataclass
-class Run(Mapping):
+class Curves(Mapping):
     """Curves recorded along a run: a mapping of names to tensors ``(records, ...)``.
 
     ``run.record(loss=0.7, clean=0.5, grid=tensor)`` appends one value to every curve of ``columns``, which hold them as
@@ -74,7 +74,7 @@ def equal_progress(
 ) -> EqualProgress:
     """Resample the curves of two runs where their progress first crosses each threshold.
 
-    A run, ``run_a`` and ``run_b``, is a :class:`Run`, any mapping of names to columns ``(records, ...)``, a list of
+    A run, ``run_a`` and ``run_b``, is a :class:`Curves`, any mapping of names to columns ``(records, ...)``, a list of
     mappings (one a record), or an object with such a ``.history``. A run that starts past a threshold counts as there
     at its first record.
 
@@ -155,7 +155,7 @@ def _columns(run: Any, which: str) -> dict[str, Tensor]:
         run = {name: [record[name] for record in run] for name in run[0]}
     if not isinstance(run, Mapping):
         raise ArgumentTypeError(
-            f"{which} is {type(run).__name__}; expected a Run, or a mapping of names to columns of equal length"
+            f"{which} is {type(run).__name__}; expected Curves, or a mapping of names to columns of equal length"
         )
     columns = {name: torch.as_tensor(run[name], dtype=torch.float64).detach().cpu() for name in run}
     lengths = {name: len(c) if c.ndim else 0 for name, c in columns.items()}

@@ -24,7 +24,7 @@ class Scaled(Expansion):
     thesis, eq. 5.2.4 and C.4.
     """
 
-    def __init__(self, model: nn.Module, alpha: float, include_f0: bool = True):
+    def __init__(self, model: nn.Module, alpha: float, *, include_f0: bool = True) -> None:
         super().__init__(model)
         _require_positive(alpha)
         self.alpha, self.include_f0 = float(alpha), include_f0
@@ -37,16 +37,16 @@ class Scaled(Expansion):
         change = self.alpha * (f - f0)
         return f0 + change if self.include_f0 else change
 
-    def learning_rate(self, lr: float, scale_free: bool = False) -> float:
+    def learning_rate(self, lr: float, *, scale_free: bool = False) -> float:
         """:func:`scaled_lr` for this model: from ``lr`` at scale 1, and ``scale_free`` as there."""
-        return scaled_lr(lr, self.alpha, scale_free)
+        return scaled_lr(lr, self.alpha, scale_free=scale_free)
 
     def extra_repr(self) -> str:
         """Shown by ``print``."""
         return f"alpha={self.alpha:g}, include_f0={self.include_f0}"
 
 
-def scaled_lr(lr: float, alpha: float, scale_free: bool = False) -> float:
+def scaled_lr(lr: float, alpha: float, *, scale_free: bool = False) -> float:
     """The learning rate at which an alpha-scaled model takes the function-space steps of ``lr`` at ``alpha = 1``.
 
     ``lr / alpha**2`` for steps proportional to the gradient (gradient descent, momentum). ``scale_free=True``: ``lr /

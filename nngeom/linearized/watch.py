@@ -71,7 +71,7 @@ class Watch(TorchFunctionMode):
     first call.
     """
 
-    def __init__(self, model: nn.Module, layer: str | None = None):
+    def __init__(self, model: nn.Module, layer: str | None = None) -> None:
         super().__init__()
         self.layer = layer
         self.parameters = {id(p) for p in model.parameters()}

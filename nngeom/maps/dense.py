@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
+import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, UnsupportedError
@@ -17,6 +18,9 @@ from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
 
+if TYPE_CHECKING:
+    from nngeom.maps.product import PMatPullPush
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DenseMap(JacobianMap, TensorObject):
@@ -25,22 +29,23 @@ class DenseMap(JacobianMap, TensorObject):
     layer_collection: LayerCollection
     tensor: Tensor  # [c n d]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         d = self.layer_collection.numel
         if not isinstance(self.tensor, Tensor) or self.tensor.ndim != 3 or self.tensor.shape[-1] != d:
             given = tuple(self.tensor.shape) if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
             raise ArgumentError(f"a {type(self).__name__} of this collection has shape (c, n, {d}); got {given}")
 
     @property
-    def shape(self):
-        return tuple(self.tensor.shape)
+    def shape(self) -> tuple[int, int, int]:
+        c, n, d = self.tensor.shape
+        return c, n, d
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.tensor.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.tensor.device
 
     def rows(self) -> Tensor:
@@ -64,6 +69,12 @@ class PushForwardDense(DenseMap):
         """``J^T``."""
         return PullBackDense(self.layer_collection, self.tensor)
 
+    @overload
+    def __matmul__(self, other: PVector) -> FVector: ...
+    @overload
+    def __matmul__(self, other: PullBackDense) -> FMatDense: ...
+    @overload
+    def __matmul__(self, other: ParameterOperator) -> PushForwardDense: ...
     def __matmul__(self, other: Any) -> Any:
         """``J v``, ``J J'^T`` (an FMatDense), or ``J M`` for a symmetric matrix over the parameters."""
         if isinstance(other, PullBackDense):
@@ -90,6 +101,10 @@ class PullBackDense(DenseMap):
         """``J``."""
         return PushForwardDense(self.layer_collection, self.tensor)
 
+    @overload
+    def __matmul__(self, other: FVector) -> PVector: ...
+    @overload
+    def __matmul__(self, other: PushForwardDense) -> PMatPullPush: ...
     def __matmul__(self, other: Any) -> Any:
         """``J^T u``, or the matrix ``J^T J'`` over the parameters (lazy)."""
         return self.expressions["product"](self, other) if isinstance(other, PushForwardDense) else self.mv(other)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from nngeom.core.errors import UnsupportedError
-from nngeom.fmat.implicit import FMatImplicit, pull, push
-from nngeom.fmat.tiles import Side, span
+from nngeom.fmat.chunks import span
+from nngeom.fmat.implicit import FMatImplicit
+from nngeom.fmat.jacobian_products import pull, push
+from nngeom.fmat.side import Side
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.pmat.recipe import write_rows
+from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
+
+if TYPE_CHECKING:
+    from nngeom.maps.product import PMatPullPush
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -25,22 +31,22 @@ class ImplicitMap(JacobianMap):
     side: Side
 
     @property
-    def layer_collection(self):
+    def layer_collection(self) -> LayerCollection:
         return self.side.run.network.collection
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int]:
         return self.side.outputs, self.side.examples, self.layer_collection.numel
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.side.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.side.device
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         raise UnsupportedError("an implicit map holds a model and data, so it is not pickled; materialize() it first")
 
 
@@ -56,6 +62,10 @@ class PushForwardImplicit(ImplicitMap):
         """``J^T``."""
         return PullBackImplicit(self.side)
 
+    @overload
+    def __matmul__(self, other: PVector) -> FVector: ...
+    @overload
+    def __matmul__(self, other: PullBackImplicit) -> FMatImplicit: ...
     def __matmul__(self, other: Any) -> Any:
         """``J v``, or the implicit kernel ``J J'^T``."""
         if isinstance(other, PullBackImplicit):
@@ -81,6 +91,10 @@ class PullBackImplicit(ImplicitMap):
         """``J``."""
         return PushForwardImplicit(self.side)
 
+    @overload
+    def __matmul__(self, other: FVector) -> PVector: ...
+    @overload
+    def __matmul__(self, other: PushForwardImplicit) -> PMatPullPush: ...
     def __matmul__(self, other: Any) -> Any:
         """``J^T u``, or the matrix ``J^T J`` over the parameters (lazy)."""
         return self.expressions["product"](self, other) if isinstance(other, PushForwardImplicit) else self.mv(other)

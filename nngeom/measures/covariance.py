@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
+from nngeom.capture.network import Batch
 from nngeom.core.centred import CentredJacobian
 from nngeom.core.errors import UnsupportedError
 from nngeom.core.jacobian import FullJacobian
@@ -16,19 +18,24 @@ from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.pmat.drive import Repeated, Source, built
-from nngeom.pmat.implicit import ImplicitFisher, PMatImplicit
+from nngeom.pmat.implicit import PMatImplicit
+from nngeom.pmat.implicit_fisher import ImplicitFisher
 from nngeom.pmat.low_rank import PMatLowRank
+from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import Representation, as_representation
 from nngeom.pullback.linearization import Linearization
+from nngeom.pullback.many_tangents import ManyTangents
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Policy, Sweep, require_examples
+
+M = TypeVar("M", bound=ParameterOperator, default=PMatLowRank)
 
 
 def GradientCovariance(
     model: nn.Module,
     loader: Any,
-    representation: Any = PMatLowRank,
+    representation: type[M] | Representation[M] = PMatLowRank,  # type: ignore[assignment]
     *,
     loss: str | Loss | Callable[[Tensor, Any], Tensor],
     function: Callable[..., Tensor] | None = None,
@@ -38,7 +45,7 @@ def GradientCovariance(
     check: bool = True,
     process_group: Any = None,
     **options: Any,
-) -> Any:
+) -> M:
     """The covariance of per-example loss gradients, ``1/n sum_i (g_i - m)(g_i - m)^T`` with their mean ``m``.
 
     Divided by ``n``, as every other measure. Two sweeps, the mean first, so that large means cancel before any square;
@@ -76,11 +83,12 @@ def GradientCovariance(
         if chosen is not None and not chosen.centred:
             chosen = chosen.last_sweep(built(chosen, run.network.collection, Repeated(sweep, chosen.passes)))
         if chosen is None:
-            return ImplicitCovariance(replace(sweep, run=run.on(sweep.run.loader).held().silent()), mean=mean)
+            quiet = replace(sweep, run=run.on(sweep.run.loader).held().silent())
+            return cast(M, ImplicitCovariance(quiet, mean=mean))
         return built(chosen, run.network.collection, Centred(Repeated(sweep, chosen.passes), mean))
 
 
-def _require_offered(chosen: Representation) -> None:
+def _require_offered(chosen: Representation[Any]) -> None:
     """Raise unless centred rows may enter, or do in the last sweep, in bases that others gave."""
     members = getattr(chosen, "members", (chosen,))
     kinds = [r.kind.__name__ for r in members if not r.centred and (r.passes == 1 or r.settings.get("sua"))]
@@ -150,18 +158,34 @@ class ImplicitCovariance(ImplicitFisher):
 
     mean: MeanRow = MeanRow(torch.zeros(0), ())
 
-    def _chunks(self):
+    def _chunks(self) -> Iterator[Chunk]:
         return map(self.mean.taken_from, self.sweep.chunks())
 
-    def _by_tangents(self, x):
-        linear, v, mean = Linearization(self.network), self._split(x), self.mean.flat
-        total, weight, count = torch.zeros_like(x), torch.zeros((), dtype=x.dtype, device=x.device), 0
+    def of_parameters(self, names: tuple[str, ...]) -> ImplicitCovariance:
+        part = cast(ImplicitCovariance, super().of_parameters(names))
+        with part.run.within():
+            return replace(part, mean=mean_row(part.sweep))
+
+    def _sandwich(self, tangents: ManyTangents, x: Tensor, start: int) -> Tensor:
+        tangents.require_right()
+        weighted, weights = self._weighted(tangents.outputs, tangents.push(x), tangents.batch, x, start)
+        return tangents.pull(weighted).to(x.dtype) - weights.unsqueeze(1) * self.mean.flat
+
+    def _by_tangents(self, x: Tensor) -> Tensor:
+        linear, v = Linearization(self.network), self.named(x)
+        total, count = torch.zeros_like(x), 0
         for batch in self.run.batches():
             outputs, tangent = linear.jvp(batch, v)
-            columns = self.sweep.cotangents.columns(outputs.detach(), batch, count).make(0, 1)[0]
-            inner = (columns * tangent).flatten(1).sum(1).to(x.dtype) - mean @ x
-            weighted = inner.to(columns.dtype).view(-1, *[1] * (columns.ndim - 1)) * columns
-            total += linear.vjp(outputs, weighted)
-            weight += inner.sum()
+            weighted, weights = self._weighted(outputs, tangent.unsqueeze(0), batch, x.unsqueeze(0), count)
+            total += linear.vjp(outputs, weighted[0]) - weights[0] * self.mean.flat
             count += outputs.shape[0]
-        return (total - weight * mean) / count
+        return total / count
+
+    def _weighted(
+        self, outputs: Tensor, tangents: Tensor, batch: Batch, x: Tensor, start: int
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of the outputs times ``<g_i - m, x>`` for every ``x [b, d]``, and the sums ``[b]`` of these."""
+        columns = self.sweep.cotangents.columns(outputs.detach(), batch, start).make(0, 1)[0]
+        inner = (columns * tangents).flatten(2).sum(2).to(x.dtype) - (x @ self.mean.flat).unsqueeze(1)
+        shape = (*inner.shape, *[1] * (columns.ndim - 1))
+        return inner.to(columns.dtype).view(shape) * columns, inner.sum(1)

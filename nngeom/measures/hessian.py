@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from typing_extensions import TypeVar
 
 from nngeom.capture.graph import require_differentiable
 from nngeom.capture.recorder import record
@@ -37,19 +37,21 @@ from nngeom.pmat.block import Block
 from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.implicit import PMatImplicit
+from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import Representation, as_representation
 from nngeom.pullback.captured_pass import Pass
 from nngeom.pullback.proofs import Proof
 from nngeom.space.collection import LayerCollection
-from nngeom.space.pvector import PVector
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy, Sweep, require_examples
+
+M = TypeVar("M", bound=ParameterOperator, default=PMatImplicit)
 
 
 def Hessian(
     model: nn.Module,
     loader: Any,
-    representation: Any = PMatImplicit,
+    representation: type[M] | Representation[M] = PMatImplicit,  # type: ignore[assignment]
     *,
     loss: str | Loss | Callable[[Tensor, Any], Tensor],
     function: Callable[..., Tensor] | None = None,
@@ -59,7 +61,7 @@ def Hessian(
     check: bool = True,
     process_group: Any = None,
     **options: Any,
-) -> Any:
+) -> M:
     """The Hessian of the mean loss, ``1/n sum_i d2 loss_i / dw2``, as PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag,
     PMatQuasiDiag, PMatEye, PMatEKFAC or PMatMixed of these.
 
@@ -98,11 +100,11 @@ def Hessian(
             sweep = replace(sweep, run=run.held())
             width = max((second.width // second.examples for second in batchwise(sweep)), default=0)
             quiet = replace(sweep, run=replace(sweep.run, check=False, progress=False))
-            return ImplicitHessian(quiet, width=width)
+            return cast(M, ImplicitHessian(quiet, width=width))
         collection, span = run.network.collection, run.network.collection.span()
         if chosen:
             chosen, sweep = chosen.within(collection), sweep.held()
-            return projected(sweep, batchwise(sweep), chosen, structure(sweep, chosen))
+            return cast(M, projected(sweep, batchwise(sweep), chosen, structure(sweep, chosen)))
         if entries == "diagonal":
             values, count = diagonal(sweep)
             return kind.of_blocks(collection, {span: DiagBlock(span.gather(values))}, count)
@@ -112,7 +114,7 @@ def Hessian(
         return kind.of_blocks(collection, blocks, count)
 
 
-def _projecting(representation: Any, options: dict[str, Any]) -> Representation | None:
+def _projecting(representation: Any, options: dict[str, Any]) -> Representation[Any] | None:
     """The representation, where it keeps something of any matrix in a structure that is measured first."""
     if not isinstance(representation, Representation) and not getattr(representation, "projects", False):
         return None
@@ -143,7 +145,7 @@ def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivati
     """
     run, network, loss = sweep.run, sweep.run.network, sweep.cotangents.loss  # type: ignore[attr-defined]
     known: list[Proof] = []  # of graphs whose second derivatives were checked
-    for index, batch in enumerate(tqdm(run.batches(), desc=sweep.policy.label, disable=not run.progress)):
+    for index, batch in enumerate(run.followed(sweep.policy.label)):
         if width is not None:
             yield differentiated(network, loss, batch, index, width)
             continue
@@ -219,19 +221,17 @@ class ImplicitHessian(PMatImplicit):
 
     width: int = 0  # bytes of the activations of an example, roughly
 
-    def _unscaled(self, x):
-        flat = x.reshape(-1, x.shape[-1])
-        total, count = torch.zeros_like(flat), 0
-        with self.run.within():
-            for batch in batchwise(self.sweep, self.width):
-                for lo, hi, rows in batch.times(self.layer_collection.names, lambda lo, hi: flat[lo:hi], len(flat)):
-                    total[lo:hi] += rows
-                count += batch.examples
-        return (total / count).reshape(x.shape)
+    def products(self, x: Tensor) -> Tensor:
+        total, count = torch.zeros_like(x), 0
+        for batch in batchwise(self.sweep, self.width):
+            for lo, hi, rows in batch.times(self.layer_collection.names, lambda lo, hi: x[lo:hi], len(x)):
+                total[lo:hi] += rows
+            count += batch.examples
+        return total / count
 
-    def _exact_trace(self):
-        return self.diag().flat().sum()
+    def _exact_trace(self) -> Tensor:
+        return self._exact_diagonal().sum()
 
-    def diag(self):
+    def _exact_diagonal(self) -> Tensor:
         with self.run.within():
-            return PVector(self.layer_collection, self.scale * diagonal(self.sweep, self.width)[0])
+            return self.scale * diagonal(self.sweep, self.width)[0]

@@ -1,13 +1,14 @@
-"""Kernels and Jacobians of a model: the same sweeps as the parameter space, read the other way."""
+"""Kernels of a model: the same sweeps as the parameter space, read the other way."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.cotangents.fisher import seed_of
@@ -17,18 +18,44 @@ from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.estimate import KernelEstimate, RandomSigns, TraceEstimate, kernel_estimate
 from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.fmat import FMat
-from nngeom.fmat.implicit import FMatImplicit, pull
+from nngeom.fmat.implicit import FMatImplicit
+from nngeom.fmat.jacobian_products import first_look
+from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import EVERYTHING, Grouping, build
+from nngeom.fmat.side import Side
 from nngeom.fmat.store import FileStore
-from nngeom.fmat.tiles import Side
-from nngeom.maps.dense import PullBackDense, PushForwardDense
-from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit, dense_rows
 from nngeom.measures.probed import require_samples
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Cotangents, Policy
+from nngeom.sweep.sweep import Policy
+
+K = TypeVar("K", bound=FunctionOperator, default=FMatDense)
 
 
+# fmt: off
+@overload
+def GramMatrix(model: nn.Module, loader: Any, representation: type[K] = ..., *,
+        other: Any = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
+        estimator: None = None, samples: int = 1, generator: torch.Generator | None = None,
+        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None) -> K: ...
+@overload
+def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
+        other: Any = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
+        estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
+        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None) -> KernelEstimate: ...
+@overload
+def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
+        other: Any = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
+        estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
+        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None) -> TraceEstimate: ...
+# fmt: on
 def GramMatrix(
     model: nn.Module,
     loader: Any,
@@ -98,7 +125,7 @@ def GramMatrix(
         )
     elif kind is FMatImplicit and (differentiable or out is not None):
         raise ArgumentError("FMatImplicit takes neither differentiable= nor out=; use FMatDense")
-    elif kind is FMatDiag and other is not None:
+    elif other is not None and kind is not FMatImplicit and kind.diagonal:
         raise ArgumentError(
             "a kernel between two sets of examples has no diagonal; use FMatDense or FMatBlockDiag with other="
         )
@@ -112,11 +139,11 @@ def GramMatrix(
             return _in_file(out, side, loader, other, centered=centered, progress=progress)
         rows, columns = side(loader), None if other is None else side(other)
         if estimator is not None:
-            return _estimated(kind, rows, columns, progress)
+            return _estimated(kind, rows, columns, progress=progress)
         if kind is FMatImplicit:
-            _first_look(rows)
+            first_look(rows)
             if columns is not None:
-                _first_look(columns)
+                first_look(columns)
             return FMatImplicit(rows, columns or rows, centered)
         return build(kind, rows, columns, EVERYTHING, centered=centered, progress=progress)[""]
 
@@ -140,7 +167,7 @@ def _in_file(
 def GramMatrices(
     model: nn.Module,
     loader: Any,
-    representation: Any = FMatDense,
+    representation: type[K] = FMatDense,  # type: ignore[assignment]
     *,
     other: Any = None,
     function: Callable[..., Tensor] | None = None,
@@ -151,7 +178,7 @@ def GramMatrices(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
-) -> dict[str, Any]:
+) -> dict[str, K]:
     """One Gram matrix a layer, ``{layer: kernel}``, in the same sweep; they sum to :func:`GramMatrix`.
 
     A layer is the module that owns a parameter under its first name. ``representation`` (not ``FMatImplicit``),
@@ -181,56 +208,6 @@ def GramMatrices(
         return build(kind, side(loader), columns, grouping, centered=centered, progress=progress)
 
 
-def Jacobian(
-    model: nn.Module,
-    loader: Any,
-    representation: Any = PushForwardDense,
-    *,
-    function: Callable[..., Tensor] | None = None,
-    layer_collection: LayerCollection | None = None,
-    progress: bool = False,
-    memory_budget: int | None = None,
-    check: bool = True,
-    process_group: Any = None,
-) -> Any:
-    """The Jacobian of all outputs at all examples, ``(c, n, d)``, as a map between parameter and function space.
-
-    ``representation``: ``PushForwardDense`` or ``PushForwardImplicit`` (``J v``), ``PullBackDense`` or
-    ``PullBackImplicit`` (``J^T u``); ``.T`` links them. ``J @ J.T`` is a kernel, ``J.T @ J`` a matrix over the
-    parameters. Other arguments and errors as :func:`GramMatrix`.
-    """
-    run = Run.of(
-        model,
-        loader,
-        function=function,
-        layer_collection=layer_collection,
-        progress=progress,
-        memory_budget=memory_budget,
-        check=check,
-        process_group=process_group,
-    )
-    with run.within():
-        side = Side.of(run, EveryOutput(), Policy("Jacobian"))
-        if representation in (PushForwardImplicit, PullBackImplicit):
-            _first_look(side)
-            return representation(side)
-        if representation not in (PushForwardDense, PullBackDense):
-            raise ArgumentTypeError(
-                f"representation is {representation!r}; expected PushForwardDense, PushForwardImplicit, "
-                "PullBackDense or PullBackImplicit"
-            )
-        return representation(run.network.collection, dense_rows(side))
-
-
-def _first_look(side: Side) -> None:
-    """Refuse now what products would only meet later: models that mix examples, odd batches, NaN and infinity."""
-    side.sweep.look()
-    if side.run.check:
-        ones = torch.ones(side.outputs, side.examples, dtype=side.dtype, device=side.device)
-        if not bool(torch.isfinite(pull(side, ones).sum())):
-            side.sweep.raise_where_not_finite()
-
-
 def _signs(kind: Any, estimator: str, samples: int, generator: torch.Generator | None, *, plain: bool) -> RandomSigns:
     """Random signs of the outputs; ``plain``: nothing else is asked for that does not go with them."""
     if estimator != "rademacher":
@@ -243,7 +220,7 @@ def _signs(kind: Any, estimator: str, samples: int, generator: torch.Generator |
     return RandomSigns(require_samples(samples), seed_of(generator), shared=kind is FMatDense)
 
 
-def _estimated(kind: Any, rows: Side, columns: Side | None, progress: bool) -> TraceEstimate | KernelEstimate:
+def _estimated(kind: Any, rows: Side, columns: Side | None, *, progress: bool) -> TraceEstimate | KernelEstimate:
     if kind is FMatDiag:
         return TraceEstimate(build(FMatDiag, rows, None, EVERYTHING)[""].tensor)
     return kernel_estimate(build(FMatBlockDiag, rows, columns, EVERYTHING, progress=progress)[""].tensor)

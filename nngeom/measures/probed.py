@@ -15,10 +15,11 @@ from nngeom.cotangents.loss import GaussNewton
 from nngeom.cotangents.probes import Probes
 from nngeom.pmat.drive import Repeated, built, finished, one_dtype, require_finite
 from nngeom.pmat.estimate import MatrixEstimate
-from nngeom.pmat.implicit import implicit
+from nngeom.pmat.implicit_fisher import implicit
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
-from nngeom.sweep.sweep import Chunk, Cotangents, Sweep, require_examples
+from nngeom.sweep.columns import Cotangents
+from nngeom.sweep.sweep import Chunk, Sweep, require_examples
 
 
 def probed(
@@ -45,7 +46,7 @@ def require_samples(samples: Any) -> int:
     return samples
 
 
-def estimate(chosen: Representation, sweep: Sweep) -> MatrixEstimate:
+def estimate(chosen: Representation[Any], sweep: Sweep) -> MatrixEstimate:
     """The matrix of every probe by itself, and of all, in one sweep; representations of several sweeps take their basis
     from a matrix of all first.
     """

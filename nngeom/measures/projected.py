@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from nngeom.pmat.selected import moved
 from nngeom.sweep.sweep import Policy, Sweep, require_examples
 
 
-def structure(sweep: Sweep, chosen: Representation) -> dict[Layout, Block]:
+def structure(sweep: Sweep, chosen: Representation[Any]) -> dict[Layout, Block]:
     """The blocks whose places and bases are kept: those given, or those of second moments of the same loss.
 
     Bases are those of the Gauss-Newton matrix; where there are none, that of the gradients has the same places.
@@ -49,7 +50,7 @@ def structure(sweep: Sweep, chosen: Representation) -> dict[Layout, Block]:
 
 
 def projected(
-    sweep: Sweep, batches: Iterator[SecondDerivatives], chosen: Representation, blocks: dict[Layout, Block]
+    sweep: Sweep, batches: Iterator[SecondDerivatives], chosen: Representation[Any], blocks: dict[Layout, Block]
 ) -> PMat:
     """The mean Hessian in the structure of the ``blocks``, one product a parameter."""
     network, count = sweep.run.network, 0

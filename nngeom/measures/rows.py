@@ -12,8 +12,9 @@ from nngeom.cotangents.fisher import ExactFisher, as_likelihood
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.loss import EmpiricalFisher, EveryOutput, Loss, as_loss
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Chunk, Cotangents, Policy, Sweep
+from nngeom.sweep.sweep import Chunk, Policy, Sweep
 
 
 def rows(

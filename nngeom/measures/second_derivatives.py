@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def require_symmetric(second: SecondDerivatives, usual: Callable[[], SecondDeriv
 class Quadratic(SquaredError):
     """One half of the squared outputs, whatever the targets."""
 
-    def __call__(self, outputs, targets):
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
         return super().__call__(outputs, torch.zeros_like(outputs))
 
 

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
-from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood, seed_of
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.loss import EmpiricalFisher, GaussNewton, Loss, as_loss
-from nngeom.cotangents.probes import Probes
-from nngeom.measures.probed import estimate, implicit_estimate, probed, require_samples
-from nngeom.pmat.drive import Repeated, built
+from nngeom.measures.measured import measured
+from nngeom.measures.probed import probed, require_samples
 from nngeom.pmat.estimate import MatrixEstimate
-from nngeom.pmat.implicit import PMatImplicit, implicit
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.operator import ParameterOperator
-from nngeom.pmat.representation import as_representation
+from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Cotangents, Policy, Sweep
+from nngeom.sweep.sweep import Policy
+
+M = TypeVar("M", bound=ParameterOperator, default=PMatKFAC)
 
 
+# fmt: off
+@overload
+def FIM(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
+        likelihood: str | Likelihood = "categorical",
+        estimator: None = None, samples: None = None, generator: None = None,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        **options: Any) -> M: ...
+@overload
+def FIM(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
+        likelihood: str | Likelihood = "categorical",
+        estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        **options: Any) -> MatrixEstimate: ...
+# fmt: on
 def FIM(
     model: nn.Module,
     loader: Any,
@@ -84,7 +100,7 @@ def FIM(
 def FIM_MonteCarlo(
     model: nn.Module,
     loader: Any,
-    representation: Any = PMatKFAC,
+    representation: type[M] | Representation[M] = PMatKFAC,  # type: ignore[assignment]
     *,
     likelihood: str | Likelihood = "categorical",
     samples: int = 1,
@@ -96,7 +112,7 @@ def FIM_MonteCarlo(
     check: bool = True,
     process_group: Any = None,
     **options: Any,
-) -> Any:
+) -> M:
     """The Fisher information matrix with ``samples`` labels an example drawn from the model: unbiased, one backward a
     sample.
 
@@ -115,13 +131,13 @@ def FIM_MonteCarlo(
         check=check,
         process_group=process_group,
     )
-    return measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False))
+    return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False)))
 
 
 def EmpiricalFIM(
     model: nn.Module,
     loader: Any,
-    representation: Any = PMatKFAC,
+    representation: type[M] | Representation[M] = PMatKFAC,  # type: ignore[assignment]
     *,
     loss: str | Loss | Callable[[Tensor, Any], Tensor],
     function: Callable[..., Tensor] | None = None,
@@ -131,7 +147,7 @@ def EmpiricalFIM(
     check: bool = True,
     process_group: Any = None,
     **options: Any,
-) -> Any:
+) -> M:
     """The second moment of per-example loss gradients, ``1/n sum_i g_i g_i^T``, with the targets of the batches.
 
     Not the Fisher matrix unless the model is right about its labels.
@@ -158,9 +174,25 @@ def EmpiricalFIM(
         process_group=process_group,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
-    return measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True))
+    return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))
 
 
+# fmt: off
+@overload
+def GGN(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
+        loss: str | Loss | Callable[[Tensor, Any], Tensor],
+        estimator: None = None, samples: None = None, generator: None = None,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        **options: Any) -> M: ...
+@overload
+def GGN(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
+        loss: str | Loss | Callable[[Tensor, Any], Tensor],
+        estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        **options: Any) -> MatrixEstimate: ...
+# fmt: on
 def GGN(
     model: nn.Module,
     loader: Any,
@@ -202,20 +234,3 @@ def GGN(
     )
     cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
     return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None))
-
-
-def measured(
-    run: Run, cotangents: Cotangents, representation: Any, options: dict[str, Any], policy: Policy
-) -> ParameterOperator | MatrixEstimate:
-    """Any metric in any representation: the representation's recipe driven over sweeps of the data."""
-    sweep = Sweep(run, cotangents, policy)
-    with run.within():
-        if representation is PMatImplicit:
-            if options:
-                raise ArgumentError(f"PMatImplicit has no option {list(options)}")
-            return implicit_estimate(sweep) if isinstance(cotangents, Probes) else implicit(sweep)
-        chosen = as_representation(representation, **options).within(run.network.collection)
-        sweep = sweep.but(part_of=chosen.part_of)
-        if isinstance(cotangents, Probes):
-            return estimate(chosen, sweep)
-        return built(chosen, run.network.collection, Repeated(sweep, chosen.passes))

@@ -14,7 +14,7 @@ from nngeom.analysis.spectrum import effective_rank
 from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.loss import EveryOutput
-from nngeom.fmat.tiles import Side
+from nngeom.fmat.side import Side
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Function, Run
 

@@ -109,8 +109,8 @@ def loss_gradient_penalty(
     targets: Any,
     wrt: str = "parameters",
     loss: Any = "cross_entropy",
-    squared: bool = False,
     *,
+    squared: bool = False,
     function: Function = None,
     layer_collection: LayerCollection | None = None,
 ) -> Tensor:
@@ -175,7 +175,7 @@ def _with_a_row_an_example(run: Run, capture: Capture) -> list[Recorded]:
     alone.
     """
     n, times = capture.outputs.shape[0], Counter(slot.name for recorded in capture.uses for slot in recorded.use.slots)
-    found = []
+    fitting = []
     for recorded in capture.uses:
         use = recorded.use
         if (
@@ -189,13 +189,13 @@ def _with_a_row_an_example(run: Run, capture: Capture) -> list[Recorded]:
         whole = use.weight.arrangement.sizes == (1, width, use.weight.arrangement.sizes[2]) and not use.weight.column
         whole = whole and (use.bias is None or use.bias.arrangement.sizes == (1, width, 1))
         if whole and _as_they_are(recorded, capture.outputs):
-            found.append(recorded)
-    if not found:
+            fitting.append(recorded)
+    if not fitting:
         return []
-    proof = Sweep(run, RandomSigns(1, 0, False), ALIVE).proved(capture)
+    proof = Sweep(run, RandomSigns(samples=1, seed=0, shared=False), ALIVE).proved(capture)
     return [
         recorded
-        for recorded in found
+        for recorded in fitting
         if isinstance(proof.place(recorded.place), ExampleAxis)
         and proof.left.isdisjoint(slot.name for slot in recorded.use.slots)
     ]

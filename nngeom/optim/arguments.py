@@ -12,7 +12,7 @@ from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihoo
 from nngeom.pmat.diag import PMatDiag
 from nngeom.pmat.eye import PMatEye
 from nngeom.pmat.representation import Representation, as_representation
-from nngeom.sweep.sweep import Cotangents
+from nngeom.sweep.columns import Cotangents
 
 
 def number(name: str, x: Any, step: int) -> Any:

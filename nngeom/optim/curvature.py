@@ -29,16 +29,34 @@ from nngeom.sweep.sweep import Chunk
 
 @dataclass(frozen=True)
 class Manner:
-    """What the optimizer's options say of how curvature is kept."""
+    """What the optimizer's options say of how curvature is kept.
 
-    eager: bool = False  # inverses follow every new statistic, whatever the schedule
-    scalings: str = "batch"  # of EKFAC
-    own_rows: bool = False  # the rows are those of a metric, not of the user's loss
+    Args:
+        eager: inverses follow every new statistic, whatever the schedule.
+        scalings: of EKFAC.
+        own_rows: the rows are those of a likelihood, not of the user's loss.
+        worker: a background thread, where one may be used.
+    """
+
+    eager: bool = False
+    scalings: str = "batch"
+    own_rows: bool = False
     worker: ThreadPoolExecutor | None = None
 
 
 class Curvature(ABC):
-    """One part of the parameters."""
+    """What is kept of the curvature of one part of the parameters, and what it does to their gradient.
+
+    Subclasses say :meth:`observe` and :meth:`precondition`, and register under :func:`keeps`. ``pending`` are sums
+    since the last step (``pending.add(statistic, chunk)``), ``averages`` running means of them
+    (``averages.take(pending, seen.examples, seen.scale, schedule.decay)``, ``averages.read()``), ``blocks`` what
+    preconditions: nothing was observed where there are none. The last two are saved and loaded with the optimizer.
+
+    Args:
+        representation: the class of matrices, and its options.
+        selection: the parameters.
+        manner: what the optimizer's options say.
+    """
 
     def __init__(self, representation: Representation, selection: Selection, manner: Manner):
         self.representation, self.selection, self.manner = representation, selection, manner
@@ -62,16 +80,18 @@ class Curvature(ABC):
 
     @abstractmethod
     def observe(self, chunk: Chunk, schedule: Schedule) -> None:
-        """Take in the rows of some examples, gradients as they were backpropagated."""
+        """Take in the rows of some examples, ``chunk``, gradients as they were backpropagated, where the ``schedule``
+        wants them.
+        """
 
     @abstractmethod
     def precondition(self, gradient: Tensor, seen: Seen, schedule: Schedule) -> None:
         """Bring averages, inverses and bases up to date, and precondition these parameters' part of ``gradient [d]`` in
-        place.
+        place; ``seen``: what was observed since the last step; ``schedule``: what is due at it, and the damping.
         """
 
     def packed(self, vector: Tensor) -> Packed:
-        """Room for the blocks of these parameters, filled from the vector."""
+        """Room for the blocks of these parameters, filled from the ``vector``; ``write()`` brings it back."""
         if self._packed is None or self._packed.vector is not vector or self._packed.layouts != tuple(self.blocks):
             self._packed = Packed(self.blocks, vector)
         self._packed.read()
@@ -86,7 +106,7 @@ class Curvature(ABC):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+        """Take over a ``state``, as :meth:`state` gave it."""
         self.averages, self.blocks = Averages.restored(state["averages"]), restored_blocks(state["blocks"])
 
 

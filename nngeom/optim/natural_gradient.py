@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,25 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.core.damping import FactoredTikhonov
-from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
+from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
 from nngeom.optim.curvature import Manner
-from nngeom.optim.descent import clipping, descend
+from nngeom.optim.descent import descend
 from nngeom.optim.gradients import Gradients
-from nngeom.optim.groups import plain, require_groups, resumed
+from nngeom.optim.groups import require_groups
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending
-from nngeom.optim.replicas import alone, require_model
+from nngeom.optim.preconditioned import Preconditioned
+from nngeom.optim.replicas import require_model
 from nngeom.optim.schedule import Clock
 from nngeom.optim.unscaling import unscale
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.representation import as_representation
 from nngeom.space.collection import LayerCollection
-from nngeom.sweep.observe import Observation, Observer
+from nngeom.sweep.observe import Observer
 
 
-class NaturalGradient(torch.optim.Optimizer):
+class NaturalGradient(Preconditioned):
     """``w <- w - lr (F + damping)^-1 grad`` with the Fisher matrix ``F`` in any representation, estimated while
     training.
 
@@ -70,8 +70,6 @@ class NaturalGradient(torch.optim.Optimizer):
     :class:`UnsupportedError` for a model replicated over several processes. Source: Amari 1998; Martens & Grosse 2015;
     George et al. 2018.
     """
-
-    _step_supports_amp_scaling = True  # GradScaler hands its scale over instead of dividing the gradients itself
 
     def __init__(
         self,
@@ -129,75 +127,8 @@ class NaturalGradient(torch.optim.Optimizer):
         require_groups(self.param_groups, parameters)
         self.clock.now()  # checks the numbers
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in any optimizer: ``param_group`` has ``"params"`` and its own numbers; raises :class:`ArgumentError` for
-        a parameter outside the collection.
-        """
-        super().add_param_group(param_group)
-        mine = set(map(id, self.gradients.parameters))
-        odd = [tuple(p.shape) for p in self.param_groups[-1]["params"] if id(p) not in mine]
-        if odd:
-            self.param_groups.pop()
-            raise ArgumentError(
-                f"params holds parameters of shapes {odd[:4]} outside the model's collection; give those to "
-                "another optimizer"
-            )
-
-    # -- observing -----------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def observe(self, reduction: str | None = None, scaler: Any = None) -> Iterator[Observation]:
-        """Watch one or several forward and backward passes of the model; blocks add up until the step or ``zero_grad``.
-
-        ``reduction`` says how the losses are reduced over examples: ``"mean"`` (all that is backpropagated before the
-        step sums to the mean over all its examples: divide by the number of passes when accumulating), or ``"sum"``;
-        default that of the constructor. A ``GradScaler`` is taken into account by itself, but for
-        ``scaler.unscale_(opt)`` before the step: then pass it as ``scaler``.
-        """
-        schedule = self.clock.now()
-        if reduction is not None:
-            self.pending.reduction = as_reduction(reduction)
-        record = schedule.statistics or self.partition.wants_every_batch
-        with alone(self.observer.network.model), self.observer.watch(record) as seen:
-            yield seen
-        with torch.no_grad():
-            for chunk in seen.chunks:
-                self.partition.observe(chunk, schedule)
-        seen.chunks.clear()
-        self.pending.take(seen.examples, scaler)
-
-    @property
-    def reduction(self) -> str:
-        """How losses are reduced over examples, as said last."""
-        return self.pending.reduction
-
-    @property
-    def skipped(self) -> int:
-        """How many steps were skipped."""
-        return self.pending.skipped
-
-    @property
-    def damping(self) -> Any:
-        """As given: a number, a damping object, a callable of the step, or :class:`LevenbergMarquardt`."""
-        return self.clock.damping
-
-    @damping.setter
-    def damping(self, damping: Any) -> None:
-        self.clock.damping = damping
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in any optimizer (``set_to_none``: instead of zeros); also drops what was observed since the last step."""
-        self._forget()
-        super().zero_grad(set_to_none)
-
-    def _forget(self) -> None:
-        self.partition.forget()
-        self.pending.forget()
-
-    # -- stepping ------------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, evaluate: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *, evaluate: Callable[[], Any] | None = None) -> Any:
         """Precondition ``.grad`` and move. ``closure`` makes the passes itself, inside :meth:`observe`, and returns the
         loss.
 
@@ -227,75 +158,3 @@ class NaturalGradient(torch.optim.Optimizer):
         if rule is not None and compare and evaluate is not None:
             rule.update(float(evaluate()) - before, predicted)
         return loss
-
-    def precondition_(self) -> bool:
-        """Rewrite ``.grad`` into ``(F + damping)^-1 grad``, so that any optimizer can take the step; ``False`` if it
-        was skipped.
-        """
-        with torch.no_grad():
-            return self._precondition() is not None
-
-    def _precondition(self) -> float | None:
-        """The factor of clipping; ``None`` when the step is skipped."""
-        schedule, flat = self.clock.now(), self.gradients.read()
-        if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self.partition):
-            return self._skip("gradients or statistics are not finite")
-        seen = self.pending.seen(self.observer.cotangents is None)
-        gradient = None if schedule.kl_clip is None else flat.clone()
-        try:
-            for part in self.partition:
-                part.precondition(flat, seen, schedule)
-        except (SingularError, NonFiniteError) as error:
-            if self.clock.steps == 0:
-                raise
-            return self._skip(str(error))
-        if not any(part.blocks for part in self.partition):
-            raise ArgumentError(
-                "step() before anything was observed; expected the forward and backward pass inside `with "
-                "opt.observe():`"
-            )
-        if not bool(torch.isfinite(flat.sum())):
-            return self._skip("the preconditioned gradient is not finite")
-        clip = 1.0
-        if gradient is not None and schedule.kl_clip is not None:
-            clip = clipping(
-                self.param_groups, self.clock.steps, schedule.kl_clip, self.gradients.split(gradient.mul_(flat))
-            )
-            flat.mul_(clip)
-        self.gradients.write()
-        self.clock.tick(schedule)
-        self.pending.forget()
-        return clip
-
-    def _skip(self, why: str) -> float | None:
-        self._forget()
-        self.pending.skip(why)
-        return None
-
-    # -- state ---------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the coming steps, as tensors, numbers, strings, lists and dicts; callables are not
-        part of it.
-
-        What was observed since the last step is not saved; damping (but that of :class:`LevenbergMarquardt`), decays
-        and intervals are those of the constructor.
-        """
-        state = super().state_dict()
-        curvature = self.clock.state() | self.pending.state() | self.observer.state()
-        curvature["parts"] = self.partition.state()
-        return {**state, "param_groups": plain(state["param_groups"]), "curvature": curvature}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a ``state_dict``: the steps that follow are the same, bit by bit. Callables stay those of this
-        optimizer.
-        """
-        if "curvature" not in state_dict:
-            raise ArgumentError("the state holds no curvature; expected the state_dict() of the same kind of optimizer")
-        state = {key: value for key, value in state_dict.items() if key != "curvature"}
-        super().load_state_dict({**state, "param_groups": resumed(self.param_groups, state["param_groups"])})
-        saved = state_dict["curvature"]
-        self.clock.load(saved)
-        self.pending.load(saved)
-        self.observer.load(saved)
-        self.partition.load(saved["parts"])

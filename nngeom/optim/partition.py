@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.curvature import Curvature, Manner, keeper
 from nngeom.optim.schedule import Schedule
-from nngeom.pmat.factors import is_kronecker, structure_of
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
@@ -63,10 +61,8 @@ class Partition:
         self._settled = structure
         place = {name: self.representation.part_of(name) for name in self.collection.names}
         for layout, j in chunk.jacobians.items():
-            limit = _block_limit(self._representation(place[layout.names[0]]))
-            if not self.observer.batchwise.isdisjoint(layout.names) or (
-                limit is not None and j.shape[-1] > limit and not is_kronecker(structure_of(j))
-            ):
+            kept = self._representation(place[layout.names[0]])
+            if not self.observer.batchwise.isdisjoint(layout.names) or not kept.takes(j):
                 place.update(dict.fromkeys(layout.names, REST))
         place |= {name: REST for name, index in self._place.items() if index == REST}
         if place != self._place:
@@ -108,9 +104,3 @@ class Partition:
             self._build(place)
             for index, part in state.items():
                 self.parts[index].load(part)
-
-
-def _block_limit(representation: Representation) -> int | None:
-    """Above how many entries a block without Kronecker structure is not held; ``None``: no limit."""
-    parameter = signature(representation.kind.recipe).parameters.get("block_limit")
-    return None if parameter is None else representation.settings.get("block_limit", parameter.default)

@@ -13,11 +13,13 @@ class SkippedStepWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen since the last step: examples, and by what the observed gradients are to be multiplied."""
+    """What was seen since the last step: how many ``examples``; by what the observed gradients are to be multiplied to
+    be those of single examples' losses, ``scale``, and ``.grad`` to be that of their mean, ``mean``.
+    """
 
     examples: int
     scale: float
-    mean: float  # what makes .grad that of the mean loss
+    mean: float
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Pending:
             self.loss_scale = scaler.get_scale()
         self.examples += examples
 
-    def seen(self, own_loss: bool) -> Seen:
+    def seen(self, *, own_loss: bool) -> Seen:
         """For rows of the user's ``own_loss``, which carry its reduction and scale, or for those of a metric."""
         mean = self.reduction == "mean"
         scale = (self.examples if mean else 1) / self.loss_scale if own_loss else 1.0

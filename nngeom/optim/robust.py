@@ -121,8 +121,8 @@ class WinsorizedSGD(torch.optim.SGD):
         """Watch one or several forward and backward passes, as :meth:`NaturalGradient.observe`; ``scaler``: a
         ``GradScaler`` in use.
         """
-        with alone(self.observer.network.model), self.observer.watch() as seen:
-            yield seen
+        with alone(self.observer.network.model), self.observer.watch() as observation:
+            yield observation
         if self.observer.batchwise:
             raise CoverageError(
                 f"parameters {sorted(self.observer.batchwise)[:4]} have no per-example gradients here; use "
@@ -130,9 +130,9 @@ class WinsorizedSGD(torch.optim.SGD):
             )
         scale = 1.0 if scaler is None else scaler.get_scale()
         with torch.no_grad():
-            for chunk in seen.chunks:
+            for chunk in observation.chunks:
                 self._examples.add(chunk, 1 / scale)
-        seen.chunks.clear()
+        observation.chunks.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in any optimizer (``set_to_none``: instead of zeros); also drops what was observed since the last step."""
@@ -140,7 +140,7 @@ class WinsorizedSGD(torch.optim.SGD):
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Winsorize what was observed, and move; ``closure``, run with gradients, returns the loss that is returned."""
         loss = None
         if closure is not None:

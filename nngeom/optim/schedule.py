@@ -12,11 +12,20 @@ from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 
 @dataclass(frozen=True)
 class Schedule:
-    """Of one step."""
+    """What is due at one step.
 
-    statistics: bool  # averages take in this batch
-    refresh: bool  # inverses or eigenbases are computed anew
-    decay: float  # weight of the past in the averages
+    Args:
+        statistics: whether averages take in this batch.
+        refresh: whether inverses or eigenbases are computed anew.
+        decay: the weight of the past in the averages.
+        scalings_decay: the same for spectra that follow every step.
+        damping: the damping in force.
+        kl_clip: the bound on the divergence of the step, or none.
+    """
+
+    statistics: bool
+    refresh: bool
+    decay: float
     scalings_decay: float
     damping: Damping
     kl_clip: float | None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block
@@ -28,7 +29,12 @@ class StoredAlgebra:
 
         def remade(self, blocks: dict[Layout, Block]) -> PMat: ...
 
-    def __getitem__(self, pattern: Any) -> PMat:
+        def __pow__(self, p: float) -> PMat: ...
+
+        @classmethod
+        def of_blocks(cls, collection: LayerCollection, blocks: dict[Layout, Any], examples: int) -> Self: ...
+
+    def __getitem__(self, pattern: Any) -> Self:
         """The principal submatrix over the parameters that a pattern means, ``M["fc"]``, of the same kind.
 
         Patterns as :meth:`LayerCollection.from_model` takes them. Raises :class:`CollectionError` where nothing
@@ -36,14 +42,14 @@ class StoredAlgebra:
         """
         return self._over(self.layer_collection.subset(pattern))
 
-    def by_layer(self) -> dict[str, PMat]:
+    def by_layer(self) -> dict[str, Self]:
         """``{layer: its diagonal block}``, matrices of the same kind, each over the parameters of its layer."""
         lc = self.layer_collection
         return {layer: self._over(lc.only(names)) for layer, names in lc.by_layer().items()}
 
-    def _over(self, part: LayerCollection) -> PMat:
+    def _over(self, part: LayerCollection) -> Self:
         blocks = blocks_within(self.blocks, self.layer_collection, part)
-        return type(self).of_blocks(part, blocks, self.examples)  # type: ignore[attr-defined]
+        return self.of_blocks(part, blocks, self.examples)
 
     def apply(self, f: Callable[[Tensor], Tensor]) -> PMat:
         """``f(M)``, ``f`` of the eigenvalues in the eigenbasis: a function of all of them, ``(d,)``, ascending, to as

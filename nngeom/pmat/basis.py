@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -40,7 +40,11 @@ class Basis:
         """The transpose, which is the inverse."""
         return dataclasses.replace(self, transposed=not self.transposed)
 
-    def mv(self, x: PVector | Tensor) -> Any:
+    @overload
+    def mv(self, x: PVector) -> PVector: ...
+    @overload
+    def mv(self, x: Tensor) -> Tensor: ...
+    def mv(self, x: Any) -> Any:
         """``U x``, or ``U^T x`` when transposed."""
         if isinstance(x, Mapping):
             x = PVector.from_dict(self.layer_collection, x)

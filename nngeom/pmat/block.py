@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from nngeom.core.damping import Cutoff, Damping, Tikhonov
-from nngeom.core.errors import SingularError
+from nngeom.core.damping import Damping, Tikhonov
 from nngeom.core.registry import Registry
-from nngeom.pmat.block_algebra import BlockAlgebra, same
+from nngeom.pmat.block_algebra import BlockAlgebra, Remake, same
+from nngeom.pmat.eigenvalues import reciprocal, shifted_logdet
 
 
 class TensorObject:
     """A frozen dataclass of tensors and plain values: moves and serialises field by field."""
 
-    def to(self, *args: Any, **kwargs: Any):
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """Another dtype or device, as ``Tensor.to``."""
         return self.map_tensors(lambda t: t.to(*args, **kwargs))
 
-    def detach(self):
+    def detach(self) -> Self:
         """Without its graph."""
         return self.map_tensors(lambda t: t.detach())
 
-    def map_tensors(self, f):
+    def map_tensors(self, f: Callable[[Tensor], Tensor]) -> Self:
         """The same object with ``f`` of every tensor."""
         fields: dict[str, Any] = {name: f(t) for name, t in self.fields().items() if isinstance(t, Tensor)}
         fields |= {name: tuple(map(f, ts)) for name, ts in self.fields().items() if isinstance(ts, tuple)}
@@ -138,16 +139,16 @@ class BlockBasis(TensorObject, ABC):
 class Identity(BlockBasis):
     """The parameters themselves."""
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return x
 
-    def tmv(self, x):
+    def tmv(self, x: Tensor) -> Tensor:
         return x
 
 
 @dataclass(frozen=True, eq=False)
 class EyeBlock(Block):
-    """``c x``; with ``c = 0`` the block of parameters that the data does not use."""
+    """``c x`` for ``x [s, o, i]``; with ``c = 0`` the block of parameters that the data does not use."""
 
     c: Tensor  # []
     s: int
@@ -155,95 +156,38 @@ class EyeBlock(Block):
     i: int
 
     @property
-    def sizes(self):
+    def sizes(self) -> torch.Size:
         return torch.Size((self.s, self.o, self.i))
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return self.c * x
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return self.c.expand(self.sizes)
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         return self.c.square() * self.sizes.numel()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> EyeBlock:
         return EyeBlock(c * self.c, self.s, self.o, self.i)
 
-    def added(self, other):
+    def added(self, other: Block) -> EyeBlock | None:
         return EyeBlock(self.c + other.c, self.s, self.o, self.i) if isinstance(other, EyeBlock) else None
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> EyeBlock:
         return self._times(reciprocal(self.c.view(1), damping, "the multiple of the identity")[0])
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, Identity]:
         return self.diag(), Identity()
 
-    def restricted(self, columns):
+    def restricted(self, columns: list[int]) -> EyeBlock:
         return EyeBlock(self.c, self.s, self.o, len(columns))
 
-    def spectrum(self):
+    def spectrum(self) -> tuple[Tensor, Remake]:
         return self.diag(), lambda f: self._times(same(f, "a multiple of the identity") if f.numel() else self.c)
 
-    def plus_diagonal(self, d):
-        return self.of_diagonal(self.c + d)
+    def plus_diagonal(self, d: Tensor) -> Block:
+        return type(self).of_diagonal(self.c + d)
 
     def _times(self, c: Tensor) -> EyeBlock:
         return EyeBlock(c, self.s, self.o, self.i)
-
-
-def reciprocal(values: Tensor, damping: Damping, what: str) -> Tensor:
-    """``1 / (values + damping)``, or the pseudo-inverse under :class:`Cutoff`; raises :class:`SingularError`."""
-    if isinstance(damping, Cutoff):
-        keep = values >= max(damping.value, torch.finfo(values.dtype).tiny)
-        return torch.where(keep, 1 / torch.where(keep, values, torch.ones_like(values)), torch.zeros_like(values))
-    shifted = values + damping.value
-    if isinstance(damping, Tikhonov) and damping.indefinite:
-        require_nonzero(shifted, values, what)
-    else:
-        require_positive(shifted, values, what)
-    return 1 / shifted
-
-
-def require_positive(shifted: Tensor, values: Tensor, what: str) -> None:
-    """Raise unless all of ``shifted`` is above rounding error of ``values``."""
-    if not values.numel():
-        return
-    floor, least = rounding(values), shifted.min()
-    if bool(least <= floor):
-        need = ((shifted - values).max() - least + floor).item()
-        raise SingularError(
-            f"{what} is singular or indefinite at this damping: its smallest eigenvalue is {least.item():.3e}; "
-            f"use a damping above {max(need, 0.0):.3e}, or Cutoff(x) for a pseudo-inverse",
-            max(need, 0.0),
-        )
-
-
-def require_nonzero(shifted: Tensor, values: Tensor, what: str) -> None:
-    """Raise unless all of ``shifted`` differ from zero by more than rounding error of ``values``."""
-    if values.numel() and bool(shifted.abs().min() <= rounding(values)):
-        raise SingularError(f"{what} is singular at this damping; use another, or Cutoff(x) for a pseudo-inverse")
-
-
-def rounding(values: Tensor) -> Tensor:
-    """What of eigenvalues counts as zero: their rounding error, 4 units in the last place of the largest."""
-    return 4 * torch.finfo(values.dtype).eps * values.abs().max()
-
-
-def shifted_logdet(values: Tensor, damping: Tikhonov) -> Tensor:
-    """``sum log(values + damping)``; without damping ``-inf`` where :func:`require_positive` raises."""
-    shifted = values + damping.value
-    if values.numel() and not damping.value > 0:
-        shifted = torch.where(values <= rounding(values), torch.zeros_like(values), shifted)
-    return log_sum(shifted)
-
-
-def log_sum(shifted: Tensor) -> Tensor:
-    """``sum log``; ``-inf`` where one is not positive."""
-    return shifted.clamp_min(0).log().sum()
-
-
-def zero_small(values: Tensor) -> Tensor:
-    """Eigenvalues within rounding error of zero set to it: the log-determinant of a singular matrix is ``-inf``."""
-    floor = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
-    return torch.where(values.abs() <= floor, torch.zeros_like(values), values)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Damped = dict[Layout, tuple[Block, Damping]]
 
 
-def damped(matrix: PMat, damping: Any, indefinite: bool = False) -> Damped:
+def damped(matrix: PMat, damping: Any, *, indefinite: bool = False) -> Damped:
     """Every block, with what is added to its diagonal beforehand, and the damping left to add.
 
     ``indefinite``: what is inverted may have negative eigenvalues.

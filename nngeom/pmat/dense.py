@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Damping, Tikhonov
 from nngeom.core.errors import SingularError
+from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
-from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, zero_small
-from nngeom.pmat.block_algebra import largest
+from nngeom.core.statistic import Named
+from nngeom.pmat.block import Block, BlockBasis
+from nngeom.pmat.block_algebra import Remake, largest
+from nngeom.pmat.eigenvalues import log_sum, reciprocal, zero_small
 from nngeom.pmat.given import (
     foreign,
     require_alike,
@@ -24,48 +29,49 @@ from nngeom.pmat.given import (
     require_square,
 )
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Selection, join_rows
+from nngeom.pmat.recipe import Recipe, Selection, join_rows
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.sweep import Chunk
 
 
 @dataclass(frozen=True, eq=False)
 class DenseBlock(Block):
-    """``M x`` with an explicit matrix over the flattened block ``[1, 1, p]``."""
+    """``M x`` with an explicit matrix ``m [p, p]`` over the flattened block ``[1, 1, p]``."""
 
     m: Tensor  # [p p]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return x @ self.m
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return self.m.diagonal()[None, None]
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         return self.m.square().sum()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> DenseBlock:
         return DenseBlock(c * self.m)
 
-    def added(self, other):
+    def added(self, other: Block) -> DenseBlock | None:
         return DenseBlock(self.m + other.m) if isinstance(other, DenseBlock) else None
 
-    def dense(self):
+    def dense(self) -> Tensor:
         return self.m
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> DenseBlock:
         if _by_eigenvalues(damping):
             values, u = linalg.eigh(self.m)
             return DenseBlock((u * reciprocal(values, damping, "the dense matrix")) @ u.T)
         return DenseBlock(torch.cholesky_inverse(linalg.cholesky(*self._shifted(damping))))
 
-    def solve(self, b, damping):
+    def solve(self, b: Tensor, damping: Damping) -> Tensor:
         if _by_eigenvalues(damping):
             return self.inverse(damping).mv(b)
         x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, linalg.cholesky(*self._shifted(damping)))
         return x.T.reshape(b.shape)
 
-    def logdet(self, damping):
-        """Twice the logarithms of the Cholesky pivots: without damping ``-inf`` exactly where :meth:`solve` raises."""
+    def logdet(self, damping: Tikhonov) -> Tensor:
+        """Twice the logarithms of the Cholesky pivots: without ``damping`` ``-inf`` just where :meth:`solve` raises."""
         try:
             return linalg.cholesky_logdet(*self._shifted(damping))
         except SingularError:
@@ -77,21 +83,21 @@ class DenseBlock(Block):
         shifted.diagonal().add_(damping.value)
         return shifted, f"the dense matrix with damping {damping.value:g}"
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, DenseBasis]:
         values, u = linalg.eigh(self.m)
         return zero_small(values)[None, None], DenseBasis(u)
 
-    def spectrum(self):
+    def spectrum(self) -> tuple[Tensor, Remake]:
         values, basis = self.eigh()
         return values, lambda f: DenseBlock((basis.u * f.flatten()) @ basis.u.T)
 
-    def spectral_norm(self):
+    def spectral_norm(self) -> Tensor:
         return largest(torch.linalg.eigvalsh(self.m.double())).to(self.m)
 
-    def restricted(self, columns):
+    def restricted(self, columns: list[int]) -> DenseBlock:
         return DenseBlock(self.m[columns][:, columns])
 
-    def plus_diagonal(self, d):
+    def plus_diagonal(self, d: Tensor) -> DenseBlock:
         m = self.m.clone()
         m.diagonal().add_(d.flatten())
         return DenseBlock(m)
@@ -108,17 +114,17 @@ class DenseBasis(BlockBasis):
 
     u: Tensor  # [p p]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return x @ self.u.T
 
-    def tmv(self, x):
+    def tmv(self, x: Tensor) -> Tensor:
         return x @ self.u
 
 
-def dense_recipe(layouts: dict[Layout, tuple[str, ...]]):
+def dense_recipe(layouts: dict[Layout, tuple[str, ...]]) -> Recipe:
     """Second moments of the rows over the given spans of parameters."""
 
-    def statistic(chunk):
+    def statistic(chunk: Chunk) -> Named:
         named = {}
         for layout, names in layouts.items():
             total = None
@@ -138,12 +144,16 @@ class PMatDense(PMat):
     entries = "all"
 
     @classmethod
-    def recipe(cls, selection: Selection):
+    def recipe(cls, selection: Selection) -> Recipe:
         layout = selection.span()
         return (yield from dense_recipe({layout: layout.names}))
 
     @classmethod
-    def from_tensor(cls, lc: LayerCollection, tensor: Tensor, examples: int = 1) -> PMat:
+    def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
+        return layout.numel * selection.numel()
+
+    @classmethod
+    def from_tensor(cls, lc: LayerCollection, tensor: Tensor, examples: int = 1) -> Self:
         """The symmetric matrix ``tensor (d, d)`` over the parameters of ``lc``, in flat order; a copy.
 
         ``examples``: how many it is a mean over, for :func:`nngeom.merge`. Raises :class:`ArgumentError` for another
@@ -160,12 +170,16 @@ class PMatBlockDiag(PMat):
     entries = "layers"
 
     @classmethod
-    def recipe(cls, selection: Selection):
+    def recipe(cls, selection: Selection) -> Recipe:
         layers = {selection.collection.span(names): names for names in selection.by_layer().values()}
         return (yield from dense_recipe(layers))
 
     @classmethod
-    def from_blocks(cls, lc: LayerCollection, blocks: Mapping[str, Tensor], examples: int = 1) -> PMat:
+    def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
+        return layout.numel * selection.numel(beside=layout.names[0])
+
+    @classmethod
+    def from_blocks(cls, lc: LayerCollection, blocks: Mapping[str, Tensor], examples: int = 1) -> Self:
         """The symmetric ``blocks {layer: (p, p)}`` of all layers of ``lc``, parameters in flat order; copies.
 
         ``examples``: how many they are means over, for :func:`nngeom.merge`. Raises :class:`CollectionError` for a

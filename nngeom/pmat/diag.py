@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
+from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentTypeError
-from nngeom.pmat.block import Block, Identity, reciprocal
+from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.layout import Layout
+from nngeom.core.statistic import Named
+from nngeom.pmat.block import Block, Identity
+from nngeom.pmat.block_algebra import Remake
+from nngeom.pmat.eigenvalues import reciprocal
 from nngeom.pmat.given import require_count, require_entries
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Selection
+from nngeom.pmat.recipe import Recipe, Selection
 from nngeom.space.pvector import PVector
+from nngeom.sweep.sweep import Chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,34 +29,34 @@ class DiagBlock(Block):
 
     d: Tensor  # [s o i]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return self.d * x
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return self.d
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         return self.d.square().sum()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> DiagBlock:
         return DiagBlock(c * self.d)
 
-    def added(self, other):
+    def added(self, other: Block) -> DiagBlock | None:
         return DiagBlock(self.d + other.d) if isinstance(other, DiagBlock) else None
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> DiagBlock:
         return DiagBlock(reciprocal(self.d, damping, "the diagonal matrix"))
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, Identity]:
         return self.d, Identity()
 
-    def spectrum(self):
+    def spectrum(self) -> tuple[Tensor, Remake]:
         return self.d, DiagBlock
 
-    def restricted(self, columns):
+    def restricted(self, columns: list[int]) -> DiagBlock:
         return DiagBlock(self.d[..., columns])
 
-    def plus_diagonal(self, d):
+    def plus_diagonal(self, d: Tensor) -> DiagBlock:
         return DiagBlock(self.d + d)
 
 
@@ -60,8 +69,8 @@ class PMatDiag(PMat):
     entries = "diagonal"
 
     @classmethod
-    def recipe(cls, selection: Selection):
-        def statistic(chunk):
+    def recipe(cls, selection: Selection) -> Recipe:
+        def statistic(chunk: Chunk) -> Named:
             return {layout: {"d": j.square()} for layout, j in chunk.jacobians.items()}
 
         means = yield statistic
@@ -74,7 +83,11 @@ class PMatDiag(PMat):
         return {span: DiagBlock(span.gather(flat))}
 
     @classmethod
-    def from_vector(cls, vector: PVector, examples: int = 1) -> PMat:
+    def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
+        return layout.numel
+
+    @classmethod
+    def from_vector(cls, vector: PVector, examples: int = 1) -> Self:
         """The diagonal matrix of the entries of ``vector (d,)``, a copy.
 
         ``examples``: how many it is a mean over, for :func:`nngeom.merge`. Raises :class:`ArgumentError` for a batch of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -16,6 +16,8 @@ from nngeom.pmat.recipe import Means, Recipe, Selection
 from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.sweep import Chunk, Sweep, require_examples
+
+M = TypeVar("M", bound=PMat)
 
 
 class Source(Protocol):
@@ -34,7 +36,7 @@ class Repeated:
     Rows are not searched for NaN and infinity: for a result that is not finite ask :meth:`raise_where_not_finite`.
     """
 
-    def __init__(self, sweep: Sweep, count: int):
+    def __init__(self, sweep: Sweep, count: int) -> None:
         self.sweep = sweep.held().but(watch=False)
         self._keep, self._kept = count > 1, list[Chunk]()
 
@@ -79,10 +81,10 @@ def drive(recipe: Recipe, source: Source) -> tuple[dict[Layout, Any], int]:
             return end.value, count
 
 
-def built(chosen: Representation, collection: LayerCollection, source: Source) -> PMat:
+def built(chosen: Representation[M], collection: LayerCollection, source: Source) -> M:
     """The matrix of a representation, driven over data."""
     blocks, count = drive(chosen.recipe(Selection.of(collection)), source)
-    return chosen.kind.of_blocks(collection, blocks, count)
+    return cast(M, chosen.kind.of_blocks(collection, blocks, count))
 
 
 def finished(recipe: Recipe, means: Means) -> dict[Layout, Any]:

@@ -5,27 +5,32 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nngeom.core.errors import DeviceError, StructureError
+from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.core.statistic import Named
 from nngeom.pmat.block import Block
-from nngeom.pmat.kfac import factor_statistic, kronecker_blocks
+from nngeom.pmat.kfac import block_shapes, factor_statistic, has_room, kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Recipe, Selection
+from nngeom.pmat.recipe import Recipe, Selection, Statistic
 from nngeom.pmat.representation import Representation
 from nngeom.pmat.sua import has_window, parts, sua_squares
+from nngeom.sweep.sweep import Chunk
 
 
-def scaling_statistic(bases: dict[Layout, Any]):
+def scaling_statistic(bases: dict[Layout, EigenBlock]) -> Statistic:
     """``chunk -> {layout: {"d"}}``: squares of the rows in the kept eigenbases."""
 
-    def statistic(chunk):
+    def statistic(chunk: Chunk) -> Named:
         named = {}
         for layout, j in chunk.jacobians.items():
             if layout in bases:
@@ -54,16 +59,29 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
     projects = True
 
     @classmethod
-    def recipe(cls, selection: Selection, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
+    def recipe(
+        cls, selection: Selection, *, sharing: str = "expand", sua: bool = False, block_limit: int = 4096
+    ) -> Recipe:
         """Factors of the parameters of ``selection`` and their eigenvectors, then mean squares; ``sharing``, ``sua``,
         ``block_limit``: see the class.
         """
-        means = yield factor_statistic(sharing, block_limit, sua)
+        means = yield factor_statistic(sharing, block_limit, sua=sua)
         bases = {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}
         return (yield from rescale(bases))
 
     @classmethod
-    def in_basis(cls, matrix):
+    def takes(cls, rows: LayerJacobian, **options: Any) -> bool:
+        return has_room(rows, options.get("block_limit"))
+
+    @classmethod
+    def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
+        # eigenvectors of dense factors, eigenvalues of both, and the spectrum
+        sides = [shape for pair in block_shapes(layout, rows, sua=options["sua"]) for shape in pair[:2]]
+        kept = sum(math.prod(shape) * (len(shape) == 3) + math.prod(shape[:2]) for shape in sides)
+        return 1 if rows is None else kept + layout.numel if sides else None
+
+    @classmethod
+    def in_basis(cls, matrix: PMat) -> Rescaling:
         return Rescaling(cls, {}, matrix.blocks)
 
     def rescaled(self, model: Any, loader: Any, measure: Callable[..., Any] | None = None, **options: Any) -> PMatEKFAC:
@@ -82,7 +100,7 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
 
 
 @dataclass(frozen=True, eq=False)
-class Rescaling(Representation):
+class Rescaling(Representation["PMatEKFAC"]):
     """EKFAC with its bases given: one sweep."""
 
     bases: dict[Layout, Block] = field(default_factory=dict)
@@ -97,18 +115,18 @@ class Rescaling(Representation):
         return {lay: b for lay, b in blocks if isinstance(b, EigenBlock) and mine.issuperset(lay.names)}
 
     @property
-    def passes(self):
+    def passes(self) -> int:
         return 1
 
     @property
-    def centred(self):
+    def centred(self) -> bool:
         return True
 
 
 def rescale(bases: dict[Layout, EigenBlock]) -> Recipe:
     """The mean squares of the rows in given bases; zero for parameters that the data does not use."""
 
-    def statistic(chunk):
+    def statistic(chunk: Chunk) -> Named:
         if not chunk.jacobians or not bases:
             return scaling_statistic(bases)(chunk)
         device, here, first = next(iter(chunk.jacobians.values())).device, bases, next(iter(bases.values()))
@@ -131,5 +149,5 @@ def rescale(bases: dict[Layout, EigenBlock]) -> Recipe:
     }
 
 
-def _with_spectrum(basis: EigenBlock, d) -> EigenBlock:
+def _with_spectrum(basis: EigenBlock, d: Tensor) -> EigenBlock:
     return EigenBlock(basis.ua, basis.ug, d.to(basis.d.dtype), basis.sa, basis.sg)

@@ -6,8 +6,9 @@ factorisation is done on the dense matrix below the size limit; solves above it 
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,13 @@ from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, SingularError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.linear import identity, solution
+from nngeom.pmat.arguments import require_frobenius, require_tikhonov
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.dense import DenseBlock, PMatDense
-from nngeom.pmat.operator import DENSE_LIMIT, ParameterOperator, require_frobenius, require_tikhonov
+from nngeom.pmat.operator import DENSE_LIMIT, ParameterOperator, V
 from nngeom.pmat.pmat import PMat
 from nngeom.solve.cg import conjugate_gradient
+from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
 
@@ -58,10 +61,10 @@ class PMatExpression(ParameterOperator):
         return PMatDense.of_blocks(self.layer_collection, {span: DenseBlock(self.to_dense(limit))}, 0)
 
     def solve(
-        self, b: Any, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None
-    ) -> Any:
+        self, b: V, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_steps: int | None = None
+    ) -> V:
         """``(M + damping I)^-1 b``: dense below the size limit, above it conjugate gradients to a relative residual
-        ``tol``, in ``max_iter`` steps at most (by default ten times the side, at most 10 000).
+        ``tol``, in ``max_steps`` steps at most (by default ten times the side, at most 10 000).
         """
         d = as_damping(damping)
         if self.shape[0] <= DENSE_LIMIT:
@@ -73,7 +76,7 @@ class PMatExpression(ParameterOperator):
                 "solving with a product, or with Cutoff or FactoredTikhonov on a sum, needs the dense matrix; "
                 "this one is above the size limit"
             )
-        solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter)
+        solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_steps)
         return self._apply(lambda x: solution(solver, [*self.terms(), (d.value, identity)], x, self.held), b)
 
     def _solve_general(self, x: Tensor, damping: Damping) -> Tensor:
@@ -116,54 +119,52 @@ class PMatSum(PMatExpression):
     parts: tuple[ParameterOperator, ...]
     weights: tuple[float | Tensor, ...] | None = None
 
-    def _weighted(self):
+    def _weighted(self) -> Iterator[tuple[float | Tensor, ParameterOperator]]:
         return zip(self.weights or (1.0,) * len(self.parts), self.parts)
 
     @property
-    def layer_collection(self):
+    def layer_collection(self) -> LayerCollection:
         return self.parts[0].layer_collection
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         dtype = self.parts[0].dtype
         for part in self.parts[1:]:
             dtype = torch.promote_types(dtype, part.dtype)
         return dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.parts[0].device
 
     @property
-    def symmetric(self):
+    def symmetric(self) -> bool:
         return all(getattr(p, "symmetric", True) for p in self.parts)
 
-    def product(self, x):
-        total = None
-        for w, part in self._weighted():
-            y = w * part.product(x.to(part.dtype)).to(self.dtype)
-            total = y if total is None else total + y
-        return total
+    def product(self, x: Tensor) -> Tensor:
+        each = (w * part.product(x.to(part.dtype)).to(self.dtype) for w, part in self._weighted())
+        return functools.reduce(torch.add, each)
 
-    def terms(self):
+    def terms(self) -> list[tuple[float | Tensor, Callable[[Tensor], Tensor]]]:
         return [(w * c, _in_dtype(f, p.dtype, self.dtype)) for w, p in self._weighted() for c, f in p.terms()]
 
     @property
-    def held(self):
+    def held(self) -> tuple[Tensor, ...]:
         return tuple(t for p in self.parts for t in p.held)
 
-    def trace(self):
+    def trace(self) -> Tensor:
         return torch.stack([(w * p.trace()).to(self.dtype) for w, p in self._weighted()]).sum()
 
-    def diag(self):
-        return PVector(self.layer_collection, sum((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted()))
+    def diag(self) -> PVector:
+        each = ((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted())
+        return PVector(self.layer_collection, functools.reduce(torch.add, each))
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> PMatSum:
         return PMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
 
     def to(self, *args: Any, **kwargs: Any) -> PMatSum:
         """Another dtype or device, as ``Tensor.to``."""
-        return PMatSum(tuple(p.to(*args, **kwargs) for p in self.parts), self.weights)  # type: ignore[attr-defined]
+        return PMatSum(tuple(p.to(*args, **kwargs) for p in self.parts), self.weights)
 
     def __repr__(self) -> str:
         return "PMatSum(" + " + ".join(f"{w:g} * {p!r}" for w, p in self._weighted()) + ")"
@@ -182,52 +183,54 @@ class PMatProduct(PMatExpression):
     right: ParameterOperator
     scale: float | Tensor = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.left.layer_collection.require(self.right.layer_collection, "the right factor")
 
     @property
-    def layer_collection(self):
+    def layer_collection(self) -> LayerCollection:
         return self.left.layer_collection
 
     @property
-    def symmetric(self):
+    def symmetric(self) -> bool:
         return False
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return torch.promote_types(self.left.dtype, self.right.dtype)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.left.device
 
-    def product(self, x):
+    def product(self, x: Tensor) -> Tensor:
         inner = self.right.product(x.to(self.right.dtype))
         return self.scale * self.left.product(inner.to(self.left.dtype)).to(self.dtype)
 
-    def trace(self):
+    def trace(self) -> Tensor:
         return self.to_dense().trace()
 
-    def solve(self, b, damping=0.0, tol=1e-6, max_iter=None):
+    def solve(
+        self, b: V, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_steps: int | None = None
+    ) -> V:
         if as_damping(damping) == Tikhonov(0.0):
-            return (1 / self.scale) * self.right.solve(self.left.solve(b, 0.0), 0.0)  # type: ignore[attr-defined]
-        return super().solve(b, damping, tol, max_iter)
+            return self._apply(lambda x: x / self.scale, self.right.solve(self.left.solve(b, 0.0), 0.0))
+        return super().solve(b, damping, tol, max_steps)
 
-    def inverse(self, damping=0.0):
+    def inverse(self, damping: float | Tensor | Damping = 0.0) -> PMat:
         raise UnsupportedError("the inverse of a product is not offered as a matrix; use solve(b, damping)")
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, Basis]:
         raise UnsupportedError("a product of matrices is not symmetric; use torch.linalg.eig(M.to_dense())")
 
-    def sample(self, n, damping=0.0, generator=None):
+    def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> PVector:
         raise UnsupportedError("a product of matrices is not symmetric, so it is no covariance to sample from")
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> PMatProduct:
         return PMatProduct(self.left, self.right, c * self.scale)
 
     def to(self, *args: Any, **kwargs: Any) -> PMatProduct:
         """Another dtype or device, as ``Tensor.to``."""
-        return PMatProduct(self.left.to(*args, **kwargs), self.right.to(*args, **kwargs), self.scale)  # type: ignore[attr-defined]
+        return PMatProduct(self.left.to(*args, **kwargs), self.right.to(*args, **kwargs), self.scale)
 
     def __repr__(self) -> str:
         return f"PMatProduct({self.scale:g} * {self.left!r} @ {self.right!r})"

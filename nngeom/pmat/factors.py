@@ -83,6 +83,40 @@ def _(j: TiedJacobian, sharing: str, limit: int) -> Factors:
     return sums
 
 
+Shape = tuple[int, ...]
+
+
+@functools.singledispatch
+def factor_shapes(j: LayerJacobian, limit: int) -> list[tuple[Shape, Shape]]:
+    """The shapes of the factors ``a, g`` of every use in the rows ``j`` that :func:`factors` gives; none where it
+    raises. A trivial ``g`` counts: blocks hold it.
+    """
+    _, _, s, o, i = j.shape
+    return [((s, i, i), (s, 1, 1))] if o == 1 else []
+
+
+@factor_shapes.register
+def _(j: FactoredJacobian, limit: int) -> list[tuple[Shape, Shape]]:
+    _, _, s, o, i = j.shape
+    return [(_factor_shape(s, i, limit), _factor_shape(s, o, limit))]
+
+
+@factor_shapes.register
+def _(j: LookupJacobian, limit: int) -> list[tuple[Shape, Shape]]:
+    _, _, s, o, i = j.shape
+    return [((s, i), _factor_shape(s, o, limit))]
+
+
+@factor_shapes.register
+def _(j: TiedJacobian, limit: int) -> list[tuple[Shape, Shape]]:
+    pairs = [(transposed, *factor_shapes(term, limit)[0]) for transposed, term in j.terms]
+    return [(g, a) if transposed else (a, g) for transposed, a, g in pairs]
+
+
+def _factor_shape(s: int, p: int, limit: int) -> Shape:
+    return (s, p) if p > limit else (s, p, p)
+
+
 def of_gradients(g: Tensor, sharing: str, limit: int) -> Tensor | Moment:
     """``"g"`` of :func:`factors`, of ``g [k, n, t, s, o]``: divided by the number of positions that are counted as
     examples.

@@ -12,9 +12,10 @@ from torch import Tensor
 from nngeom.core.damping import Tikhonov
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularError
 from nngeom.core.layout import Layout
-from nngeom.pmat.block import Block, require_positive
+from nngeom.pmat.block import Block
 from nngeom.pmat.block_algebra import largest
 from nngeom.pmat.damped import damped, require_added
+from nngeom.pmat.eigenvalues import require_positive
 
 if TYPE_CHECKING:
     from nngeom.pmat.pmat import PMat

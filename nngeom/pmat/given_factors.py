@@ -47,10 +47,10 @@ def _checked_pair(key: Key, pair: Any) -> Factors:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ArgumentTypeError(f"the factors of {key!r} are {type(pair).__name__}; expected a tuple (A, G)")
     grouped = any(isinstance(f, Tensor) and f.ndim == 3 for f in pair)
-    return _factor(f"A of {key!r}", pair[0], grouped), _factor(f"G of {key!r}", pair[1], grouped)
+    return _factor(f"A of {key!r}", pair[0], grouped=grouped), _factor(f"G of {key!r}", pair[1], grouped=grouped)
 
 
-def _factor(what: str, factor: Any, grouped: bool) -> Tensor:
+def _factor(what: str, factor: Any, *, grouped: bool) -> Tensor:
     """``[s, p, p]`` or ``[s, p]`` of ``(p, p)`` or ``(p,)``, with a leading axis of groups where there are any."""
     axes = factor.ndim - grouped if isinstance(factor, Tensor) else 2
     if axes not in (1, 2):
@@ -75,7 +75,7 @@ def layout_of(collection: LayerCollection, key: Key, a: Tensor, g: Tensor) -> La
     shapes = [table[name][1] for name in names]
     (s, o), i = (g.shape[0], g.shape[-1]), a.shape[-1] - (len(names) - 1)
     fits = a.shape[0] == s and len(names) <= 2 and math.prod(shapes[0]) == s * o * i
-    weight = _arrangement(shapes[0], s, o, i, linalg.is_diagonal(a)) if fits else None
+    weight = _arrangement(shapes[0], s, o, i, table=linalg.is_diagonal(a)) if fits else None
     if weight is None or (len(names) == 2 and math.prod(shapes[1]) != s * o):
         raise ArgumentError(
             f"the factors of {key!r} have shapes {tuple(a.shape)} and {tuple(g.shape)} (groups first), and its "
@@ -96,7 +96,7 @@ def _weight_and_bias(collection: LayerCollection, key: Key) -> tuple[str, ...]:
     return names
 
 
-def _arrangement(shape: tuple[int, ...], s: int, o: int, i: int, table: bool) -> Arrangement | None:
+def _arrangement(shape: tuple[int, ...], s: int, o: int, i: int, *, table: bool) -> Arrangement | None:
     """How a parameter of this shape is read as ``[s, o, i]``; ``table``: input-major if that fits."""
     found = [*_output_major(shape, s, o, i), *_input_major(shape, s, o, i)]
     return (found[-1] if table else found[0]) if found else None

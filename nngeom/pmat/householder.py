@@ -24,13 +24,13 @@ class HouseholderBasis(BlockBasis):
         a, tau = torch.geqrf(v.T)
         return HouseholderBasis(a, tau, a.diagonal().sign())
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return self._apply(self._flip(x), transpose=False)
 
-    def tmv(self, x):
+    def tmv(self, x: Tensor) -> Tensor:
         return self._flip(self._apply(x, transpose=True))
 
-    def _apply(self, x: Tensor, transpose: bool) -> Tensor:
+    def _apply(self, x: Tensor, *, transpose: bool) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).T.contiguous()
         return torch.ormqr(self.a, self.tau, flat, left=True, transpose=transpose).T.reshape(x.shape)
 

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
-from nngeom.pmat.factors import factors, is_kronecker, structure_of
+from nngeom.core.statistic import Named
+from nngeom.pmat.factors import Shape, factor_shapes, factors, is_kronecker, structure_of
 from nngeom.pmat.given import require_collection, require_count
 from nngeom.pmat.given_factors import blocks_of, factors_of
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Selection
-from nngeom.pmat.sua import has_window, sua_blocks, sua_sums
+from nngeom.pmat.recipe import Recipe, Selection, Statistic
+from nngeom.pmat.sua import has_window, sua_blocks, sua_shapes, sua_sums
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.sweep import Chunk
 
 FACTOR_LIMIT = 10_000  # a factor with a longer side is kept diagonal
 
 
-def factor_statistic(sharing: str, block_limit: int, sua: bool = False):
+def factor_statistic(sharing: str, block_limit: int, *, sua: bool = False) -> Statistic:
     """``chunk -> {layout: {"a", "g"}}``: Kronecker factors, of inputs and of gradients."""
     if sharing not in ("expand", "reduce"):
         raise ArgumentError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'")
 
-    def statistic(chunk):
+    def statistic(chunk: Chunk) -> Named:
         named = {}
         for layout, j in chunk.jacobians.items():
             require_room(j, layout.names, block_limit)
@@ -40,12 +44,17 @@ def factor_statistic(sharing: str, block_limit: int, sua: bool = False):
     return statistic
 
 
+def has_room(j: LayerJacobian, block_limit: int | None) -> bool:
+    """Whether rows have factors, or an exact block that is not above the limit, if there is one."""
+    return block_limit is None or j.shape[-1] <= block_limit or is_kronecker(structure_of(j))
+
+
 def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> None:
     """Raise :class:`StructureError` for a parameter without Kronecker structure whose exact block is above the
     limit.
     """
     i = j.shape[-1]
-    if i > block_limit and not is_kronecker(structure_of(j)):
+    if not has_room(j, block_limit):
         raise StructureError(
             f"parameter {' and '.join(map(repr, names))} has no Kronecker structure and {i} entries; its exact "
             f"block of {i}**2 numbers is above "
@@ -71,6 +80,21 @@ def kronecker_blocks(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, Kro
     return blocks
 
 
+def block_shapes(layout: Layout, rows: LayerJacobian | None, *, sua: bool) -> list[tuple[Shape, ...]]:
+    """The shapes of the factors that each block for these rows holds; of unlike uses those of every use, after the
+    joined ones.
+    """
+    if rows is None:
+        return []
+    if sua and has_window(layout, rows):
+        return list(sua_shapes(layout, rows, FACTOR_LIMIT))
+    uses = factor_shapes(rows, FACTOR_LIMIT)
+    if len(uses) < 2:
+        return list(uses)
+    joined = (max((pair[side] for pair in uses), key=len) for side in (0, 1))
+    return [(*joined, *(shape for pair in uses for shape in pair))]
+
+
 class PMatKFAC(PMat):
     """A Kronecker product a layer. ``sharing``: positions as independent (``"expand"``) or averaged first
     (``"reduce"``).
@@ -83,12 +107,23 @@ class PMatKFAC(PMat):
     centred = False
 
     @classmethod
-    def recipe(cls, selection: Selection, sharing: str = "expand", sua: bool = False, block_limit: int = 4096):
+    def recipe(
+        cls, selection: Selection, *, sharing: str = "expand", sua: bool = False, block_limit: int = 4096
+    ) -> Recipe:
         """Factors of the parameters of ``selection``; ``sharing``, ``sua``, ``block_limit``: see the class."""
-        return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua)))
+        return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua=sua)))
 
     @classmethod
-    def from_factors(cls, lc: LayerCollection, factors: Mapping[Any, tuple[Tensor, Tensor]], examples: int = 1) -> PMat:
+    def takes(cls, rows: LayerJacobian, **options: Any) -> bool:
+        return has_room(rows, options.get("block_limit"))
+
+    @classmethod
+    def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
+        shapes = block_shapes(layout, rows, sua=options["sua"])
+        return 1 if rows is None else sum(math.prod(x) for pair in shapes for x in pair) or None
+
+    @classmethod
+    def from_factors(cls, lc: LayerCollection, factors: Mapping[Any, tuple[Tensor, Tensor]], examples: int = 1) -> Self:
         """The Kronecker products of ``factors``, ``{layer: (A, G)}``, of all layers of ``lc``; copies.
 
         ``A (i, i)`` is over the inputs, ``(i + 1, i + 1)`` with the bias last, ``G (o, o)`` over the outputs: entry

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nngeom.core import linalg
-from nngeom.core.damping import FactoredTikhonov
-from nngeom.pmat.block import Block, BlockBasis, reciprocal, require_positive
-from nngeom.pmat.block_algebra import largest
+from nngeom.core.damping import Damping, FactoredTikhonov
+from nngeom.pmat.block import Block, BlockBasis
+from nngeom.pmat.block_algebra import Remake, largest
+from nngeom.pmat.eigenvalues import reciprocal, require_positive
 from nngeom.pmat.factors import product_of_marginals
 
 
 @dataclass(frozen=True, eq=False)
 class KroneckerBlock(Block):
-    """``x -> g x a`` with ``a`` over inputs and ``g`` over output gradients, both dense or diagonal."""
+    """``x -> g x a`` with ``a`` over inputs and ``g`` over output gradients, both dense or diagonal.
+
+    ``uses``: the factors of every use, where there are several unlike ones.
+    """
 
     a: Tensor  # [s i i] or [s i]
     g: Tensor  # [s o o] or [s o]
@@ -26,26 +31,28 @@ class KroneckerBlock(Block):
     ] = ()
 
     @property
-    def sizes(self):
+    def sizes(self) -> torch.Size:
         return torch.Size((self.a.shape[0], self.g.shape[-1], self.a.shape[-1]))
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return linalg.right(linalg.left(self.g, x), self.a)
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return linalg.factor_diag(self.g).unsqueeze(-1) * linalg.factor_diag(self.a).unsqueeze(-2)
 
-    def trace(self):
+    def trace(self) -> Tensor:
         return (linalg.factor_diag(self.g).sum(-1) * linalg.factor_diag(self.a).sum(-1)).sum()
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         return (linalg.factor_norm2(self.a) * linalg.factor_norm2(self.g)).sum()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> KroneckerBlock:
         return KroneckerBlock(self.a, c * self.g, tuple(c * f if q % 2 else f for q, f in enumerate(self.uses)))
 
-    def merged(self, other, mine, theirs):
-        """The means of the factors: what one sweep over both data sets gives."""
+    def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
+        """The means of the factors, weighted by ``mine`` and ``theirs``: what one sweep over both data sets, this and
+        ``other``, gives.
+        """
         if not isinstance(other, KroneckerBlock) or [f.shape for f in self._factors] != [
             f.shape for f in other._factors
         ]:
@@ -54,7 +61,7 @@ class KroneckerBlock(Block):
 
     @staticmethod
     def of(*factors: Tensor) -> KroneckerBlock:
-        """From the factors ``a, g`` of one use, or ``a0, g0, a1, g1, ...`` of several unlike ones."""
+        """From the ``factors`` ``a, g`` of one use, or ``a0, g0, a1, g1, ...`` of several unlike ones."""
         if len(factors) == 2:
             return KroneckerBlock(*factors)
         return KroneckerBlock(*product_of_marginals(list(zip(factors[::2], factors[1::2]))), factors)
@@ -63,12 +70,12 @@ class KroneckerBlock(Block):
     def _factors(self) -> tuple[Tensor, ...]:
         return self.uses or (self.a, self.g)
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> Block:
         if isinstance(damping, FactoredTikhonov):
             return self.factored_inverse(damping)
         return self.eigen().inverse(damping)
 
-    def solve(self, b, damping):
+    def solve(self, b: Tensor, damping: Damping) -> Tensor:
         if not isinstance(damping, FactoredTikhonov) or b.ndim > 3:
             return super().solve(b, damping)
         a, g = self.damped(damping)
@@ -76,14 +83,16 @@ class KroneckerBlock(Block):
         return linalg.factor_solve(a, b.mT, "the damped input factor").mT
 
     def factored_inverse(self, damping: FactoredTikhonov) -> KroneckerBlock:
-        """The inverse of :meth:`damped`, factor by factor."""
+        """The inverse under a ``damping``, factor by factor: of :meth:`damped`."""
         a, g = self.damped(damping)
         return KroneckerBlock(
             linalg.factor_inverse(a, "the damped input factor"), linalg.factor_inverse(g, "the damped gradient factor")
         )
 
     def damped(self, damping: FactoredTikhonov) -> tuple[Tensor, Tensor]:
-        """``a + pi sqrt(x)`` and ``g + sqrt(x) / pi``, ``pi`` the root of the ratio of mean eigenvalues, or 1."""
+        """``a + pi sqrt(x)`` and ``g + sqrt(x) / pi`` for a ``damping`` by ``x``; ``pi``: the root of the ratio of mean
+        eigenvalues, or 1.
+        """
         if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
             shift = self.a.new_zeros(self.a.shape[0]) + damping.value
             return linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), shift), torch.ones_like(
@@ -102,18 +111,18 @@ class KroneckerBlock(Block):
         (sa, ua), (sg, ug) = linalg.factor_eigh(self.a), linalg.factor_eigh(self.g)
         return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, KroneckerBasis]:
         block = self.eigen()
         return block.d, KroneckerBasis(block.ua, block.ug)
 
-    def spectrum(self):
+    def spectrum(self) -> tuple[Tensor, Remake]:
         return self.eigen().spectrum()
 
-    def spectral_norm(self):
+    def spectral_norm(self) -> Tensor:
         sides = [linalg.factor_eigh(f)[0].abs().amax(-1) for f in (self.a, self.g)]
         return largest(sides[0] * sides[1])
 
-    def factor_power(self, p):
+    def factor_power(self, p: float) -> KroneckerBlock | None:
         """Factor by factor, ``g^p (x) a^p``; where one has eigenvalues that are not positive, by their products."""
         (sa, ua), (sg, ug) = linalg.factor_eigh(self.a), linalg.factor_eigh(self.g)
         values = sg.unsqueeze(-1) * sa.unsqueeze(-2)
@@ -124,8 +133,10 @@ class KroneckerBlock(Block):
             require_positive(values, values, "the Kronecker product")
         return KroneckerBlock(_remade(ua, sa**p), _remade(ug, sg**p))
 
-    def restricted(self, columns):
-        inputs = lambda a: a[..., columns] if linalg.is_diagonal(a) else a[..., columns, :][..., columns]
+    def restricted(self, columns: list[int]) -> KroneckerBlock:
+        inputs: Callable[[Tensor], Tensor] = lambda a: (
+            a[..., columns] if linalg.is_diagonal(a) else a[..., columns, :][..., columns]
+        )
         uses = tuple(f if q % 2 else inputs(f) for q, f in enumerate(self.uses))
         return KroneckerBlock(inputs(self.a), self.g, uses)
 
@@ -137,16 +148,19 @@ class KroneckerBasis(BlockBasis):
     ua: Tensor | None  # [s i i]
     ug: Tensor | None  # [s o o]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return linalg.right(linalg.left(self.ug, x), self.ua, transpose=True)
 
-    def tmv(self, x):
+    def tmv(self, x: Tensor) -> Tensor:
         return linalg.right(linalg.left(self.ug, x, transpose=True), self.ua)
 
 
 @dataclass(frozen=True, eq=False)
 class EigenBlock(Block):
-    """Any spectrum in a Kronecker-factored eigenbasis: ``x -> ug (d * (ug^T x ua)) ua^T``."""
+    """Any spectrum in a Kronecker-factored eigenbasis: ``x -> ug (d * (ug^T x ua)) ua^T``.
+
+    ``sa``, ``sg``: the eigenvalues of the factors that the basis came from.
+    """
 
     ua: Tensor | None  # [s i i]
     ug: Tensor | None  # [s o o]
@@ -159,35 +173,37 @@ class EigenBlock(Block):
         """The eigenvectors."""
         return KroneckerBasis(self.ua, self.ug)
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return self.basis.mv(self.d * self.basis.tmv(x))
 
-    def diag(self):
+    def diag(self) -> Tensor:
         d = self.d
         if self.ug is not None:
             d = self.ug.square() @ d
         return d @ self.ua.square().mT if self.ua is not None else d
 
     @property
-    def sizes(self):
+    def sizes(self) -> torch.Size:
         return self.d.shape
 
-    def trace(self):
+    def trace(self) -> Tensor:
         return self.d.sum()
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         return self.d.square().sum()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> EigenBlock:
         return EigenBlock(self.ua, self.ug, c * self.d, self.sa, None if self.sg is None else c * self.sg)
 
-    def merged(self, other, mine, theirs):
-        """Mean eigenvalues in the same basis; ``None`` in different ones, where they are not comparable."""
+    def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
+        """Mean eigenvalues of this and ``other``, weighted by ``mine`` and ``theirs``, in the same basis; ``None`` in
+        different ones, where they are not comparable.
+        """
         if not isinstance(other, EigenBlock) or not (_equal(self.ua, other.ua) and _equal(self.ug, other.ug)):
             return None
         return EigenBlock(self.ua, self.ug, mine * self.d + theirs * other.d, self.sa, self.sg)
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> EigenBlock:
         if isinstance(damping, FactoredTikhonov):
             values = self.d + self.additive(damping.value)
             return EigenBlock(
@@ -201,10 +217,10 @@ class EigenBlock(Block):
             return x
         return x + x**0.5 * (self.sa.unsqueeze(-2) + self.sg.unsqueeze(-1))
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, BlockBasis]:
         return self.d, self.basis
 
-    def spectrum(self):
+    def spectrum(self) -> tuple[Tensor, Remake]:
         return self.d, lambda f: EigenBlock(self.ua, self.ug, f)
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core import linalg
-from nngeom.core.damping import Cutoff, Tikhonov
+from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov, Tikhonov
 from nngeom.core.errors import SingularError
 from nngeom.core.linear import differentiated
-from nngeom.core.statistic import Stacked
-from nngeom.pmat.block import Block, log_sum, reciprocal, shifted_logdet
+from nngeom.core.statistic import Named, Stacked
+from nngeom.pmat.block import Block
+from nngeom.pmat.block_algebra import Remake
+from nngeom.pmat.eigenvalues import log_sum, reciprocal, shifted_logdet
 from nngeom.pmat.given import require_collection, require_count, require_entries
 from nngeom.pmat.householder import HouseholderBasis
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Selection, join_rows
+from nngeom.pmat.recipe import Recipe, Selection, join_rows
 from nngeom.pmat.spanned import SpannedBlock
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.sweep import Chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,17 +34,17 @@ class LowRankBlock(Block):
     sign: float = 1.0
     shift: float | Tensor = 0.0  # a tensor where it has a graph
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         low = self.sign * (x @ self.r.T) @ self.r
         return low + self.shift * x if self._shifted else low
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return (self.sign * self.r.square().sum(0) + self.shift)[None, None]
 
-    def trace(self):
+    def trace(self) -> Tensor:
         return self.sign * self.r.square().sum() + self.shift * self.r.shape[1]
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         gram = self.r @ self.r.T if self.r.shape[0] <= self.r.shape[1] else self.r.T @ self.r
         return (
             gram.square().sum() + 2 * self.sign * self.shift * self.r.square().sum() + self.shift**2 * self.r.shape[1]
@@ -50,16 +55,17 @@ class LowRankBlock(Block):
         """Whether there is a shift, or one that is zero but has a graph."""
         return isinstance(self.shift, Tensor) or self.shift != 0
 
-    def scaled(self, c):
-        c = c if differentiated(c) else float(c)
-        return LowRankBlock(self.r * abs(c) ** 0.5, self.sign if c >= 0 else -self.sign, self.shift * c)
+    def scaled(self, c: float | Tensor) -> LowRankBlock:
+        factor = c if differentiated(c) else float(c)
+        size: Any = abs(factor)
+        return LowRankBlock(self.r * size**0.5, self.sign if factor >= 0 else -self.sign, self.shift * factor)
 
-    def added(self, other):
+    def added(self, other: Block) -> Block | None:
         if isinstance(other, LowRankBlock) and self.sign == other.sign:
             return LowRankBlock(torch.cat([self.r, other.r]), self.sign, self.shift + other.shift)
         return None
 
-    def solve(self, b, damping):
+    def solve(self, b: Tensor, damping: Damping) -> Tensor:
         """Woodbury with the Gram matrix of the rows, ``(b - R^T (R R^T +- c I)^-1 R b) / c``, else :meth:`inverse`."""
         c = self.shift + damping.value
         if isinstance(damping, Cutoff) or c <= 0:
@@ -73,7 +79,7 @@ class LowRankBlock(Block):
         inner = torch.cholesky_solve((b @ self.r.T).flatten(0, -2).T, factor).T
         return (b - self.sign * inner.reshape(*b.shape[:-1], -1) @ self.r) / c
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> Block:
         """Woodbury; with ``R = U S V^T`` the inverse is ``V (1 / (S^2 + c) - 1 / c) V^T + I / c``, low-rank again."""
         values, v = self._spectrum()
         if isinstance(damping, Cutoff):
@@ -88,13 +94,13 @@ class LowRankBlock(Block):
         rest = 1 / c if c > 0 else 0.0
         return self._signed(inverse - rest, v, rest)
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, HouseholderBasis]:
         values, v = self._spectrum()
         d = self.r.shape[1]
         full = torch.cat([values, values.new_zeros(d - len(values))]) + self.shift
         return full[None, None], HouseholderBasis.of(v)
 
-    def logdet(self, damping):
+    def logdet(self, damping: Tikhonov) -> Tensor:
         values, v = self._spectrum()
         rest = self.r.shape[1] - v.shape[0]
         others = values.new_zeros(min(rest, 1)) + self.shift  # of the shift, once
@@ -102,7 +108,7 @@ class LowRankBlock(Block):
         low, many = shifted_logdet(whole, damping), rest - 1
         return low + many * log_sum(others + damping.value) if many > 0 else low
 
-    def _positive_shift(self, damping: Tikhonov) -> float | Tensor:
+    def _positive_shift(self, damping: Tikhonov | FactoredTikhonov) -> float | Tensor:
         c = self.shift + damping.value
         if c <= 0:
             raise SingularError(
@@ -117,14 +123,14 @@ class LowRankBlock(Block):
         keep = s > s.amax() * max(self.r.shape) * torch.finfo(self.r.dtype).eps if s.numel() else s > 0
         return self.sign * s[keep].square().to(self.r), v[keep].to(self.r)
 
-    def spectrum(self):
+    def spectrum(self) -> tuple[Tensor, Remake]:
         return self._spanned().spectrum()
 
     def _spanned(self) -> SpannedBlock:
         values, v = self._spectrum()
         return SpannedBlock(v, values + self.shift, values.new_zeros(()) + self.shift)
 
-    def restricted(self, columns):
+    def restricted(self, columns: list[int]) -> LowRankBlock:
         return replace(self, r=self.r[:, columns])
 
     def _signed(self, values: Tensor, v: Tensor, shift: float | Tensor) -> Block:
@@ -143,10 +149,10 @@ class PMatLowRank(PMat, made_of=SpannedBlock):
     """
 
     @classmethod
-    def recipe(cls, selection: Selection):
+    def recipe(cls, selection: Selection) -> Recipe:
         layout = selection.span()
 
-        def statistic(chunk):
+        def statistic(chunk: Chunk) -> Named:
             return {
                 layout: {
                     "r": Stacked(
@@ -159,7 +165,7 @@ class PMatLowRank(PMat, made_of=SpannedBlock):
         return {lay: LowRankBlock(t["r"]) for lay, t in means.items()}
 
     @classmethod
-    def from_rows(cls, lc: LayerCollection, rows: Tensor, examples: int = 1) -> PMat:
+    def from_rows(cls, lc: LayerCollection, rows: Tensor, examples: int = 1) -> Self:
         """``R^T R`` of the ``rows (r, d)``, in the flat order of ``lc``, not divided by anything; a copy.
 
         ``examples``: how many it is a mean over, for :func:`nngeom.merge`. Raises :class:`ArgumentError` for another

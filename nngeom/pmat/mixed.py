@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, run_together
@@ -16,11 +18,11 @@ from nngeom.space.collection import LayerCollection
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture(Representation):
+class Mixture(Representation["PMatMixed"]):
     """Patterns of parameter or layer names to representations; the first that matches counts."""
 
-    parts: tuple[tuple[Any, Representation], ...] = ()  # a pattern, or the set of names that one means
-    default: Representation | None = None
+    parts: tuple[tuple[Any, Representation[Any]], ...] = ()  # a pattern, or the set of names that one means
+    default: Representation[Any] | None = None
 
     def recipe(self, selection: Selection) -> Recipe:
         groups: dict[int, list[str]] = {}
@@ -37,6 +39,13 @@ class Mixture(Representation):
             recipes.append((part, self.member(index).recipe(part)))
         return (yield from run_together(recipes))
 
+    def entries_of(self, layout: Layout, rows: LayerJacobian | None, selection: Selection) -> int | None:
+        index = self.part_of(layout.names[0])
+        part = tuple(name for name in selection.names if self.part_of(name) == index)
+        if not set(layout.names) <= set(part):
+            return None  # measured, it is several blocks
+        return self.member(index).entries_of(layout, rows, Selection(selection.collection, part))
+
     def within(self, collection: LayerCollection) -> Mixture:
         names = lambda p: p if isinstance(p, (str, frozenset)) else frozenset(collection.subset(p, "PMatMixed").names)
         rest = None if self.default is None else self.default.within(collection)
@@ -47,19 +56,19 @@ class Mixture(Representation):
         return replace(self, parts=tuple((p, r.last_sweep(matrix)) for p, r in self.parts), default=rest)
 
     @property
-    def passes(self):
+    def passes(self) -> int:
         return max(r.passes for r in self.members)
 
     @property
-    def centred(self):
+    def centred(self) -> bool:
         return all(r.centred for r in self.members)
 
     @property
-    def projects(self):
+    def projects(self) -> bool:
         return all(r.projects for r in self.members)
 
     @property
-    def members(self) -> tuple[Representation, ...]:
+    def members(self) -> tuple[Representation[Any], ...]:
         """All that are mixed."""
         return (*(r for _, r in self.parts), *((self.default,) if self.default is not None else ()))
 
@@ -77,7 +86,7 @@ class Mixture(Representation):
     def _matches_any(self, pattern: Any, selection: Selection) -> bool:
         return any(_matches(n, pattern) for n in selection.names)
 
-    def member(self, part: int) -> Representation:
+    def member(self, part: int) -> Representation[Any]:
         chosen = self.default if part < 0 else self.parts[part][1]
         if chosen is None:
             raise ArgumentError("PMatMixed has no default representation; pass default=")
@@ -100,12 +109,12 @@ class PMatMixed(PMat, made_of=Block):
     tuples of these; representations may carry options, ``PMatKFAC.options(...)``.
     """
 
-    def __new__(cls, parts: Mapping[Any, Any] | None = None, default: Any = None):  # type: ignore[misc]
+    def __new__(cls, parts: Mapping[Any, Any] | None = None, default: Any = None) -> Mixture:  # type: ignore[misc]
         if not isinstance(parts, Mapping):
             raise ArgumentTypeError(f"PMatMixed takes a dict {{pattern: representation}}, got {type(parts).__name__}")
         listed = tuple((pattern, as_representation(r)) for pattern, r in parts.items())
         return Mixture(cls, {}, listed, None if default is None else as_representation(default))
 
     @classmethod
-    def recipe(cls, selection: Selection):
+    def recipe(cls, selection: Selection) -> Recipe:
         raise ArgumentError("PMatMixed needs to know what to mix: PMatMixed({pattern: representation}, default=...)")

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core import linalg
-from nngeom.core.damping import Tikhonov, as_damping
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError, UnsupportedError
-from nngeom.core.linear import differentiated
+from nngeom.core.damping import Damping
+from nngeom.core.errors import ArgumentTypeError, DeviceError, SizeError, UnsupportedError
+from nngeom.pmat.arguments import as_factor
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
+    from nngeom.pmat.basis import Basis
+
 DENSE_LIMIT = 20_000
+
+
+class Rows(Protocol):
+    """Vectors of parameters that are the rows of something, as of a ``PushForwardDense``."""
+
+    def map_rows(self, f: Callable[[PVector], PVector]) -> Self:
+        """The same of the rows ``f`` makes of these, all at once."""
+
+
+V = TypeVar("V", bound="PVector | Rows")
 
 
 class ParameterOperator(ABC):
     """Anything that maps parameter space to itself: the contract of section 3, tiers marked.
 
-    Primitives are ``layer_collection, dtype, device, product, scaled``; every other operation has a definition in terms
-    of them, overridden where the structure makes it cheap or exact.
+    Primitives are ``layer_collection, dtype, device, product, scaled``, and what every matrix answers in a way of its
+    own, from ``trace`` to ``to``; other operations have a definition in terms of them, overridden where the structure
+    makes it cheap or exact.
     """
 
     expressions: ClassVar[dict[str, Callable[..., ParameterOperator]]] = {}  # what + and @ make where nothing is closed
@@ -53,6 +66,46 @@ class ParameterOperator(ABC):
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """``M x``: ``x [*b, d] -> [*b, d]``."""
+
+    @abstractmethod
+    def scaled(self, c: float | Tensor) -> Self:
+        """``c M``; a tensor where it requires a gradient."""
+
+    @abstractmethod
+    def trace(self) -> Tensor:
+        """``tr M``."""
+
+    @abstractmethod
+    def diag(self) -> PVector:
+        """The diagonal."""
+
+    @abstractmethod
+    def norm(self, kind: str = "fro") -> Tensor:
+        """The Frobenius norm; others than ``kind="fro"`` raise :class:`ArgumentError`."""
+
+    @abstractmethod
+    def solve(self, b: V, damping: float | Tensor | Damping = 0.0) -> V:
+        """``(M + damping I)^-1 b`` for a PVector (batched) or all rows of a ``PushForwardDense``."""
+
+    @abstractmethod
+    def inverse(self, damping: float | Tensor | Damping = 0.0) -> ParameterOperator:
+        """``(M + damping I)^-1`` as a matrix."""
+
+    @abstractmethod
+    def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
+        """``log det(M + damping I)``."""
+
+    @abstractmethod
+    def eigh(self) -> tuple[Tensor, Basis]:
+        """Eigenvalues ``(d,)``, ascending, and an orthonormal basis in the same order."""
+
+    @abstractmethod
+    def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> PVector:
+        """``n`` draws of ``N(0, (M + damping I)^-1)``; ``generator``: torch's global one by default."""
+
+    @abstractmethod
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Another dtype or device, as ``Tensor.to``."""
 
     def terms(self) -> list[tuple[float | Tensor, Callable[[Tensor], Tensor]]]:
         """The matrix as a sum of factors times maps ``[*b, d] -> [*b, d]``; iterative solves differentiate the
@@ -86,13 +139,14 @@ class ParameterOperator(ABC):
             raise DeviceError(f"the vector is on {v.device} and the matrix on {self.device}; move one with .to(device)")
         return v.flat().to(self.dtype)
 
-    def _apply(self, f: Callable[[Tensor], Tensor], operand: Any) -> Any:
+    def _apply(self, f: Callable[[Tensor], Tensor], operand: V) -> V:
         """``f`` on a PVector, or on all rows of a dense push-forward at once."""
-        if hasattr(operand, "map_rows"):
-            return operand.map_rows(lambda v: PVector(self.layer_collection, f(self.operand(v))))
-        return PVector(self.layer_collection, f(self.operand(operand)))
+        on_rows = getattr(operand, "map_rows", None)
+        if on_rows is not None:
+            return cast(V, on_rows(lambda v: PVector(self.layer_collection, f(self.operand(v)))))
+        return cast(V, PVector(self.layer_collection, f(self.operand(operand))))
 
-    def mv(self, v: Any) -> Any:
+    def mv(self, v: V) -> V:
         """``M v`` for a PVector (batched), or for all rows of a ``PushForwardDense``."""
         return self._apply(self.product, v)
 
@@ -103,6 +157,11 @@ class ParameterOperator(ABC):
 
     def to_dense(self, limit: int = DENSE_LIMIT) -> Tensor:
         """``(d, d)`` in flat parameter order; raises :class:`SizeError` above ``limit`` parameters."""
+        self._require_room(limit)
+        return self._dense()
+
+    def _require_room(self, limit: int) -> None:
+        """Raise :class:`SizeError` above ``limit`` parameters."""
         d = self.shape[0]
         if d > limit:
             size = d * d * self.dtype.itemsize / 2**30
@@ -110,21 +169,20 @@ class ParameterOperator(ABC):
                 f"the dense matrix of {d} parameters takes {size:.1f} GiB; the limit is {limit} parameters: pass "
                 f"to_dense(limit={d}) to have it anyway"
             )
-        return self._dense()
 
     def _dense(self) -> Tensor:
         eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
         return self.product(eye).T.contiguous()
 
-    def apply(self, f: Callable[[Tensor], Tensor]) -> Any:
+    def apply(self, f: Callable[[Tensor], Tensor]) -> ParameterOperator:
         """``f(M)``, ``f`` of the eigenvalues; raises :class:`UnsupportedError` where they are not there."""
         raise self._without_eigenbasis()
 
-    def power(self, p: float, damping: Any = 0.0) -> Any:
+    def power(self, p: float, damping: Any = 0.0) -> ParameterOperator:
         """``(M + damping I)^p``; raises :class:`UnsupportedError` where no eigenbasis is there."""
         raise self._without_eigenbasis()
 
-    def __pow__(self, p: Any) -> Any:
+    def __pow__(self, p: float) -> ParameterOperator:
         return self.power(p)
 
     def _without_eigenbasis(self) -> UnsupportedError:
@@ -133,13 +191,17 @@ class ParameterOperator(ABC):
             "representation of an implicit matrix (PMatEKFAC, PMatLowRank, PMatDense), or M.solve(b, damping)"
         )
 
+    @overload
+    def __matmul__(self, other: ParameterOperator) -> ParameterOperator: ...
+    @overload
+    def __matmul__(self, other: V) -> V: ...
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, ParameterOperator):
             return self.expressions["product"](self, other)
         return self.mv(other)
 
-    def __add__(self, other: Any) -> Any:
-        if isinstance(other, (int, float)) and other == 0:
+    def __add__(self, other: ParameterOperator | Literal[0]) -> ParameterOperator:
+        if isinstance(other, (int, float)) and other == 0:  # so that sum() works
             return self
         if not isinstance(other, ParameterOperator):
             raise ArgumentTypeError(
@@ -149,40 +211,36 @@ class ParameterOperator(ABC):
         closed = self.added(other)
         return self.expressions["sum"](self, other) if closed is None else closed
 
-    def __radd__(self, other: Any) -> Any:
+    def __radd__(self, other: Any) -> ParameterOperator:
         return self.__add__(other)
 
     def added(self, other: ParameterOperator) -> ParameterOperator | None:
         """``M + other`` where it is of a kind that is known; ``None``: it becomes a lazy sum."""
         return None
 
-    def __sub__(self, other: Any) -> Any:
+    def __sub__(self, other: ParameterOperator) -> ParameterOperator:
         if not isinstance(other, ParameterOperator):
             raise ArgumentTypeError(
                 f"cannot subtract {type(other).__name__} from a parameter-space matrix; expected another one"
             )
         return self + (-1.0) * other
 
-    def __neg__(self) -> Any:
+    def __neg__(self) -> Self:
         return -1.0 * self
 
-    @abstractmethod
-    def scaled(self, c: float | Tensor) -> ParameterOperator:
-        """``c M``; a tensor where it requires a gradient."""
-
-    def __mul__(self, c: Any) -> Any:
-        return self.scaled(_factor(c))
+    def __mul__(self, c: float | Tensor) -> Self:
+        return self.scaled(as_factor(c))
 
     __rmul__ = __mul__
 
-    def __truediv__(self, c: Any) -> Any:
-        return self.scaled(1 / _factor(c))
+    def __truediv__(self, c: float | Tensor) -> Self:
+        return self.scaled(1 / as_factor(c))
 
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` on flat numpy vectors."""
         from scipy.sparse.linalg import LinearOperator
 
-        def apply(x):
+        def apply(x: Any) -> Any:
             t = torch.as_tensor(x.copy()).to(self.dtype).to(self.device)
             columns = t.reshape(self.shape[0], -1).T
             out = self.product(columns).T if t.ndim == 2 else self.product(columns)[0]
@@ -190,29 +248,3 @@ class ParameterOperator(ABC):
 
         dtype = torch.empty((), dtype=linalg.accumulation_dtype(self.dtype)).numpy().dtype
         return LinearOperator(self.shape, matvec=apply, rmatvec=apply, matmat=apply, rmatmat=apply, dtype=dtype)
-
-
-def _factor(c: Any) -> float | Tensor:
-    """A number to scale by; a 0-d tensor stays one where it requires a gradient."""
-    if not isinstance(c, numbers.Real) and not (isinstance(c, Tensor) and c.ndim == 0):
-        given = type(c).__name__
-        raise ArgumentTypeError(f"cannot scale a matrix by {given}; expected a number (M @ N is the product)")
-    if not isinstance(c, Tensor):
-        return float(c)
-    return c if differentiated(c) else float(c.detach())
-
-
-def require_tikhonov(damping: Any, what: str) -> Tikhonov:
-    """A plain number as damping, checked."""
-    d = as_damping(damping)
-    if not isinstance(d, Tikhonov):
-        raise ArgumentError(f"{what} takes a number as damping, got {damping!r}; expected a number >= 0")
-    return d
-
-
-def require_frobenius(kind: Any) -> None:
-    """Only the Frobenius norm is offered."""
-    if kind not in ("fro", None):
-        raise ArgumentError(
-            f"norm({kind!r}) is not offered; expected 'fro', of a stored matrix also 2 (M.eigh()[0]: all eigenvalues)"
-        )

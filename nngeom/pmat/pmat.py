@@ -12,14 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core.errors import ArgumentTypeError, StructureError
 from nngeom.core.layout import Layout
 from nngeom.pmat.algebra import StoredAlgebra
+from nngeom.pmat.arguments import require_frobenius
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.damped import damped, require_added, worst_block
-from nngeom.pmat.operator import ParameterOperator, require_frobenius
+from nngeom.pmat.operator import ParameterOperator, V
 from nngeom.pmat.representation import Measured
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
@@ -45,13 +47,13 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
             cls.projects = False
         PMat.kinds.add(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise ArgumentTypeError(
             f"{type(self).__name__} is built by FIM(model, loader, {type(self).__name__}) and its like, not called"
         )
 
     @classmethod
-    def of_blocks(cls, collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
+    def of_blocks(cls, collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> Self:
         """A checked matrix: the ``blocks`` must partition the parameters of the ``collection``, missing ones are zero.
 
         ``examples``: how many they are means over. Raises :class:`StructureError` for a parameter in several blocks.
@@ -83,11 +85,11 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
         return next(t for b in self.blocks.values() for t in b.tensors())
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self._tensor.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self._tensor.device
 
     def _each(self, x: Tensor, f: Callable[[Any, Tensor], Tensor], parts: dict[Layout, Any]) -> Tensor:
@@ -107,7 +109,7 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
             layout.scatter_(out, x)
         return out
 
-    def product(self, x):
+    def product(self, x: Tensor) -> Tensor:
         return self._each(x, lambda block, y: block.mv(y), self.blocks)
 
     # -- numbers -------------------------------------------------------------------------------------------------------
@@ -136,22 +138,22 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
 
     # -- inverses ------------------------------------------------------------------------------------------------------
 
-    def solve(self, b: Any, damping: Any = 0.0, indefinite: bool = False) -> Any:
+    def solve(self, b: V, damping: Any = 0.0, *, indefinite: bool = False) -> V:
         """``(M + damping I)^-1 b`` for a PVector (batched) or all rows of a ``PushForwardDense``.
 
         ``damping``: a number or 0-d tensor, :class:`Relative`, ``{pattern: number}`` or a PVector of one number a
         parameter, all added to the diagonal, or :class:`FactoredTikhonov` or :class:`Cutoff`. ``indefinite``: with
         negative eigenvalues too. Raises :class:`SingularError` when the damped matrix is singular, or else indefinite.
         """
-        parts = damped(self, damping, indefinite)
+        parts = damped(self, damping, indefinite=indefinite)
         with worst_block(parts):
             return self._apply(lambda x: self._each(x, lambda part, y: part[0].solve(y, part[1]), parts), b)
 
-    def inverse(self, damping: Any = 0.0, indefinite: bool = False) -> PMat:
+    def inverse(self, damping: Any = 0.0, *, indefinite: bool = False) -> PMat:
         """``(M + damping I)^-1`` as a matrix; the factorisation is done here, once. ``damping``, ``indefinite``: as for
         :meth:`solve`.
         """
-        parts = damped(self, damping, indefinite)
+        parts = damped(self, damping, indefinite=indefinite)
         with worst_block(parts):
             return self.remade({layout: block.inverse(d) for layout, (block, d) in parts.items()})
 
@@ -195,19 +197,19 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
 
     # -- algebra -------------------------------------------------------------------------------------------------------
 
-    def _dense(self):
+    def _dense(self) -> Tensor:
         if len(self.blocks) == 1:
             ((layout, block),) = self.blocks.items()
             if layout.is_span and len(layout.pieces) == 1:
                 return block.dense()
         return super()._dense()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> Self:
         return self.of_blocks(
             self.layer_collection, {lay: b.scaled(c) for lay, b in self.blocks.items()}, self.examples
         )
 
-    def added(self, other):
+    def added(self, other: ParameterOperator) -> Self | None:
         if not isinstance(other, PMat) or self.blocks.keys() != other.blocks.keys():
             return None
         sums = {lay: b.added(other.blocks[lay]) for lay, b in self.blocks.items()}
@@ -215,13 +217,13 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
             return None
         return self.of_blocks(self.layer_collection, sums, self.examples + other.examples)  # type: ignore[arg-type]
 
-    def to(self, *args: Any, **kwargs: Any) -> PMat:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """Another dtype or device, as ``Tensor.to``."""
         return self.of_blocks(
             self.layer_collection, {lay: b.to(*args, **kwargs) for lay, b in self.blocks.items()}, self.examples
         )
 
-    def detach(self) -> PMat:
+    def detach(self) -> Self:
         """Without its graph, which a matrix has that was made with a damping or a factor that requires a gradient."""
         blocks = {lay: b.detach() for lay, b in self.blocks.items()}
         return self.of_blocks(self.layer_collection, blocks, self.examples)
@@ -230,7 +232,7 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
         """Bytes of all tensors held."""
         return sum(t.numel() * t.element_size() for b in self.blocks.values() for t in b.tensors())
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         blocks = {lay: b.detach() for lay, b in self.blocks.items()}
         return _rebuild, (type(self), self.layer_collection, blocks, self.examples)
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nngeom.core import linalg, memory
-from nngeom.core.damping import Cutoff, Tikhonov
+from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov, Tikhonov
 from nngeom.core.errors import SingularError
 from nngeom.core.jacobian import LayerJacobian, pieces
-from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal
+from nngeom.core.layout import Layout
+from nngeom.core.statistic import Named
+from nngeom.pmat.block import Block, BlockBasis
+from nngeom.pmat.block_algebra import Remake
 from nngeom.pmat.diag import DiagBlock
+from nngeom.pmat.eigenvalues import log_sum, reciprocal
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Selection
+from nngeom.pmat.recipe import Recipe, Selection
+from nngeom.sweep.sweep import Chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,29 +30,34 @@ class ArrowBlock(Block):
     d: Tensor  # [s o i]
     c: Tensor  # [s o i-1]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         w, b = x[..., :-1], x[..., -1:]
         return self.d * x + torch.cat([self.c * b, (self.c * w).sum(-1, keepdim=True)], -1)
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return self.d
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         return self.d.square().sum() + 2 * self.c.square().sum()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> ArrowBlock:
         return ArrowBlock(c * self.d, c * self.c)
 
-    def added(self, other):
+    def added(self, other: Block) -> ArrowBlock | None:
         return ArrowBlock(self.d + other.d, self.c + other.c) if isinstance(other, ArrowBlock) else None
 
-    def inverse(self, damping):
-        """By the Schur complement of the last coordinate; the arrow need not be positive, and says what it needs."""
+    def inverse(self, damping: Damping) -> UnitBlock | SpikeBlock:
         if isinstance(damping, Cutoff):
             values, basis = self.eigh()
             return UnitBlock((basis.u * reciprocal(values, damping, "the arrow matrix").unsqueeze(-2)) @ basis.u.mT)
         if isinstance(damping, Tikhonov) and damping.indefinite:
             return UnitBlock(self._units()).inverse(damping)
+        return self._spike(damping)
+
+    def _spike(self, damping: Tikhonov | FactoredTikhonov) -> SpikeBlock:
+        """The inverse by the Schur complement of the last coordinate; the arrow need not be positive, and says what it
+        needs.
+        """
         d = self.d + damping.value
         w, b = d[..., :-1], d[..., -1]
         positive = bool((w > 0).all())
@@ -63,20 +74,20 @@ class ArrowBlock(Block):
         ratio = torch.cat([self.c / w, -torch.ones_like(b).unsqueeze(-1)], -1)
         return SpikeBlock(torch.cat([1 / w, torch.zeros_like(b).unsqueeze(-1)], -1), ratio / schur.sqrt().unsqueeze(-1))
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, UnitBasis]:
         values, u = linalg.eigh(self._units())
         return values, UnitBasis(u)
 
-    def spectrum(self):
+    def spectrum(self) -> tuple[Tensor, Remake]:
         return UnitBlock(self._units()).spectrum()
 
-    def restricted(self, columns):
+    def restricted(self, columns: list[int]) -> DiagBlock:
         return DiagBlock(self.d[..., columns])  # without the bias, or without all that only it is coupled with
 
-    def logdet(self, damping):
+    def logdet(self, damping: Tikhonov) -> Tensor:
         """By the Schur complements; without damping ``-inf`` exactly where :meth:`inverse` raises."""
         try:
-            inverse = self.inverse(damping)
+            inverse = self._spike(damping)
         except SingularError:
             return super().logdet(damping) if damping.value > 0 else log_sum(self.d.new_zeros(1) + damping.value)
         w = (self.d[..., :-1] + damping.value).log().sum()
@@ -96,29 +107,29 @@ class SpikeBlock(Block):
     d: Tensor  # [s o i]
     u: Tensor  # [s o i]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return self.d * x + self.u * (self.u * x).sum(-1, keepdim=True)
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return self.d + self.u.square()
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         cross = (self.d * self.u.square()).sum()
         return self.d.square().sum() + 2 * cross + self.u.square().sum(-1).square().sum()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> Block:
         return SpikeBlock(c * self.d, c**0.5 * self.u) if c >= 0 else UnitBlock(c * self._units())
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> Block:
         return UnitBlock(self._units()).inverse(damping)
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, BlockBasis]:
         return UnitBlock(self._units()).eigh()
 
-    def spectrum(self):
+    def spectrum(self) -> tuple[Tensor, Remake]:
         return UnitBlock(self._units()).spectrum()
 
-    def restricted(self, columns):
+    def restricted(self, columns: list[int]) -> SpikeBlock:
         return SpikeBlock(self.d[..., columns], self.u[..., columns])
 
     def _units(self) -> Tensor:
@@ -127,26 +138,26 @@ class SpikeBlock(Block):
 
 @dataclass(frozen=True, eq=False)
 class UnitBlock(Block):
-    """A dense symmetric matrix a unit, over its incoming weights and bias."""
+    """A dense symmetric matrix a unit, ``m [s, o, i, i]``, over its incoming weights and bias."""
 
     m: Tensor  # [s o i i]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return (self.m @ x.unsqueeze(-1)).squeeze(-1)
 
-    def diag(self):
+    def diag(self) -> Tensor:
         return self.m.diagonal(dim1=-2, dim2=-1)
 
-    def squared_norm(self):
+    def squared_norm(self) -> Tensor:
         return self.m.square().sum()
 
-    def scaled(self, c):
+    def scaled(self, c: float | Tensor) -> UnitBlock:
         return UnitBlock(c * self.m)
 
-    def added(self, other):
+    def added(self, other: Block) -> UnitBlock | None:
         return UnitBlock(self.m + other.m) if isinstance(other, UnitBlock) else None
 
-    def inverse(self, damping):
+    def inverse(self, damping: Damping) -> UnitBlock:
         values, basis = self.eigh()
         inverse = reciprocal(values, damping, "the unit-wise matrix")
         if self.m.requires_grad and not isinstance(damping, Cutoff):  # equal eigenvalues: no gradient of eigenvectors
@@ -154,15 +165,15 @@ class UnitBlock(Block):
             return UnitBlock(torch.linalg.inv(self.m + damping.value * eye))
         return UnitBlock((basis.u * inverse.unsqueeze(-2)) @ basis.u.mT)
 
-    def eigh(self):
+    def eigh(self) -> tuple[Tensor, UnitBasis]:
         values, u = linalg.eigh(self.m)
         return values, UnitBasis(u)
 
-    def spectrum(self):
+    def spectrum(self) -> tuple[Tensor, Remake]:
         values, basis = self.eigh()
         return values, lambda f: UnitBlock((basis.u * f.unsqueeze(-2)) @ basis.u.mT)
 
-    def restricted(self, columns):
+    def restricted(self, columns: list[int]) -> UnitBlock:
         return UnitBlock(self.m[..., columns, :][..., columns])
 
 
@@ -172,10 +183,10 @@ class UnitBasis(BlockBasis):
 
     u: Tensor  # [s o i i]
 
-    def mv(self, x):
+    def mv(self, x: Tensor) -> Tensor:
         return (self.u @ x.unsqueeze(-1)).squeeze(-1)
 
-    def tmv(self, x):
+    def tmv(self, x: Tensor) -> Tensor:
         return (self.u.mT @ x.unsqueeze(-1)).squeeze(-1)
 
 
@@ -185,8 +196,8 @@ class PMatQuasiDiag(PMat):
     projects = True
 
     @classmethod
-    def recipe(cls, selection: Selection):
-        def statistic(chunk):
+    def recipe(cls, selection: Selection) -> Recipe:
+        def statistic(chunk: Chunk) -> Named:
             named = {}
             for layout, j in chunk.jacobians.items():
                 named[layout] = {"d": j.square()}
@@ -196,6 +207,11 @@ class PMatQuasiDiag(PMat):
 
         means = yield statistic
         return {layout: ArrowBlock(t["d"], t["c"]) if "c" in t else DiagBlock(t["d"]) for layout, t in means.items()}
+
+    @classmethod
+    def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
+        s, o, i = layout.sizes
+        return 1 if rows is None else layout.numel + (s * o * (i - 1) if len(layout.pieces) == 2 else 0)
 
 
 def _coupling(j: LayerJacobian) -> Tensor:

@@ -7,6 +7,7 @@ over all examples, and returns ``{layout: block}``. Recipes never touch a networ
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,14 +30,14 @@ Recipe = Generator[Statistic, Means, dict[Layout, Any]]
 
 @dataclass(frozen=True)
 class Selection:
-    """The parameters a recipe is responsible for."""
+    """The parameters a recipe is responsible for: those called ``names`` of a ``collection``."""
 
     collection: LayerCollection
     names: tuple[str, ...]
 
     @staticmethod
     def of(collection: LayerCollection) -> Selection:
-        """All parameters of a collection."""
+        """All parameters of a ``collection``."""
         return Selection(collection, collection.names)
 
     def span(self) -> Layout:
@@ -49,8 +50,15 @@ class Selection:
         table = {layer: tuple(n for n in names if n in mine) for layer, names in self.collection.by_layer().items()}
         return {layer: names for layer, names in table.items() if names}
 
+    def numel(self, beside: str | None = None) -> int:
+        """Number of entries of all of them, or of those in the layer of the parameter called ``beside``."""
+        c, mine = self.collection, set(self.names)
+        layer = None if beside is None else c.layers[c.names.index(beside)]
+        named = zip(c.names, c.shapes, c.layers)
+        return sum(math.prod(shape) for name, shape, of in named if name in mine and layer in (None, of))
+
     def restrict(self, chunk: Chunk) -> Chunk:
-        """The LayerJacobians of these parameters only."""
+        """The LayerJacobians of these parameters only, of those of a ``chunk``."""
         if len(self.names) == len(self.collection):
             return chunk
         mine = set(self.names)
@@ -58,7 +66,9 @@ class Selection:
 
 
 def join_rows(chunk: Chunk, layout: Layout, names: tuple[str, ...]) -> Iterator[Tensor]:
-    """Explicit rows ``[k, n, p]`` over a span of whole parameters, in pieces of examples that fit the memory budget."""
+    """Explicit rows ``[k, n, p]`` of a ``chunk`` over the ``layout`` of whole parameters, those called ``names``, in
+    pieces of examples that fit the memory budget.
+    """
     mine = set(names)
     members = [(lay, j) for lay, j in chunk.jacobians.items() if mine.intersection(lay.names)]
     if not members:
@@ -111,7 +121,7 @@ def run_together(recipes: list[tuple[Selection, Recipe]]) -> Recipe:
     while waiting:
         current = dict(waiting)
 
-        def statistic(chunk: Chunk, current=current) -> Named:
+        def statistic(chunk: Chunk, current: dict[int, Statistic] = current) -> Named:
             return {(j, block): t for j, f in current.items() for block, t in f(recipes[j][0].restrict(chunk)).items()}
 
         means = yield statistic

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from typing_extensions import Self
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from nngeom.core.layout import Layout
@@ -13,13 +15,16 @@ from nngeom.core.registry import Registry
 from nngeom.space.collection import LayerCollection
 
 if TYPE_CHECKING:
+    from nngeom.core.jacobian import LayerJacobian
     from nngeom.pmat.pmat import PMat
     from nngeom.pmat.recipe import Recipe, Selection
 
+M_co = TypeVar("M_co", covariant=True)
+
 
 @dataclass(frozen=True, eq=False)
-class Representation:
-    """A representation with its options: what is passed as ``representation``."""
+class Representation(Generic[M_co]):
+    """A representation with its options: what is passed as ``representation`` to have a matrix of the class ``M``."""
 
     kind: type[Measured]
     settings: dict[str, Any]
@@ -47,13 +52,29 @@ class Representation:
         """Whether it keeps something of any symmetric matrix."""
         return self.kind.projects or self.kind.entries is not None
 
-    def last_sweep(self, matrix: PMat) -> Representation:
+    def entries_of(self, layout: Layout, rows: LayerJacobian | None, selection: Selection) -> int | None:
+        """See :meth:`Measured.entries_of`; ``None`` too for a recipe that is not the one that was spoken of."""
+        said = next(k for k in self.kind.__mro__ if not vars(k).keys().isdisjoint(("recipe", "entries_of")))
+        if "entries_of" not in vars(said):
+            return None
+        return self.kind.entries_of(layout, rows, selection, **self._options())
+
+    def takes(self, rows: LayerJacobian) -> bool:
+        """See :meth:`Measured.takes`."""
+        return self.kind.takes(rows, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """All options of the recipe, with its defaults."""
+        given = list(inspect.signature(self.kind.recipe).parameters.values())[1:]
+        return {p.name: p.default for p in given if p.default is not p.empty} | self.settings
+
+    def last_sweep(self, matrix: PMat) -> Representation[Any]:
         """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is
         only one.
         """
         return self if self.passes == 1 else self.kind.in_basis(matrix)
 
-    def within(self, collection: LayerCollection) -> Representation:
+    def within(self, collection: LayerCollection) -> Representation[M_co]:
         """With patterns that need the model of the ``collection`` turned into names."""
         return self
 
@@ -61,7 +82,7 @@ class Representation:
         """The part of the parameter ``name``; parameters of different parts never share a block."""
         return 0
 
-    def member(self, part: int) -> Representation:
+    def member(self, part: int) -> Representation[Any]:
         """The representation of a ``part``."""
         return self
 
@@ -86,12 +107,30 @@ class Measured(ABC):
         """The matrix of the ``blocks`` over a ``collection`` that a recipe returned, means over ``examples``."""
 
     @classmethod
-    def options(cls, **settings: Any) -> Representation:
+    def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
+        """How many numbers are kept for the block of the parameters of ``layout``; ``None`` where that is not known
+        before measuring.
+
+        ``rows``: those of a batch, of which the type and the sizes ``[k, n, s, o, i]`` count; ``None`` where the batch
+        does not use the parameters. ``selection``: all parameters that are represented; ``options``: those of the
+        recipe, by name.
+        """
+        return None
+
+    @classmethod
+    def takes(cls, rows: LayerJacobian, **options: Any) -> bool:
+        """Whether a block with these ``rows`` can be kept, with ``options`` of the recipe; an optimizer keeps the
+        others in another way.
+        """
+        return True
+
+    @classmethod
+    def options(cls, **settings: Any) -> Representation[Self]:
         """This representation with options, its ``settings`` by name, for use inside :class:`PMatMixed`."""
         return Representation(cls, settings)
 
     @classmethod
-    def in_basis(cls, matrix: PMat) -> Representation:
+    def in_basis(cls, matrix: PMat) -> Representation[Self]:
         """This representation in the kept basis of ``matrix``, measured in one sweep, where it has such a thing."""
         raise UnsupportedError(
             f"{cls.__name__} takes several sweeps and keeps no basis (it has no in_basis), so it is not estimated from "
@@ -99,7 +138,7 @@ class Measured(ABC):
         )
 
 
-def as_representation(r: Any, **settings: Any) -> Representation:
+def as_representation(r: Any, **settings: Any) -> Representation[Any]:
     """A representation from a PMat class or one with options."""
     if isinstance(r, Representation):
         if settings:

@@ -19,7 +19,7 @@ from nngeom.core import linalg
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout, Piece
 from nngeom.core.statistic import Inputs
-from nngeom.pmat.factors import Factors, of_gradients, structure_of
+from nngeom.pmat.factors import Factors, Shape, factor_shapes, of_gradients, structure_of
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
 
 
@@ -45,19 +45,28 @@ def sua_sums(layout: Layout, j: Any, sharing: str, limit: int) -> Factors:
     """
     n, t, s, _ = j.a.shape
     ones = j.a.new_full((s, 1, 1), float(n * t if sharing == "expand" else n))
-    channels = Inputs(lambda: _channels(j.a, _window(layout), len(layout.pieces) > 1, sharing, limit))
+    channels = Inputs(lambda: _channels(j.a, _window(layout), sharing, limit, bias=len(layout.pieces) > 1))
     return {"g": of_gradients(j.g, sharing, limit), "b": Inputs(ones), "c": channels}
 
 
-def _channels(a: Tensor, window: int, bias: bool, sharing: str, limit: int) -> Tensor:
+def _channels(a: Tensor, window: int, sharing: str, limit: int, *, bias: bool) -> Tensor:
     a = a if sharing == "expand" else a.mean(1, keepdim=True)
-    rows = _windows(a, window, bias).permute(2, 0, 1, 4, 3).flatten(1, 3)  # [s (n t w) c]
+    rows = _windows(a, window, bias=bias).permute(2, 0, 1, 4, 3).flatten(1, 3)  # [s (n t w) c]
     narrow = rows.shape[-1] <= limit
     return (torch.stack([linalg.gram(r) for r in rows]) if narrow else rows.square().sum(1)) / window
 
 
-def _windows(a: Tensor, window: int, bias: bool) -> Tensor:
+def _windows(a: Tensor, window: int, *, bias: bool) -> Tensor:
     return (a[..., :-1] if bias else a).unflatten(-1, (-1, window))
+
+
+def sua_shapes(layout: Layout, j: Any, limit: int) -> list[tuple[Shape, Shape]]:
+    """The shapes of the factors of :func:`sua_blocks`, of the weight and of the bias."""
+    weight, bias = parts(layout)
+    s, o, c = weight.sizes
+    ((_, g),) = factor_shapes(j, limit)
+    blocks: list[tuple[Shape, Shape]] = [((s, c) if c > limit else (s, c, c), (s, *g[1:]))]
+    return blocks if bias is None else [*blocks, ((g[0], 1, 1), g)]
 
 
 def sua_blocks(layout: Layout, means: dict[str, Tensor]) -> dict[Layout, KroneckerBlock]:
@@ -73,17 +82,17 @@ def sua_squares(layout: Layout, j: Any, bases: dict[Layout, EigenBlock]) -> dict
     weight, bias = parts(layout)
     basis = bases[weight]
     ua, ug = (None if u is None else u[::window] for u in (basis.ua, basis.ug))
-    squares = _rotated(j, window, bias is not None, ua, ug).square()
+    squares = _rotated(j, window, ua, ug, bias=bias is not None).square()
     if bias is None:
         return {weight: {"d": _by_place(squares, window)}}
     return {weight: {"d": _by_place(squares[..., :-1], window)}, bias: {"d": squares[..., -1:]}}
 
 
-def _rotated(j: Any, window: int, bias: bool, ua: Tensor | None, ug: Tensor | None) -> LayerJacobian:
+def _rotated(j: Any, window: int, ua: Tensor | None, ug: Tensor | None, *, bias: bool) -> LayerJacobian:
     """Rows in the basis ``ua [s, c, c]`` of every place of the window and ``ug [s, o, o]``; a bias is its own."""
     if ua is None:
         return j.rotate(None, ug)
-    a = torch.einsum("ntscw,scd->ntsdw", _windows(j.a, window, bias), ua).flatten(3)
+    a = torch.einsum("ntscw,scd->ntsdw", _windows(j.a, window, bias=bias), ua).flatten(3)
     return replace(j.rotate(None, ug), a=torch.cat([a, j.a[..., -1:]], -1) if bias else a)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nngeom.core.draws import dot
-from nngeom.core.errors import NNGeomError
+from nngeom.core.errors import NNGeomError, UnsupportedError
+from nngeom.pullback.many_tangents import AGREE
 from nngeom.sweep.sweep import Chunk
 
 
@@ -27,7 +29,23 @@ def tangents_or_rows(by_tangents: Callable[[], Tensor], by_rows: Callable[[], Te
         return by_rows()
 
 
-AGREE = 1e-6  # relative; parts of a float64 model may compute in float32
+def at_once_or_not(at_once: Callable[[], Tensor], one_by_one: Callable[[], Tensor]) -> Tensor:
+    """The first, or the second for models that have no second derivatives, of whatever error they say so."""
+    try:
+        return at_once()
+    except RuntimeError as error:
+        unsupported = isinstance(error, UnsupportedError)
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, NNGeomError) and not unsupported):
+            raise
+    return one_by_one()
+
+
+def each(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``f`` of every ``x[j]``, stacked: mapped where torch can map it, else called one by one."""
+    if len(x) > 1:
+        with contextlib.suppress(RuntimeError, ValueError):
+            return torch.func.vmap(f)(x)
+    return torch.stack([f(row) for row in x])
 
 
 def are_adjoint(u: Tensor, tangent: Tensor, pulled: Tensor, v: Tensor) -> bool:

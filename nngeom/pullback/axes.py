@@ -73,8 +73,8 @@ def read_axis(recorded: Recorded, place: ExampleAxis, n: int, device: torch.devi
     ones = use.gradients(torch.ones((), device=device).expand(1, *shape))[0]
     same = [ExampleAxis(j, place.outer) for j, size in enumerate(use.lead) if size and size % (place.outer * n) == 0]
     for axis in [*same, *candidates(use.lead, n)]:
-        mine, one = (axis.split(x, n, 0, len(use.lead)).reshape(n, -1) for x in (whole, ones))
-        if torch.equal(mine, one * torch.arange(1, n + 1, device=device).unsqueeze(1)):
+        numbered, one = (axis.split(x, n, 0, len(use.lead)).reshape(n, -1) for x in (whole, ones))
+        if torch.equal(numbered, one * torch.arange(1, n + 1, device=device).unsqueeze(1)):
             return axis
     return None
 

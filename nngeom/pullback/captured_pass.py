@@ -40,6 +40,7 @@ class Pass:
         capture: Capture,
         left_to_fallback: set[str],
         part_of: Callable[[str], object] | None = None,
+        *,
         keep_graph: bool = False,
         working: memory.Working | None = None,
         explicit: bool = False,
@@ -61,7 +62,7 @@ class Pass:
 
     # -- structure, and what is proved of it ---------------------------------------------------------------------------
 
-    def resolve(self, check: bool = False) -> None:
+    def resolve(self, *, check: bool = False) -> None:
         """Find the blocks; with ``check`` every use whose examples the graph does not place is asked for them, in this
         batch.
 
@@ -78,7 +79,7 @@ class Pass:
             for j, axis in find_axes(self.capture.outputs, self.capture.uses, open_).items():
                 axes[j] = axis
         self.groups, self.rest = self._groups(axes)
-        self.descent = Descent(self.capture, self.groups, self.keep_graph, self.explicit)
+        self.descent = Descent(self.capture, self.groups, keep_graph=self.keep_graph, explicit=self.explicit)
 
     def _placed(self) -> list[ExampleAxis | None]:
         """The example axis of every use as the graph tells it, the likeliest by shape where it does not."""
@@ -86,7 +87,7 @@ class Pass:
         known = ((recorded.use, self.proof.place(recorded.place)) for recorded in self.capture.uses)
         return [likely(use) if isinstance(place, Unknown) else place for use, place in known]
 
-    def prove(self, separate: bool = True) -> None:
+    def prove(self, *, separate: bool = True) -> None:
         """Ask what is not known of the graph yet: whether parts of the batch run as in the whole, and rows are
         autograd's.
         """
@@ -145,13 +146,13 @@ class Pass:
         """Whether any parameter is shared by positions."""
         return any(recorded.use.lead != (self.n,) for recorded in self.capture.uses)
 
-    def pull(self, v: Tensor, last: bool = False) -> Jacobians:
+    def pull(self, v: Tensor, *, last: bool = False) -> Jacobians:
         """The rows of all blocks for cotangents ``v [k, n, *out]``; ``last``: the graph may go."""
-        return self.descent.pull(v, not last or bool(self.rest), self.empty) | self._rest(v)
+        return self.descent.pull(v, retain=not last or bool(self.rest), empty=self.empty) | self._rest(v)
 
     def by_layers(self, v: Tensor) -> Iterator[Jacobians]:
         """As :meth:`pull`, some layers at a time: each part overwrites the one before, and the graph behind it goes."""
-        yield from self.descent.by_layers(self._route(len(v)), v, bool(self.rest))
+        yield from self.descent.by_layers(self._route(len(v)), v, retain=bool(self.rest))
         if self.rest:
             yield self._rest(v)
 

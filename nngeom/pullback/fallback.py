@@ -43,13 +43,13 @@ def full_jacobians(
     where a factor is zero have other derivatives.
     """
     several = capture.outputs.shape[0] > 1 and (apart or not create_graph)
-    rows = _alone(network, capture, parameters, v, create_graph, check) if several else None
-    rows = rows or _masked(capture.outputs, parameters, v, create_graph)
+    rows = _alone(network, capture, parameters, v, create_graph=create_graph, check=check) if several else None
+    rows = rows or _masked(capture.outputs, parameters, v, create_graph=create_graph)
     return [FullJacobian(r.to(accumulation_dtype(r.dtype))[:, :, None, None]) for r in rows]
 
 
 def _alone(
-    network: Network, capture: Capture, parameters: Sequence[Tensor], v: Tensor, create_graph: bool, check: bool
+    network: Network, capture: Capture, parameters: Sequence[Tensor], v: Tensor, *, create_graph: bool, check: bool
 ) -> list[Tensor] | None:
     """``[k, n, p]`` a parameter, every example by itself; ``None`` where an example by itself is not what it is in the
     batch.
@@ -105,7 +105,7 @@ def _usual(outputs: Tensor, parameter: Tensor, v: Tensor) -> Tensor:
     return v.new_zeros(()) if g is None else g.norm()
 
 
-def _masked(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, create_graph: bool) -> list[Tensor]:
+def _masked(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, *, create_graph: bool) -> list[Tensor]:
     """``[k, n, p]`` a parameter, by cotangents of one example each."""
     k, n = v.shape[:2]
     pieces: list[list[Tensor]] = [[] for _ in parameters]

@@ -94,19 +94,19 @@ def _stretches(outputs: Tensor, uses: Sequence[Recorded]) -> Iterator[tuple[Stag
 def _consumers_first(root: Any) -> list[Any]:
     """All nodes, each after those that use its outputs; the latest of the forward pass first."""
     waiting: dict[Any, int] = {root: 0}
-    found = [root]
-    for node in found:
+    nodes = [root]
+    for node in nodes:
         for following, _ in node.next_functions:
             if following is not None:
                 if following not in waiting:
                     waiting[following] = 0
-                    found.append(following)
+                    nodes.append(following)
                 waiting[following] += 1
-    place = {node: j for j, node in enumerate(found)}
+    place = {node: j for j, node in enumerate(nodes)}
     ready = [(-root._sequence_nr(), 0)]
     order = []
     while ready:
-        node = found[heapq.heappop(ready)[1]]
+        node = nodes[heapq.heappop(ready)[1]]
         order.append(node)
         for following, _ in node.next_functions:
             if following is not None:

@@ -86,6 +86,13 @@ class Linearization:
             (tangent,) = torch.autograd.grad(torch.stack(parts).sum(), u, retain_graph=True, allow_unused=True)
             return outputs, torch.zeros_like(outputs) if tangent is None else tangent.detach()
 
+    def twice_is_right(self, batch: Batch, outputs: Tensor) -> bool:
+        """Whether double backward gives ``J v`` on this ``batch``: remembered of the graph of its ``outputs``, or asked
+        of them.
+        """
+        known = self._known(self._twice, outputs)
+        return self._ask(self._twice, batch, outputs) if known is None else known
+
     def _keys(self, way: Callable[..., tuple[Tensor, Tensor]], outputs: Tensor) -> Iterator[tuple[object, ...]]:
         """Of the graph, then of these very outputs."""
         graph = read(outputs, self.network.ids, self.network.registered)
@@ -125,7 +132,7 @@ class Linearization:
         for name, p in parameters.items():
             length, share = lengths.get(name, 0.0), 1.0 + float(torch.rand((), generator=generator))
             g, asked = gradients.pop(name, None), length > 10 * noise
-            v[name] = (g * (share / length**2)).to(p.dtype) if asked else torch.zeros_like(p)  # type: ignore[operator]
+            v[name] = (g * (share / length**2)).to(p.dtype) if asked else torch.zeros_like(p)
             if asked:
                 total, room = total + share, room + (share * noise / length) ** 2
         tangent = way(batch, v)[1]
@@ -153,7 +160,7 @@ _RIGHT: WeakKeyDictionary[torch.nn.Module, dict[tuple[object, ...], bool]] = Wea
 class _Caller(torch.nn.Module):
     """A module around the model whose forward calls back, so that ``functional_call`` reaches a user's function."""
 
-    def __init__(self, model: torch.nn.Module, call: Callable[[], Tensor]):
+    def __init__(self, model: torch.nn.Module, call: Callable[[], Tensor]) -> None:
         super().__init__()
         self.model, self._call = model, call
 

@@ -12,42 +12,44 @@ from __future__ import annotations
 
 from nngeom.capture.graph import Edge, Graph, operation, shape
 from nngeom.pullback.axes import ExampleAxis
-from nngeom.pullback.safe import ASK, RULES, Place, Sizes, entrywise
+from nngeom.pullback.safe import ASK, RULES, Place, entrywise
 
 __all__ = ["ASK", "Place", "places"]
 
 
-def places(graph: Graph, n: int, trained: bool = False) -> dict[Edge, Place]:
+def places(graph: Graph, n: int, *, trained: bool = False) -> dict[Edge, Place]:
     """Where the ``n`` examples lie in every tensor of the graph, an edge each.
 
     ``trained``: batch normalisation that uses the statistics of the batch counts as if it kept examples apart.
     """
     root = graph.nodes[0]
-    found: dict[Edge, Place] = {}
+    known: dict[Edge, Place] = {}
     for number, meta in enumerate(root._input_metadata):
-        found[root, number] = ExampleAxis(0) if len(meta.shape) and meta.shape[0] == n else ASK
+        known[root, number] = ExampleAxis(0) if len(meta.shape) and meta.shape[0] == n else ASK
     for node in graph.consumers_first():
-        outputs = [(j, found[node, j]) for j in range(len(node._input_metadata)) if (node, j) in found]
+        outputs = [(j, known[node, j]) for j in range(len(node._input_metadata)) if (node, j) in known]
         if node in graph.hooked:
             outputs = [(j, ASK) for j, _ in outputs]
-            found.update(((node, j), ASK) for j, _ in outputs)
+            known.update(((node, j), ASK) for j, _ in outputs)
         for number, edge in enumerate(node.next_functions):
             if edge[0] is None:
                 continue
-            told = [_behind(node, number, place, shape((node, j)), shape(edge), n, trained) for j, place in outputs]
-            told += [found[edge]] if edge in found else []
-            found[edge] = told[0] if told and all(place == told[0] for place in told) else ASK
-    return found
+            candidates = [_behind((node, j), number, place, n, trained=trained) for j, place in outputs]
+            candidates += [known[edge]] if edge in known else []
+            agree = candidates and all(place == candidates[0] for place in candidates)
+            known[edge] = candidates[0] if agree else ASK
+    return known
 
 
-def _behind(node: object, number: int, place: Place, out: Sizes, sizes: Sizes, n: int, trained: bool) -> Place:
-    """Where the examples lie in an input of a node."""
+def _behind(output: Edge, number: int, place: Place, n: int, *, trained: bool) -> Place:
+    """Where the examples lie in an input of a node, from where they lie in an output."""
     if not isinstance(place, ExampleAxis):
         return place
-    name = operation(node)
+    node = output[0]
+    out, sizes, name = shape(output), shape(node.next_functions[number]), operation(node)
     rule = RULES.get(name) if name is not None else None
     if name == "NativeBatchNorm" and trained and number == 0:
         rule = entrywise
-    told = ASK if rule is None else rule(node, number, place, out, sizes, n)
-    fits = not isinstance(told, ExampleAxis) or told.dim is None or sizes[told.dim] % (told.outer * n) == 0
-    return told if fits else ASK
+    behind = ASK if rule is None else rule(node, number, place, out, sizes, n)
+    fits = not isinstance(behind, ExampleAxis) or behind.dim is None or sizes[behind.dim] % (behind.outer * n) == 0
+    return behind if fits else ASK

@@ -68,8 +68,8 @@ def proof_of(network: Network, capture: Capture) -> Proof:
     right.
     """
     graph = read(capture.outputs, network.ids, network.registered, capture.hooked)
-    said = (recorded.use for recorded in capture.uses)
-    uses = tuple((use.operation, use.lead, use.slots, use.lookup) for use in said)
+    each = (recorded.use for recorded in capture.uses)
+    uses = tuple((use.operation, use.lead, use.slots, use.lookup) for use in each)
     outputs = capture.outputs
     key = hash(
         (
@@ -118,11 +118,11 @@ def _concluded(network: Network, capture: Capture, graph: Graph) -> Proof:
     if n == 1:
         known = {use.place: ExampleAxis(None) for use in capture.uses}
     elif graph.nodes:
-        found = places(graph, n, capture.training)
-        apart = all(isinstance(place, ExampleAxis) for edge, place in found.items() if edge[0] not in graph.leaves)
+        placed = places(graph, n, trained=capture.training)
+        apart = all(isinstance(place, ExampleAxis) for edge, place in placed.items() if edge[0] not in graph.leaves)
         for use in capture.uses:
             edge = use.edge.node, use.edge.output_nr
-            place = found.get(edge, ASK)
+            place = placed.get(edge, ASK)
             if isinstance(place, ExampleAxis):
                 place = read_axis(use, place, n, capture.outputs.device) or ASK
             known[use.place] = place

@@ -75,7 +75,7 @@ def require_separate_gradients(network: Network, capture: Capture) -> None:
         raise CoverageError(MIXES)
 
 
-def parts_make_the_whole(network: Network, capture: Capture, parts: Sequence[Batch], gradients: bool) -> bool | None:
+def parts_make_the_whole(network: Network, capture: Capture, parts: Sequence[Batch], *, gradients: bool) -> bool | None:
     """Whether the parts of a batch, one after the other, have its outputs, and with ``gradients`` its gradient of a
     random combination of them: where a factor is zero, outputs do not show what parts lack. ``None`` where a part does
     not run.

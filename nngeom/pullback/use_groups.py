@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from nngeom.space.collection import LayerCollection
 
 Gradients = Sequence[Tensor] | Mapping[int, Tensor]  # of the outputs of uses, by index
 Empty = Callable[[Hashable, Sequence[int], Tensor], Tensor]  # as memory.fresh
+Part = tuple[Any, Tensor, Use]  # inputs of one use, None where a bias is alone, and gradients
+
+
+PlacedUse = tuple[int, Recorded, ExampleAxis]  # index into the list of uses, and where its examples lie
 
 
 @dataclass
@@ -29,7 +34,7 @@ class UseGroup:
     """One block: its layout, and the uses that its Jacobian sums, each with its example axis."""
 
     layout: Layout
-    uses: list[tuple[int, Recorded, ExampleAxis]]  # index into the list of uses
+    uses: list[PlacedUse]
     with_weight: bool
     with_bias: bool
     arrangements: tuple[Arrangement, ...] | None = None  # unlike uses: one arrangement a use
@@ -42,7 +47,7 @@ class UseGroup:
         if self.arrangements is not None:
             return self._unlike(gradients, n, empty)
         main = self.layout.pieces[0].arrangement
-        return self._join([self._part(j, r, a, gradients, n, main, empty) for j, r, a in self.uses])
+        return self._join([self._part(use, gradients, n, main, empty) for use in self.uses])
 
     def forget(self) -> None:
         """Let go of the inputs: they were read."""
@@ -51,26 +56,17 @@ class UseGroup:
 
     def _unlike(self, gradients: Gradients, n: int, empty: Empty) -> LayerJacobian:
         """Like uses joined, unlike ones summed."""
-        groups: dict[tuple[Arrangement, bool], list] = {}
-        for (j, recorded, axis), arrangement in zip(self.uses, self.arrangements or ()):
-            groups.setdefault((arrangement, recorded.use.lookup), []).append(
-                self._part(j, recorded, axis, gradients, n, arrangement, empty)
-            )
+        groups: dict[tuple[Arrangement, bool], list[Part]] = {}
+        for placed, arrangement in zip(self.uses, self.arrangements or ()):
+            like = arrangement, placed[1].use.lookup
+            groups.setdefault(like, []).append(self._part(placed, gradients, n, arrangement, empty))
         if not self.layout.is_span:
             main = self.layout.pieces[0].arrangement
             return TiedJacobian(tuple((a != main, self._factored(parts)) for (a, _), parts in groups.items()))
         return SumJacobian(tuple((a, self._join(parts)) for (a, _), parts in groups.items()))
 
-    def _part(
-        self,
-        j: int,
-        recorded: Recorded,
-        axis: ExampleAxis,
-        gradients: Gradients,
-        n: int,
-        full: Arrangement,
-        empty: Empty,
-    ):
+    def _part(self, placed: PlacedUse, gradients: Gradients, n: int, full: Arrangement, empty: Empty) -> Part:
+        j, recorded, axis = placed
         use, lead = recorded.use, len(recorded.use.lead)
         g = wide(axis.split(use.gradients(gradients[j]), n, 1, lead))
         slot = use.weight if self.with_weight else use.bias
@@ -96,7 +92,7 @@ class UseGroup:
         """``a [n, t, s, i]``, the ones of the bias included; ``[n, t]`` for lookups."""
         use, lead = recorded.use, len(recorded.use.lead)
         if use.copied is not None:
-            return axis.split(recorded.read_inputs(empty, self.with_bias), n, 0, lead).to(dtype)
+            return axis.split(recorded.read_inputs(empty, ones=self.with_bias), n, 0, lead).to(dtype)
         a = axis.split(recorded.read_inputs(), n, 0, lead)
         if use.lookup:
             return a
@@ -106,17 +102,17 @@ class UseGroup:
         column = use.weight.column if use.weight is not None else 0
         return _with_ones(a, column, width, empty) if self.with_bias else _pad(a, column, width)
 
-    def _join(self, parts) -> LayerJacobian:
+    def _join(self, parts: list[Part]) -> LayerJacobian:
         use = parts[0][2]
         if not self.with_weight:
             rows = [g[:, :, 0].flatten(2) for _, g, _ in parts]  # [k n p], of groups or of outputs
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))[:, :, None, None])
         if use.elementwise:
-            rows = [contract.scaled_sums(g[..., 0], a, self.with_bias) for a, g, _ in parts]
+            rows = [contract.scaled_sums(g[..., 0], a, ones=self.with_bias) for a, g, _ in parts]
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)).unsqueeze(3))
         return self._factored(parts)
 
-    def _factored(self, parts) -> FactoredJacobian:
+    def _factored(self, parts: list[Part]) -> FactoredJacobian:
         a0, g0, use = parts[0]
         a = a0 if len(parts) == 1 else torch.cat([a for a, _, _ in parts], 1)
         g = g0 if len(parts) == 1 else torch.cat([g for _, g, _ in parts], 2)
@@ -195,17 +191,21 @@ def build_units(
             layout = _tied_layout(name, offset[name], [(slot, uses[j].use) for j, slot in slots]) or collection.span(
                 [name]
             )
-            groups.append(UseGroup(layout, uses_of(slots), True, False, tuple(slot.arrangement for _, slot in slots)))
+            arrangements = tuple(slot.arrangement for _, slot in slots)
+            groups.append(
+                UseGroup(layout, uses_of(slots), with_weight=True, with_bias=False, arrangements=arrangements)
+            )
             continue
         pieces = [Piece((name,), offset[name], slots[0][1].arrangement)]
-        found = partner(name, slots)
-        if found is not None:
-            pieces.append(Piece((found[0],), offset[found[0]], found[1].arrangement))
-            del biases[found[0]]
-        groups.append(UseGroup(Layout(tuple(pieces)), uses_of(slots), True, found is not None))
+        bias = partner(name, slots)
+        if bias is not None:
+            pieces.append(Piece((bias[0],), offset[bias[0]], bias[1].arrangement))
+            del biases[bias[0]]
+        layout = Layout(tuple(pieces))
+        groups.append(UseGroup(layout, uses_of(slots), with_weight=True, with_bias=bias is not None))
     for name, slots in biases.items():
         if name not in rest:
-            groups.append(UseGroup(collection.span([name]), uses_of(slots), False, True))
+            groups.append(UseGroup(collection.span([name]), uses_of(slots), with_weight=False, with_bias=True))
     return groups, rest
 
 

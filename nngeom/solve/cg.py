@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import ConvergenceError, NonFiniteError, SingularError
+from nngeom.core.errors import ArgumentError, ConvergenceError, NonFiniteError, SingularError
 
 
 def conjugate_gradient(
     matrix: Callable[[Tensor], Tensor],
     b: Tensor,
     tol: float = 1e-6,
-    max_iter: int | None = None,
+    max_steps: int | None = None,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
     x0: Tensor | None = None,
+    *,
+    strict: bool = True,
 ) -> Tensor:
     """``x`` with ``|matrix(x) - b| <= tol |b|`` for a symmetric positive definite ``matrix``; ``b (*batch, d)``.
 
-    At most ``max_iter`` steps (default ``10 d``, at most 10 000), each one product with all vectors of the batch; a
-    vector that has converged is left alone. Raises :class:`ConvergenceError` with the residual reached,
-    :class:`SingularError` where the matrix shows a direction of no or negative curvature, and
-    :class:`NonFiniteError` where ``b`` or a product holds NaN.
+    At most ``max_steps`` steps (default ``10 d``, at most 10 000) from the first guess ``x0`` (zero by default), each
+    one product with all vectors of the batch; a vector that has converged is left alone. Raises
+    :class:`ConvergenceError`, or where not ``strict`` returns what was reached, :class:`SingularError` where the matrix
+    shows a direction of no or negative curvature, and :class:`NonFiniteError` where ``b`` or a product holds NaN.
     """
     apply = preconditioner or (lambda r: r)
     x = torch.zeros_like(b) if x0 is None else x0.clone()
@@ -33,7 +36,7 @@ def conjugate_gradient(
     z = apply(r)
     p = z.clone()
     rz = (r * z).sum(-1, keepdim=True)
-    steps = min(10 * b.shape[-1], 10_000) if max_iter is None else max_iter
+    steps = most_steps(b, max_steps)
     for _ in range(steps):
         active = ~(r.norm(dim=-1, keepdim=True) <= goal)  # NaN is not converged
         if not bool(active.any()):
@@ -43,7 +46,10 @@ def conjugate_gradient(
         if bool((active & ~(curvature > 0)).any()):
             if bool(curvature.isnan().any()):
                 raise NonFiniteError("conjugate gradients met NaN; check the vector, the inputs and the parameters")
-            raise SingularError("conjugate gradients met a direction of no or negative curvature; use a larger damping")
+            raise SingularError(
+                "conjugate gradients met a direction of no or negative curvature; use a larger damping, or where the "
+                "matrix is meant to have negative eigenvalues indefinite=True"
+            )
         alpha = torch.where(
             active, rz / torch.where(active, curvature, torch.ones_like(curvature)), torch.zeros_like(rz)
         )
@@ -54,11 +60,47 @@ def conjugate_gradient(
         beta = torch.where(active, new / torch.where(active, rz, torch.ones_like(rz)), torch.zeros_like(rz))
         p = z + beta * p
         rz = new
-    reached = r.norm(dim=-1, keepdim=True)
-    if bool((reached <= goal).all()):
+    reached = residuals(r, size)
+    if bool((reached <= tol).all()):
         return x
-    worst = float((reached / size.clamp_min(torch.finfo(b.dtype).tiny)).max())
-    raise ConvergenceError(
-        f"conjugate gradients reached a relative residual of {worst:.2e} in {steps} steps, expected {tol:.2e}; "
-        "use a larger damping, more max_iter, a preconditioner, or a larger tol"
-    )
+    return Unsolved("conjugate gradients", x, reached, tol, steps).unless(strict=strict)
+
+
+def most_steps(b: Tensor, max_steps: int | None) -> int:
+    """``max_steps``, checked; by default ten times the side of ``b [*b, d]``, and at most 10 000."""
+    if max_steps is None:
+        return min(10 * b.shape[-1], 10_000)
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
+        raise ArgumentError(f"max_steps is {max_steps!r}; expected a whole number of at least 0, or None")
+    return max_steps
+
+
+def residuals(r: Tensor, size: Tensor) -> Tensor:
+    """The lengths of ``r [*b, d]`` relative to ``size [*b, 1]``, ``[*b, 1]``; zero where both are."""
+    return r.norm(dim=-1, keepdim=True) / size.clamp_min(torch.finfo(r.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Unsolved:
+    """The ``iterate`` after all ``steps``, and its relative residuals ``reached [*b, 1]``, above ``tol``."""
+
+    method: str
+    iterate: Tensor
+    reached: Tensor
+    tol: float
+    steps: int
+
+    def unless(self, *, strict: bool) -> Tensor:
+        """The iterate; raises :class:`ConvergenceError` where ``strict``, or where it is not finite."""
+        finite = bool(torch.isfinite(self.iterate).all()) and bool(torch.isfinite(self.reached).all())
+        if not finite:
+            raise NonFiniteError(f"{self.method} met NaN; check the vector, the inputs and the parameters")
+        if not strict:
+            return self.iterate
+        raise ConvergenceError(
+            f"{self.method} reached a relative residual of {float(self.reached.max()):.2e} in {self.steps} steps, "
+            f"expected {self.tol:.2e}; use a larger damping, more max_steps, a preconditioner, or a larger tol, or "
+            "take what was reached with strict=False",
+            self.iterate,
+            self.reached.squeeze(-1),
+        )

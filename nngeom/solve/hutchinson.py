@@ -1,4 +1,4 @@
-"""Stochastic estimates of traces and diagonals from products with random vectors."""
+"""Stochastic estimates of traces and diagonals from products with random vectors, and what an estimate is."""
 
 from __future__ import annotations
 
@@ -33,9 +33,18 @@ def hutchinson(
     matrix: Callable[[Tensor], Tensor], d: int, samples: int, like: Tensor, generator: torch.Generator | None = None
 ) -> Estimate:
     """``tr M`` as the mean of ``z^T M z`` over random signs ``z`` (Hutchinson 1989)."""
-    _require(samples)
+    require_samples(samples)
     z = rademacher(samples, d, like=like, generator=generator)
-    return _mean((z * matrix(z)).sum(-1))
+    return mean_estimate((z * matrix(z)).sum(-1))
+
+
+def hutchinson_diagonal(
+    matrix: Callable[[Tensor], Tensor], d: int, samples: int, like: Tensor, generator: torch.Generator | None = None
+) -> Estimate:
+    """The diagonal ``[d]`` as the mean of ``z * M z`` over random signs ``z`` (Bekas et al. 2007)."""
+    require_samples(samples)
+    z = rademacher(samples, d, like=like, generator=generator)
+    return mean_estimate(z * matrix(z))
 
 
 def hutchpp(
@@ -44,22 +53,24 @@ def hutchpp(
     """``tr M`` by Hutch++ (Meyer et al. 2021): exact on a sketched range, Hutchinson on the rest; ``samples``
     products.
     """
-    _require(samples)
+    require_samples(samples)
     third = max(1, min(samples // 3, d))
     sketch = rademacher(third, d, like=like, generator=generator)
     q, _ = torch.linalg.qr(matrix(sketch).T)
     exact = (q.T * matrix(q.T.contiguous())).sum()
     g = rademacher(max(1, samples - 2 * third), d, like=like, generator=generator)
     g = g - (g @ q) @ q.T
-    rest = _mean((g * matrix(g)).sum(-1))
+    rest = mean_estimate((g * matrix(g)).sum(-1))
     return Estimate(exact + rest.value, rest.standard_error)
 
 
-def _mean(x: Tensor) -> Estimate:
-    error = x.std() / x.numel() ** 0.5 if x.numel() > 1 else x.new_tensor(float("inf"))
-    return Estimate(x.mean(), error)
+def mean_estimate(x: Tensor) -> Estimate:
+    """The mean over draws ``x [samples, ...]`` with its standard error, infinite for a single draw."""
+    error = x.std(0) / len(x) ** 0.5 if len(x) > 1 else torch.full_like(x[0], float("inf"))
+    return Estimate(x.mean(0), error)
 
 
-def _require(samples: int) -> None:
-    if samples < 1:
-        raise ArgumentError(f"samples is {samples}; expected at least 1")
+def require_samples(samples: int, least: int = 1) -> None:
+    """Raise :class:`ArgumentError` where ``samples`` are fewer than ``least``."""
+    if samples < least:
+        raise ArgumentError(f"samples is {samples}; expected at least {least}")

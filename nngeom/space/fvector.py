@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class FVector(Elementwise):
 
     tensor: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.tensor, Tensor) or self.tensor.ndim < 2:
             given = tuple(self.tensor.shape) if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
             raise ArgumentError(f"an FVector has shape (*batch, c, n); got {given}")
@@ -69,20 +69,21 @@ class FVector(Elementwise):
             raise ArgumentTypeError(f"cannot add {type(other).__name__} to an FVector; expected an FVector")
         return self._with(other, f)
 
-    def __add__(self, other: FVector) -> FVector:
+    def __add__(self, other: FVector | Literal[0]) -> FVector:
         return self._same(other, torch.add)
 
-    __radd__ = __add__
+    def __radd__(self, other: Any) -> FVector:
+        return self.__add__(other)
 
     def __sub__(self, other: FVector) -> FVector:
         return self._same(other, torch.sub)
 
-    def __mul__(self, other: Any) -> FVector:
+    def __mul__(self, other: FVector | Tensor | float) -> FVector:
         return self._with(other, torch.mul)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other: Any) -> FVector:
+    def __truediv__(self, other: FVector | Tensor | float) -> FVector:
         return self._with(other, torch.div)
 
     def __neg__(self) -> FVector:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -49,6 +49,17 @@ class Elementwise(ABC):
 
 class Batched(Elementwise):
     """Leading axes as a sequence of vectors."""
+
+    @abstractmethod
+    def named(self, name: str) -> Tensor:
+        """The entries of the part ``name``."""
+
+    @overload
+    def __getitem__(self, index: str) -> Tensor: ...
+    @overload
+    def __getitem__(self: V, index: Any) -> V: ...
+    def __getitem__(self, index: Any) -> Any:
+        return self.named(index) if isinstance(index, str) else self.picked(index)
 
     def picked(self, index: Any) -> Any:
         """The vectors of a batch at ``index``: an integer, a slice, a tuple or tensor of these, for its axes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class PVector(Batched):
     layer_collection: LayerCollection
     tensor: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         d = self.layer_collection.numel
         if not isinstance(self.tensor, Tensor) or self.tensor.ndim == 0 or self.tensor.shape[-1] != d:
             given = tuple(self.tensor.shape) if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
@@ -125,9 +125,8 @@ class PVector(Batched):
         """The vector of the same parameters with the entries ``tensor (*batch, d)``."""
         return PVector(self.layer_collection, tensor)
 
-    def __getitem__(self, name: Any) -> Any:
-        if not isinstance(name, str):
-            return self.picked(name)
+    def named(self, name: str) -> Tensor:
+        """The entries of the parameter ``name``, ``(*batch, *its shape)``."""
         table = self.layer_collection.offsets()
         if name not in table:
             raise CollectionError(f"no parameter {name!r} in this vector; it has {list(table)[:8]}")
@@ -184,20 +183,21 @@ class PVector(Batched):
             raise ArgumentTypeError(f"cannot add {type(other).__name__} to a PVector; expected a PVector")
         return self._with(other, f)
 
-    def __add__(self, other: PVector) -> PVector:
+    def __add__(self, other: PVector | Literal[0]) -> PVector:
         return self._same(other, torch.add)
 
-    __radd__ = __add__
+    def __radd__(self, other: Any) -> PVector:
+        return self.__add__(other)
 
     def __sub__(self, other: PVector) -> PVector:
         return self._same(other, torch.sub)
 
-    def __mul__(self, other: Any) -> PVector:
+    def __mul__(self, other: PVector | Tensor | float) -> PVector:
         return self._with(other, torch.mul)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other: Any) -> PVector:
+    def __truediv__(self, other: PVector | Tensor | float) -> PVector:
         return self._with(other, torch.div)
 
     def __neg__(self) -> PVector:

@@ -18,16 +18,12 @@ from torch import Tensor, nn
 
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture, Recorder
-from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, OutputError
-from nngeom.core.jacobian import FullJacobian
-from nngeom.core.linalg import flat_rows
-from nngeom.pullback.backward import pull_back
 from nngeom.pullback.captured_pass import Pass
-from nngeom.pullback.layer_by_layer import bytes_each_cotangent
-from nngeom.pullback.use_groups import UseGroup, wide
 from nngeom.space.collection import LayerCollection, unwrap
-from nngeom.sweep.sweep import Chunk, Cotangents
+from nngeom.sweep.columns import Cotangents
+from nngeom.sweep.passage import Passage
+from nngeom.sweep.sweep import Chunk
 
 
 @dataclass
@@ -66,7 +62,7 @@ class Observer:
         """Parameters that have one row a batch."""
         return self._left_to_fallback
 
-    def resolve(self, capture: Capture, mixing: bool) -> Pass:
+    def resolve(self, capture: Capture, *, mixing: bool) -> Pass:
         """The blocks of a capture; compared with autograd unless a pass like it was."""
         run = Pass(self.network, capture, self._left_to_fallback, self.part_of)
         run.resolve(check=not mixing)
@@ -84,13 +80,13 @@ class Observer:
         self.batchwise.update(state["batchwise"])
 
     @contextlib.contextmanager
-    def watch(self, record: bool = True) -> Iterator[Observation]:
+    def watch(self, *, record: bool = True) -> Iterator[Observation]:
         """Watch what happens inside; the observation is complete on leaving. ``record=False`` counts examples only."""
         if self._watching:
             raise ArgumentError(
                 "observe() was entered inside another observe() of the same optimizer; leave the first one before"
             )
-        visit = _Visit(self, record)
+        visit = _Visit(self, record=record)
         model = unwrap(self.network.model)
         handles = [
             model.register_forward_pre_hook(visit.enter, prepend=True),
@@ -108,10 +104,10 @@ class Observer:
 
 
 class _Visit:
-    def __init__(self, observer: Observer, record: bool):
+    def __init__(self, observer: Observer, *, record: bool) -> None:
         self.observer, self.record = observer, record
         self.observation = Observation()
-        self.passages: list[_Passage] = []
+        self.passages: list[Passage] = []
         self.depth, self.called = 0, False
         self.recorder: Recorder | None = None
 
@@ -144,11 +140,14 @@ class _Visit:
             self.observation.examples += outputs.shape[0]
             return
         capture = recorder.captured(outputs if outputs.ndim > 1 else outputs.unsqueeze(1))
-        run = self.observer.resolve(capture, recorder.mixing)
-        self.passages.append(_Passage(self.observer, run.capture, run.groups, run.rest))
-        if self.observer.cotangents is not None:
-            self.observation.chunks += self.passages.pop().measured(self.observer.cotangents)
-            self.observation.examples += outputs.shape[0]
+        run, cotangents = self.observer.resolve(capture, mixing=recorder.mixing), self.observer.cotangents
+        passage = Passage(self.observer.network, run, own_loss=cotangents is None)
+        if cotangents is None:
+            self.passages.append(passage)
+            return
+        self.observation.chunks += passage.measured(cotangents, self.observer.drawn)
+        self.observation.examples += passage.n
+        self.observer.drawn += passage.n
 
     def finish(self) -> None:
         """Rows from the gradients that have arrived."""
@@ -172,96 +171,6 @@ class _Visit:
             self.recorder.__exit__(None, None, None)
         for passage in self.passages:
             passage.close()
-
-
-class _Passage:
-    """One call of the model: its uses, and the gradients of their outputs as they arrive."""
-
-    def __init__(self, observer: Observer, capture: Capture, groups: list[UseGroup], rest: list[str]):
-        self.network, self.observer, self.capture, self.groups, self.rest = (
-            observer.network,
-            observer,
-            capture,
-            groups,
-            rest,
-        )
-        self.n = capture.outputs.shape[0]
-        self.gradients: list[Tensor | None] = [None] * len(capture.uses)
-        self.sums: dict[str, Tensor] = {}
-        self.handles: list[Any] = []
-        if observer.cotangents is None:
-            self.handles += [
-                use.edge.node.register_prehook(self._reader(j, use.edge.output_nr))
-                for j, use in enumerate(capture.uses)
-                if use.edge is not None
-            ]
-            self.handles += [self.network.parameters[name].register_hook(self._adder(name)) for name in rest]
-
-    def _reader(self, j: int, output: int) -> Callable[[Any], None]:
-        def read(grads: Any) -> None:
-            g = grads[output]
-            if g is not None:
-                held = self.gradients[j]
-                self.gradients[j] = g.detach() if held is None else held + g.detach()
-
-        return read
-
-    def _adder(self, name: str) -> Callable[[Tensor], None]:
-        def add(g: Tensor) -> None:
-            g = g.to_dense() if g.is_sparse else g
-            self.sums[name] = g.detach().clone() if name not in self.sums else self.sums[name] + g.detach()
-
-        return add
-
-    @property
-    def arrived(self) -> bool:
-        """Whether a backward pass came by."""
-        return bool(self.sums) or any(g is not None for g in self.gradients)
-
-    @torch.no_grad()
-    def chunk(self, start: int) -> Chunk:
-        """The rows of the user's own loss."""
-        zero = self.capture.outputs.detach().new_zeros(1)
-        gradients = [
-            zero.expand(1, *use.shape) if g is None else g.unsqueeze(0)
-            for g, use in zip(self.gradients, self.capture.uses)
-        ]
-        jacobians = {group.layout: group.jacobian(gradients, self.n) for group in self.groups}
-        rows = {name: self.sums[name].reshape(1, -1) for name in self.rest if name in self.sums}
-        return Chunk(jacobians | self._batchwise(rows), self.n, start, (0, 1))
-
-    def measured(self, cotangents: Cotangents) -> Iterator[Chunk]:
-        """The rows of the cotangents of a metric, pulled back through the user's graph, which is kept."""
-        outputs, start = self.capture.outputs, self.observer.drawn
-        columns = cotangents.columns(outputs.detach(), None, start)
-        self.observer.drawn += self.n
-        edges, shapes = [u.edge for u in self.capture.uses], [u.shape for u in self.capture.uses]
-        parameters = [self.network.parameters[name] for name in self.rest]
-        size = memory.step(columns.count, bytes_each_cotangent(self.capture, keep_graph=False), "output of one batch")
-        for lo in range(0, columns.count, size):
-            v = columns.make(lo, min(columns.count, lo + size)).to(outputs.dtype)
-            gradients = pull_back(outputs, edges, shapes, v, retain=True)
-            with torch.no_grad():
-                jacobians = {group.layout: group.jacobian(gradients, self.n) for group in self.groups}
-            rows = {}
-            if parameters:
-                generator = torch.Generator().manual_seed(start + lo)
-                signs = 2 * torch.randint(0, 2, v.shape[:2], generator=generator) - 1
-                v = v * signs.to(v).view(*v.shape[:2], *[1] * (v.ndim - 2))
-                pulled = pull_back(outputs, parameters, [p.shape for p in parameters], v, retain=True)
-                rows = {name: flat_rows(g) for name, g in zip(self.rest, pulled)}
-            yield Chunk(jacobians | self._batchwise(rows), self.n, start, (lo, columns.count))
-
-    def _batchwise(self, rows: dict[str, Tensor]) -> dict:
-        """``[k, p]`` -> one row a cotangent, ``[k, 1, 1, 1, p]``."""
-        return {
-            self.network.collection.span([name]): FullJacobian(wide(row)[:, None, None, None])
-            for name, row in rows.items()
-        }
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 def default_outputs(returned: Any) -> Any:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from nngeom.capture.network import Batch, Network, leading_size, targets
+from nngeom.capture.network import Batch, Network, as_batches, leading_size, targets
 from nngeom.core import memory
 from nngeom.core.errors import UnsupportedError
 from nngeom.space.collection import LayerCollection
@@ -83,6 +84,11 @@ class Run:
         """The batches on the model's device; raises :class:`LoaderError` when there is none."""
         return self.network.batches(self.loader)
 
+    def followed(self, label: str) -> Iterable[Batch]:
+        """The batches, beside a bar named ``label`` where progress is to be shown."""
+        source = as_batches(self.loader)
+        return tqdm(self.network.batches(source), total=_length(source), desc=label, disable=not self.progress)
+
     def on(self, loader: Any) -> Run:
         """The same on another ``loader``."""
         return replace(self, loader=loader)
@@ -118,3 +124,10 @@ class Run:
         if not all(isinstance(y, Tensor) for y in parts):
             return None
         return torch.cat([y.detach() for y in parts])
+
+
+def _length(source: Any) -> int | None:
+    try:
+        return len(source)
+    except TypeError:  # a generator, or an iterable data set
+        return None

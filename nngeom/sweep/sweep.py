@@ -4,40 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nngeom.capture.network import Batch, as_batches, leading_size, require_finite, take
 from nngeom.capture.recorder import Capture, record
 from nngeom.core import memory
-from nngeom.core.errors import LoaderError, NonFiniteError
+from nngeom.core.errors import LoaderError
 from nngeom.core.jacobian import LayerJacobian, tensors
 from nngeom.core.layout import Layout
 from nngeom.pullback.captured_pass import Pass
 from nngeom.pullback.layer_by_layer import bytes_each_cotangent
 from nngeom.pullback.proofs import Proof, keeps_apart
 from nngeom.pullback.separate import parts_make_the_whole
+from nngeom.sweep.columns import Columns, Cotangents
+from nngeom.sweep.finite import require_finite_rows
 from nngeom.sweep.run import Run
 
 START = (-1, -1)  # before the first chunk, which starts with example 0 and cotangent 0
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Cotangents ``v[k, n, *out]``, made in slices: ``make(lo, hi) -> [hi - lo, n, *out]``."""
-
-    count: int
-    make: Callable[[int, int], Tensor]
-
-
-class Cotangents(Protocol):
-    """Axis 2: which cotangents are pulled back."""
-
-    def columns(self, outputs: Tensor, batch: Batch, start: int) -> Columns:
-        """Cotangents for the outputs ``(n, *out)`` of a batch whose first example has the running index ``start``."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +44,11 @@ class Chunk:
         """Whether these are the first cotangents of the batch: statistics of inputs alone are taken once."""
         return self.cotangents[0] == 0
 
-    def nbytes(self, held: set[int]) -> int:
-        """Bytes beyond those of the storages in ``held``, which these join: chunks of one batch share its inputs."""
+    def nbytes(self, storages: set[int]) -> int:
+        """Bytes beyond those of the ``storages`` held, which these join: chunks of one batch share its inputs."""
         new = {t.untyped_storage().data_ptr(): t for j in self.jacobians.values() for t in tensors(j)}
-        new = {place: t for place, t in new.items() if place not in held}
-        held.update(new)
+        new = {place: t for place, t in new.items() if place not in storages}
+        storages.update(new)
         return sum(t.numel() * t.element_size() for t in new.values())
 
 
@@ -100,11 +86,8 @@ class Sweep:
         Those up to the one that starts with the example and the cotangent ``after`` are left out.
         """
         working = memory.Working() if self.policy.reuse else None
-        source = as_batches(self.run.loader)
-        hidden = not self.run.progress
-        bar = tqdm(self.run.network.batches(source), total=_length(source), desc=self.policy.label, disable=hidden)
         start = 0
-        for index, batch in enumerate(bar):
+        for index, batch in enumerate(self.run.followed(self.policy.label)):
             start = yield from self._batch(batch, index, start, after, working)
 
     def held(self) -> Sweep:
@@ -125,7 +108,7 @@ class Sweep:
     # -- one batch -----------------------------------------------------------------------------------------------------
 
     def _captured(self, batch: Batch, index: int) -> Capture:
-        capture = record(self.run.network, batch, self.policy.keep_graph)
+        capture = record(self.run.network, batch, keep_graph=self.policy.keep_graph)
         require_finite(capture.outputs.detach(), "outputs", index)
         if index == 0 and capture.outputs.shape[0] == 1:
             self._learn_from_a_pair(batch)
@@ -150,7 +133,7 @@ class Sweep:
         n = capture.outputs.shape[0]
         for chunk in self.cut(capture, start, after, working):
             if self.policy.watch:
-                self._require_finite(chunk.jacobians, index)
+                require_finite_rows(chunk.jacobians, self.run.network, index)
             yield chunk
         return start + n
 
@@ -160,7 +143,7 @@ class Sweep:
         """
         outputs, n = capture.outputs.detach(), capture.outputs.shape[0]
         count = self.cotangents.columns(outputs, capture.batch, start).count
-        each = bytes_each_cotangent(capture, self.policy.keep_graph) * count // n
+        each = bytes_each_cotangent(capture, keep_graph=self.policy.keep_graph) * count // n
         size = memory.step(n, each, most=memory.budget() // self.policy.shares)
         size = min(size, self.policy.most_examples or n)
         if size >= n or leading_size(capture.batch) != n:
@@ -185,7 +168,7 @@ class Sweep:
         cotangent ``after`` are left out.
         """
         # of all uses: cuts must not depend on which are left to the fallback by now
-        each = bytes_each_cotangent(capture, self.policy.keep_graph)
+        each = bytes_each_cotangent(capture, keep_graph=self.policy.keep_graph)
         run, columns = self.begin(capture, start, working)
         size = memory.step(columns.count, each, "output of one batch", memory.budget() // self.policy.shares)
         self._resolve(run)
@@ -208,7 +191,7 @@ class Sweep:
         answer.
         """
         check = self.run.check
-        run.resolve(check)
+        run.resolve(check=check)
         if check and not run.proof.covers(run.capture) and bool(torch.isfinite(run.capture.outputs.detach().sum())):
             run.prove()
 
@@ -224,7 +207,7 @@ class Sweep:
             return None
         run, columns = self.begin(capture)
         room = memory.budget() // policy.shares
-        proof = 2 * bytes_each_cotangent(run.capture, policy.keep_graph)
+        proof = 2 * bytes_each_cotangent(run.capture, keep_graph=policy.keep_graph)
         if max(columns.count * capture.outputs.numel() * capture.outputs.element_size(), proof) > room:
             return None
         self._resolve(run)
@@ -253,27 +236,6 @@ class Sweep:
             return
         if capture.outputs.shape[0] == 2:
             Pass(self.run.network, capture, self.run.left_to_fallback, self.policy.part_of).resolve()
-
-    def _require_finite(self, jacobians: dict[Layout, LayerJacobian], index: int) -> None:
-        tensors = {layout: getattr(j, "g", getattr(j, "m", None)) for layout, j in jacobians.items()}
-        sums = [t.detach().sum() for t in tensors.values() if t is not None]
-        if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
-            return
-        for layout, t in tensors.items():
-            if t is not None and not bool(torch.isfinite(t).all()):
-                bad = (~torch.isfinite(t)).transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
-                raise NonFiniteError(
-                    f"gradients of layer {self.run.network.layer_of(layout.names[0])!r} contain NaN or infinity in "
-                    f"batch {index}, examples {bad[:8]}"
-                    f"{'...' if len(bad) > 8 else ''}; check those inputs, or use a wider dtype"
-                )
-
-
-def _length(source: Any) -> int | None:
-    try:
-        return len(source)
-    except TypeError:  # a generator, or an iterable data set
-        return None
 
 
 def require_examples(count: int) -> int:

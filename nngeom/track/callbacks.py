@@ -24,10 +24,10 @@ def lightning_callback(tracker: Tracker) -> Any:
     class TrackerCallback(base):  # type: ignore[misc, valid-type]
         """Steps the tracker."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self._seen = self._start = self._count = self._depth = 0
-            self._handles = []
+            self._handles: list[Any] = []
 
         def on_train_start(self, trainer, module):
             """Count the steps of the optimisers themselves too: Lightning counts those made through its wrappers."""

@@ -71,7 +71,7 @@ def _steps(ax: Any, steps: Sequence[float]) -> None:
 
 def _empty(ax: Any, title: str, metric: str) -> None:
     ax.set_title(title)
-    ax.grid(False)
+    ax.grid(visible=False)
     ax.set(xticks=[], yticks=[])
     ax.text(
         0.5,
@@ -104,7 +104,7 @@ def _progress(ax: Any, history: History) -> None:
     if scores:
         twin = ax.twinx()
         twin.spines["right"].set_visible(True)
-        twin.grid(False)
+        twin.grid(visible=False)
         for style, column in zip(("-", "--", ":", "-."), scores):
             _line(twin, history, column, _readable(column), COLOURS[1], ls=style)
         twin.set_ylim(0, 1.02)
@@ -180,7 +180,7 @@ def _mgs(ax: Any, history: History) -> None:
     ax.set_ylabel("mean eigenvalue, tr K / N", color=COLOURS[0])
     twin = ax.twinx()
     twin.spines["right"].set_visible(True)
-    twin.grid(False)
+    twin.grid(visible=False)
     _line(twin, history, "mgs_logdet", "log det / N", COLOURS[1])
     twin.set_ylabel("mean log eigenvalue, log det / N", color=COLOURS[1])
     return None

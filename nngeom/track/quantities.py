@@ -23,7 +23,7 @@ from nngeom.analysis.stiffness import stiffness
 from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.causal import CausalLM
 from nngeom.cotangents.loss import EveryOutput, as_loss
-from nngeom.fmat.tiles import Side
+from nngeom.fmat.side import Side
 from nngeom.mgs.metrics import kernel_metrics
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Function, Run
@@ -156,19 +156,19 @@ def _mgs(look: Look) -> Numbers:
 
 @quantity("coherence")
 def _coherence(look: Look) -> Numbers:
-    found = coherence(
+    measured = coherence(
         look.model, look.run.loader, look.loss, function=look.function, layer_collection=look.layer_collection
     )
-    return {"coherence": float(found.alpha), "coherence_ratio": float(found.ratio)}
+    return {"coherence": float(measured.alpha), "coherence_ratio": float(measured.ratio)}
 
 
 @quantity("stiffness")
 def _stiffness(look: Look) -> Numbers:
-    found = stiffness(
+    measured = stiffness(
         look.model, look.run.loader, loss=look.loss, function=look.function, layer_collection=look.layer_collection
     )
-    within, between = (found.within, found.between) if found.has_classes else (math.nan, math.nan)
-    return {"stiffness": float(found.mean), "stiffness_within": float(within), "stiffness_between": float(between)}
+    within, between = (measured.within, measured.between) if measured.has_classes else (math.nan, math.nan)
+    return {"stiffness": float(measured.mean), "stiffness_within": float(within), "stiffness_between": float(between)}
 
 
 @quantity("geometric_complexity")
@@ -193,10 +193,10 @@ def _sharpness(look: Look) -> Numbers:
 
 @quantity("non_uniformity")
 def _non_uniformity(look: Look) -> Numbers:
-    found = non_uniformity(
+    measured = non_uniformity(
         look.model, look.run.loader, look.loss, function=look.function, layer_collection=look.layer_collection
     )
-    return {"non_uniformity": float(found)}
+    return {"non_uniformity": float(measured)}
 
 
 @quantity("parameter_norm")

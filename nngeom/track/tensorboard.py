@@ -11,7 +11,7 @@ from nngeom.core.errors import MissingExtraError
 class Writer:
     """Scalars to a log directory; raises :class:`MissingExtraError` without the extra ``tensorboard``."""
 
-    def __init__(self, directory: str | os.PathLike[str]):
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:

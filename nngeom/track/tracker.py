@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import math
 import os
@@ -12,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from nngeom.analysis.complexity import evaluating
 from nngeom.core.errors import ArgumentError, FileError
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Function, Run
+from nngeom.track.columns import as_columns, as_number, names_of
 from nngeom.track.plots import dashboard
 from nngeom.track.quantities import QUANTITIES, Look
 from nngeom.track.tensorboard import Writer
@@ -30,7 +29,7 @@ FORMAT = "nngeom-track-1"
 class geometric:
     """A schedule: steps 0, 1, 2, ... each at least ``factor`` times the last, for plots against ``log(step)``."""
 
-    def __init__(self, factor: float = 1.15):
+    def __init__(self, factor: float = 1.15) -> None:
         if factor <= 1:
             raise ArgumentError(f"factor is {factor}; expected a number above 1")
         self.factor, self.last = factor, -1
@@ -86,7 +85,7 @@ class Tracker:
             raise ArgumentError(f"every is {every!r}; expected a whole number of at least 1, or a function of the step")
         self.model = model
         self.metrics = tuple(m for j, m in enumerate(metrics) if not isinstance(m, str) or m not in metrics[:j])
-        self._names = _names(self.metrics)
+        self._names = names_of(self.metrics)
         self.every, self.loss, self.function, self.layer_collection = every, loss, function, layer_collection
         self.batches = Run.of(model, probe_loader, function=function, layer_collection=layer_collection).held().loader
         self.history: dict[str, list[float]] = {"step": []}
@@ -112,14 +111,14 @@ class Tracker:
         begin = time.perf_counter()
         if self._begun is None:
             self._begun = begin
-        row: dict[str, float] = {"step": step, **{name: _number(name, v) for name, v in scalars.items()}}
+        row: dict[str, float] = {"step": step, **{name: as_number(name, v) for name, v in scalars.items()}}
         with evaluating(self.model):
             look = Look(self.model, self.batches, self.loss, self.function, self.layer_collection)
             for metric, name in zip(self.metrics, self._names):
                 if isinstance(metric, str):
                     new = QUANTITIES[metric](look)
                 else:
-                    new = _named(name, metric(self.model, self.batches))
+                    new = as_columns(name, metric(self.model, self.batches))
                 twice = sorted(row.keys() & new.keys())
                 if twice:
                     raise ArgumentError(f"metric {name!r} gives {twice}, which the row has already; rename one of them")
@@ -205,41 +204,6 @@ class Tracker:
         :class:`MissingExtraError` without the extra ``plot``.
         """
         return dashboard(self.history, path, title)
-
-
-def _named(name: str, value: Any) -> dict[str, float]:
-    """What a metric returned, as columns."""
-    if isinstance(value, dict):
-        return {str(column): _number(f"{name}[{column!r}]", v) for column, v in value.items()}
-    return {name: _number(name, value)}
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ArgumentError(f"the metric {name!r} returned {given}; expected a number or a dict of numbers") from error
-
-
-def _names(metrics: Sequence[str | Callable[..., Any]]) -> list[str]:
-    """A name of its own for every metric."""
-    names: list[str] = []
-    for metric in metrics:
-        base = name = metric if isinstance(metric, str) else _name(metric)
-        count = 1
-        while name in names:
-            count += 1
-            name = f"{base}_{count}"
-        names.append(name)
-    return names
-
-
-def _name(metric: Callable[..., Any]) -> str:
-    inner = metric.func if isinstance(metric, functools.partial) else metric
-    return getattr(inner, "__name__", type(inner).__name__)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -564,7 +564,7 @@ def test_orders_and_slices_of_a_tile(monkeypatch, way, symmetric, by_examples, s
     draw = lambda k, n, t: FactoredJacobian(torch.randn(n, t, 2, 5).double(), torch.randn(k, n, t, 2, 3).double())
     x = draw(4, 7, 3)
     y = x if symmetric else draw(2, 6, 3)
-    tile = Tile(x, y, by_examples)
+    tile = Tile(x, y, by_examples=by_examples)
     way(tile, x, y)
     left, right = (z.matrix().flatten(2) for z in (x, y))
     close(tile.result(), torch.einsum("knp,lmp->knlm", left, right))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nngeom.core.damping import Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, ConvergenceError, FileError, SingularError
-from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.pvector import PVector
+from nngeom.views.text import as_text
 
 EXPLICIT_LIMIT, IMPLICIT_LIMIT = 4000, 400  # parameters up to which dense matrices are compared by default
 
@@ -67,12 +67,8 @@ class Table:
         cells = [["", *self.columns]]
         for row, line in zip(self.rows, self.values.tolist()):
             cells.append([row, *("-" if math.isnan(x) else f"{x:.3g}" for x in line)])
-        widths = [max(len(line[j]) for line in cells) for j in range(len(cells[0]))]
-        lines = [
-            "  ".join(c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(line, widths)))
-            for line in cells
-        ]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        head, *body = as_text(cells, numbers=len(self.columns)).splitlines()
+        return "\n".join([head, "-" * len(head), *body])
 
 
 def approximation_report(
@@ -105,7 +101,7 @@ def approximation_report(
         reference.layer_collection.require(m.layer_collection, f"the matrix {name!r}")
     if not matrices or draws < 1:
         raise ArgumentError(f"got {len(matrices)} matrices and draws={draws}; expected at least one of each")
-    trace = float(reference.trace())  # type: ignore[attr-defined]
+    trace = float(reference.trace())
     if dampings is None:
         dampings = [x * abs(trace) / reference.shape[0] for x in (0.01, 0.1, 1.0, 10.0)]
     checked = [as_damping(x) for x in dampings]
@@ -116,11 +112,8 @@ def approximation_report(
     v = (v / v.norm(dim=1, keepdim=True)).to(reference.dtype)
     fv = reference.product(v)
     if dense_limit is None:
-        dense_limit = (
-            IMPLICIT_LIMIT
-            if any(isinstance(m, PMatImplicit) for m in (reference, *matrices.values()))
-            else EXPLICIT_LIMIT
-        )
+        by_model = any(m.held for m in (reference, *matrices.values()))  # columns are passes of a model
+        dense_limit = IMPLICIT_LIMIT if by_model else EXPLICIT_LIMIT
     dense = reference.to_dense() if reference.shape[0] <= dense_limit else None
     lines = [_measures(m, v, fv, trace, [float(x.value) for x in checked], dense) for m in matrices.values()]
     cells = [[_mean(x) for x in line.values()] for line in lines]
@@ -135,7 +128,7 @@ def _measures(
     mv = m.product(v.to(m.dtype)).to(v)
     quadratic = (v * fv).sum(-1)
     out = {
-        "trace": (torch.as_tensor(float(m.trace()), dtype=torch.float64) - trace).abs() / abs(trace),  # type: ignore[attr-defined]
+        "trace": (torch.as_tensor(float(m.trace()), dtype=torch.float64) - trace).abs() / abs(trace),
         "quadratic": ((v * mv).sum(-1) - quadratic).abs() / quadratic.abs(),
         "forward cos": torch.cosine_similarity(fv, mv, eps=0.0),
         "forward residual": (fv - mv).norm(dim=-1) / fv.norm(dim=-1),

@@ -17,10 +17,10 @@ from nngeom.capture.graph import read, unexplained
 from nngeom.capture.network import Batch, Network, gradients_on, take
 from nngeom.capture.recorder import Capture, record
 from nngeom.core.errors import NNGeomError
-from nngeom.explain import as_text
 from nngeom.pullback.axes import ExampleAxis
 from nngeom.pullback.captured_pass import Pass
 from nngeom.space.collection import LayerCollection
+from nngeom.views.text import as_text
 
 
 @dataclass(frozen=True)

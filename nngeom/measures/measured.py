@@ -1,0 +1,35 @@
+"""Any cotangents in any representation: the representation's recipe driven over sweeps of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nngeom.core.errors import ArgumentError
+from nngeom.cotangents.probes import Probes
+from nngeom.measures.probed import estimate, implicit_estimate
+from nngeom.pmat.drive import Repeated, built
+from nngeom.pmat.estimate import MatrixEstimate
+from nngeom.pmat.implicit import PMatImplicit
+from nngeom.pmat.implicit_fisher import implicit
+from nngeom.pmat.operator import ParameterOperator
+from nngeom.pmat.representation import as_representation
+from nngeom.sweep.columns import Cotangents
+from nngeom.sweep.run import Run
+from nngeom.sweep.sweep import Policy, Sweep
+
+
+def measured(
+    run: Run, cotangents: Cotangents, representation: Any, options: dict[str, Any], policy: Policy
+) -> ParameterOperator | MatrixEstimate:
+    """The matrix of a run, or its estimate from random probes."""
+    sweep = Sweep(run, cotangents, policy)
+    with run.within():
+        if representation is PMatImplicit:
+            if options:
+                raise ArgumentError(f"PMatImplicit has no option {list(options)}")
+            return implicit_estimate(sweep) if isinstance(cotangents, Probes) else implicit(sweep)
+        chosen = as_representation(representation, **options).within(run.network.collection)
+        sweep = sweep.but(part_of=chosen.part_of)
+        if isinstance(cotangents, Probes):
+            return estimate(chosen, sweep)
+        return built(chosen, run.network.collection, Repeated(sweep, chosen.passes))

@@ -1,0 +1,145 @@
+"""Numbers of a matrix that is known by its products: exact where asked, else estimates with their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import ConvergenceError, UnsupportedError
+from nngeom.pmat.arguments import require_frobenius
+from nngeom.pmat.operator import ParameterOperator
+from nngeom.solve.hutchinson import Estimate, hutchinson
+from nngeom.solve.lanczos import lanczos
+from nngeom.solve.leave_one_out import DIAGONALS, TRACES, estimator_of
+from nngeom.solve.slq import SpectralDensity, require_slq, slq_logdet, spectral_density
+from nngeom.space.pvector import PVector
+
+
+class EstimatedOperator(ParameterOperator):
+    """Trace, diagonal, norms, log-determinant and spectrum of a symmetric matrix, from its products with vectors."""
+
+    def _estimate(
+        self, estimator: Callable[..., Estimate], samples: int, generator: torch.Generator | None
+    ) -> Estimate:
+        return estimator(self.product, self.shape[0], samples, self._like, generator)
+
+    @property
+    def _like(self) -> Tensor:
+        return torch.empty((), dtype=self.dtype, device=self.device)
+
+    def trace(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
+        """``tr M``: exact by default, or an :class:`Estimate` with a standard error.
+
+        ``estimator``: ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"`` (Epperly, Tropp and Webber 2024; exact where the
+        rank is below ``samples / 2``), of ``samples`` products with vectors by ``generator`` (torch's global one by
+        default).
+        """
+        if estimator is None:
+            return self._exact_trace()
+        return self._estimate(estimator_of("trace", TRACES, estimator), samples, generator)
+
+    def _exact_trace(self) -> Tensor:
+        return self.to_dense().trace()
+
+    def _exact_diagonal(self) -> Tensor:
+        return self.to_dense().diagonal()
+
+    def diag(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
+        """The diagonal, a PVector: exact by default, or an :class:`Estimate` of two PVectors.
+
+        ``estimator``: ``"hutchinson"`` or ``"xdiag"`` (Epperly, Tropp and Webber 2024), of ``samples`` products with
+        random signs by ``generator`` (torch's global one by default).
+        """
+        if estimator is None:
+            return PVector(self.layer_collection, self._exact_diagonal())
+        found = self._estimate(estimator_of("diagonal", DIAGONALS, estimator), samples, generator)
+        return Estimate(*(PVector(self.layer_collection, x) for x in (found.value, found.standard_error)))
+
+    def norm(
+        self, kind: str | int = "fro", samples: int | None = None, generator: torch.Generator | None = None
+    ) -> Any:
+        """The Frobenius norm (``kind="fro"``): exact on the dense matrix, or with ``samples`` an :class:`Estimate` from
+        products; or the largest absolute eigenvalue (``kind=2``), by Lanczos.
+
+        ``generator``: of the random vectors (torch's global one by default).
+        """
+        if kind == 2:
+            square = lambda x: self.product(self.product(x))
+            return lanczos(square, self._start(generator), 1)[0][0].clamp_min(0).sqrt()
+        require_frobenius(kind)
+        if samples is None:
+            return self.to_dense().norm()
+        found = hutchinson(lambda z: self.product(self.product(z)), self.shape[0], samples, self._like, generator)
+        root = found.value.clamp_min(0).sqrt()
+        return Estimate(root, found.standard_error / (2 * root))
+
+    # -- its spectrum --------------------------------------------------------------------------------------------------
+
+    def _start(self, generator: torch.Generator | None) -> Tensor:
+        device = self.device if generator is None else generator.device
+        return torch.randn(self.shape[0], generator=generator, dtype=self.dtype, device=device).to(self.device)
+
+    def lanczos(
+        self,
+        k: int,
+        which: str = "largest",
+        *,
+        tol: float = 1e-6,
+        max_steps: int | None = None,
+        strict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, PVector]:
+        """``k`` eigenvalues at an end of the spectrum ``(k,)``, and their vectors, a batch of PVectors.
+
+        ``which``: ``"largest"``, descending, ``"smallest"``, ascending, or ``"both"``, half from each end, descending.
+        It goes on until residuals are below ``tol`` times the largest absolute eigenvalue; after ``max_steps`` products
+        (by default ten times the side, at most 10 000) it raises :class:`ConvergenceError`, or returns what was reached
+        where not ``strict``. ``generator``: of the first vector (torch's global one by default).
+        """
+        try:
+            values, vectors = lanczos(self.product, self._start(generator), k, which, tol, max_steps, strict=strict)
+        except ConvergenceError as error:
+            error.iterate = error.iterate[0], PVector(self.layer_collection, error.iterate[1])
+            raise
+        return values, PVector(self.layer_collection, vectors)
+
+    def spectral_density(
+        self, steps: int = 64, samples: int = 8, generator: torch.Generator | None = None
+    ) -> SpectralDensity:
+        """The distribution of eigenvalues by stochastic Lanczos quadrature: ``steps`` products from each of ``samples``
+        random vectors, drawn by ``generator`` (torch's global one by default).
+        """
+        return spectral_density(self.product, self.shape[0], self._like, steps, samples, generator)
+
+    def logdet(  # type: ignore[override]
+        self,
+        damping: float | Tensor = 0.0,
+        estimator: str | None = None,
+        steps: int = 64,
+        samples: int = 32,
+        generator: torch.Generator | None = None,
+    ) -> Estimate:
+        """``log det(M + damping I)`` as an :class:`Estimate`, by stochastic Lanczos quadrature.
+
+        ``estimator``: ``"slq"``; without, it raises :class:`UnsupportedError`: products give no exact one. ``steps``
+        products from each of ``samples`` random signs, drawn by ``generator`` (torch's global one by default). The
+        standard error counts the draws, and what the second half of the steps changed. No gradient in ``damping``.
+        """
+        if estimator is None:
+            raise self.refusal('exact logdet(); logdet(damping, estimator="slq") estimates it')
+        number = require_slq(estimator, damping)
+        return slq_logdet(self.product, self.shape[0], self._like, number, steps, samples=samples, generator=generator)
+
+    def refusal(self, what: str) -> UnsupportedError:
+        """The error that ``what`` is not offered."""
+        return UnsupportedError(
+            f"an implicit matrix has no {what}; lanczos(k) and spectral_density() estimate its spectrum, or "
+            "build a PMatDense, PMatKFAC or PMatEKFAC"
+        )
+
+    def eigh(self) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise self.refusal("eigh()")

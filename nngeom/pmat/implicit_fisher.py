@@ -1,0 +1,128 @@
+"""Implicit second moments: products by tangents, the metric of the outputs, and a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nngeom.capture.network import Batch
+from nngeom.core import memory
+from nngeom.pmat.implicit import PMatImplicit
+from nngeom.pmat.tangents import are_adjoint, at_once_or_not, each, tangents_or_rows, times_rows
+from nngeom.pullback.linearization import Linearization
+from nngeom.pullback.many_tangents import ManyTangents
+from nngeom.sweep.columns import Columns
+from nngeom.sweep.sweep import Chunk, Sweep
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImplicitFisher(PMatImplicit):
+    """``1/n sum_i J_i^T L_i J_i`` with the metric ``L_i`` of the outputs, by ``J v``, then ``L``, then ``J^T``."""
+
+    def _chunks(self) -> Iterator[Chunk]:
+        """The rows, batch by batch."""
+        return self.sweep.chunks()
+
+    def products(self, x: Tensor) -> Tensor:
+        """All vectors at once through one graph a batch; those of models that cannot be differentiated twice one by
+        one, in forward mode, or by rows.
+        """
+        if len(x) == 1:
+            return self._one_by_one(x)
+        return at_once_or_not(lambda: self._at_once(x), lambda: self._one_by_one(x))
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        by_tangents = lambda: torch.stack([self._by_tangents(row) for row in x])
+        return tangents_or_rows(by_tangents, lambda: self._by_rows(x))
+
+    def _at_once(self, x: Tensor) -> Tensor:
+        total, count = torch.zeros_like(x), 0
+        for batch in self.run.batches():
+            tangents = ManyTangents.of(self.network, batch)
+            for lo, hi in tangents.pieces(len(x)):
+                total[lo:hi] += self._sandwich(tangents, x[lo:hi], count)
+            count += tangents.outputs.shape[0]
+        return total / count
+
+    def _sandwich(self, tangents: ManyTangents, x: Tensor, start: int) -> Tensor:
+        """``sum_i J_i^T L_i J_i x`` over the examples of a batch, ``[b, d] -> [b, d]``."""
+        pushed = tangents.push(x)
+        u = self._metric_times_many(tangents.outputs.detach(), pushed, tangents.batch, start)
+        pulled = tangents.pull(u)
+        tangents.require_adjoint(u, pushed, pulled, x)
+        return pulled.to(x.dtype)
+
+    def _by_rows(self, x: Tensor) -> Tensor:
+        """The product by explicit cotangents, as every stored representation has them."""
+        total, count = torch.zeros_like(x), 0
+        for chunk in self._chunks():
+            inner = times_rows(chunk, x)
+            for layout, j in chunk.jacobians.items():
+                part = torch.zeros_like(x)
+                layout.scatter_(part, j.vjp(inner.to(j.dtype)).to(x.dtype))
+                total += part
+            count = chunk.start + chunk.examples
+        return total / count
+
+    def _by_tangents(self, x: Tensor) -> Tensor:
+        linear, v = Linearization(self.network), self.named(x)
+        total, count = torch.zeros_like(x), 0
+        for batch in self.run.batches():
+            outputs, tangent = linear.jvp(batch, v, ask=False)
+            u = self._metric_times(outputs.detach(), tangent, batch, count)
+            pulled = linear.vjp(outputs, u)
+            if not are_adjoint(u, tangent, pulled, x) or not bool(tangent.any()):  # else that is the proof
+                outputs, tangent = linear.jvp(batch, v)
+                u = self._metric_times(outputs.detach(), tangent, batch, count)
+                pulled = linear.vjp(outputs, u)
+                if not are_adjoint(u, tangent, pulled, x):
+                    raise RuntimeError("forward and reverse mode disagree at these numbers")
+            total += pulled
+            count += outputs.shape[0]
+        return total / count
+
+    def _metric_times(self, outputs: Tensor, tangent: Tensor, batch: Batch, start: int) -> Tensor:
+        return self._metric_times_many(outputs, tangent.unsqueeze(0), batch, start)[0]
+
+    def _metric_times_many(self, outputs: Tensor, tangents: Tensor, batch: Batch, start: int) -> Tensor:
+        """The metric of the outputs times ``tangents [b, *outputs.shape]``."""
+        times = getattr(self.sweep.cotangents, "times", None)
+        if times is not None:
+            return each(lambda tangent: times(outputs, tangent, batch, start), tangents)
+        columns: Columns = self.sweep.cotangents.columns(outputs, batch, start)
+        rows = tangents.flatten(2).transpose(0, 1)  # [n b o]
+        total = torch.zeros_like(rows)
+        for lo, hi in memory.pieces(columns.count, outputs.numel() * outputs.element_size()):
+            v = columns.make(lo, hi).to(rows.dtype).flatten(2).transpose(0, 1)  # [n k o]
+            total += rows @ v.mT @ v
+        return total.transpose(0, 1).reshape(tangents.shape)
+
+    def _exact_trace(self) -> Tensor:
+        total, count = torch.zeros((), dtype=self.dtype, device=self.device), 0
+        with self.run.within():
+            for chunk in self._chunks():
+                total += sum(j.squared_norms().sum() for j in chunk.jacobians.values())
+                count = chunk.start + chunk.examples
+        return self.scale * total / count
+
+    def _exact_diagonal(self) -> Tensor:
+        out = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        count = 0
+        with self.run.within():
+            for chunk in self._chunks():
+                part = torch.zeros_like(out)
+                for layout, j in chunk.jacobians.items():
+                    layout.scatter_(part, j.square().to(out.dtype))
+                out += part
+                count = chunk.start + chunk.examples
+        return self.scale * out / count
+
+
+def implicit(sweep: Sweep) -> ImplicitFisher:
+    """The implicit matrix of a sweep, after a look at every batch, checked."""
+    sweep = replace(sweep, run=sweep.run.held().silent())
+    sweep.look()
+    return ImplicitFisher(sweep)
