@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, StructureError
 from nngeom.cotangents.fisher import seed_of
-from nngeom.cotangents.loss import EveryOutput
+from nngeom.cotangents.loss import EmpiricalFisher, EveryOutput, Loss, as_loss
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.estimate import KernelEstimate, RandomSigns, TraceEstimate, kernel_estimate
@@ -24,6 +24,10 @@ from nngeom.fmat.tiles import Side
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit, dense_rows
 from nngeom.measures.probed import require_samples
+from nngeom.measures.within import collection_of, in_metric
+from nngeom.pmat.metric import Metric
+from nngeom.pmat.operator import ParameterOperator
+from nngeom.pmat.pmat import PMat
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Cotangents, Policy
@@ -35,6 +39,8 @@ def GramMatrix(
     representation: Any = FMatDense,
     *,
     other: Any = None,
+    loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+    metric: ParameterOperator | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     centered: bool = False,
@@ -49,7 +55,7 @@ def GramMatrix(
     process_group: Any = None,
 ) -> Any:
     """The Gram matrix of the gradients of all outputs (the empirical neural tangent kernel), not normalised: ``K = J
-    J^T``.
+    J^T``; in a metric ``K = J M J^T``.
 
     ``K.tensor[k, n, l, m] = <d f_k(x_n) / dw, d f_l(x_m) / dw>``, ``(c, n, c, m)``; rows keep the order of the loader.
 
@@ -57,6 +63,11 @@ def GramMatrix(
     ``(c, n)`` without any kernel; ``FMatImplicit``, products only. ``other``: a second loader, whose examples are the
     columns. ``centered``: the mean gradient of each output over the examples of the first loader is subtracted on both
     sides. ``differentiable``: the kernel keeps its graph, so that ``K.trace().backward()`` reaches the parameters.
+
+    ``loss``: rows are the gradients of each example's loss (as for :func:`EmpiricalFIM`), ``c = 1``. ``metric``: a
+    matrix ``M`` over the parameters between the two sides, such as ``F.inverse(damping)``, a constant to gradients;
+    ``layer_collection`` then is its own. Under KFAC, EKFAC and diagonal matrices rows stay in the structure that they
+    have and memory does not depend on their number; under others ``M J`` is formed, a few examples at a time.
 
     ``estimator="rademacher"`` replaces the sum over outputs by ``samples`` draws (by ``generator``, torch's global one
     by default) of random output signs, one backward pass each: with ``FMatDiag`` a :class:`TraceEstimate`, whose
@@ -79,15 +90,28 @@ def GramMatrix(
         model,
         loader,
         function=function,
-        layer_collection=layer_collection,
+        layer_collection=collection_of(metric, layer_collection),
         progress=progress,
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
     )
     kind = _representation(representation)
-    cotangents: Cotangents = EveryOutput()
-    policy = Policy("GramMatrix", keep_graph=differentiable, watch=kind is FMatImplicit)
+    cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
+    within = in_metric(run, metric, wide=centered)
+    policy = Policy(
+        "GramMatrix", part_of=within and within.part_of, keep_graph=differentiable, watch=kind is FMatImplicit
+    )
+    if (loss is not None or metric is not None) and (kind is FMatImplicit or estimator is not None):
+        raise ArgumentError(
+            "loss= and metric= go with FMatDense, FMatBlockDiag or FMatDiag and every row exact; expected neither "
+            "FMatImplicit nor estimator="
+        )
+    if out is not None and metric is not None and not isinstance(metric, PMat):
+        raise ArgumentError(
+            f"out= knows a metric again by what it holds, and a {type(metric).__name__} holds nothing; expected a "
+            "stored matrix, or no out="
+        )
     if estimator is not None:
         cotangents = _signs(
             kind,
@@ -109,7 +133,7 @@ def GramMatrix(
     side = lambda data: Side.of(run.silent().on(data), cotangents, policy)
     with run.within(), torch.set_grad_enabled(differentiable):
         if out is not None:
-            return _in_file(out, side, loader, other, centered=centered, progress=progress)
+            return _in_file(out, side, loader, other, centered=centered, metric=within, progress=progress)
         rows, columns = side(loader), None if other is None else side(other)
         if estimator is not None:
             return _estimated(kind, rows, columns, progress)
@@ -118,23 +142,31 @@ def GramMatrix(
             if columns is not None:
                 _first_look(columns)
             return FMatImplicit(rows, columns or rows, centered)
-        return build(kind, rows, columns, EVERYTHING, centered=centered, progress=progress)[""]
+        return build(kind, rows, columns, EVERYTHING, centered=centered, metric=within, progress=progress)[""]
 
 
 def _in_file(
-    out: Any, side: Callable[[Any], Side], loader: Any, other: Any, *, centered: bool, progress: bool
+    out: Any,
+    side: Callable[[Any], Side],
+    loader: Any,
+    other: Any,
+    *,
+    centered: bool,
+    metric: Metric | None,
+    progress: bool,
 ) -> FMatDense:
     """The kernel of a file, computed unless it is there; whether that can be written is known before any batch is
     read.
     """
     with FileStore(out) as store:
         rows, columns = side(loader), None if other is None else side(other)
-        about = Fingerprint.of(rows, columns, centered=centered)
+        about = Fingerprint.of(rows, columns, centered=centered, metric=metric and metric.matrix)  # type: ignore[arg-type]
         shape = FMatDense.sizes(rows.outputs, rows.examples, (columns or rows).examples)
         there = store.begin(shape, rows.kept, about)
         if there is not None:
             return FMatDense(there[""])
-        return build(FMatDense, rows, columns, EVERYTHING, centered=centered, store=store, progress=progress)[""]
+        options = {"centered": centered, "metric": metric, "store": store, "progress": progress}
+        return build(FMatDense, rows, columns, EVERYTHING, **options)[""]
 
 
 def GramMatrices(
@@ -143,6 +175,8 @@ def GramMatrices(
     representation: Any = FMatDense,
     *,
     other: Any = None,
+    loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+    metric: ParameterOperator | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     centered: bool = False,
@@ -155,13 +189,15 @@ def GramMatrices(
     """One Gram matrix a layer, ``{layer: kernel}``, in the same sweep; they sum to :func:`GramMatrix`.
 
     A layer is the module that owns a parameter under its first name. ``representation`` (not ``FMatImplicit``),
-    ``other``, ``centered``, ``differentiable``, other arguments and errors as for :func:`GramMatrix`.
+    ``other``, ``loss``, ``metric``, ``centered``, ``differentiable``, other arguments and errors as for
+    :func:`GramMatrix`; :class:`StructureError` for a metric with entries between layers, under which kernels of layers
+    do not sum to the whole.
     """
     run = Run.of(
         model,
         loader,
         function=function,
-        layer_collection=layer_collection,
+        layer_collection=collection_of(metric, layer_collection),
         progress=progress,
         memory_budget=memory_budget,
         check=check,
@@ -173,12 +209,19 @@ def GramMatrices(
             "GramMatrices holds its kernels; expected FMatDense, FMatBlockDiag or FMatDiag (FMatImplicit: "
             "GramMatrix with a layer_collection)"
         )
-    policy = Policy("GramMatrices", keep_graph=differentiable, watch=False)
-    side = lambda data: Side.of(run.silent().on(data), EveryOutput(), policy)
+    within = in_metric(run, metric, wide=centered)
+    if within is not None and within.spans_layers:
+        raise StructureError(
+            f"the metric, a {type(metric).__name__}, has entries between layers, so that kernels of layers do not sum "
+            "to the whole; use one of blocks that lie in layers, or GramMatrix"
+        )
+    cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
+    policy = Policy("GramMatrices", part_of=within and within.part_of, keep_graph=differentiable, watch=False)
+    side = lambda data: Side.of(run.silent().on(data), cotangents, policy)
     grouping = Grouping(tuple(run.network.collection.by_layer()), run.network.layer_of)
     with run.within(), torch.set_grad_enabled(differentiable):
         columns = None if other is None else side(other)
-        return build(kind, side(loader), columns, grouping, centered=centered, progress=progress)
+        return build(kind, side(loader), columns, grouping, centered=centered, metric=within, progress=progress)
 
 
 def Jacobian(
