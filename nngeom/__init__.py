@@ -1,5 +1,6 @@
 """``nngeom``: the matrices of deep learning as objects to compute with."""
 
+from nngeom.attribution.influence import Influence, influence
 from nngeom.core.damping import Cutoff, FactoredTikhonov, Tikhonov
 from nngeom.core.errors import (
     ArgumentError,
@@ -86,6 +87,7 @@ __all__ = [
     "GramMatrices",
     "GramMatrix",
     "Hessian",
+    "Influence",
     "Jacobian",
     "LayerCollection",
     "Likelihood",
@@ -123,6 +125,7 @@ __all__ = [
     "diagnose",
     "explain",
     "gradient_flow_mse",
+    "influence",
     "kernel_regression",
     "load",
     "merge",

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "nngeom"
 ORDER = ["core", "solve", "layers", "space", "capture", "pullback", "sweep", "cotangents", "pmat", "fmat", "maps"]
-ORDER += ["measures", "top", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
+ORDER += ["measures", "attribution", "top", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -57,10 +57,10 @@ class Fingerprint:
             )
         outputs = rows.first_outputs()
         hashes["dtype and shape of the outputs"] = f"{outputs.dtype} {tuple(outputs.shape)}"
-        seen = outputs
-        if not isinstance(rows.sweep.cotangents, EveryOutput):
+        gradients = [g for side in (rows, columns) if side is not None for g in _loss_gradients(side)]
+        if gradients:
             hashes["rows"] = "of a loss"
-            seen = torch.cat([outputs, rows.sweep.cotangents.columns(outputs, rows.run.loader[0], 0).make(0, 1)[0]])
+        seen = torch.cat([outputs.flatten(), *gradients])
         return Fingerprint(hashes, _sketch(seen), max(_sketch(seen.abs()), default=0.0), torch.finfo(seen.dtype).eps)
 
     def plain(self) -> dict[str, Any]:
@@ -78,6 +78,14 @@ class Fingerprint:
                 "outputs of the first batch (where nothing else differs: an attribute, the function, the loss, or a mode)"
             )
         return odd
+
+
+def _loss_gradients(side: Side) -> list[Tensor]:
+    """Those of the first batch in its outputs, where rows are not of these themselves."""
+    cotangents = side.sweep.cotangents
+    if isinstance(cotangents, EveryOutput):
+        return []
+    return [cotangents.columns(side.first_outputs(), side.run.loader[0], 0).make(0, 1).flatten()]
 
 
 def _kind(x: Tensor) -> str:
