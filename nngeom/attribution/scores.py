@@ -8,31 +8,37 @@ import torch
 from torch import Tensor
 
 from nngeom.core import costs, memory, pairs
-from nngeom.core.factored import FactoredJacobian, LookupJacobian
-from nngeom.core.jacobian import FullJacobian, LayerJacobian
+from nngeom.core.factored import FactoredJacobian
+from nngeom.core.jacobian import FullJacobian, LayerJacobian, tensors
 from nngeom.core.tile import Tile
 from nngeom.fmat.store import FileStore
 
 
 def add_scores(out: Tensor, left: LayerJacobian, right: LayerJacobian) -> None:
     """``out[j, i] += <left[0, j], right[0, i]>`` in place."""
-    if isinstance(left, FullJacobian) and not isinstance(right, FullJacobian):
-        q, n = out.shape
-        by_rows = isinstance(right, FactoredJacobian) and (right.positions > 1 or q >= costs.QUERIES)
-        if not by_rows:
-            for lo, hi in memory.pieces(n, q * _width(right) * right.dtype.itemsize, most=memory.CACHE_BYTES):
-                out[:, lo:hi] += right.examples(lo, hi).jvp(left.m[0])[:, 0]
-            return
-    tile = Tile(left, right)
-    pairs.add(tile, left, right)
-    out += tile.result()[0, :, 0]
+    few = len(out) < costs.QUERIES
+    if isinstance(left, FullJacobian) and type(right) is FactoredJacobian and right.positions == 1 and few:
+        _add_inputs_first(out, left.m[0], right)
+    elif isinstance(left, FullJacobian) and type(right) not in (FullJacobian, FactoredJacobian):
+        each = sum(t.numel() for t in tensors(right)) // len(out[0]) * len(out) * out.element_size()
+        for lo, hi in memory.pieces(len(out[0]), each, most=memory.CACHE_BYTES):
+            out[:, lo:hi] += right.examples(lo, hi).jvp(left.m[0])[:, 0]
+    else:
+        tile = Tile(left, right)
+        pairs.add(tile, left, right)
+        out += tile.result()[0, :, 0]
 
 
-def _width(right: LayerJacobian) -> int:
-    """Numbers a query and example between the factors of a product."""
-    if isinstance(right, LookupJacobian) or not isinstance(right, FactoredJacobian):
-        return right.shape[3] if right.shape[3] > 1 else right.shape[4]
-    return right.g.shape[2] * right.g.shape[3] * min(right.g.shape[4], right.a.shape[-1])
+def _add_inputs_first(out: Tensor, p: Tensor, right: FactoredJacobian) -> None:
+    """``out[j, i] += sum_s g[i, s]^T p[j, s] a[i, s]`` for explicit ``p [q, s, o, i]``, as many examples at a time as
+    leave what lies between in a processor cache.
+    """
+    q, groups, o, _ = p.shape
+    a, g = right.a[:, 0], right.g[0, :, 0]
+    for lo, hi in memory.pieces(len(a), q * o * p.dtype.itemsize, most=memory.CACHE_BYTES):
+        for s in range(groups):
+            between = (p[:, s].flatten(0, 1) @ a[lo:hi, s].T).view(q, o, hi - lo)
+            out[:, lo:hi] += torch.einsum("qon,no->qn", between, g[lo:hi, s])
 
 
 class Keeper(Protocol):

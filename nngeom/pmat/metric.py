@@ -188,5 +188,5 @@ def require_matrix(matrix: object, what: str) -> None:
     if not isinstance(matrix, ParameterOperator):
         raise ArgumentTypeError(
             f"{what} is {getattr(matrix, '__name__', type(matrix).__name__)}; expected a matrix over the parameters, "
-            "FIM(model, loader, PMatEKFAC).inverse(damping), say"
+            "such as FIM(model, loader, PMatEKFAC)"
         )
