@@ -125,7 +125,8 @@ def _require_options(top: Any, by_layer: bool, out: Any) -> None:
 def _callable(query_function: Any) -> Callable[[Tensor, Any], Tensor]:
     if not callable(query_function):
         raise ArgumentTypeError(
-            f"query_function is {type(query_function).__name__}; expected a function (outputs, targets) -> (q,), or None"
+            f"query_function is {type(query_function).__name__}; expected a function (outputs, targets) -> (q,), or "
+            "None for the loss"
         )
     return query_function
 

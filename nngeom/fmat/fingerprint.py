@@ -75,7 +75,8 @@ class Fingerprint:
         theirs = plain["outputs"]
         if len(theirs) != len(self.outputs) or not all(abs(a - b) <= tolerance for a, b in zip(self.outputs, theirs)):
             odd.append(
-                "outputs of the first batch (where nothing else differs: an attribute, the function, the loss, or a mode)"
+                "outputs of the first batch (where nothing else differs: an attribute, the function, the loss, or a "
+                "mode)"
             )
         return odd
 

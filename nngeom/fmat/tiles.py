@@ -92,7 +92,7 @@ class Side:
 
     @functools.cached_property
     def outputs(self) -> int:
-        """``c``: how many rows an example has, outputs or one of a loss; raises what a first look at the data raises."""
+        """``c``: how many rows an example has, outputs or one of a loss; raises what a first look raises."""
         with torch.no_grad(), self.within():
             return self._rows(self.run.network.run(self.run.loader[0]))
 

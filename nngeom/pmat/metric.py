@@ -11,17 +11,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentTypeError, DeviceError
+from nngeom.core.errors import ArgumentTypeError, DeviceError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.sandwich import sandwiched, scaled
 from nngeom.core.weighted import WeightedJacobian
 from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.diag import DiagBlock
+from nngeom.pmat.implicit import PMatImplicit
+from nngeom.pmat.implicit_inverse import ImplicitInverse
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.placed import AppliedJacobian, PlacedJacobian, within
@@ -81,8 +84,9 @@ class Metric:
         self.dtype = torch.promote_types(dtype, matrix.dtype)
         self.matrix = matrix.to(self.dtype) if isinstance(matrix, PMat) else matrix
         if isinstance(self.matrix, PMat):
-            self.blocks = list(self.matrix.blocks.items())
+            self.blocks: list[tuple[Layout, Any]] = list(self.matrix.blocks.items())
         else:
+            require_symmetric(matrix)
             self.blocks = [(collection.span(), OperatorBlock(matrix))]
         self._block_of = {name: b for b, (layout, _) in enumerate(self.blocks) for name in layout.names}
         self._by_layout: dict[Layout, Block | None] = {}
@@ -181,6 +185,23 @@ class Metric:
             for group in groups:
                 some = {layout: j for layout, j in yours.items() if group_of(layout.names[0]) == group}
                 yield group, whole, self.whole_right(b, some)
+
+
+def require_symmetric(matrix: ParameterOperator) -> None:
+    """Raise :class:`StructureError` for a product of matrices, or what is made of one, that is not symmetric: asked of
+    two random vectors.
+    """
+    if isinstance(matrix, (PMatImplicit, ImplicitInverse)):
+        return
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn(2, matrix.shape[0], generator=generator, dtype=torch.float64).to(matrix.device, matrix.dtype)
+    mu, mv = matrix.product(u), matrix.product(v)
+    room = torch.finfo(matrix.dtype).eps ** (1 / 3) * torch.maximum(u.norm() * mv.norm(), v.norm() * mu.norm())
+    if bool((u @ mv - v @ mu).abs() > room):
+        raise StructureError(
+            f"the metric, a {type(matrix).__name__}, is not symmetric; expected a symmetric matrix, such as the sum or "
+            "the inverse of one"
+        )
 
 
 def require_matrix(matrix: object, what: str) -> None:
