@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.store import FileStore
 from nngeom.fmat.tiles import Side, require_finite
-from nngeom.pmat.metric import Metric, require_matrix
+from nngeom.pmat.metric import ByBlock, Metric, require_matrix
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
 from nngeom.sweep.run import Run
@@ -133,17 +133,14 @@ def _callable(query_function: Any) -> Callable[[Tensor, Any], Tensor]:
 
 def _in_file(out: Any, metric: Metric, side: Side, sweep: Sweep) -> Influence:
     """The scores of a file, computed unless they are there."""
-    if not isinstance(metric.matrix, PMat):
-        raise ArgumentError(
-            f"out= knows a matrix again by what it holds, and a {type(metric.matrix).__name__} holds nothing; expected "
-            "a stored matrix, or no out="
-        )
+    stored = metric.stored
     with FileStore(out) as store:
-        about = Fingerprint.of(side, Side(sweep), centered=False, metric=metric.matrix)
+        about = Fingerprint.of(side, Side(sweep), centered=False, metric=stored)
         there = store.begin((side.examples, sum(sweep.run.sizes)), metric.dtype, about)
-        computed = _Scores(metric, side, sweep, InFile(store), None, known=there is not None)
-        own = computed.over_all()
-        return Influence((store.result() if there is None else there)[""], own, None, None, {})
+        computed = _Scores(metric, side, sweep, InFile(store), known=there is not None)
+        if there is None:
+            return computed.influence()
+        return Influence(there[""], computed.over_all(), None, None, {})
 
 
 @dataclass
@@ -154,25 +151,29 @@ class _Scores:
     side: Side
     sweep: Sweep
     keeper: Keeper
-    layer_of: Callable[[str], str] | None
+    layer_of: Callable[[str], str] | None = None
     known: bool = False  # all scores are there, only those of the examples for themselves are wanted
+    layers: dict[str, Everything] = field(default_factory=dict)
 
     def influence(self) -> Influence:
         """What is kept of the scores."""
-        layers: dict[str, Everything] = {}
-        own = self.over_all(layers)
-        by_layer = {name: kept.result() for name, kept in layers.items()}
+        own = self.over_all()
+        by_layer = {name: kept.result() for name, kept in self.layers.items()}
         if isinstance(self.keeper, Largest):
-            return Influence(None, own, *self.keeper.result(), {})
-        return Influence(self.keeper.result(), own, None, None, by_layer)  # type: ignore[attr-defined]
+            return Influence(None, own, *self.keeper.result(), by_layer)
+        return Influence(self.keeper.result(), own, None, None, by_layer)
 
-    def over_all(self, layers: dict[str, Everything] | None = None) -> Tensor | None:
+    def over_all(self) -> Tensor | None:
         """Every load of queries against all training examples; returns the scores of these for themselves."""
         own: list[Tensor] = []
         wanted = isinstance(self.metric.matrix, PMat)
         for load in self._loads():
             for chunk in self.sweep.chunks():
-                self._chunk(load, chunk, own if wanted else None, layers)
+                rows = self.metric.by_block(chunk.jacobians)
+                rights = self._rights(rows)
+                if wanted:
+                    own.append(self._own(rows, rights, chunk.examples))
+                self._add(load, chunk, rows, rights)
             wanted = False
         return torch.cat(own) if own else None
 
@@ -182,45 +183,43 @@ class _Scores:
         else:
             yield from loads(self.side, self.metric, self.sweep.run.memory_budget // 2)
 
-    def _chunk(
-        self, load: list[Part], chunk: Chunk, own: list[Tensor] | None, layers: dict[str, Everything] | None
-    ) -> None:
+    def _rights(self, rows: ByBlock) -> dict[Layout, LayerJacobian]:
+        """The right halves of the products with a chunk, where it has them layout by layout."""
+        every = {layout: j for some in rows.values() for layout, j in some.items()}
+        return {lay: self.metric.right(lay, j) for lay, j in every.items() if self.metric.own(lay) is not None}
+
+    def _add(self, load: list[Part], chunk: Chunk, rows: ByBlock, rights: dict[Layout, LayerJacobian]) -> None:
+        """The scores of a chunk of training examples for a load of queries."""
         i = slice(chunk.start, chunk.start + chunk.examples)
-        load = [part for part in load if not self.keeper.has(part.place, i)]
-        theirs = self.metric.by_block(chunk.jacobians)
-        rights = self._rights(theirs) if load or own is not None else {}
-        if own is not None:
-            own.append(self._own(theirs, rights, chunk.examples))
         for part in load:
-            parts = self._parts(part, theirs, rights, chunk.examples)
-            total = sum(parts.values()) if self.layer_of is not None else parts[""]
+            if self.keeper.has(part.place, i):
+                continue
+            shares = self._shares(part, rows, rights, chunk.examples)
+            total = torch.stack(list(shares.values())).sum(0) if len(shares) > 1 else next(iter(shares.values()))
             require_finite([total], self.side, Side(self.sweep))
-            self.keeper.keep(part.place, i, total)  # type: ignore[arg-type]
-            for name, scores in parts.items() if layers is not None and self.layer_of is not None else ():
-                layers.setdefault(name, Everything()).keep(part.place, i, scores)
+            self.keeper.keep(part.place, i, total)
+            for name, scores in shares.items() if self.layer_of is not None else ():
+                self.layers.setdefault(name, Everything()).keep(part.place, i, scores)
 
-    def _rights(self, theirs: dict[int, dict[Layout, LayerJacobian]]) -> dict[Layout, LayerJacobian]:
-        rows = {layout: j for some in theirs.values() for layout, j in some.items()}
-        own = {layout: j for layout, j in rows.items() if self.metric.own(layout) is not None}
-        return {layout: self.metric.right(layout, j) for layout, j in own.items()}
-
-    def _parts(self, part: Part, theirs: Any, rights: dict[Layout, LayerJacobian], n: int) -> dict[str, Tensor]:
+    def _shares(self, part: Part, rows: ByBlock, rights: dict[Layout, LayerJacobian], n: int) -> dict[str, Tensor]:
         """``{layer: (q, n)}``, or ``{"": (q, n)}`` of all."""
-        q, like = part.chunk.examples, {"dtype": self.metric.dtype, "device": self.side.device}
-        names = self.metric.collection.by_layer() if self.layer_of is not None else ("",)
-        out = {name: torch.zeros(q, n, **like) for name in names}
-        for layout, left, right in part.pairs(theirs, rights):
+        names = [""] if self.layer_of is None else list(self.metric.collection.by_layer())
+        out = {name: self._zeros(part.chunk.examples, n) for name in names}
+        for layout, left, right in part.pairs(rows, rights):
             add_scores(out["" if self.layer_of is None else self.layer_of(layout.names[0])], left, right)
         return out
 
-    def _own(self, theirs: Any, rights: dict[Layout, LayerJacobian], n: int) -> Tensor:
+    def _own(self, rows: ByBlock, rights: dict[Layout, LayerJacobian], n: int) -> Tensor:
         """``(n,)``: the scores of a chunk of training examples for themselves."""
-        total = torch.zeros(n, dtype=self.metric.dtype, device=self.side.device)
-        for b, rows in theirs.items():
-            if self.metric.meet(rows, rows):
-                for layout, j in rows.items():
+        total = self._zeros(n)
+        for b, some in rows.items():
+            if self.metric.meet(some, some):
+                for layout, j in some.items():
                     total += paired(self.metric.left(layout, j), rights[layout])[0]
             else:
-                total += paired(self.metric.whole_left(b, rows), self.metric.whole_right(b, rows))[0]
+                total += paired(self.metric.whole_left(b, some), self.metric.whole_right(b, some))[0]
         require_finite([total], Side(self.sweep))
         return total
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=self.metric.dtype, device=self.side.device)

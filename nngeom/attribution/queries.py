@@ -17,7 +17,7 @@ from nngeom.core.layout import Layout
 from nngeom.core.weighted import pieces
 from nngeom.cotangents.per_example import CallableLoss
 from nngeom.fmat.tiles import Side
-from nngeom.pmat.metric import Metric
+from nngeom.pmat.metric import ByBlock, Metric
 from nngeom.sweep.sweep import Chunk, Columns
 
 
@@ -50,7 +50,7 @@ class Part:
 
     chunk: Chunk
     metric: Metric
-    rows: dict[int, dict[Layout, LayerJacobian]]
+    rows: ByBlock
     lefts: dict[Layout, LayerJacobian] = field(default_factory=dict)
     wholes: dict[int, LayerJacobian] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ class Part:
         return self.wholes[b]
 
     def pairs(
-        self, theirs: dict[int, dict[Layout, LayerJacobian]], rights: dict[Layout, LayerJacobian]
+        self, theirs: ByBlock, rights: dict[Layout, LayerJacobian]
     ) -> Iterator[tuple[Layout, LayerJacobian, LayerJacobian]]:
         """``(layout, left, right)`` whose products sum to the scores of a chunk of training examples, given as its
         rows by block and the right halves of those.

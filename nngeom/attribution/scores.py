@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ def _add_inputs_first(out: Tensor, p: Tensor, right: FactoredJacobian) -> None:
 
 class Keeper(Protocol):
     """What is kept of scores."""
+
+    def result(self) -> Any:
+        """What was kept, when all is done."""
 
     def has(self, j: slice, i: slice) -> bool:
         """Whether the scores of queries ``j`` and examples ``i`` are known."""
@@ -107,3 +110,7 @@ class InFile:
 
     def keep(self, j: slice, i: slice, scores: Tensor) -> None:
         self.store.write((j, i), {"": scores}, None, lambda tile: tile)
+
+    def result(self) -> Tensor:
+        """``(q, n)``, mapped from the file."""
+        return self.store.result()[""]

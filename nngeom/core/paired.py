@@ -6,6 +6,7 @@ A function that dispatches on the type of the left rows; what is registered form
 from __future__ import annotations
 
 import functools
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -59,5 +60,5 @@ def by_positions(x: FactoredJacobian, y: FactoredJacobian) -> Tensor:
     return torch.cat(out, 1)
 
 
-def _is_factored(j: LayerJacobian) -> bool:
+def _is_factored(j: LayerJacobian) -> TypeGuard[FactoredJacobian]:
     return isinstance(j, FactoredJacobian) and not isinstance(j, LookupJacobian)

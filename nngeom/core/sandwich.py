@@ -37,7 +37,8 @@ def _(j: LookupJacobian, a: Tensor, g: Tensor) -> LayerJacobian:
 
 @sandwiched.register
 def _(j: TiedJacobian, a: Tensor, g: Tensor) -> LayerJacobian:
-    return TiedJacobian(tuple((t, sandwiched(x, g, a) if t else sandwiched(x, a, g)) for t, x in j.terms))
+    terms = tuple((t, sandwiched(x, g, a) if t else sandwiched(x, a, g)) for t, x in j.terms)
+    return TiedJacobian(terms)  # type: ignore[arg-type]
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
@@ -52,5 +53,5 @@ def scaled(j: LayerJacobian, c: Tensor) -> LayerJacobian:
 
 
 scaled.register(FactoredJacobian, lambda j, c: replace(j, g=c * j.g))
-scaled.register(TiedJacobian, lambda j, c: TiedJacobian(tuple((t, scaled(x, c)) for t, x in j.terms)))
+scaled.register(TiedJacobian, lambda j, c: replace(j, terms=tuple((t, scaled(x, c)) for t, x in j.terms)))
 scaled.register(SumJacobian, lambda j, c: SumJacobian(tuple((place, scaled(x, c)) for place, x in j.terms)))

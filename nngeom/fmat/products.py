@@ -80,11 +80,9 @@ def squared_norms(
         totals = dict.fromkeys(grouping.names, zero)
         for name, part in _norms(chunk, grouping, metric):
             totals[name] = totals[name] + part
-        for layout, j in chunk.jacobians.items() if mean is not None else ():
-            to = [layout.gather(mean.times[k.start + i]).to(j.dtype) for i in range(j.shape[0])]
-            own = [j.cotangents(i, i + 1).jvp(v)[0] for i, v in enumerate(to)]
-            squares = layout.gather(mean.flat[k] * mean.times[k]).flatten(1).sum(1, keepdim=True)
-            totals[grouping.layout(layout)] = totals[grouping.layout(layout)] - 2 * torch.stack(own) + squares
+        if mean is not None:
+            for name, part in mean.shifts(chunk, grouping):
+                totals[name] = totals[name] + part
         require_finite(totals.values(), rows)
         for name, t in totals.items():
             parts[name].setdefault(chunk.start, []).append(t)
@@ -137,6 +135,15 @@ class Mean:
             name = grouping.layout(layout)
             out[name] = out[name] + part if name in out else part
         return out
+
+    def shifts(self, chunk: Chunk, grouping: Grouping) -> Iterator[tuple[str, Tensor]]:
+        """``(group, [k, n])``: what centring adds to the squared norms, ``- 2 <x, mu_k> + <mu_k, mu_k>``."""
+        k, _ = span(chunk)
+        for layout, j in chunk.jacobians.items():
+            to = [layout.gather(self.times[k.start + i]).to(j.dtype) for i in range(j.shape[0])]
+            own = torch.stack([j.cotangents(i, i + 1).jvp(v)[0] for i, v in enumerate(to)])
+            squares = layout.gather(self.flat[k] * self.times[k]).flatten(1).sum(1, keepdim=True)
+            yield grouping.layout(layout), squares - 2 * own
 
     def squares(self, side: Side, grouping: Grouping) -> dict[str, Tensor]:
         """``{group: [k, l]}``: the products of the mean gradients with each other."""

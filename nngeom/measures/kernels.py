@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,6 @@ from nngeom.measures.probed import require_samples
 from nngeom.measures.within import collection_of, in_metric
 from nngeom.pmat.metric import Metric
 from nngeom.pmat.operator import ParameterOperator
-from nngeom.pmat.pmat import PMat
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Cotangents, Policy
@@ -100,17 +100,15 @@ def GramMatrix(
     cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
     within = in_metric(run, metric, wide=centered)
     policy = Policy(
-        "GramMatrix", part_of=within and within.part_of, keep_graph=differentiable, watch=kind is FMatImplicit
+        "GramMatrix",
+        part_of=None if within is None else within.part_of,
+        keep_graph=differentiable,
+        watch=kind is FMatImplicit,
     )
     if (loss is not None or metric is not None) and (kind is FMatImplicit or estimator is not None):
         raise ArgumentError(
             "loss= and metric= go with FMatDense, FMatBlockDiag or FMatDiag and every row exact; expected neither "
             "FMatImplicit nor estimator="
-        )
-    if out is not None and metric is not None and not isinstance(metric, PMat):
-        raise ArgumentError(
-            f"out= knows a metric again by what it holds, and a {type(metric).__name__} holds nothing; expected a "
-            "stored matrix, or no out="
         )
     if estimator is not None:
         cotangents = _signs(
@@ -158,15 +156,16 @@ def _in_file(
     """The kernel of a file, computed unless it is there; whether that can be written is known before any batch is
     read.
     """
+    stored = None if metric is None else metric.stored
     with FileStore(out) as store:
         rows, columns = side(loader), None if other is None else side(other)
-        about = Fingerprint.of(rows, columns, centered=centered, metric=metric and metric.matrix)  # type: ignore[arg-type]
+        about = Fingerprint.of(rows, columns, centered=centered, metric=stored)
         shape = FMatDense.sizes(rows.outputs, rows.examples, (columns or rows).examples)
         there = store.begin(shape, rows.kept, about)
         if there is not None:
             return FMatDense(there[""])
-        options = {"centered": centered, "metric": metric, "store": store, "progress": progress}
-        return build(FMatDense, rows, columns, EVERYTHING, **options)[""]
+        build_in = functools.partial(build, centered=centered, metric=metric, store=store, progress=progress)
+        return build_in(FMatDense, rows, columns, EVERYTHING)[""]
 
 
 def GramMatrices(
@@ -216,7 +215,9 @@ def GramMatrices(
             "to the whole; use one of blocks that lie in layers, or GramMatrix"
         )
     cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
-    policy = Policy("GramMatrices", part_of=within and within.part_of, keep_graph=differentiable, watch=False)
+    policy = Policy(
+        "GramMatrices", part_of=None if within is None else within.part_of, keep_graph=differentiable, watch=False
+    )
     side = lambda data: Side.of(run.silent().on(data), cotangents, policy)
     grouping = Grouping(tuple(run.network.collection.by_layer()), run.network.layer_of)
     with run.within(), torch.set_grad_enabled(differentiable):

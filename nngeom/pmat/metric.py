@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentTypeError, DeviceError, StructureError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.sandwich import sandwiched, scaled
@@ -32,6 +32,7 @@ from nngeom.pmat.pmat import PMat
 from nngeom.space.collection import LayerCollection
 
 Rows = Mapping[Layout, LayerJacobian]
+ByBlock = dict[int, dict[Layout, LayerJacobian]]  # rows of every block of a matrix
 
 
 @functools.singledispatch
@@ -40,18 +41,16 @@ def left(block: Block, x: LayerJacobian) -> LayerJacobian:
     return AppliedJacobian(x, block.mv)
 
 
-left.register(EyeBlock, lambda block, x: scaled(x, block.c))
-left.register(DiagBlock, lambda block, x: WeightedJacobian(x, block.d))
-left.register(KroneckerBlock, lambda block, x: sandwiched(x, block.a, block.g))
-left.register(EigenBlock, lambda block, x: WeightedJacobian(right(block, x), block.d))
-
-
 @functools.singledispatch
 def right(block: Block, y: LayerJacobian) -> LayerJacobian:
     """The other half of the product, see :func:`left`: the rows ``y``, or their coordinates."""
     return y
 
 
+left.register(EyeBlock, lambda block, x: scaled(x, block.c))
+left.register(DiagBlock, lambda block, x: WeightedJacobian(x, block.d))
+left.register(KroneckerBlock, lambda block, x: sandwiched(x, block.a, block.g))
+left.register(EigenBlock, lambda block, x: WeightedJacobian(x.rotate(block.ua, block.ug), block.d))
 right.register(EigenBlock, lambda block, y: y.rotate(block.ua, block.ug))
 
 
@@ -102,13 +101,23 @@ class Metric:
         across = [lay for lay, block in self.blocks if not isinstance(block, (DiagBlock, EyeBlock))]
         return any(len({owner[name] for name in layout.names}) > 1 for layout in across)
 
+    @property
+    def stored(self) -> PMat:
+        """The matrix, which a file knows again by what it holds; raises :class:`ArgumentError` if that is nothing."""
+        if isinstance(self.matrix, PMat):
+            return self.matrix
+        raise ArgumentError(
+            f"out= knows a matrix again by what it holds, and a {type(self.matrix).__name__} holds nothing; expected "
+            "a stored matrix, or no out="
+        )
+
     def times(self, flat: Tensor) -> Tensor:
         """``M x``, ``[*b, d]``."""
         return self.matrix.product(flat.to(self.matrix.dtype)).to(flat.dtype)
 
-    def by_block(self, rows: Rows) -> dict[int, dict[Layout, LayerJacobian]]:
+    def by_block(self, rows: Rows) -> ByBlock:
         """The rows of every block, in the dtype of the metric."""
-        found: dict[int, dict[Layout, LayerJacobian]] = {}
+        found: ByBlock = {}
         for layout, j in rows.items():
             wide = j if j.dtype == self.dtype else j.to(self.dtype)
             found.setdefault(self._block_of[layout.names[0]], {})[layout] = wide
