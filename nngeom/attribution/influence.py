@@ -170,10 +170,10 @@ class _Scores:
         for load in self._loads():
             for chunk in self.sweep.chunks():
                 rows = self.metric.by_block(chunk.jacobians)
-                rights = self._rights(rows)
+                halves = self._halves(rows)
                 if wanted:
-                    own.append(self._own(rows, rights, chunk.examples))
-                self._add(load, chunk, rows, rights)
+                    own.append(self._own(rows, halves, chunk.examples))
+                self._add(load, chunk, rows, {layout: right for layout, (_, right) in halves.items()})
             wanted = False
         return torch.cat(own) if own else None
 
@@ -183,10 +183,10 @@ class _Scores:
         else:
             yield from loads(self.side, self.metric, self.sweep.run.memory_budget // 2)
 
-    def _rights(self, rows: ByBlock) -> dict[Layout, LayerJacobian]:
-        """The right halves of the products with a chunk, where it has them layout by layout."""
+    def _halves(self, rows: ByBlock) -> dict[Layout, tuple[LayerJacobian, LayerJacobian]]:
+        """Both halves of the products with a chunk, where it has them layout by layout."""
         every = {layout: j for some in rows.values() for layout, j in some.items()}
-        return {lay: self.metric.right(lay, j) for lay, j in every.items() if self.metric.own(lay) is not None}
+        return {lay: self.metric.both(lay, j) for lay, j in every.items() if self.metric.own(lay) is not None}
 
     def _add(self, load: list[Part], chunk: Chunk, rows: ByBlock, rights: dict[Layout, LayerJacobian]) -> None:
         """The scores of a chunk of training examples for a load of queries."""
@@ -209,13 +209,12 @@ class _Scores:
             add_scores(out["" if self.layer_of is None else self.layer_of(layout.names[0])], left, right)
         return out
 
-    def _own(self, rows: ByBlock, rights: dict[Layout, LayerJacobian], n: int) -> Tensor:
+    def _own(self, rows: ByBlock, halves: dict[Layout, tuple[LayerJacobian, LayerJacobian]], n: int) -> Tensor:
         """``(n,)``: the scores of a chunk of training examples for themselves."""
         total = self._zeros(n)
         for b, some in rows.items():
             if self.metric.meet(some, some):
-                for layout, j in some.items():
-                    total += paired(self.metric.left(layout, j), rights[layout])[0]
+                total += torch.stack([paired(*halves[layout])[0] for layout in some]).sum(0)
             else:
                 total += paired(self.metric.whole_left(b, some), self.metric.whole_right(b, some))[0]
         require_finite([total], Side(self.sweep))

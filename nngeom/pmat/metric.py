@@ -50,8 +50,20 @@ def right(block: Block, y: LayerJacobian) -> LayerJacobian:
 left.register(EyeBlock, lambda block, x: scaled(x, block.c))
 left.register(DiagBlock, lambda block, x: WeightedJacobian(x, block.d))
 left.register(KroneckerBlock, lambda block, x: sandwiched(x, block.a, block.g))
-left.register(EigenBlock, lambda block, x: WeightedJacobian(x.rotate(block.ua, block.ug), block.d))
+left.register(EigenBlock, lambda block, x: WeightedJacobian(right(block, x), block.d))
 right.register(EigenBlock, lambda block, y: y.rotate(block.ua, block.ug))
+
+
+@functools.singledispatch
+def both(block: Block, x: LayerJacobian) -> tuple[LayerJacobian, LayerJacobian]:
+    """:func:`left` and :func:`right` of the same rows."""
+    return left(block, x), right(block, x)
+
+
+@both.register
+def _(block: EigenBlock, x: LayerJacobian) -> tuple[LayerJacobian, LayerJacobian]:
+    coordinates = right(block, x)
+    return WeightedJacobian(coordinates, block.d), coordinates
 
 
 @dataclass(frozen=True)
@@ -157,6 +169,10 @@ class Metric:
         """:func:`right` under the block of this layout."""
         return right(self.own(layout), y)  # type: ignore[arg-type]
 
+    def both(self, layout: Layout, x: LayerJacobian) -> tuple[LayerJacobian, LayerJacobian]:
+        """:func:`both` under the block of this layout."""
+        return both(self.own(layout), x)  # type: ignore[arg-type]
+
     def whole_left(self, b: int, x: Rows) -> LayerJacobian:
         """``M x`` over all parameters of block ``b``, flat."""
         place, block = self.blocks[b]
@@ -185,10 +201,11 @@ class Metric:
         for b, mine in self.by_block(x).items():
             yours = theirs.get(b, {})
             if self.meet(mine, yours):
-                for layout in mine:
-                    if layout in yours:
-                        group = group_of(layout.names[0])
-                        yield group, self.left(layout, mine[layout]), self.right(layout, yours[layout])
+                for layout in (layout for layout in mine if layout in yours):
+                    one, other = mine[layout], yours[layout]
+                    same = one is other
+                    halves = self.both(layout, one) if same else (self.left(layout, one), self.right(layout, other))
+                    yield group_of(layout.names[0]), *halves
                 continue
             whole, groups = self.whole_left(b, mine), {group_of(layout.names[0]): None for layout in yours}
             for group in groups:
