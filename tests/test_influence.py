@@ -117,6 +117,22 @@ def test_an_iterator_is_read_once_and_kept():
     close(nng.influence(*args, loss=loss, damping=0.3, memory_budget=2000).scores, asked.expected())
 
 
+def test_a_loader_that_shuffles_is_read_once():
+    """Several loads of queries, one order of the training examples."""
+    asked = Asked("mlp", "ekfac")
+    orders = [list(range(asked.case.n)), list(range(asked.case.n))[::-1], [3, 1, 2, 0, 6, 5, 4]]
+
+    class Shuffled:
+        def __iter__(self):
+            order = orders.pop()
+            return iter([(asked.case.inputs[order], asked.case.targets[order])])
+
+    args = (asked.case.model, Shuffled(), asked.queries, asked.matrix)
+    found = nng.influence(*args, loss=loss, damping=0.3, memory_budget=2000)
+    close(found.scores, asked.expected()[:, [3, 1, 2, 0, 6, 5, 4]])
+    assert len(orders) == 2
+
+
 def test_products_alone():
     """An implicit matrix: one solve a query, none an example."""
     asked = Asked("mlp", "dense")

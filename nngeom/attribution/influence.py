@@ -168,6 +168,8 @@ class _Scores:
         own: list[Tensor] = []
         wanted = isinstance(self.metric.matrix, PMat)
         for load in self._loads():
+            if sum(part.chunk.examples for part in load) < self.side.examples and not self.known:
+                self.sweep = self.sweep.but(reread=False).held()  # a loader that shuffles must not do so between loads
             for chunk in self.sweep.chunks():
                 rows = self.metric.by_block(chunk.jacobians)
                 halves = self._halves(rows)
