@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from nngeom.attribution.influence import Influence, influence
 from nngeom.core.damping import Cutoff, FactoredTikhonov, Tikhonov
 from nngeom.core.errors import (
     ArgumentError,
@@ -89,6 +90,7 @@ __all__ = [
     "GramMatrices",
     "GramMatrix",
     "Hessian",
+    "Influence",
     "Jacobian",
     "LayerCollection",
     "Likelihood",
@@ -126,6 +128,7 @@ __all__ = [
     "diagnose",
     "explain",
     "gradient_flow_mse",
+    "influence",
     "kernel_regression",
     "load",
     "merge",
