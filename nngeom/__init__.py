@@ -1,6 +1,6 @@
 """``nngeom``: the matrices of deep learning as objects to compute with."""
 
-from typing import TYPE_CHECKING
+import typing as _typing
 
 from nngeom.attribution.influence import Influence, influence
 from nngeom.core.damping import Cutoff, FactoredTikhonov, Tikhonov
@@ -137,7 +137,7 @@ __all__ = [
 ]
 
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from nngeom import analysis as analysis
     from nngeom import linearized as linearized
     from nngeom import mgs as mgs
