@@ -36,21 +36,24 @@ K = TypeVar("K", bound=FunctionOperator, default=FMatDense)
 # fmt: off
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[K] = ..., *,
-        other: Any = None, function: Callable[..., Tensor] | None = None,
+        other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
         layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
         estimator: None = None, samples: int = 1, generator: torch.Generator | None = None,
         out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
         check: bool = True, process_group: Any = None) -> K: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
-        other: Any = None, function: Callable[..., Tensor] | None = None,
+        other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
         layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
         estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
         out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
         check: bool = True, process_group: Any = None) -> KernelEstimate: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
-        other: Any = None, function: Callable[..., Tensor] | None = None,
+        other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
         layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
         estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
         out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
