@@ -2,6 +2,7 @@
 
 import typing as _typing
 
+from nngeom.attribution.influence import Influence, influence
 from nngeom.core.damping import Cutoff, FactoredTikhonov, Relative, Tikhonov
 from nngeom.core.errors import (
     ArgumentError,
@@ -89,6 +90,7 @@ __all__ = [
     "GramMatrices",
     "GramMatrix",
     "Hessian",
+    "Influence",
     "Jacobian",
     "LayerCollection",
     "Likelihood",
@@ -127,6 +129,7 @@ __all__ = [
     "diagnose",
     "explain",
     "gradient_flow_mse",
+    "influence",
     "kernel_regression",
     "load",
     "merge",

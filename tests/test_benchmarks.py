@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import peers, report, truth
+from benchmarks import influence, peers, report, truth
 from benchmarks.__main__ import main
 from benchmarks.ours import JOBS
 from benchmarks.timing import Series, interleaved
@@ -38,6 +38,11 @@ def test_contenders_of_torch_func_agree_too(job):
     for label in ("torch.func", "torch.func (tutorial)") if job == "J6" else ("torch.func",):
         run, canonical = peers.peers(job, label)[label](w)
         assert truth.disagreement(job, w, canonical(run()), expected) < 1e-6
+
+
+def test_influence_agrees_with_the_version_by_hand():
+    found = influence.contenders("W2", 3, 6)  # which raises where they differ
+    assert [scores.shape for scores, _ in (found[k]() for k in found if k != "nngeom")] == [(3, 6), (3, 6)]
 
 
 def test_what_is_not_installed_is_named(monkeypatch):

@@ -11,7 +11,7 @@ import nngeom
 
 ROOT = Path(__file__).parent.parent / "nngeom"
 ORDER = ["core", "solve", "layers", "space", "capture", "pullback", "sweep", "cotangents", "pmat", "fmat", "maps"]
-ORDER += ["measures", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
+ORDER += ["measures", "attribution", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -243,8 +243,9 @@ BY_POSITION = {
     "nngeom.optim.preconditioned.Preconditioned.zero_grad": "torch.optim.Optimizer.zero_grad",
     "nngeom.optim.robust.WinsorizedSGD.zero_grad": "torch.optim.Optimizer.zero_grad",
 }
-# functions of many parameters: all options of a training, which the public contract fixes
+# functions of many parameters, all options of a training, of a kernel, of scores: the public contract fixes them
 MANY = {f"nngeom.optim.{name}.__init__" for name in ("natural_gradient.NaturalGradient", "kfac.KFAC", "ekfac.EKFAC")}
+MANY |= {"nngeom.measures.kernels.GramMatrix", "nngeom.attribution.influence.influence"}
 CALLED = r"getattr|setattr|set_\w+"  # by others: of a name and a value
 
 

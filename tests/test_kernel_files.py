@@ -14,7 +14,7 @@ from cases import build
 from torch import nn
 
 import nngeom as nng
-import nngeom.measures.kernels
+import nngeom.measures.kernel_files
 from nngeom.core import files
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.fingerprint import Fingerprint
@@ -74,7 +74,7 @@ def uncomputed(monkeypatch):
     def never(*args):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(nngeom.measures.kernels, "build", never)
+    monkeypatch.setattr(nngeom.measures.kernel_files, "build", never)
 
 
 def equal(k, truth):

@@ -199,3 +199,27 @@ def test_reused_memory_is_not_read_late(kind):
     cut = nng.FIM(model, list(zip(x.split(8), y.split(8))), r).mv(v).flat()
     tolerance = 1e-6 if STORED[kind].passes > 1 else 1e-9
     torch.testing.assert_close(cut, whole, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [100, 3000])
+def test_influence_of_three_thousand_on_fifty(size):
+    """600 010 parameters: rows of 7.2 GB, those of the queries 120 MB; and the kernel of 1000 in the same metric."""
+    scores, kernel = measured(
+        f"""
+        model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 380), nn.ReLU(), nn.Linear(380, 10))
+        data, queries = batches(3000, {size}, 784), batches(50, 50, 784)
+        matrix = nng.EmpiricalFIM(model, batches(200, 100, 784), nng.PMatEKFAC, loss="cross_entropy")
+        options = {{"loss": "cross_entropy", "damping": 1e-3}}
+        nng.influence(model, batches(8, 8, 784), batches(2, 2, 784), matrix, **options)
+        metric = matrix.inverse(1e-3)
+        print(json.dumps([
+            peak(lambda: nng.influence(model, data, queries, matrix, **options)),
+            peak(lambda: nng.GramMatrix(model, batches(1000, min(1000, {size}), 784), metric=metric, loss="mse",
+                                        function=lambda x, y: model(x).sum(1, keepdim=True))),
+        ]))
+        """
+    )
+    assert scores < 300
+    assert kernel < 150

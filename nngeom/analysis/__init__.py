@@ -20,6 +20,7 @@ from nngeom.analysis.coherence import (
 from nngeom.analysis.complexity import ComplexityMeasure
 from nngeom.analysis.eigenfunctions import Eigenfunctions, StepModes, eigenfunctions, linear_dynamics, step_modes
 from nngeom.analysis.geometric_complexity import geometric_complexity
+from nngeom.analysis.influence_scores import ScoreQuality, leave_one_out, linear_datamodeling_score
 from nngeom.analysis.kernel import center, kernel_pca, normalised_gram
 from nngeom.analysis.rademacher import (
     flow_bound,
@@ -42,6 +43,7 @@ __all__ = [
     "Coherence",
     "ComplexityMeasure",
     "Eigenfunctions",
+    "ScoreQuality",
     "SpectrumSummary",
     "Stability",
     "StepModes",
@@ -69,6 +71,8 @@ __all__ = [
     "label_alignment",
     "label_kernel",
     "label_vector",
+    "leave_one_out",
+    "linear_datamodeling_score",
     "linear_dynamics",
     "margin_bound",
     "margins",

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
+from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.side import Side
+from nngeom.pmat.pmat import PMat
 
 NUMBERS = 4096  # of the first outputs that are kept
 
@@ -33,8 +35,8 @@ class Fingerprint:
     eps: float
 
     @staticmethod
-    def of(rows: Side, columns: Side | None, *, centered: bool) -> Fingerprint:
-        """Of a kernel between ``rows`` and ``columns``; runs the model on the first batch."""
+    def of(rows: Side, columns: Side | None, *, centered: bool, metric: PMat | None = None) -> Fingerprint:
+        """Of a kernel between ``rows`` and ``columns`` in a ``metric``; runs the model on the first batch."""
         network = rows.run.network
         hashes = {
             "centered": repr(centered),
@@ -49,11 +51,17 @@ class Fingerprint:
             hashes |= {
                 f"{what} {j}": _hash(batch) for j, batch in enumerate(side.run.loader if side is not None else ())
             }
+        if metric is not None:
+            hashes["metric"] = _hash(
+                [(repr(layout), type(b).__name__, *b.tensors()) for layout, b in metric.blocks.items()]
+            )
         outputs = rows.first_outputs()
         hashes["dtype and shape of the outputs"] = f"{outputs.dtype} {tuple(outputs.shape)}"
-        return Fingerprint(
-            hashes, _sketch(outputs), max(_sketch(outputs.abs()), default=0.0), torch.finfo(outputs.dtype).eps
-        )
+        gradients = [g for side in (rows, columns) if side is not None for g in _loss_gradients(side)]
+        if gradients:
+            hashes["rows"] = "of a loss"
+        seen = torch.cat([outputs.flatten(), *gradients])
+        return Fingerprint(hashes, _sketch(seen), max(_sketch(seen.abs()), default=0.0), torch.finfo(seen.dtype).eps)
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -66,8 +74,19 @@ class Fingerprint:
         tolerance = self.eps ** (2 / 3) * self.largest
         theirs = plain["outputs"]
         if len(theirs) != len(self.outputs) or not all(abs(a - b) <= tolerance for a, b in zip(self.outputs, theirs)):
-            odd.append("outputs of the first batch (where nothing else differs: an attribute, the function, or a mode)")
+            odd.append(
+                "outputs of the first batch (where nothing else differs: an attribute, the function, the loss, or a "
+                "mode)"
+            )
         return odd
+
+
+def _loss_gradients(side: Side) -> list[Tensor]:
+    """Those of the first batch in its outputs, where rows are not of these themselves."""
+    cotangents = side.sweep.cotangents
+    if isinstance(cotangents, EveryOutput):
+        return []
+    return [cotangents.columns(side.first_outputs(), side.run.loader[0], 0).make(0, 1).flatten()]
 
 
 def _kind(x: Tensor) -> str:

@@ -70,15 +70,18 @@ class Side:
 
     @functools.cached_property
     def outputs(self) -> int:
-        """``c``: how many outputs an example has; raises what a first, checked look at the data raises."""
+        """``c``: how many rows an example has, outputs or one of a loss; raises what a first look raises."""
         with torch.no_grad(), self.within():
-            return self.run.network.run(self.run.loader[0])[0].numel()
+            return self._rows(self.run.network.run(self.run.loader[0]))
 
     def first_outputs(self) -> torch.Tensor:
         """The outputs ``(n, ...)`` of the first batch, without graph; raises what a first look at the data raises."""
         outputs = record(self.run.network, self.run.loader[0]).outputs.detach()
-        self.outputs = outputs[0].numel()
+        self.outputs = self._rows(outputs)
         return outputs
+
+    def _rows(self, outputs: torch.Tensor) -> int:
+        return self.sweep.cotangents.columns(outputs, self.run.loader[0], 0).count
 
     @property
     def most_examples(self) -> int | None:

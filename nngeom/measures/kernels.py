@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError
-from nngeom.cotangents.fisher import seed_of
-from nngeom.cotangents.loss import EveryOutput
-from nngeom.fmat.dense import FMatBlockDiag, FMatDense
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, StructureError
+from nngeom.cotangents.loss import EmpiricalFisher, EveryOutput, Loss, as_loss
+from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.diag import FMatDiag
-from nngeom.fmat.estimate import KernelEstimate, RandomSigns, TraceEstimate, kernel_estimate
-from nngeom.fmat.fingerprint import Fingerprint
+from nngeom.fmat.estimate import KernelEstimate, TraceEstimate
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.jacobian_products import first_look
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import EVERYTHING, Grouping, build
 from nngeom.fmat.side import Side
-from nngeom.fmat.store import FileStore
-from nngeom.measures.probed import require_samples
+from nngeom.measures.kernel_estimates import estimated, signs
+from nngeom.measures.kernel_files import in_file
+from nngeom.measures.within import collection_of, in_metric
+from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
@@ -36,21 +36,24 @@ K = TypeVar("K", bound=FunctionOperator, default=FMatDense)
 # fmt: off
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[K] = ..., *,
-        other: Any = None, function: Callable[..., Tensor] | None = None,
+        other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
         layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
         estimator: None = None, samples: int = 1, generator: torch.Generator | None = None,
         out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
         check: bool = True, process_group: Any = None) -> K: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
-        other: Any = None, function: Callable[..., Tensor] | None = None,
+        other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
         layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
         estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
         out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
         check: bool = True, process_group: Any = None) -> KernelEstimate: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
-        other: Any = None, function: Callable[..., Tensor] | None = None,
+        other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
         layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
         estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
         out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
@@ -62,6 +65,8 @@ def GramMatrix(
     representation: Any = FMatDense,
     *,
     other: Any = None,
+    loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+    metric: ParameterOperator | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     centered: bool = False,
@@ -76,7 +81,7 @@ def GramMatrix(
     process_group: Any = None,
 ) -> Any:
     """The Gram matrix of the gradients of all outputs (the empirical neural tangent kernel), not normalised: ``K = J
-    J^T``.
+    J^T``; in a metric ``K = J M J^T``.
 
     ``K.tensor[k, n, l, m] = <d f_k(x_n) / dw, d f_l(x_m) / dw>``, ``(c, n, c, m)``; rows keep the order of the loader.
 
@@ -84,6 +89,11 @@ def GramMatrix(
     ``(c, n)`` without any kernel; ``FMatImplicit``, products only. ``other``: a second loader, whose examples are the
     columns. ``centered``: the mean gradient of each output over the examples of the first loader is subtracted on both
     sides. ``differentiable``: the kernel keeps its graph, so that ``K.trace().backward()`` reaches the parameters.
+
+    ``loss``: rows are the gradients of each example's loss (as for :func:`EmpiricalFIM`), ``c = 1``. ``metric``: a
+    matrix ``M`` over the parameters between the two sides, such as ``F.inverse(damping)``, a constant to gradients;
+    ``layer_collection`` then is its own. Under KFAC, EKFAC and diagonal matrices rows stay in the structure that they
+    have and memory does not depend on their number; under others ``M J`` is formed, a few examples at a time.
 
     ``estimator="rademacher"`` replaces the sum over outputs by ``samples`` draws (by ``generator``, torch's global one
     by default) of random output signs, one backward pass each: with ``FMatDiag`` a :class:`TraceEstimate`, whose
@@ -106,17 +116,28 @@ def GramMatrix(
         model,
         loader,
         function=function,
-        layer_collection=layer_collection,
+        layer_collection=collection_of(metric, layer_collection),
         progress=progress,
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
     )
     kind = _representation(representation)
-    cotangents: Cotangents = EveryOutput()
-    policy = Policy("GramMatrix", keep_graph=differentiable, watch=kind is FMatImplicit)
+    cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
+    within = in_metric(run, metric, wide=centered)
+    policy = Policy(
+        "GramMatrix",
+        part_of=None if within is None else within.part_of,
+        keep_graph=differentiable,
+        watch=kind is FMatImplicit,
+    )
+    if (loss is not None or metric is not None) and (kind is FMatImplicit or estimator is not None):
+        raise ArgumentError(
+            "loss= and metric= go with FMatDense, FMatBlockDiag or FMatDiag and every row exact; expected neither "
+            "FMatImplicit nor estimator="
+        )
     if estimator is not None:
-        cotangents = _signs(
+        cotangents = signs(
             kind,
             estimator,
             samples,
@@ -136,32 +157,16 @@ def GramMatrix(
     side = lambda data: Side.of(run.silent().on(data), cotangents, policy)
     with run.within(), torch.set_grad_enabled(differentiable):
         if out is not None:
-            return _in_file(out, side, loader, other, centered=centered, progress=progress)
+            return in_file(out, side, loader, other, centered=centered, metric=within, progress=progress)
         rows, columns = side(loader), None if other is None else side(other)
         if estimator is not None:
-            return _estimated(kind, rows, columns, progress=progress)
+            return estimated(kind, rows, columns, progress=progress)
         if kind is FMatImplicit:
             first_look(rows)
             if columns is not None:
                 first_look(columns)
             return FMatImplicit(rows, columns or rows, centered)
-        return build(kind, rows, columns, EVERYTHING, centered=centered, progress=progress)[""]
-
-
-def _in_file(
-    out: Any, side: Callable[[Any], Side], loader: Any, other: Any, *, centered: bool, progress: bool
-) -> FMatDense:
-    """The kernel of a file, computed unless it is there; whether that can be written is known before any batch is
-    read.
-    """
-    with FileStore(out) as store:
-        rows, columns = side(loader), None if other is None else side(other)
-        about = Fingerprint.of(rows, columns, centered=centered)
-        shape = FMatDense.sizes(rows.outputs, rows.examples, (columns or rows).examples)
-        there = store.begin(shape, rows.kept, about)
-        if there is not None:
-            return FMatDense(there[""])
-        return build(FMatDense, rows, columns, EVERYTHING, centered=centered, store=store, progress=progress)[""]
+        return build(kind, rows, columns, EVERYTHING, centered=centered, metric=within, progress=progress)[""]
 
 
 def GramMatrices(
@@ -170,6 +175,8 @@ def GramMatrices(
     representation: type[K] = FMatDense,  # type: ignore[assignment]
     *,
     other: Any = None,
+    loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+    metric: ParameterOperator | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     centered: bool = False,
@@ -182,13 +189,15 @@ def GramMatrices(
     """One Gram matrix a layer, ``{layer: kernel}``, in the same sweep; they sum to :func:`GramMatrix`.
 
     A layer is the module that owns a parameter under its first name. ``representation`` (not ``FMatImplicit``),
-    ``other``, ``centered``, ``differentiable``, other arguments and errors as for :func:`GramMatrix`.
+    ``other``, ``loss``, ``metric``, ``centered``, ``differentiable``, other arguments and errors as for
+    :func:`GramMatrix`; :class:`StructureError` for a metric with entries between layers, under which kernels of layers
+    do not sum to the whole.
     """
     run = Run.of(
         model,
         loader,
         function=function,
-        layer_collection=layer_collection,
+        layer_collection=collection_of(metric, layer_collection),
         progress=progress,
         memory_budget=memory_budget,
         check=check,
@@ -200,30 +209,21 @@ def GramMatrices(
             "GramMatrices holds its kernels; expected FMatDense, FMatBlockDiag or FMatDiag (FMatImplicit: "
             "GramMatrix with a layer_collection)"
         )
-    policy = Policy("GramMatrices", keep_graph=differentiable, watch=False)
-    side = lambda data: Side.of(run.silent().on(data), EveryOutput(), policy)
+    within = in_metric(run, metric, wide=centered)
+    if within is not None and within.spans_layers:
+        raise StructureError(
+            f"the metric, a {type(metric).__name__}, has entries between layers, so that kernels of layers do not sum "
+            "to the whole; use one of blocks that lie in layers, or GramMatrix"
+        )
+    cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
+    policy = Policy(
+        "GramMatrices", part_of=None if within is None else within.part_of, keep_graph=differentiable, watch=False
+    )
+    side = lambda data: Side.of(run.silent().on(data), cotangents, policy)
     grouping = Grouping(tuple(run.network.collection.by_layer()), run.network.layer_of)
     with run.within(), torch.set_grad_enabled(differentiable):
         columns = None if other is None else side(other)
-        return build(kind, side(loader), columns, grouping, centered=centered, progress=progress)
-
-
-def _signs(kind: Any, estimator: str, samples: int, generator: torch.Generator | None, *, plain: bool) -> RandomSigns:
-    """Random signs of the outputs; ``plain``: nothing else is asked for that does not go with them."""
-    if estimator != "rademacher":
-        raise ArgumentError(f"estimator is {estimator!r}; expected 'rademacher', or None for all outputs")
-    if kind not in (FMatDiag, FMatDense) or not plain:
-        raise ArgumentError(
-            "estimator='rademacher' goes with FMatDiag (the trace) or FMatDense (the kernel summed over "
-            "outputs), without centered= or out="
-        )
-    return RandomSigns(require_samples(samples), seed_of(generator), shared=kind is FMatDense)
-
-
-def _estimated(kind: Any, rows: Side, columns: Side | None, *, progress: bool) -> TraceEstimate | KernelEstimate:
-    if kind is FMatDiag:
-        return TraceEstimate(build(FMatDiag, rows, None, EVERYTHING)[""].tensor)
-    return kernel_estimate(build(FMatBlockDiag, rows, columns, EVERYTHING, progress=progress)[""].tensor)
+        return build(kind, side(loader), columns, grouping, centered=centered, metric=within, progress=progress)
 
 
 def _representation(representation: Any) -> Any:

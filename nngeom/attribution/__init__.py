@@ -1,0 +1,1 @@
+"""Which training examples an output of a trained model goes back to."""
