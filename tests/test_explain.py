@@ -5,6 +5,7 @@ import torch
 from cases import CASES, build
 
 import nngeom as nng
+from nngeom.core.registry import qualified
 
 
 def test_explain_names_operations_structures_and_costs():
@@ -94,3 +95,26 @@ def test_unused_parameters_are_reported():
 
     report = nng.explain(Model(), torch.randn(3, 2))
     assert report["unused.weight"].structure == "unused"
+
+
+def test_a_class_defined_anew_takes_the_place_of_the_first():
+    """As when a notebook cell runs twice, or two modules have a class of one name."""
+
+    def named(n):
+        class PMatNamed(nng.PMatDiag):
+            @classmethod
+            def recipe(cls, selection):
+                return (yield from super().recipe(selection))
+
+            @classmethod
+            def entries_of(cls, layout, rows, selection, **options):
+                return n * layout.numel
+
+        return PMatNamed
+
+    first, last = named(2), named(3)
+    model, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    told = nng.explain(model, x)["weight"].numbers
+    assert first is not last and 3 * told["Diag"] in (told.get("Named"), told.get(qualified(last)))
+    with pytest.raises(nng.ArgumentError, match="both called"):
+        nng.explain(model, x, representations=(last, last, last))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from nngeom.core.draws import dot
+from nngeom.core.draws import inner_products
 from nngeom.core.errors import NNGeomError, UnsupportedError
 from nngeom.pullback.many_tangents import AGREE
 from nngeom.sweep.sweep import Chunk
@@ -50,12 +49,11 @@ def each(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def are_adjoint(u: Tensor, tangent: Tensor, pulled: Tensor, v: Tensor) -> bool:
     """Whether ``<u, J v> = <J^T u, v>`` to rounding; infinite ones are left to who looks for them."""
-    left, right = dot(u, tangent)[0], dot(pulled, v)[0]
+    left, right = (inner_products(x.unsqueeze(0), y.unsqueeze(0)) for x, y in ((tangent, u), (v, pulled)))
     rounding = torch.finfo(tangent.dtype).eps
-    room = max(rounding**0.5, AGREE) * abs(left) + 100 * rounding * float(
-        u.norm() * tangent.norm() + pulled.norm() * v.norm()
-    )
-    return not math.isfinite(room) or abs(left - right) <= room
+    noise = 100 * rounding * (u.norm() * tangent.norm() + pulled.norm() * v.norm())
+    room = max(rounding**0.5, AGREE) * left.abs() + noise
+    return bool(((left - right).abs() <= room) | ~torch.isfinite(room))
 
 
 def times_rows(chunk: Chunk, v: Tensor) -> Tensor:

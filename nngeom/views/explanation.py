@@ -126,7 +126,7 @@ def _asked(representations: Any) -> dict[str, Representation]:
         heading += f"({', '.join(f'{key}={value}' for key, value in r.settings.items())})" if r.settings else ""
         if heading in asked:
             heading = qualified(r.kind)
-        if heading in asked:
+        if heading in asked and representations is not None:  # of the registry the one defined last is meant
             raise ArgumentError(
                 f"two representations are both called {heading}; pass a dict {{heading: representation}}"
             )
