@@ -20,8 +20,8 @@ from nngeom.core.errors import FileError
 from nngeom.core.layout import Arrangement, Layout
 from nngeom.fmat.expression import FMatSum
 from nngeom.pmat.block import Block
-from nngeom.pmat.expression import PMatSum
 from nngeom.pmat.pmat import PMat
+from nngeom.pmat.sums import PMatSum
 from nngeom.space.collection import LayerCollection
 
 
@@ -94,7 +94,7 @@ def _sum(total: PMatSum | FMatSum) -> None:
         "a sum has parts, and a weight for each or none",
     )
     place: Callable[[Any], Any] = lambda p: (
-        p.collection if isinstance(total, PMatSum) else (p.outputs, p.rows, p.columns)
+        p.layer_collection if isinstance(total, PMatSum) else (p.outputs, p.rows, p.columns)
     )
     _require(all(place(a) == place(b) for a, b in pairwise(total.parts)), "the parts of a sum have the same shape")
 

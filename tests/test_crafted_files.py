@@ -268,8 +268,8 @@ def try_out(m):
     """The usual operations of something that was loaded."""
     if isinstance(m, nng.PVector):
         assert m.flat().shape[-1] == m.layer_collection.numel
-    elif hasattr(m, "collection") and hasattr(m, "to_dense"):
-        m.mv(nng.PVector.randn(m.collection, dtype=m.dtype))
+    elif hasattr(m, "layer_collection") and hasattr(m, "to_dense"):
+        m.mv(nng.PVector.randn(m.layer_collection, dtype=m.dtype))
         assert m.to_dense().shape == m.shape
     elif hasattr(m, "to_dense"):
         m.mv(nng.FVector(torch.ones(m.outputs, m.columns, dtype=m.dtype)))

@@ -87,7 +87,7 @@ def vector(m, *batch, seed=2):
 def wrap(m, x):
     return (
         nng.PVector(m.layer_collection, x)
-        if hasattr(m, "collection")
+        if hasattr(m, "layer_collection")
         else nng.FVector(x.unflatten(-1, (m.outputs, m.columns)))
     )
 

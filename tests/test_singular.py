@@ -67,7 +67,7 @@ def test_singular_matrices(name, dtype):
         scaled = factor * m
         assert float(scaled.logdet(0.0)) == -math.inf
         with pytest.raises(nng.SingularError):
-            scaled.solve(nng.PVector.randn(m.collection, dtype=dtype), 0.0)
+            scaled.solve(nng.PVector.randn(m.layer_collection, dtype=dtype), 0.0)
     x = torch.tensor(0.5, dtype=dtype)
     expected = torch.linalg.slogdet(m.to_dense().double() + 0.5 * torch.eye(m.shape[0], dtype=torch.float64))[1]
     torch.testing.assert_close(m.logdet(x).double(), expected, rtol=1e-5, atol=1e-4 if dtype is torch.float32 else 1e-9)
@@ -79,7 +79,7 @@ def test_regular_matrices(name, dtype):
     m = MATRICES[name](*full(dtype))
     expected = torch.linalg.slogdet(m.to_dense().double())[1]
     torch.testing.assert_close(m.logdet(0.0).double(), expected, rtol=1e-3 if dtype is torch.float32 else 1e-8, atol=0)
-    v = nng.PVector.randn(m.collection, dtype=dtype)
+    v = nng.PVector.randn(m.layer_collection, dtype=dtype)
     back = m.mv(m.solve(v, 0.0)).flat()
     torch.testing.assert_close(back, v.flat(), rtol=0, atol=1e-2 if dtype is torch.float32 else 1e-7)
 
@@ -102,7 +102,7 @@ def test_indefinite_matrices():
     for m in (a - 100 * a, a - 3 * b, -1.0 * fim(nng.PMatKFAC)(model, data), -1.0 * fim(nng.PMatLowRank)(model, data)):
         assert float(m.logdet()) == -math.inf
         with pytest.raises(nng.SingularError):
-            m.solve(nng.PVector.randn(m.collection, dtype=torch.float64))
+            m.solve(nng.PVector.randn(m.layer_collection, dtype=torch.float64))
 
 
 @BOTH
@@ -191,7 +191,7 @@ def test_gradients_where_eigenvalues_repeat(name):
     size = 1e6 if name == "scaled" else 1.0
     lowest = max(0.0, -float(torch.linalg.eigvalsh(dense / size).min()))
     x = torch.tensor(size * (0.3 + 2 * lowest), dtype=torch.float64, requires_grad=True)
-    w, y = nng.PVector(m.collection, v), 0.1 / size
+    w, y = nng.PVector(m.layer_collection, v), 0.1 / size
 
     def same(mine, theirs):
         torch.testing.assert_close(mine, theirs)

@@ -1,7 +1,7 @@
 """A symmetric matrix over one block of parameters, acting on ``x [*b, s, o, i]``. Knows nothing of networks.
 
-Primitives: ``mv, diag, squared_norm, scaled, inverse, eigh``; the rest follows from them. Blocks are frozen and hold
-tensors only; what acts is always the exact matrix, ``inverse(damping)`` is a block again.
+Primitives: ``mv, diag, squared_norm, scaled, inverse, eigh``; the rest follows. Blocks are frozen and hold tensors;
+what acts is always the exact matrix, ``inverse(damping)`` is a block again.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Damping, Tikhonov
 from nngeom.core.errors import SingularError
 from nngeom.core.registry import Registry
+
+SPECTRUM_LIMIT = 4096  # a longer side takes too long for an error to say how much damping is needed
 
 
 class TensorObject:
@@ -201,6 +204,24 @@ def require_positive(shifted: Tensor, values: Tensor, what: str) -> None:
             f"use a damping above {max(need, 0.0):.3e}, or Cutoff(x) for a pseudo-inverse",
             max(need, 0.0),
         )
+
+
+def definite_factor(m: Tensor, damping: Damping, what: str) -> Tensor:
+    """The Cholesky factor of ``m + damping I``, ``m [..., p, p]``; raises :class:`SingularError` with the need."""
+    try:
+        return linalg.cholesky(*shifted(m, damping, what))
+    except SingularError:
+        if m.shape[-1] <= SPECTRUM_LIMIT:
+            values = torch.linalg.eigvalsh(m.detach().double()).to(m.dtype)
+            require_positive((values + damping.value).detach(), values, what)
+        raise
+
+
+def shifted(m: Tensor, damping: Damping, what: str) -> tuple[Tensor, str]:
+    """``m + damping I``, and what to call it where it is singular."""
+    total = m.clone()
+    total.diagonal(dim1=-2, dim2=-1).add_(damping.value)
+    return total, f"{what} with damping {damping.value:g}"
 
 
 def rounding(values: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg
-from nngeom.core.damping import Cutoff, Damping
+from nngeom.core.damping import Cutoff
 from nngeom.core.errors import SingularError
 from nngeom.core.layout import Layout
-from nngeom.pmat.block import Block, BlockBasis, log_sum, reciprocal, zero_small
+from nngeom.pmat.block import Block, BlockBasis, definite_factor, log_sum, reciprocal, shifted, zero_small
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Selection, join_rows
 
@@ -44,26 +44,20 @@ class DenseBlock(Block):
         if isinstance(damping, Cutoff):
             values, u = linalg.eigh(self.m)
             return DenseBlock((u * reciprocal(values, damping, "the dense matrix")) @ u.T)
-        return DenseBlock(torch.cholesky_inverse(linalg.cholesky(*self._shifted(damping))))
+        return DenseBlock(torch.cholesky_inverse(definite_factor(self.m, damping, "the dense matrix")))
 
     def solve(self, b, damping):
         if isinstance(damping, Cutoff):
             return self.inverse(damping).mv(b)
-        x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, linalg.cholesky(*self._shifted(damping)))
+        x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, definite_factor(self.m, damping, "the dense matrix"))
         return x.T.reshape(b.shape)
 
     def logdet(self, damping):
         """Twice the logarithms of the Cholesky pivots: without damping ``-inf`` exactly where :meth:`solve` raises."""
         try:
-            return linalg.cholesky_logdet(*self._shifted(damping))
+            return linalg.cholesky_logdet(*shifted(self.m, damping, "the dense matrix"))
         except SingularError:
             return super().logdet(damping) if damping.value > 0 else log_sum(self.m.new_zeros(1) + damping.value)
-
-    def _shifted(self, damping: Damping) -> tuple[Tensor, str]:
-        """``M + damping I``, and what to call it where it is singular."""
-        shifted = self.m.clone()
-        shifted.diagonal().add_(damping.value)
-        return shifted, f"the dense matrix with damping {damping.value:g}"
 
     def eigh(self):
         values, u = linalg.eigh(self.m)

@@ -1,13 +1,12 @@
-"""Sums and products of matrices of different kinds: lazy, with the same operations as any other.
+"""Matrices defined by others, lazy, with the same operations as any other; products are here, sums beside.
 
-Products with vectors, traces, diagonals and quadratic forms of sums are exact and never form a matrix. What needs a
+Products with vectors, traces, diagonals and quadratic forms are exact and never form a matrix. What needs a
 factorisation is done on the dense matrix below the size limit; solves above it go by conjugate gradients.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,71 +109,6 @@ class PMatExpression(ParameterOperator):
 
 
 @dataclass(frozen=True, eq=False)
-class PMatSum(PMatExpression):
-    """``sum_j weight_j M_j`` of ``parts``; ``weights`` are 1 by default."""
-
-    parts: tuple[ParameterOperator, ...]
-    weights: tuple[float | Tensor, ...] | None = None
-
-    def _weighted(self):
-        return zip(self.weights or (1.0,) * len(self.parts), self.parts)
-
-    @property
-    def layer_collection(self):
-        return self.parts[0].layer_collection
-
-    @property
-    def dtype(self):
-        dtype = self.parts[0].dtype
-        for part in self.parts[1:]:
-            dtype = torch.promote_types(dtype, part.dtype)
-        return dtype
-
-    @property
-    def device(self):
-        return self.parts[0].device
-
-    @property
-    def symmetric(self):
-        return all(getattr(p, "symmetric", True) for p in self.parts)
-
-    def product(self, x):
-        total = None
-        for w, part in self._weighted():
-            y = w * part.product(x.to(part.dtype)).to(self.dtype)
-            total = y if total is None else total + y
-        return total
-
-    def terms(self):
-        return [(w * c, _in_dtype(f, p.dtype, self.dtype)) for w, p in self._weighted() for c, f in p.terms()]
-
-    @property
-    def held(self):
-        return tuple(t for p in self.parts for t in p.held)
-
-    def trace(self):
-        return torch.stack([(w * p.trace()).to(self.dtype) for w, p in self._weighted()]).sum()
-
-    def diag(self):
-        return PVector(self.layer_collection, sum((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted()))
-
-    def scaled(self, c):
-        return PMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
-
-    def to(self, *args: Any, **kwargs: Any) -> PMatSum:
-        """Another dtype or device, as ``Tensor.to``."""
-        return PMatSum(tuple(p.to(*args, **kwargs) for p in self.parts), self.weights)  # type: ignore[attr-defined]
-
-    def __repr__(self) -> str:
-        return "PMatSum(" + " + ".join(f"{w:g} * {p!r}" for w, p in self._weighted()) + ")"
-
-
-def _in_dtype(f: Callable[[Tensor], Tensor], inside: torch.dtype, outside: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """``f``, which works in one dtype, for vectors of another."""
-    return f if inside == outside else lambda x: f(x.to(inside)).to(outside)
-
-
-@dataclass(frozen=True, eq=False)
 class PMatProduct(PMatExpression):
     """``scale * left @ right``: not symmetric in general."""
 
@@ -233,4 +167,4 @@ class PMatProduct(PMatExpression):
         return f"PMatProduct({self.scale:g} * {self.left!r} @ {self.right!r})"
 
 
-ParameterOperator.expressions.update(sum=lambda x, y: PMatSum((x, y)), product=PMatProduct)
+ParameterOperator.expressions.update(product=PMatProduct)

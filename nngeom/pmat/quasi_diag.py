@@ -62,7 +62,7 @@ class ArrowBlock(Block):
         return SpikeBlock(torch.cat([1 / w, torch.zeros_like(b).unsqueeze(-1)], -1), ratio / schur.sqrt().unsqueeze(-1))
 
     def eigh(self):
-        values, u = linalg.eigh(self._units())
+        values, u = linalg.eigh(self.units())
         return values, UnitBasis(u)
 
     def logdet(self, damping):
@@ -74,7 +74,8 @@ class ArrowBlock(Block):
         w = (self.d[..., :-1] + damping.value).log().sum()
         return w - 2 * inverse.u[..., -1].abs().log().sum()
 
-    def _units(self) -> Tensor:
+    def units(self) -> Tensor:
+        """``[s, o, i, i]``: the entries, unit by unit."""
         m = torch.diag_embed(self.d)
         m[..., :-1, -1] = self.c
         m[..., -1, :-1] = self.c
@@ -99,15 +100,16 @@ class SpikeBlock(Block):
         return self.d.square().sum() + 2 * cross + self.u.square().sum(-1).square().sum()
 
     def scaled(self, c):
-        return SpikeBlock(c * self.d, c**0.5 * self.u) if c >= 0 else UnitBlock(c * self._units())
+        return SpikeBlock(c * self.d, c**0.5 * self.u) if c >= 0 else UnitBlock(c * self.units())
 
     def inverse(self, damping):
-        return UnitBlock(self._units()).inverse(damping)
+        return UnitBlock(self.units()).inverse(damping)
 
     def eigh(self):
-        return UnitBlock(self._units()).eigh()
+        return UnitBlock(self.units()).eigh()
 
-    def _units(self) -> Tensor:
+    def units(self) -> Tensor:
+        """``[s, o, i, i]``: the entries, unit by unit."""
         return torch.diag_embed(self.d) + self.u.unsqueeze(-1) * self.u.unsqueeze(-2)
 
 
