@@ -11,6 +11,7 @@ from torch import Tensor
 from nngeom.core.damping import Cutoff, as_damping
 from nngeom.fmat.dense import FMatBlockDiag, require_ndim
 from nngeom.fmat.fmat import FMat
+from nngeom.fmat.operator import HasColumns
 from nngeom.pmat.block import reciprocal, shifted_logdet
 from nngeom.space.fvector import FVector
 
@@ -59,6 +60,8 @@ class FMatDiag(FMat):
         return self.tensor.flatten()[:, None, None]
 
     def solve(self, f, damping=0.0):
+        if isinstance(f, HasColumns):
+            return f.map_columns(lambda u: self.solve(u, damping))
         d = as_damping(damping)
         if not isinstance(d, Cutoff):
             self._number(d)

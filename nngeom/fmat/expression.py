@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,11 @@ class FMatSum(FunctionOperator):
         """The Frobenius norm of the dense kernel."""
         return self.materialize().norm(kind)
 
-    def solve(self, f: FVector, damping: float | Tensor | Damping = 0.0) -> FVector:
+    def inverse(self, damping: float | Tensor | Damping = 0.0) -> FMatDense:
+        """``(K + damping I)^-1`` of the dense kernel."""
+        return self.materialize().inverse(damping)  # type: ignore[return-value]
+
+    def solve(self, f: Any, damping: float | Tensor | Damping = 0.0) -> Any:
         """``(K + damping I)^-1 f`` with the dense kernel."""
         return self.materialize().solve(f, damping)
 
@@ -91,4 +96,9 @@ def product(x: FunctionOperator, y: FunctionOperator) -> FMatDense:
     return FMatDense(entries.view(x.outputs, x.rows, x.outputs, y.columns))
 
 
-FunctionOperator.expressions.update(sum=lambda x, y: FMatSum((x, y)), product=product)
+def of_columns(columns: Tensor, examples: int) -> FMatDense:
+    """The kernel with ``columns [(c m), c, n]``, of so many ``examples`` ``m``."""
+    return FMatDense(columns.permute(1, 2, 0).unflatten(-1, (-1, examples)).contiguous())
+
+
+FunctionOperator.expressions.update(sum=lambda x, y: FMatSum((x, y)), product=product, columns=of_columns)

@@ -13,7 +13,7 @@ from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, SingularError
 from nngeom.core.registry import Registry
-from nngeom.fmat.operator import FunctionOperator
+from nngeom.fmat.operator import FunctionOperator, HasColumns
 from nngeom.pmat.block import TensorObject, log_sum, reciprocal, zero_small
 from nngeom.space.fvector import FVector
 
@@ -100,11 +100,14 @@ class FMat(FunctionOperator, TensorObject):
         """``tr K``."""
         return self.diag().tensor.sum()
 
-    def solve(self, f: FVector, damping: float | Tensor | Damping = 0.0) -> FVector:
-        """``(K + damping I)^-1 f``, batched; ``Cutoff(x)`` gives the pseudo-inverse.
+    def solve(self, f: Any, damping: float | Tensor | Damping = 0.0) -> Any:
+        """``(K + damping I)^-1 f``, batched, or of all columns of a ``PushForwardDense`` or a kernel ``f`` at once;
+        ``Cutoff(x)`` gives the pseudo-inverse.
 
         Raises :class:`SingularError` where the damped kernel is not positive definite to rounding.
         """
+        if isinstance(f, HasColumns):
+            return f.map_columns(lambda u: self.solve(u, damping))
         self._require_symmetric("solve")
         d, m = as_damping(damping), self._symmetric_parts()
         x = self._as_parts(self.operand(f, self.columns))  # [*b, parts, p]
@@ -115,6 +118,17 @@ class FMat(FunctionOperator, TensorObject):
         else:
             out = torch.cholesky_solve(flat, linalg.cholesky(*self._shifted(d)))
         return FVector(out.permute(2, 0, 1).reshape(f.shape))
+
+    def inverse(self, damping: float | Tensor | Damping = 0.0) -> FMat:
+        """``(K + damping I)^-1`` as a kernel of the same kind; ``damping`` and errors as for :meth:`solve`."""
+        self._require_symmetric("inverse")
+        d, m = as_damping(damping), self._symmetric_parts()
+        if isinstance(d, Cutoff):
+            values, u = linalg.eigh(m)
+            parts = (u * reciprocal(values, d, "the kernel").unsqueeze(-2)) @ u.mT
+        else:
+            parts = torch.cholesky_inverse(linalg.cholesky(*self._shifted(d)))
+        return type(self)(parts.view(self.tensor.shape))  # type: ignore[call-arg]
 
     def _number(self, damping: Damping) -> float | Tensor:
         if not isinstance(damping, Tikhonov):

@@ -16,7 +16,7 @@ from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.linalg import flat_rows
 from nngeom.core.linear import identity, linear, solution
 from nngeom.fmat.dense import FMatDense
-from nngeom.fmat.operator import FunctionOperator
+from nngeom.fmat.operator import FunctionOperator, HasColumns
 from nngeom.fmat.products import EVERYTHING, Mean, build, squared_norms
 from nngeom.fmat.tiles import Side, span
 from nngeom.pmat.tangents import tangents_or_rows, times_rows
@@ -226,13 +226,15 @@ class FMatImplicit(FunctionOperator):
         return lambda z: (product or self.product)(z.unflatten(-1, (self.outputs, self.columns))).flatten(-2)
 
     def solve(
-        self, f: FVector, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None
-    ) -> FVector:
+        self, f: Any, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_iter: int | None = None
+    ) -> Any:
         """``(K + damping I)^-1 f`` by conjugate gradients to a relative residual ``tol``.
 
         ``max_iter``: steps at most (by default ten times the side, at most 10 000). Differentiable in ``f`` and
         ``damping``. Raises :class:`ConvergenceError` when ``tol`` is not reached.
         """
+        if isinstance(f, HasColumns):
+            return f.map_columns(lambda u: self.solve(u, damping, tol, max_iter))
         self._require_symmetric("solve")
         d = as_damping(damping)
         if not isinstance(d, Tikhonov):
@@ -243,6 +245,11 @@ class FMatImplicit(FunctionOperator):
         solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_iter)
         x = solution(solver, terms, self.operand(f, self.columns).flatten(-2), self.left.parameters)
         return FVector(x.view(f.shape))
+
+    def inverse(self, damping: float | Tensor | Damping = 0.0) -> FMatDense:
+        """``(K + damping I)^-1`` of the dense kernel."""
+        self._require_symmetric("inverse")
+        return self.materialize().inverse(damping)
 
     def lanczos(
         self, k: int, steps: int | None = None, tol: float = 1e-6, generator: torch.Generator | None = None

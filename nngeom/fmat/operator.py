@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 DENSE_LIMIT = 50_000
+
+
+@runtime_checkable
+class HasColumns(Protocol):
+    """Kernels and Jacobians: what maps some space to function space, column by column."""
+
+    def map_columns(self, f: Callable[[FVector], FVector]) -> Any:
+        """``f`` on all columns at once."""
 
 
 class FunctionOperator(ABC):
@@ -102,8 +110,10 @@ class FunctionOperator(ABC):
                 f"{what} needs a square kernel; this one is between {self.rows} and {self.columns} examples"
             )
 
-    def mv(self, f: FVector) -> FVector:
-        """``K f``, batched: ``(*batch, c, m) -> (*batch, c, n)``."""
+    def mv(self, f: Any) -> Any:
+        """``K f``, batched: ``(*batch, c, m) -> (*batch, c, n)``; of a dense push-forward ``f`` all columns at once."""
+        if isinstance(f, HasColumns):
+            return f.map_columns(self.mv)
         return FVector(self.product(self.operand(f, self.columns)))
 
     def vTMv(self, f: FVector) -> Tensor:
@@ -111,6 +121,11 @@ class FunctionOperator(ABC):
         self._require_square("vTMv")
         x = self.operand(f, self.columns)
         return (x * self.product(x)).sum((-2, -1))
+
+    def map_columns(self, f: Callable[[FVector], FVector]) -> Any:
+        """``f`` on all columns at once, as a kernel with all its entries."""
+        columns = self.to_dense().T.reshape(-1, self.outputs, self.rows)
+        return self.expressions["columns"](f(FVector(columns)).tensor, self.columns)
 
     def to_dense(self, limit: int = DENSE_LIMIT) -> Tensor:
         """``(c n, c m)``, output-major; raises :class:`SizeError` where a side is above ``limit``."""

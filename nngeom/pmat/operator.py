@@ -94,8 +94,11 @@ class ParameterOperator(ABC):
         """``M v`` for a PVector (batched), or for all rows of a ``PushForwardDense``."""
         return self._apply(self.product, v)
 
-    def vTMv(self, v: PVector) -> Tensor:
-        """``v^T M v``, ``(*batch)``."""
+    def vTMv(self, v: Any) -> Tensor:
+        """``v^T M v``, ``(*batch)``; for a push-forward ``v`` of every row, ``(c, n)``."""
+        if hasattr(v, "forms"):
+            self.layer_collection.require(v.layer_collection, "the push-forward")
+            return v.forms(lambda x: self.vTMv(PVector(self.layer_collection, x)))
         x = self.operand(v)
         return (x * self.product(x)).sum(-1)
 
@@ -152,12 +155,12 @@ class ParameterOperator(ABC):
         """``c M``; a tensor where it requires a gradient."""
 
     def __mul__(self, c: Any) -> Any:
-        return self.scaled(_factor(c))
+        return self.scaled(as_factor(c))
 
     __rmul__ = __mul__
 
     def __truediv__(self, c: Any) -> Any:
-        return self.scaled(1 / _factor(c))
+        return self.scaled(1 / as_factor(c))
 
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` on flat numpy vectors."""
@@ -173,8 +176,8 @@ class ParameterOperator(ABC):
         return LinearOperator(self.shape, matvec=apply, rmatvec=apply, matmat=apply, rmatmat=apply, dtype=dtype)
 
 
-def _factor(c: Any) -> float | Tensor:
-    """A number to scale by; a 0-d tensor stays one where it requires a gradient."""
+def as_factor(c: Any) -> float | Tensor:
+    """A number ``c`` to scale by; a 0-d tensor stays one where it requires a gradient."""
     if not isinstance(c, numbers.Real) and not (isinstance(c, Tensor) and c.ndim == 0):
         given = type(c).__name__
         raise ArgumentTypeError(f"cannot scale a matrix by {given}; expected a number (M @ N is the product)")
