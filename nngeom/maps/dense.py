@@ -46,11 +46,9 @@ class DenseMap(JacobianMap, TensorObject):
         return self.tensor.device
 
     def added(self, other):
-        return (
-            type(self)(self.layer_collection, self.tensor + other.tensor)
-            if type(other) is type(self)
-            else super().added(other)
-        )
+        if type(other) is not type(self):
+            return super().added(other)
+        return type(self)(self.layer_collection, self.tensor + other.tensor)
 
     def scaled(self, c):
         return type(self)(self.layer_collection, c * self.tensor)

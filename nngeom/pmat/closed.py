@@ -80,7 +80,8 @@ def _(x: ArrowBlock | SpikeBlock | UnitBlock, y: Block) -> Block | None:
         return ArrowBlock(x.d + y.diag(), x.c)
     if not isinstance(y, (EyeBlock, DiagBlock, ArrowBlock, SpikeBlock, UnitBlock)):
         return None
-    return UnitBlock(sum(coarser(by_group(b), x.sizes[0] * x.sizes[1]) for b in (x, y)).view(*x.sizes, -1))
+    a, b = (coarser(by_group(block), x.sizes[0] * x.sizes[1]) for block in (x, y))
+    return UnitBlock((a + b).view(*x.sizes, -1))
 
 
 @plus.register

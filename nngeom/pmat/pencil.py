@@ -20,6 +20,8 @@ from nngeom.pmat.block import Block, log_sum, rounding
 from nngeom.pmat.group import GroupBlock, by_group
 from nngeom.pmat.kronecker import KroneckerBlock
 
+CONDITION = 1e-6  # of pivots of a definite factor: below, too few digits are left
+
 
 @dataclass(frozen=True, eq=False)
 class CongruentBlock(Block):
@@ -106,6 +108,9 @@ def _side(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return b.rsqrt(), a / b, b.log().sum(-1)
     a, b = (torch.diag_embed(f) if linalg.is_diagonal(f) else f for f in (a, b))
     low = linalg.cholesky(b, "a factor")
+    pivots = low.detach().diagonal(dim1=-2, dim2=-1).square()
+    if bool((pivots.amin(-1) <= CONDITION * pivots.amax(-1)).any()):
+        raise SingularError("a factor is nearly singular")
     half = torch.linalg.solve_triangular(low, a, upper=False)
     inner = torch.linalg.solve_triangular(low, half.mT, upper=False)
     alpha, u = linalg.eigh((inner + inner.mT) / 2)

@@ -100,7 +100,7 @@ def regroup(
     """The terms of every block of the common partition, each over its own layout, and the rows of low rank beside."""
     blocks = [(w, layout, block) for w, part in parts for layout, block in part.blocks.items()]
     coupled = [(w, layout, block) for w, layout, block in blocks if not is_diagonal(block)]
-    low = [t for t in coupled if isinstance(t[2], LowRankBlock)]
+    low = [(w, layout, block) for w, layout, block in coupled if isinstance(block, LowRankBlock)]
     coupled = [t for t in coupled if not isinstance(t[2], LowRankBlock)]
     table: dict[Layout, list[Weighted]] = {}
     home: dict[str, Layout] = {}

@@ -121,13 +121,12 @@ class SumBlock(Block):
         if isinstance(damping, Cutoff) or (self.side <= min(ITERATED, self.limit) or self._has_graph()):
             return self.grouped("a solve with Cutoff, or of a matrix with a graph,").solve(b, damping)
         found = self.pencil(damping)
-        if found is not None:
-            return found.inverse.mv(b)
+        nearby = None if found is None else found.inverse
         if self.side > self.limit:
-            return self.iterate(b, damping)
-        if self.is_positive(damping):
+            return self.iterate(b, damping, nearby)
+        if nearby is not None or self.is_positive(damping):
             try:
-                return self.iterate(b, damping)
+                return self.iterate(b, damping, nearby)
             except (ConvergenceError, SingularError):  # too little damping
                 pass
         return self.grouped("a solve").solve(b, damping)
@@ -150,13 +149,15 @@ class SumBlock(Block):
         least = sum(below for _, _, below in self.spectra())
         return least == 0 or least + number(damping.value) > 0
 
-    def iterate(self, b: Tensor, damping: Damping) -> Tensor:
-        """``(M + damping I)^-1 b`` to a relative residual ``tol``, preconditioned by a matrix :func:`near` this one."""
+    def iterate(self, b: Tensor, damping: Damping, nearby: Block | None = None) -> Tensor:
+        """``(M + damping I)^-1 b`` to a relative residual ``tol``, preconditioned by an inverse ``nearby``, that of a
+        matrix :func:`near` this one where none is given.
+        """
         tol = max(1e-10, 64 * torch.finfo(b.dtype).eps) if self.tol is None else self.tol
         detached = [(number(w), part) for w, part in self.terms]
         with torch.no_grad():
             shifted = Tikhonov(number(damping.value))
-            nearby = _inverse(near(detached), shifted)
+            nearby = _inverse(near(detached), shifted) if nearby is None else nearby
         shape = b.shape[-3:]
         maps = [
             (w * part.c, identity) if isinstance(part, EyeBlock) else (w, _flat(part.mv, shape))

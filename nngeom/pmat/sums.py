@@ -86,12 +86,13 @@ class PMatSum(PMatExpression):
 
         ``limit``: the longest side of a block that is made dense; ``tol``, ``max_iter``: of iterative solves.
         """
-        flat = list(self.flattened())
-        if not all(isinstance(part, PMat) for _, part in flat):
+        terms = list(self.flattened())
+        flat = [(w, part) for w, part in terms if isinstance(part, PMat)]
+        if len(flat) < len(terms):
             return None
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise ArgumentError(f"limit is {limit!r}; expected the longest side of a dense block, an integer above 0")
-        one = [(w, part if part.dtype == self.dtype else part.to(self.dtype)) for w, part in flat]  # type: ignore[attr-defined]
+        one = [(w, part if part.dtype == self.dtype else part.to(self.dtype)) for w, part in flat]
         return Partitioned.of(self.layer_collection, one, limit, tol, max_iter)
 
     def flattened(self) -> Iterator[tuple[float | Tensor, ParameterOperator]]:
