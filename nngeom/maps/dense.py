@@ -95,7 +95,7 @@ class PushForwardDense(DenseMap):
         return PullBackDense(self.layer_collection, self.tensor)
 
     def times(self, other: Any) -> Any:
-        """``J v``, ``J J'^T`` (an FMatDense), or ``J M`` for a symmetric matrix over the parameters."""
+        """The product with ``other``: ``J v``, ``J J'^T`` (an FMatDense), or ``J M`` for a symmetric matrix over the parameters."""
         if isinstance(other, PullBackDense):
             self.layer_collection.require(other.layer_collection, "the pull-back")
             if other.shape[0] != self.shape[0]:
@@ -123,5 +123,5 @@ class PullBackDense(DenseMap):
         return PushForwardDense(self.layer_collection, self.tensor)
 
     def times(self, other: Any) -> Any:
-        """``J^T u``, or the matrix ``J^T J'`` over the parameters (lazy)."""
+        """The product with ``other``: ``J^T u``, or the matrix ``J^T J'`` over the parameters (lazy)."""
         return self.expressions["product"](self, other) if isinstance(other, PushForwardDense) else self.mv(other)

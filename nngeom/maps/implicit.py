@@ -73,7 +73,7 @@ class PushForwardImplicit(ImplicitMap):
         return PullBackImplicit(self.side)
 
     def times(self, other: Any) -> Any:
-        """``J v``, or the implicit kernel ``J J'^T``."""
+        """The product with ``other``: ``J v``, or the implicit kernel ``J J'^T``."""
         if isinstance(other, PullBackImplicit):
             self.layer_collection.require(other.layer_collection, "the pull-back")
             return FMatImplicit(self.side, other.side)
@@ -107,7 +107,7 @@ class PullBackImplicit(ImplicitMap):
         return PushForwardImplicit(self.side)
 
     def times(self, other: Any) -> Any:
-        """``J^T u``, or the matrix ``J^T J`` over the parameters (lazy)."""
+        """The product with ``other``: ``J^T u``, or the matrix ``J^T J`` over the parameters (lazy)."""
         return self.expressions["product"](self, other) if isinstance(other, PushForwardImplicit) else self.mv(other)
 
     def materialize(self) -> PullBackDense:
