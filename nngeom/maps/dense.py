@@ -95,7 +95,7 @@ class PushForwardDense(DenseMap):
         return PullBackDense(self.layer_collection, self.tensor)
 
     def times(self, other: Any) -> Any:
-        """The product with ``other``: ``J v``, ``J J'^T`` (an FMatDense), or ``J M`` for a symmetric matrix over the parameters."""
+        """The product with ``other``: ``J v``, ``J J'^T`` (an FMatDense), or ``J M`` for a symmetric ``M``."""
         if isinstance(other, PullBackDense):
             self.layer_collection.require(other.layer_collection, "the pull-back")
             if other.shape[0] != self.shape[0]:
