@@ -25,7 +25,7 @@ def matrices() -> dict[str, Any]:
     one, two, three = (_task(seed) for seed in range(3))
     f, g, h = (nng.FIM(model, task, nng.PMatKFAC) for task in (one, two, three))
     prior = nng.PMatEye.build(f.layer_collection, 0.1, dtype=torch.float64)
-    few = [(x[:8], y[:8]) for x, y in two]
+    rows = lambda n: nng.FIM(model, [(x[:n], y[:n]) for x, y in two], nng.PMatLowRank)
     return {
         "KFAC": f,
         "KFAC + Eye": f + prior,
@@ -34,7 +34,9 @@ def matrices() -> dict[str, Any]:
         "KFAC + KFAC + KFAC": f + g + h,
         "KFAC + Diag": f + nng.FIM(model, two, nng.PMatDiag),
         "KFAC + EKFAC": f + nng.FIM(model, two, nng.PMatEKFAC),
-        "KFAC + LowRank of 72 rows": f + nng.FIM(model, few, nng.PMatLowRank),
+        "KFAC + QuasiDiag": f + nng.FIM(model, two, nng.PMatQuasiDiag),
+        "KFAC + LowRank of 72 rows": f + rows(8),
+        "KFAC + LowRank of 270 rows": f + rows(30),
     }
 
 
@@ -58,8 +60,11 @@ def operations(m: Any, damping: float) -> dict[str, Callable[[], Any]]:
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """The least of several calls."""
-    found = [clock(run, "cpu")]
+    """The least of several calls; NaN where the matrix is indefinite at this damping."""
+    try:
+        found = [clock(run, "cpu")]
+    except nng.SingularError:
+        return float("nan")
     while len(found) < repeats and found[0] < SLOW:
         found.append(clock(run, "cpu"))
     return min(found)
