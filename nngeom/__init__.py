@@ -32,7 +32,7 @@ from nngeom.cotangents.likelihood import Bernoulli, Gaussian, Likelihood, Poisso
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.implicit import FMatImplicit
-from nngeom.io import load, merge, save
+from nngeom.io import load, save
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
 from nngeom.measures.covariance import GradientCovariance
@@ -49,6 +49,7 @@ from nngeom.pmat.eye import PMatEye
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.low_rank import PMatLowRank
+from nngeom.pmat.merge import merge
 from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
 from nngeom.regression import gradient_flow_mse, kernel_regression

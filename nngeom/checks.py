@@ -20,8 +20,8 @@ from nngeom.core.errors import FileError
 from nngeom.core.layout import Arrangement, Layout
 from nngeom.fmat.expression import FMatSum
 from nngeom.pmat.block import Block
-from nngeom.pmat.expression import PMatSum
 from nngeom.pmat.pmat import PMat
+from nngeom.pmat.sums import PMatSum
 from nngeom.space.collection import LayerCollection
 
 

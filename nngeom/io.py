@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core import container, files
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, FileError, NNGeomError, StructureError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, FileError, NNGeomError
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.maps.jacobian_map import JacobianMap
@@ -79,49 +79,6 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
         return out if device.type == "cpu" else out.to(device)
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(f"cannot move the contents of {name!r} to {device}: {error}") from None
-
-
-def merge(a: PMat, b: PMat) -> PMat:
-    """The matrix of two data sets together, from ``a`` and ``b``, the matrix of each, weighted by their examples.
-
-    Exact for Dense, Diag, BlockDiag, QuasiDiag, LowRank, Eye, and for KFAC, whose factors are averaged; the eigenvalues
-    of two EKFACs only mean the same in equal bases. Raises :class:`StructureError` where the bases or the blocks
-    differ, :class:`CollectionError` for other parameters.
-    """
-    for m in (a, b):
-        if not isinstance(m, PMat):
-            raise ArgumentTypeError(
-                f"cannot merge {type(m).__name__}; expected two measured matrices of one representation (not "
-                "implicit, no sums)"
-            )
-    a.layer_collection.require(b.layer_collection, "the second matrix")
-    if type(a) is not type(b) or a.blocks.keys() != b.blocks.keys():
-        differ = (
-            f"{type(a).__name__} and {type(b).__name__}"
-            if type(a) is not type(b)
-            else f"two {type(a).__name__} with different blocks"
-        )
-        raise StructureError(
-            f"cannot merge {differ}; expected the same representation of the same model, with the same options"
-        )
-    n = a.examples + b.examples
-    if min(a.examples, b.examples) < 1:
-        raise ArgumentError(
-            f"cannot merge matrices of {a.examples} and {b.examples} examples; expected measured ones, with at "
-            "least one example each"
-        )
-    blocks = {}
-    for layout, block in a.blocks.items():
-        both = block.merged(b.blocks[layout], a.examples / n, b.examples / n)
-        if both is None:
-            raise StructureError(
-                f"cannot merge the blocks of {list(layout.names)[:4]}: {type(block).__name__} and "
-                f"{type(b.blocks[layout]).__name__} have no common mean "
-                "(eigenvalues in different bases are not comparable); measure both with M.rescaled in one basis, "
-                "or on all data at once"
-            )
-        blocks[layout] = both
-    return a.of_blocks(a.layer_collection, blocks, n)
 
 
 def _read(name: str) -> tuple[Any, dict[str, Tensor]]:

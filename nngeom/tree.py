@@ -21,8 +21,9 @@ from nngeom.fmat.expression import FMatSum
 from nngeom.fmat.fmat import FMat
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.pmat.block import Block
-from nngeom.pmat.expression import PMatProduct, PMatSum
+from nngeom.pmat.expression import PMatProduct
 from nngeom.pmat.pmat import PMat
+from nngeom.pmat.sums import PMatSum
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector

@@ -1,21 +1,19 @@
-"""Lazy sums and products of matrices of different kinds, above the size at which they are made dense too."""
+"""Lazy sums of matrices of different kinds, above the side at which blocks are made dense too."""
 
 import pytest
 import torch
 from cases import build
 
 import nngeom as nng
-from nngeom.pmat import expression
+from nngeom.pmat.sum_block import BLOCK_LIMIT
 
 f64 = torch.float64
 
 
 @pytest.fixture(params=[False, True], ids=["small", "large"])
-def large(request, monkeypatch):
-    """Whether sums are above the size limit."""
-    if request.param:
-        monkeypatch.setattr(expression, "DENSE_LIMIT", 3, raising=False)
-    return request.param
+def limit(request):
+    """The longest side of a dense block, above and below those of the models."""
+    return 3 if request.param else BLOCK_LIMIT
 
 
 def sums(case):
@@ -31,12 +29,12 @@ def sums(case):
 
 @pytest.mark.parametrize("name", ["mlp", "conv2d"])
 @pytest.mark.parametrize("damping", [0.05, 1.0, 30.0])
-def test_solves_of_sums(name, damping, large):
+def test_solves_of_sums(name, damping, limit):
     case = build(name)
     for lazy, truth in sums(case):
         b = nng.PVector.randn(lazy.layer_collection, 2, dtype=f64, generator=torch.Generator().manual_seed(1))
         shifted = truth + damping * torch.eye(len(truth), dtype=f64)
-        x = lazy.solve(b, damping).flat()
+        x = lazy.solve(b, damping, limit=limit).flat()
         torch.testing.assert_close(
             x, torch.linalg.solve(shifted, b.flat().T).T, rtol=1e-5, atol=1e-6 * float(x.abs().max())
         )
@@ -45,12 +43,12 @@ def test_solves_of_sums(name, damping, large):
         torch.testing.assert_close(lazy.diag().flat(), truth.diagonal())
 
 
-def test_what_needs_a_dense_matrix_says_so_above_the_limit(large):
+def test_what_needs_a_dense_matrix_says_so_above_the_limit(limit):
     case = build("mlp")
     lazy, _ = next(sums(case))
     b = nng.PVector.randn(lazy.layer_collection, dtype=f64)
-    if large:
-        with pytest.raises(nng.UnsupportedError, match="size limit"):
-            lazy.solve(b, nng.Cutoff(1e-3))
+    if limit == 3:
+        with pytest.raises(nng.SizeError, match="the limit is 3"):
+            lazy.solve(b, nng.Cutoff(1e-3), limit=limit)
     else:
         assert torch.isfinite(lazy.solve(b, nng.Cutoff(1e-3)).flat()).all()

@@ -128,6 +128,7 @@ def test_representations_know_no_operation(file):
     norms = r"layer_?norm|batch_?norm|group_?norm|rms_?norm"
     words = rf"\b(conv(?!ergence)\w*|embedding|attention|{norms}|bilinear|F\.linear|nn\.\w+|patches|im2col|unfold)\b"
     allowed = {"implicit.py": {"F.embedding", "embedding", "attention", "nn.attention", "nn.functional", "nn.Module"}}
+    allowed["sum_block.py"] = {"ConvergenceError"}
     found = {m.group(0) for m in re.finditer(words, code, flags=re.I)} - allowed.get(file.name, set())
     assert not {w for w in found if w.lower() not in {"nn.parameter"}}, found
 

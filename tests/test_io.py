@@ -11,7 +11,7 @@ from cases import STORED, STORED_KERNELS, build, representation
 from torch import nn
 
 import nngeom as nng
-from nngeom.pmat.expression import PMatSum
+from nngeom.pmat.sums import PMatSum
 
 CASES = ("mlp", "conv2d", "language-model", "gru", "bare")
 

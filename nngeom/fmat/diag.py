@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from nngeom.core.damping import Cutoff, Damping, Tikhonov, as_damping
+from nngeom.fmat.columns import C, HasColumns, has_columns
 from nngeom.fmat.dense import FMatBlockDiag, require_ndim
 from nngeom.fmat.fmat import FMat
 from nngeom.pmat.eigenvalues import reciprocal, shifted_logdet
@@ -58,11 +59,13 @@ class FMatDiag(FMat):
     def _symmetric_parts(self) -> Tensor:
         return self.tensor.flatten()[:, None, None]
 
-    def solve(self, f: FVector, damping: float | Tensor | Damping = 0.0) -> FVector:
+    def solve(self, f: HasColumns[C], damping: float | Tensor | Damping = 0.0) -> C:
+        if has_columns(f):
+            return f.map_columns(lambda u: self.solve(u, damping))
         d = as_damping(damping)
         if not isinstance(d, Cutoff):
             self._number(d)
-        return FVector(reciprocal(self.tensor, d, "the diagonal kernel") * self.operand(f, self.columns))
+        return cast(C, FVector(reciprocal(self.tensor, d, "the diagonal kernel") * self.operand(f, self.columns)))
 
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
         return shifted_logdet(self.tensor.flatten(), Tikhonov(self._number(as_damping(damping))))

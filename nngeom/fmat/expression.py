@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from nngeom.core.damping import Damping
+from nngeom.fmat.columns import C, HasColumns
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.operator import DENSE_LIMIT, FunctionOperator
 from nngeom.space.fvector import FVector
@@ -78,7 +79,11 @@ class FMatSum(FunctionOperator):
         """The Frobenius norm of the dense kernel."""
         return self.materialize().norm(kind)
 
-    def solve(self, f: FVector, damping: float | Tensor | Damping = 0.0) -> FVector:
+    def inverse(self, damping: float | Tensor | Damping = 0.0) -> FMatDense:
+        """``(K + damping I)^-1`` of the dense kernel."""
+        return self.materialize().inverse(damping)
+
+    def solve(self, f: HasColumns[C], damping: float | Tensor | Damping = 0.0) -> C:
         """``(K + damping I)^-1 f`` with the dense kernel."""
         return self.materialize().solve(f, damping)
 
@@ -97,4 +102,9 @@ def product(x: FunctionOperator, y: FunctionOperator) -> FMatDense:
     return FMatDense(entries.view(x.outputs, x.rows, x.outputs, y.columns))
 
 
-FunctionOperator.expressions.update(sum=lambda x, y: FMatSum((x, y)), product=product)
+def of_columns(columns: Tensor, examples: int) -> FMatDense:
+    """The kernel with ``columns [(c m), c, n]``, of so many ``examples`` ``m``."""
+    return FMatDense(columns.permute(1, 2, 0).unflatten(-1, (-1, examples)).contiguous())
+
+
+FunctionOperator.expressions.update(sum=lambda x, y: FMatSum((x, y)), product=product, columns=of_columns)

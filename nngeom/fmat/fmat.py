@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, SingularError
 from nngeom.core.registry import Registry
+from nngeom.fmat.columns import C, HasColumns, has_columns
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.pmat.block import TensorObject
 from nngeom.pmat.eigenvalues import log_sum, reciprocal, zero_small
@@ -105,21 +106,36 @@ class FMat(TensorObject, FunctionOperator):
         """``tr K``."""
         return self.diag().tensor.sum()
 
-    def solve(self, f: FVector, damping: float | Tensor | Damping = 0.0) -> FVector:
-        """``(K + damping I)^-1 f``, batched; ``Cutoff(x)`` gives the pseudo-inverse.
+    def solve(self, f: HasColumns[C], damping: float | Tensor | Damping = 0.0) -> C:
+        """``(K + damping I)^-1 f``, batched, or of all columns of a ``PushForwardDense`` or a kernel ``f`` at once;
+        ``Cutoff(x)`` gives the pseudo-inverse.
 
         Raises :class:`SingularError` where the damped kernel is not positive definite to rounding.
         """
+        if has_columns(f):
+            return f.map_columns(lambda u: self.solve(u, damping))
         self._require_symmetric("solve")
         d, m = as_damping(damping), self._symmetric_parts()
-        x = self._as_parts(self.operand(f, self.columns))  # [*b, parts, p]
+        given = self.operand(f, self.columns)
+        x = self._as_parts(given)  # [*b, parts, p]
         flat = x.reshape(-1, *x.shape[-2:]).permute(1, 2, 0)  # [parts, p, b]
         if isinstance(d, Cutoff):
             values, u = linalg.eigh(m)
             out = u @ (reciprocal(values, d, "the kernel").unsqueeze(-1) * (u.mT @ flat))
         else:
             out = torch.cholesky_solve(flat, linalg.cholesky(*self._shifted(d)))
-        return FVector(out.permute(2, 0, 1).reshape(f.shape))
+        return cast(C, FVector(out.permute(2, 0, 1).reshape(given.shape)))
+
+    def inverse(self, damping: float | Tensor | Damping = 0.0) -> Self:
+        """``(K + damping I)^-1`` as a kernel of the same kind; ``damping`` and errors as for :meth:`solve`."""
+        self._require_symmetric("inverse")
+        d, m = as_damping(damping), self._symmetric_parts()
+        if isinstance(d, Cutoff):
+            values, u = linalg.eigh(m)
+            parts = (u * reciprocal(values, d, "the kernel").unsqueeze(-2)) @ u.mT
+        else:
+            parts = torch.cholesky_inverse(linalg.cholesky(*self._shifted(d)))
+        return self.map_tensors(lambda t: parts.view(t.shape))
 
     def _number(self, damping: Damping) -> float | Tensor:
         if not isinstance(damping, Tikhonov):

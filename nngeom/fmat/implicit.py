@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from typing_extensions import Self
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, ConvergenceError, UnsupportedError
 from nngeom.core.linear import identity, solution
+from nngeom.fmat.columns import C, HasColumns, has_columns
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.estimated import EstimatedKernel
 from nngeom.fmat.jacobian_products import pull, push
@@ -115,7 +116,7 @@ class FMatImplicit(EstimatedKernel):
 
     def solve(
         self,
-        f: FVector,
+        f: HasColumns[C],
         damping: float | Tensor | Damping = 0.0,
         tol: float = 1e-6,
         max_steps: int | None = None,
@@ -123,7 +124,7 @@ class FMatImplicit(EstimatedKernel):
         x0: FVector | None = None,
         strict: bool = True,
         indefinite: bool = False,
-    ) -> FVector:
+    ) -> C:
         """``(K + damping I)^-1 f`` by conjugate gradients to a relative residual ``tol``.
 
         ``max_steps``: products at most (by default ten times the side, at most 10 000). ``x0``: a first guess, of the
@@ -131,21 +132,30 @@ class FMatImplicit(EstimatedKernel):
         ``f`` and ``damping``. Raises :class:`ConvergenceError` when ``tol`` is not reached, whose ``iterate`` and
         ``residual`` hold what was; ``strict=False`` returns that instead.
         """
+        if has_columns(f):
+            options: dict[str, Any] = {"strict": strict, "indefinite": indefinite}
+            return f.map_columns(lambda u: self.solve(u, damping, tol, max_steps, x0=x0, **options))
         self.require_symmetric("solve")
         d = as_damping(damping)
         if not isinstance(d, Tikhonov):
             raise ArgumentError(
                 "an implicit kernel takes a number as damping: Cutoff needs a factorisation, materialize() first"
             )
+        given = self.operand(f, self.columns)
         terms = [(self.scale, self.flat_product(self._unscaled)), (d.value, identity)]
         guess = None if x0 is None else self.operand(x0, self.columns).flatten(-2)
         solver = iterative(tol, max_steps, None, guess, strict=strict, indefinite=indefinite)
         try:
-            x = solution(solver, terms, self.operand(f, self.columns).flatten(-2), self.left.parameters)
+            x = solution(solver, terms, given.flatten(-2), self.left.parameters)
         except ConvergenceError as error:
-            error.iterate = FVector(error.iterate.view(f.shape))
+            error.iterate = FVector(error.iterate.view(given.shape))
             raise
-        return FVector(x.view(f.shape))
+        return cast(C, FVector(x.view(given.shape)))
+
+    def inverse(self, damping: float | Tensor | Damping = 0.0) -> FMatDense:
+        """``(K + damping I)^-1`` of the dense kernel."""
+        self.require_symmetric("inverse")
+        return self.materialize().inverse(damping)
 
     def __reduce__(self) -> Any:
         raise UnsupportedError(

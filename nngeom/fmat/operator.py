@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from typing_extensions import Self
 from nngeom.core import linalg
 from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError
+from nngeom.fmat.columns import C, HasColumns, has_columns
 from nngeom.space.fvector import FVector
 
 if TYPE_CHECKING:
@@ -90,8 +91,12 @@ class FunctionOperator(ABC):
         """The Frobenius norm; others than ``kind="fro"`` raise :class:`ArgumentError`."""
 
     @abstractmethod
-    def solve(self, f: FVector, damping: float | Tensor | Damping = 0.0) -> FVector:
-        """``(K + damping I)^-1 f``, batched."""
+    def solve(self, f: HasColumns[C], damping: float | Tensor | Damping = 0.0) -> C:
+        """``(K + damping I)^-1 f``, batched, or of all columns of a ``PushForwardDense`` or a kernel."""
+
+    @abstractmethod
+    def inverse(self, damping: float | Tensor | Damping = 0.0) -> FunctionOperator:
+        """``(K + damping I)^-1`` as a kernel."""
 
     @abstractmethod
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
@@ -135,15 +140,22 @@ class FunctionOperator(ABC):
                 f"{what} needs a square kernel; this one is between {self.rows} and {self.columns} examples"
             )
 
-    def mv(self, f: FVector) -> FVector:
-        """``K f``, batched: ``(*batch, c, m) -> (*batch, c, n)``."""
-        return FVector(self.product(self.operand(f, self.columns)))
+    def mv(self, f: HasColumns[C]) -> C:
+        """``K f``, batched: ``(*batch, c, m) -> (*batch, c, n)``; of a dense push-forward ``f`` all columns at once."""
+        if has_columns(f):
+            return f.map_columns(self.mv)
+        return cast(C, FVector(self.product(self.operand(f, self.columns))))
 
     def vTMv(self, f: FVector) -> Tensor:
         """``f^T K f``, ``(*batch)``."""
         self._require_square("vTMv")
         x = self.operand(f, self.columns)
         return (x * self.product(x)).sum((-2, -1))
+
+    def map_columns(self, f: Callable[[FVector], FVector]) -> FMatDense:
+        """``f`` on all columns at once, as a kernel with all its entries."""
+        columns = self.to_dense().T.reshape(-1, self.outputs, self.rows)
+        return cast("FMatDense", self.expressions["columns"](f(FVector(columns)).tensor, self.columns))
 
     def to_dense(self, limit: int = DENSE_LIMIT) -> Tensor:
         """``(c n, c m)``, output-major; raises :class:`SizeError` where a side is above ``limit``."""
@@ -162,7 +174,7 @@ class FunctionOperator(ABC):
     @overload
     def __matmul__(self, other: FunctionOperator) -> FMatDense: ...
     @overload
-    def __matmul__(self, other: FVector) -> FVector: ...
+    def __matmul__(self, other: HasColumns[C]) -> C: ...
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, FunctionOperator):
             if (other.outputs, other.rows) != (self.outputs, self.columns):

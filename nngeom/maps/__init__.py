@@ -1,3 +1,3 @@
 """The maps between parameter space and function space: Jacobians and their transposes."""
 
-from nngeom.maps import product  # registers what J^T @ J' is
+from nngeom.maps import expression, product  # register what + and J^T @ J' are

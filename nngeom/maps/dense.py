@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
+from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.fmat.dense import FMatDense
 from nngeom.maps.jacobian_map import JacobianMap
@@ -48,6 +50,21 @@ class DenseMap(JacobianMap, TensorObject):
     def device(self) -> torch.device:
         return self.tensor.device
 
+    def added(self, other: JacobianMap) -> JacobianMap:
+        if not isinstance(other, DenseMap) or type(other) is not type(self):
+            return super().added(other)
+        return type(self)(self.layer_collection, self.tensor + other.tensor)
+
+    def scaled(self, c: float | Tensor) -> Self:
+        return type(self)(self.layer_collection, c * self.tensor)
+
+    def norm(self) -> Tensor:
+        return self.tensor.norm()
+
+    def __getitem__(self, name: str) -> Tensor:
+        place, shape = self.place(name)
+        return self.tensor[..., place].unflatten(-1, shape) if shape else self.tensor[..., place].squeeze(-1)
+
     def rows(self) -> Tensor:
         """``(c n, d)``."""
         return self.tensor.flatten(0, 1)
@@ -56,6 +73,8 @@ class DenseMap(JacobianMap, TensorObject):
 class PushForwardDense(DenseMap):
     """``J``, with all its entries, ``tensor (c, n, d)`` over ``layer_collection``."""
 
+    pushes = True
+
     def mv(self, v: PVector) -> FVector:
         """``J v``, batched: ``(*batch, d) -> (*batch, c, n)``."""
         return FVector((self._vector(v) @ self.rows().T).unflatten(-1, self.shape[:2]))
@@ -63,6 +82,17 @@ class PushForwardDense(DenseMap):
     def map_rows(self, f: Callable[[PVector], PVector]) -> PushForwardDense:
         """``f`` on all rows at once: ``M @ J`` and ``M.solve(J, damping)`` are maps with rows ``M J[k, n]``."""
         return PushForwardDense(self.layer_collection, f(PVector(self.layer_collection, self.tensor)).flat())
+
+    def map_columns(self, f: Callable[[FVector], FVector]) -> PushForwardDense:
+        """``f`` on all columns at once: ``K @ J`` and ``K.solve(J, damping)`` are maps with columns ``K J[..., d]``."""
+        columns = f(FVector(self.tensor.movedim(-1, 0))).tensor
+        return PushForwardDense(self.layer_collection, columns.movedim(0, -1))
+
+    def forms(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """A quadratic form ``f``, ``[r, d] -> [r]``, of all rows, ``(c, n)``."""
+        rows = self.rows()
+        cuts = memory.pieces(len(rows), 4 * rows.shape[-1] * rows.element_size())
+        return torch.cat([f(rows[lo:hi]) for lo, hi in cuts]).view(self.shape[:2])
 
     @property
     def T(self) -> PullBackDense:
@@ -76,7 +106,10 @@ class PushForwardDense(DenseMap):
     @overload
     def __matmul__(self, other: ParameterOperator) -> PushForwardDense: ...
     def __matmul__(self, other: Any) -> Any:
-        """``J v``, ``J J'^T`` (an FMatDense), or ``J M`` for a symmetric matrix over the parameters."""
+        return super().__matmul__(other)
+
+    def times(self, other: Any) -> Any:
+        """The product with ``other``: ``J v``, ``J J'^T`` (an FMatDense), or ``J M`` for a symmetric ``M``."""
         if isinstance(other, PullBackDense):
             self.layer_collection.require(other.layer_collection, "the pull-back")
             if other.shape[0] != self.shape[0]:
@@ -92,6 +125,8 @@ class PushForwardDense(DenseMap):
 class PullBackDense(DenseMap):
     """``J^T``; holds the same ``tensor`` ``(c, n, d)`` as the push-forward it transposes, over ``layer_collection``."""
 
+    pushes = False
+
     def mv(self, u: FVector) -> PVector:
         """``J^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""
         return PVector(self.layer_collection, self._function(u).flatten(-2) @ self.rows())
@@ -106,5 +141,8 @@ class PullBackDense(DenseMap):
     @overload
     def __matmul__(self, other: PushForwardDense) -> PMatPullPush: ...
     def __matmul__(self, other: Any) -> Any:
-        """``J^T u``, or the matrix ``J^T J'`` over the parameters (lazy)."""
+        return super().__matmul__(other)
+
+    def times(self, other: Any) -> Any:
+        """The product with ``other``: ``J^T u``, or the matrix ``J^T J'`` over the parameters (lazy)."""
         return self.expressions["product"](self, other) if isinstance(other, PushForwardDense) else self.mv(other)

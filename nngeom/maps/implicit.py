@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -12,6 +14,7 @@ from nngeom.core.errors import UnsupportedError
 from nngeom.fmat.chunks import span
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.jacobian_products import pull, push
+from nngeom.fmat.products import EVERYTHING, squared_norms
 from nngeom.fmat.side import Side
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.jacobian_map import JacobianMap
@@ -46,12 +49,25 @@ class ImplicitMap(JacobianMap):
     def device(self) -> torch.device:
         return self.side.device
 
+    def norm(self) -> Tensor:
+        with torch.no_grad(), self.side.within():
+            return squared_norms(self.side, EVERYTHING)[""].sum().sqrt()
+
+    def __getitem__(self, name: str) -> Tensor:
+        place, shape = self.place(name)
+        out = torch.zeros(*self.shape[:2], math.prod(shape), dtype=self.dtype, device=self.device)
+        for k, n, rows in row_pieces(self.side):
+            out[k, n] = rows[..., place]
+        return out.view(*self.shape[:2], *shape)
+
     def __reduce__(self) -> Any:
         raise UnsupportedError("an implicit map holds a model and data, so it is not pickled; materialize() it first")
 
 
 class PushForwardImplicit(ImplicitMap):
     """``J``, by one forward-mode pass over the data of ``side`` a product."""
+
+    pushes = True
 
     def mv(self, v: PVector) -> FVector:
         """``J v``, batched: ``(*batch, d) -> (*batch, c, n)``."""
@@ -67,11 +83,21 @@ class PushForwardImplicit(ImplicitMap):
     @overload
     def __matmul__(self, other: PullBackImplicit) -> FMatImplicit: ...
     def __matmul__(self, other: Any) -> Any:
-        """``J v``, or the implicit kernel ``J J'^T``."""
+        return super().__matmul__(other)
+
+    def times(self, other: Any) -> Any:
+        """The product with ``other``: ``J v``, or the implicit kernel ``J J'^T``."""
         if isinstance(other, PullBackImplicit):
             self.layer_collection.require(other.layer_collection, "the pull-back")
             return FMatImplicit(self.side, other.side)
         return self.mv(other)
+
+    def forms(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """A quadratic form ``f``, ``[r, d] -> [r]``, of all rows, ``(c, n)``; rows are made in pieces."""
+        out = torch.zeros(self.shape[:2], dtype=self.dtype, device=self.device)
+        for k, n, rows in row_pieces(self.side):
+            out[k, n] = f(rows.flatten(0, 1)).view(rows.shape[:2]).to(out)
+        return out
 
     def materialize(self) -> PushForwardDense:
         """The same map with all its entries."""
@@ -81,6 +107,8 @@ class PushForwardImplicit(ImplicitMap):
 
 class PullBackImplicit(ImplicitMap):
     """``J^T``, by one forward and one backward pass over the data of ``side`` a product."""
+
+    pushes = False
 
     def mv(self, u: FVector) -> PVector:
         """``J^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""
@@ -96,12 +124,27 @@ class PullBackImplicit(ImplicitMap):
     @overload
     def __matmul__(self, other: PushForwardImplicit) -> PMatPullPush: ...
     def __matmul__(self, other: Any) -> Any:
-        """``J^T u``, or the matrix ``J^T J`` over the parameters (lazy)."""
+        return super().__matmul__(other)
+
+    def times(self, other: Any) -> Any:
+        """The product with ``other``: ``J^T u``, or the matrix ``J^T J`` over the parameters (lazy)."""
         return self.expressions["product"](self, other) if isinstance(other, PushForwardImplicit) else self.mv(other)
 
     def materialize(self) -> PullBackDense:
         """The same map with all its entries."""
         return self.T.materialize().T
+
+
+def row_pieces(side: Side) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Outputs, examples and their rows ``(c', n', d)``, piece by piece; parameters that are not used have zeros."""
+    d = side.run.network.collection.numel
+    with torch.no_grad(), side.within():
+        for chunk in side.chunks(reuse=True):
+            k, n = span(chunk)
+            rows = torch.zeros(k.stop - k.start, n.stop - n.start, d, dtype=side.dtype, device=side.device)
+            for layout, j in chunk.jacobians.items():
+                write_rows(rows, j, layout)
+            yield k, n, rows
 
 
 def dense_rows(side: Side) -> Tensor:

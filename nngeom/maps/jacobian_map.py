@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, CollectionError, DeviceError
+from nngeom.pmat.arguments import as_factor
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
@@ -18,7 +20,7 @@ from nngeom.space.pvector import PVector
 class JacobianMap(ABC):
     """What a Jacobian and its transpose share: ``shape (c, n, d)``, dtype, device, the parameters."""
 
-    expressions: ClassVar[dict[str, Callable[..., Any]]] = {}  # what J^T @ J' makes, a "product"
+    expressions: ClassVar[dict[str, Callable[..., Any]]] = {}  # what + and J^T @ J' make, "sum" and "product"
 
     if TYPE_CHECKING:  # a field of some, computed by others
 
@@ -40,6 +42,82 @@ class JacobianMap(ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where the entries are."""
+
+    pushes: ClassVar[bool]  # J, and not its transpose
+
+    @abstractmethod
+    def mv(self, v: Any) -> Any:
+        """The product with a vector ``v``, batched."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """The Frobenius norm."""
+
+    @abstractmethod
+    def __getitem__(self, name: str) -> Tensor:
+        """The derivatives in one parameter, ``(c, n, *its shape)``."""
+
+    def times(self, other: Any) -> Any:
+        """The product with a vector, a map or a matrix ``other``."""
+        return self.mv(other)
+
+    def summands(self) -> list[tuple[float | Tensor, JacobianMap]]:
+        """Factors and maps that this is the sum of."""
+        return [(1.0, self)]
+
+    # -- algebra -------------------------------------------------------------------------------------------------------
+
+    def __matmul__(self, other: Any) -> Any:
+        if not isinstance(other, JacobianMap):
+            return self.times(other)
+        pairs = [(w * v, x, y) for w, x in self.summands() for v, y in other.summands()]
+        products = [x.times(y) if isinstance(c, float) and c == 1 else c * x.times(y) for c, x, y in pairs]
+        return sum(products[1:], products[0])
+
+    def added(self, other: JacobianMap) -> JacobianMap:
+        """``J + other``, both of one shape: lazy unless entries are at hand."""
+        return self.expressions["sum"]([*self.summands(), *other.summands()])
+
+    def scaled(self, c: float | Tensor) -> JacobianMap:
+        """``c J``."""
+        return self.expressions["sum"]([(c * w, x) for w, x in self.summands()])
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, (int, float)) and other == 0:  # so that sum() works
+            return self
+        if not isinstance(other, JacobianMap) or other.pushes != self.pushes:
+            what = "a push-forward" if self.pushes else "a pull-back"
+            raise ArgumentTypeError(f"cannot add {type(other).__name__} to {what}; expected another one")
+        self.layer_collection.require(other.layer_collection, "the other map")
+        if tuple(self.shape) != tuple(other.shape):
+            raise ArgumentError(f"maps of shapes (c, n, d) {tuple(self.shape)} and {tuple(other.shape)} do not add")
+        return self.added(other)
+
+    __radd__ = __add__
+
+    def __neg__(self) -> Any:
+        return self.scaled(-1.0)
+
+    def __sub__(self, other: Any) -> Any:
+        return self + (-other if isinstance(other, JacobianMap) else other)
+
+    def __mul__(self, c: Any) -> Any:
+        return self.scaled(as_factor(c))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: Any) -> Any:
+        return self.scaled(1 / as_factor(c))
+
+    # -- operands ------------------------------------------------------------------------------------------------------
+
+    def place(self, name: str) -> tuple[slice, tuple[int, ...]]:
+        """Where the parameter ``name`` lies in a row, and its shape."""
+        table = self.layer_collection.offsets()
+        if name not in table:
+            raise CollectionError(f"no parameter {name!r} in this map; it has {list(table)[:8]}")
+        lo, shape = table[name]
+        return slice(lo, lo + math.prod(shape)), shape
 
     def _vector(self, v: Any) -> Tensor:
         if isinstance(v, Mapping):

@@ -1,7 +1,7 @@
 """A symmetric matrix over one block of parameters, acting on ``x [*b, s, o, i]``. Knows nothing of networks.
 
-Primitives: ``mv, diag, squared_norm, scaled, inverse, eigh``; the rest follows from them. Blocks are frozen and hold
-tensors only; what acts is always the exact matrix, ``inverse(damping)`` is a block again.
+Primitives: ``mv, diag, squared_norm, scaled, inverse, eigh``; the rest follows. Blocks are frozen and hold tensors;
+what acts is always the exact matrix, ``inverse(damping)`` is a block again.
 """
 
 from __future__ import annotations

@@ -11,14 +11,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from nngeom.core import linalg
-from nngeom.core.damping import Cutoff, Damping, Tikhonov
+from nngeom.core.damping import Damping, Tikhonov
 from nngeom.core.errors import SingularError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Named
 from nngeom.pmat.block import Block, BlockBasis
 from nngeom.pmat.block_algebra import Remake, largest
-from nngeom.pmat.eigenvalues import log_sum, reciprocal, zero_small
+from nngeom.pmat.eigenvalues import by_eigenvalues, definite_factor, log_sum, reciprocal, shifted, zero_small
 from nngeom.pmat.given import (
     foreign,
     require_alike,
@@ -59,29 +59,23 @@ class DenseBlock(Block):
         return self.m
 
     def inverse(self, damping: Damping) -> DenseBlock:
-        if _by_eigenvalues(damping):
+        if by_eigenvalues(damping):
             values, u = linalg.eigh(self.m)
             return DenseBlock((u * reciprocal(values, damping, "the dense matrix")) @ u.T)
-        return DenseBlock(torch.cholesky_inverse(linalg.cholesky(*self._shifted(damping))))
+        return DenseBlock(torch.cholesky_inverse(definite_factor(self.m, damping, "the dense matrix")))
 
     def solve(self, b: Tensor, damping: Damping) -> Tensor:
-        if _by_eigenvalues(damping):
+        if by_eigenvalues(damping):
             return self.inverse(damping).mv(b)
-        x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, linalg.cholesky(*self._shifted(damping)))
+        x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, definite_factor(self.m, damping, "the dense matrix"))
         return x.T.reshape(b.shape)
 
     def logdet(self, damping: Tikhonov) -> Tensor:
         """Twice the logarithms of the Cholesky pivots: without ``damping`` ``-inf`` just where :meth:`solve` raises."""
         try:
-            return linalg.cholesky_logdet(*self._shifted(damping))
+            return linalg.cholesky_logdet(*shifted(self.m, damping, "the dense matrix"))
         except SingularError:
             return super().logdet(damping) if damping.value > 0 else log_sum(self.m.new_zeros(1) + damping.value)
-
-    def _shifted(self, damping: Damping) -> tuple[Tensor, str]:
-        """``M + damping I``, and what to call it where it is singular."""
-        shifted = self.m.clone()
-        shifted.diagonal().add_(damping.value)
-        return shifted, f"the dense matrix with damping {damping.value:g}"
 
     def eigh(self) -> tuple[Tensor, DenseBasis]:
         values, u = linalg.eigh(self.m)
@@ -101,11 +95,6 @@ class DenseBlock(Block):
         m = self.m.clone()
         m.diagonal().add_(d.flatten())
         return DenseBlock(m)
-
-
-def _by_eigenvalues(damping: Damping) -> bool:
-    """Whether the inverse takes eigenvalues, for a Cholesky factorisation would not do."""
-    return isinstance(damping, Cutoff) or (isinstance(damping, Tikhonov) and damping.indefinite)
 
 
 @dataclass(frozen=True, eq=False)

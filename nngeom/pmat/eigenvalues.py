@@ -1,12 +1,15 @@
-"""Eigenvalues with a damping: which of them count as zero, their reciprocals and their logarithms."""
+"""Eigenvalues with a damping: which count as zero, their reciprocals and logarithms, and definite factors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Damping, Tikhonov
 from nngeom.core.errors import SingularError
+
+SPECTRUM_LIMIT = 4096  # a longer side takes too long for an error to say how much damping is needed
 
 
 def reciprocal(values: Tensor, damping: Damping, what: str) -> Tensor:
@@ -43,6 +46,29 @@ def require_nonzero(shifted: Tensor, values: Tensor, what: str) -> None:
     """Raise unless all of ``shifted`` differ from zero by more than rounding error of ``values``."""
     if values.numel() and bool(shifted.abs().min() <= rounding(values)):
         raise SingularError(f"{what} is singular at this damping; use another, or Cutoff(x) for a pseudo-inverse")
+
+
+def by_eigenvalues(damping: Damping) -> bool:
+    """Whether the inverse takes eigenvalues, for a Cholesky factorisation would not do."""
+    return isinstance(damping, Cutoff) or (isinstance(damping, Tikhonov) and damping.indefinite)
+
+
+def definite_factor(m: Tensor, damping: Damping, what: str) -> Tensor:
+    """The Cholesky factor of ``m + damping I``, ``m [..., p, p]``; raises :class:`SingularError` with the need."""
+    try:
+        return linalg.cholesky(*shifted(m, damping, what))
+    except SingularError:
+        if m.shape[-1] <= SPECTRUM_LIMIT:
+            values = torch.linalg.eigvalsh(m.detach().double()).to(m.dtype)
+            require_positive((values + damping.value).detach(), values, what)
+        raise
+
+
+def shifted(m: Tensor, damping: Damping, what: str) -> tuple[Tensor, str]:
+    """``m + damping I``, and what to call it where it is singular."""
+    total = m.clone()
+    total.diagonal(dim1=-2, dim2=-1).add_(damping.value)
+    return total, f"{what} with damping {damping.value:g}"
 
 
 def rounding(values: Tensor) -> Tensor:

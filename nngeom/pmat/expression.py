@@ -1,14 +1,12 @@
-"""Sums and products of matrices of different kinds: lazy, with the same operations as any other.
+"""Matrices defined by others, lazy, with the same operations as any other; products are here, sums beside.
 
-Products with vectors, traces, diagonals and quadratic forms of sums are exact and never form a matrix. What needs a
+Products with vectors, traces, diagonals and quadratic forms are exact and never form a matrix. What needs a
 factorisation is done on the dense matrix below the size limit; solves above it go by conjugate gradients.
 """
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,8 @@ from nngeom.core.linear import identity, solution
 from nngeom.pmat.arguments import require_frobenius, require_tikhonov
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.dense import DenseBlock, PMatDense
-from nngeom.pmat.operator import DENSE_LIMIT, ParameterOperator, V
+from nngeom.pmat.operands import V
+from nngeom.pmat.operator import DENSE_LIMIT, ParameterOperator
 from nngeom.pmat.pmat import PMat
 from nngeom.solve.cg import conjugate_gradient
 from nngeom.space.collection import LayerCollection
@@ -113,69 +112,6 @@ class PMatExpression(ParameterOperator):
 
 
 @dataclass(frozen=True, eq=False)
-class PMatSum(PMatExpression):
-    """``sum_j weight_j M_j`` of ``parts``; ``weights`` are 1 by default."""
-
-    parts: tuple[ParameterOperator, ...]
-    weights: tuple[float | Tensor, ...] | None = None
-
-    def _weighted(self) -> Iterator[tuple[float | Tensor, ParameterOperator]]:
-        return zip(self.weights or (1.0,) * len(self.parts), self.parts)
-
-    @property
-    def layer_collection(self) -> LayerCollection:
-        return self.parts[0].layer_collection
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype = self.parts[0].dtype
-        for part in self.parts[1:]:
-            dtype = torch.promote_types(dtype, part.dtype)
-        return dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.parts[0].device
-
-    @property
-    def symmetric(self) -> bool:
-        return all(getattr(p, "symmetric", True) for p in self.parts)
-
-    def product(self, x: Tensor) -> Tensor:
-        each = (w * part.product(x.to(part.dtype)).to(self.dtype) for w, part in self._weighted())
-        return functools.reduce(torch.add, each)
-
-    def terms(self) -> list[tuple[float | Tensor, Callable[[Tensor], Tensor]]]:
-        return [(w * c, _in_dtype(f, p.dtype, self.dtype)) for w, p in self._weighted() for c, f in p.terms()]
-
-    @property
-    def held(self) -> tuple[Tensor, ...]:
-        return tuple(t for p in self.parts for t in p.held)
-
-    def trace(self) -> Tensor:
-        return torch.stack([(w * p.trace()).to(self.dtype) for w, p in self._weighted()]).sum()
-
-    def diag(self) -> PVector:
-        each = ((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted())
-        return PVector(self.layer_collection, functools.reduce(torch.add, each))
-
-    def scaled(self, c: float | Tensor) -> PMatSum:
-        return PMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
-
-    def to(self, *args: Any, **kwargs: Any) -> PMatSum:
-        """Another dtype or device, as ``Tensor.to``."""
-        return PMatSum(tuple(p.to(*args, **kwargs) for p in self.parts), self.weights)
-
-    def __repr__(self) -> str:
-        return "PMatSum(" + " + ".join(f"{w:g} * {p!r}" for w, p in self._weighted()) + ")"
-
-
-def _in_dtype(f: Callable[[Tensor], Tensor], inside: torch.dtype, outside: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """``f``, which works in one dtype, for vectors of another."""
-    return f if inside == outside else lambda x: f(x.to(inside)).to(outside)
-
-
-@dataclass(frozen=True, eq=False)
 class PMatProduct(PMatExpression):
     """``scale * left @ right``: not symmetric in general."""
 
@@ -236,4 +172,4 @@ class PMatProduct(PMatExpression):
         return f"PMatProduct({self.scale:g} * {self.left!r} @ {self.right!r})"
 
 
-ParameterOperator.expressions.update(sum=lambda x, y: PMatSum((x, y)), product=PMatProduct)
+ParameterOperator.expressions.update(product=PMatProduct)

@@ -36,7 +36,7 @@ class LowRankBlock(Block):
 
     def mv(self, x: Tensor) -> Tensor:
         low = self.sign * (x @ self.r.T) @ self.r
-        return low + self.shift * x if self._shifted else low
+        return low + self.shift * x if self.is_shifted else low
 
     def diag(self) -> Tensor:
         return (self.sign * self.r.square().sum(0) + self.shift)[None, None]
@@ -51,7 +51,7 @@ class LowRankBlock(Block):
         )
 
     @property
-    def _shifted(self) -> bool:
+    def is_shifted(self) -> bool:
         """Whether there is a shift, or one that is zero but has a graph."""
         return isinstance(self.shift, Tensor) or self.shift != 0
 

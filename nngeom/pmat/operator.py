@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from nngeom.core import linalg
 from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentTypeError, DeviceError, SizeError, UnsupportedError
 from nngeom.pmat.arguments import as_factor
+from nngeom.pmat.operands import HasForms, V
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
     from nngeom.pmat.basis import Basis
 
 DENSE_LIMIT = 20_000
-
-
-class Rows(Protocol):
-    """Vectors of parameters that are the rows of something, as of a ``PushForwardDense``."""
-
-    def map_rows(self, f: Callable[[PVector], PVector]) -> Self:
-        """The same of the rows ``f`` makes of these, all at once."""
-
-
-V = TypeVar("V", bound="PVector | Rows")
 
 
 class ParameterOperator(ABC):
@@ -150,8 +141,11 @@ class ParameterOperator(ABC):
         """``M v`` for a PVector (batched), or for all rows of a ``PushForwardDense``."""
         return self._apply(self.product, v)
 
-    def vTMv(self, v: PVector) -> Tensor:
-        """``v^T M v``, ``(*batch)``."""
+    def vTMv(self, v: PVector | HasForms) -> Tensor:
+        """``v^T M v``, ``(*batch)``; for a push-forward ``v`` of every row, ``(c, n)``."""
+        if not isinstance(v, PVector) and hasattr(v, "forms"):
+            self.layer_collection.require(v.layer_collection, "the push-forward")
+            return v.forms(lambda x: self.vTMv(PVector(self.layer_collection, x)))
         x = self.operand(v)
         return (x * self.product(x)).sum(-1)
 

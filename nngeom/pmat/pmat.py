@@ -21,7 +21,8 @@ from nngeom.pmat.arguments import require_frobenius
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.damped import damped, require_added, worst_block
-from nngeom.pmat.operator import ParameterOperator, V
+from nngeom.pmat.operands import V
+from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import Measured
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector

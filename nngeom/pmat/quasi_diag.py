@@ -51,7 +51,7 @@ class ArrowBlock(Block):
             values, basis = self.eigh()
             return UnitBlock((basis.u * reciprocal(values, damping, "the arrow matrix").unsqueeze(-2)) @ basis.u.mT)
         if isinstance(damping, Tikhonov) and damping.indefinite:
-            return UnitBlock(self._units()).inverse(damping)
+            return UnitBlock(self.units()).inverse(damping)
         return self._spike(damping)
 
     def _spike(self, damping: Tikhonov | FactoredTikhonov) -> SpikeBlock:
@@ -75,11 +75,11 @@ class ArrowBlock(Block):
         return SpikeBlock(torch.cat([1 / w, torch.zeros_like(b).unsqueeze(-1)], -1), ratio / schur.sqrt().unsqueeze(-1))
 
     def eigh(self) -> tuple[Tensor, UnitBasis]:
-        values, u = linalg.eigh(self._units())
+        values, u = linalg.eigh(self.units())
         return values, UnitBasis(u)
 
     def spectrum(self) -> tuple[Tensor, Remake]:
-        return UnitBlock(self._units()).spectrum()
+        return UnitBlock(self.units()).spectrum()
 
     def restricted(self, columns: list[int]) -> DiagBlock:
         return DiagBlock(self.d[..., columns])  # without the bias, or without all that only it is coupled with
@@ -93,7 +93,8 @@ class ArrowBlock(Block):
         w = (self.d[..., :-1] + damping.value).log().sum()
         return w - 2 * inverse.u[..., -1].abs().log().sum()
 
-    def _units(self) -> Tensor:
+    def units(self) -> Tensor:
+        """``[s, o, i, i]``: the entries, unit by unit."""
         m = torch.diag_embed(self.d)
         m[..., :-1, -1] = self.c
         m[..., -1, :-1] = self.c
@@ -118,21 +119,22 @@ class SpikeBlock(Block):
         return self.d.square().sum() + 2 * cross + self.u.square().sum(-1).square().sum()
 
     def scaled(self, c: float | Tensor) -> Block:
-        return SpikeBlock(c * self.d, c**0.5 * self.u) if c >= 0 else UnitBlock(c * self._units())
+        return SpikeBlock(c * self.d, c**0.5 * self.u) if c >= 0 else UnitBlock(c * self.units())
 
     def inverse(self, damping: Damping) -> Block:
-        return UnitBlock(self._units()).inverse(damping)
+        return UnitBlock(self.units()).inverse(damping)
 
     def eigh(self) -> tuple[Tensor, BlockBasis]:
-        return UnitBlock(self._units()).eigh()
+        return UnitBlock(self.units()).eigh()
 
     def spectrum(self) -> tuple[Tensor, Remake]:
-        return UnitBlock(self._units()).spectrum()
+        return UnitBlock(self.units()).spectrum()
 
     def restricted(self, columns: list[int]) -> SpikeBlock:
         return SpikeBlock(self.d[..., columns], self.u[..., columns])
 
-    def _units(self) -> Tensor:
+    def units(self) -> Tensor:
+        """``[s, o, i, i]``: the entries, unit by unit."""
         return torch.diag_embed(self.d) + self.u.unsqueeze(-1) * self.u.unsqueeze(-2)
 
 

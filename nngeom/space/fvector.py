@@ -29,6 +29,10 @@ class FVector(Elementwise):
         """The vector of the entries ``tensor (*batch, c, n)``."""
         return FVector(tensor)
 
+    def map_columns(self, f: Callable[[FVector], FVector]) -> FVector:
+        """``f`` of the one column that this is."""
+        return f(self)
+
     def flat(self) -> Tensor:
         """``(*batch, c * n)``."""
         return self.tensor.flatten(-2)

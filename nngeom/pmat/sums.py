@@ -1,0 +1,196 @@
+"""Sums of matrices of different kinds: lazy, with the same operations as any other, block by block where they can be.
+
+Products with vectors, traces, diagonals and quadratic forms are those of the parts. Stored matrices are brought to
+their common partition; within a block the sum is a block of a known kind, or is solved with by preconditioned conjugate
+gradients, and else made dense up to a side.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core.damping import Damping, as_damping
+from nngeom.core.errors import ArgumentError
+from nngeom.pmat.arguments import require_frobenius, require_tikhonov
+from nngeom.pmat.basis import Basis
+from nngeom.pmat.expression import PMatExpression
+from nngeom.pmat.operands import V
+from nngeom.pmat.operator import ParameterOperator
+from nngeom.pmat.partitioned import Partitioned
+from nngeom.pmat.pmat import PMat
+from nngeom.pmat.sum_block import BLOCK_LIMIT
+from nngeom.space.collection import LayerCollection
+from nngeom.space.pvector import PVector
+
+
+@dataclass(frozen=True, eq=False)
+class PMatSum(PMatExpression):
+    """``sum_j weight_j M_j`` of ``parts``; ``weights`` are 1 by default."""
+
+    parts: tuple[ParameterOperator, ...]
+    weights: tuple[float | Tensor, ...] | None = None
+
+    def _weighted(self) -> Iterator[tuple[float | Tensor, ParameterOperator]]:
+        return zip(self.weights or (1.0,) * len(self.parts), self.parts)
+
+    @property
+    def layer_collection(self) -> LayerCollection:
+        return self.parts[0].layer_collection
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype = self.parts[0].dtype
+        for part in self.parts[1:]:
+            dtype = torch.promote_types(dtype, part.dtype)
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    @property
+    def symmetric(self) -> bool:
+        return all(getattr(p, "symmetric", True) for p in self.parts)
+
+    def product(self, x: Tensor) -> Tensor:
+        each = (w * part.product(x.to(part.dtype)).to(self.dtype) for w, part in self._weighted())
+        return functools.reduce(torch.add, each)
+
+    def terms(self) -> list[tuple[float | Tensor, Callable[[Tensor], Tensor]]]:
+        return [(w * c, _in_dtype(f, p.dtype, self.dtype)) for w, p in self._weighted() for c, f in p.terms()]
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return tuple(t for p in self.parts for t in p.held)
+
+    def trace(self) -> Tensor:
+        return torch.stack([(w * p.trace()).to(self.dtype) for w, p in self._weighted()]).sum()
+
+    def diag(self) -> PVector:
+        each = ((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted())
+        return PVector(self.layer_collection, functools.reduce(torch.add, each))
+
+    def scaled(self, c: float | Tensor) -> PMatSum:
+        return PMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
+
+    # -- block by block ------------------------------------------------------------------------------------------------
+
+    def partitioned(
+        self, limit: int = BLOCK_LIMIT, tol: float | None = None, max_steps: int | None = None
+    ) -> Partitioned | None:
+        """The sum over the common partition of its parts; ``None`` where one of them is not stored.
+
+        ``limit``: the longest side of a block that is made dense; ``tol``, ``max_steps``: of iterative solves.
+        """
+        terms = list(self.flattened())
+        flat = [(w, part) for w, part in terms if isinstance(part, PMat)]
+        if len(flat) < len(terms):
+            return None
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise ArgumentError(f"limit is {limit!r}; expected the longest side of a dense block, an integer above 0")
+        one = [(w, part if part.dtype == self.dtype else part.to(self.dtype)) for w, part in flat]
+        return Partitioned.of(self.layer_collection, one, limit, tol, max_steps)
+
+    def flattened(self) -> Iterator[tuple[float | Tensor, ParameterOperator]]:
+        """Weights and matrices, of sums inside of the sum too."""
+        for w, part in self._weighted():
+            if isinstance(part, PMatSum):
+                yield from ((w * v, inner) for v, inner in part.flattened())
+            else:
+                yield w, part
+
+    def norm(self, kind: str = "fro") -> Tensor:
+        """The Frobenius norm (``kind="fro"``), by inner products of the parts; of the dense matrix with implicit
+        ones.
+        """
+        require_frobenius(kind)
+        blocks = self.partitioned()
+        return super().norm(kind) if blocks is None else blocks.norm()
+
+    def solve(
+        self,
+        b: V,
+        damping: float | Tensor | Damping = 0.0,
+        tol: float | None = None,
+        max_steps: int | None = None,
+        limit: int = BLOCK_LIMIT,
+    ) -> V:
+        """``(M + damping I)^-1 b``, block by block: in closed form, dense where a block is small, else by conjugate
+        gradients.
+
+        ``tol``: the relative residual of iterations in every block (by default 1e-10 in float64, 1e-5 in float32; 1e-6
+        with implicit parts), in ``max_steps`` steps at most (by default ten times the side, at most 10 000). A block up
+        to a side of ``limit`` is made dense where they do not converge, or where a part has negative eigenvalues: above
+        it, an indefinite sum is solved with or raises. Raises :class:`SingularError`, :class:`ConvergenceError`.
+        """
+        d = as_damping(damping)
+        blocks = self.partitioned(limit, tol, max_steps)
+        if blocks is None:
+            return super().solve(b, d, 1e-6 if tol is None else tol, max_steps)
+        return self._apply(lambda x: blocks.solve(x, d), b)
+
+    def inverse(self, damping: float | Tensor | Damping = 0.0, limit: int = BLOCK_LIMIT) -> PMat:
+        """``(M + damping I)^-1`` as blocks; raises :class:`SizeError` where one has no closed form and a side above
+        ``limit``.
+        """
+        blocks = self.partitioned(limit)
+        return super().inverse(damping) if blocks is None else blocks.inverse(as_damping(damping))
+
+    def logdet(self, damping: float | Tensor = 0.0, limit: int = BLOCK_LIMIT) -> Tensor:
+        """``log det(M + damping I)``, ``-inf`` where that is singular; ``limit`` as for :meth:`inverse`."""
+        blocks = self.partitioned(limit)
+        if blocks is None:
+            return super().logdet(damping)
+        return blocks.logdet(require_tikhonov(damping, "logdet"))
+
+    def eigh(self, limit: int = BLOCK_LIMIT) -> tuple[Tensor, Basis]:
+        """Eigenvalues, ascending, and basis; ``limit`` as for :meth:`inverse`."""
+        blocks = self.partitioned(limit)
+        return super().eigh() if blocks is None else blocks.eigh()
+
+    def sample(
+        self,
+        n: int,
+        damping: float | Tensor = 0.0,
+        generator: torch.Generator | None = None,
+        limit: int = BLOCK_LIMIT,
+    ) -> PVector:
+        """``n`` draws of ``N(0, (M + damping I)^-1)``; ``generator``: torch's global one by default.
+
+        Large blocks of parts without negative eigenvalues take one iterative solve (Papandreou & Yuille 2010); others
+        are made dense up to a side of ``limit``.
+        """
+        t, blocks = require_tikhonov(damping, "sample"), self.partitioned(limit)
+        if blocks is None:
+            return super().sample(n, damping, generator)
+        device = self.device if generator is None else generator.device
+        randn = lambda: PVector.randn(self.layer_collection, n, generator=generator, dtype=self.dtype, device=device)
+        return PVector(self.layer_collection, blocks.draw(lambda: randn().flat().to(self.device), t))
+
+    def to(self, *args: Any, **kwargs: Any) -> PMatSum:
+        """Another dtype or device, as ``Tensor.to``."""
+        return PMatSum(tuple(p.to(*args, **kwargs) for p in self.parts), self.weights)
+
+    def __repr__(self) -> str:
+        return "PMatSum(" + " + ".join(f"{w:g} * {p!r}" for w, p in self._weighted()) + ")"
+
+
+def _in_dtype(f: Callable[[Tensor], Tensor], inside: torch.dtype, outside: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """``f``, which works in one dtype, for vectors of another."""
+    return f if inside == outside else lambda x: f(x.to(inside)).to(outside)
+
+
+def total(x: ParameterOperator, y: ParameterOperator) -> PMatSum:
+    """``x + y``, with the parts of sums beside each other."""
+    weighted = [term for m in (x, y) for term in (m.flattened() if isinstance(m, PMatSum) else [(1.0, m)])]
+    weights, parts = zip(*weighted)
+    return PMatSum(parts, weights)
+
+
+ParameterOperator.expressions.update(sum=total)
