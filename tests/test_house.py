@@ -229,8 +229,6 @@ def test_only_one_file_knows_processes():
 
 LINES, COLUMNS, PARAMETERS, POSITIONAL = 250, 120, 8, 6
 SHARED = {"model", "loader", "function", "layer_collection", "progress", "memory_budget", "check", "process_group"}
-LATER = {"core", "pmat", "solve", "space"}  # the rules of this section hold elsewhere
-SIGNATURES = [name for name in TREES if name.split(".")[1:2] not in ([folder] for folder in LATER)]
 ADAPTERS = {  # parameters stand where those of torch's functions do, which these are called for or call
     *("nngeom.layers.embedding", "nngeom.layers.norm", "nngeom.layers.refuse", "nngeom.capture.written_out"),
 }
@@ -270,13 +268,13 @@ def takes_booleans(node: ast.FunctionDef) -> bool:
     return "bool" in types or any(map(is_boolean, node.args.defaults))
 
 
-FUNCTIONS = {path: node for name in SIGNATURES if name not in ADAPTERS for path, node in functions(TREES[name], name)}
+FUNCTIONS = {path: node for name in TREES if name not in ADAPTERS for path, node in functions(TREES[name], name)}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_files_and_lines_are_short(file):
     lines = [re.sub(r"  # type: ignore.*", "", line) for line in file.read_text().splitlines()]
-    assert len(lines) <= LINES or file.parent.name in LATER, "split it by concept"
+    assert len(lines) <= LINES, "split it by concept"
     assert [line for line in lines if len(line) > COLUMNS] == []
 
 
@@ -293,7 +291,7 @@ def test_functions_take_few_parameters():
     assert {path for path in many if not path.startswith("nngeom.layers.")} == MANY
 
 
-@pytest.mark.parametrize("name", [name for name in SIGNATURES if name not in ADAPTERS])
+@pytest.mark.parametrize("name", [name for name in TREES if name not in ADAPTERS])
 def test_calls_name_what_they_pass(name):
     for node in (n for n in ast.walk(TREES[name]) if isinstance(n, ast.Call)):
         called = ast.unparse(node.func).rpartition(".")[2]
