@@ -164,7 +164,7 @@ CASES = {
         lambda c: nng.FIM(c.model, c.loader, nng.PMatDense).solve(vector(c)),
         nng.SingularError,
         ArithmeticError,
-        "larger damping",
+        "use a damping above",
     ),
     "singular low rank": (
         lambda c: nng.FIM(c.model, c.loader, nng.PMatLowRank).solve(vector(c)),

@@ -97,7 +97,8 @@ class FMatImplicit(EstimatedKernel):
             return self.materialize().diag().tensor
         with torch.no_grad(), self.left.within():
             mean = Mean.over(self._reference) if self.centered else None
-            return self.scale * squared_norms(self.left, EVERYTHING, mean)[""]
+            squares = squared_norms(self.left, EVERYTHING, mean)[""]
+        return self.scale * squares
 
     def materialize(self, representation: Any = FMatDense) -> Any:
         """The same kernel in a ``representation`` that holds its entries, such as :class:`FMatDense`."""
