@@ -76,19 +76,22 @@ def squared_lengths(x: Tensor) -> Tensor:
     """``sum_i x[..., i]**2``, without the squares in between: fresh memory costs more than they do. Differentiable any
     number of times.
     """
-    return _SquaredLengths.apply(x)
+    result: Tensor = _SquaredLengths.apply(x)
+    return result
 
 
 class _SquaredLengths(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.linalg.vector_norm(x, dim=-1).square()
+        result: Tensor = torch.linalg.vector_norm(x, dim=-1).square()
+        return result
 
     @staticmethod
     def backward(ctx: Any, s: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return (2 * s).unsqueeze(-1) * x
+        result: Tensor = (2 * s).unsqueeze(-1) * x
+        return result
 
 
 def weighted_sum(u: Tensor, g: Tensor) -> Tensor:
@@ -200,7 +203,9 @@ def _norms(h: Tensor, inputs: Tensor) -> Tensor:
     n, k, s, t, o = h.shape
     if k == 1:
         rows = (h.squeeze(1).mT @ inputs).flatten(1)  # [n, s o i]
-        return torch.linalg.vecdot(rows, rows).unsqueeze(0)
+        one: Tensor = torch.linalg.vecdot(rows, rows).unsqueeze(0)
+        return one
     rows = h.permute(0, 2, 1, 4, 3).reshape(n, s, k * o, t) @ inputs
     rows = rows.view(n, s, k, -1)
-    return torch.linalg.vecdot(rows, rows).sum(1).T
+    result: Tensor = torch.linalg.vecdot(rows, rows).sum(1).T
+    return result

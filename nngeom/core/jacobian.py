@@ -58,7 +58,8 @@ class LayerJacobian(ABC):
 
     def to(self, dtype: torch.dtype) -> LayerJacobian:
         """The same rows in another ``dtype``."""
-        return _mapped(self, lambda t: t.to(dtype) if t.is_floating_point() else t)
+        result: LayerJacobian = _mapped(self, lambda t: t.to(dtype) if t.is_floating_point() else t)
+        return result
 
     def jvp(self, v: Tensor) -> Tensor:
         """``[*b, s, o, i] -> [*b, k, n]``: ``<J[k, n], v>``."""
@@ -72,7 +73,8 @@ class LayerJacobian(ABC):
         for j in pieces(self):
             hi = lo + j.shape[1]
             total, lo = total + torch.einsum("knp,...kn->...p", rows(j), u[..., lo:hi]), hi
-        return total.unflatten(-1, (s, o, i))
+        result: Tensor = total.unflatten(-1, (s, o, i))
+        return result
 
     def square(self) -> Tensor:
         """``[s, o, i]``: ``sum_kn J[k, n]**2``."""
@@ -88,7 +90,8 @@ class LayerJacobian(ABC):
     def gram(self, other: LayerJacobian) -> Tensor:
         """``[k, n, l, m]``: ``<J[k, n], J'[l, m]>`` with the rows ``J'`` of ``other``, of the same block."""
         x, y = rows(self), rows(other)
-        return (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
+        result: Tensor = (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
+        return result
 
     def rotate(self, ua: Tensor | None, ug: Tensor | None) -> LayerJacobian:
         """Rows in the bases ``ua [s, i, i]`` and ``ug [s, o, o]``: ``ug^T J ua`` (``None``: the identity)."""

@@ -135,7 +135,8 @@ def cholesky(m: Tensor, what: str, eps: float | None = None) -> Tensor:
         raise SingularError(
             f"{what} is singular or indefinite; use a larger damping, or Cutoff(x) for a pseudo-inverse"
         )
-    return factor
+    result: Tensor = factor
+    return result
 
 
 def cholesky_logdet(m: Tensor, what: str) -> Tensor:

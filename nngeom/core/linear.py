@@ -37,7 +37,8 @@ def linear(act: Act, adjoint: Act, x: Tensor, held: Sequence[Tensor] = ()) -> Te
     ``adjoint``: the transposed map. ``held``: tensors that both depend on and that must stay as they are until the
     backward pass, the parameters of a model; it raises ``RuntimeError``, as autograd does, where one was overwritten.
     """
-    return _Linear.apply(act, adjoint, tuple(held), x)
+    result: Tensor = _Linear.apply(act, adjoint, tuple(held), x)
+    return result
 
 
 def symmetric(act: Act, x: Tensor, held: Sequence[Tensor] = ()) -> Tensor:
@@ -69,9 +70,11 @@ def solution(
                 "an iterative solve has a gradient in its vector, its damping and the factors of its terms, not in the "
                 "entries of a matrix that has a graph of its own; detach() that matrix, or work under torch.no_grad()"
             )
-        return sum((c * part for c, part in zip(numbers[1:], parts[1:])), numbers[0] * parts[0])
+        result: Tensor = sum((c * part for c, part in zip(numbers[1:], parts[1:])), numbers[0] * parts[0])
+        return result
 
-    return _Solution.apply(lambda y: solver(matrix, y), maps, tuple(held), b, *coefficients)
+    result: Tensor = _Solution.apply(lambda y: solver(matrix, y), maps, tuple(held), b, *coefficients)
+    return result
 
 
 class _Linear(torch.autograd.Function):

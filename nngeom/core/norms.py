@@ -19,7 +19,8 @@ def vector_norm(x: Tensor, p: float = 2) -> Tensor:
         return x.count_nonzero(-1).to(x.dtype)
     whole = x.shape[-1] // PIECE * PIECE
     if not whole:
-        return torch.linalg.vector_norm(x, p, dim=-1, dtype=wide).to(x.dtype)
+        result: Tensor = torch.linalg.vector_norm(x, p, dim=-1, dtype=wide).to(x.dtype)
+        return result
     parts = torch.linalg.vector_norm(x[..., :whole].unflatten(-1, (-1, PIECE)), p, dim=-1, dtype=wide)
     if whole < x.shape[-1]:
         rest = torch.linalg.vector_norm(x[..., whole:], p, dim=-1, keepdim=True, dtype=wide)

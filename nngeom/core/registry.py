@@ -49,7 +49,8 @@ class Registry(Generic[T]):
         """
         if (name, full) not in self._found:
             self._found[name, full] = self._find(name, full)
-        return self._found[name, full]
+        result: T = self._found[name, full]
+        return result
 
     def _find(self, name: str, full: str | None) -> T:
         if full is None or self._under(full):
@@ -83,7 +84,8 @@ class Registry(Generic[T]):
             )
         if not found:
             raise KeyError(name)
-        return found[0]
+        result: T = found[0]
+        return result
 
 
 def qualified(cls: Any) -> str:
@@ -140,7 +142,8 @@ def _alike(x: Any, y: Any) -> bool:
 def _equal(x: Any, y: Any) -> bool:
     code = getattr(x, "__code__", None)
     if code is not None:
-        return code == getattr(y, "__code__", None)
+        result: bool = code == getattr(y, "__code__", None)
+        return result
     return x is y or (type(x) is type(y) and repr(x) == repr(y))
 
 

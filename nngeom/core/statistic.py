@@ -166,5 +166,6 @@ class Sums:
 
     def _mean(self, t: Tensor | Stacked, *, used_up: bool) -> Tensor:
         if isinstance(t, Stacked):
-            return torch.cat(t.parts) / self.count**0.5
+            result: Tensor = torch.cat(t.parts) / self.count**0.5
+            return result
         return t.div_(self.count) if used_up and t.is_floating_point() else t / self.count

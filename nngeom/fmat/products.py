@@ -126,7 +126,8 @@ class Mean:
                         part, torch.stack([j.cotangents(i, i + 1).vjp(ones) for i in range(j.shape[0])]).to(part)
                     )
                 total[k] += part
-        flat = (total if total is not None else torch.zeros(0, d)) / side.examples
+        none = torch.zeros(0, d, dtype=side.dtype, device=side.device)
+        flat = (none if total is None else total) / side.examples
         return Mean(flat, flat if metric is None else metric.times(flat))
 
     def products(self, chunk: Chunk, grouping: Grouping) -> dict[str, Tensor]:

@@ -48,11 +48,13 @@ class Bordered:
         """``x - B^-1 R^T C^-1 along``."""
         flat = along.reshape(-1, len(self.c))
         inner = torch.linalg.lu_solve(*linalg.lu(self.c, "the rows of a sum"), flat.T).T
-        return x - inner.view(along.shape) @ self.solved
+        result: Tensor = x - inner.view(along.shape) @ self.solved
+        return result
 
     def logdet(self) -> Tensor:
         """``log |det C|``, what is added to that of ``B``."""
-        return torch.linalg.slogdet(self.c.double())[1].to(self.c)
+        result: Tensor = torch.linalg.slogdet(self.c.double())[1].to(self.c)
+        return result
 
     def draw(self, x: Tensor, noise: Tensor) -> Tensor:
         """Of ``N(0, P^-1)`` from ``x`` of ``N(0, B^-1)`` and white ``noise [*b, m]``, where all signs are positive."""

@@ -92,7 +92,8 @@ def finished(recipe: Recipe, means: Means) -> dict[Layout, Any]:
     try:
         recipe.send(means)
     except StopIteration as end:
-        return end.value
+        blocks: dict[Layout, Any] = end.value
+        return blocks
     raise UnsupportedError(
         "a representation of several sweeps is not estimated from random probes; use one of a single sweep"
     )

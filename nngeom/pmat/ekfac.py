@@ -96,7 +96,10 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         """
         from nngeom.measures.second_moments import FIM
 
-        return (measure or FIM)(model, loader, self.in_basis(self), layer_collection=self.layer_collection, **options)
+        result: PMatEKFAC = (measure or FIM)(
+            model, loader, self.in_basis(self), layer_collection=self.layer_collection, **options
+        )
+        return result
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,8 @@ class PMatExpression(ParameterOperator):
     def norm(self, kind: str = "fro") -> Tensor:
         """The Frobenius norm (``kind="fro"``), by products with the unit vectors in chunks."""
         require_frobenius(kind)
-        return self.to_dense().norm()
+        result: Tensor = self.to_dense().norm()
+        return result
 
     def materialize(self, limit: int = DENSE_LIMIT) -> PMat:
         """The same matrix as a :class:`PMatDense`; raises :class:`SizeError` above ``limit`` parameters."""
@@ -81,7 +82,10 @@ class PMatExpression(ParameterOperator):
     def _solve_general(self, x: Tensor, damping: Damping) -> Tensor:
         if not isinstance(damping, Tikhonov):
             raise ArgumentError("a product of matrices takes a number as damping")
-        return torch.linalg.lu_solve(*self._factorised(damping), x.reshape(-1, x.shape[-1]).T).T.reshape(x.shape)
+        result: Tensor = torch.linalg.lu_solve(*self._factorised(damping), x.reshape(-1, x.shape[-1]).T).T.reshape(
+            x.shape
+        )
+        return result
 
     def _factorised(self, damping: Tikhonov) -> tuple[Tensor, Tensor]:
         m = self.to_dense()

@@ -74,7 +74,8 @@ class GroupBlock(Block):
     def root_times(self, noise: Tensor, damping: Tikhonov) -> Tensor:
         runs = noise.reshape(-1, *self.m.shape[:2]).permute(1, 2, 0)
         upper = definite_factor(self.m, damping, SUM).mT
-        return torch.linalg.solve_triangular(upper, runs, upper=True).permute(2, 0, 1).reshape(noise.shape)
+        result: Tensor = torch.linalg.solve_triangular(upper, runs, upper=True).permute(2, 0, 1).reshape(noise.shape)
+        return result
 
     def eigh(self) -> tuple[Tensor, GroupBasis]:
         values, u = linalg.eigh(self.m)

@@ -44,7 +44,10 @@ class ImplicitInverse(PMatExpression):
         return self.operator.held
 
     def product(self, x: Tensor) -> Tensor:
-        return self.scale * self.operator.solve(PVector(self.layer_collection, x), self.damping, **self.options).flat()
+        result: Tensor = (
+            self.scale * self.operator.solve(PVector(self.layer_collection, x), self.damping, **self.options).flat()
+        )
+        return result
 
     def scaled(self, c: float | Tensor) -> Self:
         return replace(self, scale=c * self.scale)

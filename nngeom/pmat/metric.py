@@ -180,7 +180,8 @@ class Metric:
 
         def product(flat: Tensor) -> Tensor:
             if place.is_span:
-                return block.mv(flat)
+                result: Tensor = block.mv(flat)
+                return result
             out = torch.empty_like(flat[..., 0, 0, :])
             local.scatter_(out, block.mv(local.gather(flat[..., 0, 0, :])))
             return out[..., None, None, :]

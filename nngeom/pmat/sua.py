@@ -57,7 +57,8 @@ def _channels(a: Tensor, window: int, sharing: str, limit: int, *, bias: bool) -
 
 
 def _windows(a: Tensor, window: int, *, bias: bool) -> Tensor:
-    return (a[..., :-1] if bias else a).unflatten(-1, (-1, window))
+    result: Tensor = (a[..., :-1] if bias else a).unflatten(-1, (-1, window))
+    return result
 
 
 def sua_shapes(layout: Layout, j: Any, limit: int) -> list[tuple[Shape, Shape]]:
@@ -91,11 +92,14 @@ def sua_squares(layout: Layout, j: Any, bases: dict[Layout, EigenBlock]) -> dict
 def _rotated(j: Any, window: int, ua: Tensor | None, ug: Tensor | None, *, bias: bool) -> LayerJacobian:
     """Rows in the basis ``ua [s, c, c]`` of every place of the window and ``ug [s, o, o]``; a bias is its own."""
     if ua is None:
-        return j.rotate(None, ug)
+        plain: LayerJacobian = j.rotate(None, ug)
+        return plain
     a = torch.einsum("ntscw,scd->ntsdw", _windows(j.a, window, bias=bias), ua).flatten(3)
-    return replace(j.rotate(None, ug), a=torch.cat([a, j.a[..., -1:]], -1) if bias else a)
+    result: LayerJacobian = replace(j.rotate(None, ug), a=torch.cat([a, j.a[..., -1:]], -1) if bias else a)
+    return result
 
 
 def _by_place(d: Tensor, window: int) -> Tensor:
     """``[s, o, (c w)] -> [(s w), o, c]``."""
-    return d.unflatten(-1, (-1, window)).movedim(-1, 1).flatten(0, 1)
+    result: Tensor = d.unflatten(-1, (-1, window)).movedim(-1, 1).flatten(0, 1)
+    return result

@@ -77,7 +77,8 @@ def most_steps(b: Tensor, max_steps: int | None) -> int:
 
 def residuals(r: Tensor, size: Tensor) -> Tensor:
     """The lengths of ``r [*b, d]`` relative to ``size [*b, 1]``, ``[*b, 1]``; zero where both are."""
-    return r.norm(dim=-1, keepdim=True) / size.clamp_min(torch.finfo(r.dtype).tiny)
+    result: Tensor = r.norm(dim=-1, keepdim=True) / size.clamp_min(torch.finfo(r.dtype).tiny)
+    return result
 
 
 @dataclass(frozen=True)

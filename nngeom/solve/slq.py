@@ -25,7 +25,8 @@ class SpectralDensity:
     def on(self, grid: Tensor, width: float) -> Tensor:
         """The density on a ``grid`` of any shape, each node smoothed by a Gaussian of standard deviation ``width``."""
         z = (grid.unsqueeze(-1) - self.nodes) / width
-        return (self.weights * torch.exp(-0.5 * z.square())).sum(-1) / (width * (2 * torch.pi) ** 0.5)
+        result: Tensor = (self.weights * torch.exp(-0.5 * z.square())).sum(-1) / (width * (2 * torch.pi) ** 0.5)
+        return result
 
     def expectation(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """The mean of ``f`` over eigenvalues: ``tr f(M) / d``."""

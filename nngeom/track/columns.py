@@ -19,6 +19,7 @@ def as_columns(name: str, value: Any) -> dict[str, float]:
 
 
 def as_number(name: str, value: Any) -> float:
+    """What a metric returned as a number; raises :class:`ArgumentError` for text, tensors of several, and the like."""
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
