@@ -30,7 +30,6 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("core", "pmat", "fmat", "cotangents", "capture", "pullback", "sweep", "optim")
-LIKELY = 6  # test files that are run by themselves, the likeliest first
 MEMORY = 24 * 2**30  # bytes of addresses: a change may allocate without end
 EXCHANGED = {
     ast.Lt: ("<", (">", "<=")),
@@ -229,13 +228,13 @@ class Verdict:
         return f"{what} {self.mutant.file}:{self.mutant.line} ({self.mutant.scope}) {self.seconds:.0f} s {self.by}"
 
 
-def judge(mutant: Mutant, tree: Path, limit: float) -> Verdict:
+def judge(mutant: Mutant, tree: Path, limit: float, first: int, rest: bool) -> Verdict:
     """Run the tests on the mutant in a copy of the tree, which is put back afterwards."""
     begin, place = time.monotonic(), tree / mutant.file
     place.write_text(mutant.changed)
     try:
         tests = ordered_tests(mutant, tree)
-        for group in (*([t] for t in tests[:LIKELY]), tests[LIKELY:]):
+        for group in (*([t] for t in tests[:first]), *([tests[first:]] if rest else [])):
             by = run(group, tree, limit - (time.monotonic() - begin))
             if by:
                 return Verdict(mutant, True, by, time.monotonic() - begin)
@@ -285,6 +284,8 @@ def main() -> None:
         "--limit", type=float, default=3600.0, help="seconds a mutant; one that takes longer counts as killed"
     )
     parser.add_argument("--only", default="", help="a part of the path of the files to change")
+    parser.add_argument("--first", type=int, default=6, help="test files run one by one, the likeliest first")
+    parser.add_argument("--no-rest", action="store_true", help="none but the first: survivors are to be looked at")
     parser.add_argument("--list", action="store_true", help="print the diffs and run nothing")
     args = parser.parse_args()
     mutants = draw(args.count, args.seed, only=args.only)
@@ -299,7 +300,7 @@ def main() -> None:
         def one(mutant: Mutant) -> Verdict:
             tree = trees.get()
             try:
-                return judge(mutant, tree, args.limit)
+                return judge(mutant, tree, args.limit, args.first, not args.no_rest)
             finally:
                 trees.put(tree)
 
