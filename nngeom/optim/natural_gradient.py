@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
+from nngeom.optim.automatic import Automatic
 from nngeom.optim.curvature import Manner
 from nngeom.optim.descent import descend
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import require_groups
+from nngeom.optim.intake import Intake
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending
@@ -53,7 +55,9 @@ class NaturalGradient(Preconditioned):
         likelihood: of the last two, as for :func:`nngeom.FIM`.
         params: parameter groups as for any optimizer, each with its own ``lr``, ``momentum``, ``weight_decay``;
             default: one group of the collection.
-        reduction: how losses are reduced over examples, ``"mean"`` or ``"sum"``: see :meth:`observe`.
+        reduction: how losses are reduced over examples, ``"mean"`` (the default), ``"sum"`` or ``"token_mean"``: see
+            :meth:`observe`.
+        automatic: whether every pass of the model in training mode is observed without :meth:`observe`.
         every: steps after which inverses and eigenbases are computed anew.
         statistics_every: averages take in every so-many-th batch (with ``statistics_decay=0`` only those of a refresh).
         scalings: of EKFAC alone: see :class:`EKFAC`.
@@ -86,7 +90,8 @@ class NaturalGradient(Preconditioned):
         layer_collection: LayerCollection | None = None,
         *,
         params: Iterable[Any] | None = None,
-        reduction: str = "mean",
+        reduction: str | None = None,
+        automatic: bool = False,
         every: Any = 1,
         statistics_every: Any = 1,
         scalings: str = "batch",
@@ -111,7 +116,7 @@ class NaturalGradient(Preconditioned):
             every=every,
             statistics_every=statistics_every,
         )
-        self.pending = Pending(as_reduction(reduction))
+        self.pending = Pending("mean" if reduction is None else as_reduction(reduction), reduction is not None)
         self.observer = Observer(
             model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of
         )
@@ -120,6 +125,8 @@ class NaturalGradient(Preconditioned):
         self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner)
         parameters = self.observer.network.parameters
         self.gradients = Gradients(parameters.values(), self.observer.network.dtype)
+        self.intake = Intake(self.clock, self.partition, self.pending, own_loss=self.observer.cotangents is None)
+        self.automatic = Automatic(self.observer, self.intake, self.gradients.parameters, on=automatic)
         super().__init__(
             self.gradients.parameters if params is None else params,
             {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
@@ -136,8 +143,10 @@ class NaturalGradient(Preconditioned):
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = self.automatic.run(closure)
+        self.automatic.collect()
+        if (closure is not None or self.automatic.on) and self.automatic.is_idle():
+            return loss
         if not unscale(self):
             self._forget()
             return loss

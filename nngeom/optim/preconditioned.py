@@ -10,13 +10,16 @@ import torch
 
 from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
 from nngeom.optim.arguments import as_reduction
+from nngeom.optim.automatic import Automatic
 from nngeom.optim.descent import clipping
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import plain, resumed
+from nngeom.optim.intake import Intake
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending
-from nngeom.optim.replicas import alone
+from nngeom.optim.replicas import require_alone_now
 from nngeom.optim.schedule import Clock
+from nngeom.sweep.follow import watch
 from nngeom.sweep.observe import Observation, Observer
 
 
@@ -30,6 +33,8 @@ class Preconditioned(torch.optim.Optimizer):
     observer: Observer
     partition: Partition
     gradients: Gradients
+    intake: Intake
+    automatic: Automatic
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimizer: ``param_group`` has ``"params"`` and its own numbers; raises :class:`ArgumentError` for
@@ -52,26 +57,33 @@ class Preconditioned(torch.optim.Optimizer):
         """Watch one or several forward and backward passes of the model; blocks add up until the step or ``zero_grad``.
 
         ``reduction`` says how the losses are reduced over examples: ``"mean"`` (all that is backpropagated before the
-        step sums to the mean over all its examples: divide by the number of passes when accumulating), or ``"sum"``;
+        step sums to the mean over all its examples: divide by the number of passes when accumulating), ``"sum"``, or
+        ``"token_mean"`` (the mean over all positions of all examples that have a gradient, as a language model's loss);
         default that of the constructor. A ``GradScaler`` is taken into account by itself, but for
         ``scaler.unscale_(opt)`` before the step: then pass it as ``scaler``.
         """
-        schedule = self.clock.now()
         if reduction is not None:
-            self.pending.reduction = as_reduction(reduction)
-        record = schedule.statistics or self.partition.wants_every_batch
-        with alone(self.observer.network.model), self.observer.watch(record=record) as observation:
+            self.pending.say(as_reduction(reduction))
+        rows, positions = self.intake.wants_rows(), self.intake.wants_positions()
+        with watch(self.observer, require_alone_now, record=rows, positions=positions) as observation:
             yield observation
-        with torch.no_grad():
-            for chunk in observation.chunks:
-                self.partition.observe(chunk, schedule)
-        observation.chunks.clear()
-        self.pending.take(observation.examples, scaler)
+        self.intake.take(observation, scaler)
 
     @property
     def reduction(self) -> str:
         """How losses are reduced over examples, as said last."""
         return self.pending.reduction
+
+    @property
+    def scaler(self) -> Any:
+        """A ``GradScaler`` whose ``unscale_(opt)`` is called before the step, where passes are not in :meth:`observe`,
+        which takes it.
+        """
+        return self.pending.scaler
+
+    @scaler.setter
+    def scaler(self, scaler: Any) -> None:
+        self.pending.scaler = scaler
 
     @property
     def skipped(self) -> int:
@@ -93,8 +105,7 @@ class Preconditioned(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def _forget(self) -> None:
-        self.partition.forget()
-        self.pending.forget()
+        self.automatic.forget()
 
     # -- preconditioning -----------------------------------------------------------------------------------------------
 
@@ -103,6 +114,7 @@ class Preconditioned(torch.optim.Optimizer):
         was skipped.
         """
         with torch.no_grad():
+            self.automatic.collect()
             return self._precondition() is not None
 
     def _precondition(self) -> float | None:
