@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
-from weakref import WeakMethod, finalize
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from nngeom.core.errors import ArgumentError
 from nngeom.optim.replicas import require_alone_now
 from nngeom.sweep.follow import Follower
 from nngeom.sweep.observe import Observation, Observer
+from nngeom.sweep.weakly import weakly
 
 
 class Intake(Protocol):
@@ -45,7 +46,8 @@ class Automatic:
 
     def __init__(self, observer: Observer, intake: Intake, parameters: Sequence[Tensor], *, on: bool):
         self.on, self.intake, self.parameters = on, intake, parameters
-        self.follower = Follower(observer, intake.wants_rows, intake.wants_positions, self._before, training=on)
+        wanted = intake.wants_rows, intake.wants_positions
+        self.follower = Follower(observer, *wanted, self._before, self._drop_what_was_dropped, training=on)
         if on:
             handles = self.follower.install(Hook(self.follower.enter), Hook(self.follower.leave))
             finalize(self.follower, _remove, handles).atexit = False
@@ -54,13 +56,15 @@ class Automatic:
         require_alone_now()
         self.collect()
 
-    def collect(self) -> None:
-        """Take in what has arrived, unless its gradients were dropped, as by ``model.zero_grad()``."""
-        if not (self.follower.arrived or self.intake.examples):
-            return
-        if all(p.grad is None for p in self.parameters):
+    def _drop_what_was_dropped(self) -> None:
+        """What was observed does not count where its gradients are gone, as by ``model.zero_grad()``."""
+        if (self.follower.arrived or self.intake.examples) and all(p.grad is None for p in self.parameters):
             self.forget()
-        elif self.follower.arrived:
+
+    def collect(self) -> None:
+        """Take in what has arrived."""
+        self._drop_what_was_dropped()
+        if self.follower.arrived:
             self.intake.take(self.follower.take(Observation()))
 
     def forget(self) -> None:
@@ -93,14 +97,11 @@ class Hook:
     """A method of what may go away, on a model: copies of the model, by pickle too, have one that does nothing."""
 
     def __init__(self, method: Callable[..., None]):
-        self.method = WeakMethod(method)
+        self.method = weakly(method)
 
     def __call__(self, *args: Any) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            return
-        method = self.method()
-        if method is not None:
-            method(*args)
+        if not torch.compiler.is_dynamo_compiling():
+            self.method(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _inert, ()

@@ -45,8 +45,7 @@ class Intake:
             warnings.warn(
                 "the outputs have several positions an example, and the curvature is scaled as if the loss were summed "
                 "over them and averaged over examples: for a loss averaged over all positions (F.cross_entropy of all "
-                "tokens, the loss of transformers' models) say reduction='token_mean'; say reduction='mean' where it is "
-                "so",
+                "tokens, the loss of transformers' models) say reduction='token_mean'; else say reduction='mean'",
                 ReductionWarning,
                 stacklevel=4,
             )

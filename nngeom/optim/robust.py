@@ -117,7 +117,10 @@ class WinsorizedSGD(torch.optim.SGD):
         collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         winsorized(torch.zeros(1, 1), level)  # checks the level
         self.observer, self.level = Observer(model, collection), level
-        self._examples, parameters = _Examples(collection, self.observer), list(self.observer.network.parameters.values())
+        self._examples, parameters = (
+            _Examples(collection, self.observer),
+            list(self.observer.network.parameters.values()),
+        )
         self.automatic = Automatic(self.observer, self._examples, parameters, on=automatic)
         super().__init__(parameters, lr=lr, **options)
 

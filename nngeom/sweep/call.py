@@ -18,9 +18,9 @@ from nngeom.sweep.sweep import Chunk
 class Call:
     """What is kept of one call, by the graph of its outputs: it lives and dies with that.
 
-    Only backward passes count that add to the ``.grad`` of one of the ``parameters``; ``arrived`` is told of the first of them. Gradients
-    that autograd keeps differentiable say nothing of the rows of the loss that is made of them: refused where rows are
-    those of the user's ``own_loss``. ``positions``: whether those with a gradient are counted.
+    Only backward passes count that add to the ``.grad`` of one of the ``parameters``; ``arrived`` is told of the first
+    of them. Gradients that autograd keeps differentiable say nothing of the rows of the loss that is made of them:
+    refused where rows are those of the user's ``own_loss``. ``positions``: whether those with a gradient are counted.
     """
 
     def __init__(
@@ -78,7 +78,9 @@ class Call:
         return True
 
     def _reaches_parameters(self) -> bool:
-        """Whether the ``.grad`` of some parameter is added to: by no ``autograd.grad``, of which torch does not tell."""
+        """Whether the ``.grad`` of some parameter is added to: not by ``autograd.grad``, of which torch refuses to
+        tell.
+        """
         known = torch._C._will_engine_execute_node
         try:
             return any(known(get_gradient_edge(p).node) for p in self.parameters if p.requires_grad)

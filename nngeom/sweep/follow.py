@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
-from weakref import WeakSet, finalize, ref
+from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,16 @@ from nngeom.sweep.call import Call
 from nngeom.sweep.observe import Observation, Observer
 from nngeom.sweep.passage import Passage, measured
 from nngeom.sweep.underway import Underway
+from nngeom.sweep.weakly import weakly
 
 
 class Follower:
     """Follows the calls of a model, and what backward passes bring to them.
 
     ``record`` says at every call whether its rows are wanted or examples are counted only, ``positions`` whether those
-    of the outputs are counted; ``before`` is run first. ``block``: for a block of the user's, in which the rows of a
-    metric need no backward pass; else such a block goes before. With ``training`` only calls in training mode count.
+    of the outputs are counted; ``before`` is run first, ``begins`` when a backward pass comes. ``block``: for a block
+    of the user's, in which the rows of a metric need no backward pass; else such a block goes before. With ``training``
+    only calls in training mode count.
     """
 
     def __init__(
@@ -35,16 +38,18 @@ class Follower:
         record: Callable[[], bool],
         positions: Callable[[], bool],
         before: Callable[[], None],
+        begins: Callable[[], None],
         *,
         block: bool = False,
         training: bool = False,
     ):
-        self.observer, self.record, self.positions, self.before = observer, record, positions, before
+        self.observer, self.record, self.positions = observer, record, positions
+        self.before, self.begins = before, begins
         self.block, self.training, self.called = block, training, False
         self.underway: Underway | None = None
         self.calls, self.arrived = WeakSet[Call](), list[Call]()
         self.rest: dict[int, dict[str, Tensor]] = {}  # of parameters with one row a batch, by backward pass
-        self._made = 0
+        self._made, self._task = 0, -1
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -118,7 +123,7 @@ class Follower:
         if not outputs.requires_grad:
             return
         self.called = True
-        own_loss, mine, run = observer.cotangents is None, ref(self), None
+        own_loss, run = observer.cotangents is None, None
         if recorder is not None:
             capture = recorder.captured(outputs if outputs.ndim > 1 else outputs.unsqueeze(1))
             run = observer.resolve(capture, mixing=recorder.mixing)
@@ -126,7 +131,7 @@ class Follower:
             self._made,
             outputs,
             observer.network.parameters.values(),
-            lambda call: _arrive(mine, call),
+            weakly(self.arrive),
             own_loss=own_loss,
             positions=self.positions(),
         )
@@ -140,8 +145,8 @@ class Follower:
     def _read(self, call: Call, run: Pass) -> None:
         observer = self.observer
         if observer.cotangents is None:
-            call.passage = Passage(observer.network, run, call.arrives)
-            handles = [observer.network.parameters[x].register_hook(_adder(ref(self), x)) for x in run.rest]
+            call.passage = Passage(observer.network, run, weakly(call.arrives))
+            handles = [observer.network.parameters[x].register_hook(partial(weakly(self.keep), x)) for x in run.rest]
             finalize(call.passage, _remove, handles).atexit = False
         else:
             call.chunks = list(measured(observer.network, run, observer.cotangents, observer.drawn))
@@ -151,6 +156,10 @@ class Follower:
 
     def arrive(self, call: Call) -> None:
         """A backward pass comes to a ``call``."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            self.begins()
         if call not in self.arrived:
             self.arrived.append(call)
 
@@ -190,21 +199,6 @@ class Follower:
         return rows
 
 
-def _arrive(follower: ref[Follower], call: Call) -> None:
-    mine = follower()
-    if mine is not None:
-        mine.arrive(call)
-
-
-def _adder(follower: ref[Follower], name: str) -> Callable[[Tensor], None]:
-    def add(gradient: Tensor) -> None:
-        mine = follower()
-        if mine is not None:
-            mine.keep(name, gradient)
-
-    return add
-
-
 def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
@@ -223,7 +217,7 @@ def watch(
         raise ArgumentError(
             "observe() was entered inside another observe() of the same optimizer; leave the first one before"
         )
-    follower = Follower(observer, lambda: record, lambda: positions, before, block=True)
+    follower = Follower(observer, lambda: record, lambda: positions, before, lambda: None, block=True)
     observation = Observation()
     observer.watching = True
     try:
@@ -238,11 +232,11 @@ def watch(
 def _require_passes(follower: Follower) -> None:
     if not follower.called:
         raise ArgumentError(
-            "the model was not called inside observe(), or not with gradients; expected its forward and "
-            "backward pass there"
+            "the model was not called inside observe(), or not with gradients; expected its forward and backward pass "
+            "there. One that torch.compile made is given to the optimizer itself: model = torch.compile(model) before "
+            "EKFAC(model)"
         )
     if not follower.arrived:
         raise ArgumentError(
-            "no backward pass through the model happened inside observe(); expected loss.backward() before "
-            "leaving it"
+            "no backward pass through the model happened inside observe(); expected loss.backward() before leaving it"
         )

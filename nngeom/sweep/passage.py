@@ -34,7 +34,7 @@ class Passage:
     ``arrives`` is asked at every gradient whether it counts.
     """
 
-    def __init__(self, network: Network, run: Pass, arrives: Callable[[], bool]):
+    def __init__(self, network: Network, run: Pass, arrives: Callable[[], Any]):
         self.collection, self.rest, self.n, self.arrives = network.collection, run.rest, run.n, arrives
         self.groups = [
             dataclasses.replace(group, uses=[(j, recorded.off_the_graph(), axis) for j, recorded, axis in group.uses])
@@ -62,7 +62,8 @@ class Passage:
     def chunk(self, start: int, rest: Mapping[str, Tensor]) -> Chunk:
         """The rows of the user's own loss; ``rest``: gradients of the parameters that have one row a batch."""
         gradients = [
-            self.zero.expand(1, *shape) if g is None else g.unsqueeze(0) for g, shape in zip(self.gradients, self.shapes)
+            self.zero.expand(1, *shape) if g is None else g.unsqueeze(0)
+            for g, shape in zip(self.gradients, self.shapes)
         ]
         jacobians = {group.layout: group.jacobian(gradients, self.n) for group in self.groups}
         rows = {name: rest[name].reshape(1, -1) for name in self.rest if name in rest}
@@ -79,8 +80,8 @@ def _reader(passage: ref[Passage], j: int, output: int) -> Callable[[Any], None]
         mine = passage()
         if mine is None:
             raise OutputError(
-                "the backward pass reached the parameters of the model, but not by the outputs that are followed, which "
-                "are gone: pass outputs=lambda returned: ... that picks those of the loss"
+                "the backward pass reached the parameters of the model, but not by the outputs that are followed, "
+                "which are gone: pass outputs=lambda returned: ... that picks those of the loss"
             )
         mine.take(j, grads[output])
 

@@ -13,8 +13,8 @@ _ROUNDING = 0.05  # of sums over classes, in half precision too
 def counted(gradient: Tensor) -> Tensor:
     """``(n, *positions)``: whether the gradient at a position of the outputs is not zero.
 
-    The classes of a position lie on the axis over which the gradient of a softmax cross-entropy sums to zero; of outputs
-    ``(n, c)`` on the second. Raises :class:`OutputError` where several positions have no such axis.
+    The classes of a position lie on the axis over which the gradient of a softmax cross-entropy sums to zero; of
+    outputs ``(n, c)`` on the second. Raises :class:`OutputError` where several positions have no such axis.
     """
     if gradient.ndim < 2:
         return gradient != 0
