@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nngeom.sweep.observe import Observation
 
 
 class SkippedStepWarning(UserWarning):
-    """A step was not taken because gradients or statistics were not finite; parameters and state are as before."""
+    """A step was not taken because the loss, gradients or statistics were not finite; parameters and state are as
+    before.
+
+    It says why, once for each kind of cause: the optimizer's ``skipped`` counts.
+    """
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Pending:
     positions: int = 0  # of all examples, where they are counted
     loss_scale: float = 1.0
     skipped: int = 0  # steps so far
+    warned: set[str] = field(default_factory=set)  # kinds of causes
+    loss: Any = None  # that a closure returned
 
     def forget(self) -> None:
         """A step was taken, or left out."""
@@ -52,10 +58,17 @@ class Pending:
         """The user says how losses are reduced."""
         self.reduction, self.said = reduction, True
 
-    def skip(self, why: str) -> None:
-        """Count a step that is not taken, with a :class:`SkippedStepWarning`."""
+    def skip(self, kind: str, why: str) -> None:
+        """Count a step that is not taken, with a :class:`SkippedStepWarning` of the first of a ``kind``."""
         self.skipped += 1
-        warnings.warn(f"a step was skipped ({self.skipped} so far): {why}", SkippedStepWarning, stacklevel=5)
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(
+                f"a step was skipped: {why}. Parameters and state are as before; opt.skipped counts, and further steps "
+                "that are skipped for such a reason are not warned about",
+                SkippedStepWarning,
+                stacklevel=6,
+            )
 
     def take(self, observation: Observation, scaler: Any) -> None:
         """More examples, their losses scaled by a ``GradScaler`` where one is given."""

@@ -11,7 +11,9 @@ import torch
 from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
 from nngeom.optim.arguments import as_reduction
 from nngeom.optim.automatic import Automatic
+from nngeom.optim.causes import cause
 from nngeom.optim.descent import clipping
+from nngeom.optim.fallback import Fallback, natural
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import plain, resumed
 from nngeom.optim.intake import Intake
@@ -35,19 +37,25 @@ class Preconditioned(torch.optim.Optimizer):
     gradients: Gradients
     intake: Intake
     automatic: Automatic
+    fallback: Fallback
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in any optimizer: ``param_group`` has ``"params"`` and its own numbers; raises :class:`ArgumentError` for
-        a parameter outside the collection.
+        """As in any optimizer: ``param_group`` has ``"params"`` and its own numbers; with ``"fallback": True`` AdamW
+        steps it. Raises :class:`ArgumentError` for a parameter that is not in the collection, or is and has AdamW.
         """
-        super().add_param_group(param_group)
-        known = set(map(id, self.gradients.parameters))
+        super().add_param_group(self.fallback.complete(param_group))
+        by_fallback = bool(param_group.get("fallback"))
+        known = set(map(id, self.fallback.outside.values() if by_fallback else self.gradients.parameters))
         odd = [tuple(p.shape) for p in self.param_groups[-1]["params"] if id(p) not in known]
         if odd:
             self.param_groups.pop()
             raise ArgumentError(
-                f"params holds parameters of shapes {odd[:4]} outside the model's collection; give those to "
-                "another optimizer"
+                f"params holds parameters of shapes {odd[:4]} inside the model's collection, in a group with "
+                "'fallback': leave them out with layer_collection"
+                if by_fallback
+                else f"params holds parameters of shapes {odd[:4]} outside the model's collection; give those to "
+                "another optimizer, or to AdamW inside of this one: fallback=dict(lr=...), or a group with "
+                "'fallback': True"
             )
 
     # -- observing -----------------------------------------------------------------------------------------------------
@@ -121,7 +129,7 @@ class Preconditioned(torch.optim.Optimizer):
         """The factor of clipping; ``None`` when the step is skipped."""
         schedule, flat = self.clock.now(), self.gradients.read()
         if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self.partition):
-            return self._skip("gradients or statistics are not finite")
+            return self._skip(*cause(self.pending.loss, self.observer.network.parameters, self.partition))
         seen = self.pending.seen(own_loss=self.observer.cotangents is None)
         gradient = None if schedule.kl_clip is None else flat.clone()
         try:
@@ -130,18 +138,21 @@ class Preconditioned(torch.optim.Optimizer):
         except (SingularError, NonFiniteError) as error:
             if self.clock.steps == 0:
                 raise
-            return self._skip(str(error))
+            return self._skip("curvature", str(error))
         if not any(part.blocks for part in self.partition):
             raise ArgumentError(
                 "step() before anything was observed; expected the forward and backward pass inside `with "
                 "opt.observe():`"
             )
         if not bool(torch.isfinite(flat.sum())):
-            return self._skip("the preconditioned gradient is not finite")
+            return self._skip("curvature", "the preconditioned gradient is not finite")
         clip = 1.0
         if gradient is not None and schedule.kl_clip is not None:
             clip = clipping(
-                self.param_groups, self.clock.steps, schedule.kl_clip, self.gradients.split(gradient.mul_(flat))
+                natural(self.param_groups),
+                self.clock.steps,
+                schedule.kl_clip,
+                self.gradients.split(gradient.mul_(flat)),
             )
             flat.mul_(clip)
         self.gradients.write()
@@ -149,9 +160,9 @@ class Preconditioned(torch.optim.Optimizer):
         self.pending.forget()
         return clip
 
-    def _skip(self, why: str) -> float | None:
+    def _skip(self, kind: str, why: str) -> float | None:
         self._forget()
-        self.pending.skip(why)
+        self.pending.skip(kind, why)
         return None
 
     # -- state ---------------------------------------------------------------------------------------------------------
