@@ -19,6 +19,7 @@ from nngeom.core.errors import OutputError
 from nngeom.core.jacobian import FullJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import flat_rows
+from nngeom.core.stream import Stream
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.captured_pass import Pass
 from nngeom.pullback.layer_by_layer import bytes_each_cotangent
@@ -93,7 +94,7 @@ def measured(network: Network, run: Pass, cotangents: Cotangents, start: int) ->
 
     ``start``: the running index of the first example, which draws are keyed by.
     """
-    outputs = run.capture.outputs
+    outputs, examples = run.capture.outputs, torch.arange(start, start + run.n)
     columns = cotangents.columns(outputs.detach(), None, start)
     edges, shapes = [u.edge for u in run.capture.uses], [u.shape for u in run.capture.uses]
     parameters = [network.parameters[name] for name in run.rest]
@@ -105,8 +106,7 @@ def measured(network: Network, run: Pass, cotangents: Cotangents, start: int) ->
             jacobians = {group.layout: group.jacobian(gradients, run.n) for group in run.groups}
         rows = {}
         if parameters:
-            generator = torch.Generator().manual_seed(start + lo)
-            signs = 2 * torch.randint(0, 2, v.shape[:2], generator=generator) - 1
+            signs = torch.stack([Stream(0, examples, lo + j, v.device).signs() for j in range(len(v))])
             v = v * signs.to(v).view(*v.shape[:2], *[1] * (v.ndim - 2))
             pulled = pull_back(outputs, parameters, [p.shape for p in parameters], v, retain=True)
             rows = {name: flat_rows(g) for name, g in zip(run.rest, pulled)}
