@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -94,12 +94,23 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         parameters differently than when the basis was made, and what the measure raises. Source: George et al. 2018,
         algorithm 1.
         """
-        from nngeom.measures.second_moments import FIM
+        return cast(PMatEKFAC, measured_again(self, self.in_basis(self), (model, loader), measure, options))
 
-        result: PMatEKFAC = (measure or FIM)(
-            model, loader, self.in_basis(self), layer_collection=self.layer_collection, **options
-        )
-        return result
+
+def measured_again(
+    matrix: PMat,
+    chosen: Representation[Any],
+    data: tuple[Any, Any],
+    measure: Callable[..., Any] | None,
+    options: dict[str, Any],
+) -> PMat:
+    """The ``chosen`` representation of what ``matrix`` is over, measured with its ``options`` on ``data``, a model and
+    a loader; by :func:`FIM` unless another ``measure`` is given.
+    """
+    from nngeom.measures.second_moments import FIM
+
+    again: PMat = (measure or FIM)(*data, chosen, layer_collection=matrix.layer_collection, **options)
+    return again
 
 
 @dataclass(frozen=True, eq=False)
