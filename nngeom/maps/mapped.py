@@ -131,6 +131,12 @@ class MappedPull(MappedMap):
         """``K J``."""
         return MappedPush(self.source, self.act, self.transposed, self.examples)
 
+    def after(self, other: JacobianMap) -> Any:
+        """The kernel ``J' (K J)^T`` of another map ``other``, with all its entries."""
+        if not other.pushes:
+            return super().after(other)
+        return (self.source @ other.T).map_columns(self.act).T  # type: ignore[attr-defined]
+
     def times(self, other: Any) -> Any:
         """The product with ``other``, a vector; of maps raises :class:`UnsupportedError`."""
         if isinstance(other, JacobianMap):

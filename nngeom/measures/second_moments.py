@@ -12,6 +12,7 @@ from typing_extensions import TypeVar
 from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood, seed_of
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.loss import EmpiricalFisher, GaussNewton, Loss, as_loss
+from nngeom.measures.centred import centred_moments
 from nngeom.measures.measured import measured
 from nngeom.measures.probed import probed, require_samples
 from nngeom.pmat.estimate import MatrixEstimate
@@ -28,14 +29,14 @@ M = TypeVar("M", bound=ParameterOperator, default=PMatKFAC)
 # fmt: off
 @overload
 def FIM(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood = "categorical", centered: bool = False,
         estimator: None = None, samples: None = None, generator: None = None,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
         **options: Any) -> M: ...
 @overload
 def FIM(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood = "categorical", centered: Literal[False] = False,
         estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
@@ -47,6 +48,7 @@ def FIM(
     representation: Any = PMatKFAC,
     *,
     likelihood: str | Likelihood = "categorical",
+    centered: bool = False,
     estimator: str | None = None,
     samples: int | None = None,
     generator: torch.Generator | None = None,
@@ -68,6 +70,8 @@ def FIM(
         likelihood: ``p(y | outputs)``: ``"categorical"`` (for a causal language model of ``transformers`` and a dict
             batch with labels :class:`CausalLM`), ``"bernoulli"``, ``"gaussian"``, or a :class:`Likelihood`. Outputs are
             ``(n, c)``, or ``(n, *shape)`` with a likelihood that says what the axes are.
+        centered: of the rows of every output less their mean over examples: ``sqrt(p_y)`` times the score of class
+            ``y``, of independent outputs the root of their Fisher information times the gradient. No factors of KFAC.
         estimator: ``None``, exact; or ``"rademacher"``, for very many outputs: random probes ``u = L r`` of them
             replace the columns of the square root ``L`` of their Fisher information, one backward pass each.
         samples: how many probes (8 by default).
@@ -93,6 +97,8 @@ def FIM(
         check=check,
         process_group=process_group,
     )
+    if centered:
+        return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator)
     cotangents = probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator)
     return measured(run, cotangents, representation, options, Policy("FIM", reread=estimator is None))
 
@@ -180,14 +186,14 @@ def EmpiricalFIM(
 # fmt: off
 @overload
 def GGN(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor],
+        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: bool = False,
         estimator: None = None, samples: None = None, generator: None = None,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
         **options: Any) -> M: ...
 @overload
 def GGN(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor],
+        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: Literal[False] = False,
         estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
@@ -199,6 +205,7 @@ def GGN(
     representation: Any = PMatKFAC,
     *,
     loss: str | Loss | Callable[[Tensor, Any], Tensor],
+    centered: bool = False,
     estimator: str | None = None,
     samples: int | None = None,
     generator: torch.Generator | None = None,
@@ -215,6 +222,7 @@ def GGN(
     Args:
         representation: what holds it, as for :func:`FIM`.
         loss: as for :func:`EmpiricalFIM`; a function that is not convex in the outputs raises :class:`ArgumentError`.
+        centered: of rows less their mean over examples, as for :func:`FIM`; of a function, those of the symmetric root.
         estimator: ``None``, exact; or ``"rademacher"``, random probes of very many outputs, as for :func:`FIM`.
         samples: how many probes (8 by default).
         generator: of the probes (torch's global one by default).
@@ -232,5 +240,7 @@ def GGN(
         check=check,
         process_group=process_group,
     )
+    if centered:
+        return centred_moments(run, as_loss(loss, model), representation, options, estimator)
     cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
     return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None))
