@@ -98,3 +98,7 @@ class MissingExtraError(NNGeomError, ImportError):
 
 class MemoryWarning(UserWarning):
     """The memory budget is below the smallest possible piece of work."""
+
+
+class FitWarning(UserWarning):
+    """What is fitted iteratively still moves: it is an approximation of the named kind, not the best of it."""
