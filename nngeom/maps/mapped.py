@@ -49,36 +49,36 @@ class Push(Protocol):
 class MappedMap(JacobianMap):
     """``act(J v)`` for a linear map ``act`` of function space, to functions on so many ``examples``."""
 
-    source: Push
+    of: Push
     act: Act
     transposed: Act
     examples: int
 
     @property
     def layer_collection(self) -> LayerCollection:
-        return self.source.layer_collection
+        return self.of.layer_collection
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        c, _, d = self.source.shape
+        c, _, d = self.of.shape
         return c, self.examples, d
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.source.dtype
+        return self.of.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.source.device
+        return self.of.device
 
     def norm(self) -> Tensor:
         return self._entries().norm()
 
     def _entries(self) -> PushForwardDense:
-        return self.source.materialize().map_columns(self.act)
+        return self.of.materialize().map_columns(self.act)
 
     def __getitem__(self, name: str) -> Tensor:
-        rows = self.source[name]
+        rows = self.of[name]
         columns = self.act(FVector(rows.flatten(2).movedim(-1, 0))).tensor.movedim(0, -1)
         return columns.reshape(*self.shape[:2], *rows.shape[2:])
 
@@ -90,17 +90,17 @@ class MappedPush(MappedMap):
 
     def mv(self, v: PVector) -> FVector:
         """``K J v``, batched: ``(*batch, d) -> (*batch, c, n)``."""
-        return self.act(self.source.mv(v))
+        return self.act(self.of.mv(v))
 
     @property
     def T(self) -> MappedPull:
         """``J^T K^T``."""
-        return MappedPull(self.source, self.act, self.transposed, self.examples)
+        return MappedPull(self.of, self.act, self.transposed, self.examples)
 
     def times(self, other: Any) -> Any:
         """The product with ``other``: ``K J v``, or the kernel ``K J J'^T`` with all its entries."""
         if isinstance(other, JacobianMap) and not other.pushes:
-            return (self.source @ other).map_columns(self.act)
+            return (self.of @ other).map_columns(self.act)
         return self.mv(other)
 
     def lazily(self, act: Act, transposed: Act, examples: int) -> MappedPush:
@@ -123,19 +123,19 @@ class MappedPull(MappedMap):
 
     def mv(self, u: FVector) -> PVector:
         """``J^T K^T u``, batched: ``(*batch, c, n) -> (*batch, d)``."""
-        pulled: PVector = self.source.T.mv(self.transposed(FVector(self._function(u))))
+        pulled: PVector = self.of.T.mv(self.transposed(FVector(self._function(u))))
         return pulled
 
     @property
     def T(self) -> MappedPush:
         """``K J``."""
-        return MappedPush(self.source, self.act, self.transposed, self.examples)
+        return MappedPush(self.of, self.act, self.transposed, self.examples)
 
     def after(self, other: JacobianMap) -> Any:
         """The kernel ``J' (K J)^T`` of another map ``other``, with all its entries."""
         if not other.pushes:
             return super().after(other)
-        return (self.source @ other.T).map_columns(self.act).T  # type: ignore[attr-defined]
+        return (self.of @ other.T).map_columns(self.act).T  # type: ignore[attr-defined]
 
     def times(self, other: Any) -> Any:
         """The product with ``other``, a vector; of maps raises :class:`UnsupportedError`."""

@@ -55,6 +55,7 @@ def centred_moments(
             "a centred matrix is not offered as a PMatImplicit; use PMatLowRank, PMatDense, PMatBlockDiag, PMatDiag or "
             "PMatEKFAC, or GradientCovariance of a loss"
         )
+    run.require_alone("centered=True")
     chosen = as_representation(representation, **options)
     require_offered(chosen, "a centred matrix")
     return centred(run, ByOutput(of), chosen, "centred")
@@ -102,6 +103,15 @@ class Centred:
     def chunks(self) -> Iterator[Chunk]:
         """One pass over the data."""
         return map(self.mean.taken_from, self.rows.chunks())
+
+    @property
+    def run(self) -> Run | None:
+        """The model, this process's data, and the processes it is split over."""
+        return self.rows.run
+
+    def restart(self) -> None:
+        """Forget what is kept of the first pass: the next is over the data."""
+        self.rows.restart()
 
     def raise_where_not_finite(self) -> None:
         """Raise for the first batch with outputs or gradients that are not finite, if there is one."""

@@ -68,6 +68,7 @@ def GradientCovariance(
         check=check,
         process_group=process_group,
     )
+    run.require_alone("GradientCovariance")
     cotangents = EmpiricalFisher(as_loss(loss, model))
     if chosen is not None:
         return cast(M, centred(run, cotangents, chosen, "covariance"))
