@@ -100,5 +100,9 @@ for measure in IMPLICIT:
         CHECKS[f"{measure} {name} implicit"] = lambda here, a=(name, measure): implicit(here, *a)
 for kind in [k for k in STORED if k in ENTRIES or k == "ekfac"]:
     CHECKS[f"Hessian {kind}"] = lambda here, k=kind: stored(here, "mlp", k, nng.Hessian)
+for kind in ("dense", "diag", "ekfac"):
+    CHECKS[f"centred FIM {kind}"] = lambda here, k=kind: stored(
+        here, "mlp", k, lambda m, data, r, loss, **o: nng.FIM(m, data, r, centered=True, **o)
+    )
 for kind in ("dense", "low-rank", "ekfac", "quasi-diag"):
     CHECKS[f"GradientCovariance {kind}"] = lambda here, k=kind: stored(here, "conv2d", k, nng.GradientCovariance)
