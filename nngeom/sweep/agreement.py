@@ -23,9 +23,9 @@ def agree(run: Run, what: str, **settings: Any) -> None:
     team = run.team
     if team.size == 1:
         return
-    with team.together(what) as note:
-        note.mine = _values(run) | {name: described(x) for name, x in settings.items()}
-    team.same(what, note.mine)
+    with team.together(what):
+        values = _values(run) | {name: described(x) for name, x in settings.items()}
+    team.same(what, values)
 
 
 def _values(run: Run) -> dict[str, str]:

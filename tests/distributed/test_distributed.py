@@ -11,6 +11,7 @@ import faults
 import gone
 import moments
 import products
+import quantities
 import some
 import training
 from launch import launch
@@ -36,7 +37,7 @@ def asked(*themes, sizes, slow):
     return lambda f: pytest.mark.parametrize("size", marked)(pytest.mark.parametrize("theme, name", listed)(f))
 
 
-@asked(moments, products, faults, training, sizes=(2,), slow=(3, 4))
+@asked(moments, products, quantities, faults, training, sizes=(2,), slow=(3, 4))
 def test_over_processes(said, theme, name, size):
     said(theme, size).require(name)
 
