@@ -170,11 +170,11 @@ class Pass:
     def _rest(self, v: Tensor) -> Jacobians:
         if not self.rest:
             return {}
-        v, parameters = v.to(self.capture.outputs.dtype), [self.network.parameters[name] for name in self.rest]
+        v = v.to(self.capture.outputs.dtype)
         rows = fallback.full_jacobians(
             self.network,
             self.capture,
-            parameters,
+            self.rest,
             v,
             create_graph=self.keep_graph,
             apart=self.proof.apart,

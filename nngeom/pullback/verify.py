@@ -61,7 +61,7 @@ def _pulled(
     parameters.
     """
     indices = sorted({j for group in groups for j, _, _ in group.uses})
-    parameters = {name: network.parameters[name] for group in groups for name in group.layout.names}
+    parameters = {name: capture.leaves.tensors[name] for group in groups for name in group.layout.names}
     edges: list[Any] = [capture.uses[j].edge for j in indices]
     v = [_random(j, capture.uses[j].shape, edge).to(capture.outputs.device) for j, edge in zip(indices, edges)]
     within = [] if len(edges) == 1 else edges  # those of later uses arrive at earlier ones

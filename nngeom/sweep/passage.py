@@ -37,7 +37,8 @@ class Passage:
                 for j, use in enumerate(self.capture.uses)
                 if use.edge is not None
             ]
-            self.handles += [self.network.parameters[name].register_hook(self._adder(name)) for name in self.rest]
+            leaves = self.capture.leaves.tensors
+            self.handles += [leaves[name].register_hook(self._adder(name)) for name in self.rest]
 
     def _reader(self, j: int, output: int) -> Callable[[Any], None]:
         def read(grads: Any) -> None:
@@ -80,7 +81,7 @@ class Passage:
         outputs = self.capture.outputs
         columns = cotangents.columns(outputs.detach(), None, start)
         edges, shapes = [u.edge for u in self.capture.uses], [u.shape for u in self.capture.uses]
-        parameters = [self.network.parameters[name] for name in self.rest]
+        parameters = [self.capture.leaves.tensors[name] for name in self.rest]
         size = memory.step(columns.count, bytes_each_cotangent(self.capture, keep_graph=False), "output of one batch")
         for lo in range(0, columns.count, size):
             v = columns.make(lo, min(columns.count, lo + size)).to(outputs.dtype)
