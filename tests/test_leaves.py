@@ -1,4 +1,4 @@
-"""Parameters that modules exchange for other tensors while they run: results are those of the model as it is written."""
+"""Parameters that modules exchange for other tensors while they run: results are those of the model as written."""
 
 import copy
 
