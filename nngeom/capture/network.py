@@ -20,6 +20,7 @@ from nngeom.capture.batch import move
 from nngeom.capture.batch import take as take
 from nngeom.capture.compiled import as_written
 from nngeom.capture.fused import DenseGradients
+from nngeom.capture.gathered import require_gathered, sharded_modules
 from nngeom.capture.untouched import Watch
 from nngeom.core.errors import ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
 from nngeom.space.collection import LayerCollection, unwrap
@@ -108,8 +109,20 @@ class Network:
 
     def run(self, batch: Batch) -> Tensor:
         """The outputs ``(n, ...)`` of one batch, checked; buffers and random states are as they were before."""
+        self._require_gathered()
         with RUNNING, self.watch.undone():
-            return self._outputs(batch)
+            outputs = self._outputs(batch)
+        self._require_gathered()
+        return outputs
+
+    def _require_gathered(self) -> None:
+        if self._gathers:
+            require_gathered(self.model, self.parameters)
+
+    @functools.cached_property
+    def _gathers(self) -> bool:
+        """Whether the parameters are whole only within a call."""
+        return bool(sharded_modules(self.model))
 
     def _outputs(self, batch: Batch) -> Tensor:
         sparse = any(getattr(m, "sparse", False) for m in self.model.modules())

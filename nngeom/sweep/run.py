@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nngeom.capture.gathered import gathered
 from nngeom.capture.network import Batch, Network, as_batches, leading_size, targets
 from nngeom.core import memory
 from nngeom.core.errors import UnsupportedError
@@ -73,12 +74,14 @@ class Run:
             raise UnsupportedError(
                 "process_group is not available yet; pass process_group=None and merge shards afterwards"
             )
-        with memory.limit(memory_budget) as budget:
+        with memory.limit(memory_budget) as budget, gathered(model):
             return Run(Network.build(model, function, layer_collection), loader, budget, check, progress)
 
-    def within(self) -> AbstractContextManager[int]:
-        """Work under this run's memory budget."""
-        return memory.limit(self.memory_budget)
+    @contextlib.contextmanager
+    def within(self) -> Iterator[int]:
+        """Work under this run's memory budget, on whole parameters."""
+        with memory.limit(self.memory_budget) as budget, gathered(self.network.model):
+            yield budget
 
     def batches(self) -> Iterator[Batch]:
         """The batches on the model's device; raises :class:`LoaderError` when there is none."""
