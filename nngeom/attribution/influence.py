@@ -100,6 +100,7 @@ def influence(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     network = run.network
     inverse = matrix.inverse(0.0 if damping is None else damping)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,17 @@ from nngeom.capture.batch import take as take
 from nngeom.capture.compiled import as_written
 from nngeom.capture.fused import DenseGradients
 from nngeom.capture.gathered import require_gathered, sharded_modules
+from nngeom.capture.in_step import in_step, require_same_batch
 from nngeom.capture.untouched import Watch
-from nngeom.core.errors import ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
+from nngeom.core.errors import (
+    ArgumentTypeError,
+    DeviceError,
+    LoaderError,
+    NonFiniteError,
+    OutputError,
+    UnsupportedError,
+)
+from nngeom.core.whole import in_parts
 from nngeom.space.collection import LayerCollection, unwrap
 
 RUNNING = threading.RLock()  # models run one at a time: a forward-mode pass puts other tensors into them meanwhile
@@ -38,10 +47,19 @@ class Network:
     parameters: dict[str, nn.Parameter]
     device: torch.device
     dtype: torch.dtype
+    distributed: Tensor | None = None  # a parameter that is a distributed tensor while the model runs, if there is one
 
     @staticmethod
-    def build(model: nn.Module, function: Callable[..., Tensor] | None, collection: LayerCollection | None) -> Network:
-        """Checked: raises on a model without parameters, on several devices, or a collection of another model."""
+    def build(
+        model: nn.Module,
+        function: Callable[..., Tensor] | None,
+        collection: LayerCollection | None,
+        *,
+        parts: bool = False,
+    ) -> Network:
+        """Checked: raises on a model without parameters, on several devices, a collection of another model, or, unless
+        these ``parts`` are looked after, parameters of which a process holds parts.
+        """
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
         if function is not None and not callable(function):
@@ -55,7 +73,7 @@ class Network:
                 f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)"
             )
         parameters = lc.parameters(model)
-        remedies.require_whole(model, parameters)
+        remedies.require_whole(model, parameters, parts=parts)
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
             raise DeviceError(
@@ -64,7 +82,8 @@ class Network:
             )
         dtypes = {p.dtype for p in parameters.values()}
         dtype = functools.reduce(torch.promote_types, dtypes)
-        return Network(model, lc, function, parameters, next(iter(devices)), dtype)
+        distributed = next((p for p in model.parameters() if in_parts(p)), None)
+        return Network(model, lc, function, parameters, next(iter(devices)), dtype, distributed)
 
     @functools.cached_property
     def ids(self) -> dict[int, str]:
@@ -92,7 +111,10 @@ class Network:
 
     def only(self, names: tuple[str, ...]) -> Network:
         """The same with some of its parameters selected, ``names``."""
-        return Network.build(self.model, self.function, self.collection.only(names))
+        collection = self.collection.only(names)
+        parameters = {name: self.parameters[name] for name in collection.names}
+        dtype = functools.reduce(torch.promote_types, {p.dtype for p in parameters.values()})
+        return replace(self, collection=collection, parameters=parameters, dtype=dtype)
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -110,10 +132,23 @@ class Network:
     def run(self, batch: Batch) -> Tensor:
         """The outputs ``(n, ...)`` of one batch, checked; buffers and random states are as they were before."""
         self._require_gathered()
+        if self.distributed is not None:
+            require_same_batch(batch, self.distributed)
         with RUNNING, self.watch.undone():
             outputs = self._outputs(batch)
         self._require_gathered()
-        return outputs
+        return outputs if self.distributed is None else in_step(outputs, self.distributed)
+
+    def require_whole(self, what: str) -> None:
+        """Raise :class:`UnsupportedError`, which calls it ``what``, where parameters are distributed tensors while the
+        model runs.
+        """
+        if self.distributed is not None:
+            raise UnsupportedError(
+                f"{what} of a model whose parameters are distributed tensors (tensor parallelism): torch's second "
+                "derivatives through these are not right; use a measure of first derivatives (GGN, FIM, a kernel "
+                "without differentiable=True), or a model that is whole, or under fully_shard alone"
+            )
 
     def _require_gathered(self) -> None:
         if self._gathers:

@@ -61,6 +61,8 @@ def record(network: Network, batch: Batch, *, keep_graph: bool = False, exchange
     :class:`CoverageError` where it exchanges parameters and must not.
     """
     network.watch.harmless = False
+    if keep_graph:
+        network.require_whole("derivatives of the rows")
     try:
         capture = _recorded(network, batch, keep_graph=keep_graph)
     except Drew:

@@ -72,6 +72,7 @@ def GradientCovariance(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     chosen = None if chosen is None else chosen.within(run.network.collection)
     part_of = None if chosen is None else chosen.part_of

@@ -93,6 +93,7 @@ def Hessian(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     sweep = Sweep(run, EmpiricalFisher(as_loss(loss, model)), Policy("Hessian"))
     with run.within():

@@ -49,6 +49,7 @@ def Jacobian(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     kind: Any = representation
     with run.within():

@@ -121,6 +121,7 @@ def GramMatrix(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=not differentiable,
     )
     kind = _representation(representation)
     cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
@@ -202,6 +203,7 @@ def GramMatrices(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=not differentiable,
     )
     kind = _representation(representation)
     if kind is FMatImplicit:

@@ -52,6 +52,7 @@ def rows(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     cotangents: Cotangents = EveryOutput()
     if loss is not None:

@@ -92,6 +92,7 @@ def FIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     cotangents = probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator)
     return measured(run, cotangents, representation, options, Policy("FIM", reread=estimator is None))
@@ -130,6 +131,7 @@ def FIM_MonteCarlo(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False)))
 
@@ -172,6 +174,7 @@ def EmpiricalFIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
     return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))
@@ -231,6 +234,7 @@ def GGN(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
     return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None))

@@ -22,7 +22,7 @@ from nngeom.core import memory
 from nngeom.core.errors import CoverageError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.linalg import accumulation_dtype, flat_rows
-from nngeom.pullback.backward import pull_back
+from nngeom.pullback.backward import dense, pull_back
 from nngeom.pullback.separate import ADDED_UP, MIXES, require_separate, same_outputs
 
 
@@ -90,7 +90,7 @@ def _add_up(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, rows: list
         if p._backward_hooks:  # which need not be linear
             continue
         got = torch.einsum("kn,knp->p", u.to(r), r.detach())
-        expected = torch.zeros_like(got) if g is None else g.to_dense().flatten().to(got)
+        expected = torch.zeros_like(got) if g is None else dense(g).flatten().to(got)
         difference, tolerance = (got - expected).norm(), ADDED_UP.get(outputs.dtype, 0.1)
         if not bool(difference <= tolerance * r.detach().norm() * u.norm() + noise):
             if not bool(difference <= tolerance * _usual(outputs, p, together)):
@@ -104,7 +104,7 @@ def _usual(outputs: Tensor, parameter: Tensor, v: Tensor) -> Tensor:
     """
     random = torch.randn(v.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(v)
     (g,) = gradients(outputs, [parameter], random * (v.norm() / random.norm()), retain_graph=True)
-    return v.new_zeros(()) if g is None else g.norm()
+    return v.new_zeros(()) if g is None else dense(g).norm()
 
 
 def _masked(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, *, create_graph: bool) -> list[Tensor]:

@@ -83,7 +83,7 @@ def parts_make_the_whole(network: Network, capture: Capture, parts: Sequence[Bat
     whole, lo = capture.outputs.detach(), 0
     parameters = list(capture.leaves.tensors.values())
     v = outer(factors(whole.shape, torch.Generator().manual_seed(8), whole))
-    total = [torch.zeros_like(p) for p in parameters] if gradients else []
+    total = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in parameters] if gradients else []
     for part in parts:
         try:
             with gradients_on():

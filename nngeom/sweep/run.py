@@ -51,6 +51,7 @@ class Run:
         memory_budget: int | None = None,
         check: bool = True,
         process_group: Any = None,
+        parts: bool = False,
     ) -> Run:
         """The run of the arguments that all measures take.
 
@@ -64,6 +65,8 @@ class Run:
             progress: whether a bar is shown.
             memory_budget: bytes of temporaries (1 GiB by default): work is cut to fit, the result stays the same.
             check: whether every batch is known to be complete, placed and right before it enters the result.
+            parts: whether the measure looks after parameters of which every process holds parts; else it raises
+                :class:`UnsupportedError` for them.
             process_group: not available yet; anything but ``None`` raises :class:`UnsupportedError`.
 
         Raises :class:`ArgumentTypeError`, :class:`DeviceError`, :class:`CollectionError` for what is no model or not
@@ -74,8 +77,8 @@ class Run:
             raise UnsupportedError(
                 "process_group is not available yet; pass process_group=None and merge shards afterwards"
             )
-        with memory.limit(memory_budget) as budget, gathered(model):
-            return Run(Network.build(model, function, layer_collection), loader, budget, check, progress)
+        with memory.limit(memory_budget) as budget, gathered(model) if parts else contextlib.nullcontext():
+            return Run(Network.build(model, function, layer_collection, parts=parts), loader, budget, check, progress)
 
     @contextlib.contextmanager
     def within(self) -> Iterator[int]:
