@@ -102,6 +102,7 @@ def influence(
         process_group=process_group,
         parts=True,
     )
+    run.require_alone("influence")
     network = run.network
     inverse = matrix.inverse(0.0 if damping is None else damping)
     metric = Metric(inverse, network.collection, accumulation_dtype(network.dtype), network.device)

@@ -31,6 +31,13 @@ def sharded_modules(model: Any) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, kind)] if kind and isinstance(model, nn.Module) else []
 
 
+def ranks_of(model: nn.Module) -> set[int]:
+    """The processes that hold parts of the parameters of modules given to ``fully_shard``, this one's mesh."""
+    states = (module._get_fsdp_state() for module in sharded_modules(unwrap(model)))  # type: ignore[operator]
+    groups = (g for s in states for g in getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] if g)
+    return {int(rank) for group in groups for rank in group.mesh_info.mesh.mesh.flatten().tolist()}
+
+
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Within: the parameters of ``model`` are whole, on every process of its mesh, which all enter together.

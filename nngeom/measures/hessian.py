@@ -95,6 +95,7 @@ def Hessian(
         process_group=process_group,
         parts=True,
     )
+    run.require_alone("Hessian")
     sweep = Sweep(run, EmpiricalFisher(as_loss(loss, model)), Policy("Hessian"))
     with run.within():
         if kind is PMatImplicit:

@@ -51,6 +51,7 @@ def Jacobian(
         process_group=process_group,
         parts=True,
     )
+    run.require_alone("Jacobian")
     kind: Any = representation
     with run.within():
         side = Side.of(run, EveryOutput(), Policy("Jacobian"))

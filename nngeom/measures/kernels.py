@@ -123,6 +123,7 @@ def GramMatrix(
         process_group=process_group,
         parts=not differentiable,
     )
+    run.require_alone("GramMatrix")
     kind = _representation(representation)
     cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
     within = in_metric(run, metric, wide=centered)
@@ -205,6 +206,7 @@ def GramMatrices(
         process_group=process_group,
         parts=not differentiable,
     )
+    run.require_alone("GramMatrices")
     kind = _representation(representation)
     if kind is FMatImplicit:
         raise ArgumentError(

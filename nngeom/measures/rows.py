@@ -54,6 +54,7 @@ def rows(
         process_group=process_group,
         parts=True,
     )
+    run.require_alone("rows")
     cotangents: Cotangents = EveryOutput()
     if loss is not None:
         cotangents = EmpiricalFisher(as_loss(loss, model))
