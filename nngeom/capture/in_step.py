@@ -4,32 +4,28 @@ every pass together, and must run it on the same numbers.
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nngeom.capture.batch import Batch, tensors
-from nngeom.core.errors import CoverageError
+from nngeom.core.errors import CoverageError, RankMismatchError
 from nngeom.core.whole import between, whole
+from nngeom.ranks.fingerprint import bits, digest_of
 
 AGREE = 1e-5  # relative, of numbers that all processes compute alike
 
 
 def require_same_batch(batch: Batch, parameter: Tensor) -> None:
-    """Raise :class:`CoverageError` on all processes of the mesh of a ``parameter`` unless all were given this
+    """Raise :class:`RankMismatchError` on all processes of the mesh of a ``parameter`` unless all were given this
     ``batch``.
     """
-    digest = 0
-    for x in tensors(batch):
-        x = x.detach()
-        dense = x if x.layout is torch.strided and not x.is_nested else x.to_dense() if not x.is_nested else x.values()
-        digest = zlib.crc32(str((tuple(dense.shape), dense.dtype)).encode(), digest)
-        digest = zlib.crc32(dense.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes(), digest)
-    least, most = between(torch.tensor([float(digest)], dtype=torch.float64, device=parameter.device), parameter)
+    held = [x.values() if x.is_nested else x for x in tensors(batch)]
+    digest = int(digest_of([*map(str, (x.shape for x in held)), *bits(held)]), 16) % 2**53
+    least, most = between(torch.tensor([digest], dtype=torch.float64, device=parameter.device), parameter)
     if not torch.equal(least, most):
-        raise CoverageError(
+        raise RankMismatchError(
             "the processes over which the model is split (tensor parallelism) were given different batches; expected "
             "the same: examples are split over the ranks of process_group=, as mesh['dp'], only"
         )

@@ -19,6 +19,12 @@ def whole(x: Tensor) -> Tensor:
     return x if full is None else full()
 
 
+def local(x: Tensor) -> Tensor:
+    """What this process holds of ``x``."""
+    held = getattr(x, "to_local", None)
+    return x if held is None else held()
+
+
 def like(x: Tensor, other: Any) -> Tensor:
     """A whole tensor ``x``, the same on every process, in the form of ``other``: distributed where that is."""
     return _on_mesh(x, other, "Replicate") if in_parts(other) else x

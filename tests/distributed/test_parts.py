@@ -1,0 +1,21 @@
+"""Models in parts over several processes: what they say is in the module of the same theme."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import parts
+from launch import launch
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    return launch("parts", 2, tmp_path_factory.mktemp("parts"))
+
+
+@pytest.mark.parametrize("name", parts.CHECKS)
+def test_parts(said, name):
+    said.require(name)
