@@ -21,8 +21,7 @@ def warn_of_repeats(loader: Any) -> None:
             stacklevel=4,
         )
     batches = getattr(loader, "batch_sampler", None)
-    inner, processes = getattr(batches, "batch_sampler", None), getattr(batches, "num_processes", 1)
-    if getattr(batches, "even_batches", False) and _uneven(inner, getattr(batches, "drop_last", False), processes):
+    if getattr(batches, "even_batches", False) and _uneven(batches):
         warnings.warn(
             "the loader was prepared with even_batches=True: its last batches are filled with examples from the start, "
             "which count twice; pass a DataLoader over nng.shard(dataset), not prepared",
@@ -31,14 +30,13 @@ def warn_of_repeats(loader: Any) -> None:
         )
 
 
-def _uneven(inner: Any, drop_last: bool, processes: int) -> bool:
-    """Whether the batches of all do not come out even."""
-    if drop_last:
-        return False
+def _uneven(batches: Any) -> bool:
+    """Whether the batches of all do not come out even, as far as can be told."""
+    inner = getattr(batches, "batch_sampler", None)
     sampler, size = getattr(inner, "sampler", None), getattr(inner, "batch_size", None)
     if sampler is None or size is None or not hasattr(sampler, "__len__"):
-        return True
-    return len(sampler) % (size * processes) != 0
+        return not getattr(batches, "drop_last", False)
+    return not getattr(batches, "drop_last", False) and len(sampler) % (size * batches.num_processes) != 0
 
 
 def warn_of_same(first: Sequence[tuple[str | None, int]]) -> None:
