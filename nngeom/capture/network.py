@@ -22,13 +22,13 @@ from nngeom.capture.compiled import as_written
 from nngeom.capture.fused import DenseGradients
 from nngeom.capture.gathered import require_gathered, sharded_modules
 from nngeom.capture.in_step import in_step, require_same_batch
+from nngeom.capture.outputs import called, checked
 from nngeom.capture.untouched import Watch
 from nngeom.core.errors import (
     ArgumentTypeError,
     DeviceError,
     LoaderError,
     NonFiniteError,
-    OutputError,
     UnsupportedError,
 )
 from nngeom.core.whole import in_parts
@@ -83,7 +83,7 @@ class Network:
         dtypes = {p.dtype for p in parameters.values()}
         dtype = functools.reduce(torch.promote_types, dtypes)
         distributed = next((p for p in model.parameters() if in_parts(p)), None)
-        return Network(model, lc, function, parameters, next(iter(devices)), dtype, distributed)
+        return Network(model, lc, function, parameters, next(iter(devices)), dtype, distributed=distributed)
 
     @functools.cached_property
     def ids(self) -> dict[int, str]:
@@ -165,66 +165,13 @@ class Network:
         sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
         with as_written(), DenseGradients() if sparse else contextlib.nullcontext():
             try:
-                outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
+                outputs = self.function(*_unpack(batch)) if self.function is not None else called(self.model, batch)
             except (RuntimeError, TypeError) as error:
                 remedy = remedies.of_a_call(error, batch, self.parameters, self.function)
                 if remedy is None:
                     raise
                 raise remedy from error
-        if not isinstance(outputs, Tensor):
-            raise OutputError(
-                f"the {'function' if self.function is not None else 'model'} returned {type(outputs).__name__}; "
-                "expected a tensor of "
-                "outputs (n, c): pass function=lambda inputs, targets: ... to choose it"
-            )
-        if outputs.is_nested or outputs.layout is not torch.strided:
-            kind = "nested" if outputs.is_nested else "sparse"
-            raise OutputError(
-                f"the outputs are a {kind} tensor; expected an ordinary one (n, ...): pad, pool or densify them "
-                "in the model "
-                "or in function="
-            )
-        if outputs.ndim == 0:
-            raise OutputError(
-                "the outputs are a single number; expected one row an example, (n, ...): do not average over the batch"
-            )
-        if outputs.ndim == 1:
-            outputs = outputs.unsqueeze(1)
-        if not outputs.is_floating_point():
-            raise OutputError(f"the outputs have dtype {outputs.dtype}; expected real floating-point numbers")
-        if outputs.shape[0] == 0:
-            raise LoaderError("a batch has no examples; expected at least one")
-        size = leading_size(batch)
-        if size is not None and outputs.shape[0] != size:
-            raise OutputError(
-                f"the outputs have shape {tuple(outputs.shape)} but the batch holds {size} examples; expected "
-                f"({size}, ...): "
-                "examples must stay along the first axis (positions of one example go behind it)"
-            )
-        return outputs
-
-    def _default(self, batch: Batch) -> Any:
-        if isinstance(batch, Mapping):
-            out = self.model(**{k: v for k, v in batch.items() if k != "labels"})
-        elif isinstance(batch, (tuple, list)):
-            if not 1 <= len(batch) <= 2:
-                raise LoaderError(
-                    f"a batch is a {type(batch).__name__} of {len(batch)} items; expected (inputs, targets) or "
-                    "(inputs,): "
-                    "pass function=lambda *items: model(...) to say which are inputs"
-                )
-            x = batch[0]
-            out = (
-                self.model(**x)
-                if isinstance(x, Mapping)
-                else self.model(*x)
-                if isinstance(x, (tuple, list))
-                else self.model(x)
-            )
-        else:
-            out = self.model(batch)
-        logits = getattr(out, "logits", None)
-        return logits if isinstance(logits, Tensor) else out
+        return checked(outputs, batch, "model" if self.function is None else "function")
 
 
 def _unpack(batch: Batch) -> tuple[Any, ...]:

@@ -29,8 +29,8 @@ def require_whole(model: nn.Module, parameters: Mapping[str, Tensor], *, parts: 
         raise UnsupportedError(
             f"parameters are spread over processes ({', '.join(names[:4])}: fully_shard, tensor parallelism, "
             f"{_FLAT} or ZeRO-3). Measures that take process_group= (FIM, GGN, GramMatrix, ...) are offered for "
-            "fully_shard and tensor parallelism, unless differentiable=True; for anything else use a copy of the model that is not sharded, loaded "
-            "from the gathered state (get_model_state_dict with full_state_dict=True)"
+            "fully_shard and tensor parallelism, unless differentiable=True; for anything else use a copy of the model "
+            "that is not sharded, loaded from the gathered state (get_model_state_dict with full_state_dict=True)"
         )
 
 

@@ -24,8 +24,8 @@ def digest_of(x: object) -> str:
 
 
 def bits(tensors: Iterable[Tensor]) -> list[str]:
-    """A short text of the numbers in each tensor, of a distributed one in its part here: two sums of its bits, in whole numbers, so that neither the order of
-    summation nor the device changes them.
+    """A short text of the numbers in each tensor, of a distributed one in its part here: two sums of its bits, in whole
+    numbers, so that neither the order of summation nor the device changes them.
     """
     sums = [_sums(local(t.detach())) for t in tensors]
     if not sums:

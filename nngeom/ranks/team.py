@@ -188,11 +188,7 @@ class Alone(Team):
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
-
-    @property
-    def ranks(self) -> list[int]:  # type: ignore[override]
-        """The rank of this process among all."""
-        return [dist.get_rank() if dist.is_available() and dist.is_initialized() else 0]
+        self.ranks: list[int] = []  # of no group
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[Note]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 
 import cuts
-import pytest
-import torch
-from cases import STORED, Case, build, representation
-from launch import Check, Here, check
+from cases import STORED, Case, representation
+from launch import Check, Here
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 import nngeom as nng
 
@@ -79,7 +76,7 @@ def listed(name: str, kind: str, measure: str = "FIM", *, by_child: bool = True)
 for name in WIDE:
     listed(name, "dense", "empirical")
 for name in ("mlp", "conv2d", "language-model"):
-    for kind in ("diag", "kfac", "ekfac", "low-rank", "implicit", "mixed"):
+    for kind in ("diag", "kfac", "ekfac", "low-rank", "mixed"):
         listed(name, kind)
 for kind in STORED:
     listed("mlp", kind, by_child=False)
