@@ -22,6 +22,7 @@ from nngeom.capture.compiled import as_written
 from nngeom.capture.fused import DenseGradients
 from nngeom.capture.gathered import require_gathered, sharded_modules
 from nngeom.capture.in_step import in_step, require_same_batch
+from nngeom.capture.measuring import measuring
 from nngeom.capture.outputs import called, checked
 from nngeom.capture.untouched import Watch
 from nngeom.core.errors import (
@@ -163,7 +164,7 @@ class Network:
 
     def _outputs(self, batch: Batch) -> Tensor:
         sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
-        with as_written(), DenseGradients() if sparse else contextlib.nullcontext():
+        with as_written(), measuring(), DenseGradients() if sparse else contextlib.nullcontext():
             try:
                 outputs = self.function(*_unpack(batch)) if self.function is not None else called(self.model, batch)
             except (RuntimeError, TypeError) as error:

@@ -25,7 +25,9 @@ from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import Representation, as_representation
 from nngeom.pullback.linearization import Linearization
 from nngeom.pullback.many_tangents import ManyTangents
+from nngeom.ranks.totals import totals
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.agreement import agree, first_look
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Policy, Sweep, require_examples
 
@@ -74,18 +76,18 @@ def GradientCovariance(
         process_group=process_group,
         parts=True,
     )
-    run.require_alone("GradientCovariance")
     chosen = None if chosen is None else chosen.within(run.network.collection)
     part_of = None if chosen is None else chosen.part_of
     policy = Policy("mean row", part_of=part_of, reread=False)
     with run.within():
         sweep = Sweep(run, EmpiricalFisher(as_loss(loss, model)), policy).held()
+        agree(run, "GradientCovariance", representation=chosen, metric=sweep.cotangents)
         mean = mean_row(sweep)
         sweep = sweep.but(label="covariance", reread=True)
         if chosen is not None and not chosen.centred:
             chosen = chosen.last_sweep(built(chosen, run.network.collection, Repeated(sweep, chosen.passes)))
         if chosen is None:
-            quiet = replace(sweep, run=run.on(sweep.run.loader).held().silent())
+            quiet = first_look(run, lambda: replace(sweep, run=sweep.run.held().silent()))
             return cast(M, ImplicitCovariance(quiet, mean=mean))
         return built(chosen, run.network.collection, Centred(Repeated(sweep, chosen.passes), mean))
 
@@ -148,9 +150,18 @@ class Centred:
 
 def mean_row(sweep: Sweep) -> MeanRow:
     """The mean row over examples, of one cotangent."""
+    layouts: dict[Layout, None] = {}
+    team = sweep.run.team
+    (total,), count = totals(team, "mean row", lambda: _summed_rows(sweep, layouts))
+    for theirs in team.exchange("layouts", tuple(layouts)):
+        layouts |= dict.fromkeys(theirs)
+    return MeanRow(total / require_examples(count), tuple(layouts))
+
+
+def _summed_rows(sweep: Sweep, layouts: dict[Layout, None]) -> tuple[list[Tensor], int]:
+    """The sum of the rows of this process, and how many they are; ``layouts`` takes in those that are met."""
     network = sweep.run.network
     total = torch.zeros(network.collection.numel, dtype=accumulation_dtype(network.dtype), device=network.device)
-    layouts: dict[Layout, None] = {}
     count = 0
     for chunk in sweep.chunks():
         part = torch.zeros_like(total)
@@ -160,7 +171,7 @@ def mean_row(sweep: Sweep) -> MeanRow:
             layouts[layout] = None
         total += part
         count += chunk.examples
-    return MeanRow(total / require_examples(count), tuple(layouts))
+    return [total], count
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -182,7 +193,7 @@ class ImplicitCovariance(ImplicitFisher):
         weighted, weights = self._weighted(tangents.outputs, tangents.push(x), tangents.batch, x, start)
         return tangents.pull(weighted).to(x.dtype) - weights.unsqueeze(1) * self.mean.flat
 
-    def _by_tangents(self, x: Tensor) -> Tensor:
+    def _by_tangents(self, x: Tensor) -> tuple[Tensor, int]:
         linear, v = Linearization(self.network), self.named(x)
         total, count = torch.zeros_like(x), 0
         for batch in self.run.batches():
@@ -190,7 +201,7 @@ class ImplicitCovariance(ImplicitFisher):
             weighted, weights = self._weighted(outputs, tangent.unsqueeze(0), batch, x.unsqueeze(0), count)
             total += linear.vjp(outputs, weighted[0]) - weights[0] * self.mean.flat
             count += outputs.shape[0]
-        return total / count
+        return total, count
 
     def _weighted(
         self, outputs: Tensor, tangents: Tensor, batch: Batch, x: Tensor, start: int

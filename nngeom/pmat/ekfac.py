@@ -18,6 +18,7 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Named
 from nngeom.pmat.block import Block
+from nngeom.pmat.eigenbases import eigenbases
 from nngeom.pmat.kfac import block_shapes, factor_statistic, has_room, kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
 from nngeom.pmat.pmat import PMat
@@ -66,8 +67,7 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         ``block_limit``: see the class.
         """
         means = yield factor_statistic(sharing, block_limit, sua=sua)
-        bases = {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}
-        return (yield from rescale(bases))
+        return (yield from rescale(eigenbases(kronecker_blocks(means), selection.team)))
 
     @classmethod
     def takes(cls, rows: LayerJacobian, **options: Any) -> bool:

@@ -45,8 +45,8 @@ def _sums(t: Tensor) -> Tensor:
     for lo in range(0, flat.numel(), PIECE):
         part = flat[lo : lo + PIECE]
         part = (part.view(torch.uint8) if part.dtype is torch.bool else part.view(_WHOLE[part.element_size()])).long()
-        place = torch.arange(lo, lo + part.numel(), device=t.device)
-        mixed = (part + 1) * (2 * place + 1)
+        place = torch.arange(lo + 1, lo + 1 + part.numel(), device=t.device)
+        mixed = (part ^ (place * -7046029254386353131)) * -4658895280553007687  # splitmix64's constants
         total += torch.stack([part.sum(), (mixed ^ (mixed >> 29)).sum()])
     return total
 

@@ -122,10 +122,14 @@ class Run:
         return self._in_step(self.network.batches(loader, may_be_empty=True))
 
     def _in_step(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, until another process fails."""
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(self.watched(batches)):
             if index == 0 and not self.met:
                 self.met[0] = digest_of(bits(tensors(batch)))
+            yield batch
+
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The ``batches``, until another process fails."""
+        for batch in batches:
             self.team.poll()
             yield batch
 

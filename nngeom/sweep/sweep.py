@@ -92,10 +92,11 @@ class Sweep:
 
     def held(self) -> Sweep:
         """The same on batches that can be gone over once more: kept where a second reading might give others."""
-        source = as_batches(self.run.loader)
-        if self.policy.reread and not isinstance(source, Iterator):
-            return self
-        return replace(self, run=self.run.on(list(source)))
+        with self.run.team.together("batches"):
+            source = as_batches(self.run.loader)
+            if self.policy.reread and not isinstance(source, Iterator):
+                return self
+            return replace(self, run=self.run.on(list(self.run.watched(source))))
 
     def raise_where_not_finite(self) -> None:
         """Raise :class:`NonFiniteError` for the first batch with outputs or gradients that are not finite, if there is
