@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from nngeom.capture.batch import each
 from nngeom.core.errors import UnsupportedError
+from nngeom.core.whole import in_parts
 from nngeom.space.collection import unwrap
 
 _HOOKS = "torch.distributed.fsdp._fully_shard"  # the module that hooks of ``fully_shard`` come from
@@ -72,38 +73,51 @@ def _gathered(module: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_hooks(module: Any) -> Iterator[None]:
-    """Within: hooks of ``fully_shard`` cast, and do nothing else."""
+    """Within: hooks of ``fully_shard``, and methods with some (``register_fsdp_forward_method``), cast and do nothing
+    else.
+    """
     policy = module._get_fsdp_state()._mp_policy
     given = policy.param_dtype if policy.cast_forward_inputs else None
-    replaced: list[tuple[dict[int, Any], int, Any]] = []
-    tables: tuple[tuple[dict[int, Any], Any], ...] = (
+    casts = [
         (module._forward_pre_hooks, _cast_inputs(given)),
         (module._forward_hooks, _cast_outputs(policy.output_dtype)),
-    )
-    for table, cast in tables:
-        for key, hook in table.items():
-            if str(getattr(hook, "__module__", "")).startswith(_HOOKS):
-                replaced.append((table, key, hook))
-                table[key] = cast
+    ]
+    changes = [(table, key, cast) for table, cast in casts for key, hook in table.items() if _is_theirs(hook)]
+    for name, method in vars(module).items():
+        if _is_theirs(method):
+            changes.append((vars(module), name, _casting(method.__wrapped__, given, policy.output_dtype)))
+    held = [(table, key, table[key]) for table, key, _ in changes]
+    for table, key, other in changes:
+        table[key] = other
     try:
         yield
     finally:
-        for table, key, hook in replaced:
-            table[key] = hook
+        for table, key, own in held:
+            table[key] = own
+
+
+def _is_theirs(function: Any) -> bool:
+    """Whether a hook or a method was made by ``fully_shard``."""
+    code = getattr(function, "__func__", function)
+    return str(getattr(code, "__globals__", {}).get("__name__", "")).startswith(_HOOKS)
 
 
 def _cast_inputs(dtype: torch.dtype | None) -> Callable[..., Any]:
-    def cast(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return None if dtype is None else (_cast(args, dtype), _cast(kwargs, dtype))
-
-    return cast
+    return lambda module, args, kwargs: None if dtype is None else (_cast(args, dtype), _cast(kwargs, dtype))
 
 
 def _cast_outputs(dtype: torch.dtype | None) -> Callable[..., Any]:
-    def cast(module: nn.Module, args: Any, output: Any) -> Any:
-        return None if dtype is None else _cast(output, dtype)
+    return lambda module, args, output: None if dtype is None else _cast(output, dtype)
 
-    return cast
+
+def _casting(method: Callable[..., Any], given: torch.dtype | None, returned: torch.dtype | None) -> Callable[..., Any]:
+    """A method whose inputs and outputs are cast."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        out = method(*args, **kwargs) if given is None else method(*_cast(args, given), **_cast(kwargs, given))
+        return out if returned is None else _cast(out, returned)
+
+    return run
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
@@ -114,12 +128,11 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 
 def require_gathered(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Raise :class:`UnsupportedError` where modules hold other tensors than these whole ``parameters``."""
+    """Raise :class:`UnsupportedError` where modules hold parts in the place of these whole ``parameters``."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    parted = [name for name, p in parameters.items() if named.get(name) is not p]
+    parted = [name for name, p in parameters.items() if named[name] is not p and in_parts(named[name])]
     if parted:
         raise UnsupportedError(
             f"the parameters {parted[:4]} of a model under fully_shard are in parts where it is run; expected whole "
-            "ones, as a measure with process_group= gathers them: reshard nothing inside the model or function=, and "
-            "call no method there that was given to register_fsdp_forward_method"
+            "ones, as a measure with process_group= gathers them: reshard nothing inside the model or function="
         )

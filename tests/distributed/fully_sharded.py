@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import cuts
@@ -11,7 +12,7 @@ from cases import STORED, Case, build, representation
 from launch import Check, Here, check, raises
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 import nngeom as nng
 
@@ -83,6 +84,35 @@ for kind in STORED:
     listed("mlp", kind, by_child=False)
 
 
+PRODUCTS: dict[str, Callable] = {
+    "implicit": lambda m, d, **o: nng.FIM(m, d, nng.PMatImplicit, **o).to_dense(),
+    "implicit block": lambda m, d, **o: nng.FIM(m, d, nng.PMatImplicit, **o)["0"].to_dense(),
+    "implicit diagonal": lambda m, d, **o: nng.FIM(m, d, nng.PMatImplicit, **o).diag().tensor,
+    "solve": lambda m, d, **o: (
+        nng.FIM(m, d, nng.PMatImplicit, **o).solve(nng.PVector.from_model(m), damping=0.1, tol=1e-12).tensor
+    ),
+    "Hessian": lambda m, d, **o: nng.Hessian(m, d, nng.PMatDense, loss="cross_entropy", **o).to_dense(),
+    "Hessian diagonal": lambda m, d, **o: nng.Hessian(m, d, nng.PMatDiag, loss="cross_entropy", **o).to_dense(),
+    "implicit Hessian": lambda m, d, **o: nng.Hessian(m, d, loss="cross_entropy", **o).to_dense(),
+    "covariance": lambda m, d, **o: nng.GradientCovariance(m, d, nng.PMatDense, loss="cross_entropy", **o).to_dense(),
+}
+
+
+def product(name: str, measure: str) -> None:
+    def f(here: Here) -> None:
+        case = cuts.data(name)
+        compare(here, case, sharded(case, here), PRODUCTS[measure], 1e-9 if measure == "solve" else 1e-12)
+
+    CHECKS[f"{measure} {name}"] = f
+
+
+for measure in PRODUCTS:
+    product("mlp", measure)
+for name in ("conv2d", "transformer"):
+    for measure in ("implicit", "Hessian diagonal"):
+        product(name, measure)
+
+
 # -- what is left behind, and what is refused --------------------------------------------------------------------------
 
 
@@ -96,7 +126,8 @@ def parameters_are_in_parts_after_an_exception(here: Here) -> None:
         out = model(x)
         raise ValueError(f"broken {out.shape}")
 
-    raises(ValueError, "broken", lambda: nng.FIM(model, data, nng.PMatDiag, function=broken, process_group=here.group))
+    kinds = (ValueError, nng.PeerError)  # the other process may be the first
+    raises(kinds, "broken", lambda: nng.FIM(model, data, nng.PMatDiag, function=broken, process_group=here.group))
     assert in_parts(model) and hooks(model) == before
     some = lambda x, y: broken(x, y) if here.rank else model(x)
     kind = ValueError if here.rank else nng.PeerError
@@ -161,6 +192,44 @@ def the_group_must_hold_all_that_hold_parts(here: Here) -> None:
 def group_or_none(m: nn.Module, data: list, group: object) -> torch.Tensor:
     """A diagonal."""
     return nng.FIM(m, data, nng.PMatDiag, process_group=group).to_dense()
+
+
+class Named(nn.Module):
+    """A model that is run by a method of another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def outputs(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+@check(CHECKS)
+def methods_that_gather_and_part_run_as_they_are_written(here: Here) -> None:
+    case = cuts.data("mlp")
+    case = dataclasses.replace(case, model=Named().double())
+    model = sharded(case, here, by_child=False)
+    register_fsdp_forward_method(model, "outputs")
+    before = vars(model)["outputs"]
+    measure = lambda m, d, **o: nng.FIM(m, d, nng.PMatDense, function=lambda x, y: m.outputs(x), **o).to_dense()
+    compare(here, case, model, measure)
+    assert vars(model)["outputs"] is before
+
+
+@check(CHECKS)
+def parameters_that_are_parted_in_the_middle_are_refused(here: Here) -> None:
+    case = cuts.data("mlp")
+    model, data = sharded(case, here), cuts.mine(case.loader, here.rank, here.size)
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        out = model(x)
+        model[0].reshard()
+        return out
+
+    call = lambda: nng.FIM(model, data, nng.PMatDiag, function=function, process_group=here.group)
+    raises(nng.UnsupportedError, "reshard nothing", call)
+    assert in_parts(model)
 
 
 @check(CHECKS)
