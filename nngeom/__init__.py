@@ -27,6 +27,7 @@ from nngeom.core.errors import (
     SingularError,
     SizeError,
     StructureError,
+    UnevenBatchWarning,
     UnsupportedError,
 )
 from nngeom.cotangents.categorical import Categorical
@@ -133,6 +134,7 @@ __all__ = [
     "SizeError",
     "StructureError",
     "Tikhonov",
+    "UnevenBatchWarning",
     "UnsupportedError",
     "__version__",
     "approximation_report",

@@ -169,7 +169,7 @@ class EigenBlock(Block):
 
     @staticmethod
     def of_factors(a: tuple[Tensor, Tensor | None], g: tuple[Tensor, Tensor | None]) -> EigenBlock:
-        """The product of factors by the eigenvalues and eigenvectors of both."""
+        """The product of the factors ``a`` and ``g`` by the eigenvalues and eigenvectors of both."""
         (sa, ua), (sg, ug) = a, g
         return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
 

@@ -97,7 +97,7 @@ class Team:
         if longest > messages.SIZE:
             parts = self._gathered(messages.padded(mine, longest))
         calls = [messages.content(part) for part in parts]
-        self._require_same([{"call": call} for call, _ in calls], "the processes are not in the same call")
+        self.require_same([{"call": call} for call, _ in calls], "the processes are not in the same call")
         return [x for _, x in calls]
 
     def first(self, what: str, x: Any) -> Any:
@@ -110,9 +110,10 @@ class Team:
         """
         digest = digest_of(sorted(values.items()))
         if len(set(self.exchange(what, digest))) > 1:
-            self._require_same(self.exchange(what, values), f"{what} needs the same on all processes")
+            self.require_same(self.exchange(what, values), f"{what} needs the same on all processes")
 
-    def _require_same(self, values: list[dict[str, str]], what: str) -> None:
+    def require_same(self, values: list[dict[str, str]], what: str) -> None:
+        """Raise :class:`RankMismatchError`, ``what`` and the first difference, unless those of all ranks are equal."""
         found = difference(values)
         if found is not None:
             raise RankMismatchError(f"{what}: {found}")
@@ -187,8 +188,7 @@ class Alone(Team):
     """This process by itself: what is done together is what it does."""
 
     def __init__(self) -> None:
-        self.rank, self.size = 0, 1
-        self.ranks: list[int] = []  # of no group
+        self.rank, self.size, self.ranks = 0, 1, []
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[Note]:

@@ -151,8 +151,10 @@ class Follower:
             handles = [leaves[x].register_hook(partial(weakly(self.keep), x)) for x in run.rest]
             finalize(call.passage, _remove, handles).atexit = False
         else:
-            call.chunks = list(measured(observer.network, run, observer.cotangents, observer.drawn))
-            observer.drawn += call.n
+            numbers = observer.team.exchange("draws", call.n)
+            start = observer.drawn + sum(numbers[: observer.team.rank])
+            call.chunks = list(measured(observer.network, run, observer.cotangents, start))
+            observer.drawn += sum(numbers)
 
     # -- what has arrived ----------------------------------------------------------------------------------------------
 

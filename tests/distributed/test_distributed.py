@@ -11,6 +11,7 @@ import faults
 import gone
 import moments
 import products
+import training
 from launch import launch
 
 
@@ -34,7 +35,7 @@ def asked(*themes, sizes=(2, 3), slow=(4,)):
     return lambda f: pytest.mark.parametrize("size", marked)(pytest.mark.parametrize("theme, name", listed)(f))
 
 
-@asked(moments, products, faults)
+@asked(moments, products, faults, training)
 def test_over_processes(said, theme, name, size):
     said(theme, size).require(name)
 
