@@ -28,6 +28,7 @@ from nngeom.core.errors import (
     SingularError,
     SizeError,
     StructureError,
+    UnevenBatchWarning,
     UnsupportedError,
 )
 from nngeom.cotangents.categorical import Categorical
@@ -135,6 +136,7 @@ __all__ = [
     "SizeError",
     "StructureError",
     "Tikhonov",
+    "UnevenBatchWarning",
     "UnsupportedError",
     "__version__",
     "approximation_report",

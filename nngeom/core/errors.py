@@ -116,6 +116,10 @@ class SameDataWarning(UserWarning):
     """All processes of a group read the same first batch: was the data not split?"""
 
 
+class UnevenBatchWarning(UserWarning):
+    """The processes of a group train on batches of unlike sizes, and average over processes."""
+
+
 class RepeatedExamplesWarning(UserWarning):
     """A sampler repeats examples so that all processes have as many; they count twice."""
 

@@ -121,6 +121,7 @@ def GramMatrix(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=not differentiable,
     )
     run.require_alone("GramMatrix")
     kind = _representation(representation)
@@ -203,6 +204,7 @@ def GramMatrices(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=not differentiable,
     )
     run.require_alone("GramMatrices")
     kind = _representation(representation)

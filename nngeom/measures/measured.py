@@ -31,7 +31,6 @@ def measured(
         if representation is PMatImplicit:
             if options:
                 raise ArgumentError(f"PMatImplicit has no option {list(options)}")
-            run.require_alone("PMatImplicit")
             return implicit_estimate(sweep) if isinstance(cotangents, Probes) else implicit(sweep)
         chosen = as_representation(representation, **options).within(run.network.collection)
         sweep = sweep.but(part_of=chosen.part_of)

@@ -96,6 +96,7 @@ def FIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     if centered:
         return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator)
@@ -139,6 +140,7 @@ def FIM_MonteCarlo(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False), index))
 
@@ -181,6 +183,7 @@ def EmpiricalFIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
     return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))
@@ -243,6 +246,7 @@ def GGN(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     if centered:
         return centred_moments(run, as_loss(loss, model), representation, options, estimator)
