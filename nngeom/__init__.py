@@ -56,6 +56,7 @@ from nngeom.regression import gradient_flow_mse, kernel_regression
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
+from nngeom.trusted import trust as _trust
 from nngeom.views.approximation import approximation_report
 from nngeom.views.diagnosis import diagnose
 from nngeom.views.explanation import explain
@@ -138,6 +139,7 @@ __all__ = [
     "save",
 ]
 
+_trust()
 
 if _typing.TYPE_CHECKING:
     from nngeom import analysis as analysis

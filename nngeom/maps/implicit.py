@@ -60,6 +60,12 @@ class ImplicitMap(JacobianMap):
             out[k, n] = rows[..., place]
         return out.view(*self.shape[:2], *shape)
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise UnsupportedError(
+            "an implicit map follows its model; move the model with model.to(...) and build it again, or materialize()"
+        )
+
     def __reduce__(self) -> Any:
         raise UnsupportedError("an implicit map holds a model and data, so it is not pickled; materialize() it first")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nngeom.capture.network import Batch, Network, as_batches, leading_size, targets
 from nngeom.core import memory
