@@ -17,6 +17,7 @@ from nngeom.core.jacobian import FullJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.measures.arguments import require_known
 from nngeom.pmat.drive import Repeated, Source, built
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.implicit_fisher import ImplicitFisher
@@ -60,6 +61,7 @@ def GradientCovariance(
 
     Other arguments and errors as for :func:`EmpiricalFIM`. Source: Le Roux et al. 2008 (TONGA).
     """
+    require_known(GradientCovariance, representation, options)
     chosen = None if representation is PMatImplicit and not options else as_representation(representation, **options)
     if chosen is not None:
         _require_offered(chosen)

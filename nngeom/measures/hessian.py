@@ -25,6 +25,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedErro
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.measures.arguments import require_known
 from nngeom.measures.projected import projected, structure
 from nngeom.measures.second_derivatives import (
     Quadratic,
@@ -77,6 +78,7 @@ def Hessian(
     Raises :class:`UnsupportedError` for other representations; other arguments and errors as for :func:`FIM`. Source:
     Pearlmutter 1994.
     """
+    require_known(Hessian, representation, options)
     kind: Any = representation.kind if isinstance(representation, Representation) else representation
     chosen = _projecting(representation, options)
     entries = None if chosen else _entries(kind)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.probes import Probes
 from nngeom.measures.probed import estimate, implicit_estimate
 from nngeom.pmat.drive import Repeated, built
@@ -25,8 +24,6 @@ def measured(
     sweep = Sweep(run, cotangents, policy)
     with run.within():
         if representation is PMatImplicit:
-            if options:
-                raise ArgumentError(f"PMatImplicit has no option {list(options)}")
             return implicit_estimate(sweep) if isinstance(cotangents, Probes) else implicit(sweep)
         chosen = as_representation(representation, **options).within(run.network.collection)
         sweep = sweep.but(part_of=chosen.part_of)

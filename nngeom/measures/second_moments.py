@@ -12,6 +12,7 @@ from typing_extensions import TypeVar
 from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood, seed_of
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.loss import EmpiricalFisher, GaussNewton, Loss, as_loss
+from nngeom.measures.arguments import require_known
 from nngeom.measures.measured import measured
 from nngeom.measures.probed import probed, require_samples
 from nngeom.pmat.estimate import MatrixEstimate
@@ -83,6 +84,7 @@ def FIM(
     :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError` and
     what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
+    require_known(FIM, representation, options)
     run = Run.of(
         model,
         loader,
@@ -120,6 +122,7 @@ def FIM_MonteCarlo(
     not depend on the batch size. ``representation``, its ``options``, ``likelihood``, other arguments and errors as for
     :func:`FIM`.
     """
+    require_known(FIM_MonteCarlo, representation, options)
     cotangents = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
     run = Run.of(
         model,
@@ -163,6 +166,7 @@ def EmpiricalFIM(
 
     Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
     """
+    require_known(EmpiricalFIM, representation, options)
     run = Run.of(
         model,
         loader,
@@ -222,6 +226,7 @@ def GGN(
 
     Other arguments and errors as for :func:`FIM`.
     """
+    require_known(GGN, representation, options)
     run = Run.of(
         model,
         loader,
