@@ -141,19 +141,26 @@ __all__ = [
 
 _trust()
 
+_PACKAGES = ("analysis", "linearized", "mgs", "optim", "plot", "solve", "track")
+
 if _typing.TYPE_CHECKING:
     from nngeom import analysis as analysis
     from nngeom import linearized as linearized
     from nngeom import mgs as mgs
     from nngeom import optim as optim
+    from nngeom import plot as plot
     from nngeom import solve as solve
     from nngeom import track as track
 else:
 
     def __getattr__(name: str):
         """The subpackages, imported when they are first asked for: ``nng.analysis.coherence(...)``."""
-        if name in ("analysis", "linearized", "mgs", "optim", "solve", "track"):
+        if name in _PACKAGES:
             import importlib
 
             return importlib.import_module(f"nngeom.{name}")
         raise AttributeError(f"module 'nngeom' has no attribute {name!r}")
+
+    def __dir__():
+        """Public names and subpackages, for completion."""
+        return [*__all__, *_PACKAGES]

@@ -11,7 +11,8 @@ import nngeom
 
 ROOT = Path(__file__).parent.parent / "nngeom"
 ORDER = ["core", "solve", "layers", "space", "capture", "pullback", "sweep", "cotangents", "pmat", "fmat", "maps"]
-ORDER += ["measures", "attribution", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
+ORDER += ["measures", "attribution", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "plot", "page"]
+ORDER += ["__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 

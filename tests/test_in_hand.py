@@ -289,3 +289,8 @@ def test_missing_libraries_are_named():
         optional("no_such.inner")
     with pytest.raises(ImportError, match="pip install other-name"):
         optional("no_such", "other-name")
+
+
+def test_completion_offers_all_public_names():
+    assert {*nng.__all__, "analysis", "linearized", "mgs", "optim", "plot", "solve", "track"} == set(dir(nng))
+    assert nng.plot.spectrum.__module__.startswith("nngeom.plot")
