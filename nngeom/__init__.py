@@ -41,6 +41,7 @@ from nngeom.measures.jacobian import Jacobian
 from nngeom.measures.kernels import GramMatrices, GramMatrix
 from nngeom.measures.rows import rows
 from nngeom.measures.second_moments import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
+from nngeom.page.report import report
 from nngeom.pmat.dense import PMatBlockDiag, PMatDense
 from nngeom.pmat.diag import PMatDiag
 from nngeom.pmat.ekfac import PMatEKFAC
@@ -135,6 +136,7 @@ __all__ = [
     "kernel_regression",
     "load",
     "merge",
+    "report",
     "rows",
     "save",
 ]

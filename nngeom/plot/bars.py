@@ -65,19 +65,19 @@ def influence(scores: Influence | Tensor, query: int = 0, *, top: int = 8, names
 
 def extremes(scores: Influence | Tensor, query: int, top: int) -> tuple[list[float], list[int]]:
     """The ``top`` scores at each end for a ``query``, descending, and the examples that have them."""
-    whole, kept = (scores, None) if isinstance(scores, Tensor) else (getattr(scores, "scores", None), scores)
-    if not isinstance(scores, (Tensor, Influence)) or (whole is not None and whole.ndim != 2):
+    rows = scores if isinstance(scores, Tensor) else getattr(scores, "scores", None)
+    whole = rows is not None
+    rows = getattr(scores, "values", None) if rows is None else rows  # with top= only the largest were kept
+    if not isinstance(scores, (Tensor, Influence)) or not isinstance(rows, Tensor) or rows.ndim != 2:
         raise ArgumentTypeError(
             f"the scores are {type(scores).__name__}; expected what influence returned, or a tensor (q, n)"
         )
-    rows = whole if whole is not None else kept.values  # type: ignore[union-attr]
     if not 0 <= query < len(rows) or top < 1:
         raise ArgumentError(f"query is {query} and top {top}; there are {len(rows)} queries, expected one and top >= 1")
     row = rows[query].detach().double().cpu()
     order = row.argsort(descending=True, stable=True)
-    if whole is not None and len(order) > 2 * top:
-        order = torch.cat([order[:top], order[-top:]])
-    elif whole is None:
-        order = order[:top]  # only the largest were kept
-    examples = order if whole is not None else kept.indices[query].cpu()[order]  # type: ignore[union-attr]
+    ends = torch.cat([order[:top], order[-top:]]) if len(order) > 2 * top else order
+    order = ends if whole else order[:top]
+    indices = getattr(scores, "indices", None)
+    examples = order if whole or indices is None else indices[query].cpu()[order]
     return row[order].tolist(), examples.tolist()
