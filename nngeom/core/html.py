@@ -13,14 +13,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0, 
     ``most`` rows. Cells are text; what they hold is escaped.
     """
     words = len(head) - numbers
-    side = lambda j: "left" if j < words else "right"
-    line = lambda cells, tag: "".join(
-        f'<{tag} style="text-align:{side(j)}">{escape(cell)}</{tag}>' for j, cell in enumerate(cells)
-    )
-    body = "".join(f"<tr>{line(cells, 'td')}</tr>" for cells in rows[:most])
+    body = "".join(f"<tr>{_line(cells, 'td', words)}</tr>" for cells in rows[:most])
     if len(rows) > most:
         body += f'<tr><td colspan="{len(head)}" style="text-align:left">and {len(rows) - most} more</td></tr>'
-    return f'<table class="dataframe"><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<table class="dataframe"><thead><tr>{_line(head, "th", words)}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _line(cells: Sequence[str], tag: str, words: int) -> str:
+    side = ("left", "right")
+    return "".join(f'<{tag} style="text-align:{side[j >= words]}">{escape(x)}</{tag}>' for j, x in enumerate(cells))
 
 
 def card(title: str, facts: Mapping[str, str], *below: str) -> str:
