@@ -20,6 +20,7 @@ from nngeom.capture.batch import move
 from nngeom.capture.batch import take as take
 from nngeom.capture.compiled import as_written
 from nngeom.capture.fused import DenseGradients
+from nngeom.capture.measuring import measuring
 from nngeom.capture.untouched import Watch
 from nngeom.core.errors import ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
 from nngeom.space.collection import LayerCollection, unwrap
@@ -115,7 +116,7 @@ class Network:
 
     def _outputs(self, batch: Batch) -> Tensor:
         sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
-        with as_written(), DenseGradients() if sparse else contextlib.nullcontext():
+        with as_written(), measuring(), DenseGradients() if sparse else contextlib.nullcontext():
             try:
                 outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
             except (RuntimeError, TypeError) as error:

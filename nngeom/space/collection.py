@@ -188,3 +188,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def doors(model: nn.Module) -> list[nn.Module]:
+    """The modules that are called when ``model`` is: the one inside of wrappers, and around it what
+    ``torch.compile`` made, before which nothing is compiled.
+    """
+    inner, found = unwrap(model), []
+    while model is not inner:
+        compiled = isinstance(getattr(model, "_orig_mod", None), nn.Module)
+        found += [model] if compiled else []
+        model = model._orig_mod if compiled else model.module  # type: ignore[assignment]
+    return [*found, inner]
