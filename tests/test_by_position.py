@@ -34,7 +34,7 @@ class Cut(nn.Module):
         self.model, self.t = model, t
 
     def forward(self, x, own):
-        m, t = self.model, x.shape[1]
+        t = x.shape[1]
         pick = [own if j == self.t else {k: v.detach() for k, v in own.items()} for j in range(t)]
         inner = [p["table.weight"][x[:, j]] @ p["mix.weight"].T + p["mix.bias"] for j, p in enumerate(pick)]
         hidden = torch.tanh(torch.stack(inner, 1).cumsum(1))
