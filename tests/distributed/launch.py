@@ -61,6 +61,16 @@ def check(checks: dict[str, Check], name: str | None = None) -> Callable[[Check]
     return listed
 
 
+def raises(kind: Any, text: str, call: Callable[[], object]) -> None:
+    """``call`` raises an error of this kind, or of one of these, with this text in it."""
+    try:
+        call()
+    except kind as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"no {kind}")
+
+
 # -- the processes -----------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """Measures over several processes: what they say is in the modules of the same themes."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,3 +52,17 @@ def test_over_three_processes(said, theme, name, size):
 @asked(gone, sizes=(2,), slow=())
 def test_processes_that_are_gone(said, theme, name, size):
     said(theme, size).require(name, ranks=[0])
+
+
+def test_the_example_under_torchrun(tmp_path):
+    """In one process, and started by torchrun in two: the same matrix."""
+    script = Path(__file__).parent.parent.parent / "examples" / "torchrun_fisher.py"
+    paths = os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    said = []
+    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        command = [sys.executable, *start, str(script)]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said.append([line for line in done.stdout.splitlines() if "examples, trace" in line])
+    assert said[0] == said[1] and len(said[0]) == 1
