@@ -141,6 +141,7 @@ __all__ = [
 
 if _typing.TYPE_CHECKING:
     from nngeom import analysis as analysis
+    from nngeom import interop as interop
     from nngeom import linearized as linearized
     from nngeom import mgs as mgs
     from nngeom import optim as optim
@@ -150,7 +151,7 @@ else:
 
     def __getattr__(name: str):
         """The subpackages, imported when they are first asked for: ``nng.analysis.coherence(...)``."""
-        if name in ("analysis", "linearized", "mgs", "optim", "solve", "track"):
+        if name in ("analysis", "interop", "linearized", "mgs", "optim", "solve", "track"):
             import importlib
 
             return importlib.import_module(f"nngeom.{name}")
