@@ -48,11 +48,10 @@ class LayerCollection:
         for name, p in model.named_parameters(remove_duplicate=False):
             aliases.setdefault(id(p), []).append(name)
         every = dict(model.named_parameters())
-        root = (
-            type(model).__name__ if type(model).__module__.startswith("torch.nn") else None
-        )  # a single layer as the model
-        layer_of = lambda name: name.rpartition(".")[0] or root or name
-        known = [Named(name, tuple(aliases[id(p)]), layer_of(name)) for name, p in every.items()]
+        kind = type(model)
+        root = kind.__name__ if kind.__module__.startswith("torch.nn") else None  # a single layer as the model
+        layers = {name: name.rpartition(".")[0] or root or name for name in every}
+        known = [Named(name, tuple(aliases[id(p)]), layers[name]) for name, p in every.items()]
         keep = set(every) if include is None else select(known, model, include, "include")
         if exclude is not None:
             keep -= select(known, model, exclude, "exclude")
@@ -75,7 +74,7 @@ class LayerCollection:
         lc = LayerCollection(
             tuple(chosen),
             tuple(tuple(p.shape) for p in chosen.values()),
-            tuple(map(layer_of, chosen)),
+            tuple(layers[name] for name in chosen),
             tuple(tuple(aliases[id(p)]) for p in chosen.values()) if tied else (),
         )
         object.__setattr__(lc, "_source", weakref.ref(model))
