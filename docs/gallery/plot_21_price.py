@@ -1,0 +1,48 @@
+"""
+The price of everything
+=======================
+
+Time of a build and memory kept, for the representations of a perceptron of growing width, next to the floor: one forward and backward
+pass over the same 256 digits. :doc:`/benchmarks` has larger models, peers, and how times are taken.
+"""
+
+import time
+
+import matplotlib.pyplot as plt
+from digits import digits, mlp
+from torch.nn import functional as F
+
+import nngeom as nng
+
+x, y, *_ = digits(train=256)
+
+
+def seconds(f):
+    """The fastest of three calls, after one that does not count."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+widths = (16, 64, 256)
+kinds = {k.__name__[4:]: k for k in (nng.PMatDiag, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatBlockDiag, nng.PMatDense, nng.PMatLowRank)}
+figure, (left, right) = plt.subplots(1, 2)
+for name, kind in kinds.items():
+    ratios, sizes, fits = [], [], [w for w in widths if name not in ("BlockDiag", "Dense") or w < 100]
+    for width in fits:
+        model = mlp(width=width)
+        floor = seconds(lambda model=model: F.cross_entropy(model(x), y).backward())
+        ratios.append(seconds(lambda model=model, kind=kind: nng.FIM(model, (x, y), kind)) / floor)
+        sizes.append(nng.FIM(model, (x, y), kind).nbytes())
+    print(f"{name:10s} " + "  ".join(f"width {w}: {r:.0f} floors, {s / 1e6:.2f} MB" for w, r, s in zip(fits, ratios, sizes)))
+    left.loglog(fits, ratios, "o-", label=name)
+    right.loglog(fits, sizes, "o-")
+left.set_xlabel("width")
+left.set_ylabel("time, in forward and backward passes")
+right.set_xlabel("width")
+right.set_ylabel("bytes kept")
+left.legend()
+plt.show()
