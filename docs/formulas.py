@@ -1,5 +1,6 @@
 """Formulas as MathML, which browsers render themselves: read as TeX at build time, nothing is loaded from elsewhere."""
 
+import html
 import re
 
 from docutils.nodes import SkipNode
@@ -17,6 +18,7 @@ def mathml(tex: str, display: str = "inline") -> str:
     Raises :class:`ValueError` for a command that is not known.
     """
     markup = convert(tex, display=display)
+    markup = re.sub(r"&#x([0-9A-F]+);", lambda m: html.escape(chr(int(m[1], 16))), markup)
     for alphabet, letters in ALPHABETS.items():
         pattern = rf'<mi mathvariant="{alphabet}">(\w)</mi>'
         markup = re.sub(pattern, lambda m, letters=letters: f"<mi>{letters[m[1]]}</mi>", markup)

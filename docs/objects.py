@@ -23,7 +23,10 @@ THEIRS = {  # what signatures of this library name, and where it is described
     "torch.utils.data.DataLoader": ("class", "data.html#$"),
     "torch.distributed.ProcessGroup": ("class", "distributed.html#$"),
 }
-ALIASES = {"torch.nn.modules.module.Module": "torch.nn.Module", "torch.optim.optimizer.Optimizer": "torch.optim.Optimizer"}
+ALIASES = {
+    "torch.nn.modules.module.Module": "torch.nn.Module",
+    "torch.optim.optimizer.Optimizer": "torch.optim.Optimizer",
+}
 
 
 def write_inventory(path: Path) -> None:

@@ -2,8 +2,8 @@
 Remember an old task: EWC
 =========================
 
-A net learns the digits 0 to 4, then 5 to 9. Elastic weight consolidation adds the quadratic form of the old task's Fisher
-matrix around the old weights to the new loss; the representation says how much of the matrix is kept.
+A net learns the digits 0 to 4, then 5 to 9. Elastic weight consolidation adds the quadratic form of the old task's
+Fisher matrix around the old weights to the new loss; the representation says how much of the matrix is kept.
 """
 
 import matplotlib.pyplot as plt

@@ -2,8 +2,8 @@
 Many tasks, one penalty: permuted digits
 ========================================
 
-Four tasks, each the digits under another permutation of the pixels. After each task its Fisher matrix is merged into one
-(``nng.merge`` weighs by examples): memory is that of one matrix, however many tasks there were.
+Four tasks, each the digits under another permutation of the pixels. After each task its Fisher matrix is merged
+into one (``nng.merge`` weighs by examples): memory is that of one matrix, however many tasks there were.
 """
 
 import matplotlib.pyplot as plt
@@ -20,10 +20,10 @@ for weight, style in ((0.0, "--"), (50.0, "-")):
     for task, order in enumerate(orders):
         anchor = nng.PVector.from_model(model)
 
-        def penalty(model, matrix=matrix, anchor=anchor, task=task):
-            if matrix is None or weight == 0:
+        def penalty(model, matrix=matrix, anchor=anchor, factor=weight * task):
+            if factor == 0:
                 return 0.0
-            return weight * task * matrix.vTMv(nng.PVector.from_model(model, live=True) - anchor)
+            return factor * matrix.vTMv(nng.PVector.from_model(model, live=True) - anchor)
 
         train(model, x[:, order], y, steps=120, penalty=penalty)
         new = nng.FIM(model, (x[:400, order], y[:400]), nng.PMatKFAC)

@@ -2,8 +2,8 @@
 How wide should the prior be: the Laplace evidence
 ==================================================
 
-The evidence of a net under a Gaussian prior of precision ``p`` needs ``log det(n F + p)``. With a KFAC matrix at hand it is a
-closed form in ``p``, and says without held-out data which prior, and which width of the net, suits.
+The evidence of a net under a Gaussian prior of precision ``p`` needs ``log det(n F + p)``. With a KFAC matrix at
+hand it is a closed form in ``p``, and says without held-out data which prior, and which width of the net, suits.
 """
 
 import math

@@ -2,12 +2,12 @@
 Say how sure you are: Laplace predictions
 =========================================
 
-A net that was trained on few digits until it is too sure of itself, and two Laplace approximations of it by ``laplace-torch`` with this
-library's curvature. Averaging over the posterior lowers the negative log-likelihood of held-out digits.
+A net that was trained on few digits until it is too sure of itself, and two Laplace approximations of it by
+``laplace-torch`` with this library's curvature. Averaging over the posterior lowers the negative log-likelihood of
+held-out digits.
 """
 
 import matplotlib.pyplot as plt
-import torch
 from digits import digits, mlp, train
 from laplace import Laplace
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ loader = DataLoader(TensorDataset(x, y), batch_size=100)
 
 
 def calibration(p, bins=10):
-    """Confidence and accuracy of each tenth of the examples, from unsure to sure, and the expected calibration error."""
+    """Confidence and accuracy of each tenth, from unsure to sure, and the expected calibration error."""
     sure, right = p.max(-1).values, (p.argmax(-1) == y_test).float()
     parts = sure.argsort().chunk(bins)
     points = [(sure[i].mean().item(), right[i].mean().item()) for i in parts]

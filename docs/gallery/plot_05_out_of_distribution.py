@@ -2,8 +2,8 @@
 Know what was never seen: out of distribution
 =============================================
 
-Patches of a photograph are no digits. The variance of the linearised outputs under the Laplace posterior, ``J (n F + p)^-1 J^T``, is
-larger on them, and tells them from digits better than the net's own confidence.
+Patches of a photograph are no digits. The variance of the linearised outputs under the Laplace posterior, ``J (n F
++ p)^-1 J^T``, is larger on them, and tells them from digits better than the net's own confidence.
 """
 
 import matplotlib.pyplot as plt

@@ -2,9 +2,10 @@
 Find wrong labels: self-influence
 =================================
 
-One label in ten is wrong. An example that changes its own loss a lot when it gets more weight is one that the others do
-not explain: sorted by self-influence the wrong labels come first. So they do by the loss, as long as the net has not learnt them;
-self-influence needs no held-out data either, and its parts say which other examples stand against a label.
+One label in ten is wrong. An example that changes its own loss a lot when it gets more weight is one that the
+others do not explain: sorted by self-influence the wrong labels come first. So they do by the loss, as long as the
+net has not learnt them; self-influence needs no held-out data either, and its parts say which other examples stand
+against a label.
 """
 
 import matplotlib.pyplot as plt

@@ -2,8 +2,8 @@
 Do influences tell the truth: a linear datamodelling score
 ==========================================================
 
-Only training anew tells. Nets are trained on random halves of 120 digits, and the losses of queries that they give are correlated
-with those that summed scores predict. :doc:`/influence` has the same experiment with more nets.
+Only training anew tells. Nets are trained on random halves of 120 digits, and the losses of queries that they give
+are correlated with those that summed scores predict. :doc:`/influence` has the same experiment with more nets.
 """
 
 import matplotlib.pyplot as plt

@@ -2,8 +2,8 @@
 Remove weights: OBD and OBS
 ===========================
 
-Optimal brain damage removes the weights with the least ``w_i^2 F_ii``. Optimal brain surgeon asks the inverse instead,
-``w_i^2 / (F^-1)_ii``, and moves the others to make up for what is gone. Here half of the saliencies are asked of a KFAC matrix.
+Optimal brain damage removes the weights with the least ``w_i^2 F_ii``. Optimal brain surgeon asks the inverse
+instead, ``w_i^2 / (F^-1)_ii``, and moves the others to make up for what is gone.
 """
 
 import matplotlib.pyplot as plt

@@ -2,9 +2,9 @@
 Merge two nets: averages in the metric of Fisher
 ================================================
 
-From the same start one net went on with the digits 0 to 6 and one with 7 to 9. The plain average halves what each of them knows;
-``(F1 + F2)^-1 (F1 w1 + F2 w2)``, the most likely parameters under both of their Laplace posteriors, takes from each what it is sure
-of. Neither net saw the other's data, nor does the merge.
+From the same start one net went on with the digits 0 to 6 and one with 7 to 9. The plain average halves what each
+of them knows; ``(F1 + F2)^-1 (F1 w1 + F2 w2)``, the most likely parameters under both of their Laplace posteriors,
+takes from each what it is sure of. Neither net saw the other's data, nor does the merge.
 """
 
 import matplotlib.pyplot as plt

@@ -2,8 +2,8 @@
 What a net learns first: the spectrum of its tangent kernel
 ===========================================================
 
-The eigenvalues of the tangent kernel before and after training, and how well its leading eigenvectors say the labels. In training the
-kernel turns towards the labels.
+The eigenvalues of the tangent kernel before and after training, and how well its leading eigenvectors say the
+labels. In training the kernel turns towards the labels.
 """
 
 import matplotlib.pyplot as plt
@@ -23,8 +23,10 @@ for name, steps in (("at the start", 0), ("after 200 steps", 200)):
     K = nng.GramMatrix(model, x)
     values, vectors = K.eigh()
     share = (vectors.to_dense().T @ onehot.flatten()).square().flip(0).cumsum(0) / onehot.square().sum()
-    print(f"{name:16s} effective rank {analysis.effective_rank(K):.0f}, "
-          f"alignment with the labels {analysis.label_alignment(model, (x, y)):.3f}")
+    print(
+        f"{name:16s} effective rank {analysis.effective_rank(K):.0f}, "
+        f"alignment with the labels {analysis.label_alignment(model, (x, y)):.3f}"
+    )
     left.loglog(values.flip(0).clamp(min=1e-6), label=name)
     right.semilogx(torch.arange(1, len(share) + 1), share, label=name)
 left.set_xlabel("number of the eigenvalue")

@@ -2,8 +2,8 @@
 Is the net a kernel machine: regression and training dynamics
 =============================================================
 
-Regression with the tangent kernel at the start of training, and the linearised dynamics ``f(t) = y + exp(-t K / n) (f(0) - y)``, next to
-gradient descent on the net itself, narrow and wide.
+Regression with the tangent kernel at the start of training, and the linearised dynamics ``f(t) = y + exp(-t K / n)
+(f(0) - y)``, next to gradient descent on the net itself, narrow and wide.
 """
 
 import matplotlib.pyplot as plt
@@ -12,9 +12,9 @@ from digits import digits, mlp
 
 import nngeom as nng
 
-x, y, x_test, y_test = digits(train=200)
+x, y, x_test, y_test = digits(train=120)
 onehot = torch.nn.functional.one_hot(y, 10).float()
-for width, color in ((16, "C0"), (512, "C1")):
+for width, color in ((16, "C0"), (256, "C1")):
     model = mlp(width=width)
     K = nng.GramMatrix(model, x)
     values, basis = K.eigh()

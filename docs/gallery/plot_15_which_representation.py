@@ -2,8 +2,8 @@
 Which representation: accuracy for memory
 =========================================
 
-The exact Fisher matrix of a small convolutional net in nine representations: how much each keeps in memory, and how well its natural
-gradient agrees with the dense one's. :doc:`/which_matrix` says in words what to take.
+The exact Fisher matrix of a small convolutional net in nine representations: how much each keeps in memory, and how
+well its natural gradient agrees with the dense one's. :doc:`/which_matrix` says in words what to take.
 """
 
 import matplotlib.pyplot as plt
@@ -29,7 +29,11 @@ kinds["Mixed"] = nng.PMatMixed({"1.*": nng.PMatBlockDiag}, default=nng.PMatEKFAC
 exact = nng.FIM(model, batch, nng.PMatDense).solve(gradient, damping)
 for name, kind in kinds.items():
     M = nng.FIM(model, batch, kind)
-    step = M.solve(gradient, damping)
+    try:
+        step = M.solve(gradient, damping)
+    except nng.SingularError as error:  # a quasi-diagonal matrix may be indefinite
+        print(f"{name:10s} {error}")
+        continue
     cosine = (step.dot(exact) / step.norm() / exact.norm()).item()
     print(f"{name:10s} {M.nbytes():9d} bytes, cosine with the exact natural gradient {cosine:.3f}")
     plt.semilogx(M.nbytes(), cosine, "o")

@@ -2,7 +2,8 @@
 Watch a training: the tracker in Lightning
 ==========================================
 
-A tracker follows quantities of the tangent kernel on a probe set while Lightning trains; one callback, and nothing else changes.
+A tracker follows quantities of the tangent kernel on a probe set while Lightning trains; one callback, and nothing
+else changes.
 """
 
 import logging
@@ -37,14 +38,15 @@ class Digits(L.LightningModule):
 
 
 module = Digits()
-tracker = track.Tracker(module.net, [(x_test[:100], y_test[:100])], metrics=["accuracy", "effective_rank", "label_alignment"], every=10)
+probe, names = [(x_test[:100], y_test[:100])], ["accuracy", "effective_rank", "alignment"]
+tracker = track.Tracker(module.net, probe, metrics=names, every=10)
 options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 trainer = L.Trainer(max_epochs=10, accelerator="cpu", callbacks=[track.lightning_callback(tracker)], **options)
 trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=100, shuffle=True))
 
 history = tracker.history
 figure, axes = plt.subplots(1, 3)
-for axis, name in zip(axes, ("accuracy", "effective_rank", "label_alignment")):
+for axis, name in zip(axes, ("probe_accuracy", *names[1:])):
     axis.plot(history["step"], history[name])
     axis.set_title(name)
     axis.set_xlabel("step")

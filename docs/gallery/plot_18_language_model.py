@@ -2,8 +2,9 @@
 Fisher information of a language model
 ======================================
 
-A small causal language model of characters learns the descriptions of scikit-learn's data sets. Its likelihood, shifted labels
-included, is taken from the model's class; the Fisher information of its layers is read off a KFAC matrix.
+A small causal language model of characters learns the descriptions of scikit-learn's data sets. Its likelihood,
+shifted labels included, is taken from the model's class; the Fisher information of its layers is read off a KFAC
+matrix.
 """
 
 import matplotlib.pyplot as plt
@@ -13,17 +14,25 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import nngeom as nng
 
-loaders = (datasets.load_digits, datasets.load_iris, datasets.load_wine, datasets.load_breast_cancer, datasets.load_diabetes)
+loaders = (
+    datasets.load_digits,
+    datasets.load_iris,
+    datasets.load_wine,
+    datasets.load_breast_cancer,
+    datasets.load_diabetes,
+)
 text = "\n".join(load().DESCR for load in loaders)
 alphabet = sorted(set(text))
 data = torch.tensor([alphabet.index(character) for character in text])
 data = data[: len(data) // 32 * 32].view(-1, 32)
 
 torch.manual_seed(0)
-config = GPT2Config(vocab_size=len(alphabet), n_positions=32, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+config = GPT2Config(
+    vocab_size=len(alphabet), n_positions=32, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+)
 model = GPT2LMHeadModel(config)
 optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-for step in range(150):
+for _ in range(150):
     ids = data[torch.randint(0, len(data), (32,))]
     loss = model(input_ids=ids, labels=ids).loss
     optimizer.zero_grad()

@@ -2,8 +2,8 @@
 Your own likelihood, layer and representation
 =============================================
 
-Counts of dark pixels, under a geometric likelihood; a layer that interpolates; a representation with one number a unit. Each is a class
-or function in a file of its own (:doc:`/extending` shows them), and works with everything that is there.
+Counts of blank pixels under a geometric likelihood, and a representation with one number a unit. Each is a class in
+a file of its own, as is a layer (:doc:`/extending` shows all three), and works with everything that is there.
 """
 
 import sys
@@ -25,7 +25,7 @@ counts = (x.view(-1, 8, 8) < 0.1).float().sum(1)  # of every column, (n, 8)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 8))
 optimizer, mine = torch.optim.Adam(model.parameters(), 1e-2), Geometric()
-for step in range(150):
+for _ in range(150):
     loss = -mine.log_prob(model(x), counts).mean()
     optimizer.zero_grad()
     loss.backward()
