@@ -6,9 +6,9 @@ import re
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
-DOUBLE_STRUCK = {"C": "ℂ", "E": "𝔼", "N": "ℕ", "P": "ℙ", "R": "ℝ", "Z": "ℤ"}
+DOUBLE_STRUCK = dict(zip("CENPRZ", "\u2102\U0001d53c\u2115\u2119\u211d\u2124"))
 SCRIPT = {letter: chr(0x1D49C + ord(letter) - ord("A")) for letter in "ACDGJKNOPQSTUVWXYZ"}
-SCRIPT |= {"B": "ℬ", "E": "ℰ", "F": "ℱ", "H": "ℋ", "I": "ℐ", "L": "ℒ", "M": "ℳ", "R": "ℛ"}
+SCRIPT |= dict(zip("BEFHILMR", "\u212c\u2130\u2131\u210b\u2110\u2112\u2133\u211b"))
 ALPHABETS = {"double-struck": DOUBLE_STRUCK, "script": SCRIPT}  # browsers know mathvariant="normal" alone
 
 

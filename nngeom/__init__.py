@@ -13,6 +13,7 @@ from nngeom.core.errors import (
     DampingError,
     DeviceError,
     FileError,
+    FitWarning,
     LoaderError,
     MemoryWarning,
     MissingExtraError,
@@ -20,6 +21,10 @@ from nngeom.core.errors import (
     NNGeomError,
     NonFiniteError,
     OutputError,
+    PeerError,
+    RankMismatchError,
+    RepeatedExamplesWarning,
+    SameDataWarning,
     SingularError,
     SizeError,
     StructureError,
@@ -52,6 +57,7 @@ from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.merge import merge
 from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
+from nngeom.ranks.shard import shard
 from nngeom.regression import gradient_flow_mse, kernel_regression
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
@@ -86,6 +92,7 @@ __all__ = [
     "FVector",
     "FactoredTikhonov",
     "FileError",
+    "FitWarning",
     "Gaussian",
     "GradientCovariance",
     "GramMatrices",
@@ -114,12 +121,16 @@ __all__ = [
     "PMatMixed",
     "PMatQuasiDiag",
     "PVector",
+    "PeerError",
     "Poisson",
     "PullBackDense",
     "PullBackImplicit",
     "PushForwardDense",
     "PushForwardImplicit",
+    "RankMismatchError",
     "Relative",
+    "RepeatedExamplesWarning",
+    "SameDataWarning",
     "SingularError",
     "SizeError",
     "StructureError",
@@ -136,6 +147,7 @@ __all__ = [
     "merge",
     "rows",
     "save",
+    "shard",
 ]
 
 

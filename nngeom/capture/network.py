@@ -20,6 +20,7 @@ from nngeom.capture.batch import move
 from nngeom.capture.batch import take as take
 from nngeom.capture.compiled import as_written
 from nngeom.capture.fused import DenseGradients
+from nngeom.capture.measuring import measuring
 from nngeom.capture.untouched import Watch
 from nngeom.core.errors import ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
 from nngeom.space.collection import LayerCollection, unwrap
@@ -95,13 +96,15 @@ class Network:
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
-    def batches(self, loader: Any) -> Iterator[Batch]:
-        """The batches of a loader on the model's device; raises :class:`LoaderError` when there is none."""
+    def batches(self, loader: Any, *, may_be_empty: bool = False) -> Iterator[Batch]:
+        """The batches of a loader on the model's device; raises :class:`LoaderError` when there is none, unless that
+        ``may_be``.
+        """
         empty = True
         for batch in as_batches(loader):
             empty = False
             yield move(batch, self.device)
-        if empty:
+        if empty and not may_be_empty:
             raise LoaderError(
                 "the loader is empty: expected at least one batch (a used-up generator? pass a list of its batches)"
             )
@@ -113,7 +116,7 @@ class Network:
 
     def _outputs(self, batch: Batch) -> Tensor:
         sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
-        with as_written(), DenseGradients() if sparse else contextlib.nullcontext():
+        with as_written(), measuring(), DenseGradients() if sparse else contextlib.nullcontext():
             try:
                 outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
             except (RuntimeError, TypeError) as error:

@@ -15,6 +15,8 @@ from nngeom.sweep.sweep import Chunk
 class ExplicitRows:
     """Explicit rows ``[k, n, d]`` as a source of one chunk, one block a parameter."""
 
+    run = None
+
     def __init__(self, tensor: Tensor, collection: LayerCollection) -> None:
         jacobians: dict[Layout, LayerJacobian] = {}
         for name in collection.names:
@@ -26,6 +28,9 @@ class ExplicitRows:
     def chunks(self) -> Iterator[Chunk]:
         """The chunk."""
         return iter((self._chunk,))
+
+    def restart(self) -> None:
+        """The rows stay."""
 
     def raise_where_not_finite(self) -> None:
         """Rows at hand come from no batch."""
