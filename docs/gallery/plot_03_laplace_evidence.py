@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import nngeom as nng
 
 x, y, x_test, y_test = digits(train=300)
-precisions = torch.logspace(-2, 3, 40)
+precisions = torch.logspace(-2, 1.5, 40)
 for width in (2, 4, 8, 32):
     model = train(mlp(width=width), x, y, steps=400, decay=0.1)
     fisher = nng.FIM(model, (x, y), nng.PMatKFAC)
@@ -32,5 +32,6 @@ for width in (2, 4, 8, 32):
     plt.plot(precisions[best], evidence[best], "o", color=line.get_color())
 plt.xlabel("precision of the prior")
 plt.ylabel("log evidence")
+plt.ylim(-700, -150)
 plt.legend()
 plt.show()

@@ -39,6 +39,7 @@ plt.ylabel("share of wrong ones found")
 plt.legend(loc="lower right")
 plt.show()
 
+plt.figure(figsize=(6.4, 1.2))
 worst = found["self-influence, EKFAC"].argsort(descending=True)[:8]
 for place, i in enumerate(worst.tolist()):
     plt.subplot(1, 8, place + 1).imshow(-x[i].view(8, 8), cmap="gray")

@@ -29,12 +29,13 @@ def test(name, vector):
     return loss
 
 
-result = {"0 to 6": test("0 to 6", w[0]), "7 to 9": test("7 to 9", w[1])}
-result["average"] = test("average", (w[0] + w[1]) / 2)
+for name, vector in zip(("0 to 6", "7 to 9"), w):
+    test(name, vector)
+result = {"average": test("average", (w[0] + w[1]) / 2)}
 for kind in (nng.PMatDiag, nng.PMatKFAC, nng.PMatDense):
     F1, F2 = (nng.FIM(net, part, kind) * len(part[0]) for net, part in zip(nets, data))
     merged = (F1 + F2).solve(F1.mv(w[0]) + F2.mv(w[1]) + (w[0] + w[1]) / 2, damping=1.0)
     result[kind.__name__[4:]] = test(kind.__name__[4:], merged)
-plt.bar(result.keys(), result.values(), color=["0.7"] * 3 + ["C0"] * 3)
+plt.bar(result.keys(), result.values(), color=["0.7"] + ["C0"] * 3)
 plt.ylabel("negative log-likelihood, all digits")
 plt.show()

@@ -6,6 +6,7 @@ The same script under ``torchrun``: each process measures its half of the digits
 them.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,5 +31,6 @@ with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "fisher.py"
     path.write_text(SCRIPT)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(path)]
-    done = subprocess.run(run, capture_output=True, text=True)
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, **paths})
 print(done.stdout or done.stderr[-2000:])

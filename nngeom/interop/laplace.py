@@ -40,14 +40,15 @@ from nngeom.sweep.sweep import Policy
 class NNGeomInterface(CurvatureInterface):
     """What the backends share: one batch in, sums over its examples out, as laplace adds them up.
 
+    By position and by name those of laplace's own backends: ``model``, ``likelihood``, ``last_layer``,
+    ``subnetwork_indices``, ``dict_key_x``, ``dict_key_y``; and by name:
+
     Args:
-        args: of laplace's own backends: ``model``, ``likelihood``, ``last_layer``, ``subnetwork_indices``,
-            ``dict_key_x``, ``dict_key_y``.
         sharing: positions of a shared weight as independent (``"expand"``) or averaged first (``"reduce"``).
         block_limit: a weight that is no Kronecker product keeps its exact block up to so many entries.
         memory_budget: bytes for temporaries.
         check: whether every batch is checked, as everywhere.
-        options: more arguments of laplace's, by name.
+        options: those of laplace's.
     """
 
     def __init__(
@@ -201,6 +202,8 @@ class _Admitted(type):
 class NNGeomGGN(NNGeomInterface, GGNInterface, metaclass=_Admitted):
     """The Gauss-Newton matrix, which is the Fisher matrix of laplace's likelihoods: exact, or with ``stochastic=True``
     from ``num_samples`` drawn targets an example.
+
+    ``sharing``, ``block_limit``, ``memory_budget``, ``check`` and ``options`` as for :class:`NNGeomInterface`.
     """
 
     def _measure(self, network: nn.Module, batch: Any, representation: Any, samples: int | None) -> PMat:
@@ -214,6 +217,8 @@ class NNGeomGGN(NNGeomInterface, GGNInterface, metaclass=_Admitted):
 class NNGeomEF(NNGeomInterface, EFInterface):
     """The empirical Fisher matrix: second moments of the gradients of the loss, scaled as laplace's (for a regression
     twice those of half the squared error).
+
+    ``sharing``, ``block_limit``, ``memory_budget``, ``check`` and ``options`` as for :class:`NNGeomInterface`.
     """
 
     def _measure(self, network: nn.Module, batch: Any, representation: Any, samples: int | None) -> PMat:
