@@ -9,7 +9,6 @@ from nngeom import __version__
 
 sys.path.insert(0, str(Path(__file__).parent))
 import formulas
-import gallery_style as gallery
 import objects
 import public
 
@@ -51,7 +50,7 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "show_signature": False,
     "remove_config_comments": True,
-    "reset_modules": ("matplotlib", gallery.plain),
+    "reset_modules": ("matplotlib", "gallery_style.plain"),
     "min_reported_time": 1e9,
     "only_warn_on_example_error": False,
     "image_srcset": ["2x"],
