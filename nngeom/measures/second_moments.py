@@ -13,6 +13,7 @@ from nngeom.core.stream import seed_of
 from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.loss import EmpiricalFisher, GaussNewton, Loss, as_loss
+from nngeom.measures.arguments import require_known
 from nngeom.measures.centred import centred_moments
 from nngeom.measures.measured import measured
 from nngeom.measures.probed import probed, require_samples
@@ -87,6 +88,7 @@ def FIM(
     :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError` and
     what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
+    require_known(FIM, representation, options)
     run = Run.of(
         model,
         loader,
@@ -96,6 +98,7 @@ def FIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     if centered:
         return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator)
@@ -120,8 +123,7 @@ def FIM_MonteCarlo(
     process_group: Any = None,
     **options: Any,
 ) -> M:
-    """The Fisher information matrix with ``samples`` labels an example drawn from the model: unbiased, one backward a
-    sample.
+    """The Fisher information matrix by ``samples`` labels an example, drawn from the model: unbiased, a backward each.
 
     Draws are keyed by (a seed taken from ``generator``, the running index of the example, the sample), so that they do
     not depend on the batch size; over several processes the seed is that of rank 0, and examples are numbered in rank
@@ -129,6 +131,7 @@ def FIM_MonteCarlo(
     on who sees an example. ``representation``, its ``options``, ``likelihood``, other arguments and errors as for
     :func:`FIM`.
     """
+    require_known(FIM_MonteCarlo, representation, options)
     cotangents = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
     run = Run.of(
         model,
@@ -139,6 +142,7 @@ def FIM_MonteCarlo(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False), index))
 
@@ -172,6 +176,7 @@ def EmpiricalFIM(
 
     Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
     """
+    require_known(EmpiricalFIM, representation, options)
     run = Run.of(
         model,
         loader,
@@ -181,6 +186,7 @@ def EmpiricalFIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
     return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))
@@ -234,6 +240,7 @@ def GGN(
 
     Other arguments and errors as for :func:`FIM`.
     """
+    require_known(GGN, representation, options)
     run = Run.of(
         model,
         loader,
@@ -243,6 +250,7 @@ def GGN(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     if centered:
         return centred_moments(run, as_loss(loss, model), representation, options, estimator)

@@ -78,6 +78,11 @@ class PMatSum(PMatExpression):
         each = ((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted())
         return PVector(self.layer_collection, functools.reduce(torch.add, each))
 
+    @property
+    def T(self) -> PMatSum:
+        """The transpose: the sum of the parts' transposes."""
+        return self if self.symmetric else PMatSum(tuple(p.T for p in self.parts), self.weights)
+
     def scaled(self, c: float | Tensor) -> PMatSum:
         return PMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
 
