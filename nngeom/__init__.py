@@ -159,10 +159,11 @@ __all__ = [
 
 _trust()
 
-_PACKAGES = ("analysis", "linearized", "mgs", "optim", "plot", "solve", "track")
+_PACKAGES = ("analysis", "interop", "linearized", "mgs", "optim", "plot", "solve", "track")
 
 if _typing.TYPE_CHECKING:
     from nngeom import analysis as analysis
+    from nngeom import interop as interop
     from nngeom import linearized as linearized
     from nngeom import mgs as mgs
     from nngeom import optim as optim
