@@ -148,13 +148,8 @@ def GramMatrix(
             "FMatImplicit nor estimator="
         )
     if estimator is not None:
-        cotangents = signs(
-            kind,
-            estimator,
-            samples,
-            generator,
-            plain=not centered and out is None and (kind is not FMatDiag or other is None),
-        )
+        plain = not centered and out is None and (kind is not FMatDiag or other is None)
+        cotangents = signs(kind, estimator, samples, generator, plain=plain)
     elif kind is FMatImplicit and (differentiable or out is not None):
         raise ArgumentError("FMatImplicit takes neither differentiable= nor out=; use FMatDense")
     elif other is not None and kind is not FMatImplicit and kind.diagonal:
