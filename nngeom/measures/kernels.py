@@ -38,33 +38,35 @@ K = TypeVar("K", bound=FunctionOperator, default=FMatDense)
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[K] = ..., *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
-        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
-        estimator: None = None, samples: int = 1, generator: torch.Generator | None = None,
-        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None) -> K: ...
+        metric: ParameterOperator | None = None, by_position: Literal[False] = False,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        centered: bool = False, differentiable: bool = False, estimator: None = None, samples: int = 1,
+        generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> K: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
-        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
-        estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
-        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None) -> KernelEstimate: ...
+        metric: ParameterOperator | None = None, by_position: Literal[False] = False,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        centered: bool = False, differentiable: bool = False, estimator: Literal["rademacher"], samples: int = 1,
+        generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> KernelEstimate: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
-        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
-        estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
-        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None) -> TraceEstimate: ...
+        metric: ParameterOperator | None = None, by_position: Literal[False] = False,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        centered: bool = False, differentiable: bool = False, estimator: Literal["rademacher"], samples: int = 1,
+        generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> TraceEstimate: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
-        by_position: Literal[True], other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
-        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None) -> PositionKernel: ...
+        other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, by_position: Literal[True],
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        centered: bool = False, differentiable: bool = False, estimator: None = None, samples: int = 1,
+        generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> PositionKernel: ...
 # fmt: on
 def GramMatrix(
     model: nn.Module,
@@ -147,13 +149,8 @@ def GramMatrix(
             "FMatImplicit nor estimator="
         )
     if estimator is not None:
-        cotangents = signs(
-            kind,
-            estimator,
-            samples,
-            generator,
-            plain=not centered and out is None and (kind is not FMatDiag or other is None),
-        )
+        plain = not centered and out is None and (kind is not FMatDiag or other is None)
+        cotangents = signs(kind, estimator, samples, generator, plain=plain)
     elif kind is FMatImplicit and (differentiable or out is not None):
         raise ArgumentError("FMatImplicit takes neither differentiable= nor out=; use FMatDense")
     elif other is not None and kind is not FMatImplicit and kind.diagonal:
