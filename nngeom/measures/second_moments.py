@@ -12,7 +12,7 @@ from typing_extensions import TypeVar
 from nngeom.core.stream import seed_of
 from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood
 from nngeom.cotangents.likelihood import Likelihood
-from nngeom.cotangents.loss import GaussNewton, Loss, as_loss
+from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.measures.arguments import require_known
 from nngeom.measures.centred import centred_moments
 from nngeom.measures.measured import measured
@@ -147,32 +147,12 @@ def FIM_MonteCarlo(
     return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False), index))
 
 
-# fmt: off
-@overload
-def GGN(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: bool = False, estimator: None = None,
-        samples: None = None, generator: None = None, index: None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None, **options: Any) -> M: ...
-@overload
-def GGN(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: Literal[False] = False,
-        estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
-        index: Callable[[Any], Any] | None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None, **options: Any) -> MatrixEstimate: ...
-# fmt: on
-def GGN(
+def EmpiricalFIM(
     model: nn.Module,
     loader: Any,
-    representation: Any = PMatKFAC,
+    representation: type[M] | Representation[M] = PMatKFAC,  # type: ignore[assignment]
     *,
     loss: str | Loss | Callable[[Tensor, Any], Tensor],
-    centered: bool = False,
-    estimator: str | None = None,
-    samples: int | None = None,
-    generator: torch.Generator | None = None,
-    index: Callable[[Any], Any] | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     progress: bool = False,
@@ -180,22 +160,23 @@ def GGN(
     check: bool = True,
     process_group: Any = None,
     **options: Any,
-) -> Any:
-    """The generalised Gauss-Newton matrix ``1/n sum_i J_i^T (d2 loss_i / df2) J_i`` of a loss convex in the outputs.
+) -> M:
+    """The second moment of per-example loss gradients, ``1/n sum_i g_i g_i^T``, with the targets of the batches.
+
+    Not the Fisher matrix unless the model is right about its labels.
 
     Args:
         representation: what holds it, as for :func:`FIM`.
-        loss: as for :func:`EmpiricalFIM`; a function that is not convex in the outputs raises :class:`ArgumentError`.
-        centered: as for :func:`FIM`; of a function, rows are those of the symmetric root.
-        estimator: ``None``, exact; or ``"rademacher"``, random probes of very many outputs, as for :func:`FIM`.
-        samples: how many probes (8 by default).
-        generator: of the probes (torch's global one by default).
-        index: of the probes, as for :func:`FIM_MonteCarlo`.
+        loss: ``"cross_entropy"``, ``"mse"`` (``0.5 * (f - y)**2`` summed over outputs), ``"bce"``, ``"poisson"``,
+            :class:`CrossEntropy`, :class:`CausalLM` (what ``"cross_entropy"`` is for causal language models of
+            ``transformers``), ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` and
+            ``nn.PoissonNLLLoss`` modules, whose ``reduction`` is not ours, or a function ``(outputs, targets) ->
+            (n,)``.
         options: of the representation.
 
-    Other arguments and errors as for :func:`FIM`.
+    Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
     """
-    require_known(GGN, representation, options)
+    require_known(EmpiricalFIM, representation, options)
     run = Run.of(
         model,
         loader,
@@ -207,7 +188,5 @@ def GGN(
         process_group=process_group,
         parts=True,
     )
-    if centered:
-        return centred_moments(run, as_loss(loss, model), representation, options, estimator, index)
-    cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
-    return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None), index)
+    cotangents = EmpiricalFisher(as_loss(loss, model))
+    return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))
