@@ -32,9 +32,9 @@ class Leaves:
     def name(self, x: Tensor) -> str | None:
         """The name of the selected parameter that ``x`` stands for."""
         known = self.names.get(id(x))
-        if known is not None or not isinstance(x, nn.Parameter):
+        if known is not None or not x.requires_grad or not x.is_leaf or not isinstance(x, nn.Parameter):
             return known
-        if id(x) in self._registered or id(x) in self._others or not x.requires_grad:
+        if id(x) in self._registered or id(x) in self._others:
             return None
         self._look(x)
         return self.names.get(id(x))
