@@ -90,6 +90,13 @@ class LayerCollection:
         model = self._source() if self._source is not None else None
         return self.only(select([Named(*x) for x in zip(self.names, aliases, self.layers)], model, pattern, role))
 
+    def part(self, pattern: Pattern) -> LayerCollection:
+        """The parameters of the layer of this name, and of no other inside of it; else what the ``pattern`` means, see
+        :meth:`subset`.
+        """
+        names = self.by_layer().get(pattern) if isinstance(pattern, str) else None
+        return self.subset(pattern) if names is None else self.only(names)
+
     def only(self, names: Iterable[str]) -> LayerCollection:
         """The parameters of these ``names``, in the same order."""
         chosen = set(names)

@@ -11,6 +11,7 @@ import faults
 import gone
 import moments
 import products
+import some
 import training
 from launch import launch
 
@@ -28,15 +29,20 @@ def said(tmp_path_factory):
     return of
 
 
-def asked(*themes, sizes=(2, 3), slow=(4,)):
+def asked(*themes, sizes, slow):
     """The checks of themes in processes of so many ranks."""
     marked = [*sizes, *(pytest.param(size, marks=pytest.mark.slow) for size in slow)]
     listed = [(theme.__name__, name) for theme in themes for name in theme.CHECKS]
     return lambda f: pytest.mark.parametrize("size", marked)(pytest.mark.parametrize("theme, name", listed)(f))
 
 
-@asked(moments, products, faults, training)
+@asked(moments, products, faults, training, sizes=(2,), slow=(3, 4))
 def test_over_processes(said, theme, name, size):
+    said(theme, size).require(name)
+
+
+@asked(some, sizes=(3,), slow=())
+def test_over_three_processes(said, theme, name, size):
     said(theme, size).require(name)
 
 
