@@ -91,7 +91,7 @@ def influence(
     """
     require_matrix(matrix, "matrix")
     _require_options(top, out, by_layer=by_layer)
-    run = Run.of(
+    run = Run.gathering(
         model,
         train,
         function=function,
@@ -100,7 +100,6 @@ def influence(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     run.require_alone("influence")
     network = run.network

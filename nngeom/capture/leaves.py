@@ -28,6 +28,7 @@ class Leaves:
         self.names: dict[int, str] = dict(network.ids)
         self._network, self._registered = network, network.registered
         self._others: dict[int, Tensor] = {}  # exchanged for registered ones that are not selected; held, as ids are
+        self._found: list[Tensor] = []  # all that stood for selected ones, held likewise
 
     def name(self, x: Tensor) -> str | None:
         """The name of the selected parameter that ``x`` stands for."""
@@ -45,6 +46,7 @@ class Leaves:
             now = named.get(name)
             if now is not None and id(now) not in self.names and now.shape == self.tensors[name].shape:
                 self.names[id(now)], self.tensors[name] = name, now
+                self._found.append(now)
         if id(x) not in self.names and any(p is x for p in named.values()):
             self._others[id(x)] = x
 

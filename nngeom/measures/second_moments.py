@@ -87,7 +87,7 @@ def FIM(
     :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError` and
     what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -96,7 +96,6 @@ def FIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     if centered:
         return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator, index)
@@ -131,7 +130,7 @@ def FIM_MonteCarlo(
     :func:`FIM`.
     """
     cotangents = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -140,7 +139,6 @@ def FIM_MonteCarlo(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False), index))
 
@@ -174,7 +172,7 @@ def EmpiricalFIM(
 
     Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
     """
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -183,7 +181,6 @@ def EmpiricalFIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
     return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))
@@ -237,7 +234,7 @@ def GGN(
 
     Other arguments and errors as for :func:`FIM`.
     """
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -246,7 +243,6 @@ def GGN(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     if centered:
         return centred_moments(run, as_loss(loss, model), representation, options, estimator, index)
