@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from nngeom.capture.gathered import gathered
 from nngeom.core.errors import ArgumentError, PeerError, RankMismatchError, UnevenBatchWarning
 from nngeom.core.memory import DEFAULT_BUDGET
 from nngeom.core.statistic import Sums
@@ -72,9 +71,7 @@ class Joint:
 
     def agree(self, what: str, **settings: Any) -> None:
         """Raise :class:`RankMismatchError` where models, their numbers or settings differ."""
-        network = self.observer.network
-        with gathered(network.model):
-            agree(Run(network, (), DEFAULT_BUDGET, team=self.team), what, **settings)
+        agree(Run(self.observer.network, (), DEFAULT_BUDGET, team=self.team), what, **settings)
 
     def mean(self, loss: float) -> float:
         """The mean of a number over processes: the loss whose gradient ``.grad`` is."""
