@@ -33,6 +33,7 @@ from nngeom.capture.written_out import COMPOSED
 from nngeom.core.errors import ModeError
 from nngeom.layers.adapter import ADAPTERS, Call
 from nngeom.layers.elementwise import ADDITIONS
+from nngeom.layers.recurrent import unrolled
 from nngeom.layers.refuse import REFUSALS
 
 
@@ -138,6 +139,10 @@ class Recorder(TorchFunctionMode):
             return out
         if func not in ADAPTERS and _is_composite(func):
             return self._open(func)(*args, **kwargs)
+        by_steps = unrolled(func, args, kwargs)
+        if by_steps is not None:
+            with self:
+                return by_steps(*args, **kwargs)
         since = sequence_number()
         out = self._call(func)(*args, **kwargs)
         results = [t for t in tensors((out,)) if t.requires_grad]

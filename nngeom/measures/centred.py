@@ -21,7 +21,7 @@ from nngeom.pmat.drive import Repeated, Source, built
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.representation import Representation, as_representation
-from nngeom.sweep.agreement import agree, require_draws
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Policy, Sweep, require_examples
@@ -37,6 +37,7 @@ def centred(run: Run, cotangents: Cotangents, chosen: Representation[Any], label
     chosen = chosen.within(collection)
     with run.within():
         sweep = Sweep(run, cotangents, Policy("mean row", part_of=chosen.part_of, reread=False)).held()
+        agree(run, label, representation=chosen, metric=cotangents)
         mean = mean_row(sweep)
         sweep = sweep.but(label=label, reread=True)
         if not chosen.centred:
@@ -46,12 +47,11 @@ def centred(run: Run, cotangents: Cotangents, chosen: Representation[Any], label
 
 
 def centred_moments(
-    run: Run, of: Likelihood | Loss, representation: Any, options: dict[str, Any], estimator: str | None, index: Any
+    run: Run, of: Likelihood | Loss, representation: Any, options: dict[str, Any], estimator: str | None
 ) -> PMat:
     """The Fisher or Gauss-Newton matrix of centred rows, output by output; raises for what does not go with it."""
     if estimator is not None:
         raise ArgumentError(f"estimator={estimator!r} and centered=True do not go together; leave one of them out")
-    require_draws(index, drawn=False)
     if representation is PMatImplicit:
         raise UnsupportedError(
             "a centred matrix is not offered as a PMatImplicit; use PMatLowRank, PMatDense, PMatBlockDiag, PMatDiag or "
@@ -59,7 +59,6 @@ def centred_moments(
         )
     chosen = as_representation(representation, **options)
     require_offered(chosen, "a centred matrix")
-    agree(run, "centered=True", representation=chosen, metric=of)
     return centred(run, ByOutput(of), chosen, "centred")
 
 
@@ -121,36 +120,33 @@ class Centred:
 
 
 def mean_row(sweep: Sweep) -> MeanRow:
-    """The mean row of every cotangent over examples; raises :class:`OutputError` where batches differ in these."""
-    network, team, layouts = sweep.run.network, sweep.run.team, dict[Layout, None]()
-    with team.together("mean row") as note:
-        total, count = _summed(sweep, layouts)
-        note.mine = None if total is None else len(total), count, tuple(layouts)
-    columns = sorted({k for k, _, _ in note.all if k is not None})
-    if len(columns) > 1:
-        raise _unlike(*columns[:2])
-    if total is None:
-        dtype = accumulation_dtype(network.dtype)
-        total = torch.zeros(max([*columns, 0]), network.collection.numel, dtype=dtype, device=network.device)
-    team.sum_([total])
-    layouts = dict.fromkeys(layout for _, _, theirs in note.all for layout in theirs)
-    return MeanRow(total / require_examples(sum(n for _, n, _ in note.all)), tuple(layouts))
-
-
-def _summed(sweep: Sweep, layouts: dict[Layout, None]) -> tuple[torch.Tensor | None, int]:
-    """The sum of this process's rows, ``None`` where there are none, and how many examples these are of; ``layouts``
-    takes in those that are met.
+    """The mean row of every cotangent over the examples of all processes; raises :class:`OutputError` where batches
+    differ in these.
     """
+    network, team = sweep.run.network, sweep.run.team
+    with team.together("mean row") as note:
+        total, count, layouts = _summed_rows(sweep)
+        note.mine = len(total), count, layouts
+    columns = sorted({k for k, n, _ in note.all if n})
+    _require_one(columns)
+    total = total if count else total.new_zeros(*columns, network.collection.numel)
+    team.sum_([total])
+    met = dict.fromkeys(layout for _, _, theirs in note.all for layout in theirs)
+    return MeanRow(total / require_examples(sum(n for _, n, _ in note.all)), tuple(met))
+
+
+def _summed_rows(sweep: Sweep) -> tuple[torch.Tensor, int, tuple[Layout, ...]]:
+    """The sum of the rows of every cotangent, of how many examples, and the layouts met, in this process."""
     network = sweep.run.network
-    like = torch.zeros(0, dtype=accumulation_dtype(network.dtype), device=network.device)
-    total: torch.Tensor | None = None
+    d, dtype = network.collection.numel, accumulation_dtype(network.dtype)
+    total = torch.zeros(0, d, dtype=dtype, device=network.device)
+    layouts: dict[Layout, None] = {}
     count = 0
     for chunk in sweep.chunks():
         (k, _), columns = span(chunk), chunk.cotangents[1]
-        total = like.new_zeros(columns, network.collection.numel) if total is None else total
-        if len(total) != columns:
-            raise _unlike(len(total), columns)
-        part = like.new_zeros(k.stop - k.start, network.collection.numel)
+        total = total if len(total) else total.new_zeros(columns, d)
+        _require_one(sorted({len(total), columns}))
+        part = total.new_zeros(k.stop - k.start, d)
         for layout, j in chunk.jacobians.items():
             ones = torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)
             rows = [j.cotangents(i, i + 1).vjp(ones) for i in range(j.shape[0])]
@@ -158,11 +154,12 @@ def _summed(sweep: Sweep, layouts: dict[Layout, None]) -> tuple[torch.Tensor | N
             layouts[layout] = None
         total[k] += part
         count += chunk.examples if chunk.first else 0
-    return total, count
+    return total, count, tuple(layouts)
 
 
-def _unlike(first: int, other: int) -> OutputError:
-    return OutputError(
-        f"batches have {first} and {other} outputs an example, which have no mean over examples output by output; "
-        "expected the same number in all, positions included"
-    )
+def _require_one(columns: list[int]) -> None:
+    if len(columns) > 1:
+        raise OutputError(
+            f"batches have {columns[0]} and {columns[1]} outputs an example, which have no mean over examples output "
+            "by output; expected the same number in all, positions included"
+        )

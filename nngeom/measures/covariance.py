@@ -12,6 +12,7 @@ from typing_extensions import TypeVar
 
 from nngeom.capture.network import Batch
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.measures.arguments import require_known
 from nngeom.measures.centred import MeanRow, centred, mean_row, require_offered
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.implicit_fisher import ImplicitFisher
@@ -56,6 +57,7 @@ def GradientCovariance(
 
     Other arguments and errors as for :func:`EmpiricalFIM`. Source: Le Roux et al. 2008 (TONGA).
     """
+    require_known(GradientCovariance, representation, options)
     chosen = None if representation is PMatImplicit and not options else as_representation(representation, **options)
     if chosen is not None:
         require_offered(chosen, "a covariance of gradients")
@@ -75,6 +77,7 @@ def GradientCovariance(
         return cast(M, centred(run, cotangents, chosen, "covariance"))
     with run.within():
         sweep = Sweep(run, cotangents, Policy("mean row", reread=False)).held()
+        agree(run, "covariance", representation=None, metric=cotangents)
         mean = mean_row(sweep)
         sweep = sweep.but(label="covariance", reread=True)
         quiet = first_look(run, lambda: replace(sweep, run=sweep.run.held().silent()))

@@ -20,6 +20,7 @@ from typing_extensions import TypeVar
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.measures.arguments import require_known
 from nngeom.measures.hessian_entries import batchwise, diagonal, squares
 from nngeom.measures.projected import projected, structure
 from nngeom.pmat.diag import DiagBlock
@@ -63,6 +64,7 @@ def Hessian(
     Raises :class:`UnsupportedError` for other representations; other arguments and errors as for :func:`FIM`. Source:
     Pearlmutter 1994.
     """
+    require_known(Hessian, representation, options)
     kind: Any = representation.kind if isinstance(representation, Representation) else representation
     chosen = _projecting(representation, options)
     entries = None if chosen else _entries(kind)

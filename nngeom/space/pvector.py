@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -171,7 +172,7 @@ class PVector(Batched):
         if isinstance(other, PVector):
             self.layer_collection.require(other.layer_collection, "the other vector")
             return PVector(self.layer_collection, f(self.tensor, other.tensor))
-        if isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.ndim == 0):
+        if isinstance(other, numbers.Real) or (isinstance(other, Tensor) and other.ndim == 0):
             return PVector(self.layer_collection, f(self.tensor, other))
         if isinstance(other, Tensor):  # one number a vector of the batch
             return PVector(self.layer_collection, f(self.tensor, other.unsqueeze(-1)))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nngeom.capture.batch import tensors
 from nngeom.capture.gathered import gathered, sharded_modules
