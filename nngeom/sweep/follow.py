@@ -130,7 +130,7 @@ class Follower:
         call = Call(
             self._made,
             outputs,
-            observer.network.parameters.values(),
+            observer.leaves,
             weakly(self.arrive),
             own_loss=own_loss,
             positions=self.positions(),

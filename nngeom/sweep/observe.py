@@ -8,11 +8,12 @@ Nothing is left on the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture
@@ -57,12 +58,21 @@ class Observer:
         self.network, self.doors = Network.build(model, None, collection), doors(model)
         self.cotangents, self.pick, self.drawn = cotangents, outputs or default_outputs, 0
         self.part_of, self._left_to_fallback = part_of, set[str]()
+        self._leaves: dict[str, Any] = {}
         self.watching = False  # by a block that the user opened
 
     @property
     def batchwise(self) -> set[str]:
         """Parameters that have one row a batch."""
         return self._left_to_fallback
+
+    def leaves(self) -> Iterator[Any]:
+        """Where gradients of the parameters are added to their ``.grad``: nodes of every graph."""
+        for name, p in self.network.parameters.items():
+            if p.requires_grad:
+                if name not in self._leaves:
+                    self._leaves[name] = get_gradient_edge(p).node
+                yield self._leaves[name]
 
     def resolve(self, capture: Capture, *, mixing: bool) -> Pass:
         """The blocks of a capture; compared with autograd unless a pass like it was."""
