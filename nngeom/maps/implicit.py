@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nngeom.core.errors import UnsupportedError
 from nngeom.fmat.chunks import span
+from nngeom.fmat.columns import Act
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.jacobian_products import pull, push
 from nngeom.fmat.products import EVERYTHING, squared_norms
@@ -76,16 +77,18 @@ class ImplicitMap(JacobianMap):
     def source(self, passes: int) -> Source:
         return Repeated(self.side.sweep, passes)
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises :class:`UnsupportedError`: what is implicit follows its model."""
-        raise UnsupportedError("implicit maps follow their model; move it with model.to(...) and build them again")
-
     def __getitem__(self, name: str) -> Tensor:
         place, shape = self.place(name)
         out = torch.zeros(*self.shape[:2], math.prod(shape), dtype=self.dtype, device=self.device)
         for k, n, rows in row_pieces(self.side):
             out[k, n] = rows[..., place]
         return out.view(*self.shape[:2], *shape)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise UnsupportedError(
+            "an implicit map follows its model; move the model with model.to(...) and build it again, or materialize()"
+        )
 
     def __reduce__(self) -> Any:
         raise UnsupportedError("an implicit map holds a model and data, so it is not pickled; materialize() it first")
@@ -118,6 +121,12 @@ class PushForwardImplicit(ImplicitMap):
             self.layer_collection.require(other.layer_collection, "the pull-back")
             return FMatImplicit(self.side, other.side)
         return self.mv(other)
+
+    def lazily(self, act: Act, transposed: Act, examples: int) -> Any:
+        """A linear map ``act`` of function space, with its transpose ``transposed``, on all columns: functions on so
+        many ``examples``, lazy.
+        """
+        return self.expressions["mapped"](self, act, transposed, examples)
 
     def forms(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """A quadratic form ``f``, ``[r, d] -> [r]``, of all rows, ``(c, n)``; rows are made in pieces."""

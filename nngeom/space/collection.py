@@ -15,6 +15,13 @@ from nngeom.core.layout import Layout
 from nngeom.space.patterns import Named, Pattern, select
 
 
+class Count(int):
+    """A number that also answers when it is called, as ``numel()`` of tensors does."""
+
+    def __call__(self) -> int:
+        return int(self)
+
+
 @dataclass(frozen=True)
 class LayerCollection:
     """An ordered, model-free description of the selected parameters.
@@ -90,6 +97,13 @@ class LayerCollection:
         model = self._source() if self._source is not None else None
         return self.only(select([Named(*x) for x in zip(self.names, aliases, self.layers)], model, pattern, role))
 
+    def part(self, pattern: Pattern) -> LayerCollection:
+        """The parameters of the layer of this name, and of no other inside of it; else what the ``pattern`` means, see
+        :meth:`subset`.
+        """
+        names = self.by_layer().get(pattern) if isinstance(pattern, str) else None
+        return self.subset(pattern) if names is None else self.only(names)
+
     def only(self, names: Iterable[str]) -> LayerCollection:
         """The parameters of these ``names``, in the same order."""
         chosen = set(names)
@@ -111,9 +125,9 @@ class LayerCollection:
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
     @property
-    def numel(self) -> int:
-        """``d``: number of parameters."""
-        return sum(math.prod(s) for s in self.shapes)
+    def numel(self) -> Count:
+        """``d``: number of parameters, as ``numel`` or ``numel()``."""
+        return Count(sum(math.prod(s) for s in self.shapes))
 
     def __len__(self) -> int:
         return len(self.names)

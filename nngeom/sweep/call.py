@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,17 +18,16 @@ from nngeom.sweep.sweep import Chunk
 class Call:
     """What is kept of one call, by the graph of its outputs: it lives and dies with that.
 
-    Only backward passes count that add to the ``.grad`` of a parameter, at one of the ``leaves`` of the graph;
-    ``arrived`` is told of the first of them. Gradients that autograd keeps differentiable say nothing of the rows of
-    the loss that is made of them: refused where rows are those of the user's ``own_loss``. ``positions``: whether those
-    with a gradient are counted.
+    Only backward passes count that add to the ``.grad`` of one of the ``parameters``; ``arrived`` is told of the first
+    of them. Gradients that autograd keeps differentiable say nothing of the rows of the loss that is made of them:
+    refused where rows are those of the user's ``own_loss``. ``positions``: whether those with a gradient are counted.
     """
 
     def __init__(
         self,
         place: int,
         outputs: Tensor,
-        leaves: Callable[[], Iterator[Any]],
+        parameters: Iterable[Tensor],
         arrived: Callable[[Call], None],
         *,
         own_loss: bool,
@@ -36,7 +35,7 @@ class Call:
     ):
         self.place, self.n = place, outputs.shape[0]
         self.several = outputs.ndim > 2 and outputs[0].numel() > max(outputs.shape[1:])
-        self.leaves, self.arrived, self.own_loss, self.positions = leaves, arrived, own_loss, positions
+        self.parameters, self.arrived, self.own_loss, self.positions = parameters, arrived, own_loss, positions
         self.passage: Passage | None = None
         self.chunks: list[Chunk] = []  # of a metric
         self.tasks: list[int] = []  # backward passes that came by
@@ -82,8 +81,9 @@ class Call:
         """Whether the ``.grad`` of some parameter is added to: not by ``autograd.grad``, of which torch refuses to
         tell.
         """
+        known = torch._C._will_engine_execute_node
         try:
-            return any(torch._C._will_engine_execute_node(node) for node in self.leaves())
+            return any(known(get_gradient_edge(p).node) for p in self.parameters if p.requires_grad)
         except RuntimeError:
             return False
 

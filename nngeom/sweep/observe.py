@@ -8,16 +8,16 @@ Nothing is left on the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture
 from nngeom.pullback.captured_pass import Pass
+from nngeom.ranks.team import ALONE, Team
 from nngeom.space.collection import LayerCollection, doors
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.sweep import Chunk
@@ -44,7 +44,7 @@ class Observer:
     averaged over the batch carries ``1/n``); with a metric, those of its cotangents, by one more backward pass.
     Parameters used in ways no adapter knows have no rows of single examples here: they get one row a batch
     (:attr:`batchwise`), the sum of its examples' rows, with random signs under a metric, so that its square is
-    unbiased.
+    unbiased. ``team``: the processes that call the model together, each with its own examples.
     """
 
     def __init__(
@@ -54,25 +54,18 @@ class Observer:
         cotangents: Cotangents | None = None,
         outputs: Callable[[Any], Tensor] | None = None,
         part_of: Callable[[str], object] | None = None,
+        team: Team = ALONE,
     ):
         self.network, self.doors = Network.build(model, None, collection), doors(model)
         self.cotangents, self.pick, self.drawn = cotangents, outputs or default_outputs, 0
         self.part_of, self._left_to_fallback = part_of, set[str]()
-        self._leaves: dict[str, Any] = {}
+        self.team = team
         self.watching = False  # by a block that the user opened
 
     @property
     def batchwise(self) -> set[str]:
         """Parameters that have one row a batch."""
         return self._left_to_fallback
-
-    def leaves(self) -> Iterator[Any]:
-        """Where gradients of the parameters are added to their ``.grad``: nodes of every graph."""
-        for name, p in self.network.parameters.items():
-            if p.requires_grad:
-                if name not in self._leaves:
-                    self._leaves[name] = get_gradient_edge(p).node
-                yield self._leaves[name]
 
     def resolve(self, capture: Capture, *, mixing: bool) -> Pass:
         """The blocks of a capture; compared with autograd unless a pass like it was."""

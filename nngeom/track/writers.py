@@ -13,13 +13,13 @@ from typing import Any, Protocol
 from nngeom.core.errors import ArgumentTypeError, FileError, MissingExtraError
 
 Row = dict[str, float]
-History = dict[str, list[float]]
+Columns = dict[str, list[float]]
 
 
 class Writer(Protocol):
     """What a :class:`Tracker` writes to: three methods, of any class."""
 
-    def begin(self, history: History) -> None:
+    def begin(self, history: Columns) -> None:
         """Before the first row; ``history``: columns of the rows that a resumed run has already."""
 
     def add(self, step: int, row: Row) -> None:
@@ -37,9 +37,9 @@ class CSVWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._history: History = {"step": []}
+        self._history: Columns = {"step": []}
 
-    def begin(self, history: History) -> None:
+    def begin(self, history: Columns) -> None:
         """Rows of a resumed run, the ``history``, come first."""
         self._history = {name: list(column) for name, column in history.items()}
 
@@ -62,7 +62,7 @@ class TensorBoardWriter:
             raise MissingExtraError("TensorBoard is not installed; install it: pip install tensorboard") from error
         self._writer = module.SummaryWriter(str(directory))
 
-    def begin(self, history: History) -> None:
+    def begin(self, history: Columns) -> None:
         """The rows of ``history`` are in the directory already."""
 
     def add(self, step: int, row: Row) -> None:
@@ -87,7 +87,7 @@ class WandbWriter:
     def __init__(self, run: Any) -> None:
         self.run = _with(run, "log", "a run, as wandb.init() returns")
 
-    def begin(self, history: History) -> None:
+    def begin(self, history: Columns) -> None:
         """The run has the rows of ``history``; its numbers stand over their own steps where it can say so."""
         define = getattr(self.run, "define_metric", None)
         if define is not None:
@@ -111,7 +111,7 @@ class MLflowWriter:
     def __init__(self, client: Any) -> None:
         self.client = _with(client, "log_metrics", "the module mlflow, within a run")
 
-    def begin(self, history: History) -> None:
+    def begin(self, history: Columns) -> None:
         """The run has the rows of ``history``."""
 
     def add(self, step: int, row: Row) -> None:
@@ -128,7 +128,7 @@ def prefixed(row: Row) -> Row:
     return {"nngeom/" + "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name): v for name, v in kept.items()}
 
 
-def append(history: History, row: Row) -> None:
+def append(history: Columns, row: Row) -> None:
     """A row more; NaN where it, or those before, lack a column."""
     count = len(history["step"])
     for name in row:
@@ -137,7 +137,7 @@ def append(history: History, row: Row) -> None:
         column.append(row.get(name, math.nan))
 
 
-def csv_of(history: History) -> str:
+def csv_of(history: Columns) -> str:
     """One line a measurement."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([list(history), *zip(*history.values())])
