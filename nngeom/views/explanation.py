@@ -43,10 +43,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A table, ``rows``, one a parameter; print it. ``outputs``: how many there are, of how many examples."""
+    """A table, ``rows``, one a parameter; print it. ``outputs``: how many there are, of how many examples; ``notes``:
+    what representations keep in part only.
+    """
 
     rows: tuple[Row, ...]
     outputs: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kinds = list(self.rows[0].numbers)
@@ -70,7 +73,7 @@ class Explanation:
             if slow
             else ""
         )
-        return "\n".join([table, *([note] if note else [])])
+        return "\n".join([table, *([note] if note else []), *self.notes])
 
     def __getitem__(self, name: str) -> Row:
         return {r.name: r for r in self.rows}[name]
@@ -110,9 +113,10 @@ def explain(
         for name in layout.names:
             structure = "unused" if j is None else "fallback" if name in run.left_to_fallback else structure_of(j)
             named[name] = Row(name, shapes[name], tuple(used.get(name, ())), structure, layout.sizes, numbers)
+    notes = [note for layout, j in blocks.items() for r in asked.values() for note in r.notes_of(layout, j)]
     rows = [named[name] for name in collection.names]
     rows = _told(asked, rows) if representations is None else rows
-    return Explanation(tuple(rows), (chunk.cotangents[1], chunk.examples))
+    return Explanation(tuple(rows), (chunk.cotangents[1], chunk.examples), tuple(dict.fromkeys(notes)))
 
 
 def _asked(representations: Any) -> dict[str, Representation]:
