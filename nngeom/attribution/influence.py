@@ -107,6 +107,7 @@ def influence(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     run.require_alone("influence")
     network = run.network

@@ -111,8 +111,7 @@ class KroneckerBlock(Block):
 
     def eigen(self) -> EigenBlock:
         """The same matrix in its eigenbasis."""
-        (sa, ua), (sg, ug) = linalg.factor_eigh(self.a), linalg.factor_eigh(self.g)
-        return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg, self.dropped)
+        return EigenBlock.of_factors(linalg.factor_eigh(self.a), linalg.factor_eigh(self.g), self.dropped)
 
     def eigh(self) -> tuple[Tensor, KroneckerBasis]:
         block = self.eigen()
@@ -171,6 +170,16 @@ class EigenBlock(Block):
     sa: Tensor | None = None  # [s i], eigenvalues of the factors the basis came from
     sg: Tensor | None = None  # [s o]
     dropped: Tensor | None = None  # as of the factors
+
+    @staticmethod
+    def of_factors(
+        a: tuple[Tensor, Tensor | None], g: tuple[Tensor, Tensor | None], dropped: Tensor | None = None
+    ) -> EigenBlock:
+        """The product of the factors ``a`` and ``g`` by the eigenvalues and eigenvectors of both, and what was
+        ``dropped`` of these.
+        """
+        (sa, ua), (sg, ug) = a, g
+        return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg, dropped)
 
     @property
     def basis(self) -> KroneckerBasis:
