@@ -135,3 +135,20 @@ def test_errors():
     prime = nn.Linear(3, 23).double()
     with pytest.raises(nng.StructureError, match="23 outputs do not fall"):
         nng.FIM(prime, [(torch.randn(4, 3, dtype=f64),)], nng.PMatKFAC, factor_limit=11, factor_form="block")
+
+
+@pytest.mark.parametrize("form", ["diagonal", "block"])
+def test_a_step_of_an_optimizer_is_a_solve(form):
+    model, loader = setting("plain")
+    options, (x, y) = {"factor_limit": LIMIT, "factor_form": form}, loader[0]
+    fisher = nng.EmpiricalFIM(model, [(x, y)], nng.PMatKFAC, loss="cross_entropy", **options)
+    settings = {"damping": 0.1, "momentum": 0.0, "statistics_decay": 0.0, "kl_clip": None}
+    optimizer = nng.optim.NaturalGradient(model, nng.PMatKFAC.options(**options), lr=1.0, **settings)
+    before = nng.PVector.from_model(model)
+    optimizer.zero_grad()
+    with optimizer.observe(reduction="mean"):
+        nn.functional.cross_entropy(model(x), y).backward()
+    gradient = nng.PVector.from_grad(model)
+    optimizer.step()
+    close((before - nng.PVector.from_model(model)).flat(), fisher.solve(gradient, 0.1).flat())
+    before.copy_to(model)
