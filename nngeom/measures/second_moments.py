@@ -100,7 +100,7 @@ def FIM(
         process_group=process_group,
     )
     if centered:
-        return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator)
+        return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator, index)
     cotangents = probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator)
     return measured(run, cotangents, representation, options, Policy("FIM", reread=estimator is None), index)
 
