@@ -69,12 +69,13 @@ class NNGeomInterface(CurvatureInterface):
         self.exact = tuple(name for names in layers if all(len(shapes[n]) < 2 for n in names) for name in names)
 
     def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
-        """The Jacobian ``(n, c, d)`` and the outputs ``(n, c)`` at the inputs ``x``; with ``enable_backprop`` those of
-        laplace, which keep a graph.
+        """The Jacobian ``(n, *shape, d)`` and the outputs ``(n, *shape)`` at the inputs ``x``; with ``enable_backprop``
+        those of laplace, which keep a graph.
         """
         if enable_backprop:
             return super().jacobians(x, enable_backprop=True)
-        return self._selected(self._jacobian(lambda x: self.model(x), [x])), self._outputs(x)
+        f, rows = self._outputs(x), self._jacobian(lambda x: self.model(x), [x])
+        return self._selected(rows.reshape(*f.shape, rows.shape[-1])), f
 
     def selected_output_jacobians(
         self,
