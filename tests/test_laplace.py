@@ -336,9 +336,10 @@ def test_says_what_is_missing(monkeypatch):
 
 
 def test_refusals():
-    model, x, y = batch("gru", "classification")
-    with pytest.raises(nng.StructureError, match=r"block_limit=5"):
+    model, x, y = batch("conv2d", "classification")
+    with pytest.raises(nng.StructureError, match=r"block_limit=5.*hessian_structure='diag'"):
         NNGeomGGN(model, "classification", block_limit=5).kron(x, y, N=7)
+    model, x, y = batch("gru", "classification")
     backend = NNGeomGGN(model, "classification")
     with pytest.raises(nng.ArgumentError, match="no options"):
         backend.kron(x, y, N=7, kfac_aprox="reduce")

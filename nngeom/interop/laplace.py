@@ -124,7 +124,7 @@ class NNGeomInterface(CurvatureInterface):
         as laplace holds them.
 
         Norms and other layers of vectors alone, and weights that are no product of such a pair (groups, transposed
-        kernels, recurrent cells), keep exact blocks. ``kwargs``: ``kfac_approx`` in place of ``sharing``,
+        kernels), keep exact blocks. ``kwargs``: ``kfac_approx`` in place of ``sharing``,
         ``mc_samples`` in place of ``num_samples``. Raises :class:`ArgumentError` for others, and for a subnetwork.
         """
         if self.subnetwork_indices is not None:
