@@ -47,4 +47,4 @@ reproduce: setup
 	$(BIN)/python -m examples.reproduce
 
 clean:
-	rm -rf $(VENV) docs/_build out
+	rm -rf $(VENV) docs/_build docs/how_to docs/objects docs/sg_execution_times.rst out

@@ -1,6 +1,8 @@
 """Curvature for laplace-torch: sums over a batch against plain autograd, evidence against laplace's own backends."""
 
 import copy
+import runpy
+import sys
 
 import pytest
 import torch
@@ -313,10 +315,31 @@ def test_drawn_targets(likelihood):
     torch.testing.assert_close(one.diag(x, y)[1], again, rtol=0, atol=0)
 
 
+def test_positions_of_an_example_are_summed():
+    """Labels ``(n, t)`` under logits ``(n, t, c)``: what laplace's losses make of tokens."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(5, 6, 4, dtype=torch.float64)
+    y = torch.randint(0, 3, (5, 6))
+    backend, expected = NNGeomGGN(model, "classification"), truth(model, x.flatten(0, 1), "classification")
+    torch.testing.assert_close(backend.full(x, y)[1], expected)
+    torch.testing.assert_close(backend.diag(x, y)[1], expected.diag())
+    value = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").detach()
+    torch.testing.assert_close(backend.diag(x, y)[0], value)
+    rows = jacobian(model, x.flatten(0, 1)).transpose(0, 1).view(5, 6, 3, -1)
+    torch.testing.assert_close(backend.jacobians(x)[0], rows)
+
+
+def test_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "laplace.curvature", None)
+    with pytest.raises(nng.MissingExtraError, match="pip install laplace-torch"):
+        runpy.run_path(nng.interop.laplace.__file__)
+
+
 def test_refusals():
-    model, x, y = batch("gru", "classification")
-    with pytest.raises(nng.StructureError, match=r"block_limit=5"):
+    model, x, y = batch("conv2d", "classification")
+    with pytest.raises(nng.StructureError, match=r"block_limit=5.*hessian_structure='diag'"):
         NNGeomGGN(model, "classification", block_limit=5).kron(x, y, N=7)
+    model, x, y = batch("gru", "classification")
     backend = NNGeomGGN(model, "classification")
     with pytest.raises(nng.ArgumentError, match="no options"):
         backend.kron(x, y, N=7, kfac_aprox="reduce")

@@ -69,12 +69,13 @@ class NNGeomInterface(CurvatureInterface):
         self.exact = tuple(name for names in layers if all(len(shapes[n]) < 2 for n in names) for name in names)
 
     def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
-        """The Jacobian ``(n, c, d)`` and the outputs ``(n, c)`` at the inputs ``x``; with ``enable_backprop`` those of
-        laplace, which keep a graph.
+        """The Jacobian ``(n, *shape, d)`` and the outputs ``(n, *shape)`` at the inputs ``x``; with ``enable_backprop``
+        those of laplace, which keep a graph.
         """
         if enable_backprop:
             return super().jacobians(x, enable_backprop=True)
-        return self._selected(self._jacobian(lambda x: self.model(x), [x])), self._outputs(x)
+        f, rows = self._outputs(x), self._jacobian(lambda x: self.model(x), [x])
+        return self._selected(rows.reshape(*f.shape, rows.shape[-1])), f
 
     def selected_output_jacobians(
         self,
@@ -123,7 +124,7 @@ class NNGeomInterface(CurvatureInterface):
         as laplace holds them.
 
         Norms and other layers of vectors alone, and weights that are no product of such a pair (groups, transposed
-        kernels, recurrent cells), keep exact blocks. ``kwargs``: ``kfac_approx`` in place of ``sharing``,
+        kernels), keep exact blocks. ``kwargs``: ``kfac_approx`` in place of ``sharing``,
         ``mc_samples`` in place of ``num_samples``. Raises :class:`ArgumentError` for others, and for a subnetwork.
         """
         if self.subnetwork_indices is not None:
