@@ -429,6 +429,23 @@ def test_autocast():
     assert all(torch.allclose(p, q, rtol=1e-3, atol=1e-5) for p, q in zip(plain.parameters(), model.parameters()))
 
 
+@pytest.mark.parametrize("kind", ["kfac", "ekfac-ra"])
+def test_penalties_that_run_the_model_themselves(kind):
+    case, plain, model = twins("mlp")
+    opt, auto = KINDS[kind](plain), KINDS[kind](model, automatic=True)
+    for x, y in case.loader * 2:
+        opt.zero_grad()
+        auto.zero_grad()
+        with opt.observe():
+            loss = loss_of(plain, x, y)
+            (loss + 1e-2 * nng.mgs.trace_penalty(plain, x)).backward()
+        opt.step()
+        (loss_of(model, x, y) + 1e-2 * nng.mgs.trace_penalty(model, x)).backward()
+        assert auto.automatic.follower.arrived[0].n == len(x) and len(auto.automatic.follower.arrived) == 1
+        auto.step()
+    assert same(plain, model)
+
+
 def test_winsorized():
     case, plain, model = twins("mlp", (5, 6))
     opt, auto = WinsorizedSGD(plain, lr=0.05), WinsorizedSGD(model, lr=0.05, automatic=True)
@@ -492,6 +509,17 @@ def test_a_compiled_model(given, automatic):
         other.step()
     assert all(torch.allclose(p, q, rtol=1e-10) for p, q in zip(plain.parameters(), model.parameters()))
     assert ran == [False, True, False, True]  # steps whose statistics are due run as written, the others compiled
+    torch._dynamo.reset()
+
+
+def test_a_model_compiled_in_place_is_refused():
+    torch._dynamo.reset()
+    model, x = Blocks().double(), torch.randn(7, 6, dtype=torch.float64)
+    opt = KINDS["kfac"](model, automatic=True)
+    model.compile(backend="eager")
+    loss_of(model, x, torch.arange(7) % 3).backward()
+    with pytest.raises(nng.ArgumentError, match=r"torch\.compile"):
+        opt.step()
     torch._dynamo.reset()
 
 

@@ -199,6 +199,22 @@ def test_the_trainer_with_gradient_checkpointing_clipping_and_a_schedule(tmp_pat
     assert all(torch.allclose(p, q, rtol=1e-3, atol=1e-6) for p, q in zip(other.parameters(), model.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_resumes_from_a_checkpoint(tmp_path):
+    models = [language_model()[0] for _ in range(3)]
+    batches = language_model()[1]
+
+    def train(model, folder, resume=None, **options):
+        opt = MAKE["fallback"](model, automatic=True)
+        options |= {"save_strategy": "steps", "save_steps": 6, "lr_scheduler_type": "linear"}
+        trainer_of(model, batches, opt, tmp_path / folder, **options).train(resume_from_checkpoint=resume)
+        assert opt.clock.steps == 12
+
+    train(models[0], "whole")
+    train(models[2], "rest", resume=str(tmp_path / "whole" / "checkpoint-6"))
+    assert same(models[0], models[2]) and not same(models[0], models[1])
+
+
 # -- accelerate --------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +237,35 @@ def test_accelerate(kind, accumulate):
                 prepared.step()
                 prepared.zero_grad()
     assert near(plain, net) and not near(net, case.model)
+
+
+@pytest.fixture
+def afresh():
+    """No accelerator of another test, whose settings are those of the process."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accelerate_in_half_precision(afresh):
+    accelerate = afresh
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    net, batches = copy.deepcopy(plain), [(torch.randn(16, 6), torch.arange(16) % 3) for _ in range(4)]
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    opt, auto = KINDS["kfac"](plain), KINDS["kfac"](net, automatic=True)
+    model, prepared = accelerator.prepare(net, auto)
+    for x, y in batches:
+        with opt.observe(), torch.autocast("cpu", torch.bfloat16):
+            F.cross_entropy(plain(x).float(), y).backward()
+        opt.step()
+        opt.zero_grad()
+        accelerator.backward(F.cross_entropy(model(x), y))
+        prepared.step()
+        prepared.zero_grad()
+    assert all(torch.allclose(p, q, rtol=1e-3, atol=1e-5) for p, q in zip(plain.parameters(), net.parameters()))
 
 
 # -- one process of several --------------------------------------------------------------------------------------------

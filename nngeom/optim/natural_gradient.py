@@ -69,7 +69,7 @@ class NaturalGradient(Preconditioned):
         scalings: of EKFAC alone: see :class:`EKFAC`.
         scalings_decay: of EKFAC alone: see :class:`EKFAC`.
         rest: ``"diag"``, ``"eye"`` or a representation, which takes the parameters that ``representation`` cannot hold:
-            those above its ``block_limit``, and those used in ways no adapter knows (recurrent cells, batch
+            those above its ``block_limit``, and those used in ways no adapter knows (weight norm, batch
             normalisation in training mode), whose second moments are ``n`` times the squared gradient of the batch.
         outputs: picks the outputs ``(n, ...)`` in what the model returns.
         seed: of the labels that are drawn.

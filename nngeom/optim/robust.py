@@ -99,7 +99,7 @@ class WinsorizedSGD(torch.optim.SGD):
     observed without :meth:`observe`; ``options``: those of ``torch.optim.SGD``.
     What ``.grad`` holds besides the examples' gradients (a penalty on weights) is kept as it is. All examples seen
     since the last step are one set, held by their inputs and output gradients. Raises :class:`CoverageError` for models
-    with parameters whose per-example gradients the passes do not show (recurrent cells): use
+    with parameters whose per-example gradients the passes do not show (weight norm): use
     :func:`winsorized_gradient` there.
     """
 
