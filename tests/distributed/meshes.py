@@ -14,8 +14,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn import functional as F
 
 import nngeom as nng
+from nngeom.optim import KFAC
 
 CHECKS: dict[str, Check] = {}
 PARTS = [[(TOKENS[:6], LABELS[:6])], [(TOKENS[6:8], LABELS[6:8]), (TOKENS[8:], LABELS[8:])]]
@@ -88,3 +90,30 @@ def a_hybrid_needs_all_its_ranks(here: Here) -> None:
     raises(nng.ArgumentTypeError, "2 axes", lambda: nng.FIM(other, ALL, process_group=mesh))
     flat = mesh._flatten()
     assert nng.FIM(other, ALL, nng.PMatDiag, process_group=flat).examples == 36
+
+
+@check(CHECKS)
+def training_a_hybrid(here: Here) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = whole()
+    other = fully_shard(copy.deepcopy(model), mesh=mesh)
+    tokens, labels = torch.cat([TOKENS, TOKENS.flip(0)])[:16], torch.arange(16) % 3
+    options = {"lr": 0.05, "inverse_every": 1, "statistics_every": 1}
+    one, many = KFAC(model, **options), KFAC(other, process_group=here.group, **options)
+    mine = slice(4 * here.rank, 4 * here.rank + 4)
+    for _ in range(3):
+        for m, opt, part in ((model, one, slice(0, 16)), (other, many, mine)):
+            opt.zero_grad()
+            with opt.observe():
+                F.cross_entropy(m(tokens[part]), labels[part]).backward()
+            opt.step()
+    trained = torch.cat([p.full_tensor().detach().flatten() for p in other.parameters()])
+    here.same(trained)
+    cuts.close(trained, torch.cat([p.detach().flatten() for p in model.parameters()]), 1e-9)
+
+
+@check(CHECKS)
+def training_of_parts_of_parts_is_refused(here: Here) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    other = fully_shard(parallelize_module(whole(), mesh["tp"], PLAN), mesh=mesh["dp"])
+    raises(nng.UnsupportedError, "spread over processes", lambda: KFAC(other, process_group=mesh["dp"]))

@@ -11,7 +11,7 @@ from fully_sharded import hooks, sharded
 from launch import Check, Here, check, raises
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional as F
 from training import EACH, MAKERS, batches, part, train
@@ -81,6 +81,24 @@ def a_closure(here: Here) -> None:
 
         opt.step(closure)
     cuts.close(whole(other), one, 1e-9)
+
+
+@check(CHECKS)
+def mixed_precision(here: Here) -> None:
+    """Rows of weights that are cast, gradients of those that are kept: the step of single precision, roughly."""
+    model, joint = batches("mlp", EACH * here.size)
+    model, joint = model.float(), [(x.float(), y) for x, y in joint]
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    other = fully_shard(copy.deepcopy(model), mesh=init_device_mesh("cpu", (here.size,)), mp_policy=policy)
+    options = {"lr": 0.05, "damping": 0.1, "inverse_every": 1, "statistics_every": 1}
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    one = train(model, KFAC(model, **options), joint)
+    train_parts(
+        other, KFAC(other, process_group=here.group, **options), [part(b, here, [EACH] * here.size) for b in joint]
+    )
+    many = whole(other)
+    here.same(many)
+    assert many.dtype == torch.float32 and float((many - one).norm()) < 0.05 * float((one - start).norm())
 
 
 @check(CHECKS)
