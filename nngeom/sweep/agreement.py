@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nngeom.capture.gathered import gathered
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.core.stream import Numbers
 from nngeom.ranks.data import warn_of_same
@@ -23,7 +24,7 @@ def agree(run: Run, what: str, **settings: Any) -> None:
     team = run.team
     if team.size == 1:
         return
-    with team.together(what):
+    with gathered(run.network.model), team.together(what):
         values = _values(run) | {name: described(x) for name, x in settings.items()}
     team.same(what, values)
 
