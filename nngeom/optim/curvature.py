@@ -195,7 +195,8 @@ class Averaged(Curvature):
     def _inverses(self, blocks: dict[Layout, Block], damping: Damping) -> dict[Layout, Block]:
         """Those of all blocks, each made by one of the processes."""
         costs = {layout: cost(block) for layout, block in blocks.items()}
-        device = next((block.diag().device for block in blocks.values()), torch.device("cpu"))
+        tensors = (t for block in blocks.values() for t in block.fields().values() if isinstance(t, Tensor))
+        device = next((t.device for t in tensors), torch.device("cpu"))
         return made(self.manner.team, "inverses", costs, lambda layout: inverse(blocks[layout], damping), device)
 
     def _later(self, statistic: Statistic, seen: Seen) -> Means:
