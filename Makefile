@@ -1,8 +1,14 @@
 # One command each: `make demo` runs the main job, `make test` the tests. Both set everything up themselves.
+# Other versions, each in an environment of its own: `make test TORCH=2.6.0 PYTHON=python3.12 WITH="transformers==4.47.1"`.
 PYTHON ?= python3
-VENV := .venv
+TORCH ?= 2.13.0
+WITH ?=
+CHOSEN := $(filter command,$(origin TORCH) $(origin PYTHON) $(origin WITH))
+VENV := .venv$(if $(CHOSEN),-$(shell echo $(notdir $(PYTHON)) $(TORCH) $(WITH) | tr -cs 'A-Za-z0-9.\n' '-'))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+PINNED := $(if $(CHOSEN),,-c constraints.txt)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup demo test test-slow check docs bench bench-large reproduce clean
 
@@ -10,8 +16,8 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plot,examples,docs,test,check]'
+	$(PIP) $(PINNED) torch==$(TORCH)
+	$(PIP) $(PINNED) -e '.[plot,examples,docs,test,check]' torch==$(TORCH) $(WITH)
 	rm -f $(VENV)/.ready-* && touch $@
 
 demo: setup
