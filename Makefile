@@ -1,5 +1,5 @@
 # One command each: `make demo` runs the main job, `make test` the tests. Both set everything up themselves.
-# Other versions, each in an environment of its own: `make test TORCH=2.6.0 PYTHON=python3.12 WITH="transformers==4.47.1"`.
+# Other versions, each in an environment of its own: `make test TORCH=2.6.0 PYTHON=python3.12 WITH="transformers==4.57.6"`.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 WITH ?=
@@ -10,6 +10,9 @@ STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut
 PINNED := $(if $(CHOSEN),,-c constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# other libraries, which pages and tests run beside this one
+PEERS := laplace-torch backpack-for-pytorch curvlinops-for-pytorch nngeometry kronfluence
+
 .PHONY: setup demo test test-slow check docs bench bench-large reproduce clean
 
 setup: $(STAMP)
@@ -17,7 +20,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(PINNED) torch==$(TORCH)
-	$(PIP) $(PINNED) -e '.[plot,examples,docs,test,check]' torch==$(TORCH) $(WITH)
+	$(PIP) $(PINNED) -e '.[plot,examples,docs,test,check,peers]' torch==$(TORCH) $(WITH)
+	$(PIP) $(PINNED) --no-deps $(PEERS)
 	rm -f $(VENV)/.ready-* && touch $@
 
 demo: setup

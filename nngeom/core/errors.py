@@ -117,12 +117,20 @@ class SameDataWarning(UserWarning):
     """All processes of a group read the same first batch: was the data not split?"""
 
 
+class UnevenBatchWarning(UserWarning):
+    """The processes of a group train on batches of unlike sizes, and average over processes."""
+
+
 class RepeatedExamplesWarning(UserWarning):
     """A sampler repeats examples so that all processes have as many; they count twice."""
 
 
 class MemoryWarning(UserWarning):
     """The memory budget is below the smallest possible piece of work."""
+
+
+class FitWarning(UserWarning):
+    """What is fitted iteratively still moves: it is an approximation of the named kind, not the best of it."""
 
 
 def not_added(other: Any, space: str) -> ArgumentTypeError:

@@ -28,7 +28,6 @@ def measured(
         fixed = replace(cotangents, seed=0) if hasattr(cotangents, "seed") else cotangents  # type: ignore[type-var]
         agree(run, policy.label, representation=representation, options=options, metric=fixed)
         if representation is PMatImplicit:
-            run.require_alone("PMatImplicit")
             return implicit_estimate(sweep) if isinstance(cotangents, Probes) else implicit(sweep)
         chosen = as_representation(representation, **options).within(run.network.collection)
         sweep = sweep.but(part_of=chosen.part_of)

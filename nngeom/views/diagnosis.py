@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nngeom.capture.graph import read, unexplained
+from nngeom.capture.graph import unexplained
 from nngeom.capture.network import Batch, Network, gradients_on, take
 from nngeom.capture.recorder import Capture, record
 from nngeom.core.errors import NNGeomError
@@ -102,7 +102,7 @@ def diagnose(
     for use in (recorded.use for recorded in capture.uses):
         for slot in use.slots:
             operations.setdefault(slot.name, []).append(use.operation)
-    unknown = unexplained(read(capture.outputs, network.ids, network.registered, capture.hooked), capture.uses)
+    unknown = unexplained(capture.graph(), capture.uses)
     run = Pass(network, capture, set())
     run.resolve(check=True)
     run.prove(separate=False)
