@@ -1,8 +1,14 @@
 # One command each: `make demo` runs the main job, `make test` the tests. Both set everything up themselves.
+# Other versions, each in an environment of its own: `make test TORCH=2.6.0 PYTHON=python3.12 WITH="transformers==4.57.6"`.
 PYTHON ?= python3
-VENV := .venv
+TORCH ?= 2.13.0
+WITH ?=
+CHOSEN := $(filter command,$(origin TORCH) $(origin PYTHON) $(origin WITH))
+VENV := .venv$(if $(CHOSEN),-$(shell echo $(notdir $(PYTHON)) $(TORCH) $(WITH) | tr -cs 'A-Za-z0-9.\n' '-'))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+PINNED := $(if $(CHOSEN),,-c constraints.txt)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # other libraries, which pages and tests run beside this one
 PEERS := laplace-torch backpack-for-pytorch curvlinops-for-pytorch nngeometry kronfluence
@@ -13,9 +19,9 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plot,examples,docs,test,check,peers]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(PEERS)
+	$(PIP) $(PINNED) torch==$(TORCH)
+	$(PIP) $(PINNED) -e '.[plot,examples,docs,test,check,peers]' torch==$(TORCH) $(WITH)
+	$(PIP) $(PINNED) --no-deps $(PEERS)
 	rm -f $(VENV)/.ready-* && touch $@
 
 demo: setup

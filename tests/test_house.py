@@ -89,6 +89,7 @@ def test_imports_of_the_library_stand_at_the_top():
 # private names that modules other than their own may use, with the reason
 BORROWED = {
     "_base": "torch's, of tensors that are views",
+    "_parameters": "torch's, of modules: what they hold under which name",
 }
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from nngeom.capture.exchanged import exchanged
 from nngeom.capture.remedies import require_whole
 from nngeom.core.errors import ArgumentTypeError, ModeError, OutputError
 from nngeom.layers.refuse import REFUSALS
@@ -56,8 +56,8 @@ class Expansion(nn.Module):
 
     def _at_start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """``f0``: the network at ``w0``; differentiable in the inputs only."""
-        with Refusing():
-            return as_outputs(functional_call(self.model, self._start(), args, kwargs))
+        with Refusing(), exchanged(self.model, self._start()):
+            return as_outputs(self.model(*args, **kwargs))
 
     @property
     def delta(self) -> PVector:

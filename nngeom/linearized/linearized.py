@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.func import functional_call
 
+from nngeom.capture.exchanged import exchanged
 from nngeom.capture.fused import ReverseConventions, twice_differentiable
 from nngeom.capture.network import gradients_on
 from nngeom.capture.remedies import gradients
+from nngeom.core.forward_mode import forward_mode
 from nngeom.linearized.expansion import Expansion, Refusing, as_outputs
 
 
@@ -42,9 +43,10 @@ class Linearized(Expansion):
     def _forward_mode(
         self, delta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        with forward_ad.dual_level(), ReverseConventions():
+        with forward_mode(), ReverseConventions():
             duals = {name: forward_ad.make_dual(w0, delta[name]) for name, w0 in self._start().items()}
-            outputs = as_outputs(functional_call(self.model, duals, args, kwargs))
+            with exchanged(self.model, duals):
+                outputs = as_outputs(self.model(*args, **kwargs))
             return tuple(forward_ad.unpack_dual(outputs))
 
     def _double_backward(
@@ -53,7 +55,8 @@ class Linearized(Expansion):
         """``J v`` is the derivative in ``u`` of ``(J^T u) . v``."""
         start = {name: w0.detach().requires_grad_() for name, w0 in self._start().items()}
         with torch.backends.cudnn.flags(enabled=False):  # its recurrent kernels have no second derivative
-            f0 = as_outputs(functional_call(self.model, start, args, kwargs))
+            with exchanged(self.model, start):
+                f0 = as_outputs(self.model(*args, **kwargs))
             u = torch.zeros_like(f0, requires_grad=True)
             pulled = gradients(f0, list(start.values()), u, create_graph=True)
             terms = [(g * delta[name]).sum() for name, g in zip(start, pulled) if g is not None]

@@ -9,13 +9,14 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.func import functional_call
 
+from nngeom.capture.exchanged import exchanged
 from nngeom.capture.fused import ReverseConventions, twice_differentiable
 from nngeom.capture.graph import read
 from nngeom.capture.network import RUNNING, Batch, Network, gradients_on
 from nngeom.core.draws import dot, factors, outer
 from nngeom.core.errors import NNGeomError
+from nngeom.core.forward_mode import forward_mode
 from nngeom.pullback.backward import dense
 
 KEPT_BYTES = 2**26  # of a tangent that is held while the way to it is proved; larger ones are made once more
@@ -70,7 +71,7 @@ class Linearization:
         )
 
     def _forward(self, batch: Batch, v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        with RUNNING, gradients_on(), twice_differentiable(), forward_ad.dual_level(), ReverseConventions():
+        with RUNNING, gradients_on(), twice_differentiable(), forward_mode(), ReverseConventions():
             duals = {name: forward_ad.make_dual(p, v[name]) for name, p in self.network.parameters.items()}
             primal, tangent = forward_ad.unpack_dual(self._run(batch, duals))
         return primal, torch.zeros_like(primal) if tangent is None else tangent.detach()
@@ -153,20 +154,8 @@ class Linearization:
         """The outputs with other tensors in the place of the parameters; a user's function may call the model
         anyhow.
         """
-        wrapper = _Caller(self.network.model, lambda: self.network.run(batch))
-        return functional_call(wrapper, {f"model.{name}": p for name, p in parameters.items()}, ())
+        with exchanged(self.network.model, parameters):
+            return self.network.run(batch)
 
 
 _RIGHT: WeakKeyDictionary[torch.nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
-
-
-class _Caller(torch.nn.Module):
-    """A module around the model whose forward calls back, so that ``functional_call`` reaches a user's function."""
-
-    def __init__(self, model: torch.nn.Module, call: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self.model, self._call = model, call
-
-    def forward(self) -> Tensor:
-        """Call back."""
-        return self._call()

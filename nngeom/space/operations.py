@@ -76,7 +76,7 @@ class Batched(Elementwise):
         key = index if isinstance(index, tuple) else (index,)
         entries = (slice(None),) if any(k is Ellipsis for k in key) else (Ellipsis, slice(None))
         try:
-            return self.like(self.tensor[(*key, *entries)])
+            return self.like(self.tensor[key + entries])
         except (IndexError, TypeError) as error:
             raise ArgumentError(
                 f"cannot take {index!r} of vectors {tuple(self.tensor.shape)}, the last axis their entries: {error}; "
