@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ from nngeom.capture.compiled import as_written
 from nngeom.capture.fused import DenseGradients
 from nngeom.capture.untouched import Watch
 from nngeom.core.errors import ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
-from nngeom.space.collection import LayerCollection, unwrap
+from nngeom.space.collection import LayerCollection, by_all_names, unwrap
 
 RUNNING = threading.RLock()  # models run one at a time: a forward-mode pass puts other tensors into them meanwhile
 
@@ -48,12 +50,13 @@ class Network:
                 f"function is {function!r}; expected a callable returning the outputs (n, c), or None"
             )
         model = unwrap(model)
-        lc = collection if collection is not None else LayerCollection.from_model(model)
+        every = by_all_names(model)
+        lc = collection if collection is not None else LayerCollection.among(model, every, None, None)
         if not isinstance(lc, LayerCollection):
             raise ArgumentTypeError(
                 f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)"
             )
-        parameters = lc.parameters(model)
+        parameters = lc.live(every)
         remedies.require_whole(model, parameters)
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
@@ -71,6 +74,11 @@ class Network:
         return {id(p): name for name, p in self.parameters.items()}
 
     @functools.cached_property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules of the model."""
+        return tuple(self.model.modules())
+
+    @functools.cached_property
     def registered(self) -> frozenset[int]:
         """Ids of all parameters of the model."""
         return frozenset(id(p) for p in self.model.parameters())
@@ -78,7 +86,7 @@ class Network:
     @functools.cached_property
     def watch(self) -> Watch:
         """Of what forward passes leave behind."""
-        return Watch(self.model, self.device)
+        return Watch(self.model, self.modules, self.device)
 
     @property
     def hooked(self) -> set[str]:
@@ -106,21 +114,30 @@ class Network:
                 "the loader is empty: expected at least one batch (a used-up generator? pass a list of its batches)"
             )
 
-    def run(self, batch: Batch) -> Tensor:
-        """The outputs ``(n, ...)`` of one batch, checked; buffers and random states are as they were before."""
-        with RUNNING, self.watch.undone():
-            return self._outputs(batch)
+    def run(self, batch: Batch, mode: AbstractContextManager[Any] | None = None) -> Tensor:
+        """The outputs ``(n, ...)`` of one batch, checked; buffers and random states are as they were before.
 
-    def _outputs(self, batch: Batch) -> Tensor:
-        sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
-        with as_written(), DenseGradients() if sparse else contextlib.nullcontext():
+        ``mode``: what the model runs within; nothing of ours does.
+        """
+        with RUNNING, self.watch.undone():
+            return self._checked(self._outputs(batch, mode or contextlib.nullcontext()), batch)
+
+    def _outputs(self, batch: Batch, mode: AbstractContextManager[Any]) -> Any:
+        sparse = any(_sparse(m) for m in self.modules)
+        with as_written(), mode, DenseGradients() if sparse else contextlib.nullcontext():
             try:
-                outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
+                out = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
             except (RuntimeError, TypeError) as error:
                 remedy = remedies.of_a_call(error, batch, self.parameters, self.function)
                 if remedy is None:
                     raise
                 raise remedy from error
+        if self.function is not None or isinstance(out, Tensor):
+            return out
+        logits = getattr(out, "logits", None)
+        return logits if isinstance(logits, Tensor) else out
+
+    def _checked(self, outputs: Any, batch: Batch) -> Tensor:
         if not isinstance(outputs, Tensor):
             raise OutputError(
                 f"the {'function' if self.function is not None else 'model'} returned {type(outputs).__name__}; "
@@ -155,8 +172,8 @@ class Network:
 
     def _default(self, batch: Batch) -> Any:
         if isinstance(batch, Mapping):
-            out = self.model(**{k: v for k, v in batch.items() if k != "labels"})
-        elif isinstance(batch, (tuple, list)):
+            return self.model(**{k: v for k, v in batch.items() if k != "labels"})
+        if isinstance(batch, (tuple, list)):
             if not 1 <= len(batch) <= 2:
                 raise LoaderError(
                     f"a batch is a {type(batch).__name__} of {len(batch)} items; expected (inputs, targets) or "
@@ -164,17 +181,19 @@ class Network:
                     "pass function=lambda *items: model(...) to say which are inputs"
                 )
             x = batch[0]
-            out = (
+            return (
                 self.model(**x)
                 if isinstance(x, Mapping)
                 else self.model(*x)
                 if isinstance(x, (tuple, list))
                 else self.model(x)
             )
-        else:
-            out = self.model(batch)
-        logits = getattr(out, "logits", None)
-        return logits if isinstance(logits, Tensor) else out
+        return self.model(batch)
+
+
+def _sparse(module: nn.Module) -> bool:
+    """Whether it may be an embedding with sparse gradients."""
+    return bool(module.__dict__.get("sparse", False)) or hasattr(type(module), "sparse")
 
 
 def _unpack(batch: Batch) -> tuple[Any, ...]:
@@ -209,7 +228,7 @@ def _describe(batch: Batch) -> str:
 
 def require_finite(x: Tensor, what: str, batch_index: int) -> None:
     """Raise :class:`NonFiniteError` naming the examples (first axis) of ``x`` that are not finite."""
-    if bool(torch.isfinite(x.sum())):
+    if math.isfinite(x.sum().item()):
         return
     bad = (
         (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()

@@ -9,7 +9,6 @@ model.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import types
 import weakref
 from collections.abc import Callable
@@ -64,9 +63,9 @@ def record(network: Network, batch: Batch, *, keep_graph: bool = False) -> Captu
 def _recorded(network: Network, batch: Batch, *, keep_graph: bool) -> Capture:
     recorder = Recorder(network, keep_graph=keep_graph)
     with gradients_on(), unfused() if keep_graph else contextlib.nullcontext():
-        with network.watch.own(recorder.generators), recorder:
-            outputs = network.run(batch)
-    return dataclasses.replace(recorder.captured(outputs), batch=batch)
+        with network.watch.own(recorder.generators):
+            outputs = network.run(batch, recorder)
+    return recorder.captured(outputs, batch)
 
 
 class Recorder(TorchFunctionMode):
@@ -90,11 +89,11 @@ class Recorder(TorchFunctionMode):
         # outputs of uses, by id, that live as long as the model lets them
         self._tables: dict[int, tuple[weakref.ref[Tensor], Recorded]] = {}
 
-    def captured(self, outputs: Tensor) -> Capture:
-        """What was seen until ``outputs`` were there."""
+    def captured(self, outputs: Tensor, batch: Batch = None) -> Capture:
+        """What was seen until ``outputs`` of a ``batch`` were there."""
         left = [recorded for recorded in self.uses if recorded not in self._moved]
         uses = [recorded.at(place) for place, recorded in enumerate(left)]
-        return Capture(outputs, uses, self.unstructured, frozenset(self.hooked), not self.refuse)
+        return Capture(outputs, uses, self.unstructured, frozenset(self.hooked), not self.refuse, batch)
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""

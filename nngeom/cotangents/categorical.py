@@ -118,18 +118,16 @@ class Categorical(Likelihood):
             p = wide(z[:, position]).softmax(-1)  # [n c]
             smallest = 4 * torch.finfo(p.dtype).tiny  # whose inverse is finite
             q = p.flip(-1).cumsum(-1).flip(-1).T
-            inverse = torch.where(q > smallest, 1 / q, 0)  # below, the columns are zero to rounding
+            inverse = q.reciprocal().masked_fill(q <= smallest, 0)  # below, the columns are zero to rounding
             size = (p[:, lo:hi].T * q[lo + 1 : hi + 1] * inverse[lo:hi]).sqrt()  # [k n]
             if keep is not None:
                 size = size * keep[:, position]
-            slope = -(size * inverse[lo + 1 : hi + 1]).unsqueeze(-1)
-            classes, group = torch.arange(c, device=p.device), max(1, softmax.NUMBERS // (n * c))
+            slope = -(size * inverse[lo + 1 : hi + 1]).T.unsqueeze(-1)  # [n k 1]
+            group = max(1, softmax.NUMBERS // (n * c))
             for first in range(0, hi - lo, group):
-                part = slice(first, min(first + group, hi - lo))
-                before = classes <= (lo + first + classes[: part.stop - first]).view(-1, 1, 1)
-                v[part] = (p * slope[part]).masked_fill(before, 0)
-            j = torch.arange(hi - lo, device=p.device)
-            v[j, :, j + lo] = size.to(v)
+                last = min(first + group, hi - lo)
+                v[first:last] = (p.unsqueeze(1) * slope[:, first:last]).triu_(lo + first + 1).transpose(0, 1)
+            v.diagonal(lo, 0, 2).copy_(size.T)
 
         def make(lo: int, hi: int) -> Tensor:
             v = z.new_zeros(hi - lo, n, positions, c, dtype=dtype)

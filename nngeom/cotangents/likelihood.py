@@ -120,8 +120,7 @@ def diagonal_columns(root: Tensor) -> Columns:
 
     def make(lo: int, hi: int) -> Tensor:
         v = flat.new_zeros(hi - lo, n, width)
-        k = torch.arange(hi - lo, device=flat.device)
-        v[k, :, k + lo] = flat[:, lo:hi].T
+        v.diagonal(lo, 0, 2).copy_(flat[:, lo:hi])
         return v.view(hi - lo, *root.shape)
 
     return Columns(width, make)

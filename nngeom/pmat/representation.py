@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Representation(Generic[M_co]):
 
     def recipe(self, selection: Selection) -> Recipe:
         """The recipe for some of the parameters; raises :class:`ArgumentError` on unknown options."""
-        known = list(inspect.signature(self.kind.recipe).parameters)[1:]
+        known = [p.name for p in _options(self.kind)]
         odd = [name for name in self.settings if name not in known]
         if odd:
             raise ArgumentError(f"{self.kind.__name__} has no option {odd}; it has {known or 'none'}")
@@ -65,8 +66,7 @@ class Representation(Generic[M_co]):
 
     def _options(self) -> dict[str, Any]:
         """All options of the recipe, with its defaults."""
-        given = list(inspect.signature(self.kind.recipe).parameters.values())[1:]
-        return {p.name: p.default for p in given if p.default is not p.empty} | self.settings
+        return {p.name: p.default for p in _options(self.kind) if p.default is not p.empty} | self.settings
 
     def last_sweep(self, matrix: PMat) -> Representation[Any]:
         """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is
@@ -85,6 +85,12 @@ class Representation(Generic[M_co]):
     def member(self, part: int) -> Representation[Any]:
         """The representation of a ``part``."""
         return self
+
+
+@functools.cache
+def _options(kind: type[Measured]) -> tuple[inspect.Parameter, ...]:
+    """What the recipe of a class takes beside the selection."""
+    return tuple(inspect.signature(kind.recipe).parameters.values())[1:]
 
 
 class Measured(ABC):

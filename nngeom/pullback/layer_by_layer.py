@@ -25,6 +25,7 @@ Jacobians = dict[Layout, LayerJacobian]
 # Both save memory at no cost in time: kernels of seven nets (29 November 2026, one thread, torch 2.13.0, float32) took
 # as long within the noise, a quarter, for 2**20 to 2**28 bytes, and for 4 or 8 times or never; for 1 time up to 1.5.
 STAGE_BYTES = 2**24  # gradients of all cotangents that are held at once, where layers may come one after the other
+FORGOTTEN_BYTES = 2**18  # gradients of a pass whose inputs are let go of as soon as they were read
 SMALLER = 4  # rows that take so many times less memory than the gradients they are made of are kept instead
 
 
@@ -88,6 +89,7 @@ class Descent:
     def by_layers(self, route: list[Stage], v: Tensor, *, retain: bool) -> Iterator[Jacobians]:
         """The same some layers at a time, on a route: each part overwrites the one before. To be asked for once."""
         early, waiting = self._early(len(v)), list(self.groups)
+        large = sum(self._sizes(len(v))) > FORGOTTEN_BYTES
         gradients: dict[int, Tensor] = {}
         working = memory.Working()
         for turn in self._turns(route, v, early, retain=retain, gradients_in=working, inputs_in=memory.fresh):
@@ -102,12 +104,13 @@ class Descent:
             )  # elsewhere asking each by itself whether its positions differ would make the host wait
             for groups in [[group] for group in ready] if one_by_one else [ready]:
                 yield self._rows(groups, gradients, early, memory.fresh)
-                for group in groups:
+                for group in groups if large else ():
                     group.forget()
             needed = {j for group in waiting for j, _, _ in group.uses}
             for j in [j for j in gradients if j not in needed]:
                 del gradients[j]
-                self.uses[j] = self.uses[j].forgotten()
+                if large:
+                    self.uses[j] = self.uses[j].forgotten()
 
     def _sizes(self, count: int) -> list[int]:
         """Bytes kept of each use for so many cotangents."""

@@ -87,7 +87,9 @@ class Run:
     def followed(self, label: str) -> Iterable[Batch]:
         """The batches, beside a bar named ``label`` where progress is to be shown."""
         source = as_batches(self.loader)
-        return tqdm(self.network.batches(source), total=_length(source), desc=label, disable=not self.progress)
+        if not self.progress:
+            return self.network.batches(source)
+        return tqdm(self.network.batches(source), total=_length(source), desc=label)
 
     def on(self, loader: Any) -> Run:
         """The same on another ``loader``."""

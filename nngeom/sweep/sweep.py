@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nngeom.capture.network import Batch, as_batches, leading_size, require_finite, take
@@ -78,7 +78,7 @@ class Sweep:
 
     def but(self, **changes: Any) -> Sweep:
         """The same with another policy."""
-        return replace(self, policy=replace(self.policy, **changes))
+        return Sweep(self.run, self.cotangents, replace(self.policy, **changes))
 
     def chunks(self, after: tuple[int, int] = START) -> Iterator[Chunk]:
         """Every batch, cut over cotangents, under the budget in force.
@@ -192,7 +192,7 @@ class Sweep:
         """
         check = self.run.check
         run.resolve(check=check)
-        if check and not run.proof.covers(run.capture) and bool(torch.isfinite(run.capture.outputs.detach().sum())):
+        if check and not run.proof.covers(run.capture) and math.isfinite(run.capture.outputs.detach().sum().item()):
             run.prove()
 
     def one_batch(self) -> tuple[Pass, Tensor] | None:
