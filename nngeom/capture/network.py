@@ -193,7 +193,7 @@ class Network:
 
 def _sparse(module: nn.Module) -> bool:
     """Whether it may be an embedding with sparse gradients."""
-    return bool(module.__dict__.get("sparse", False)) or hasattr(type(module), "sparse")
+    return bool(module.__dict__.get("sparse")) or hasattr(type(module), "sparse")
 
 
 def _unpack(batch: Batch) -> tuple[Any, ...]:

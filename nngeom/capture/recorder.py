@@ -185,7 +185,7 @@ class Recorder(TorchFunctionMode):
         with torch.set_grad_enabled(self.keep_graph):
             try:
                 use = adapter(call, *args, **kwargs)
-                return None if use is None else Recorded.of(use, out, tuple(call.sources), since, len(self.uses))
+                return None if use is None else Recorded.of(use, out, call, since, len(self.uses))
             except torch.OutOfMemoryError:
                 raise
             except ModeError:  # its affine parameters are used together with statistics of the batch

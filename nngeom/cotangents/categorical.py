@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import OutputError
+from nngeom.core.output_metric import OutputMetric
 from nngeom.cotangents import softmax
 from nngeom.cotangents.likelihood import Likelihood
+from nngeom.cotangents.output_metrics import SoftmaxMetric
 from nngeom.cotangents.softmax import Labels, wide
 from nngeom.sweep.columns import Columns
 
@@ -142,6 +144,11 @@ class Categorical(Likelihood):
             return self.unmove(v.flatten(1, 2), outputs).to(outputs.dtype)
 
         return Columns(positions * (c - 1), make)
+
+    def metric(self, outputs: Tensor, targets: Any = None) -> OutputMetric | None:
+        if type(self).square_root is not Categorical.square_root or self._axis(outputs) != outputs.ndim - 1:
+            return None
+        return SoftmaxMetric(self.rows(outputs), self.counted(outputs, targets))
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any = None) -> Tensor:
         """``sqrt(p) r - p <sqrt(p), r>`` at every position: the root ``diag(sqrt(p)) - p sqrt(p)^T`` of ``c``

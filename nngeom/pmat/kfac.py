@@ -104,6 +104,7 @@ class PMatKFAC(PMat):
     and above raises :class:`StructureError`.
     """
 
+    any_columns = True
     centred = False
 
     @classmethod

@@ -46,6 +46,8 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
             cls.entries = None  # what was said of the parent's recipe
         if "recipe" in vars(cls) and "projects" not in vars(cls):
             cls.projects = False
+        if "recipe" in vars(cls) and "any_columns" not in vars(cls):
+            cls.any_columns = False
         PMat.kinds.add(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

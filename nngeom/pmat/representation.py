@@ -49,6 +49,11 @@ class Representation(Generic[M_co]):
         return self.kind.centred
 
     @property
+    def any_columns(self) -> bool:
+        """See :attr:`Measured.any_columns`."""
+        return self.kind.any_columns
+
+    @property
     def projects(self) -> bool:
         """Whether it keeps something of any symmetric matrix."""
         return self.kind.projects or self.kind.entries is not None
@@ -98,6 +103,7 @@ class Measured(ABC):
 
     passes: ClassVar[int] = 1
     centred: ClassVar[bool] = True  # any rows may enter, such as those less their mean, not only sums of outer products
+    any_columns: ClassVar[bool] = False  # statistics are sums over cotangents in blocks: of any root of the metric
     entries: ClassVar[str | None] = None  # kept as they are of any matrix: "all", those in "layers", the "diagonal"
     projects: ClassVar[bool] = False  # what it keeps of any matrix is read off products with the vectors of its blocks
     kinds: ClassVar[Registry[Any]] = Registry()  # by qualified name, for files
