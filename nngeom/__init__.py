@@ -20,6 +20,10 @@ from nngeom.core.errors import (
     NNGeomError,
     NonFiniteError,
     OutputError,
+    PeerError,
+    RankMismatchError,
+    RepeatedExamplesWarning,
+    SameDataWarning,
     SingularError,
     SizeError,
     StructureError,
@@ -52,6 +56,7 @@ from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.merge import merge
 from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
+from nngeom.ranks.shard import shard
 from nngeom.regression import gradient_flow_mse, kernel_regression
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
@@ -114,12 +119,16 @@ __all__ = [
     "PMatMixed",
     "PMatQuasiDiag",
     "PVector",
+    "PeerError",
     "Poisson",
     "PullBackDense",
     "PullBackImplicit",
     "PushForwardDense",
     "PushForwardImplicit",
+    "RankMismatchError",
     "Relative",
+    "RepeatedExamplesWarning",
+    "SameDataWarning",
     "SingularError",
     "SizeError",
     "StructureError",
@@ -136,6 +145,7 @@ __all__ = [
     "merge",
     "rows",
     "save",
+    "shard",
 ]
 
 

@@ -211,8 +211,8 @@ CASES = {
     ),
     "process group": (
         lambda c: nng.FIM(c.model, c.loader, process_group=object()),
-        nng.UnsupportedError,
-        NotImplementedError,
+        nng.ArgumentTypeError,
+        TypeError,
         "process_group",
     ),
     "memory budget": (

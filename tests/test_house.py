@@ -10,7 +10,20 @@ import pytest
 import nngeom
 
 ROOT = Path(__file__).parent.parent / "nngeom"
-ORDER = ["core", "solve", "layers", "space", "capture", "pullback", "sweep", "cotangents", "pmat", "fmat", "maps"]
+ORDER = [
+    "core",
+    "ranks",
+    "solve",
+    "layers",
+    "space",
+    "capture",
+    "pullback",
+    "sweep",
+    "cotangents",
+    "pmat",
+    "fmat",
+    "maps",
+]
 ORDER += ["measures", "attribution", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -223,8 +236,16 @@ def test_no_module_hides_a_public_function():
 
 
 def test_only_one_file_knows_processes():
-    users = [f.name for f in FILES if "torch.distributed" in f.read_text()]
-    assert set(users) <= {"distributed.py", "collection.py"}
+    """``DistributedDataParallel``, which a model may be wrapped in, is of ``torch.nn``."""
+    foreign = ((name, node) for name, tree in TREES.items() for node in ast.walk(tree))
+    users = {
+        name
+        for name, node in foreign
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"))
+        or (isinstance(node, ast.Import) and any(a.name.startswith("torch.distributed") for a in node.names))
+        or (isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed"))
+    }
+    assert users == {"nngeom.ranks.team"}
 
 
 LINES, COLUMNS, PARAMETERS, POSITIONAL = 250, 120, 8, 6

@@ -101,6 +101,7 @@ def influence(
         check=check,
         process_group=process_group,
     )
+    run.require_alone("influence")
     network = run.network
     inverse = matrix.inverse(0.0 if damping is None else damping)
     metric = Metric(inverse, network.collection, accumulation_dtype(network.dtype), network.device)

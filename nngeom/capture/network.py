@@ -103,13 +103,15 @@ class Network:
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
-    def batches(self, loader: Any) -> Iterator[Batch]:
-        """The batches of a loader on the model's device; raises :class:`LoaderError` when there is none."""
+    def batches(self, loader: Any, *, may_be_empty: bool = False) -> Iterator[Batch]:
+        """The batches of a loader on the model's device; raises :class:`LoaderError` when there is none, unless that
+        ``may_be``.
+        """
         empty = True
         for batch in as_batches(loader):
             empty = False
             yield move(batch, self.device)
-        if empty:
+        if empty and not may_be_empty:
             raise LoaderError(
                 "the loader is empty: expected at least one batch (a used-up generator? pass a list of its batches)"
             )

@@ -96,5 +96,29 @@ class MissingExtraError(NNGeomError, ImportError):
     """An optional dependency is not installed; the text names the extra."""
 
 
+class PeerError(NNGeomError, RuntimeError):
+    """Another process failed, or is gone, in a call that all processes of a group make together.
+
+    ``message``: the text. ``rank``: of the process that failed, and ``kind``, what it raised there, where these are
+    known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.rank, self.kind = rank, kind
+
+
+class RankMismatchError(NNGeomError, RuntimeError):
+    """The processes of a group were given different models, settings, vectors or calls."""
+
+
+class SameDataWarning(UserWarning):
+    """All processes of a group read the same first batch: was the data not split?"""
+
+
+class RepeatedExamplesWarning(UserWarning):
+    """A sampler repeats examples so that all processes have as many; they count twice."""
+
+
 class MemoryWarning(UserWarning):
     """The memory budget is below the smallest possible piece of work."""

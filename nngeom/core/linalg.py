@@ -53,14 +53,14 @@ def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
             values = values.gather(-1, order)
             vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
     if vectors.requires_grad:
-        vectors = _Distinct.apply(vectors, values.detach())
+        vectors = _Distinct.apply(vectors, values.detach())  # type: ignore[no-untyped-call]
     return values.to(m), vectors.to(m).contiguous()
 
 
 def svd(m: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values and right singular vectors, the rows of the second, in float64; gradients as of :func:`eigh`."""
     _, values, vectors = torch.linalg.svd(m.double(), full_matrices=False)
-    return values, _Distinct.apply(vectors, values.detach()) if vectors.requires_grad else vectors
+    return values, _Distinct.apply(vectors, values.detach()) if vectors.requires_grad else vectors  # type: ignore[no-untyped-call]
 
 
 class _Distinct(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,6 +19,7 @@ from nngeom.fmat.products import EVERYTHING, squared_norms
 from nngeom.fmat.side import Side
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.jacobian_map import JacobianMap
+from nngeom.pmat.drive import Repeated, Source
 from nngeom.pmat.recipe import write_rows
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
@@ -50,8 +52,33 @@ class ImplicitMap(JacobianMap):
         return self.side.device
 
     def norm(self) -> Tensor:
-        with torch.no_grad(), self.side.within():
-            return squared_norms(self.side, EVERYTHING)[""].sum().sqrt()
+        with torch.no_grad():
+            return self.dot(self).sqrt()
+
+    @property
+    def origin(self) -> Side:
+        return self.side
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return self.side.parameters
+
+    def within(self) -> AbstractContextManager[Any]:
+        return self.side.within()
+
+    def dot(self, other: Any) -> Tensor:
+        if other.side is self.side:
+            with self.within():
+                return squared_norms(self.side, EVERYTHING)[""].sum()
+        parts = [(self[name] * other[name]).sum() for name in self.layer_collection.names]
+        return torch.stack(parts).sum()
+
+    def source(self, passes: int) -> Source:
+        return Repeated(self.side.sweep, passes)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises :class:`UnsupportedError`: what is implicit follows its model."""
+        raise UnsupportedError("implicit maps follow their model; move it with model.to(...) and build them again")
 
     def __getitem__(self, name: str) -> Tensor:
         place, shape = self.place(name)

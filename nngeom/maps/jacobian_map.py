@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, CollectionError, DeviceError
 from nngeom.pmat.arguments import as_factor
+from nngeom.pmat.drive import Source
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
@@ -57,6 +59,32 @@ class JacobianMap(ABC):
     def __getitem__(self, name: str) -> Tensor:
         """The derivatives in one parameter, ``(c, n, *its shape)``."""
 
+    # -- what the product J^T J' asks of both --------------------------------------------------------------------------
+
+    @property
+    def origin(self) -> Any:
+        """What holds the numbers: one and the same for a map and its transpose."""
+        raise NotImplementedError
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """Tensors that the map is a function of, other than its entries."""
+        return ()
+
+    def within(self) -> AbstractContextManager[Any]:
+        """Work under the budget of its data."""
+        return nullcontext()
+
+    def dot(self, other: Any) -> Tensor:
+        """The sum of the products of the entries of this map and of ``other``, of the same kind or its transpose."""
+        raise NotImplementedError
+
+    def source(self, passes: int) -> Source:
+        """Its rows, as what a matrix is built from in so many ``passes``."""
+        raise NotImplementedError
+
+    # -- algebra -------------------------------------------------------------------------------------------------------
+
     def times(self, other: Any) -> Any:
         """The product with a vector, a map or a matrix ``other``."""
         return self.mv(other)
@@ -64,8 +92,6 @@ class JacobianMap(ABC):
     def summands(self) -> list[tuple[float | Tensor, JacobianMap]]:
         """Factors and maps that this is the sum of."""
         return [(1.0, self)]
-
-    # -- algebra -------------------------------------------------------------------------------------------------------
 
     def __matmul__(self, other: Any) -> Any:
         if not isinstance(other, JacobianMap):

@@ -73,6 +73,7 @@ def GradientCovariance(
         check=check,
         process_group=process_group,
     )
+    run.require_alone("GradientCovariance")
     chosen = None if chosen is None else chosen.within(run.network.collection)
     part_of = None if chosen is None else chosen.part_of
     policy = Policy("mean row", part_of=part_of, reread=False)
@@ -129,6 +130,15 @@ class Centred:
     def chunks(self) -> Iterator[Chunk]:
         """One pass over the data."""
         return map(self.mean.taken_from, self.rows.chunks())
+
+    @property
+    def run(self) -> Run | None:
+        """The model, this process's data, and the processes it is split over."""
+        return self.rows.run
+
+    def restart(self) -> None:
+        """Forget what is kept of the first pass: the next is over the data."""
+        self.rows.restart()
 
     def raise_where_not_finite(self) -> None:
         """Raise for the first batch with outputs or gradients that are not finite, if there is one."""

@@ -94,6 +94,7 @@ def Hessian(
         check=check,
         process_group=process_group,
     )
+    run.require_alone("Hessian")
     sweep = Sweep(run, EmpiricalFisher(as_loss(loss, model)), Policy("Hessian"))
     with run.within():
         if kind is PMatImplicit:

@@ -50,6 +50,7 @@ def Jacobian(
         check=check,
         process_group=process_group,
     )
+    run.require_alone("Jacobian")
     kind: Any = representation
     with run.within():
         side = Side.of(run, EveryOutput(), Policy("Jacobian"))

@@ -122,6 +122,7 @@ def GramMatrix(
         check=check,
         process_group=process_group,
     )
+    run.require_alone("GramMatrix")
     kind = _representation(representation)
     cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
     within = in_metric(run, metric, wide=centered)
@@ -203,6 +204,7 @@ def GramMatrices(
         check=check,
         process_group=process_group,
     )
+    run.require_alone("GramMatrices")
     kind = _representation(representation)
     if kind is FMatImplicit:
         raise ArgumentError(

@@ -53,6 +53,7 @@ def rows(
         check=check,
         process_group=process_group,
     )
+    run.require_alone("rows")
     cotangents: Cotangents = EveryOutput()
     if loss is not None:
         cotangents = EmpiricalFisher(as_loss(loss, model))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood, seed_of
+from nngeom.core.stream import seed_of
+from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.loss import EmpiricalFisher, GaussNewton, Loss, as_loss
 from nngeom.measures.measured import measured
@@ -29,7 +30,7 @@ M = TypeVar("M", bound=ParameterOperator, default=PMatKFAC)
 @overload
 def FIM(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
         likelihood: str | Likelihood = "categorical",
-        estimator: None = None, samples: None = None, generator: None = None,
+        estimator: None = None, samples: None = None, generator: None = None, index: None = None,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
         **options: Any) -> M: ...
@@ -37,6 +38,7 @@ def FIM(model: nn.Module, loader: Any, representation: type[M] | Representation[
 def FIM(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
         likelihood: str | Likelihood = "categorical",
         estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
+        index: Callable[[Any], Any] | None = None,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
         **options: Any) -> MatrixEstimate: ...
@@ -50,6 +52,7 @@ def FIM(
     estimator: str | None = None,
     samples: int | None = None,
     generator: torch.Generator | None = None,
+    index: Callable[[Any], Any] | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     progress: bool = False,
@@ -72,6 +75,7 @@ def FIM(
             replace the columns of the square root ``L`` of their Fisher information, one backward pass each.
         samples: how many probes (8 by default).
         generator: of their signs ``r`` (torch's global one by default), keyed as the draws of :func:`FIM_MonteCarlo`.
+        index: of the probes, as for :func:`FIM_MonteCarlo`.
         options: of the representation, as ``sharing="reduce"``.
 
     Estimated, the result is a :class:`MatrixEstimate`: its ``matrix`` is unbiased where the representation is linear in
@@ -94,7 +98,7 @@ def FIM(
         process_group=process_group,
     )
     cotangents = probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator)
-    return measured(run, cotangents, representation, options, Policy("FIM", reread=estimator is None))
+    return measured(run, cotangents, representation, options, Policy("FIM", reread=estimator is None), index)
 
 
 def FIM_MonteCarlo(
@@ -105,6 +109,7 @@ def FIM_MonteCarlo(
     likelihood: str | Likelihood = "categorical",
     samples: int = 1,
     generator: torch.Generator | None = None,
+    index: Callable[[Any], Any] | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     progress: bool = False,
@@ -117,7 +122,9 @@ def FIM_MonteCarlo(
     sample.
 
     Draws are keyed by (a seed taken from ``generator``, the running index of the example, the sample), so that they do
-    not depend on the batch size. ``representation``, its ``options``, ``likelihood``, other arguments and errors as for
+    not depend on the batch size; over several processes the seed is that of rank 0, and examples are numbered in rank
+    order. ``index(batch) -> (n,)`` gives the examples' own numbers instead: draws then depend neither on the order nor
+    on who sees an example. ``representation``, its ``options``, ``likelihood``, other arguments and errors as for
     :func:`FIM`.
     """
     cotangents = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
@@ -131,7 +138,7 @@ def FIM_MonteCarlo(
         check=check,
         process_group=process_group,
     )
-    return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False)))
+    return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False), index))
 
 
 def EmpiricalFIM(
@@ -181,7 +188,7 @@ def EmpiricalFIM(
 @overload
 def GGN(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
         loss: str | Loss | Callable[[Tensor, Any], Tensor],
-        estimator: None = None, samples: None = None, generator: None = None,
+        estimator: None = None, samples: None = None, generator: None = None, index: None = None,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
         **options: Any) -> M: ...
@@ -189,6 +196,7 @@ def GGN(model: nn.Module, loader: Any, representation: type[M] | Representation[
 def GGN(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
         loss: str | Loss | Callable[[Tensor, Any], Tensor],
         estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
+        index: Callable[[Any], Any] | None = None,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
         **options: Any) -> MatrixEstimate: ...
@@ -202,6 +210,7 @@ def GGN(
     estimator: str | None = None,
     samples: int | None = None,
     generator: torch.Generator | None = None,
+    index: Callable[[Any], Any] | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     progress: bool = False,
@@ -218,6 +227,7 @@ def GGN(
         estimator: ``None``, exact; or ``"rademacher"``, random probes of very many outputs, as for :func:`FIM`.
         samples: how many probes (8 by default).
         generator: of the probes (torch's global one by default).
+        index: of the probes, as for :func:`FIM_MonteCarlo`.
         options: of the representation.
 
     Other arguments and errors as for :func:`FIM`.
@@ -233,4 +243,4 @@ def GGN(
         process_group=process_group,
     )
     cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
-    return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None))
+    return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None), index)

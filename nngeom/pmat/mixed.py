@@ -47,7 +47,10 @@ class Mixture(Representation["PMatMixed"]):
         return self.member(index).entries_of(layout, rows, Selection(selection.collection, part))
 
     def within(self, collection: LayerCollection) -> Mixture:
-        names = lambda p: p if isinstance(p, (str, frozenset)) else frozenset(collection.subset(p, "PMatMixed").names)
+        def names(pattern: Any) -> str | frozenset[str]:
+            named = isinstance(pattern, (str, frozenset))
+            return pattern if named else frozenset(collection.subset(pattern, "PMatMixed").names)
+
         rest = None if self.default is None else self.default.within(collection)
         return replace(self, parts=tuple((names(p), r.within(collection)) for p, r in self.parts), default=rest)
 

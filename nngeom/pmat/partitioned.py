@@ -90,11 +90,11 @@ class Partitioned:
 
     def logdet(self, damping: Tikhonov) -> Tensor:
         """``log det(M + damping I)``."""
-        total = lambda: torch.stack([block.logdet(damping) for block in self.blocks.values()]).sum()
-        if self.rows is None:
-            return total()
-        bordered = self._bordered(damping)
-        return self.whole().logdet(damping) if bordered is None else total() + bordered.logdet()
+        bordered = None if self.rows is None else self._bordered(damping)
+        if self.rows is not None and bordered is None:
+            return self.whole().logdet(damping)
+        total = torch.stack([block.logdet(damping) for block in self.blocks.values()]).sum()
+        return total if bordered is None else total + bordered.logdet()
 
     def draw(self, noise: Noise, damping: Tikhonov) -> Tensor:
         """Of ``N(0, (M + damping I)^-1)``, ``[n, d]``."""

@@ -170,8 +170,12 @@ class PMatSum(PMatExpression):
         if blocks is None:
             return super().sample(n, damping, generator)
         device = self.device if generator is None else generator.device
-        randn = lambda: PVector.randn(self.layer_collection, n, generator=generator, dtype=self.dtype, device=device)
-        return PVector(self.layer_collection, blocks.draw(lambda: randn().flat().to(self.device), t))
+
+        def drawn() -> Tensor:
+            noise = PVector.randn(self.layer_collection, n, generator=generator, dtype=self.dtype, device=device)
+            return noise.flat().to(self.device)
+
+        return PVector(self.layer_collection, blocks.draw(drawn, t))
 
     def to(self, *args: Any, **kwargs: Any) -> PMatSum:
         """Another dtype or device, as ``Tensor.to``."""

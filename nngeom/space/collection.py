@@ -59,11 +59,10 @@ class LayerCollection:
             aliases.setdefault(id(p), []).append(name)
             found[id(p)] = p
         every = {names[0]: found[id_] for id_, names in aliases.items()}
-        root = (
-            type(model).__name__ if type(model).__module__.startswith("torch.nn") else None
-        )  # a single layer as the model
-        layer_of = lambda name: name.rpartition(".")[0] or root or name
-        known = [Named(name, tuple(aliases[id(p)]), layer_of(name)) for name, p in every.items()]
+        kind = type(model)
+        root = kind.__name__ if kind.__module__.startswith("torch.nn") else None  # a single layer as the model
+        layers = {name: name.rpartition(".")[0] or root or name for name in every}
+        known = [Named(name, tuple(aliases[id(p)]), layers[name]) for name, p in every.items()]
         keep = set(every) if include is None else select(known, model, include, "include")
         if exclude is not None:
             keep -= select(known, model, exclude, "exclude")
@@ -86,7 +85,7 @@ class LayerCollection:
         lc = LayerCollection(
             tuple(chosen),
             tuple(tuple(p.shape) for p in chosen.values()),
-            tuple(map(layer_of, chosen)),
+            tuple(layers[name] for name in chosen),
             tuple(tuple(aliases[id(p)]) for p in chosen.values()) if tied else (),
         )
         object.__setattr__(lc, "_source", weakref.ref(model))

@@ -13,6 +13,7 @@ from nngeom.core import memory
 from nngeom.core.jacobian import FullJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import flat_rows
+from nngeom.core.stream import Stream
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.captured_pass import Pass
 from nngeom.pullback.sizes import bytes_each_cotangent
@@ -78,6 +79,7 @@ class Passage:
         ``start``: the running index of the first example, which draws are keyed by.
         """
         outputs = self.capture.outputs
+        examples = torch.arange(start, start + self.n)
         columns = cotangents.columns(outputs.detach(), None, start)
         edges, shapes = [u.edge for u in self.capture.uses], [u.shape for u in self.capture.uses]
         parameters = [self.network.parameters[name] for name in self.rest]
@@ -89,8 +91,7 @@ class Passage:
                 jacobians = {group.layout: group.jacobian(gradients, self.n) for group in self.groups}
             rows = {}
             if parameters:
-                generator = torch.Generator().manual_seed(start + lo)
-                signs = 2 * torch.randint(0, 2, v.shape[:2], generator=generator) - 1
+                signs = torch.stack([Stream(0, examples, lo + j, v.device).signs() for j in range(len(v))])
                 v = v * signs.to(v).view(*v.shape[:2], *[1] * (v.ndim - 2))
                 pulled = pull_back(outputs, parameters, [p.shape for p in parameters], v, retain=True)
                 rows = {name: flat_rows(g) for name, g in zip(self.rest, pulled)}

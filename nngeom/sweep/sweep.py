@@ -77,7 +77,7 @@ class Sweep:
         one.
         """
         quiet = replace(self, run=replace(self.run, check=False, progress=False))
-        for _ in quiet.but(reuse=True, watch=True).chunks():
+        for _ in quiet.but(reuse=True, watch=True, any_columns=False).chunks():
             pass
 
     # -- one batch -----------------------------------------------------------------------------------------------------
