@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-slow check docs bench bench-large reproduce clean
+.PHONY: setup demo test test-slow check docs bench bench-large gpu reproduce clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,9 @@ bench: setup
 
 bench-large: setup
 	$(BIN)/python -m benchmarks.large $(ARGS)
+
+gpu: setup
+	$(BIN)/python -m benchmarks.device --docs docs/benchmarks.md $(ARGS)
 
 reproduce: setup
 	$(BIN)/python -m examples.reproduce

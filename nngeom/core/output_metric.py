@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,24 +29,26 @@ class OutputMetric(ABC):
         """``[r, o]``: ``u_j^T H[r] u_j`` for the columns of ``u [c, o]``."""
 
     @abstractmethod
-    def spread(self, w: Tensor, rows: Sequence[int]) -> Tensor:
-        """``x [r, c, i]`` with ``x[r]^T x[r] = w^T H[r] w`` for ``w [c, i]``, of some ``rows``."""
+    def spread(self, w: Tensor, part: slice) -> Tensor:
+        """``x [r, c, i]`` with ``x[r]^T x[r] = w^T H[r] w`` for ``w [c, i]``, of a ``part`` of the rows."""
 
-    def behind(self, w: Tensor, rows: Sequence[int]) -> Tensor:
+    def behind(self, w: Tensor, rows: range) -> Tensor:
         """``l [r, i, i]``, lower triangular, with ``l l^T = w^T H w`` for ``w [c, i]``, of some ``rows``.
 
         Products are factorised by Cholesky; where that fails, as for singular ones, what they are made of by QR.
         """
-        roots = []
+        roots, failed = [], []
         for lo, hi in memory.pieces(len(rows), w.numel() * w.element_size(), most=memory.CACHE_BYTES):
-            x = self.spread(w, rows[lo:hi])
-            root, failed = torch.linalg.cholesky_ex(x.mT @ x)
-            for r in failed.nonzero().flatten().tolist():
-                root[r] = 0
-                triangle = torch.linalg.qr(x[r], mode="r")[1].T  # [i min(c i)]
-                root[r, :, : triangle.shape[1]] = triangle
+            x = self.spread(w, _slice(rows[lo:hi]))
+            root, info = torch.linalg.cholesky_ex(x.mT @ x)
             roots.append(root)
-        return torch.cat(roots)
+            failed.append(info)
+        root = torch.cat(roots)
+        for r in torch.cat(failed).nonzero().flatten().tolist():  # a device is waited for once
+            triangle = torch.linalg.qr(self.spread(w, _slice(rows[r : r + 1]))[0], mode="r")[1].T  # [i min(c i)]
+            root[r] = 0
+            root[r, :, : triangle.shape[1]] = triangle
+        return root
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,5 +66,9 @@ class DiagonalMetric(OutputMetric):
     def along(self, u: Tensor) -> Tensor:
         return self.d @ u.square()
 
-    def spread(self, w: Tensor, rows: Sequence[int]) -> Tensor:
-        return self.d[rows].sqrt().unsqueeze(-1) * w
+    def spread(self, w: Tensor, part: slice) -> Tensor:
+        return self.d[part].sqrt().unsqueeze(-1) * w
+
+
+def _slice(rows: range) -> slice:
+    return slice(rows.start, rows.stop, rows.step)

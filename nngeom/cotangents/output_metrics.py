@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +66,12 @@ class SoftmaxMetric(OutputMetric):
         squares = self.rest @ u.square() - 2 * top * mean + self.doubt * top.square()
         return self._scaled((squares - (mean - self.doubt * top).square()).clamp_min(0))
 
-    def spread(self, w: Tensor, rows: Sequence[int]) -> Tensor:
-        rest, top, doubt = self.rest[rows], self.top[rows], self.doubt[rows]
+    def spread(self, w: Tensor, part: slice) -> Tensor:
+        rest, top, doubt = self.rest[part], self.top[part], self.doubt[part]
         shift = rest @ w - doubt * w[top]  # of the mean from the arg-max, [r i]
         weights = rest.scatter(1, top.unsqueeze(1), 1 - doubt)
         if self.scale is not None:
-            weights = weights * self.scale[rows].unsqueeze(1)
+            weights = weights * self.scale[part].unsqueeze(1)
         x = w - (w[top] + shift).unsqueeze(1)
         x[torch.arange(len(top), device=x.device), top] = -shift
         return x.mul_(weights.sqrt().unsqueeze(-1))
