@@ -22,6 +22,7 @@ from nngeom.capture.batch import move
 from nngeom.capture.batch import take as take
 from nngeom.capture.compiled import as_written
 from nngeom.capture.fused import DenseGradients
+from nngeom.capture.measuring import measuring
 from nngeom.capture.untouched import Watch
 from nngeom.core.errors import ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
 from nngeom.space.collection import LayerCollection, by_all_names, unwrap
@@ -126,7 +127,7 @@ class Network:
 
     def _outputs(self, batch: Batch, mode: AbstractContextManager[Any]) -> Any:
         sparse = any(_sparse(m) for m in self.modules)
-        with as_written(), mode, DenseGradients() if sparse else contextlib.nullcontext():
+        with as_written(), measuring(), mode, DenseGradients() if sparse else contextlib.nullcontext():
             try:
                 out = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
             except (RuntimeError, TypeError) as error:

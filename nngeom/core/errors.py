@@ -122,3 +122,7 @@ class RepeatedExamplesWarning(UserWarning):
 
 class MemoryWarning(UserWarning):
     """The memory budget is below the smallest possible piece of work."""
+
+
+class FitWarning(UserWarning):
+    """What is fitted iteratively still moves: it is an approximation of the named kind, not the best of it."""

@@ -195,7 +195,8 @@ def factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:
         return factor, None
     values, vectors = eigh(factor)
     floor = ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
-    return torch.where(values.abs() > floor, values, torch.zeros_like(values)), vectors
+    zeros = values - values.detach() if values.requires_grad else torch.zeros_like(values)  # with their derivatives
+    return torch.where(values.abs() > floor, values, zeros), vectors
 
 
 def factor_shift(factor: Tensor, shift: Tensor) -> Tensor:

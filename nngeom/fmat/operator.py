@@ -17,7 +17,7 @@ from typing_extensions import Self
 from nngeom.core import linalg
 from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError
-from nngeom.fmat.columns import C, HasColumns, has_columns
+from nngeom.fmat.columns import C, HasColumns, by_columns, has_columns
 from nngeom.space.fvector import FVector
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class FunctionOperator(ABC):
     def mv(self, f: HasColumns[C]) -> C:
         """``K f``, batched: ``(*batch, c, m) -> (*batch, c, n)``; of a dense push-forward ``f`` all columns at once."""
         if has_columns(f):
-            return f.map_columns(self.mv)
+            return cast(C, by_columns(self, f, self.mv, self.T.mv))
         return cast(C, FVector(self.product(self.operand(f, self.columns))))
 
     def vTMv(self, f: FVector) -> Tensor:

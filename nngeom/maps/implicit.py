@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nngeom.core.errors import UnsupportedError
 from nngeom.fmat.chunks import span
+from nngeom.fmat.columns import Act
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.jacobian_products import pull, push
 from nngeom.fmat.products import EVERYTHING, squared_norms
@@ -118,6 +119,12 @@ class PushForwardImplicit(ImplicitMap):
             self.layer_collection.require(other.layer_collection, "the pull-back")
             return FMatImplicit(self.side, other.side)
         return self.mv(other)
+
+    def lazily(self, act: Act, transposed: Act, examples: int) -> Any:
+        """A linear map ``act`` of function space, with its transpose ``transposed``, on all columns: functions on so
+        many ``examples``, lazy.
+        """
+        return self.expressions["mapped"](self, act, transposed, examples)
 
     def forms(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """A quadratic form ``f``, ``[r, d] -> [r]``, of all rows, ``(c, n)``; rows are made in pieces."""

@@ -89,6 +89,10 @@ class JacobianMap(ABC):
         """The product with a vector, a map or a matrix ``other``."""
         return self.mv(other)
 
+    def after(self, other: JacobianMap) -> Any:
+        """The product of another map ``other`` with this one, ``other @ self``."""
+        return other.times(self)
+
     def summands(self) -> list[tuple[float | Tensor, JacobianMap]]:
         """Factors and maps that this is the sum of."""
         return [(1.0, self)]
@@ -97,7 +101,7 @@ class JacobianMap(ABC):
         if not isinstance(other, JacobianMap):
             return self.times(other)
         pairs = [(w * v, x, y) for w, x in self.summands() for v, y in other.summands()]
-        products = [x.times(y) if isinstance(c, float) and c == 1 else c * x.times(y) for c, x, y in pairs]
+        products = [y.after(x) if isinstance(c, float) and c == 1 else c * y.after(x) for c, x, y in pairs]
         return sum(products[1:], products[0])
 
     def added(self, other: JacobianMap) -> JacobianMap:

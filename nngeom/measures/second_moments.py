@@ -13,6 +13,7 @@ from nngeom.core.stream import seed_of
 from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.loss import EmpiricalFisher, GaussNewton, Loss, as_loss
+from nngeom.measures.centred import centred_moments
 from nngeom.measures.measured import measured
 from nngeom.measures.probed import probed, require_samples
 from nngeom.pmat.estimate import MatrixEstimate
@@ -29,19 +30,17 @@ M = TypeVar("M", bound=ParameterOperator, default=PMatKFAC)
 # fmt: off
 @overload
 def FIM(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
-        likelihood: str | Likelihood = "categorical",
-        estimator: None = None, samples: None = None, generator: None = None, index: None = None,
-        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
-        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
-        **options: Any) -> M: ...
+        likelihood: str | Likelihood = "categorical", centered: bool = False, estimator: None = None,
+        samples: None = None, generator: None = None, index: None = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None, **options: Any) -> M: ...
 @overload
 def FIM(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood = "categorical", centered: Literal[False] = False,
         estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
-        index: Callable[[Any], Any] | None = None,
-        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
-        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
-        **options: Any) -> MatrixEstimate: ...
+        index: Callable[[Any], Any] | None = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None, **options: Any) -> MatrixEstimate: ...
 # fmt: on
 def FIM(
     model: nn.Module,
@@ -49,6 +48,7 @@ def FIM(
     representation: Any = PMatKFAC,
     *,
     likelihood: str | Likelihood = "categorical",
+    centered: bool = False,
     estimator: str | None = None,
     samples: int | None = None,
     generator: torch.Generator | None = None,
@@ -71,6 +71,7 @@ def FIM(
         likelihood: ``p(y | outputs)``: ``"categorical"`` (for a causal language model of ``transformers`` and a dict
             batch with labels :class:`CausalLM`), ``"bernoulli"``, ``"gaussian"``, or a :class:`Likelihood`. Outputs are
             ``(n, c)``, or ``(n, *shape)`` with a likelihood that says what the axes are.
+        centered: of rows less their mean over examples: those of one output each, ``sqrt(p_y)`` times a class's score.
         estimator: ``None``, exact; or ``"rademacher"``, for very many outputs: random probes ``u = L r`` of them
             replace the columns of the square root ``L`` of their Fisher information, one backward pass each.
         samples: how many probes (8 by default).
@@ -80,8 +81,7 @@ def FIM(
 
     Estimated, the result is a :class:`MatrixEstimate`: its ``matrix`` is unbiased where the representation is linear in
     second moments of gradients (not EKFAC in a basis from the probes, but its trace; not the joined factors of KFAC for
-    a parameter in unlike uses), its readings have standard errors, and it keeps ``samples`` matrices for them. Source:
-    Hutchinson 1989.
+    a parameter in unlike uses), its readings have standard errors, and ``samples`` matrices are kept for them.
 
     ``model``, ``loader`` and the arguments from ``function`` on are those of every measure, see :class:`Run`. Raises
     :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError` and
@@ -97,6 +97,8 @@ def FIM(
         check=check,
         process_group=process_group,
     )
+    if centered:
+        return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator)
     cotangents = probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator)
     return measured(run, cotangents, representation, options, Policy("FIM", reread=estimator is None), index)
 
@@ -187,19 +189,17 @@ def EmpiricalFIM(
 # fmt: off
 @overload
 def GGN(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor],
-        estimator: None = None, samples: None = None, generator: None = None, index: None = None,
-        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
-        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
-        **options: Any) -> M: ...
+        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: bool = False, estimator: None = None,
+        samples: None = None, generator: None = None, index: None = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None, **options: Any) -> M: ...
 @overload
 def GGN(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor],
+        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: Literal[False] = False,
         estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
-        index: Callable[[Any], Any] | None = None,
-        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
-        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
-        **options: Any) -> MatrixEstimate: ...
+        index: Callable[[Any], Any] | None = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None, **options: Any) -> MatrixEstimate: ...
 # fmt: on
 def GGN(
     model: nn.Module,
@@ -207,6 +207,7 @@ def GGN(
     representation: Any = PMatKFAC,
     *,
     loss: str | Loss | Callable[[Tensor, Any], Tensor],
+    centered: bool = False,
     estimator: str | None = None,
     samples: int | None = None,
     generator: torch.Generator | None = None,
@@ -224,6 +225,7 @@ def GGN(
     Args:
         representation: what holds it, as for :func:`FIM`.
         loss: as for :func:`EmpiricalFIM`; a function that is not convex in the outputs raises :class:`ArgumentError`.
+        centered: as for :func:`FIM`; of a function, rows are those of the symmetric root.
         estimator: ``None``, exact; or ``"rademacher"``, random probes of very many outputs, as for :func:`FIM`.
         samples: how many probes (8 by default).
         generator: of the probes (torch's global one by default).
@@ -242,5 +244,7 @@ def GGN(
         check=check,
         process_group=process_group,
     )
+    if centered:
+        return centred_moments(run, as_loss(loss, model), representation, options, estimator)
     cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
     return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None), index)

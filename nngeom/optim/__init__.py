@@ -3,6 +3,7 @@
 from nngeom.optim import eigenbasis  # registers how EKFAC is kept
 from nngeom.optim.curvature import Curvature, Manner, keeps
 from nngeom.optim.ekfac import EKFAC
+from nngeom.optim.intake import ReductionWarning
 from nngeom.optim.kfac import KFAC
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.natural_gradient import NaturalGradient
@@ -17,6 +18,7 @@ __all__ = [
     "LevenbergMarquardt",
     "Manner",
     "NaturalGradient",
+    "ReductionWarning",
     "Schedule",
     "Seen",
     "SkippedStepWarning",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
+from nngeom.optim.automatic import Automatic
 from nngeom.optim.curvature import Manner
 from nngeom.optim.descent import descend
+from nngeom.optim.fallback import Fallback, natural, outside
 from nngeom.optim.gradients import Gradients
-from nngeom.optim.groups import require_groups
+from nngeom.optim.groups import as_groups, require_groups
+from nngeom.optim.intake import Intake
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending
@@ -53,7 +56,11 @@ class NaturalGradient(Preconditioned):
         likelihood: of the last two, as for :func:`nngeom.FIM`.
         params: parameter groups as for any optimizer, each with its own ``lr``, ``momentum``, ``weight_decay``;
             default: one group of the collection.
-        reduction: how losses are reduced over examples, ``"mean"`` or ``"sum"``: see :meth:`observe`.
+        reduction: how losses are reduced over examples, ``"mean"`` (the default), ``"sum"`` or ``"token_mean"``: see
+            :meth:`observe`.
+        fallback: settings of ``torch.optim.AdamW`` as a dict (``True``: its defaults), which steps the parameters
+            outside of ``layer_collection``; groups of ``params`` with ``"fallback": True`` have their own.
+        automatic: whether every pass of the model in training mode is observed without :meth:`observe`.
         every: steps after which inverses and eigenbases are computed anew.
         statistics_every: averages take in every so-many-th batch (with ``statistics_decay=0`` only those of a refresh).
         scalings: of EKFAC alone: see :class:`EKFAC`.
@@ -86,7 +93,9 @@ class NaturalGradient(Preconditioned):
         layer_collection: LayerCollection | None = None,
         *,
         params: Iterable[Any] | None = None,
-        reduction: str = "mean",
+        reduction: str | None = None,
+        automatic: bool = False,
+        fallback: Mapping[str, Any] | bool | None = None,
         every: Any = 1,
         statistics_every: Any = 1,
         scalings: str = "batch",
@@ -111,7 +120,7 @@ class NaturalGradient(Preconditioned):
             every=every,
             statistics_every=statistics_every,
         )
-        self.pending = Pending(as_reduction(reduction))
+        self.pending = Pending("mean" if reduction is None else as_reduction(reduction), reduction is not None)
         self.observer = Observer(
             model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of
         )
@@ -120,10 +129,11 @@ class NaturalGradient(Preconditioned):
         self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner)
         parameters = self.observer.network.parameters
         self.gradients = Gradients(parameters.values(), self.observer.network.dtype)
-        super().__init__(
-            self.gradients.parameters if params is None else params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
-        )
+        self.intake = Intake(self.clock, self.partition, self.pending, own_loss=self.observer.cotangents is None)
+        self.automatic = Automatic(self.observer, self.intake, self.gradients.parameters, on=automatic)
+        self.fallback = Fallback(fallback, outside(model, parameters))
+        groups = self.fallback.completed(as_groups(self.gradients.parameters if params is None else params))
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         require_groups(self.param_groups, parameters)
         self.clock.now()  # checks the numbers
 
@@ -136,10 +146,13 @@ class NaturalGradient(Preconditioned):
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = self.automatic.run(closure)
+        self.automatic.collect()
+        if (closure is not None or self.automatic.on) and self.automatic.is_idle():
+            return loss
+        self.pending.loss = loss.detach() if isinstance(loss, Tensor) else None
         if not unscale(self):
-            self._forget()
+            self._skip("scaler", "GradScaler found gradients that are not finite, and lowers its scale")
             return loss
         rule = self.damping if isinstance(self.damping, LevenbergMarquardt) else None
         compare = rule is not None and rule.due(self.clock.steps)
@@ -148,13 +161,18 @@ class NaturalGradient(Preconditioned):
                 "damping is LevenbergMarquardt: pass the loss of the batch as a function, step(evaluate=lambda: "
                 "criterion(model(x), y))"
             )
+        broken = self.fallback.broken(self.param_groups)
+        if broken is not None:
+            self._skip("gradient", broken)
+            return loss
         gradient = None if rule is None else self.gradients.split(self.gradients.read().clone())
         before = float(evaluate()) if compare and evaluate is not None else 0.0
         clip = self._precondition()
         if clip is None:
             return loss
         curved = None if gradient is None else {p: clip * g for p, g in gradient.items()}
-        predicted = descend(self.param_groups, self.state, self.clock.steps - 1, curved, gradient)
+        predicted = descend(natural(self.param_groups), self.state, self.clock.steps - 1, curved, gradient)
+        self.fallback.step(self.param_groups, self.state, self.clock.steps - 1)
         if rule is not None and compare and evaluate is not None:
             rule.update(float(evaluate()) - before, predicted)
         return loss

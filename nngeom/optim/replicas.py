@@ -6,8 +6,6 @@ several processes is the mean over all: preconditioned by curvatures that differ
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -29,15 +27,9 @@ def require_model(model: Any) -> nn.Module:
     return model
 
 
-@contextlib.contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
-    """:func:`require_model` of what calls the model inside: it may be replicated since the optimizer was made."""
-    caller = DistributedDataParallel._get_active_ddp_module
-    handle = model.register_forward_pre_hook(lambda *_: _require_alone(caller()))
-    try:
-        yield
-    finally:
-        handle.remove()
+def require_alone_now() -> None:
+    """:func:`require_model` of what calls the model now: it may be replicated since the optimizer was made."""
+    _require_alone(DistributedDataParallel._get_active_ddp_module())
 
 
 def _require_alone(module: Any) -> None:

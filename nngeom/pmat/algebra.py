@@ -35,12 +35,13 @@ class StoredAlgebra:
         def of_blocks(cls, collection: LayerCollection, blocks: dict[Layout, Any], examples: int) -> Self: ...
 
     def __getitem__(self, pattern: Any) -> Self:
-        """The principal submatrix over the parameters that a pattern means, ``M["fc"]``, of the same kind.
+        """The principal submatrix over a layer, ``M["fc"]``, or over the parameters that another ``pattern`` means, of
+        the same kind.
 
         Patterns as :meth:`LayerCollection.from_model` takes them. Raises :class:`CollectionError` where nothing
         matches, :class:`StructureError` for a part of a block that is no block of its kind.
         """
-        return self._over(self.layer_collection.subset(pattern))
+        return self._over(self.layer_collection.part(pattern))
 
     def by_layer(self) -> dict[str, Self]:
         """``{layer: its diagonal block}``, matrices of the same kind, each over the parameters of its layer."""

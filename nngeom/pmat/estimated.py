@@ -14,6 +14,7 @@ from nngeom.pmat.operator import ParameterOperator
 from nngeom.solve.hutchinson import Estimate, hutchinson
 from nngeom.solve.lanczos import lanczos
 from nngeom.solve.leave_one_out import DIAGONALS, TRACES, estimator_of
+from nngeom.solve.norm import spectral_norm
 from nngeom.solve.slq import SpectralDensity, require_slq, slq_logdet, spectral_density
 from nngeom.space.pvector import PVector
 
@@ -67,8 +68,7 @@ class EstimatedOperator(ParameterOperator):
         ``generator``: of the random vectors (torch's global one by default).
         """
         if kind == 2:
-            square = lambda x: self.product(self.product(x))
-            return lanczos(square, self._start(generator), 1)[0][0].clamp_min(0).sqrt()
+            return spectral_norm(self.product, self._start(generator), self._like)
         require_frobenius(kind)
         if samples is None:
             return self.to_dense().norm()

@@ -92,12 +92,11 @@ class PMatImplicit(EstimatedOperator):
         """``{layer: the implicit matrix of that layer's parameters}``: the diagonal blocks, on the same batches."""
         return {layer: self.of_parameters(names) for layer, names in self.layer_collection.by_layer().items()}
 
-    def __getitem__(self, layer: str) -> PMatImplicit:
-        """The diagonal block of a ``layer``; raises :class:`ArgumentError` where there is none of this name."""
-        layers = self.layer_collection.by_layer()
-        if layer not in layers:
-            raise ArgumentError(f"there is no layer {layer!r}; expected one of {list(layers)}")
-        return self.of_parameters(layers[layer])
+    def __getitem__(self, pattern: Any) -> PMatImplicit:
+        """The diagonal block of a layer, or of the parameters that another ``pattern`` means, as
+        :meth:`LayerCollection.from_model` takes them; raises :class:`CollectionError` where nothing matches.
+        """
+        return self.of_parameters(self.layer_collection.part(pattern).names)
 
     def of_parameters(self, names: tuple[str, ...]) -> PMatImplicit:
         """The diagonal block of some parameters, ``names``."""

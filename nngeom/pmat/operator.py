@@ -12,9 +12,10 @@ from typing_extensions import Self
 
 from nngeom.core import linalg
 from nngeom.core.damping import Damping
-from nngeom.core.errors import ArgumentTypeError, DeviceError, SizeError, UnsupportedError
+from nngeom.core.errors import ArgumentTypeError, DeviceError, SizeError
 from nngeom.pmat.arguments import as_factor
 from nngeom.pmat.operands import HasForms, V
+from nngeom.pmat.unoffered import Unoffered
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 DENSE_LIMIT = 20_000
 
 
-class ParameterOperator(ABC):
+class ParameterOperator(Unoffered, ABC):
     """Anything that maps parameter space to itself: the contract of section 3, tiers marked.
 
     Primitives are ``layer_collection, dtype, device, product, scaled``, and what every matrix answers in a way of its
@@ -75,12 +76,14 @@ class ParameterOperator(ABC):
         """The Frobenius norm; others than ``kind="fro"`` raise :class:`ArgumentError`."""
 
     @abstractmethod
-    def solve(self, b: V, damping: float | Tensor | Damping = 0.0) -> V:
-        """``(M + damping I)^-1 b`` for a PVector (batched) or all rows of a ``PushForwardDense``."""
+    def solve(self, b: V, damping: float | Tensor | Damping = 0.0, *, indefinite: bool = False) -> V:
+        """``(M + damping I)^-1 b`` for a PVector (batched) or all rows of a ``PushForwardDense``; ``indefinite``: with
+        negative eigenvalues too.
+        """
 
     @abstractmethod
-    def inverse(self, damping: float | Tensor | Damping = 0.0) -> ParameterOperator:
-        """``(M + damping I)^-1`` as a matrix."""
+    def inverse(self, damping: float | Tensor | Damping = 0.0, *, indefinite: bool = False) -> ParameterOperator:
+        """``(M + damping I)^-1`` as a matrix; ``indefinite``: with negative eigenvalues too."""
 
     @abstractmethod
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
@@ -167,23 +170,6 @@ class ParameterOperator(ABC):
     def _dense(self) -> Tensor:
         eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
         return self.product(eye).T.contiguous()
-
-    def apply(self, f: Callable[[Tensor], Tensor]) -> ParameterOperator:
-        """``f(M)``, ``f`` of the eigenvalues; raises :class:`UnsupportedError` where they are not there."""
-        raise self._without_eigenbasis()
-
-    def power(self, p: float, damping: Any = 0.0) -> ParameterOperator:
-        """``(M + damping I)^p``; raises :class:`UnsupportedError` where no eigenbasis is there."""
-        raise self._without_eigenbasis()
-
-    def __pow__(self, p: float) -> ParameterOperator:
-        return self.power(p)
-
-    def _without_eigenbasis(self) -> UnsupportedError:
-        return UnsupportedError(
-            f"a {type(self).__name__} has no eigenbasis for functions and powers; use materialize() of a sum, a stored "
-            "representation of an implicit matrix (PMatEKFAC, PMatLowRank, PMatDense), or M.solve(b, damping)"
-        )
 
     @overload
     def __matmul__(self, other: ParameterOperator) -> ParameterOperator: ...

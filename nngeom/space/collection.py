@@ -101,6 +101,13 @@ class LayerCollection:
         model = self._source() if self._source is not None else None
         return self.only(select([Named(*x) for x in zip(self.names, aliases, self.layers)], model, pattern, role))
 
+    def part(self, pattern: Pattern) -> LayerCollection:
+        """The parameters of the layer of this name, and of no other inside of it; else what the ``pattern`` means, see
+        :meth:`subset`.
+        """
+        names = self.by_layer().get(pattern) if isinstance(pattern, str) else None
+        return self.subset(pattern) if names is None else self.only(names)
+
     def only(self, names: Iterable[str]) -> LayerCollection:
         """The parameters of these ``names``, in the same order."""
         chosen = set(names)
@@ -200,3 +207,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def doors(model: nn.Module) -> list[nn.Module]:
+    """The modules that are called when ``model`` is: the one inside of wrappers, and around it what
+    ``torch.compile`` made, before which nothing is compiled.
+    """
+    inner, found = unwrap(model), []
+    while model is not inner:
+        compiled = isinstance(getattr(model, "_orig_mod", None), nn.Module)
+        found += [model] if compiled else []
+        model = model._orig_mod if compiled else model.module  # type: ignore[assignment]
+    return [*found, inner]
