@@ -184,13 +184,9 @@ class Network:
                     "pass function=lambda *items: model(...) to say which are inputs"
                 )
             x = batch[0]
-            return (
-                self.model(**x)
-                if isinstance(x, Mapping)
-                else self.model(*x)
-                if isinstance(x, (tuple, list))
-                else self.model(x)
-            )
+            if isinstance(x, Mapping):
+                return self.model(**x)
+            return self.model(*x) if isinstance(x, (tuple, list)) else self.model(x)
         return self.model(batch)
 
 

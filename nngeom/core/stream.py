@@ -28,7 +28,7 @@ class Numbers:
         example.
         """
         if self.index is None:
-            return torch.arange(self.offset + start, self.offset + start + n)
+            return torch.arange(self.offset + start, self.offset + start + n, device="cpu")
         given = self.index(batch)
         try:
             numbers = torch.as_tensor(given)

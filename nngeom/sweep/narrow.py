@@ -85,7 +85,7 @@ class Narrow:
 def behind(head: Head, metric: OutputMetric) -> Columns:
     """The columns of ``W^T H W`` at every position that counts, ``v [k, n, *positions, w]``."""
     w, t = head.width, head.positions
-    counted = metric.diagonal().any(1).view(-1, t).any(0).nonzero().flatten().tolist()
+    counted = [0] if t == 1 else metric.diagonal().any(1).view(-1, t).any(0).nonzero().flatten().tolist()
     n = head.shape[0]
     kept: dict[int, Tensor] = {}
 
