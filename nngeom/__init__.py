@@ -28,6 +28,7 @@ from nngeom.core.errors import (
     SingularError,
     SizeError,
     StructureError,
+    UnevenBatchWarning,
     UnsupportedError,
 )
 from nngeom.cotangents.categorical import Categorical
@@ -41,11 +42,14 @@ from nngeom.io import load, save
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
 from nngeom.measures.covariance import GradientCovariance
+from nngeom.measures.gauss_newton import GGN
 from nngeom.measures.hessian import Hessian
 from nngeom.measures.jacobian import Jacobian
-from nngeom.measures.kernels import GramMatrices, GramMatrix
+from nngeom.measures.kernels import GramMatrix
+from nngeom.measures.layer_kernels import GramMatrices
 from nngeom.measures.rows import rows
-from nngeom.measures.second_moments import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
+from nngeom.measures.second_moments import FIM, EmpiricalFIM, FIM_MonteCarlo
+from nngeom.page.report import report
 from nngeom.pmat.dense import PMatBlockDiag, PMatDense
 from nngeom.pmat.diag import PMatDiag
 from nngeom.pmat.ekfac import PMatEKFAC
@@ -62,6 +66,7 @@ from nngeom.regression import gradient_flow_mse, kernel_regression
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
+from nngeom.trusted import trust as _trust
 from nngeom.views.approximation import approximation_report
 from nngeom.views.diagnosis import diagnose
 from nngeom.views.explanation import explain
@@ -135,6 +140,7 @@ __all__ = [
     "SizeError",
     "StructureError",
     "Tikhonov",
+    "UnevenBatchWarning",
     "UnsupportedError",
     "__version__",
     "approximation_report",
@@ -145,25 +151,35 @@ __all__ = [
     "kernel_regression",
     "load",
     "merge",
+    "report",
     "rows",
     "save",
     "shard",
 ]
 
+_trust()
+
+_PACKAGES = ("analysis", "interop", "linearized", "mgs", "optim", "plot", "solve", "track")
 
 if _typing.TYPE_CHECKING:
     from nngeom import analysis as analysis
+    from nngeom import interop as interop
     from nngeom import linearized as linearized
     from nngeom import mgs as mgs
     from nngeom import optim as optim
+    from nngeom import plot as plot
     from nngeom import solve as solve
     from nngeom import track as track
 else:
 
     def __getattr__(name: str):
         """The subpackages, imported when they are first asked for: ``nng.analysis.coherence(...)``."""
-        if name in ("analysis", "linearized", "mgs", "optim", "solve", "track"):
+        if name in _PACKAGES:
             import importlib
 
             return importlib.import_module(f"nngeom.{name}")
         raise AttributeError(f"module 'nngeom' has no attribute {name!r}")
+
+    def __dir__():
+        """Public names and subpackages, for completion."""
+        return [*__all__, *_PACKAGES]

@@ -10,21 +10,9 @@ import pytest
 import nngeom
 
 ROOT = Path(__file__).parent.parent / "nngeom"
-ORDER = [
-    "core",
-    "ranks",
-    "solve",
-    "layers",
-    "space",
-    "capture",
-    "pullback",
-    "sweep",
-    "cotangents",
-    "pmat",
-    "fmat",
-    "maps",
-]
-ORDER += ["measures", "attribution", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
+ORDER = ["core", "ranks", "solve", "layers", "space", "capture", "pullback", "sweep", "cotangents", "pmat", "fmat"]
+ORDER += ["maps", "measures", "attribution", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "plot"]
+ORDER += ["page", "interop", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -42,7 +30,8 @@ def module(file: Path) -> str:
 def floor(path_or_module: str) -> int:
     """The storey of the house a module is on: that of its package, or of the single files."""
     parts = path_or_module.split(".")
-    name = "__init__" if len(parts) == 1 else parts[1] if (ROOT / parts[1]).is_dir() else "top"
+    outermost = len(parts) == 1 or parts[1] == "__main__"
+    name = "__init__" if outermost else parts[1] if (ROOT / parts[1]).is_dir() else "top"
     return ORDER.index(name)
 
 
@@ -163,6 +152,7 @@ NAMES_REPRESENTATIONS = [
     ("tree", {"PMatSum", "PMatProduct", "FMatSum", "PushForwardDense", "PullBackDense"}, "a closed list, for files"),
     ("analysis", {"FMatDense"}, "kernels of a quantity's own, entry by entry"),
     ("optim.arguments", {"PMatDiag", "PMatEye"}, "names of rest="),
+    ("interop", {"PMatBlockDiag", "PMatDense", "PMatDiag", "PMatKFAC", "PMatMixed"}, "what other libraries ask for"),
     ("optim.kfac", {"PMatKFAC"}, "a preset"),
     ("optim.ekfac", {"PMatEKFAC"}, "a preset"),
     ("optim.eigenbasis", {"PMatEKFAC"}, "how this one is kept in training"),
@@ -199,6 +189,7 @@ KNOWS_OPERATIONS = {
     "capture/fused.py": {"embedding", "embedding_bag"},  # gradients with gaps, and padding in forward mode
     "capture/written_out.py": {"embedding_bag", "layer_norm", "instance_norm", "prelu"},  # formulas in their place
     "pullback/placement.py": {"NativeBatchNorm"},  # of the batch in a training step
+    "plot/heatmap.py": {"linear"},  # a scale of matplotlib
     "pullback/verify.py": {"NativeGroupNorm"},  # without its input the process ends (torch 2.13)
 }
 APART = {
@@ -260,6 +251,8 @@ BY_POSITION = {
     "nngeom.checks._require": "a condition, and what to say where it does not hold",
     "nngeom.cotangents.causal.CausalLM.__init__": "public: CausalLM(ignore_index=-100, logits_are_shifted=False)",
     "nngeom.cotangents.precise.logsumexp": "torch.logsumexp",
+    "nngeom.interop.laplace.NNGeomInterface.jacobians": "laplace's: jacobians(x, enable_backprop)",
+    "nngeom.interop.laplace.NNGeomInterface.selected_output_jacobians": "laplace's",
     "nngeom.optim.preconditioned.Preconditioned.zero_grad": "torch.optim.Optimizer.zero_grad",
     "nngeom.optim.robust.WinsorizedSGD.zero_grad": "torch.optim.Optimizer.zero_grad",
 }

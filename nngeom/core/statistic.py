@@ -156,6 +156,15 @@ class Sums:
             self._sums.setdefault(block, {})[name] = other.sums[block][name]
         self.inputs, self.count = set(other.inputs), other.count
 
+    def scale_(self, c: float) -> None:
+        """As if every gradient had been ``c`` times as large; sums of inputs stay."""
+        for block, named in self._sums.items():
+            for name, t in named.items():
+                if isinstance(t, Stacked):
+                    t.parts = [c * part for part in t.parts]
+                elif (block, name) not in self.inputs:
+                    t.mul_(c * c)
+
     # -- in several processes ------------------------------------------------------------------------------------------
 
     def kept(self) -> dict[Key, Kept]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from nngeom.core.layout import Arrangement
+from nngeom.core.whole import whole
 from nngeom.layers.use import Slot
 
 
@@ -55,7 +56,7 @@ class Call:
         if x.is_complex() or x.is_nested or x.layout is not torch.strided:
             raise NotStructured  # rows of complex products are sums of two; the others have no strides
         self.entry = None if x.grad_fn is None else GradientEdge(x.grad_fn, x.output_nr)
-        x = x if self.keep_graph else x.detach()
+        x = whole(x if self.keep_graph else x.detach())
         self.sources.append((x, x._version))
         return x
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DenseMap(JacobianMap, TensorObject):
+class DenseMap(TensorObject, JacobianMap):
     """A map that holds the Jacobian, ``tensor[k, n]`` the gradient of output ``k`` at example ``n``: ``(c, n, d)``."""
 
     layer_collection: LayerCollection

@@ -61,6 +61,10 @@ class MapSum(JacobianMap):
         first, *rest = (part * w for w, part in zip(self.weights, dense))
         return sum(rest, first)
 
+    def to(self, *args: Any, **kwargs: Any) -> MapSum:
+        """Another dtype or device, as ``Tensor.to``; raises :class:`UnsupportedError` for implicit maps."""
+        return MapSum(tuple(part.to(*args, **kwargs) for part in self.parts), self.weights)
+
     def norm(self) -> Tensor:
         return self.materialize().norm()
 

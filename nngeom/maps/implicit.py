@@ -77,16 +77,18 @@ class ImplicitMap(JacobianMap):
     def source(self, passes: int) -> Source:
         return Repeated(self.side.sweep, passes)
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises :class:`UnsupportedError`: what is implicit follows its model."""
-        raise UnsupportedError("implicit maps follow their model; move it with model.to(...) and build them again")
-
     def __getitem__(self, name: str) -> Tensor:
         place, shape = self.place(name)
         out = torch.zeros(*self.shape[:2], math.prod(shape), dtype=self.dtype, device=self.device)
         for k, n, rows in row_pieces(self.side):
             out[k, n] = rows[..., place]
         return out.view(*self.shape[:2], *shape)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise UnsupportedError(
+            "an implicit map follows its model; move the model with model.to(...) and build it again, or materialize()"
+        )
 
     def __reduce__(self) -> Any:
         raise UnsupportedError("an implicit map holds a model and data, so it is not pickled; materialize() it first")

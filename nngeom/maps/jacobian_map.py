@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, CollectionError, DeviceError
+from nngeom.core.hand import InHand
 from nngeom.pmat.arguments import as_factor
 from nngeom.pmat.drive import Source
 from nngeom.space.collection import LayerCollection
@@ -19,7 +20,7 @@ from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
 
 
-class JacobianMap(ABC):
+class JacobianMap(InHand, ABC):
     """What a Jacobian and its transpose share: ``shape (c, n, d)``, dtype, device, the parameters."""
 
     expressions: ClassVar[dict[str, Callable[..., Any]]] = {}  # what + and J^T @ J' make, "sum" and "product"

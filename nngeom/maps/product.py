@@ -65,6 +65,11 @@ class PMatPullPush(PMatExpression):
     def held(self) -> tuple[Tensor, ...]:
         return self.right.held
 
+    @property
+    def T(self) -> PMatPullPush:
+        """The transpose, ``scale * J'^T J``."""
+        return self if self.symmetric else replace(self, left=self.right.T, right=self.left.T)
+
     def scaled(self, c: float | Tensor) -> Self:
         return replace(self, scale=c * self.scale)
 

@@ -21,6 +21,7 @@ from nngeom.pmat.drive import Repeated, Source, built
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.representation import Representation, as_representation
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Policy, Sweep, require_examples
@@ -36,6 +37,7 @@ def centred(run: Run, cotangents: Cotangents, chosen: Representation[Any], label
     chosen = chosen.within(collection)
     with run.within():
         sweep = Sweep(run, cotangents, Policy("mean row", part_of=chosen.part_of, reread=False)).held()
+        agree(run, label, representation=chosen, metric=cotangents)
         mean = mean_row(sweep)
         sweep = sweep.but(label=label, reread=True)
         if not chosen.centred:
@@ -55,7 +57,6 @@ def centred_moments(
             "a centred matrix is not offered as a PMatImplicit; use PMatLowRank, PMatDense, PMatBlockDiag, PMatDiag or "
             "PMatEKFAC, or GradientCovariance of a loss"
         )
-    run.require_alone("centered=True")
     chosen = as_representation(representation, **options)
     require_offered(chosen, "a centred matrix")
     return centred(run, ByOutput(of), chosen, "centred")
@@ -119,21 +120,33 @@ class Centred:
 
 
 def mean_row(sweep: Sweep) -> MeanRow:
-    """The mean row of every cotangent over examples; raises :class:`OutputError` where batches differ in these."""
+    """The mean row of every cotangent over the examples of all processes; raises :class:`OutputError` where batches
+    differ in these.
+    """
+    network, team = sweep.run.network, sweep.run.team
+    with team.together("mean row") as note:
+        total, count, layouts = _summed_rows(sweep)
+        note.mine = len(total), count, layouts
+    columns = sorted({k for k, n, _ in note.all if n})
+    _require_one(columns)
+    total = total if count else total.new_zeros(*columns, network.collection.numel)
+    team.sum_([total])
+    met = dict.fromkeys(layout for _, _, theirs in note.all for layout in theirs)
+    return MeanRow(total / require_examples(sum(n for _, n, _ in note.all)), tuple(met))
+
+
+def _summed_rows(sweep: Sweep) -> tuple[torch.Tensor, int, tuple[Layout, ...]]:
+    """The sum of the rows of every cotangent, of how many examples, and the layouts met, in this process."""
     network = sweep.run.network
-    like = torch.zeros(0, dtype=accumulation_dtype(network.dtype), device=network.device)
-    total: torch.Tensor | None = None
+    d, dtype = network.collection.numel, accumulation_dtype(network.dtype)
+    total = torch.zeros(0, d, dtype=dtype, device=network.device)
     layouts: dict[Layout, None] = {}
     count = 0
     for chunk in sweep.chunks():
         (k, _), columns = span(chunk), chunk.cotangents[1]
-        total = like.new_zeros(columns, network.collection.numel) if total is None else total
-        if len(total) != columns:
-            raise OutputError(
-                f"batches have {len(total)} and {columns} outputs an example, which have no mean over examples output "
-                "by output; expected the same number in all, positions included"
-            )
-        part = like.new_zeros(k.stop - k.start, network.collection.numel)
+        total = total if len(total) else total.new_zeros(columns, d)
+        _require_one(sorted({len(total), columns}))
+        part = total.new_zeros(k.stop - k.start, d)
         for layout, j in chunk.jacobians.items():
             ones = torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)
             rows = [j.cotangents(i, i + 1).vjp(ones) for i in range(j.shape[0])]
@@ -141,5 +154,12 @@ def mean_row(sweep: Sweep) -> MeanRow:
             layouts[layout] = None
         total[k] += part
         count += chunk.examples if chunk.first else 0
-    mean = (like.new_zeros(0, network.collection.numel) if total is None else total) / require_examples(count)
-    return MeanRow(mean, tuple(layouts))
+    return total, count, tuple(layouts)
+
+
+def _require_one(columns: list[int]) -> None:
+    if len(columns) > 1:
+        raise OutputError(
+            f"batches have {columns[0]} and {columns[1]} outputs an example, which have no mean over examples output "
+            "by output; expected the same number in all, positions included"
+        )

@@ -12,6 +12,7 @@ from typing_extensions import TypeVar
 
 from nngeom.capture.network import Batch
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.measures.arguments import require_known
 from nngeom.measures.centred import MeanRow, centred, mean_row, require_offered
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.implicit_fisher import ImplicitFisher
@@ -21,6 +22,7 @@ from nngeom.pmat.representation import Representation, as_representation
 from nngeom.pullback.linearization import Linearization
 from nngeom.pullback.many_tangents import ManyTangents
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.agreement import agree, first_look
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Policy, Sweep
 
@@ -55,6 +57,7 @@ def GradientCovariance(
 
     Other arguments and errors as for :func:`EmpiricalFIM`. Source: Le Roux et al. 2008 (TONGA).
     """
+    require_known(GradientCovariance, representation, options)
     chosen = None if representation is PMatImplicit and not options else as_representation(representation, **options)
     if chosen is not None:
         require_offered(chosen, "a covariance of gradients")
@@ -67,15 +70,17 @@ def GradientCovariance(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
-    run.require_alone("GradientCovariance")
     cotangents = EmpiricalFisher(as_loss(loss, model))
     if chosen is not None:
         return cast(M, centred(run, cotangents, chosen, "covariance"))
     with run.within():
         sweep = Sweep(run, cotangents, Policy("mean row", reread=False)).held()
+        agree(run, "covariance", representation=None, metric=cotangents)
         mean = mean_row(sweep)
-        quiet = replace(sweep.but(label="covariance", reread=True), run=run.on(sweep.run.loader).held().silent())
+        sweep = sweep.but(label="covariance", reread=True)
+        quiet = first_look(run, lambda: replace(sweep, run=sweep.run.held().silent()))
         return cast(M, ImplicitCovariance(quiet, mean=mean))
 
 
@@ -101,7 +106,7 @@ class ImplicitCovariance(ImplicitFisher):
         weighted, weights = self._weighted(tangents.outputs, tangents.push(x), tangents.batch, x, start)
         return tangents.pull(weighted).to(x.dtype) - weights.unsqueeze(1) * self.mean.flat[0]
 
-    def _by_tangents(self, x: Tensor) -> Tensor:
+    def _by_tangents(self, x: Tensor) -> tuple[Tensor, int]:
         linear, v = Linearization(self.network), self.named(x)
         total, count = torch.zeros_like(x), 0
         for batch in self.run.batches():
@@ -109,7 +114,7 @@ class ImplicitCovariance(ImplicitFisher):
             weighted, weights = self._weighted(outputs, tangent.unsqueeze(0), batch, x.unsqueeze(0), count)
             total += linear.vjp(outputs, weighted[0]) - weights[0] * self.mean.flat[0]
             count += outputs.shape[0]
-        return total / count
+        return total, count
 
     def _weighted(
         self, outputs: Tensor, tangents: Tensor, batch: Batch, x: Tensor, start: int

@@ -53,6 +53,7 @@ def Jacobian(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     run.require_alone("Jacobian")
     kind: Any = representation

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.probes import Probes
 from nngeom.measures.probed import estimate, implicit_estimate
 from nngeom.pmat.drive import Repeated, built
@@ -29,9 +28,6 @@ def measured(
         fixed = replace(cotangents, seed=0) if hasattr(cotangents, "seed") else cotangents  # type: ignore[type-var]
         agree(run, policy.label, representation=representation, options=options, metric=fixed)
         if representation is PMatImplicit:
-            if options:
-                raise ArgumentError(f"PMatImplicit has no option {list(options)}")
-            run.require_alone("PMatImplicit")
             return implicit_estimate(sweep) if isinstance(cotangents, Probes) else implicit(sweep)
         chosen = as_representation(representation, **options).within(run.network.collection)
         sweep = sweep.but(part_of=chosen.part_of, any_columns=chosen.any_columns)

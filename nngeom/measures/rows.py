@@ -52,6 +52,7 @@ def rows(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     run.require_alone("rows")
     cotangents: Cotangents = EveryOutput()

@@ -12,7 +12,8 @@ from typing_extensions import TypeVar
 from nngeom.core.stream import seed_of
 from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood
 from nngeom.cotangents.likelihood import Likelihood
-from nngeom.cotangents.loss import EmpiricalFisher, GaussNewton, Loss, as_loss
+from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.measures.arguments import require_known
 from nngeom.measures.centred import centred_moments
 from nngeom.measures.measured import measured
 from nngeom.measures.probed import probed, require_samples
@@ -87,6 +88,7 @@ def FIM(
     :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError` and
     what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
+    require_known(FIM, representation, options)
     run = Run.of(
         model,
         loader,
@@ -96,6 +98,7 @@ def FIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     if centered:
         return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator)
@@ -120,8 +123,7 @@ def FIM_MonteCarlo(
     process_group: Any = None,
     **options: Any,
 ) -> M:
-    """The Fisher information matrix with ``samples`` labels an example drawn from the model: unbiased, one backward a
-    sample.
+    """The Fisher information matrix by ``samples`` labels an example, drawn from the model: unbiased, a backward each.
 
     Draws are keyed by (a seed taken from ``generator``, the running index of the example, the sample), so that they do
     not depend on the batch size; over several processes the seed is that of rank 0, and examples are numbered in rank
@@ -129,6 +131,7 @@ def FIM_MonteCarlo(
     on who sees an example. ``representation``, its ``options``, ``likelihood``, other arguments and errors as for
     :func:`FIM`.
     """
+    require_known(FIM_MonteCarlo, representation, options)
     cotangents = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
     run = Run.of(
         model,
@@ -139,6 +142,7 @@ def FIM_MonteCarlo(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False), index))
 
@@ -172,6 +176,7 @@ def EmpiricalFIM(
 
     Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
     """
+    require_known(EmpiricalFIM, representation, options)
     run = Run.of(
         model,
         loader,
@@ -181,70 +186,7 @@ def EmpiricalFIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
     return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))
-
-
-# fmt: off
-@overload
-def GGN(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: bool = False, estimator: None = None,
-        samples: None = None, generator: None = None, index: None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None, **options: Any) -> M: ...
-@overload
-def GGN(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: Literal[False] = False,
-        estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
-        index: Callable[[Any], Any] | None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None, **options: Any) -> MatrixEstimate: ...
-# fmt: on
-def GGN(
-    model: nn.Module,
-    loader: Any,
-    representation: Any = PMatKFAC,
-    *,
-    loss: str | Loss | Callable[[Tensor, Any], Tensor],
-    centered: bool = False,
-    estimator: str | None = None,
-    samples: int | None = None,
-    generator: torch.Generator | None = None,
-    index: Callable[[Any], Any] | None = None,
-    function: Callable[..., Tensor] | None = None,
-    layer_collection: LayerCollection | None = None,
-    progress: bool = False,
-    memory_budget: int | None = None,
-    check: bool = True,
-    process_group: Any = None,
-    **options: Any,
-) -> Any:
-    """The generalised Gauss-Newton matrix ``1/n sum_i J_i^T (d2 loss_i / df2) J_i`` of a loss convex in the outputs.
-
-    Args:
-        representation: what holds it, as for :func:`FIM`.
-        loss: as for :func:`EmpiricalFIM`; a function that is not convex in the outputs raises :class:`ArgumentError`.
-        centered: as for :func:`FIM`; of a function, rows are those of the symmetric root.
-        estimator: ``None``, exact; or ``"rademacher"``, random probes of very many outputs, as for :func:`FIM`.
-        samples: how many probes (8 by default).
-        generator: of the probes (torch's global one by default).
-        index: of the probes, as for :func:`FIM_MonteCarlo`.
-        options: of the representation.
-
-    Other arguments and errors as for :func:`FIM`.
-    """
-    run = Run.of(
-        model,
-        loader,
-        function=function,
-        layer_collection=layer_collection,
-        progress=progress,
-        memory_budget=memory_budget,
-        check=check,
-        process_group=process_group,
-    )
-    if centered:
-        return centred_moments(run, as_loss(loss, model), representation, options, estimator)
-    cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
-    return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None), index)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from nngeom.core.errors import ArgumentError
-from nngeom.optim.replicas import require_alone_now
+from nngeom.optim.replicas import require_team_now
 from nngeom.sweep.follow import Follower
 from nngeom.sweep.observe import Observation, Observer
 from nngeom.sweep.weakly import weakly
@@ -53,7 +53,7 @@ class Automatic:
             finalize(self.follower, _remove, handles).atexit = False
 
     def _before(self) -> None:
-        require_alone_now()
+        require_team_now(self.follower.observer.team)
         self.collect()
 
     def _drop_what_was_dropped(self) -> None:

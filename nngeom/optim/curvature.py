@@ -24,6 +24,8 @@ from nngeom.pmat.block import Block
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Selection, Statistic
 from nngeom.pmat.representation import Representation
+from nngeom.ranks.made import made
+from nngeom.ranks.team import ALONE, Team
 from nngeom.sweep.sweep import Chunk
 
 
@@ -35,12 +37,14 @@ class Manner:
         eager: inverses follow every new statistic, whatever the schedule.
         scalings: of EKFAC.
         own_rows: the rows are those of a likelihood, not of the user's loss.
+        team: the processes that share a step.
         worker: a background thread, where one may be used.
     """
 
     eager: bool = False
     scalings: str = "batch"
     own_rows: bool = False
+    team: Team = ALONE
     worker: ThreadPoolExecutor | None = None
 
 
@@ -185,8 +189,14 @@ class Averaged(Curvature):
             while True:
                 means = self._later(recipe.send(means), seen)
         except StopIteration as end:
-            self.blocks = {layout: inverse(block, damping) for layout, block in end.value.items()}
+            self.blocks = self._inverses(end.value, damping)
         self.sources = set(self.averages.entries)
+
+    def _inverses(self, blocks: dict[Layout, Block], damping: Damping) -> dict[Layout, Block]:
+        """Those of all blocks, each made by one of the processes."""
+        costs = {layout: cost(block) for layout, block in blocks.items()}
+        device = next((block.diag().device for block in blocks.values()), torch.device("cpu"))
+        return made(self.manner.team, "inverses", costs, lambda layout: inverse(blocks[layout], damping), device)
 
     def _later(self, statistic: Statistic, seen: Seen) -> Means:
         """What a later sweep is sent: means over the examples that are held."""
@@ -199,6 +209,7 @@ class Averaged(Curvature):
         sums = Sums()
         for chunk in self.held:
             sums.add(statistic, chunk)
+        sums = seen.joined(sums)
         if not all_finite(sums):
             raise NonFiniteError("the statistics of a later sweep are not finite")
         return scaled_means(sums, max(seen.examples, 1), seen.scale)
@@ -206,6 +217,12 @@ class Averaged(Curvature):
     def load(self, state):
         super().load(state)
         self.sources = set(self.averages.entries)
+
+
+def cost(block: Block) -> float:
+    """About proportional to the time that an inverse takes."""
+    tensors = (t for t in block.fields().values() if isinstance(t, Tensor) and t.ndim > 1)
+    return 64**3 + sum(float(t.numel() * t.shape[-1]) for t in tensors)
 
 
 def copied(chunk: Chunk) -> Chunk:

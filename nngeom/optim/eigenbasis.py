@@ -20,11 +20,13 @@ from nngeom.optim.curvature import Curvature, Manner, copied, keeps
 from nngeom.optim.packed import Packed, split
 from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
+from nngeom.pmat.eigenbases import eigenbases as bases_of
 from nngeom.pmat.ekfac import PMatEKFAC, scaling_statistic
 from nngeom.pmat.kfac import kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
+from nngeom.ranks.team import ALONE, Team
 from nngeom.sweep.sweep import Chunk
 
 
@@ -87,7 +89,7 @@ class Eigenbasis(Curvature):
         if not self.averages.entries or not (schedule.refresh or fresh):
             return
         if self.worker is None or fresh:
-            self._install(eigenbases(self.averages.read()))
+            self._install(eigenbases(self.averages.read(), self.manner.team))
             self.sources = set(self.averages.entries)
         elif self.future is None:
             self.future = self.worker.submit(eigenbases, self.averages.read())
@@ -121,6 +123,8 @@ class Eigenbasis(Curvature):
         self._refresh(schedule)
         for chunk in self.held:
             self._square(chunk)
+        if not self.from_gradient:
+            self.squares = seen.joined(self.squares)
         if self.blocks:
             bases = [block.basis for block in self.blocks.values()]
             packed = self.packed(gradient)
@@ -164,6 +168,6 @@ class Eigenbasis(Curvature):
         packed.flat.div_(self.spectrum + self._shift[1])
 
 
-def eigenbases(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, EigenBlock]:
+def eigenbases(means: dict[Layout, dict[str, Tensor]], team: Team = ALONE) -> dict[Layout, EigenBlock]:
     """The eigenbases of Kronecker factors, with the spectrum of their product."""
-    return {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}
+    return bases_of(kronecker_blocks(means), team)

@@ -19,6 +19,7 @@ from nngeom.optim.fallback import Fallback, natural, outside
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import as_groups, require_groups
 from nngeom.optim.intake import Intake
+from nngeom.optim.joint import Joint, require_synchronous
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending
@@ -28,6 +29,7 @@ from nngeom.optim.schedule import Clock
 from nngeom.optim.unscaling import unscale
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.representation import as_representation
+from nngeom.ranks.team import Team
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.observe import Observer
 
@@ -71,10 +73,13 @@ class NaturalGradient(Preconditioned):
         outputs: picks the outputs ``(n, ...)`` in what the model returns.
         seed: of the labels that are drawn.
         async_basis: of EKFAC alone: see :class:`EKFAC`.
+        process_group: the processes that a ``DistributedDataParallel`` model is replicated over: the curvature is that
+            of their joint batch, and all take the same step, bit by bit.
 
     A step whose gradients or statistics are not finite is skipped with a :class:`SkippedStepWarning` that counts.
     Raises :class:`ArgumentError` on numbers out of range and on a step before anything was observed,
-    :class:`UnsupportedError` for a model replicated over several processes. Source: Amari 1998; Martens & Grosse 2015;
+    :class:`UnsupportedError` for a model replicated over several processes without ``process_group``,
+    :class:`RankMismatchError` where they differ. Source: Amari 1998; Martens & Grosse 2015;
     George et al. 2018.
     """
 
@@ -104,12 +109,15 @@ class NaturalGradient(Preconditioned):
         outputs: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
         async_basis: bool = False,
+        process_group: Any = None,
     ):
         if scalings not in ("batch", "running"):
             raise ArgumentError(
                 f"scalings is {scalings!r}; expected 'batch' (of the examples of the batch) or 'running' (EKFAC-ra)"
             )
-        require_model(model)
+        team = Team.of(process_group)
+        require_model(model, team)
+        require_synchronous(team, async_basis=async_basis)
         self.collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         self.representation = as_representation(representation).within(self.collection)
         self.clock = Clock(
@@ -122,10 +130,10 @@ class NaturalGradient(Preconditioned):
         )
         self.pending = Pending("mean" if reduction is None else as_reduction(reduction), reduction is not None)
         self.observer = Observer(
-            model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of
+            model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of, team
         )
         worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
-        manner = Manner(scalings=scalings, own_rows=self.observer.cotangents is not None, worker=worker)
+        manner = Manner(scalings=scalings, own_rows=self.observer.cotangents is not None, team=team, worker=worker)
         self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner)
         parameters = self.observer.network.parameters
         self.gradients = Gradients(parameters.values(), self.observer.network.dtype)
@@ -136,6 +144,10 @@ class NaturalGradient(Preconditioned):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         require_groups(self.param_groups, parameters)
         self.clock.now()  # checks the numbers
+        self.joint = Joint(team, self.observer, self.partition, self.pending)
+        self.joint.agree(
+            type(self).__name__, representation=self.representation, scalings=scalings, metric=self.observer.cotangents
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, evaluate: Callable[[], Any] | None = None) -> Any:
@@ -166,7 +178,7 @@ class NaturalGradient(Preconditioned):
             self._skip("gradient", broken)
             return loss
         gradient = None if rule is None else self.gradients.split(self.gradients.read().clone())
-        before = float(evaluate()) if compare and evaluate is not None else 0.0
+        before = self.joint.mean(float(evaluate())) if compare and evaluate is not None else 0.0
         clip = self._precondition()
         if clip is None:
             return loss
@@ -174,5 +186,5 @@ class NaturalGradient(Preconditioned):
         predicted = descend(natural(self.param_groups), self.state, self.clock.steps - 1, curved, gradient)
         self.fallback.step(self.param_groups, self.state, self.clock.steps - 1)
         if rule is not None and compare and evaluate is not None:
-            rule.update(float(evaluate()) - before, predicted)
+            rule.update(self.joint.mean(float(evaluate())) - before, predicted)
         return loss

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from nngeom.core.statistic import Sums
 from nngeom.sweep.observe import Observation
 
 
@@ -30,6 +31,10 @@ class Seen:
     examples: int
     scale: float
     mean: float
+
+    def joined(self, sums: Sums) -> Sums:
+        """The ``sums`` of statistics over the same examples, of all processes that share the step."""
+        return sums
 
 
 @dataclass

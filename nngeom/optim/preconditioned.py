@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
+from nngeom.core.errors import ArgumentError, NonFiniteError, PeerError, SingularError
 from nngeom.optim.arguments import as_reduction
 from nngeom.optim.automatic import Automatic
 from nngeom.optim.causes import cause
@@ -17,9 +18,10 @@ from nngeom.optim.fallback import Fallback, natural
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import plain, resumed
 from nngeom.optim.intake import Intake
+from nngeom.optim.joint import Joint, is_curvature
 from nngeom.optim.partition import Partition
-from nngeom.optim.pending import Pending
-from nngeom.optim.replicas import require_alone_now
+from nngeom.optim.pending import Pending, Seen
+from nngeom.optim.replicas import require_team_now
 from nngeom.optim.schedule import Clock
 from nngeom.sweep.follow import watch
 from nngeom.sweep.observe import Observation, Observer
@@ -38,6 +40,7 @@ class Preconditioned(torch.optim.Optimizer):
     intake: Intake
     automatic: Automatic
     fallback: Fallback
+    joint: Joint
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimizer: ``param_group`` has ``"params"`` and its own numbers; with ``"fallback": True`` AdamW
@@ -72,8 +75,9 @@ class Preconditioned(torch.optim.Optimizer):
         """
         if reduction is not None:
             self.pending.say(as_reduction(reduction))
+        replicated = partial(require_team_now, self.observer.team)
         rows, positions = self.intake.wants_rows(), self.intake.wants_positions()
-        with watch(self.observer, require_alone_now, record=rows, positions=positions) as observation:
+        with watch(self.observer, replicated, record=rows, positions=positions) as observation:
             yield observation
         self.intake.take(observation, scaler)
 
@@ -128,15 +132,18 @@ class Preconditioned(torch.optim.Optimizer):
     def _precondition(self) -> float | None:
         """The factor of clipping; ``None`` when the step is skipped."""
         schedule, flat = self.clock.now(), self.gradients.read()
+        why = None
         if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self.partition):
-            return self._skip(*cause(self.pending.loss, self.observer.network.parameters, self.partition))
-        seen = self.pending.seen(own_loss=self.observer.cotangents is None)
+            why = cause(self.pending.loss, self.observer.network.parameters, self.partition)
+        seen = self.joint.seen(schedule, why)
+        if not isinstance(seen, Seen):
+            return self._skip(*seen)
         gradient = None if schedule.kl_clip is None else flat.clone()
         try:
             for part in self.partition:
                 part.precondition(flat, seen, schedule)
-        except (SingularError, NonFiniteError) as error:
-            if self.clock.steps == 0:
+        except (SingularError, NonFiniteError, PeerError) as error:
+            if self.clock.steps == 0 or not is_curvature(error):
                 raise
             return self._skip("curvature", str(error))
         if not any(part.blocks for part in self.partition):

@@ -17,7 +17,7 @@ from nngeom.core.layout import Layout
 from nngeom.core.parts import features, join, joins
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.optim.automatic import Automatic
-from nngeom.optim.replicas import require_alone_now, require_model
+from nngeom.optim.replicas import require_model, require_team_now
 from nngeom.pmat.recipe import write_rows
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
@@ -129,7 +129,7 @@ class WinsorizedSGD(torch.optim.SGD):
         """Watch one or several forward and backward passes, as :meth:`NaturalGradient.observe`; ``scaler``: a
         ``GradScaler`` in use.
         """
-        with watch(self.observer, require_alone_now) as observation:
+        with watch(self.observer, require_team_now) as observation:
             yield observation
         self._examples.take(observation, scaler)
 

@@ -139,7 +139,7 @@ def team_of(source: Source) -> Team:
 
 def built(chosen: Representation[M], collection: LayerCollection, source: Source) -> M:
     """The matrix of a representation, driven over data."""
-    blocks, count = drive(chosen.recipe(Selection.of(collection)), source)
+    blocks, count = drive(chosen.recipe(Selection.of(collection, team_of(source))), source)
     return cast(M, chosen.kind.of_blocks(collection, blocks, count))
 
 

@@ -18,6 +18,7 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Named
 from nngeom.pmat.block import Block
+from nngeom.pmat.eigenbases import eigenbases
 from nngeom.pmat.kfac import block_shapes, factor_statistic, has_room, kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
 from nngeom.pmat.nearest import nearest, require_fit
@@ -78,7 +79,7 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         blocks = kronecker_blocks((yield factor_statistic(sharing, block_limit, sua=sua)))
         if fit == "nearest":
             blocks = yield from nearest(blocks, fit_steps)
-        return (yield from rescale({layout: block.eigen() for layout, block in blocks.items()}))
+        return (yield from rescale(eigenbases(blocks, selection.team)))
 
     @classmethod
     def takes(cls, rows: LayerJacobian, **options: Any) -> bool:

@@ -193,6 +193,11 @@ class PMatProduct(PMatExpression):
     def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> PVector:
         raise UnsupportedError("a product of matrices is not symmetric, so it is no covariance to sample from")
 
+    @property
+    def T(self) -> PMatProduct:
+        """The transpose: the factors' in the other order."""
+        return PMatProduct(self.right.T, self.left.T, self.scale)
+
     def scaled(self, c: float | Tensor) -> PMatProduct:
         return PMatProduct(self.left, self.right, c * self.scale)
 

@@ -19,6 +19,7 @@ from nngeom.pmat.estimated import EstimatedOperator
 from nngeom.pmat.implicit_inverse import ImplicitInverse
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
+from nngeom.ranks.totals import generator_of, mean
 from nngeom.solve.iterative import iterative
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
@@ -80,11 +81,19 @@ class PMatImplicit(EstimatedOperator):
         """Products ``[*b, d] -> [*b, d]`` before scaling; no graph is kept."""
         flat = x.reshape(-1, x.shape[-1])
         with self.run.within():
-            return (self.products(flat) if len(flat) else flat).reshape(x.shape)
+            return (self._of_all(flat) if len(flat) else flat).reshape(x.shape)
 
-    def products(self, x: Tensor) -> Tensor:
-        """Products of ``x [b, d]`` before scaling, under the budget in force."""
+    def _of_all(self, x: Tensor) -> Tensor:
+        return mean(self.run.team, f"product with {type(self).__name__}", lambda: self.products(x), [x])
+
+    def products(self, x: Tensor) -> tuple[Tensor, int]:
+        """Products of ``x [b, d]`` before scaling, summed over the examples of this process, and how many these are;
+        under the budget in force.
+        """
         raise UnsupportedError("an implicit operator defines its products")
+
+    def _drawn(self, generator: torch.Generator | None) -> torch.Generator | None:
+        return generator_of(self.run.team, generator, self.device)
 
     # -- layers --------------------------------------------------------------------------------------------------------
 
@@ -175,4 +184,5 @@ class PMatImplicit(EstimatedOperator):
         )
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device='{self.device}')"
+        team = f", over {self.run.team.size} processes: products are collective" if self.run.team.size > 1 else ""
+        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device='{self.device}'{team})"

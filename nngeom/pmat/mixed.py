@@ -39,7 +39,7 @@ class Mixture(Representation["PMatMixed"]):
             )
         recipes = []
         for index, names in groups.items():
-            part = Selection(selection.collection, tuple(names))
+            part = replace(selection, names=tuple(names))
             recipes.append((part, self.member(index).recipe(part)))
         return (yield from run_together(recipes))
 

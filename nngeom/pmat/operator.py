@@ -12,7 +12,8 @@ from typing_extensions import Self
 
 from nngeom.core import linalg
 from nngeom.core.damping import Damping
-from nngeom.core.errors import ArgumentTypeError, DeviceError, SizeError
+from nngeom.core.errors import ArgumentTypeError, DeviceError, SizeError, not_added
+from nngeom.core.hand import InHand
 from nngeom.pmat.arguments import as_factor
 from nngeom.pmat.operands import HasForms, V
 from nngeom.pmat.unoffered import Unoffered
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 DENSE_LIMIT = 20_000
 
 
-class ParameterOperator(Unoffered, ABC):
+class ParameterOperator(InHand, Unoffered, ABC):
     """Anything that maps parameter space to itself: the contract of section 3, tiers marked.
 
     Primitives are ``layer_collection, dtype, device, product, scaled``, and what every matrix answers in a way of its
@@ -115,6 +116,11 @@ class ParameterOperator(Unoffered, ABC):
     # -- derived -------------------------------------------------------------------------------------------------------
 
     @property
+    def T(self) -> ParameterOperator:
+        """The transpose: the matrix itself, which is symmetric."""
+        return self
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``(d, d)``."""
         return self.layer_collection.numel, self.layer_collection.numel
@@ -184,9 +190,7 @@ class ParameterOperator(Unoffered, ABC):
         if isinstance(other, (int, float)) and other == 0:  # so that sum() works
             return self
         if not isinstance(other, ParameterOperator):
-            raise ArgumentTypeError(
-                f"cannot add {type(other).__name__} to a parameter-space matrix; expected another one"
-            )
+            raise not_added(other, "parameter-space")
         self.layer_collection.require(other.layer_collection, "the other matrix")
         closed = self.added(other)
         return self.expressions["sum"](self, other) if closed is None else closed
@@ -200,9 +204,7 @@ class ParameterOperator(Unoffered, ABC):
 
     def __sub__(self, other: ParameterOperator) -> ParameterOperator:
         if not isinstance(other, ParameterOperator):
-            raise ArgumentTypeError(
-                f"cannot subtract {type(other).__name__} from a parameter-space matrix; expected another one"
-            )
+            raise not_added(other, "parameter-space")
         return self + (-1.0) * other
 
     def __neg__(self) -> Self:

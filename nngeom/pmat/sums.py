@@ -78,6 +78,11 @@ class PMatSum(PMatExpression):
         each = ((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted())
         return PVector(self.layer_collection, functools.reduce(torch.add, each))
 
+    @property
+    def T(self) -> PMatSum:
+        """The transpose: the sum of the parts' transposes."""
+        return self if self.symmetric else PMatSum(tuple(p.T for p in self.parts), self.weights)
+
     def scaled(self, c: float | Tensor) -> PMatSum:
         return PMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
 
@@ -172,11 +177,7 @@ class PMatSum(PMatExpression):
         return super().eigh() if blocks is None else blocks.eigh()
 
     def sample(
-        self,
-        n: int,
-        damping: Any = 0.0,
-        generator: torch.Generator | None = None,
-        limit: int = BLOCK_LIMIT,
+        self, n: int, damping: Any = 0.0, generator: torch.Generator | None = None, limit: int = BLOCK_LIMIT
     ) -> PVector:
         """``n`` draws of ``N(0, (M + damping I)^-1)``; ``damping``: what :meth:`solve` adds to the diagonal;
         ``generator``: torch's global one by default.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from nngeom.capture.recorded import Recorded
+from nngeom.core.whole import in_parts
 from nngeom.pullback.axes import ExampleAxis
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.use_groups import UseGroup
@@ -76,6 +77,6 @@ def head_of(run: Pass) -> Head | None:
     if not (whole and plain and fits) or any(run.network.parameters[s.name]._backward_hooks for s in use.slots):
         return None
     parameter = run.network.parameters[use.weight.name].detach()
-    if parameter.dtype != outputs.dtype:
+    if parameter.dtype != outputs.dtype or in_parts(parameter) or run.network.distributed is not None:
         return None
     return Head(index, recorded, group, recorded.entry, arrangement.read(parameter.flatten())[0])

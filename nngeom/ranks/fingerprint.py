@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.core.whole import local
+
 PIECE = 2**22  # numbers that are widened at once
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -22,10 +24,10 @@ def digest_of(x: object) -> str:
 
 
 def bits(tensors: Iterable[Tensor]) -> list[str]:
-    """A short text of the numbers in each tensor: two sums of its bits, in whole numbers, so that neither the order of
-    summation nor the device changes them.
+    """A short text of the numbers in each tensor, of a distributed one in its part here: two sums of its bits, in whole
+    numbers, so that neither the order of summation nor the device changes them.
     """
-    sums = [_sums(t.detach()) for t in tensors]
+    sums = [_sums(local(t.detach())) for t in tensors]
     if not sums:
         return []
     pairs = torch.stack([s.cpu() for s in sums]).tolist() if len({s.device for s in sums}) > 1 else None
@@ -43,8 +45,8 @@ def _sums(t: Tensor) -> Tensor:
     for lo in range(0, flat.numel(), PIECE):
         part = flat[lo : lo + PIECE]
         part = (part.view(torch.uint8) if part.dtype is torch.bool else part.view(_WHOLE[part.element_size()])).long()
-        place = torch.arange(lo, lo + part.numel(), device=t.device)
-        mixed = (part + 1) * (2 * place + 1)
+        place = torch.arange(lo + 1, lo + 1 + part.numel(), device=t.device)
+        mixed = (part ^ (place * -7046029254386353131)) * -4658895280553007687  # splitmix64's constants
         total += torch.stack([part.sum(), (mixed ^ (mixed >> 29)).sum()])
     return total
 

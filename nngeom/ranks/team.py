@@ -28,11 +28,11 @@ class Team:
 
     def __init__(self, group: Any) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._ranks = dist.get_process_group_ranks(group)
+        self.ranks = dist.get_process_group_ranks(group)
         self._backends = dict(x.split(":", 1) for x in str(dist.get_backend_config(group)).split(",") if ":" in x)
         control = group
         if "cpu" not in self._backends:  # a side group for control messages, made once and kept by torch
-            control = dist.new_group(self._ranks, backend="gloo", use_local_synchronization=True)
+            control = dist.new_group(self.ranks, backend="gloo", use_local_synchronization=True)
         self._group, self._control = weakref.ref(group), weakref.ref(control)  # torch's own until they are destroyed
         store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
         store = None if store is None else dist.PrefixStore(f"nngeom/{getattr(group, 'group_name', 0)}", store)
@@ -97,7 +97,7 @@ class Team:
         if longest > messages.SIZE:
             parts = self._gathered(messages.padded(mine, longest))
         calls = [messages.content(part) for part in parts]
-        self._require_same([{"call": call} for call, _ in calls], "the processes are not in the same call")
+        self.require_same([{"call": call} for call, _ in calls], "the processes are not in the same call")
         return [x for _, x in calls]
 
     def first(self, what: str, x: Any) -> Any:
@@ -110,9 +110,10 @@ class Team:
         """
         digest = digest_of(sorted(values.items()))
         if len(set(self.exchange(what, digest))) > 1:
-            self._require_same(self.exchange(what, values), f"{what} needs the same on all processes")
+            self.require_same(self.exchange(what, values), f"{what} needs the same on all processes")
 
-    def _require_same(self, values: list[dict[str, str]], what: str) -> None:
+    def require_same(self, values: list[dict[str, str]], what: str) -> None:
+        """Raise :class:`RankMismatchError`, ``what`` and the first difference, unless those of all ranks are equal."""
         found = difference(values)
         if found is not None:
             raise RankMismatchError(f"{what}: {found}")
@@ -134,7 +135,7 @@ class Team:
     def spread(self, tensors: Sequence[Tensor], rank: int) -> None:
         """What ``rank`` has of them, to all, in place."""
         with self._reached(), self._sent(tensors) as sent:
-            source = self._ranks[rank]
+            source = self.ranks[rank]
             send = lambda flat: dist.broadcast(flat, source, group=self._group_of(flat), async_op=True)
             buckets.through(sent, send)
 
@@ -147,7 +148,7 @@ class Team:
 
     def pass_on(self, tensors: Sequence[Tensor], into: Sequence[Tensor], step: int = 1) -> None:
         """``tensors`` to the process ``step`` ranks on, ``into`` from the one as many ranks before."""
-        to, source = (self._ranks[(self.rank + s) % self.size] for s in (step, -step))
+        to, source = (self.ranks[(self.rank + s) % self.size] for s in (step, -step))
         with self._reached(), self._sent(tensors) as sent, self._sent(into) as arrived:
             ops = [dist.P2POp(dist.isend, t.contiguous(), to, self._group_of(t)) for t in sent if t.numel()]
             ops += [dist.P2POp(dist.irecv, t, source, self._group_of(t)) for t in arrived if t.numel()]
@@ -187,7 +188,7 @@ class Alone(Team):
     """This process by itself: what is done together is what it does."""
 
     def __init__(self) -> None:
-        self.rank, self.size = 0, 1
+        self.rank, self.size, self.ranks = 0, 1, []
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[Note]:

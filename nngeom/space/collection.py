@@ -15,6 +15,13 @@ from nngeom.core.layout import Layout
 from nngeom.space.patterns import Named, Pattern, select
 
 
+class Count(int):
+    """A number that also answers when it is called, as ``numel()`` of tensors does."""
+
+    def __call__(self) -> int:
+        return int(self)
+
+
 @dataclass(frozen=True)
 class LayerCollection:
     """An ordered, model-free description of the selected parameters.
@@ -129,9 +136,9 @@ class LayerCollection:
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
     @property
-    def numel(self) -> int:
-        """``d``: number of parameters."""
-        return sum(math.prod(s) for s in self.shapes)
+    def numel(self) -> Count:
+        """``d``: number of parameters, as ``numel`` or ``numel()``."""
+        return Count(sum(math.prod(s) for s in self.shapes))
 
     def __len__(self) -> int:
         return len(self.names)

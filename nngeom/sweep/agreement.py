@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.core.stream import Numbers
+from nngeom.ranks.data import warn_of_same
 from nngeom.ranks.fingerprint import bits, described
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Sweep
+from nngeom.sweep.sweep import Sweep, require_examples
 
 
 def agree(run: Run, what: str, **settings: Any) -> None:
@@ -54,9 +56,20 @@ def numbered(sweep: Sweep, index: Any = None) -> Sweep:
         raise ArgumentError("index= goes with draws (FIM_MonteCarlo, estimator='rademacher'); this measure is exact")
     if not draws or (team.size == 1 and index is None):
         return sweep
+    sweep = sweep.held() if index is None else sweep
     with team.together("examples") as note:
-        if index is None:
-            sweep = sweep.held()
         note.mine = cotangents.seed, sweep.run.count() if index is None else 0
     numbers = Numbers(sum(n for _, n in note.all[: team.rank]), index)
     return replace(sweep, cotangents=replace(cotangents, seed=note.all[0][0], numbers=numbers))
+
+
+def first_look(run: Run, look: Callable[[], Sweep]) -> Sweep:
+    """The sweep that ``look()`` returns, over batches that are held, after every process has looked at its own; raises
+    :class:`LoaderError` where none of them has any.
+    """
+    with run.team.together("first look") as note:
+        sweep = look()
+        note.mine = run.met.get(0), sum(sweep.run.sizes) if run.team.size > 1 else 1
+    warn_of_same(note.all)
+    require_examples(sum(n for _, n in note.all))
+    return sweep

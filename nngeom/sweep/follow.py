@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakSet, finalize
@@ -124,13 +124,14 @@ class Follower:
             return
         self.called = True
         own_loss, run = observer.cotangents is None, None
+        parameters: Iterable[Tensor] = observer.network.parameters.values()
         if recorder is not None:
             capture = recorder.captured(outputs if outputs.ndim > 1 else outputs.unsqueeze(1))
-            run = observer.resolve(capture, mixing=recorder.mixing)
+            run, parameters = observer.resolve(capture, mixing=recorder.mixing), capture.leaves.tensors.values()
         call = Call(
             self._made,
             outputs,
-            observer.network.parameters.values(),
+            parameters,
             weakly(self.arrive),
             own_loss=own_loss,
             positions=self.positions(),
@@ -146,11 +147,14 @@ class Follower:
         observer = self.observer
         if observer.cotangents is None:
             call.passage = Passage(observer.network, run, weakly(call.arrives))
-            handles = [observer.network.parameters[x].register_hook(partial(weakly(self.keep), x)) for x in run.rest]
+            leaves = run.capture.leaves.tensors
+            handles = [leaves[x].register_hook(partial(weakly(self.keep), x)) for x in run.rest]
             finalize(call.passage, _remove, handles).atexit = False
         else:
-            call.chunks = list(measured(observer.network, run, observer.cotangents, observer.drawn))
-            observer.drawn += call.n
+            numbers = observer.team.exchange("draws", call.n)
+            start = observer.drawn + sum(numbers[: observer.team.rank])
+            call.chunks = list(measured(observer.network, run, observer.cotangents, start))
+            observer.drawn += sum(numbers)
 
     # -- what has arrived ----------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture
 from nngeom.pullback.captured_pass import Pass
+from nngeom.ranks.team import ALONE, Team
 from nngeom.space.collection import LayerCollection, doors
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.sweep import Chunk
@@ -43,7 +44,7 @@ class Observer:
     averaged over the batch carries ``1/n``); with a metric, those of its cotangents, by one more backward pass.
     Parameters used in ways no adapter knows have no rows of single examples here: they get one row a batch
     (:attr:`batchwise`), the sum of its examples' rows, with random signs under a metric, so that its square is
-    unbiased.
+    unbiased. ``team``: the processes that call the model together, each with its own examples.
     """
 
     def __init__(
@@ -53,10 +54,12 @@ class Observer:
         cotangents: Cotangents | None = None,
         outputs: Callable[[Any], Tensor] | None = None,
         part_of: Callable[[str], object] | None = None,
+        team: Team = ALONE,
     ):
         self.network, self.doors = Network.build(model, None, collection), doors(model)
         self.cotangents, self.pick, self.drawn = cotangents, outputs or default_outputs, 0
         self.part_of, self._left_to_fallback = part_of, set[str]()
+        self.team = team
         self.watching = False  # by a block that the user opened
 
     @property

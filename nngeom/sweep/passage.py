@@ -97,7 +97,7 @@ def measured(network: Network, run: Pass, cotangents: Cotangents, start: int) ->
     outputs, examples = run.capture.outputs, torch.arange(start, start + run.n)
     columns = cotangents.columns(outputs.detach(), None, start)
     edges, shapes = [u.edge for u in run.capture.uses], [u.shape for u in run.capture.uses]
-    parameters = [network.parameters[name] for name in run.rest]
+    parameters = [run.capture.leaves.tensors[name] for name in run.rest]
     size = memory.step(columns.count, bytes_each_cotangent(run.capture, keep_graph=False), "output of one batch")
     for lo in range(0, columns.count, size):
         v = columns.make(lo, min(columns.count, lo + size)).to(outputs.dtype)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nngeom.capture.batch import tensors
+from nngeom.capture.gathered import gathered, sharded_modules
 from nngeom.capture.network import Batch, Network, as_batches, leading_size, targets
 from nngeom.core import memory
 from nngeom.core.errors import UnsupportedError
@@ -20,6 +21,7 @@ from nngeom.ranks.data import warn_of_repeats
 from nngeom.ranks.fingerprint import bits, digest_of
 from nngeom.ranks.team import ALONE, Team
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.shards import require_ranks
 
 Function = Callable[..., Tensor] | None
 
@@ -57,6 +59,7 @@ class Run:
         memory_budget: int | None = None,
         check: bool = True,
         process_group: Any = None,
+        parts: bool = False,
     ) -> Run:
         """The run of the arguments that all measures take.
 
@@ -73,14 +76,23 @@ class Run:
             process_group: the processes over which examples are split, a ``torch.distributed`` group or a 1-D
                 ``DeviceMesh``; each passes its own part of them (:func:`shard`), none included, and all have the whole
                 result, that of one process on all parts in rank order. By default this process alone.
+            parts: whether the measure looks after parameters of which every process holds a part; else it raises
+                :class:`UnsupportedError` for them.
 
         Raises :class:`ArgumentTypeError`, :class:`DeviceError`, :class:`CollectionError` for what is no model or not
         its collection, :class:`ArgumentError` for a budget that is not positive. With a process group it raises
         :class:`PeerError` for what another process raises, :class:`RankMismatchError` where models or settings differ.
         """
         team = Team.of(process_group)
-        with team.together("arguments"), memory.limit(memory_budget) as budget:
-            network = Network.build(model, function, layer_collection)
+        if parts and sharded_modules(model):
+            with team.together("arguments"):
+                require_ranks(model, team)
+        with (
+            gathered(model) if parts else contextlib.nullcontext(),
+            team.together("arguments"),
+            memory.limit(memory_budget) as budget,
+        ):
+            network = Network.build(model, function, layer_collection, parts=parts)
             team.require_device(network.device)
             if team.size > 1:
                 warn_of_repeats(loader)
@@ -94,9 +106,11 @@ class Run:
                 "for this process's own examples"
             )
 
-    def within(self) -> AbstractContextManager[int]:
-        """Work under this run's memory budget."""
-        return memory.limit(self.memory_budget)
+    @contextlib.contextmanager
+    def within(self) -> Iterator[int]:
+        """Work under this run's memory budget, on whole parameters."""
+        with memory.limit(self.memory_budget) as budget, gathered(self.network.model):
+            yield budget
 
     def batches(self) -> Iterator[Batch]:
         """The batches on the model's device; raises :class:`LoaderError` when no process has one."""
@@ -108,10 +122,14 @@ class Run:
         return self._in_step(self.network.batches(loader, may_be_empty=True))
 
     def _in_step(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, until another process fails."""
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(self.watched(batches)):
             if index == 0 and not self.met:
                 self.met[0] = digest_of(bits(tensors(batch)))
+            yield batch
+
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The ``batches``, until another process fails."""
+        for batch in batches:
             self.team.poll()
             yield batch
 

@@ -61,6 +61,16 @@ def check(checks: dict[str, Check], name: str | None = None) -> Callable[[Check]
     return listed
 
 
+def raises(kind: Any, text: str, call: Callable[[], object]) -> None:
+    """``call`` raises an error of this kind, or of one of these, with this text in it."""
+    try:
+        call()
+    except kind as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"no {kind}")
+
+
 # -- the processes -----------------------------------------------------------------------------------------------------
 
 
@@ -82,8 +92,9 @@ def run(theme: str, rank: int, size: int, folder: Path) -> None:
     """All checks of a theme, as one of its processes."""
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     torch.set_num_threads(1)
-    checks: dict[str, Check] = importlib.import_module(theme).CHECKS
-    patience = timedelta(seconds=PATIENCE)
+    listed = importlib.import_module(theme)
+    checks: dict[str, Check] = listed.CHECKS
+    patience = timedelta(seconds=getattr(listed, "PATIENCE", PATIENCE))
     store = store_of(rank, size, folder)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     said: dict[str, str] = {}
