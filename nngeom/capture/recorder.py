@@ -107,7 +107,8 @@ class Recorder(TorchFunctionMode):
         """What was seen until ``outputs`` of a ``batch`` were there."""
         left = [recorded for recorded in self.uses if recorded not in self._moved]
         uses = [recorded.at(place) for place, recorded in enumerate(left)]
-        return Capture(outputs, uses, self.unstructured, self.leaves, frozenset(self.hooked), not self.refuse, batch)
+        hooked, training = frozenset(self.hooked), not self.refuse
+        return Capture(outputs, uses, self.unstructured, self.leaves, hooked, training=training, batch=batch)
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""
