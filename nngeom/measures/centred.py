@@ -21,7 +21,7 @@ from nngeom.pmat.drive import Repeated, Source, built
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.representation import Representation, as_representation
-from nngeom.sweep.agreement import agree
+from nngeom.sweep.agreement import agree, require_draws
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Policy, Sweep, require_examples

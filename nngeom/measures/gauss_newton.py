@@ -74,7 +74,7 @@ def GGN(
     Other arguments and errors as for :func:`FIM`.
     """
     require_known(GGN, representation, options)
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -83,9 +83,8 @@ def GGN(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     if centered:
-        return centred_moments(run, as_loss(loss, model), representation, options, estimator)
+        return centred_moments(run, as_loss(loss, model), representation, options, estimator, index)
     cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
     return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None), index)

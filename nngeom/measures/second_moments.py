@@ -89,7 +89,7 @@ def FIM(
     what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
     require_known(FIM, representation, options)
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -98,7 +98,6 @@ def FIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     if centered:
         return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator)
@@ -133,7 +132,7 @@ def FIM_MonteCarlo(
     """
     require_known(FIM_MonteCarlo, representation, options)
     cotangents = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -142,7 +141,6 @@ def FIM_MonteCarlo(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False), index))
 
@@ -177,7 +175,7 @@ def EmpiricalFIM(
     Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
     """
     require_known(EmpiricalFIM, representation, options)
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -186,7 +184,6 @@ def EmpiricalFIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
     return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))

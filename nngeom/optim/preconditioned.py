@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nngeom.capture.kept_whole import kept_whole
 from nngeom.core.errors import ArgumentError, NonFiniteError, PeerError, SingularError
 from nngeom.optim.arguments import as_reduction
 from nngeom.optim.automatic import Automatic
@@ -77,7 +78,8 @@ class Preconditioned(torch.optim.Optimizer):
             self.pending.say(as_reduction(reduction))
         replicated = partial(require_team_now, self.observer.team)
         rows, positions = self.intake.wants_rows(), self.intake.wants_positions()
-        with watch(self.observer, replicated, record=rows, positions=positions) as observation:
+        watched = watch(self.observer, replicated, record=rows, positions=positions)
+        with kept_whole(self.observer.network.model), watched as observation:
             yield observation
         self.intake.take(observation, scaler)
 

@@ -21,7 +21,8 @@ from nngeom.pmat.kept import kept_factor
 class KroneckerBlock(Block):
     """``x -> g x a`` with ``a`` over inputs and ``g`` over output gradients, both dense or diagonal.
 
-    ``uses``: the factors of every use, where there are several unlike ones.
+    ``uses``: the factors of every use, where there are several unlike ones. ``dropped``: of both factors the share of
+    the norm that is not kept, and its error.
     """
 
     a: Tensor  # [s i i] or [s i]
@@ -30,6 +31,7 @@ class KroneckerBlock(Block):
         Tensor, ...
         # of a parameter used in unlike ways, the factors a, g of every use: their means merge, the joined ones' do not
     ] = ()
+    dropped: Tensor | None = None  # [2 2], of a and g: the share of the norm not kept, -1 of a whole one; its error
 
     @property
     def sizes(self) -> torch.Size:
@@ -48,7 +50,8 @@ class KroneckerBlock(Block):
         return (linalg.factor_norm2(self.a) * linalg.factor_norm2(self.g)).sum()
 
     def scaled(self, c: float | Tensor) -> KroneckerBlock:
-        return KroneckerBlock(self.a, c * self.g, tuple(c * f if q % 2 else f for q, f in enumerate(self.uses)))
+        uses = tuple(c * f if q % 2 else f for q, f in enumerate(self.uses))
+        return KroneckerBlock(self.a, c * self.g, uses, self.dropped)
 
     def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
         """The means of the factors, weighted by ``mine`` and ``theirs``: what one sweep over both data sets, this and
@@ -118,7 +121,7 @@ class KroneckerBlock(Block):
 
     def eigen(self) -> EigenBlock:
         """The same matrix in its eigenbasis."""
-        return EigenBlock.of_factors(linalg.factor_eigh(self.a), linalg.factor_eigh(self.g))
+        return EigenBlock.of_factors(linalg.factor_eigh(self.a), linalg.factor_eigh(self.g), self.dropped)
 
     def eigh(self) -> tuple[Tensor, KroneckerBasis]:
         block = self.eigen()
@@ -168,7 +171,7 @@ class KroneckerBasis(BlockBasis):
 class EigenBlock(Block):
     """Any spectrum in a Kronecker-factored eigenbasis: ``x -> ug (d * (ug^T x ua)) ua^T``.
 
-    ``sa``, ``sg``: the eigenvalues of the factors that the basis came from.
+    ``sa``, ``sg``: the eigenvalues of the factors that the basis came from, and what was ``dropped`` of these.
     """
 
     ua: Tensor | None  # [s i i]
@@ -176,12 +179,17 @@ class EigenBlock(Block):
     d: Tensor  # [s o i]
     sa: Tensor | None = None  # [s i], eigenvalues of the factors the basis came from
     sg: Tensor | None = None  # [s o]
+    dropped: Tensor | None = None  # as of the factors
 
     @staticmethod
-    def of_factors(a: tuple[Tensor, Tensor | None], g: tuple[Tensor, Tensor | None]) -> EigenBlock:
-        """The product of the factors ``a`` and ``g`` by the eigenvalues and eigenvectors of both."""
+    def of_factors(
+        a: tuple[Tensor, Tensor | None], g: tuple[Tensor, Tensor | None], dropped: Tensor | None = None
+    ) -> EigenBlock:
+        """The product of the factors ``a`` and ``g`` by the eigenvalues and eigenvectors of both, and what was
+        ``dropped`` of these.
+        """
         (sa, ua), (sg, ug) = a, g
-        return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
+        return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg, dropped)
 
     @property
     def basis(self) -> KroneckerBasis:
@@ -208,7 +216,7 @@ class EigenBlock(Block):
         return self.d.square().sum()
 
     def scaled(self, c: float | Tensor) -> EigenBlock:
-        return EigenBlock(self.ua, self.ug, c * self.d, self.sa, None if self.sg is None else c * self.sg)
+        return EigenBlock(self.ua, self.ug, c * self.d, self.sa, None if self.sg is None else c * self.sg, self.dropped)
 
     def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
         """Mean eigenvalues of this and ``other``, weighted by ``mine`` and ``theirs``, in the same basis; ``None`` in
