@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # other libraries, which pages and tests run beside this one
 PEERS := laplace-torch backpack-for-pytorch curvlinops-for-pytorch nngeometry kronfluence
 
-.PHONY: setup demo test test-slow check docs bench bench-large reproduce clean
+.PHONY: setup demo test test-slow check docs bench bench-large gpu reproduce clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,9 @@ bench: setup
 
 bench-large: setup
 	$(BIN)/python -m benchmarks.large $(ARGS)
+
+gpu: setup
+	$(BIN)/python -m benchmarks.device --docs docs/benchmarks.md $(ARGS)
 
 reproduce: setup
 	$(BIN)/python -m examples.reproduce

@@ -1,19 +1,22 @@
-"""``python -m benchmarks.large``: two larger nets, each job in a process of its own with a limit on its memory.
+"""``python -m benchmarks.large``: larger nets and a larger kernel, each job in a process with a limit on its memory.
 
 ``resnet50``: 24 million parameters, 64 x 64 images, 200 outputs. ``gpt2``: 12 layers of width 768, 50 257 tokens, tied
-head, sequences of 64. Random weights and data, float32. Time and peak memory are of one call, after nothing but
-building model and data.
+head, sequences of 64. ``lenet``: 5000 images of 28 x 28. Random weights and data, float32. Time and peak memory are of
+one call, after nothing but building model and data.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +28,11 @@ import nngeom as nng
 from benchmarks import report
 from benchmarks.large_models import Decoder, resnet
 from benchmarks.timing import clock, peak_memory
+from benchmarks.workloads import lenet
 
 SAMPLES = 5
-TOY = {
+TOY: dict[str, dict[str, Any]] = {
+    "lenet": {},
     "resnet50": {"blocks": (1, 1, 1, 1), "width": 4, "outputs": 10},
     "gpt2": {"depth": 1, "width": 16, "heads": 2, "vocabulary": 50, "positions": 16},
 }
@@ -68,12 +73,15 @@ class Large:
 def build(
     model: str, examples: int, batch: int, device: str = "cpu", toy: bool = False, dtype: torch.dtype = torch.float32
 ) -> Large:
-    """One of the two nets with random data, seeded."""
+    """One of the nets with random data, seeded."""
     torch.manual_seed(0)
     options: dict[str, Any] = TOY[model] if toy else {}
     if model == "resnet50":
         net, x = resnet(**options), torch.randn(examples, 3, 64, 64, dtype=dtype)
         y, likelihood = torch.randint(0, net[-1].out_features, (examples,)), nng.Categorical()
+    elif model == "lenet":
+        net, x = lenet(), torch.randn(examples, 1, 28, 28, dtype=dtype)
+        y, likelihood = torch.randint(0, 10, (examples,)), nng.Categorical()
     else:
         net = Decoder(**options)
         vocabulary, t = net.tokens.num_embeddings, min(64, net.positions.num_embeddings)
@@ -105,6 +113,30 @@ def _signs(large: Large) -> Callable[[], Any]:
     return lambda: nng.GramMatrix(
         large.model, large.batches, nng.FMatDiag, estimator="rademacher", samples=SAMPLES, generator=g
     ).trace()
+
+
+def _kernel_to_file(large: Large) -> Callable[[], Any]:
+    folder = tempfile.mkdtemp()
+    path = os.path.join(folder, "kernel.npy")
+
+    def run() -> Any:
+        try:
+            return nng.GramMatrix(large.model, large.batches, out=path).trace()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return run
+
+
+def _kernel_products(large: Large) -> Callable[[], Any]:
+    count = min(100, 2 * sum(len(x) for x, _ in large.batches))
+
+    def run() -> Any:
+        trace = nng.GramMatrix(large.model, large.batches, nng.FMatDiag).trace()
+        values, _ = nng.GramMatrix(large.model, large.batches, nng.FMatImplicit).lanczos(count)
+        return torch.cat([trace.view(1), values.flatten()])
+
+    return run
 
 
 JOBS: dict[str, dict[str, Job]] = {
@@ -149,11 +181,38 @@ JOBS: dict[str, dict[str, Job]] = {
             8,
             2,
         ),
+        "ekfac": Job("EKFAC, Monte Carlo, 1 sample", lambda w: lambda: w.monte_carlo(nng.PMatEKFAC, 1), _trace, 64, 2),
         "mgs-trace": Job(
             f"trace of the kernel of all logits, {SAMPLES} random probes", _signs, lambda e: e.value, 8, 2
         ),
     },
+    "lenet": {
+        "ntk-file": Job("NTK of all 10 outputs, in tiles to a file", _kernel_to_file, lambda t: t, 5000, 250),
+        "ntk-top": Job(
+            "its trace and 100 largest eigenvalues, not formed", _kernel_products, lambda v: v.sum(), 5000, 250
+        ),
+    },
 }
+
+
+@contextlib.contextmanager
+def eigendecompositions() -> Iterator[list[float]]:
+    """Within: the wall time of every eigendecomposition is noted."""
+    plain, spent = torch.linalg.eigh, list[float]()
+
+    def eigh(m: Tensor, *args: Any) -> Any:
+        start = time.perf_counter()
+        result = plain(m, *args)
+        if m.is_cuda:
+            torch.cuda.synchronize(m.device)
+        spent.append(time.perf_counter() - start)
+        return result
+
+    torch.linalg.eigh = eigh
+    try:
+        yield spent
+    finally:
+        torch.linalg.eigh = plain
 
 
 def measured(
@@ -168,7 +227,9 @@ def measured(
 
     def timed() -> Any:
         start, busy = time.perf_counter(), time.process_time()
-        result = run()
+        with eigendecompositions() as spent:
+            result = run()
+        found["eigen_seconds"] = sum(spent)
         found["value"] = float(what.value(result))  # also waits for the device
         found["seconds"], found["cpu_seconds"] = time.perf_counter() - start, time.process_time() - busy
         return result
@@ -243,13 +304,16 @@ def line(r: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table of the documentation."""
-    head = ["model", "job", "device", "examples (batch)", "floor s", "floors", "seconds: processor, wall", "peak GiB"]
+    head = ["model", "job", "device", "examples (batch)", "floor s", "floors", "seconds: processor, wall"]
+    head += ["of these eigendecompositions", "peak GiB"]
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for r in results["jobs"]:
         peak = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.2f}"
         device, size = r["environment"]["device"], f"{r['examples']} ({r['batch']})"
         seconds = f"{r['cpu_seconds']:.1f}, {r['seconds']:.1f}"
-        cells = [r["model"], r["title"], device, size, f"{r['floor_seconds']:.2f}", f"{r['floors']:.1f}", seconds, peak]
+        eigen = f"{r['eigen_seconds']:.1f}" if "eigen_seconds" in r else "-"
+        cells = [r["model"], r["title"], device, size, f"{r['floor_seconds']:.2f}", f"{r['floors']:.1f}", seconds]
+        cells += [eigen, peak]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -140,3 +140,57 @@ def test_command(tmp_path, capsys):
     assert results["cells"][0]["contenders"]["nngeom"]["ratio"] > 0
     assert "J8 W2" in capsys.readouterr().out and figure.stat().st_size > 1000
     assert "| J8 | W2 |" in report.markdown(results)
+
+
+def test_the_device_command_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
+    from benchmarks import device
+
+    page, ran = tmp_path / "page.md", []
+
+    def step(name):
+        def run():
+            ran.append(name)
+            return {"contenders": {"nngeom": {"median_ms": 2.0, "ratio": 3.0, "peak_bytes": 2**20}}}
+
+        return run
+
+    broken = lambda: 1 / 0
+    monkeypatch.setattr(device, "steps", lambda options: [("a", step("a")), ("b", broken), ("c", step("c"))])
+    page.write_text("<!-- gpu -->\n<!-- end -->\n")
+    command = ["--device", "cpu", "--folder", str(tmp_path)]
+    device.main([*command, "--minutes", "-1"])
+    assert not ran and "run the command again" in capsys.readouterr().out
+    device.main([*command, "--only", "c"])
+    device.main([*command, "--docs", str(page)])
+    assert ran == ["c", "a"]
+    text = page.read_text()
+    assert "| cpu | a | 2.00 | 3 | 1 |" in text and "ZeroDivisionError" in text
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="no GPU"):
+            device.main(["--folder", str(tmp_path)])
+
+
+def test_a_step_of_the_device_command():
+    from benchmarks import device
+
+    found = device.timed("W2", "J8", "cpu", 1)
+    assert found["contenders"]["nngeom"]["ratio"] > 0 and set(found) == {"floor", "contenders"}
+
+
+@pytest.mark.parametrize(
+    "row, sizes",
+    [
+        ("wide", {"outputs": 20, "n": 4, "width": 8}),
+        ("vocabulary", {"words": 50, "n": 2, "width": 8}),
+        ("recurrent", {"inputs": 3, "width": 4, "n": 4}),
+        ("tiny", {}),
+        ("vectors", {"width": 8}),
+        ("eigenvalues", {"width": 8}),
+    ],
+)
+def test_rows(row, sizes):
+    from benchmarks import rows
+
+    found = rows.measured(row, "cpu", 1, **sizes)
+    assert all(s["ratio"] > 0 for s in found["contenders"].values())
+    assert len(rows.markdown({"rows": [found]}).splitlines()) == 2 + len(found["contenders"])

@@ -43,13 +43,25 @@ def test_every_job_runs(model, job):
 
 
 def test_traces_of_the_ntk():
-    resnet50, gpt2 = (build(model, 2, 2, toy=True, dtype=torch.float64) for model in JOBS)
+    resnet50, gpt2 = (build(model, 2, 2, toy=True, dtype=torch.float64) for model in ("resnet50", "gpt2"))
     assert resnet50.batches[0][0].dtype == torch.float64
     exact = rows(resnet50).square().sum()
     torch.testing.assert_close(JOBS["resnet50"]["ntk-trace"].prepare(resnet50)().trace(), exact)
     estimate = JOBS["gpt2"]["mgs-trace"].prepare(gpt2)()
     exact = rows(gpt2).square().sum()
     assert abs(estimate.value - exact) < 6 * estimate.standard_error < exact
+
+
+def test_kernels_of_the_images():
+    large = build("lenet", 3, 2, toy=True, dtype=torch.float64)
+    exact = rows(large)
+    trace = exact.square().sum()
+    torch.testing.assert_close(JOBS["lenet"]["ntk-file"].prepare(large)(), trace)
+    kernel = torch.einsum("ncd,mkd->ncmk", exact, exact).reshape(30, 30)
+    found = JOBS["lenet"]["ntk-top"].prepare(large)()
+    torch.testing.assert_close(found[0], trace)
+    top = torch.linalg.eigvalsh(kernel).flip(0)[: len(found) - 1]
+    torch.testing.assert_close(found[1:], top, rtol=1e-5, atol=1e-6 * float(trace))
 
 
 def test_fisher_vector():

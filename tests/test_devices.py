@@ -103,3 +103,18 @@ def test_the_host_waits_once_or_twice_a_batch(result):
     kept = 2 if result == "kfac" else 1  # factors looked at when all is done
     assert deep - few <= 2 * kept  # two more layers
     assert long - few <= 2 * 3
+
+
+def test_wide_outputs_wait_no_more_often():
+    """Pulled back from the inputs of the head, with one column more or less for each."""
+
+    def waits(outputs, width):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, outputs)).double()
+        x = [(part, None) for part in torch.randn(12, 5, dtype=f64).split(4)]
+        nng.FIM(model, x, nng.PMatKFAC)
+        with Waits() as seen:
+            nng.FIM(model, x, nng.PMatKFAC)
+        return seen.count
+
+    assert waits(80, 16) == waits(40, 16) == waits(40, 8) <= waits(5, 16) + 3 * 3

@@ -46,14 +46,19 @@ class ReverseConventions(TorchFunctionMode):
     It ignores ``padding_idx`` of embeddings, whose row gets no gradient in reverse mode. The tangents of layer and
     instance norm take the saved mean and deviation for constants when they are differentiated in the input (torch
     2.13), and those of a softmax fail then: where the input requires gradients, the three are written out.
+    ``composed``: :data:`COMPOSED` run instead of the fused operations, too.
     """
+
+    def __init__(self, *, composed: bool = False) -> None:
+        super().__init__()
+        self._composed: dict[Any, Any] = COMPOSED if composed else {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         written = WRITTEN_OUT.get(func)
         if written is not None and torch.is_grad_enabled() and args and args[0].requires_grad and args[0].numel():
             return written(*args, **kwargs)
-        out = func(*args, **kwargs)
+        out = self._composed.get(func, func)(*args, **kwargs)
         if func is F.embedding:
             named = dict(zip(("input", "weight", "padding_idx"), args)) | kwargs
             if named.get("padding_idx") is not None:

@@ -81,9 +81,9 @@ def read(outputs: Tensor, names: dict[int, str], registered: Collection[int], ho
                 found[node] = name
             described.append((name if name is not None else id(leaf) in registered, tuple(leaf.shape)))
             continue
-        sizes = tuple(_sizes(meta) for meta in node._input_metadata)
-        constants = tuple(_constant(getattr(node, c)) for c in _constants(node))
-        described.append((type(node), node.name(), constants, sizes, tuple(edges), node in hooked))
+        name, sizes = node.name(), tuple(map(_sizes, node._input_metadata))
+        constants = tuple([_constant(getattr(node, c)) for c in _constants(node, name)])
+        described.append((type(node), name, constants, sizes, tuple(edges), node in hooked))
     return Graph(tuple(order), leaves, found, frozenset(hooked), hash(tuple(described)))
 
 
@@ -95,9 +95,9 @@ def _sizes(meta: Any) -> tuple[int, ...]:
 _CONSTANTS: dict[Any, tuple[str, ...]] = {}
 
 
-def _constants(node: Any) -> tuple[str, ...]:
+def _constants(node: Any, name: str) -> tuple[str, ...]:
     """Names of the constants of a kind of operation, not of saved tensors."""
-    kind = type(node), node.name()
+    kind = type(node), name
     if kind not in _CONSTANTS:
         names = dir(node)
         _CONSTANTS[kind] = tuple(a for a in names if a.startswith("_saved_") and f"_raw{a}" not in names)

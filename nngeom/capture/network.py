@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +35,7 @@ from nngeom.core.errors import (
     UnsupportedError,
 )
 from nngeom.core.whole import in_parts
-from nngeom.space.collection import LayerCollection, unwrap
+from nngeom.space.collection import LayerCollection, by_all_names, unwrap
 
 RUNNING = threading.RLock()  # models run one at a time: a forward-mode pass puts other tensors into them meanwhile
 
@@ -68,12 +70,13 @@ class Network:
                 f"function is {function!r}; expected a callable returning the outputs (n, c), or None"
             )
         model = unwrap(model)
-        lc = collection if collection is not None else LayerCollection.from_model(model)
+        every = by_all_names(model)
+        lc = collection if collection is not None else LayerCollection.among(model, every, None, None)
         if not isinstance(lc, LayerCollection):
             raise ArgumentTypeError(
                 f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)"
             )
-        parameters = lc.parameters(model)
+        parameters = lc.live(every)
         remedies.require_whole(model, parameters, parts=parts)
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
@@ -92,6 +95,11 @@ class Network:
         return {id(p): name for name, p in self.parameters.items()}
 
     @functools.cached_property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules of the model."""
+        return tuple(self.model.modules())
+
+    @functools.cached_property
     def registered(self) -> frozenset[int]:
         """Ids of all parameters of the model."""
         return frozenset(id(p) for p in self.model.parameters())
@@ -99,7 +107,7 @@ class Network:
     @functools.cached_property
     def watch(self) -> Watch:
         """Of what forward passes leave behind."""
-        return Watch(self.model, self.device)
+        return Watch(self.model, self.modules, self.device)
 
     @property
     def hooked(self) -> set[str]:
@@ -132,13 +140,16 @@ class Network:
                 "the loader is empty: expected at least one batch (a used-up generator? pass a list of its batches)"
             )
 
-    def run(self, batch: Batch) -> Tensor:
-        """The outputs ``(n, ...)`` of one batch, checked; buffers and random states are as they were before."""
+    def run(self, batch: Batch, mode: AbstractContextManager[Any] | None = None) -> Tensor:
+        """The outputs ``(n, ...)`` of one batch, checked; buffers and random states are as they were before.
+
+        ``mode``: what the model runs within; nothing of ours does.
+        """
         self._require_gathered()
         if self.distributed is not None:
             require_same_batch(batch, self.distributed)
         with RUNNING, self.watch.undone():
-            outputs = self._outputs(batch)
+            outputs = self._outputs(batch, mode or contextlib.nullcontext())
         self._require_gathered()
         return outputs if self.distributed is None else in_step(outputs, self.distributed)
 
@@ -162,9 +173,9 @@ class Network:
         """Whether the parameters are whole only within a call."""
         return bool(sharded_modules(self.model))
 
-    def _outputs(self, batch: Batch) -> Tensor:
-        sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
-        with as_written(), measuring(), DenseGradients() if sparse else contextlib.nullcontext():
+    def _outputs(self, batch: Batch, mode: AbstractContextManager[Any]) -> Tensor:
+        sparse = any(_sparse(m) for m in self.modules)
+        with as_written(), measuring(), mode, DenseGradients() if sparse else contextlib.nullcontext():
             try:
                 outputs = self.function(*_unpack(batch)) if self.function is not None else called(self.model, batch)
             except (RuntimeError, TypeError) as error:
@@ -173,6 +184,11 @@ class Network:
                     raise
                 raise remedy from error
         return checked(outputs, batch, "model" if self.function is None else "function")
+
+
+def _sparse(module: nn.Module) -> bool:
+    """Whether it may be an embedding with sparse gradients."""
+    return bool(module.__dict__.get("sparse")) or hasattr(type(module), "sparse")
 
 
 def _unpack(batch: Batch) -> tuple[Any, ...]:
@@ -207,7 +223,7 @@ def _describe(batch: Batch) -> str:
 
 def require_finite(x: Tensor, what: str, batch_index: int) -> None:
     """Raise :class:`NonFiniteError` naming the examples (first axis) of ``x`` that are not finite."""
-    if bool(torch.isfinite(x.sum())):
+    if math.isfinite(x.sum().item()):
         return
     bad = (
         (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()

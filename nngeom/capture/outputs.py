@@ -64,5 +64,5 @@ def called(model: nn.Module, batch: Batch) -> Any:
         out = model(**x) if isinstance(x, Mapping) else model(*x) if isinstance(x, (tuple, list)) else model(x)
     else:
         out = model(batch)
-    logits = getattr(out, "logits", None)
+    logits = None if isinstance(out, Tensor) else getattr(out, "logits", None)
     return logits if isinstance(logits, Tensor) else out

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nngeom.core.errors import CoverageError
+from nngeom.layers.call import Call
 from nngeom.layers.use import Use
 
 Sources = tuple[tuple[Tensor, int], ...]
@@ -30,11 +31,14 @@ class Recorded:
     since: int = 0  # number of the first node of the graph that may belong to the call
     origin: GradientEdge | None = None  # of the output itself, where this is seen through an addition
     place: int = 0  # among the uses of the pass
+    entry: GradientEdge | None = None  # of the input that was kept, where it has one
 
     @staticmethod
-    def of(use: Use, out: Tensor, sources: Sources, since: int, place: int) -> Recorded:
+    def of(use: Use, out: Tensor, call: Call, since: int, place: int) -> Recorded:
         """A use whose output is ``out``."""
-        return Recorded(use, get_gradient_edge(out), out.shape, sources, since, place=place)
+        return Recorded(
+            use, get_gradient_edge(out), out.shape, tuple(call.sources), since, place=place, entry=call.entry
+        )
 
     def at(self, place: int) -> Recorded:
         """The same in this place."""

@@ -9,7 +9,6 @@ model.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import types
 import weakref
 from collections.abc import Callable
@@ -78,9 +77,9 @@ def record(network: Network, batch: Batch, *, keep_graph: bool = False, exchange
 def _recorded(network: Network, batch: Batch, *, keep_graph: bool) -> Capture:
     recorder = Recorder(network, keep_graph=keep_graph)
     with gradients_on(), unfused() if keep_graph else contextlib.nullcontext():
-        with network.watch.own(recorder.generators), recorder:
-            outputs = network.run(batch)
-    return dataclasses.replace(recorder.captured(outputs), batch=batch)
+        with network.watch.own(recorder.generators):
+            outputs = network.run(batch, recorder)
+    return recorder.captured(outputs, batch)
 
 
 class Recorder(TorchFunctionMode):
@@ -104,11 +103,12 @@ class Recorder(TorchFunctionMode):
         # outputs of uses, by id, that live as long as the model lets them
         self._tables: dict[int, tuple[weakref.ref[Tensor], Recorded]] = {}
 
-    def captured(self, outputs: Tensor) -> Capture:
-        """What was seen until ``outputs`` were there."""
+    def captured(self, outputs: Tensor, batch: Batch = None) -> Capture:
+        """What was seen until ``outputs`` of a ``batch`` were there."""
         left = [recorded for recorded in self.uses if recorded not in self._moved]
         uses = [recorded.at(place) for place, recorded in enumerate(left)]
-        return Capture(outputs, uses, self.unstructured, self.leaves, frozenset(self.hooked), not self.refuse)
+        hooked, training = frozenset(self.hooked), not self.refuse
+        return Capture(outputs, uses, self.unstructured, self.leaves, hooked, training=training, batch=batch)
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""
@@ -203,7 +203,7 @@ class Recorder(TorchFunctionMode):
         with torch.set_grad_enabled(self.keep_graph):
             try:
                 use = adapter(call, *args, **kwargs)
-                return None if use is None else Recorded.of(use, out, tuple(call.sources), since, len(self.uses))
+                return None if use is None else Recorded.of(use, out, call, since, len(self.uses))
             except torch.OutOfMemoryError:
                 raise
             except ModeError:  # its affine parameters are used together with statistics of the batch

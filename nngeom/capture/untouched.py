@@ -8,16 +8,15 @@ back, also when it raised. Numbers that are drawn and never used are let pass.
 from __future__ import annotations
 
 import contextlib
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from nngeom.capture.arguments import tensors
+from nngeom.capture.other_states import OtherStates
 from nngeom.core.errors import ModeError
 
 _HINT = "so a measure of it would be random: call model.eval(), or fix what it draws"
@@ -30,11 +29,11 @@ class Drew(ModeError):
 class Watch:
     """The buffers and the random state of one model, around its forward passes."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module], device: torch.device) -> None:
         self.device = device
         self.harmless = False  # numbers that are drawn were seen to be unused
         self._model = model
-        self._places = [(m, key) for m in model.modules() for key in _names(m)]
+        self._places = [(m, key) for m in modules for key in _names(m)]
         self._held: list[tuple[Tensor | None, int, Tensor | None]] = [(None, -1, None)] * len(self._places)
         self._looked = (
             False  # whether values of buffers were compared, not versions only, and states of other libraries
@@ -43,8 +42,9 @@ class Watch:
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
         """Within: what happens to buffers and random numbers is put back, and raises :class:`ModeError`."""
-        generators, before = self._generators(), [g.get_state() for g in self._generators()]
-        others = None if self._looked else _other_states()
+        generators = self._generators()
+        before = [g.get_state() for g in generators]
+        others = None if self._looked else OtherStates()
         self._hold()
         finished = False
         try:
@@ -55,7 +55,7 @@ class Watch:
             for g, state in zip(generators, before):
                 if any(drew):
                     g.set_state(state)
-            other = _put_back(others)
+            other = "" if others is None else others.put_back()
             changed = self._restore()
         if not finished:
             return
@@ -142,26 +142,6 @@ def _equal(x: Tensor | None, y: Tensor | None) -> bool:
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     return torch.equal(x, y) or bool((x.isnan() == y.isnan()).all() and torch.equal(x.nan_to_num(), y.nan_to_num()))
-
-
-def _other_states() -> tuple[Any, Any]:
-    return random.getstate(), np.random.get_state()
-
-
-def _put_back(states: tuple[Any, Any] | None) -> str:
-    """The libraries whose random state is not what it was, which is put back."""
-    if states is None:
-        return ""
-    before, numbers = states
-    changed = []
-    if random.getstate() != before:
-        random.setstate(before)
-        changed.append("Python")
-    now: Any = np.random.get_state()
-    if now[2] != numbers[2] or not np.array_equal(now[1], numbers[1]):
-        np.random.set_state(numbers)
-        changed.append("NumPy")
-    return " and ".join(changed)
 
 
 def require_unused(run: Callable[[], Tensor], watch: Watch) -> None:

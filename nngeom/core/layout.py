@@ -7,6 +7,7 @@ hears of biases, transposed weights or convolution kernels; it sees ``[s, o, i]`
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,6 +89,16 @@ class Layout:
     """The place of one block in the flat vector: ``pieces``, one a parameter, side by side along ``i``."""
 
     pieces: tuple[Piece, ...]
+
+    def __hash__(self) -> int:  # of a key that is looked up for every block of every chunk
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.pieces)
+
+    def __getstate__(self) -> dict[str, tuple[Piece, ...]]:
+        return {"pieces": self.pieces}  # hashes of names differ from process to process
 
     @staticmethod
     def span(named: Sequence[tuple[str, int, int]]) -> Layout:

@@ -6,6 +6,7 @@ or by choice diagonal, its diagonal ``[s, p]``. An eigenbasis of a diagonal fact
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -84,6 +85,12 @@ class _Distinct(torch.autograd.Function):
         return g, None
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether all entries are; nearly always their sum tells."""
+    x = x.detach()
+    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
+
+
 def gram(x: Tensor) -> Tensor:
     """``x^T x`` for ``x [r, p]``, half of it computed."""
     return mirror_(add_gram_(None, x))
@@ -96,7 +103,9 @@ def add_gram_(total: Tensor | None, x: Tensor, scale: float = 1.0) -> Tensor:
     p = x.shape[-1]
     beta = 0 if total is None else 1
     total = x.new_empty(p, p) if total is None else total
-    for lo, hi in strips(p) if x.shape[0] * p * p >= 2**23 else [(0, p)]:
+    if x.shape[0] * p * p < 2**23:
+        return total.addmm_(x.T, x, beta=beta, alpha=scale)
+    for lo, hi in strips(p):
         total[lo:hi, lo:].addmm_(x[:, lo:hi].T, x[:, lo:], beta=beta, alpha=scale)
     return total
 
@@ -105,8 +114,10 @@ def mirror_(total: Tensor, *, corners: bool = False) -> Tensor:
     """The lower half of ``total [p, p]`` from the upper one, in place; ``corners``: also where strips meet the
     diagonal.
     """
-    for lo, hi in strips(total.shape[-1]):
-        total[hi:, lo:hi] = total[lo:hi, hi:].T
+    p = total.shape[-1]
+    for lo, hi in strips(p):
+        if hi < p:
+            total[hi:, lo:hi] = total[lo:hi, hi:].T
         if corners:
             corner = total[lo:hi, lo:hi]
             corner.copy_(corner.triu() + corner.triu(1).T)

@@ -57,6 +57,8 @@ class Tile:
         step = (
             max(-(-len(left) // inner // 16), -(-costs.LEAST_ROWS // inner)) * inner
         )  # some outputs of all examples, or all of some
+        if len(left) * len(right) <= costs.SMALL_PRODUCT:
+            step = len(left)
         for lo in range(0, len(left), step):
             hi, first = min(len(left), lo + step), lo // inner * across if self.symmetric else 0
             products = torch.mm(left[lo:hi], right[first:].T, out=self.working("products", hi - lo, len(right) - first))

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import OutputError
+from nngeom.core.output_metric import OutputMetric
 from nngeom.cotangents import softmax
 from nngeom.cotangents.likelihood import Likelihood
+from nngeom.cotangents.output_metrics import SoftmaxMetric
 from nngeom.cotangents.softmax import Labels, wide
 from nngeom.sweep.columns import Columns
 
@@ -118,18 +120,16 @@ class Categorical(Likelihood):
             p = wide(z[:, position]).softmax(-1)  # [n c]
             smallest = 4 * torch.finfo(p.dtype).tiny  # whose inverse is finite
             q = p.flip(-1).cumsum(-1).flip(-1).T
-            inverse = torch.where(q > smallest, 1 / q, 0)  # below, the columns are zero to rounding
+            inverse = q.reciprocal().masked_fill(q <= smallest, 0)  # below, the columns are zero to rounding
             size = (p[:, lo:hi].T * q[lo + 1 : hi + 1] * inverse[lo:hi]).sqrt()  # [k n]
             if keep is not None:
                 size = size * keep[:, position]
-            slope = -(size * inverse[lo + 1 : hi + 1]).unsqueeze(-1)
-            classes, group = torch.arange(c, device=p.device), max(1, softmax.NUMBERS // (n * c))
+            slope = -(size * inverse[lo + 1 : hi + 1]).T.unsqueeze(-1)  # [n k 1]
+            group = max(1, softmax.NUMBERS // (n * c))
             for first in range(0, hi - lo, group):
-                part = slice(first, min(first + group, hi - lo))
-                before = classes <= (lo + first + classes[: part.stop - first]).view(-1, 1, 1)
-                v[part] = (p * slope[part]).masked_fill(before, 0)
-            j = torch.arange(hi - lo, device=p.device)
-            v[j, :, j + lo] = size.to(v)
+                last = min(first + group, hi - lo)
+                v[first:last] = (p.unsqueeze(1) * slope[:, first:last]).triu_(lo + first + 1).transpose(0, 1)
+            v.diagonal(lo, 0, 2).copy_(size.T)
 
         def make(lo: int, hi: int) -> Tensor:
             v = z.new_zeros(hi - lo, n, positions, c, dtype=dtype)
@@ -144,6 +144,11 @@ class Categorical(Likelihood):
             return self.unmove(v.flatten(1, 2), outputs).to(outputs.dtype)
 
         return Columns(positions * (c - 1), make)
+
+    def metric(self, outputs: Tensor, targets: Any = None) -> OutputMetric | None:
+        if type(self).square_root is not Categorical.square_root or self._axis(outputs) != outputs.ndim - 1:
+            return None
+        return SoftmaxMetric(self.rows(outputs), self.counted(outputs, targets))
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any = None) -> Tensor:
         """``sqrt(p) r - p <sqrt(p), r>`` at every position: the root ``diag(sqrt(p)) - p sqrt(p)^T`` of ``c``

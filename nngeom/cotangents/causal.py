@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from nngeom.capture.network import targets as targets_in
 from nngeom.core.errors import ArgumentError, OutputError
+from nngeom.core.output_metric import OutputMetric
 from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.cross_entropy import CrossEntropy
 from nngeom.cotangents.language_models import is_causal_lm, shifts_labels
 from nngeom.cotangents.likelihood import Likelihood
+from nngeom.cotangents.output_metrics import SoftmaxMetric
 from nngeom.cotangents.per_example import Loss
 from nngeom.sweep.columns import Columns
 
@@ -139,6 +141,17 @@ class CausalLM(Likelihood, Loss):
         t, c = outputs.shape[1:]
         count = columns.count if self.logits_are_shifted else (t - 1) * (c - 1)
         return Columns(count, columns.make if shares is None else lambda lo, hi: columns.make(lo, hi) * shares.sqrt())
+
+    def metric(self, outputs: Tensor, targets: Any = None) -> OutputMetric | None:
+        if type(self).square_root is not CausalLM.square_root:
+            return None
+        y = self.aligned(outputs, targets)
+        z, counted = self.categorical.rows(outputs), self.categorical.counted(outputs, y)
+        shares = self._shares(outputs, y)
+        if shares is None:
+            return SoftmaxMetric(z, counted)
+        share = shares.view(-1, 1).expand(outputs.shape[:2]).flatten()
+        return SoftmaxMetric(z, share if counted is None else share * counted)
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any = None) -> Tensor:
         y = self.aligned(outputs, targets)

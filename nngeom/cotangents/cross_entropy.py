@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, OutputError
+from nngeom.core.output_metric import OutputMetric
 from nngeom.cotangents import softmax
 from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.likelihood import as_columns
+from nngeom.cotangents.output_metrics import SoftmaxMetric
 from nngeom.cotangents.per_example import Loss
 from nngeom.cotangents.softmax import Labels
 from nngeom.sweep.columns import Columns
@@ -62,6 +64,13 @@ class CrossEntropy(Loss):
             return columns
         root = categorical.unmove(totals.sqrt().unsqueeze(-1).expand(z.shape), outputs)
         return Columns(columns.count, lambda lo, hi: columns.make(lo, hi) * root)
+
+    def metric(self, outputs: Tensor, targets: Any) -> OutputMetric | None:
+        if type(self).square_root is not CrossEntropy.square_root:
+            return None
+        z, labels, categorical = self._fitted(outputs, targets)
+        plain = categorical.metric(outputs)
+        return None if plain is None else SoftmaxMetric(z, labels.totals(z))
 
     def times(self, outputs: Tensor, tangent: Tensor, targets: Any) -> Tensor:
         z, labels, categorical = self._fitted(outputs, targets)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.output_metric import OutputMetric
 from nngeom.core.stream import RUNNING, Numbers, Stream
 from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.causal import CausalLM, by_name
@@ -65,6 +66,11 @@ class ExactFisher:
         """One column of the square root a cotangent."""
         likelihood, y = fitted(self.likelihood, outputs, batch)
         return as_columns(likelihood.square_root(outputs, y))
+
+    def metric(self, outputs: Tensor, batch: Any) -> OutputMetric | None:
+        """The metric without its root, along the last axis of the outputs, where it is known."""
+        likelihood, y = fitted(self.likelihood, outputs, batch)
+        return likelihood.metric(outputs, y)
 
     def times(self, outputs: Tensor, tangent: Tensor, batch: Any, start: int) -> Tensor:
         """The metric of the outputs times a tangent."""

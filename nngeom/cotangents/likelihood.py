@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, OutputError, UnsupportedError
+from nngeom.core.output_metric import DiagonalMetric, OutputMetric
 from nngeom.cotangents import logistic
 from nngeom.cotangents.precise import Precise
 from nngeom.cotangents.reading import Reading
@@ -120,8 +121,7 @@ def diagonal_columns(root: Tensor) -> Columns:
 
     def make(lo: int, hi: int) -> Tensor:
         v = flat.new_zeros(hi - lo, n, width)
-        k = torch.arange(hi - lo, device=flat.device)
-        v[k, :, k + lo] = flat[:, lo:hi].T
+        v.diagonal(lo, 0, 2).copy_(flat[:, lo:hi])
         return v.view(hi - lo, *root.shape)
 
     return Columns(width, make)
@@ -136,6 +136,11 @@ class Independent(Likelihood):
 
     def square_root(self, outputs: Tensor, targets: Any = None) -> Columns | Tensor:
         return diagonal_columns(self.root(outputs))
+
+    def metric(self, outputs: Tensor, targets: Any = None) -> OutputMetric | None:
+        if type(self).square_root is not Independent.square_root:
+            return None
+        return DiagonalMetric(self.root(outputs).square().flatten(0, -2))
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any = None) -> Tensor:
         return self.root(outputs) * noise(*outputs.shape[1:])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nngeom.capture.network import require_targets
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.output_metric import OutputMetric
 from nngeom.cotangents.causal import by_name
 from nngeom.cotangents.cross_entropy import CrossEntropy
 from nngeom.cotangents.likelihood import diagonal_columns
@@ -84,6 +85,11 @@ class GaussNewton:
         """The square root of the Hessian of the loss in the outputs."""
         loss, y = judged(self.loss, outputs, batch)
         return loss.square_root(outputs, y)
+
+    def metric(self, outputs: Tensor, batch: Any) -> OutputMetric | None:
+        """The Hessian of the loss without its root, along the last axis of the outputs, where it is known."""
+        loss, y = judged(self.loss, outputs, batch)
+        return loss.metric(outputs, y)
 
     def times(self, outputs: Tensor, tangent: Tensor, batch: Any, start: int) -> Tensor:
         """The Hessian of the loss in the outputs times a tangent."""

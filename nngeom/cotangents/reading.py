@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nngeom.capture.network import targets
+from nngeom.core.output_metric import OutputMetric
 
 
 class Reading:
@@ -30,6 +31,13 @@ class Reading:
         there are none.
         """
         return targets(batch)
+
+    def metric(self, outputs: Tensor, targets: Any) -> OutputMetric | None:
+        """The matrices ``sum_k v_k v_k^T`` of the columns of the root at these ``outputs (n, *positions, c)``, a row
+        each, without the root; ``None`` where they are not known, or not one over the last axis. ``targets``: of the
+        batch.
+        """
+        return None
 
 
 def _told(value: Any) -> str:

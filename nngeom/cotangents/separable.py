@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, OutputError
+from nngeom.core.output_metric import DiagonalMetric, OutputMetric
 from nngeom.cotangents import logistic
 from nngeom.cotangents.likelihood import diagonal_columns, like
 from nngeom.cotangents.per_example import Loss
@@ -51,6 +52,11 @@ class Separable(Loss):
 
     def times(self, outputs: Tensor, tangent: Tensor, targets: Any) -> Tensor:
         return (self._curvature(outputs, targets) * tangent).to(tangent.dtype)
+
+    def metric(self, outputs: Tensor, targets: Any) -> OutputMetric | None:
+        if type(self).square_root is not Separable.square_root:
+            return None
+        return DiagonalMetric(self._curvature(outputs, targets).to(outputs.dtype).flatten(0, -2))
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any) -> Tensor:
         return (self._curvature(outputs, targets).sqrt() * noise(*outputs.shape[1:])).to(outputs.dtype)

@@ -4,6 +4,7 @@ once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -19,8 +20,8 @@ def require_finite(results: Iterable[torch.Tensor], *sides: Side | None) -> None
     """Where rows were not searched: raise :class:`NonFiniteError` if results of them are not finite, naming batch and
     examples.
     """
-    if all(side is None or side.watch for side in sides) or bool(
-        torch.isfinite(torch.stack([t.detach().sum() for t in results])).all()
+    if all(side is None or side.watch for side in sides) or all(
+        math.isfinite(s) for s in torch.stack([t.detach().sum() for t in results]).tolist()
     ):
         return
     for side in sides:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from nngeom.core.layout import Arrangement
 from nngeom.core.whole import whole
@@ -27,6 +28,7 @@ class Call:
     def __init__(self, find: Callable[[Tensor], tuple[str, Tensor] | None], out: Tensor, *, keep_graph: bool) -> None:
         self._find, self.out, self.keep_graph = find, out, keep_graph
         self.sources: list[tuple[Tensor, int]] = []
+        self.entry: GradientEdge | None = None  # of the input that was kept last
 
     def is_parameter(self, x: Any) -> bool:
         """Whether ``x`` is a selected parameter or a view of one."""
@@ -53,6 +55,7 @@ class Call:
         """An input ``x`` to be read later: detached unless the kernel is to be differentiated."""
         if x.is_complex() or x.is_nested or x.layout is not torch.strided:
             raise NotStructured  # rows of complex products are sums of two; the others have no strides
+        self.entry = None if x.grad_fn is None else GradientEdge(x.grad_fn, x.output_nr)
         x = whole(x if self.keep_graph else x.detach())
         self.sources.append((x, x._version))
         return x

@@ -28,6 +28,7 @@ from nngeom.pmat.given import (
     require_mapping,
     require_square,
 )
+from nngeom.pmat.kept import kept_factor
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, join_rows
 from nngeom.space.collection import LayerCollection
@@ -67,7 +68,8 @@ class DenseBlock(Block):
     def solve(self, b: Tensor, damping: Damping) -> Tensor:
         if by_eigenvalues(damping):
             return self.inverse(damping).mv(b)
-        x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, definite_factor(self.m, damping, "the dense matrix"))
+        factor = kept_factor(self, (self.m,), lambda: self.m, damping, "the dense matrix")
+        x = torch.cholesky_solve(b.reshape(-1, b.shape[-1]).T, factor)
         return x.T.reshape(b.shape)
 
     def logdet(self, damping: Tikhonov) -> Tensor:

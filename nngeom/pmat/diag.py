@@ -67,6 +67,7 @@ class PMatDiag(PMat):
     """The exact diagonal, everything else dropped."""
 
     entries = "diagonal"
+    any_columns = True
 
     @classmethod
     def recipe(cls, selection: Selection) -> Recipe:

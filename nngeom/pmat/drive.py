@@ -10,6 +10,7 @@ import torch
 
 from nngeom.core.errors import NonFiniteError, UnsupportedError
 from nngeom.core.layout import Layout
+from nngeom.core.linalg import is_finite
 from nngeom.core.statistic import Sums, names_of
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Recipe, Selection, Statistic
@@ -167,7 +168,7 @@ def require_finite(means: Means, source: Source, count: int) -> Means:
     """The means, or :class:`NonFiniteError` that says what is not finite."""
     for block, tensors in means.items():
         for name, t in tensors.items():
-            if not bool(torch.isfinite(t.sum())) and not bool(torch.isfinite(t).all()):
+            if not is_finite(t):
                 with team_of(source).together("sweep"):
                     source.raise_where_not_finite()
                 raise NonFiniteError(

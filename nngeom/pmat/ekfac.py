@@ -66,6 +66,7 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
     passes = 2
     centred = False
     projects = True
+    any_columns = True
 
     @classmethod
     def recipe(

@@ -14,6 +14,7 @@ from torch import Tensor
 from nngeom.core import contract, linalg
 from nngeom.core.errors import StructureError
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
+from nngeom.core.head import HeadJacobian
 from nngeom.core.jacobian import LayerJacobian, pieces
 from nngeom.core.statistic import Inputs, Moment
 from nngeom.core.tied import SumJacobian, TiedJacobian, sum_of
@@ -30,6 +31,7 @@ def structure_of(j: LayerJacobian) -> str:
 
 
 structure_of.register(FactoredJacobian, lambda j: "kronecker")
+structure_of.register(HeadJacobian, lambda j: "kronecker")
 structure_of.register(LookupJacobian, lambda j: "lookup")
 structure_of.register(TiedJacobian, lambda j: "tied")
 structure_of.register(SumJacobian, lambda j: "unlike uses")
@@ -69,6 +71,13 @@ def _(j: FactoredJacobian, sharing: str, limit: int) -> Factors:
 
 
 @factors.register
+def _(j: HeadJacobian, sharing: str, limit: int) -> Factors:
+    share = 1 / max(1, j.positions) if sharing == "expand" else 1.0
+    g = j.squared_columns() if j.shape[3] > limit else j.second_moment()
+    return {"g": share * g, "a": Inputs(lambda: _of_inputs(j.a, sharing, limit))}
+
+
+@factors.register
 def _(j: LookupJacobian, sharing: str, limit: int) -> Factors:
     return {"g": of_gradients(j.g, sharing, limit), "a": Inputs(lambda: _of_lookups(j, sharing))}
 
@@ -95,8 +104,9 @@ def factor_shapes(j: LayerJacobian, limit: int) -> list[tuple[Shape, Shape]]:
     return [((s, i, i), (s, 1, 1))] if o == 1 else []
 
 
-@factor_shapes.register
-def _(j: FactoredJacobian, limit: int) -> list[tuple[Shape, Shape]]:
+@factor_shapes.register(FactoredJacobian)
+@factor_shapes.register(HeadJacobian)
+def _(j: FactoredJacobian | HeadJacobian, limit: int) -> list[tuple[Shape, Shape]]:
     _, _, s, o, i = j.shape
     return [(_factor_shape(s, i, limit), _factor_shape(s, o, limit))]
 

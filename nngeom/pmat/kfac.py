@@ -135,6 +135,7 @@ class PMatKFAC(PMat):
     "block"``) of one of gradients diagonal blocks of equal sides up to that; :attr:`dropped` says what is lost.
     """
 
+    any_columns = True
     centred = False
 
     @classmethod

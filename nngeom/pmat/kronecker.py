@@ -12,8 +12,9 @@ from nngeom.core import linalg
 from nngeom.core.damping import Damping, FactoredTikhonov
 from nngeom.pmat.block import Block, BlockBasis
 from nngeom.pmat.block_algebra import Remake, largest
-from nngeom.pmat.eigenvalues import reciprocal, require_positive
+from nngeom.pmat.eigenvalues import by_eigenvalues, reciprocal, require_positive
 from nngeom.pmat.factors import product_of_marginals
+from nngeom.pmat.kept import kept_factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,16 @@ class KroneckerBlock(Block):
             return self.factored_inverse(damping)
         return self.eigen().inverse(damping)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is a dense matrix over the inputs: of one output, whose factor is a number."""
+        return self.g.shape[-1] == 1 and not linalg.is_diagonal(self.a)
+
     def solve(self, b: Tensor, damping: Damping) -> Tensor:
+        if self.is_exact and not by_eigenvalues(damping):
+            m = lambda: self.a * self.g.reshape(-1, 1, 1)
+            factor = kept_factor(self, (self.a, self.g), m, damping, "the exact block")
+            return torch.cholesky_solve(b.mT, factor.expand(*b.shape[:-2], *factor.shape[-2:])).mT
         if not isinstance(damping, FactoredTikhonov) or b.ndim > 3:
             return super().solve(b, damping)
         a, g = self.damped(damping)

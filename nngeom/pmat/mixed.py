@@ -71,6 +71,10 @@ class Mixture(Representation["PMatMixed"]):
         return all(r.centred for r in self.members)
 
     @property
+    def any_columns(self) -> bool:
+        return all(r.any_columns for r in self.members)
+
+    @property
     def projects(self) -> bool:
         return all(r.projects for r in self.members)
 

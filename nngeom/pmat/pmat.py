@@ -44,8 +44,9 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
             PMat.makers[made_of] = cls
         if "recipe" in vars(cls) and "entries" not in vars(cls):
             cls.entries = None  # what was said of the parent's recipe
-        if "recipe" in vars(cls) and "projects" not in vars(cls):
-            cls.projects = False
+        for said in ("projects", "any_columns"):
+            if "recipe" in vars(cls) and said not in vars(cls):
+                setattr(cls, said, False)
         PMat.kinds.add(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

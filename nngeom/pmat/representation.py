@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Representation(Generic[M_co]):
 
     def recipe(self, selection: Selection) -> Recipe:
         """The recipe for some of the parameters; raises :class:`ArgumentError` on unknown options."""
-        known = list(inspect.signature(self.kind.recipe).parameters)[1:]
+        known = [p.name for p in _options(self.kind)]
         odd = [name for name in self.settings if name not in known]
         if odd:
             raise ArgumentError(f"{self.kind.__name__} has no option {odd}; it has {known or 'none'}")
@@ -46,6 +47,11 @@ class Representation(Generic[M_co]):
     def centred(self) -> bool:
         """Whether rows whose mean was taken from them may enter."""
         return self.kind.centred
+
+    @property
+    def any_columns(self) -> bool:
+        """See :attr:`Measured.any_columns`."""
+        return self.kind.any_columns
 
     @property
     def projects(self) -> bool:
@@ -69,8 +75,7 @@ class Representation(Generic[M_co]):
 
     def _options(self) -> dict[str, Any]:
         """All options of the recipe, with its defaults."""
-        given = list(inspect.signature(self.kind.recipe).parameters.values())[1:]
-        return {p.name: p.default for p in given if p.default is not p.empty} | self.settings
+        return {p.name: p.default for p in _options(self.kind) if p.default is not p.empty} | self.settings
 
     def last_sweep(self, matrix: PMat) -> Representation[Any]:
         """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is
@@ -91,11 +96,18 @@ class Representation(Generic[M_co]):
         return self
 
 
+@functools.cache
+def _options(kind: type[Measured]) -> tuple[inspect.Parameter, ...]:
+    """What the recipe of a class takes beside the selection."""
+    return tuple(inspect.signature(kind.recipe).parameters.values())[1:]
+
+
 class Measured(ABC):
     """A class of matrices that are measured by a recipe: what it says of itself to those who measure."""
 
     passes: ClassVar[int] = 1
     centred: ClassVar[bool] = True  # any rows may enter, such as those less their mean, not only sums of outer products
+    any_columns: ClassVar[bool] = False  # statistics are sums over cotangents in blocks: of any root of the metric
     entries: ClassVar[str | None] = None  # kept as they are of any matrix: "all", those in "layers", the "diagonal"
     projects: ClassVar[bool] = False  # what it keeps of any matrix is read off products with the vectors of its blocks
     kinds: ClassVar[Registry[Any]] = Registry()  # by qualified name, for files

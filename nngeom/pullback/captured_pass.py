@@ -129,6 +129,8 @@ class Pass:
     def _bar(self) -> None:
         """Forget the uses of parameters that are left to the fallback."""
         barred = self.capture.unstructured | self.left_to_fallback
+        if not barred:
+            return
         left = (recorded.without(barred) for recorded in self.capture.uses)
         self.capture = replace(self.capture, uses=[recorded for recorded in left if recorded.use.slots])
 

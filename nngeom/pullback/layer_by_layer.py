@@ -4,6 +4,7 @@ layer.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,20 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from nngeom.capture.recorder import Capture
 from nngeom.core import memory
 from nngeom.core.factored import at_one_position
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
-from nngeom.pullback.backward import Pile, gains_from_batching, one_by_one_pays, pull_back
+from nngeom.pullback.backward import Pile, pull_back
 from nngeom.pullback.halts import Stage, stages
+from nngeom.pullback.sizes import looped
 from nngeom.pullback.use_groups import Empty, UseGroup
 
 Jacobians = dict[Layout, LayerJacobian]
 # Both save memory at no cost in time: kernels of seven nets (29 November 2026, one thread, torch 2.13.0, float32) took
 # as long within the noise, a quarter, for 2**20 to 2**28 bytes, and for 4 or 8 times or never; for 1 time up to 1.5.
 STAGE_BYTES = 2**24  # gradients of all cotangents that are held at once, where layers may come one after the other
+FORGOTTEN_BYTES = 2**18  # gradients of a pass whose inputs are let go of as soon as they were read
 SMALLER = 4  # rows that take so many times less memory than the gradients they are made of are kept instead
 
 
@@ -40,12 +44,21 @@ class Descent:
         self.keep_graph, self.explicit = keep_graph, explicit
         self.n = capture.outputs.shape[0]
         self.edges: list[Any] = [use.edge for use in self.uses]
-        self.looped = _looped(capture, keep_graph=keep_graph)  # whether cotangents are pulled back one by one
+        self.start: Any = capture.outputs
+        self.asked = list(range(len(self.uses)))
+        self.looped = looped(capture, keep_graph=keep_graph)  # whether cotangents are pulled back one by one
 
     @property
     def whole(self) -> list[Stage]:
         """A route without a halt."""
-        return [Stage([list(range(len(self.uses)))])]
+        return [Stage([self.asked])]
+
+    def behind(self, entry: GradientEdge, head: int) -> Descent:
+        """The way back from ``entry``, the inputs of the use ``head``, to all other uses."""
+        other = copy.copy(self)
+        other.start, other.asked = entry, [j for j in self.asked if j != head]
+        other.groups = [group for group in self.groups if all(j != head for j, _, _ in group.uses)]
+        return other
 
     def route(self, count: int) -> list[Stage]:
         """Where to halt so that little is held at once for ``count`` cotangents."""
@@ -88,6 +101,7 @@ class Descent:
     def by_layers(self, route: list[Stage], v: Tensor, *, retain: bool) -> Iterator[Jacobians]:
         """The same some layers at a time, on a route: each part overwrites the one before. To be asked for once."""
         early, waiting = self._early(len(v)), list(self.groups)
+        large = sum(self._sizes(len(v))) > FORGOTTEN_BYTES
         gradients: dict[int, Tensor] = {}
         working = memory.Working()
         for turn in self._turns(route, v, early, retain=retain, gradients_in=working, inputs_in=memory.fresh):
@@ -102,12 +116,13 @@ class Descent:
             )  # elsewhere asking each by itself whether its positions differ would make the host wait
             for groups in [[group] for group in ready] if one_by_one else [ready]:
                 yield self._rows(groups, gradients, early, memory.fresh)
-                for group in groups:
+                for group in groups if large else ():
                     group.forget()
             needed = {j for group in waiting for j, _, _ in group.uses}
             for j in [j for j in gradients if j not in needed]:
                 del gradients[j]
-                self.uses[j] = self.uses[j].forgotten()
+                if large:
+                    self.uses[j] = self.uses[j].forgotten()
 
     def _sizes(self, count: int) -> list[int]:
         """Bytes kept of each use for so many cotangents."""
@@ -146,7 +161,7 @@ class Descent:
             j for group in self.groups if len(group.uses) > 1 for j, _, _ in group.uses
         }  # kept until the other uses come
         halt_in = _Halts(gradients_in)
-        start: Any = self.capture.outputs
+        start: Any = self.start
         for stage in route:
             for turn in stage.turns:
                 closing = turn is stage.turns[-1]
@@ -229,21 +244,6 @@ class _Halts:
         if sizes != self._sizes:
             self._sizes, self._which = sizes, 1 - self._which
         return self._empty(("halt", self._which), sizes, like)
-
-
-def bytes_each_cotangent(capture: Capture, *, keep_graph: bool) -> int:
-    """Gradients of all uses; where cotangents are pulled back together, what lies between as well."""
-    size = _gradient_bytes(capture) + capture.outputs.numel() * capture.outputs.element_size()
-    return size if _looped(capture, keep_graph=keep_graph) and not keep_graph else 2 * size
-
-
-def _looped(capture: Capture, *, keep_graph: bool) -> bool:
-    products = gains_from_batching([recorded.use for recorded in capture.uses], create_graph=keep_graph)
-    return one_by_one_pays(_gradient_bytes(capture), capture.outputs.device, products=products)
-
-
-def _gradient_bytes(capture: Capture) -> int:
-    return sum(use.shape.numel() for use in capture.uses) * capture.outputs.element_size()
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

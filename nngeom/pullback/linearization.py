@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from nngeom.capture.exchanged import exchanged
-from nngeom.capture.fused import ReverseConventions, twice_differentiable
+from nngeom.capture.fused import ReverseConventions, twice_differentiable, unfused
 from nngeom.capture.graph import read
 from nngeom.capture.network import RUNNING, Batch, Network, gradients_on
 from nngeom.core.draws import dot, factors, outer
@@ -46,6 +46,8 @@ class Linearization:
         for way in (self._forward, self._twice):
             try:
                 outputs, tangent = way(batch, v)
+                if not ask and not self._misled():
+                    return outputs, tangent
                 right = self._known(way, outputs)
                 if right is None and not ask:
                     return outputs, tangent
@@ -71,9 +73,9 @@ class Linearization:
         )
 
     def _forward(self, batch: Batch, v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        with RUNNING, gradients_on(), twice_differentiable(), forward_mode(), ReverseConventions():
+        with RUNNING, gradients_on(), unfused(), forward_mode():
             duals = {name: forward_ad.make_dual(p, v[name]) for name, p in self.network.parameters.items()}
-            primal, tangent = forward_ad.unpack_dual(self._run(batch, duals))
+            primal, tangent = forward_ad.unpack_dual(self._run(batch, duals, ReverseConventions(composed=True)))
         return primal, torch.zeros_like(primal) if tangent is None else tangent.detach()
 
     def _twice(self, batch: Batch, v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -102,6 +104,10 @@ class Linearization:
         key = way.__name__, graph.key, outputs.dtype, frozenset(self.network.hooked)
         yield key
         yield *key, float(outputs.detach().sum(dtype=torch.float64))
+
+    def _misled(self) -> bool:
+        """Whether some way was wrong of some graph of the model."""
+        return False in _RIGHT.get(self.network.model, {}).values()
 
     def _known(self, way: Callable[..., tuple[Tensor, Tensor]], outputs: Tensor) -> bool | None:
         known = _RIGHT.setdefault(self.network.model, {})
@@ -150,12 +156,12 @@ class Linearization:
         whole = [torch.zeros_like(p) if g is None else dense(g) for g, p in zip(grads, params)]
         return torch.cat([g.flatten() for g in whole])
 
-    def _run(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
+    def _run(self, batch: Batch, parameters: dict[str, Tensor], mode: ReverseConventions) -> Tensor:
         """The outputs with other tensors in the place of the parameters; a user's function may call the model
         anyhow.
         """
         with exchanged(self.network.model, parameters):
-            return self.network.run(batch)
+            return self.network.run(batch, mode)
 
 
 _RIGHT: WeakKeyDictionary[torch.nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()

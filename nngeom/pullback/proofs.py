@@ -48,6 +48,7 @@ class Proof:
     )  # parameters left to the fallback: some path is unknown, or rows differed
     compared: set[str] = field(default_factory=set)  # parameters whose rows were compared with autograd's
     separate: bool = False  # parts of the batch gave the outputs of the whole
+    head: bool | None = None  # whether gradients arrive at the inputs of the last use as products with its weight
     halts: bool | None = None  # whether gradients are the same when the pass is halted at every halt of the graph
 
     def place(self, j: int) -> Place:

@@ -140,8 +140,8 @@ def _with_ones(a: Tensor, start: int, size: int, empty: Callable[..., Tensor]) -
     out = empty((*a.shape[:-1], size + 1), a)
     if a.shape[-1] != size:
         out.zero_()
-    out[..., start : start + a.shape[-1]] = a
-    out[..., -1] = 1
+    out.narrow(-1, start, a.shape[-1]).copy_(a)
+    out.select(-1, size).fill_(1)
     return out
 
 

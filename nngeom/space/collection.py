@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -51,10 +51,21 @@ class LayerCollection:
         Raises :class:`CollectionError` when a pattern matches nothing or no parameter is left.
         """
         model = unwrap(model)
+        return LayerCollection.among(model, by_all_names(model), include, exclude)
+
+    @staticmethod
+    def among(
+        model: nn.Module, parameters: Mapping[str, nn.Parameter], include: Pattern | None, exclude: Pattern | None
+    ) -> LayerCollection:
+        """As :meth:`from_model`, with the ``parameters`` of the ``model`` by all their names, see :func:`by_all_names`;
+        ``include``, ``exclude``: see there.
+        """
         aliases: dict[int, list[str]] = {}
-        for name, p in model.named_parameters(remove_duplicate=False):
+        found: dict[int, nn.Parameter] = {}
+        for name, p in parameters.items():
             aliases.setdefault(id(p), []).append(name)
-        every = dict(model.named_parameters())
+            found[id(p)] = p
+        every = {names[0]: found[id_] for id_, names in aliases.items()}
         kind = type(model)
         root = kind.__name__ if kind.__module__.startswith("torch.nn") else None  # a single layer as the model
         layers = {name: name.rpartition(".")[0] or root or name for name in every}
@@ -157,7 +168,10 @@ class LayerCollection:
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The live parameters of a model; raises :class:`CollectionError` where one is missing, frozen or reshaped."""
-        named = dict(unwrap(model).named_parameters(remove_duplicate=False))
+        return self.live(by_all_names(unwrap(model)))
+
+    def live(self, named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Those of this collection among the parameters of a model ``named``, all by all their names."""
         for name, shape in zip(self.names, self.shapes):
             if name not in named:
                 raise CollectionError(f"the model has no parameter {name!r}; the collection belongs to another model")
@@ -186,12 +200,17 @@ class LayerCollection:
         )
 
 
+def by_all_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by all their names; of one that is tied under each."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        elif "_orig_mod" in vars(model).get("_modules", ()):
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model

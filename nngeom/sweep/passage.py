@@ -22,7 +22,7 @@ from nngeom.core.linalg import flat_rows
 from nngeom.core.stream import Stream
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.captured_pass import Pass
-from nngeom.pullback.layer_by_layer import bytes_each_cotangent
+from nngeom.pullback.sizes import bytes_each_cotangent
 from nngeom.pullback.use_groups import wide
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.columns import Cotangents

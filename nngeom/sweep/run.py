@@ -143,8 +143,9 @@ class Run:
     def followed(self, label: str) -> Iterable[Batch]:
         """The batches, beside a bar named ``label`` where progress is to be shown."""
         source = as_batches(self.loader)
-        shown = self.progress and self.team.rank == 0
-        return tqdm(self._visited(source), total=_length(source), desc=label, disable=not shown)
+        if not self.progress or self.team.rank:
+            return self._visited(source)
+        return tqdm(self._visited(source), total=_length(source), desc=label)
 
     def on(self, loader: Any) -> Run:
         """The same on another ``loader``."""

@@ -2,54 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nngeom.capture.network import Batch, as_batches, leading_size, require_finite, take
 from nngeom.capture.recorder import Capture, record
 from nngeom.core import memory
 from nngeom.core.errors import LoaderError
-from nngeom.core.jacobian import LayerJacobian, tensors
-from nngeom.core.layout import Layout
 from nngeom.pullback.captured_pass import Pass
-from nngeom.pullback.layer_by_layer import bytes_each_cotangent
 from nngeom.pullback.proofs import Proof, keeps_apart
 from nngeom.pullback.separate import parts_make_the_whole
+from nngeom.pullback.sizes import bytes_each_cotangent
+from nngeom.sweep.chunk import Chunk as Chunk
 from nngeom.sweep.columns import Columns, Cotangents
 from nngeom.sweep.finite import require_finite_rows
+from nngeom.sweep.narrow import narrowed
 from nngeom.sweep.run import Run
 
 START = (-1, -1)  # before the first chunk, which starts with example 0 and cotangent 0
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What a statistic sees: the rows of one batch, for some of its cotangents.
-
-    ``jacobians``: the rows of every block of parameters; ``examples``: ``n``; ``start``: the running index of the first
-    of them; ``cotangents``: the first of these and how many there are in all, ``(lo, total)``.
-    """
-
-    jacobians: dict[Layout, LayerJacobian]
-    examples: int
-    start: int
-    cotangents: tuple[int, int]
-
-    @property
-    def first(self) -> bool:
-        """Whether these are the first cotangents of the batch: statistics of inputs alone are taken once."""
-        return self.cotangents[0] == 0
-
-    def nbytes(self, storages: set[int]) -> int:
-        """Bytes beyond those of the ``storages`` held, which these join: chunks of one batch share its inputs."""
-        new = {t.untyped_storage().data_ptr(): t for j in self.jacobians.values() for t in tensors(j)}
-        new = {place: t for place, t in new.items() if place not in storages}
-        storages.update(new)
-        return sum(t.numel() * t.element_size() for t in new.values())
 
 
 @dataclass(frozen=True)
@@ -65,6 +39,7 @@ class Policy:
     explicit: bool = False  # rows are used as they are, factors are not
     divide: bool = False  # batches too large for one chunk of all cotangents, or too many examples, are run in parts
     most_examples: int | None = None  # of a chunk
+    any_columns: bool = False  # only sums over cotangents within blocks are taken: any root of the metric will do
     shares: int = 2  # a chunk may take one of so many shares of the budget
 
 
@@ -78,7 +53,7 @@ class Sweep:
 
     def but(self, **changes: Any) -> Sweep:
         """The same with another policy."""
-        return replace(self, policy=replace(self.policy, **changes))
+        return Sweep(self.run, self.cotangents, replace(self.policy, **changes))
 
     def chunks(self, after: tuple[int, int] = START) -> Iterator[Chunk]:
         """Every batch, cut over cotangents, under the budget in force.
@@ -103,7 +78,7 @@ class Sweep:
         one.
         """
         quiet = replace(self, run=replace(self.run, check=False, progress=False))
-        for _ in quiet.but(reuse=True, watch=True).chunks():
+        for _ in quiet.but(reuse=True, watch=True, any_columns=False).chunks():
             pass
 
     # -- one batch -----------------------------------------------------------------------------------------------------
@@ -174,6 +149,9 @@ class Sweep:
         run, columns = self.begin(capture, start, working)
         size = memory.step(columns.count, each, "output of one batch", memory.budget() // self.policy.shares)
         self._resolve(run)
+        if self.policy.any_columns and (narrow := narrowed(run, self.cotangents, columns)) is not None:
+            yield from narrow.chunks(run, start)
+            return
         for lo in range(0, columns.count, size):
             if (start, lo) <= after:
                 continue
@@ -194,7 +172,7 @@ class Sweep:
         """
         check = self.run.check
         run.resolve(check=check)
-        if check and not run.proof.covers(run.capture) and bool(torch.isfinite(run.capture.outputs.detach().sum())):
+        if check and not run.proof.covers(run.capture) and math.isfinite(run.capture.outputs.detach().sum().item()):
             run.prove()
 
     def one_batch(self) -> tuple[Pass, Tensor] | None:

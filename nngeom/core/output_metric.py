@@ -1,0 +1,74 @@
+"""A metric of outputs, known without its square root: what is asked of it where a linear map makes the outputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core import memory
+
+
+class OutputMetric(ABC):
+    """Symmetric positive semi-definite matrices ``H[r]`` over ``c`` outputs, one for every row ``r``: an example, or a
+    position of one.
+    """
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """``[r, c]``: the diagonals."""
+
+    @abstractmethod
+    def total(self) -> Tensor:
+        """``[c, c]``: ``sum_r H[r]``."""
+
+    @abstractmethod
+    def along(self, u: Tensor) -> Tensor:
+        """``[r, o]``: ``u_j^T H[r] u_j`` for the columns of ``u [c, o]``."""
+
+    @abstractmethod
+    def spread(self, w: Tensor, part: slice) -> Tensor:
+        """``x [r, c, i]`` with ``x[r]^T x[r] = w^T H[r] w`` for ``w [c, i]``, of a ``part`` of the rows."""
+
+    def behind(self, w: Tensor, rows: range) -> Tensor:
+        """``l [r, i, i]``, lower triangular, with ``l l^T = w^T H w`` for ``w [c, i]``, of some ``rows``.
+
+        Products are factorised by Cholesky; where that fails, as for singular ones, what they are made of by QR.
+        """
+        roots, failed = [], []
+        for lo, hi in memory.pieces(len(rows), w.numel() * w.element_size(), most=memory.CACHE_BYTES):
+            x = self.spread(w, _slice(rows[lo:hi]))
+            root, info = torch.linalg.cholesky_ex(x.mT @ x)
+            roots.append(root)
+            failed.append(info)
+        root = torch.cat(roots)
+        for r in torch.cat(failed).nonzero().flatten().tolist():  # a device is waited for once
+            triangle = torch.linalg.qr(self.spread(w, _slice(rows[r : r + 1]))[0], mode="r")[1].T  # [i min(c i)]
+            root[r] = 0
+            root[r, :, : triangle.shape[1]] = triangle
+        return root
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalMetric(OutputMetric):
+    """Outputs that count by themselves: ``H = diag(d)``."""
+
+    d: Tensor  # [r c]
+
+    def diagonal(self) -> Tensor:
+        return self.d
+
+    def total(self) -> Tensor:
+        return self.d.sum(0).diag_embed()
+
+    def along(self, u: Tensor) -> Tensor:
+        return self.d @ u.square()
+
+    def spread(self, w: Tensor, part: slice) -> Tensor:
+        return self.d[part].sqrt().unsqueeze(-1) * w
+
+
+def _slice(rows: range) -> slice:
+    return slice(rows.start, rows.stop, rows.step)
