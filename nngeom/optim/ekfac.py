@@ -38,7 +38,7 @@ class EKFAC(NaturalGradient):
         damping: Any = None,
         weight_decay: Any = 0.0,
         statistics_decay: Any = 0.95,
-        kl_clip: Any = None,
+        kl_clip: Any = 1e-3,
         fisher: str = "empirical",
         likelihood: Any = None,
         layer_collection: LayerCollection | None = None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
-from nngeom.optim.curvature import Manner
+from nngeom.optim.manner import as_manner
 from nngeom.optim.descent import descend
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import require_groups
@@ -22,6 +22,7 @@ from nngeom.optim.pending import Pending
 from nngeom.optim.preconditioned import Preconditioned
 from nngeom.optim.replicas import require_model
 from nngeom.optim.schedule import Clock
+from nngeom.optim.spectra import require_spectrum
 from nngeom.optim.unscaling import unscale
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.representation import as_representation
@@ -58,6 +59,11 @@ class NaturalGradient(Preconditioned):
         statistics_every: averages take in every so-many-th batch (with ``statistics_decay=0`` only those of a refresh).
         scalings: of EKFAC alone: see :class:`EKFAC`.
         scalings_decay: of EKFAC alone: see :class:`EKFAC`.
+        factors: of EKFAC alone: see :class:`EKFAC`.
+        refresh: of EKFAC alone: see :class:`EKFAC`.
+        power: of EKFAC alone: see :class:`EKFAC`.
+        drowned: of EKFAC alone: see :class:`EKFAC`.
+        first_decay: of EKFAC alone: the weight of the past in Adam's first moment, for ``scalings="adam"``.
         rest: ``"diag"``, ``"eye"`` or a representation, which takes the parameters that ``representation`` cannot hold:
             those above its ``block_limit``, and those used in ways no adapter knows (recurrent cells, batch
             normalisation in training mode), whose second moments are ``n`` times the squared gradient of the batch.
@@ -80,7 +86,7 @@ class NaturalGradient(Preconditioned):
         damping: Any = None,
         weight_decay: Any = 0.0,
         statistics_decay: Any = 0.95,
-        kl_clip: Any = None,
+        kl_clip: Any = 1e-3,
         fisher: str = "empirical",
         likelihood: Any = None,
         layer_collection: LayerCollection | None = None,
@@ -91,15 +97,16 @@ class NaturalGradient(Preconditioned):
         statistics_every: Any = 1,
         scalings: str = "batch",
         scalings_decay: Any = 0.75,
+        factors: str = "rows",
+        refresh: str = "eigh",
+        power: float = 1.0,
+        first_decay: float = 0.95,
+        drowned: float = 0.0,
         rest: Any = "diag",
         outputs: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
         async_basis: bool = False,
     ):
-        if scalings not in ("batch", "running"):
-            raise ArgumentError(
-                f"scalings is {scalings!r}; expected 'batch' (of the examples of the batch) or 'running' (EKFAC-ra)"
-            )
         require_model(model)
         self.collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         self.representation = as_representation(representation).within(self.collection)
@@ -116,7 +123,17 @@ class NaturalGradient(Preconditioned):
             model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of
         )
         worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
-        manner = Manner(scalings=scalings, own_rows=self.observer.cotangents is not None, worker=worker)
+        manner = as_manner(
+            scalings=scalings,
+            own_rows=self.observer.cotangents is not None,
+            worker=worker,
+            factors=factors,
+            refresh=refresh,
+            power=power,
+            first_decay=first_decay,
+            drowned=drowned,
+        )
+        require_spectrum(manner.scalings)
         self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner)
         parameters = self.observer.network.parameters
         self.gradients = Gradients(parameters.values(), self.observer.network.dtype)

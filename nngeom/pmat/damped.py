@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nngeom.core.damping import Cutoff, Damping, Relative, Tikhonov, as_damping
+from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov, Relative, Tikhonov, as_damping
 from nngeom.core.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -76,7 +76,7 @@ def _parts(matrix: PMat, damping: Any) -> Damped:
     if isinstance(damping, Mapping):
         return _by_pattern(matrix, damping)
     if isinstance(damping, Relative):
-        return {layout: (block, _relative(block, damping, layout)) for layout, block in blocks.items()}
+        return {layout: relative(block, damping, layout) for layout, block in blocks.items()}
     if isinstance(damping, Cutoff) and damping.top is not None:
         least = top_cutoff(matrix.eigh()[0], damping)
         return {layout: (block, least) for layout, block in blocks.items()}
@@ -84,16 +84,18 @@ def _parts(matrix: PMat, damping: Any) -> Damped:
     return {layout: (block, d) for layout, block in blocks.items()}
 
 
-def _relative(block: Block, damping: Relative, layout: Layout) -> Damping:
-    """``x`` times the mean eigenvalue of a block."""
+def relative(block: Block, damping: Relative, layout: Layout) -> tuple[Block, Damping]:
+    """The ``block`` of a ``layout`` and ``x`` times its mean eigenvalue as ``damping``, of factors beforehand."""
     x = as_damping(Tikhonov(damping.value)).value
+    if damping.factored and (shifted := block.factors_shifted(x**0.5)) is not None:
+        return shifted, FactoredTikhonov(0.0, balanced=False)
     mean = block.trace() / layout.numel if layout.numel else block.trace()
     if bool(mean < 0):
         raise DampingError(
             f"the mean eigenvalue of the block of {list(layout.names)[:4]} is {mean.item():.3e}, so that Relative(x) "
             "would be negative; expected a number as damping for an indefinite matrix"
         )
-    return as_damping(x * (mean if isinstance(x, Tensor) or mean.requires_grad else float(mean)))
+    return block, as_damping(x * (mean if isinstance(x, Tensor) or mean.requires_grad else float(mean)))
 
 
 def top_cutoff(values: Tensor, damping: Cutoff) -> Cutoff:

@@ -106,6 +106,13 @@ class KroneckerBlock(Block):
         root = damping.value**0.5
         return linalg.factor_shift(self.a, pi * root), linalg.factor_shift(self.g, root / pi)
 
+    def factors_shifted(self, c: float | Tensor) -> KroneckerBlock | None:
+        """``(A + c tr A / dim A) (x) (G + c tr G / dim G)``."""
+        means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
+        if self.g.shape[-1] == 1:
+            return None
+        return KroneckerBlock(*(linalg.factor_shift(f, c * mean) for f, mean in zip((self.a, self.g), means)))
+
     def eigen(self) -> EigenBlock:
         """The same matrix in its eigenbasis."""
         (sa, ua), (sg, ug) = linalg.factor_eigh(self.a), linalg.factor_eigh(self.g)
@@ -216,6 +223,18 @@ class EigenBlock(Block):
         if self.sa is None or self.sg is None or self.sg.shape[-1] == 1:
             return x
         return x + x**0.5 * (self.sa.unsqueeze(-2) + self.sg.unsqueeze(-1))
+
+    def factors_shifted(self, c: float | Tensor) -> EigenBlock | None:
+        shift = self.relative(c)
+        return None if shift is None else EigenBlock(self.ua, self.ug, self.d + shift, self.sa, self.sg)
+
+    def relative(self, c: float | Tensor) -> Tensor | None:
+        """``c^2 m_A m_B + c (s_A m_B + m_A s_B)`` with the mean eigenvalues ``m`` of the factors, if there are two."""
+        if self.sa is None or self.sg is None or self.sg.shape[-1] == 1:
+            return None
+        sa, sg = self.sa.unsqueeze(-2), self.sg.unsqueeze(-1)
+        ma, mg = sa.mean(-1, keepdim=True), sg.mean(-2, keepdim=True)
+        return c * c * ma * mg + c * (sa * mg + ma * sg)
 
     def eigh(self) -> tuple[Tensor, BlockBasis]:
         return self.d, self.basis

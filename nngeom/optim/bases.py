@@ -1,0 +1,78 @@
+"""Eigenbases of Kronecker factors: anew, or by one step of orthogonal iteration from the last ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core import linalg
+from nngeom.core.damping import Damping, Relative
+from nngeom.core.layout import Layout
+from nngeom.optim.heads import Head, head, iterated
+from nngeom.pmat.kfac import kronecker_blocks
+from nngeom.pmat.kronecker import EigenBlock
+
+SMALL = 64  # sides up to which an eigendecomposition takes no longer than products and orthogonalisation
+Kept = EigenBlock | Head
+
+
+@dataclass(frozen=True)
+class Bases:
+    """How eigenbases come about.
+
+    Args:
+        refresh: ``"eigh"``, or ``"qr"``: factors with a side above :data:`SMALL` take one step of orthogonal iteration
+            from the last basis, where there is one (Vyas et al. 2024, Algorithm 4).
+        drowned: of what damping adds to a factor, up to which eigenvalues count as their mean; 0: none does.
+    """
+
+    refresh: str
+    drowned: float
+
+    def of(
+        self, means: dict[Layout, dict[str, Tensor]], damping: Damping | Relative, last: Mapping[Layout, Kept]
+    ) -> dict[Layout, Kept]:
+        """Those of the factors, ``means`` of their statistic, with the spectrum of their product."""
+        blocks: dict[Layout, Kept] = {}
+        for layout, block in kronecker_blocks(means).items():
+            old = last.get(layout) if self.refresh == "qr" else None
+            leading = None
+            if self.drowned:
+                leading = head(block, damping, self.drowned, old if isinstance(old, Head) else None, SMALL)
+            if leading is not None:
+                blocks[layout] = leading
+                continue
+            whole = old if isinstance(old, EigenBlock) else None
+            sa, ua = _eigen(block.a, whole and whole.ua)
+            sg, ug = _eigen(block.g, whole and whole.ug)
+            blocks[layout] = EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
+        return blocks
+
+
+def _eigen(factor: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if linalg.is_diagonal(factor) or u is None or factor.shape != u.shape or factor.shape[-1] <= SMALL:
+        return linalg.factor_eigh(factor)
+    values, u = iterated(factor, u)
+    floor = linalg.ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+    return torch.where(values > floor, values, torch.zeros_like(values)), u.contiguous()
+
+
+def moved(x: Tensor, old: Kept, new: Kept, *, squared: bool) -> Tensor:
+    """Coordinates ``x`` of the ``old`` basis in the ``new`` one; ``squared``: of mean squares of coordinates, taken to be
+    uncorrelated, and those of the factors where the old basis does not reach.
+    """
+    known: list[Tensor | float] = []
+    for side, (mine, theirs) in enumerate(((old.ug, new.ug), (old.ua, new.ua))):
+        if mine is None or theirs is None:
+            known.append(1.0)
+            continue
+        turn = theirs.mT @ mine
+        turn = turn.square() if squared else turn
+        x = x @ turn.mT if side else turn @ x
+        known.append(turn.sum(-1).unsqueeze(-2 if side else -1))
+    if squared and (isinstance(old, Head) or isinstance(new, Head)):
+        x = x + (1 - known[0] * known[1]).clamp_min(0) * new.d  # type: ignore[union-attr]
+    return x
