@@ -11,7 +11,7 @@ from torch import Tensor
 from nngeom.core import linalg
 from nngeom.core.damping import Damping, Relative
 from nngeom.core.layout import Layout
-from nngeom.optim.heads import Head, head, iterated
+from nngeom.optim.heads import Head, Leading, iterated
 from nngeom.pmat.kfac import kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
 
@@ -41,13 +41,14 @@ class Bases:
             old = last.get(layout) if self.refresh == "qr" else None
             leading = None
             if self.drowned:
-                leading = head(block, damping, self.drowned, old if isinstance(old, Head) else None, SMALL)
+                how = Leading(self.drowned, SMALL, self.refresh == "eigh")
+                leading = how.of(block, damping, old if isinstance(old, Head) else None)
             if leading is not None:
                 blocks[layout] = leading
                 continue
             whole = old if isinstance(old, EigenBlock) else None
-            sa, ua = _eigen(block.a, whole and whole.ua)
-            sg, ug = _eigen(block.g, whole and whole.ug)
+            sa, ua = _eigen(block.a, None if whole is None else whole.ua)
+            sg, ug = _eigen(block.g, None if whole is None else whole.ug)
             blocks[layout] = EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
         return blocks
 
@@ -61,18 +62,13 @@ def _eigen(factor: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def moved(x: Tensor, old: Kept, new: Kept, *, squared: bool) -> Tensor:
-    """Coordinates ``x`` of the ``old`` basis in the ``new`` one; ``squared``: of mean squares of coordinates, taken to be
-    uncorrelated, and those of the factors where the old basis does not reach.
+    """Coordinates ``x [s, o, i]`` of the ``old`` basis in the ``new`` one; ``squared``: of mean squares of coordinates,
+    taken to be uncorrelated.
     """
-    known: list[Tensor | float] = []
     for side, (mine, theirs) in enumerate(((old.ug, new.ug), (old.ua, new.ua))):
         if mine is None or theirs is None:
-            known.append(1.0)
             continue
         turn = theirs.mT @ mine
         turn = turn.square() if squared else turn
         x = x @ turn.mT if side else turn @ x
-        known.append(turn.sum(-1).unsqueeze(-2 if side else -1))
-    if squared and (isinstance(old, Head) or isinstance(new, Head)):
-        x = x + (1 - known[0] * known[1]).clamp_min(0) * new.d  # type: ignore[union-attr]
     return x

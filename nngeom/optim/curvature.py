@@ -18,8 +18,8 @@ from nngeom.core.statistic import Sums
 from nngeom.optim.averages import Averages, all_finite, plain_blocks, restored_blocks, scaled_means
 from nngeom.optim.manner import Manner
 from nngeom.optim.packed import Packed
-from nngeom.optim.rank import BatchRank
 from nngeom.optim.pending import Seen
+from nngeom.optim.rank import BatchRank
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.block import Block
 from nngeom.pmat.damped import relative

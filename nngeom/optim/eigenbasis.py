@@ -17,7 +17,7 @@ from nngeom.optim.averages import all_finite, scaled_means
 from nngeom.optim.bases import Bases, Kept, moved
 from nngeom.optim.curvature import Curvature, copied, keeps
 from nngeom.optim.gradient_factors import GradientFactors
-from nngeom.optim.heads import Head
+from nngeom.optim.heads import Head, Parts
 from nngeom.optim.manner import Manner
 from nngeom.optim.packed import Packed
 from nngeom.optim.pending import Seen
@@ -152,19 +152,19 @@ class Eigenbasis(Curvature):
                 if part is None:
                     x.copy_(block.basis.mv(y))
                 else:
-                    x.copy_(block.up(x, part, y, block.inverse(schedule.damping, self.manner.power)))
+                    x.copy_(block.up(part, y, block.inverse(schedule.damping, self.manner.power)))
             packed.write()
         self.forget()
 
-    def _down(self, packed: Packed) -> list[tuple[Tensor, Tensor, Tensor] | None]:
+    def _down(self, packed: Packed) -> list[Parts | None]:
         """The gradient in the bases, into ``coordinates``; of leading parts, what :meth:`Head.up` takes too."""
-        parts: list[tuple[Tensor, Tensor, Tensor] | None] = []
+        parts: list[Parts | None] = []
         places = views(self.coordinates, self.blocks)
         for (layout, block), x, y in zip(self.blocks.items(), packed.blocks, places):
             part = None
             if isinstance(block, Head):
                 part = block.down(x, self.rank.of(layout, x))
-                y.copy_(part[0])
+                y.copy_(part.inside)
             else:
                 y.copy_(self.rank.product(layout, block.ug, x, block.ua))
             parts.append(part)

@@ -6,9 +6,10 @@ leading eigenvectors ``U_A [i, p]``, ``U_G [o, q]`` the preconditioner is that o
 inside it has any spectrum. With ``b = 1 / ((s_A + r_A) (t_G + r_G))``, ``c = 1 / ((t_A + r_A) (s_G + r_G))``, and ``z``
 of both tails,
 
-    z V + U_G [(c - z) U_G^T V + E U_A^T] + [(b - z) V U_A] U_A^T,  E = w - (b + c - z) U_G^T V U_A
+    (1 - P_G) [z V (1 - P_A) + V U_A b U_A^T] + U_G [c U_G^T V (1 - P_A) + w U_A^T],  P = U U^T
 
-for a gradient ``V`` that is ``w`` inside.
+for a gradient ``V`` that is ``w`` inside. Projections are made twice: what the first leaves of large eigenvectors by
+rounding would be multiplied by ``z`` in place of their own, much smaller inverse.
 """
 
 from __future__ import annotations
@@ -25,13 +26,29 @@ from nngeom.pmat.kronecker import KroneckerBlock
 
 Rows = tuple[Tensor, Tensor] | None  # ``D [r, o]``, ``A [r, i]`` with ``V = D^T A``
 MOST = 0.7  # of the eigenvectors of a side, above which all of them are cheaper
+START = 3  # steps of orthogonal iteration from random vectors
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A gradient ``V [s, o, i]`` in and outside of the leading eigenvectors.
+
+    ``inside [s, q, p]``: ``U_G^T V U_A``; ``edge [s, q, i]``: ``U_G^T V (1 - P_A)``; ``side`` and ``rest``: ``(1 -
+    P_G) V U_A`` and ``(1 - P_G) V (1 - P_A)``, or what they are ``left^T`` times.
+    """
+
+    inside: Tensor
+    edge: Tensor
+    side: Tensor
+    rest: Tensor
+    left: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Head(TensorObject):
     """Leading eigenvectors of both factors, the spectrum ``d`` along them, and the mean eigenvalues of the tails.
 
-    ``sa``, ``sg``: the factors' own eigenvalues along them; ``ta``, ``tg``: means of the others, 0 where there are none.
+    ``sa``, ``sg``: the factors' own eigenvalues along them; ``ta``, ``tg``: means of the others, 0 without others.
     """
 
     ua: Tensor  # [s i p]
@@ -54,25 +71,27 @@ class Head(TensorObject):
         ra, rg = (r[:, None, None] for r in self.floors(damping))
         return ra * rg + rg * self.sa.unsqueeze(-2) + ra * self.sg.unsqueeze(-1)
 
-    def down(self, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """``U_G^T V U_A``, ``U_G^T V`` and ``V U_A`` of a gradient ``v [s, o, i]``."""
+    def down(self, v: Tensor, rows: Rows) -> Parts:
+        """The four parts of a gradient ``v [s, o, i]``, by its ``rows`` where these are cheaper."""
         if rows is None:
-            p = self.ug.mT @ v
-            return p @ self.ua, p, v @ self.ua
+            p, tail = _split(v.mT, self.ug)  # on the side of G: [s i q] and [s i o]
+            inside, edge = _split(p.mT, self.ua)
+            side, rest = _split(tail.mT, self.ua)
+            return Parts(inside, edge, side, rest)
         d, a = rows
-        left, right = (d @ self.ug[0]).mT, a @ self.ua[0]
-        return (left @ right)[None], (left @ a)[None], (d.mT @ right)[None]
+        left, d = _split(d[None], self.ug)
+        right, a = _split(a[None], self.ua)
+        return Parts(left.mT @ right, left.mT @ a, right, a, d)
 
-    def up(self, v: Tensor, parts: tuple[Tensor, Tensor, Tensor], w: Tensor, inverse: Inverse) -> Tensor:
-        """The preconditioned gradient, of ``v [s, o, i]`` with its ``parts`` by :meth:`down`, which is ``w`` inside."""
-        inside, p, q = parts
+    def up(self, parts: Parts, w: Tensor, inverse: Inverse) -> Tensor:
+        """The preconditioned gradient of which ``parts`` are given: ``w [s, q, p]`` inside, by ``inverse`` outside."""
         b, c, z = inverse
-        e = w - (b + c - z) * inside
-        out = torch.baddbmm(((b - z) * q) @ self.ua.mT, self.ug, ((c - z) * p).baddbmm_(e, self.ua.mT))
-        return out.addcmul_(z, v)
+        rest = (parts.rest * z).baddbmm_(parts.side * b, self.ua.mT)
+        rest = rest if parts.left is None else parts.left.mT @ rest
+        return rest.baddbmm_(self.ug, (parts.edge * c).baddbmm_(w, self.ua.mT))
 
     def inverse(self, damping: Damping | Relative, power: float) -> Inverse:
-        """``b [s, 1, p]``, ``c [s, q, 1]`` and ``z [s, 1, 1]``."""
+        """``b [s, 1, p]``, ``c [s, q, 1]`` and ``z [s, 1, 1]`` under a ``damping``, to the ``-power``."""
         ra, rg = (r[:, None, None] for r in self.floors(damping))
         sa, sg = self.sa.unsqueeze(-2) + ra, self.sg.unsqueeze(-1) + rg
         ta, tg = self.ta[:, None, None] + ra, self.tg[:, None, None] + rg
@@ -80,44 +99,75 @@ class Head(TensorObject):
 
 
 Inverse = tuple[Tensor, Tensor, Tensor]
-Block.kinds.add(Head)  # type: ignore[arg-type]
+Block.kinds.add(Head)
 
 
-def head(
-    block: KroneckerBlock, damping: Damping | Relative, drowned: float, old: Head | None, least: int
-) -> Head | None:
-    """Leading eigenvectors, those whose eigenvalues are above ``drowned`` times what ``damping`` adds to their factor;
-    ``None`` where all of them are cheaper, or damping is no sum with the factors.
+@dataclass(frozen=True)
+class Leading:
+    """Which eigenvectors lead, and how they are found.
 
-    From an ``old`` one by a step of orthogonal iteration, with some random vectors beside so that it can grow. Sides up
-    to ``least`` are kept whole.
+    Args:
+        drowned: those whose eigenvalues are above so much of what damping adds to their factor.
+        least: sides up to which a factor is kept whole.
+        exact: by eigendecompositions; else by orthogonal iteration, from the last ones or from random vectors.
     """
-    if not (isinstance(damping, FactoredTikhonov) or (isinstance(damping, Relative) and damping.factored)):
-        return None
-    if any(linalg.is_diagonal(f) for f in (block.a, block.g)) or max(block.a.shape[-1], block.g.shape[-1]) <= least:
-        return None
-    sides = []
-    for factor, u in ((block.a, old and old.ua), (block.g, old and old.ug)):
-        mean = linalg.factor_diag(factor).mean(-1, keepdim=True)
-        floor = float(damping.value) ** 0.5 * (mean if isinstance(damping, Relative) else torch.ones_like(mean))
-        sides.append(_leading(factor, drowned * floor, u, least))
-    (ua, sa, ta), (ug, sg, tg) = sides
-    if ua.shape[-1] * ug.shape[-2] + ug.shape[-1] * ua.shape[-2] > MOST * 2 * ua.shape[-2] * ug.shape[-2]:
-        return None
-    return Head(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg, ta, tg)
+
+    drowned: float
+    least: int
+    exact: bool
+
+    def of(self, block: KroneckerBlock, damping: Damping | Relative, old: Head | None) -> Head | None:
+        """The head of a ``block``, from an ``old`` one; ``None`` where all eigenvectors are cheaper, or ``damping`` is
+        not that of factors.
+        """
+        if not (isinstance(damping, FactoredTikhonov) or (isinstance(damping, Relative) and damping.factored)):
+            return None
+        pair = (block.a, block.g)
+        if any(linalg.is_diagonal(f) for f in pair) or max(f.shape[-1] for f in pair) <= self.least:
+            return None
+        sides = []
+        for factor, u in zip(pair, (None, None) if old is None else (old.ua, old.ug)):
+            mean = linalg.factor_diag(factor).mean(-1, keepdim=True)
+            floor = float(damping.value) ** 0.5 * (mean if isinstance(damping, Relative) else torch.ones_like(mean))
+            sides.append(self._side(factor, self.drowned * floor, u))
+        (ua, sa, ta), (ug, sg, tg) = sides
+        if ua.shape[-1] / ua.shape[-2] + ug.shape[-1] / ug.shape[-2] > 2 * MOST:
+            return None
+        return Head(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg, ta, tg)
+
+    def _side(self, factor: Tensor, floor: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvectors, eigenvalues and the mean of the others."""
+        side = factor.shape[-1]
+        values, vectors = self._eigen(factor, floor, u)
+        k = side if side <= self.least else max(1, int((values > floor).sum(-1).max()))
+        values, vectors = values[..., :k].clamp_min(0), vectors[..., :k].contiguous()
+        rest = (linalg.factor_diag(factor).sum(-1) - values.sum(-1)).clamp_min(0)
+        return vectors, values, rest / max(1, side - k)
+
+    def _eigen(self, factor: Tensor, floor: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All eigenvalues above the ``floor`` and their eigenvectors, and perhaps others, descending."""
+        s, side, _ = factor.shape
+        if not self.exact and side > self.least:
+            rounds = START if u is None else 1
+            u = factor.new_zeros(s, side, 0) if u is None else u
+            vectors = torch.cat([u, _random(u, min(side, max(side // 3, u.shape[-1] + u.shape[-1] // 8 + 8)))], -1)
+            for _ in range(rounds):
+                values, vectors = iterated(factor, vectors)
+            values, turn = linalg.eigh(vectors.mT @ factor @ vectors)  # Ritz vectors: neighbours mix for long
+            values, vectors = values.flip(-1), vectors @ turn.flip(-1)
+            if bool((values[..., -1:] <= floor).all()):
+                return values, vectors
+        all_values, all_vectors = linalg.factor_eigh(factor)
+        return all_values.flip(-1), all_vectors.flip(-1)  # type: ignore[union-attr]
 
 
-def _leading(factor: Tensor, floor: Tensor, u: Tensor | None, least: int) -> tuple[Tensor, Tensor, Tensor]:
-    side = factor.shape[-1]
-    if u is None or side <= least or u.shape[-1] > MOST * side:
-        values, vectors = linalg.factor_eigh(factor)
-        values, vectors = values.flip(-1), vectors.flip(-1)  # type: ignore[union-attr]
-    else:
-        values, vectors = iterated(factor, _wider(u))
-    k = side if side <= least else max(1, int((values > floor).sum(-1).max()))
-    values, vectors = values[..., :k].clamp_min(0), vectors[..., :k].contiguous()
-    rest = (linalg.factor_diag(factor).sum(-1) - values.sum(-1)).clamp_min(0)
-    return vectors, values, rest / max(1, side - k)
+def _split(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """``x u`` and ``x (1 - u u^T)`` of rows ``x [s, r, p]``; nothing is left of all eigenvectors."""
+    inside = x @ u
+    if u.shape[-1] == u.shape[-2]:
+        return inside, torch.zeros_like(x)
+    rest = torch.baddbmm(x, inside, u.mT, alpha=-1)
+    return inside, torch.baddbmm(rest, rest @ u, u.mT, alpha=-1)
 
 
 def iterated(factor: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,13 +180,11 @@ def iterated(factor: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return values, u.gather(-1, order.unsqueeze(-2).expand_as(u))
 
 
-def _wider(u: Tensor) -> Tensor:
-    """An eighth more vectors, random ones."""
+def _random(u: Tensor, count: int) -> Tensor:
+    """So many random vectors as ``u [s, p, k]`` has less than ``count``, the same every time."""
     s, side, k = u.shape
-    more = min(side - k, k // 8 + 8)
-    generator = torch.Generator().manual_seed(k)
-    new = torch.randn(s, side, more, generator=generator, dtype=torch.float64).to(u) / side**0.5
-    return torch.cat([u, new], -1)
+    new = torch.randn(s, side, max(0, count - k), generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    return new.to(u) / side**0.5
 
 
 def _mean(values: Tensor, tail: Tensor, side: int) -> Tensor:

@@ -45,8 +45,7 @@ def as_manner(**options: Any) -> Manner:
             raise ArgumentError(f"{name} is {getattr(manner, name)!r}; expected {known[0]!r} or {known[1]!r}")
     if isinstance(manner.power, bool) or not isinstance(manner.power, (int, float)) or not 0 < manner.power <= 1:
         raise ArgumentError(
-            f"power is {manner.power!r}; expected a number in (0, 1], by which the spectrum is raised: 1 divides by it, "
-            "1/2 by its root"
+            f"power is {manner.power!r}; expected a number in (0, 1]: 1 divides by the spectrum, 1/2 by its root"
         )
     if not math.isfinite(manner.first_decay) or not 0 <= manner.first_decay < 1:
         raise ArgumentError(f"first_decay is {manner.first_decay}; expected a number in [0, 1)")
@@ -54,7 +53,7 @@ def as_manner(**options: Any) -> Manner:
         raise ArgumentError(f"drowned is {manner.drowned}; expected a number of at least 0, a part of the damping")
     if manner.factors == "gradients" and (manner.own_rows or manner.scalings == "batch"):
         raise ArgumentError(
-            "factors='gradients' are of the gradient of the batch, not of rows; expected fisher='empirical' and scalings "
-            "'running', 'adam' or 'factors'"
+            "factors='gradients' are of the gradient of the batch, not of rows; expected fisher='empirical' and "
+            "scalings='running', 'adam' or 'factors'"
         )
     return manner

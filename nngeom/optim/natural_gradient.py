@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
-from nngeom.optim.manner import as_manner
-from nngeom.optim.descent import descend
+from nngeom.optim.bound import Bound
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import require_groups
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
+from nngeom.optim.manner import as_manner
+from nngeom.optim.model_check import ModelCheck
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending
 from nngeom.optim.preconditioned import Preconditioned
@@ -86,7 +87,7 @@ class NaturalGradient(Preconditioned):
         damping: Any = None,
         weight_decay: Any = 0.0,
         statistics_decay: Any = 0.95,
-        kl_clip: Any = 1e-3,
+        kl_clip: Any = 1e-4,
         fisher: str = "empirical",
         likelihood: Any = None,
         layer_collection: LayerCollection | None = None,
@@ -142,6 +143,7 @@ class NaturalGradient(Preconditioned):
             {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
         )
         require_groups(self.param_groups, parameters)
+        self.bound, self.check = Bound(), ModelCheck()
         self.clock.now()  # checks the numbers
 
     @torch.no_grad()
@@ -171,7 +173,7 @@ class NaturalGradient(Preconditioned):
         if clip is None:
             return loss
         curved = None if gradient is None else {p: clip * g for p, g in gradient.items()}
-        predicted = descend(self.param_groups, self.state, self.clock.steps - 1, curved, gradient)
+        predicted = self._move(curved, gradient)
         if rule is not None and compare and evaluate is not None:
             rule.update(float(evaluate()) - before, predicted)
         return loss

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
 from nngeom.optim.arguments import as_reduction
-from nngeom.optim.descent import clipping
+from nngeom.optim.bound import Bound
+from nngeom.optim.descent import descend
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import plain, resumed
+from nngeom.optim.model_check import ModelCheck
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending
 from nngeom.optim.replicas import alone
@@ -30,6 +33,8 @@ class Preconditioned(torch.optim.Optimizer):
     observer: Observer
     partition: Partition
     gradients: Gradients
+    bound: Bound
+    check: ModelCheck
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimizer: ``param_group`` has ``"params"`` and its own numbers; raises :class:`ArgumentError` for
@@ -111,7 +116,7 @@ class Preconditioned(torch.optim.Optimizer):
         if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self.partition):
             return self._skip("gradients or statistics are not finite")
         seen = self.pending.seen(own_loss=self.observer.cotangents is None)
-        gradient = None if schedule.kl_clip is None else flat.clone()
+        self.check.arrived(flat, seen.examples)
         try:
             for part in self.partition:
                 part.precondition(flat, seen, schedule)
@@ -126,16 +131,24 @@ class Preconditioned(torch.optim.Optimizer):
             )
         if not bool(torch.isfinite(flat.sum())):
             return self._skip("the preconditioned gradient is not finite")
-        clip = 1.0
-        if gradient is not None and schedule.kl_clip is not None:
-            clip = clipping(
-                self.param_groups, self.clock.steps, schedule.kl_clip, self.gradients.split(gradient.mul_(flat))
-            )
+        self.bound.measure(self.param_groups, self.clock.steps, self.gradients.split(flat))
+        clip = self.bound.factor(schedule.kl_clip)
+        if clip < 1:
             flat.mul_(clip)
         self.gradients.write()
         self.clock.tick(schedule)
         self.pending.forget()
         return clip
+
+    def _move(self, curved: Mapping[Tensor, Tensor] | None, gradient: Mapping[Tensor, Tensor] | None) -> float:
+        """:func:`descend`; of some steps, where they led is kept for the check of the model."""
+        if not self.check.stepped(self.bound):
+            return descend(self.param_groups, self.state, self.clock.steps - 1, curved, gradient)
+        before = [p.detach().clone() for p in self.gradients.parameters]
+        predicted = descend(self.param_groups, self.state, self.clock.steps - 1, curved, gradient)
+        moved = torch._foreach_sub([p.detach() for p in self.gradients.parameters], before)
+        self.check.step = torch.cat([x.flatten() for x in moved]).to(self.gradients.flat)
+        return predicted
 
     def _skip(self, why: str) -> float | None:
         self._forget()

@@ -56,8 +56,8 @@ class Shifts:
         floor = d.abs().max() * torch.finfo(d.dtype).eps * d.numel()
         if bool((d <= floor).any()):
             raise SingularError(
-                f"the matrix in its eigenbasis is singular at this damping: its smallest eigenvalue is {float(d.min()):.3e};"
-                " use a positive damping, or Cutoff(x) for a pseudo-inverse"
+                "the matrix in its eigenbasis is singular at this damping: its smallest eigenvalue is "
+                f"{float(d.min()):.3e}; use a positive damping, or Cutoff(x) for a pseudo-inverse"
             )
 
 

@@ -17,7 +17,9 @@ Moved = Callable[..., Tensor]  # coordinates ``[p]`` in the last bases -> in the
 
 
 class Spectrum(ABC):
-    """Numbers ``d [p]`` along the eigenvectors, which follow every step; a gradient is divided by ``(d + damping)**power``.
+    """Numbers ``d [p]`` along the eigenvectors, which follow every step.
+
+    Gradients are divided by ``(d + damping)**power``.
 
     Subclasses say :meth:`follow`, and register under :func:`spectrum`. ``d`` is changed in place: blocks are views of
     it.
@@ -45,7 +47,7 @@ class Spectrum(ABC):
         """
 
     def divided(self, v: Tensor, shift: Tensor | float) -> Tensor:
-        """``v [p]`` over the damped spectrum, ``shift`` being the damping of every coordinate; zero over zero is zero."""
+        """``v [p]`` over the damped spectrum, ``shift`` being what damping adds; zero over zero is zero."""
         damped = (self.d + shift).clamp_min_(torch.finfo(v.dtype).tiny)
         if self.manner.power == 1.0:
             return torch.div(v, damped, out=damped)
@@ -55,8 +57,8 @@ class Spectrum(ABC):
         """What is kept besides ``d``, as plain values and tensors."""
         return {}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+    def load(self, state: dict[str, Any]) -> None:  # noqa: B027  nothing is kept by default
+        """The inverse of :meth:`state`, which gave ``state``."""
 
 
 SPECTRA: dict[str, type[Spectrum]] = {}
@@ -114,13 +116,7 @@ class RunningMoments(Spectrum):
 
 @spectrum("running")
 class RunningSquares(Spectrum):
-    """``d <- past d + (1 - past) n v^2`` (EKFAC-ra).
-
-    In new bases it starts from the factors' eigenvalues, or is moved along where these come from the last ones.
-    """
-
-    def start(self, d: Tensor, moved: Moved | None) -> None:
-        self.d = d if moved is None or self.manner.refresh == "eigh" else moved(self.d, squared=True)
+    """``d <- past d + (1 - past) n v^2`` (EKFAC-ra), starting from the factors' eigenvalues in every new basis."""
 
     def follow(self, v: Tensor, seen: Seen, past: float, squares: Tensor | None) -> Tensor:
         new = (self.d * past).addcmul_(v, v, value=(1 - past) * seen.examples * seen.mean**2)
@@ -155,10 +151,10 @@ class AdamMoments(Spectrum):
         self.m, self.weights = torch.zeros(0), [0.0, 0.0]
 
     def start(self, d: Tensor, moved: Moved | None) -> None:
-        fresh = moved is None or not self.m.numel()
-        self.d, self.m = (torch.zeros_like(d),) * 2 if fresh else (moved(self.d, squared=True), moved(self.m))
-        if fresh:
-            self.m, self.weights = torch.zeros_like(d), [0.0, 0.0]
+        if moved is None or not self.m.numel():
+            self.d, self.m, self.weights = torch.zeros_like(d), torch.zeros_like(d), [0.0, 0.0]
+        else:
+            self.d, self.m = moved(self.d, squared=True), moved(self.m)
 
     def follow(self, v: Tensor, seen: Seen, past: float, squares: Tensor | None) -> Tensor:
         decays, v = (self.manner.first_decay, past), v * seen.mean

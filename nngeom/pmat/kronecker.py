@@ -108,10 +108,10 @@ class KroneckerBlock(Block):
 
     def factors_shifted(self, c: float | Tensor) -> KroneckerBlock | None:
         """``(A + c tr A / dim A) (x) (G + c tr G / dim G)``."""
-        means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
         if self.g.shape[-1] == 1:
             return None
-        return KroneckerBlock(*(linalg.factor_shift(f, c * mean) for f, mean in zip((self.a, self.g), means)))
+        a, g = (linalg.factor_shift(f, c * linalg.factor_diag(f).mean(-1)) for f in (self.a, self.g))
+        return KroneckerBlock(a, g)
 
     def eigen(self) -> EigenBlock:
         """The same matrix in its eigenbasis."""
