@@ -83,7 +83,16 @@ def whole_signatures(app):
 
 def setup(app):
     """Pages of the parts built on top of the core join the table of contents by being there."""
-    order = ["function_space", "analysis", "linearized", "optimizers", "tracking", "distributed", "benchmarks"]
+    order = [
+        "seeing",
+        "function_space",
+        "analysis",
+        "linearized",
+        "optimizers",
+        "tracking",
+        "distributed",
+        "benchmarks",
+    ]
     rank = lambda name: next((j for j, first in enumerate(order) if name.startswith(first)), len(order))
     found = sorted(
         (p.stem for p in Path(app.srcdir).glob("*.md") if p.stem not in PLACED), key=lambda name: (rank(name), name)

@@ -6,7 +6,15 @@ import re
 import textwrap
 from pathlib import Path
 
-PACKAGES = ("nngeom", "nngeom.optim", "nngeom.analysis", "nngeom.mgs", "nngeom.linearized", "nngeom.track")
+PACKAGES = (
+    "nngeom",
+    "nngeom.optim",
+    "nngeom.analysis",
+    "nngeom.mgs",
+    "nngeom.linearized",
+    "nngeom.track",
+    "nngeom.plot",
+)
 PACKAGES += ("nngeom.layers", "nngeom.pmat", "nngeom.cotangents")  # for those who write their own
 SHARED = {
     "model",

@@ -13,6 +13,7 @@ from nngeom.core.errors import (
     DampingError,
     DeviceError,
     FileError,
+    FitWarning,
     LoaderError,
     MemoryWarning,
     MissingExtraError,
@@ -20,9 +21,14 @@ from nngeom.core.errors import (
     NNGeomError,
     NonFiniteError,
     OutputError,
+    PeerError,
+    RankMismatchError,
+    RepeatedExamplesWarning,
+    SameDataWarning,
     SingularError,
     SizeError,
     StructureError,
+    UnevenBatchWarning,
     UnsupportedError,
 )
 from nngeom.cotangents.categorical import Categorical
@@ -41,6 +47,7 @@ from nngeom.measures.jacobian import Jacobian
 from nngeom.measures.kernels import GramMatrices, GramMatrix
 from nngeom.measures.rows import rows
 from nngeom.measures.second_moments import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
+from nngeom.page.report import report
 from nngeom.pmat.dense import PMatBlockDiag, PMatDense
 from nngeom.pmat.diag import PMatDiag
 from nngeom.pmat.ekfac import PMatEKFAC
@@ -52,10 +59,12 @@ from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.merge import merge
 from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
+from nngeom.ranks.shard import shard
 from nngeom.regression import gradient_flow_mse, kernel_regression
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
+from nngeom.trusted import trust as _trust
 from nngeom.views.approximation import approximation_report
 from nngeom.views.diagnosis import diagnose
 from nngeom.views.explanation import explain
@@ -86,6 +95,7 @@ __all__ = [
     "FVector",
     "FactoredTikhonov",
     "FileError",
+    "FitWarning",
     "Gaussian",
     "GradientCovariance",
     "GramMatrices",
@@ -114,16 +124,21 @@ __all__ = [
     "PMatMixed",
     "PMatQuasiDiag",
     "PVector",
+    "PeerError",
     "Poisson",
     "PullBackDense",
     "PullBackImplicit",
     "PushForwardDense",
     "PushForwardImplicit",
+    "RankMismatchError",
     "Relative",
+    "RepeatedExamplesWarning",
+    "SameDataWarning",
     "SingularError",
     "SizeError",
     "StructureError",
     "Tikhonov",
+    "UnevenBatchWarning",
     "UnsupportedError",
     "__version__",
     "approximation_report",
@@ -134,24 +149,34 @@ __all__ = [
     "kernel_regression",
     "load",
     "merge",
+    "report",
     "rows",
     "save",
+    "shard",
 ]
 
+_trust()
+
+_PACKAGES = ("analysis", "linearized", "mgs", "optim", "plot", "solve", "track")
 
 if _typing.TYPE_CHECKING:
     from nngeom import analysis as analysis
     from nngeom import linearized as linearized
     from nngeom import mgs as mgs
     from nngeom import optim as optim
+    from nngeom import plot as plot
     from nngeom import solve as solve
     from nngeom import track as track
 else:
 
     def __getattr__(name: str):
         """The subpackages, imported when they are first asked for: ``nng.analysis.coherence(...)``."""
-        if name in ("analysis", "linearized", "mgs", "optim", "solve", "track"):
+        if name in _PACKAGES:
             import importlib
 
             return importlib.import_module(f"nngeom.{name}")
         raise AttributeError(f"module 'nngeom' has no attribute {name!r}")
+
+    def __dir__():
+        """Public names and subpackages, for completion."""
+        return [*__all__, *_PACKAGES]

@@ -23,18 +23,28 @@ from nngeom.fmat.operator import FunctionOperator
 from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
+from nngeom.ranks.team import Team
 from nngeom.tree import WHOLE, decode, encode, holds_model, is_whole
 
 FORMAT = 1
 
 
-def save(M: Any, path: str | os.PathLike[str]) -> None:
+def save(M: Any, path: str | os.PathLike[str], *, process_group: Any = None) -> None:
     """Write a matrix or vector to ``path``, whole or not at all: after a crash there is the old file or the new one.
 
     Takes every PMat, FMat and Jacobian but the implicit ones, their sums and products, PVectors and FVectors, with
-    real floating-point entries. Raises :class:`FileError` where the path cannot be written, :class:`UnsupportedError`
-    for what holds a model, :class:`ArgumentError` for other entries, and for an ``M`` whose class was defined anew.
+    real floating-point entries. With a ``process_group`` all its processes call it with the same matrix, rank 0 writes,
+    and all return when it is written or raise when it is not. Raises :class:`FileError` where the path cannot be
+    written, :class:`UnsupportedError` for what holds a model, :class:`ArgumentError` for other entries, and for an
+    ``M`` whose class was defined anew.
     """
+    team = Team.of(process_group)
+    with team.together("save"):
+        if team.rank == 0:
+            _write(M, path)
+
+
+def _write(M: Any, path: str | os.PathLike[str]) -> None:
     if not is_whole(M):
         if isinstance(M, (ParameterOperator, FunctionOperator, JacobianMap)):
             raise holds_model(type(M))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,36 +14,40 @@ from nngeom.fmat.fmat import FMat
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.space.fvector import FVector
 
+F = TypeVar("F", FVector, Tensor)
+
 
 def kernel_regression(
-    K_train: FunctionOperator, y: FVector, K_test_train: FunctionOperator, damping: float | Damping = 0.0
-) -> FVector:
+    K_train: FunctionOperator, y: F, K_test_train: FunctionOperator, damping: float | Damping = 0.0
+) -> F:
     """Kernel ridge regression, ``K_test_train (K_train + damping I)^-1 y``: ``(*batch, c, n_test)``.
 
-    ``y (*batch, c, n_train)``: targets; for a network at initialisation ``y - f_0``, to which ``f_0`` at the test
-    points is added afterwards. With the tangent kernel this is the minimum-norm (``damping=0``) or ridge solution of
-    the linearised network. Raises :class:`ArgumentError` on kernels that do not fit, :class:`SingularError` on too
-    little damping. Source: Jacot et al. 2018, section 5; Lee et al. 2019, eq. 16.
+    ``y (*batch, c, n_train)``: targets, an :class:`FVector` or a tensor, as the result is then; for a network at
+    initialisation ``y - f_0``, to which ``f_0`` at the test points is added afterwards. With the tangent kernel this is
+    the minimum-norm (``damping=0``) or ridge solution of the linearised network. Raises :class:`ArgumentError` on
+    kernels that do not fit, :class:`SingularError` on too little damping. Source: Jacot et al. 2018, section 5; Lee et
+    al. 2019, eq. 16.
     """
     _require_pair(K_train, K_test_train)
-    return K_test_train.mv(_solver(K_train).solve(y, damping))
+    return _like(y, K_test_train.mv(_solver(K_train).solve(_function(y), damping)))
 
 
 def gradient_flow_mse(
     K_train: FMat,
-    y: FVector,
+    y: F,
     time: float,
-    f0: FVector | None = None,
+    f0: FVector | Tensor | None = None,
     K_test_train: FunctionOperator | None = None,
-    f0_test: FVector | None = None,
-) -> FVector:
+    f0_test: FVector | Tensor | None = None,
+) -> F:
     """Outputs at ``time`` of the linearised network trained by gradient flow on ``0.5 |f - y|**2`` (summed, not
     averaged).
 
     ``f_t = y + exp(-t K) (f_0 - y)`` on the training points, of kernel ``K_train``; with ``K_test_train`` on the test
     points ``f_t(x) = f_0(x) - K(x) K^-1 (I - exp(-t K)) (f_0 - y)``, which stays right where ``K`` is singular.
     ``time`` is learning rate times steps, or ``math.inf`` for the end of training; for a mean over ``n`` targets divide
-    it by ``n``. ``f0``, ``f0_test``: outputs at the start (0 when not given). Source: Lee et al. 2019, eqs. 10-11.
+    it by ``n``. ``y (*batch, c, n)``: targets, an :class:`FVector` or a tensor, as the result is then. ``f0``,
+    ``f0_test``: outputs at the start (0 when not given). Source: Lee et al. 2019, eqs. 10-11.
     """
     if not isinstance(K_train, FMat):
         raise ArgumentTypeError(
@@ -51,19 +55,28 @@ def gradient_flow_mse(
         )
     if not isinstance(time, (int, float)) or math.isnan(time) or time < 0:
         raise ArgumentError(f"time is {time!r}; expected a number >= 0 or math.inf")
-    target = K_train.operand(y, K_train.columns)
-    start = K_train.operand(f0, K_train.columns) if f0 is not None else torch.zeros_like(target)
+    target = K_train.operand(_function(y), K_train.columns)
+    start = K_train.operand(_function(f0), K_train.columns) if f0 is not None else torch.zeros_like(target)
     values, u = K_train.eigh()
     floor = len(values) * torch.finfo(values.dtype).eps * values.abs().amax() if len(values) else values.sum()
     values = torch.where(values.abs() <= floor, torch.zeros_like(values), values)
     error = (start - target).flatten(-2) @ u  # [*b, modes]
     if K_test_train is None:
         decay = torch.exp(-time * values) if math.isfinite(time) else (values == 0).to(values)
-        return FVector(target + ((error * decay) @ u.T).unflatten(-1, target.shape[-2:]))
+        return _like(y, FVector(target + ((error * decay) @ u.T).unflatten(-1, target.shape[-2:])))
     _require_pair(K_train, K_test_train)
     learned = FVector(((error * _integral(values, time)) @ u.T).unflatten(-1, target.shape[-2:]))
     change = K_test_train.mv(learned)
-    return f0_test - change if f0_test is not None else -change
+    return _like(y, _function(f0_test) - change if f0_test is not None else -change)
+
+
+def _function(y: FVector | Tensor) -> FVector:
+    return FVector(y) if isinstance(y, Tensor) else y
+
+
+def _like(y: F, out: FVector) -> F:
+    """A result of the type that the targets have."""
+    return out.tensor if isinstance(y, Tensor) else out
 
 
 def _integral(values: Tensor, time: float) -> Tensor:

@@ -12,6 +12,7 @@ import argparse
 import ast
 import difflib
 import itertools
+import math
 import os
 import random
 import re
@@ -192,10 +193,11 @@ def draw(count: int, seed: int, root: Path = ROOT, only: str = "") -> list[Mutan
 
 
 def ordered_tests(mutant: Mutant, root: Path = ROOT) -> list[str]:
-    """All test files, those first that speak of the changed module and of what it defines."""
+    """All test files, those first that speak of the changed module and of what it defines, in words that few use."""
     module = mutant.file.removesuffix(".py").replace("/", ".")
     tree = ast.parse(mutant.source)
     names = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")}
+    texts = {path: path.read_text() for path in sorted((root / "tests").rglob("test_*.py"))}
     weights = {
         module: 6.0,
         Path(mutant.file).stem: 2.0,
@@ -203,14 +205,14 @@ def ordered_tests(mutant: Mutant, root: Path = ROOT) -> list[str]:
         **dict.fromkeys(names - {mutant.scope}, 1.0),
     }
 
-    def score(path: Path) -> float:
-        text = path.read_text()
-        hits = {word: len(re.findall(rf"\b{re.escape(word)}\b", text)) for word in weights}
-        own = 8.0 if Path(mutant.file).stem in path.stem or Path(mutant.file).parent.name in path.stem else 0.0
-        return own + sum(weights[word] * min(n, 5) for word, n in hits.items())
+    hits = {w: {p: len(re.findall(rf"\b{re.escape(w)}\b", text)) for p, text in texts.items()} for w in weights}
+    rare = {w: math.log((1 + len(texts)) / (1 + sum(n > 0 for n in found.values()))) for w, found in hits.items()}
 
-    files = sorted((root / "tests").rglob("test_*.py"))
-    return [str(f.relative_to(root)) for f in sorted(files, key=score, reverse=True)]
+    def score(path: Path) -> float:
+        own = 8.0 if Path(mutant.file).stem in path.stem or Path(mutant.file).parent.name in path.stem else 0.0
+        return own + sum(weights[w] * rare[w] * min(hits[w][path], 5) for w in weights)
+
+    return [str(path.relative_to(root)) for path in sorted(texts, key=score, reverse=True)]
 
 
 @dataclass(frozen=True)

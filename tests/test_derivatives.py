@@ -202,6 +202,21 @@ def test_in_the_factor_of_a_product(named):
     )
 
 
+@pytest.mark.parametrize("name", [*STORED, "inverse of dense", "inverse of low rank", "inverse of quasi-diagonal"])
+def test_where_all_eigenvalues_are_equal(name):
+    """The derivative in a factor that is zero: eigenvectors are not determined there, and what they make is."""
+    m, c = MATRICES[name](), torch.tensor(0.0, dtype=X, requires_grad=True)
+    dense, v, w = m.to_dense().detach(), vector(m), vector(m, seed=3)
+    if name in ("kfac", "kfac-reduce"):
+        with pytest.raises(nng.UnsupportedError, match="eigenvalues that repeat"):
+            grad((c * m).solve(wrap(m, v), 0.5).flat() @ w, c)
+        return
+    for solved in ((c * m).solve(wrap(m, v), 0.5), (c * m).inverse(0.5).mv(wrap(m, v))):
+        (slope,) = grad(solved.flat() @ w, c)
+        torch.testing.assert_close(slope, -4 * (w @ dense @ v), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(grad((c * m).logdet(0.5), c)[0], 2 * dense.trace(), rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "block-diag", "mixed", "mixed-sweeps"])
 def test_factored_damping(name):
     m = MATRICES[name]()
@@ -481,3 +496,13 @@ def test_live_vectors_of_some_parameters():
     with torch.no_grad():
         model[2].weight.zero_()
     assert bool(still.flat().abs().min() > 0)  # a copy
+
+
+def test_a_sum_in_a_factor_of_zero():
+    kfac, low = fim(nng.PMatKFAC), fim(nng.PMatLowRank)
+    c = torch.tensor(0.0, dtype=X, requires_grad=True)
+    (slope,) = grad((kfac + c * low).logdet(0.5), c)
+    damped = kfac.to_dense() + 0.5 * torch.eye(D, dtype=X)
+    torch.testing.assert_close(slope, torch.linalg.solve(damped, low.to_dense()).trace(), rtol=1e-8, atol=1e-8)
+    with pytest.raises(nng.UnsupportedError, match=r"factor of zero|repeat"):
+        grad((c * (kfac + low)).logdet(0.5), c)

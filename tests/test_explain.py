@@ -18,9 +18,9 @@ def test_explain_names_operations_structures_and_costs():
     assert report["positions.weight"].structure == "lookup"
     assert report["norm.weight"].structure == "exact" and report["norm.weight"].block == (3, 1, 2)
     assert "BlockDiag" in str(report) and "tokens.weight" in str(report)
-    gru = nng.explain(build("gru").model, build("gru").loader[0])
-    assert gru["cell.weight_ih_l0"].structure == "fallback" and "one backward pass" in str(gru)
-    assert gru["head.weight"].structure == "kronecker"
+    normed = nng.explain(build("weight-norm").model, build("weight-norm").loader[0])
+    assert normed["0.parametrizations.weight.original1"].structure == "fallback" and "one backward pass" in str(normed)
+    assert normed["2.weight"].structure == "kronecker"
 
 
 TOLD = [nng.PMatDense, nng.PMatBlockDiag, nng.PMatDiag, nng.PMatQuasiDiag, nng.PMatKFAC, nng.PMatEKFAC]

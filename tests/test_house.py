@@ -10,8 +10,9 @@ import pytest
 import nngeom
 
 ROOT = Path(__file__).parent.parent / "nngeom"
-ORDER = ["core", "solve", "layers", "space", "capture", "pullback", "sweep", "cotangents", "pmat", "fmat", "maps"]
-ORDER += ["measures", "attribution", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "__init__"]
+ORDER = ["core", "ranks", "solve", "layers", "space", "capture", "pullback", "sweep", "cotangents", "pmat", "fmat"]
+ORDER += ["maps", "measures", "attribution", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "plot"]
+ORDER += ["page", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -29,7 +30,8 @@ def module(file: Path) -> str:
 def floor(path_or_module: str) -> int:
     """The storey of the house a module is on: that of its package, or of the single files."""
     parts = path_or_module.split(".")
-    name = "__init__" if len(parts) == 1 else parts[1] if (ROOT / parts[1]).is_dir() else "top"
+    outermost = len(parts) == 1 or parts[1] == "__main__"
+    name = "__init__" if outermost else parts[1] if (ROOT / parts[1]).is_dir() else "top"
     return ORDER.index(name)
 
 
@@ -186,6 +188,7 @@ KNOWS_OPERATIONS = {
     "capture/fused.py": {"embedding", "embedding_bag"},  # gradients with gaps, and padding in forward mode
     "capture/written_out.py": {"embedding_bag", "layer_norm", "instance_norm", "prelu"},  # formulas in their place
     "pullback/placement.py": {"NativeBatchNorm"},  # of the batch in a training step
+    "plot/heatmap.py": {"linear"},  # a scale of matplotlib
     "pullback/verify.py": {"NativeGroupNorm"},  # without its input the process ends (torch 2.13)
 }
 APART = {
@@ -223,8 +226,16 @@ def test_no_module_hides_a_public_function():
 
 
 def test_only_one_file_knows_processes():
-    users = [f.name for f in FILES if "torch.distributed" in f.read_text()]
-    assert set(users) <= {"distributed.py", "collection.py"}
+    """``DistributedDataParallel``, which a model may be wrapped in, is of ``torch.nn``."""
+    foreign = ((name, node) for name, tree in TREES.items() for node in ast.walk(tree))
+    users = {
+        name
+        for name, node in foreign
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"))
+        or (isinstance(node, ast.Import) and any(a.name.startswith("torch.distributed") for a in node.names))
+        or (isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed"))
+    }
+    assert users == {"nngeom.ranks.team"}
 
 
 LINES, COLUMNS, PARAMETERS, POSITIONAL = 250, 120, 8, 6

@@ -168,7 +168,7 @@ def test_spectra_a_layer():
 
 
 def test_unknown_layers():
-    with pytest.raises(nng.ArgumentError, match="no layer 'third'; expected one of"):
+    with pytest.raises(nng.CollectionError, match="'third' matches no parameter; the parameters are"):
         measured("FIM", build("mlp"))["third"]
 
 

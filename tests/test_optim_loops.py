@@ -53,7 +53,8 @@ def test_grad_scaler(scalings):
                     scaler.scale(
                         F.cross_entropy(model(x * float("inf")).nan_to_num(1e3) * model(x).sum(), y)
                     ).backward()
-                scaler.step(opt)
+                with pytest.warns(SkippedStepWarning, match="GradScaler"):
+                    scaler.step(opt)
                 scaler.update()
                 opt.zero_grad()
             with opt.observe(scaler=scaler if scaled == "unscale" else None):
@@ -154,9 +155,9 @@ def test_steps_that_are_not_finite_leave_no_trace(kind):
     opt, clean = MAKERS[kind](case.model), MAKERS[kind](other)
     for turn in range(4):
         if turn == 2:
-            for count in (1, 2):
+            for first in (True, False):
                 before = copy.deepcopy(case.model.state_dict())
-                with pytest.warns(SkippedStepWarning, match=f"{count} so far"):
+                with pytest.warns(SkippedStepWarning, match="'0.weight'") if first else contextlib.nullcontext():
                     one_step(opt, x * float("nan"), y)
                 assert all(torch.equal(before[k], v) for k, v in case.model.state_dict().items())
             opt.observer.drawn = clean.observer.drawn

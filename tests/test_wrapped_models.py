@@ -212,41 +212,76 @@ def in_a_process(code: str) -> str:
     return done.stdout
 
 
-def test_parameters_spread_over_processes_are_refused():
-    out = in_a_process("""
-        import copy
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import distribute_module
-        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+SPREAD = """
+    import copy
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import DTensor, Replicate, distribute_module
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    sharded, parallel, distributed, whole = (copy.deepcopy(model) for _ in range(4))
+    fully_shard(sharded[0], mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    parallelize_module(parallel, mesh, {"0": ColwiseParallel()})
+    replicated = lambda _, args, mesh: tuple(DTensor.from_local(x, mesh, [Replicate()]) for x in args)
+    distribute_module(distributed, mesh, input_fn=replicated)
+"""
 
-        def refused(model):
-            for call in (
-                lambda: nng.FIM(model, x), lambda: nng.FIM(model, x, nng.PMatImplicit),
-                lambda: nng.GramMatrix(model, x), lambda: nng.Jacobian(model, x),
-                lambda: nng.GGN(model, (x, torch.arange(5) % 3), loss="cross_entropy"),
-                lambda: nng.optim.KFAC(model), lambda: nng.mgs.trace_penalty(model, x), lambda: nng.explain(model, x),
-            ):
+
+def test_what_needs_whole_parameters_refuses_those_spread_over_processes():
+    in_a_process(
+        textwrap.dedent(SPREAD)
+        + textwrap.dedent("""
+        flat = FullyShardedDataParallel(copy.deepcopy(model), device_id=torch.device("cpu"))
+        calls = [
+            lambda m: nng.optim.KFAC(m), lambda m: nng.mgs.trace_penalty(m, x), lambda m: nng.explain(m, x),
+            lambda m: nng.mgs.loss_gradient_penalty(m, x, torch.arange(5) % 3), lambda m: nng.diagnose(m, x),
+            lambda m: nng.GramMatrix(m, x, differentiable=True), lambda m: nng.linearized.Linearized(m),
+            lambda m: nng.track.Tracker(m, x), lambda m: nng.analysis.ComplexityMeasure(m, x),
+        ]
+        measures = [lambda m: nng.FIM(m, x), lambda m: nng.GramMatrix(m, x), lambda m: nng.Jacobian(m, x)]
+        for m in (sharded, parallel, distributed, flat):
+            for call in calls + measures * (m is flat):
                 try:
-                    call()
-                    print("no error")
+                    call(m)
+                    raise SystemExit(f"no error of call {calls.index(call)} on {type(m)}")
                 except nng.UnsupportedError as error:
                     assert "spread over processes" in str(error) and "full_state_dict" in str(error), error
-
-        sharded, parallel, distributed, whole = (copy.deepcopy(model) for _ in range(4))
-        fully_shard(sharded[0], mesh=mesh)
-        refused(fully_shard(sharded, mesh=mesh))
-        parallelize_module(parallel, mesh, {"0": ColwiseParallel()})
-        refused(parallel)
-        distribute_module(distributed, mesh)
-        refused(distributed)
         for p in whole.parameters():  # and what the error says works
             p.data.zero_()
         whole.load_state_dict(get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True)))
         expected = nng.FIM(model, x, nng.PMatDense).to_dense()
-        print(bool(torch.allclose(nng.FIM(whole, x, nng.PMatDense).to_dense(), expected)))
-    """)
-    assert out.split() == ["True"]
+        assert torch.allclose(nng.FIM(whole, x, nng.PMatDense).to_dense(), expected)
+        """)
+    )
+
+
+def test_measures_of_parameters_that_may_be_spread_over_processes():
+    in_a_process(
+        textwrap.dedent(SPREAD)
+        + textwrap.dedent("""
+        y = torch.arange(5) % 3
+        measures = [
+            lambda m: nng.FIM(m, x, nng.PMatDense).to_dense(), lambda m: nng.FIM(m, x).to_dense(),
+            lambda m: nng.FIM(m, x, nng.PMatImplicit).to_dense(), lambda m: nng.GramMatrix(m, x).to_dense(),
+            lambda m: nng.FIM(m, x, nng.PMatImplicit)["0"].to_dense(),
+            lambda m: nng.GramMatrix(m, x, nng.FMatImplicit).to_dense(), lambda m: nng.Jacobian(m, x).rows(),
+            lambda m: nng.EmpiricalFIM(m, (x, y), nng.PMatEKFAC, loss="cross_entropy").to_dense(),
+            lambda m: nng.PVector.from_model(m).tensor,
+        ]
+        second = lambda m: nng.Hessian(m, (x, y), nng.PMatDense, loss="cross_entropy").to_dense()
+        for m in (sharded, parallel, distributed):
+            for measure in measures + [second] * (m is sharded):
+                one, other = measure(model), measure(m)
+                assert torch.allclose(one, other, atol=1e-6 * float(one.abs().max())), (one - other).abs().max()
+            assert all(hasattr(p, "placements") for p in m[0].parameters())
+        for m in (parallel, distributed):
+            try:
+                second(m)
+                raise SystemExit("no error")
+            except nng.UnsupportedError as error:
+                assert "tensor parallelism" in str(error), error
+        """)
+    )
 
 
 def test_parameters_that_are_elsewhere_are_no_empty_ones():

@@ -20,6 +20,7 @@ from nngeom.core.linalg import accumulation_dtype
 from nngeom.core.paired import paired
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.fmat.fingerprint import Fingerprint
+from nngeom.fmat.positions import Positions
 from nngeom.fmat.side import Side
 from nngeom.fmat.store import FileStore
 from nngeom.fmat.tiles import require_finite
@@ -34,7 +35,8 @@ from nngeom.sweep.sweep import Chunk, Policy, Sweep
 class Influence:
     """Scores of ``n`` training examples for ``q`` queries, in the order of both loaders.
 
-    ``scores (q, n)``: ``g_j^T (matrix + damping)^-1 g_i``, without sign and without ``1/n``; ``None`` with ``top=``.
+    ``scores (q, n)``: ``g_j^T (matrix + damping)^-1 g_i``, without sign and without ``1/n``; ``None`` with ``top=``;
+    of every position ``(q, n, t)`` with ``by_position=True``.
     ``values``, ``indices (q, k)``: with ``top=k`` the largest of each query in descending order, and their examples;
     else ``None``. ``self_scores (n,)``: of every training example for itself; ``None`` under a matrix that is known by
     its products alone, where each costs a solve. ``by_layer``: ``{layer: (q, n)}``, which sum to the scores; empty
@@ -60,6 +62,7 @@ def influence(
     query_function: Callable[[Tensor, Any], Tensor] | None = None,
     top: int | None = None,
     by_layer: bool = False,
+    by_position: bool = False,
     out: str | os.PathLike[str] | None = None,
     function: Callable[..., Tensor] | None = None,
     progress: bool = False,
@@ -83,6 +86,8 @@ def influence(
         query_function: ``(outputs, targets) -> (q,)``, where queries are no losses: a logit, a margin, a probability.
         top: keep the so many largest scores of each query only, all if there are fewer, as they stream by.
         by_layer: whether the share of each layer is kept too.
+        by_position: scores are of every position of the training examples, such as tokens, ``(q, n, t)``; they sum to
+            those of the examples. Parameters whose rows do not keep positions raise :class:`StructureError`.
         out: a path; the scores are written to the ``.npy`` file ``path`` as for :func:`GramMatrix`.
 
     Raises :class:`SingularError` where the damped matrix is singular or indefinite, :class:`ArgumentTypeError`,
@@ -91,6 +96,8 @@ def influence(
     """
     require_matrix(matrix, "matrix")
     _require_options(top, out, by_layer=by_layer)
+    if by_position and (top is not None or out is not None):
+        raise ArgumentError("by_position=True keeps all scores; expected neither top= nor out= with it")
     run = Run.of(
         model,
         train,
@@ -100,7 +107,9 @@ def influence(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
+    run.require_alone("influence")
     network = run.network
     inverse = matrix.inverse(0.0 if damping is None else damping)
     metric = Metric(inverse, network.collection, accumulation_dtype(network.dtype), network.device)
@@ -112,7 +121,9 @@ def influence(
         sweep = Sweep(run, cotangents, replace(policy, divide=True, reuse=True, shares=4)).held()
         if out is None:
             layers = network.layer_of if by_layer else None
-            return _Scores(metric, side, sweep, Everything() if top is None else Largest(top), layers).influence()
+            apart = Positions() if by_position else None
+            keeper = Everything() if top is None else Largest(top)
+            return _Scores(metric, side, sweep, keeper, layers, apart=apart).influence()
         return _in_file(out, metric, side, replace(sweep, run=sweep.run.held()))
 
 
@@ -153,16 +164,20 @@ class _Scores:
     sweep: Sweep
     keeper: Keeper
     layer_of: Callable[[str], str] | None = None
+    apart: Positions | None = None  # positions of training examples have scores of their own
     known: bool = False  # all scores are there, only those of the examples for themselves are wanted
     layers: dict[str, Everything] = field(default_factory=dict)
 
     def influence(self) -> Influence:
         """What is kept of the scores."""
         own = self.over_all()
-        by_layer = {name: kept.result() for name, kept in self.layers.items()}
+        by_layer = {name: self._by_position(kept.result()) for name, kept in self.layers.items()}
         if isinstance(self.keeper, Largest):
             return Influence(None, own, *self.keeper.result(), by_layer)
-        return Influence(self.keeper.result(), own, None, None, by_layer)
+        return Influence(self._by_position(self.keeper.result()), own, None, None, by_layer)
+
+    def _by_position(self, scores: Tensor) -> Tensor:
+        return scores if self.apart is None else scores.unflatten(1, (-1, self.apart.count or 1))
 
     def over_all(self) -> Tensor | None:
         """Every load of queries against all training examples; returns the scores of these for themselves."""
@@ -176,6 +191,10 @@ class _Scores:
                 halves = self._halves(rows)
                 if wanted:
                     own.append(self._own(rows, halves, chunk.examples))
+                if self.apart is not None:
+                    chunk = self.apart.taken_apart(chunk)
+                    rows = self.metric.by_block(chunk.jacobians)
+                    halves = self._halves(rows)
                 self._add(load, chunk, rows, {layout: right for layout, (_, right) in halves.items()})
             wanted = False
         return torch.cat(own) if own else None

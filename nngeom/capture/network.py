@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,19 @@ from nngeom.capture.batch import move
 from nngeom.capture.batch import take as take
 from nngeom.capture.compiled import as_written
 from nngeom.capture.fused import DenseGradients
+from nngeom.capture.gathered import require_gathered, sharded_modules
+from nngeom.capture.in_step import in_step, require_same_batch
+from nngeom.capture.measuring import measuring
+from nngeom.capture.outputs import called, checked
 from nngeom.capture.untouched import Watch
-from nngeom.core.errors import ArgumentTypeError, DeviceError, LoaderError, NonFiniteError, OutputError
+from nngeom.core.errors import (
+    ArgumentTypeError,
+    DeviceError,
+    LoaderError,
+    NonFiniteError,
+    UnsupportedError,
+)
+from nngeom.core.whole import in_parts
 from nngeom.space.collection import LayerCollection, unwrap
 
 RUNNING = threading.RLock()  # models run one at a time: a forward-mode pass puts other tensors into them meanwhile
@@ -37,10 +48,19 @@ class Network:
     parameters: dict[str, nn.Parameter]
     device: torch.device
     dtype: torch.dtype
+    distributed: Tensor | None = None  # a parameter that is a distributed tensor while the model runs, if there is one
 
     @staticmethod
-    def build(model: nn.Module, function: Callable[..., Tensor] | None, collection: LayerCollection | None) -> Network:
-        """Checked: raises on a model without parameters, on several devices, or a collection of another model."""
+    def build(
+        model: nn.Module,
+        function: Callable[..., Tensor] | None,
+        collection: LayerCollection | None,
+        *,
+        parts: bool = False,
+    ) -> Network:
+        """Checked: raises on a model without parameters, on several devices, a collection of another model, or, unless
+        these ``parts`` are looked after, parameters of which a process holds parts.
+        """
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
         if function is not None and not callable(function):
@@ -54,7 +74,7 @@ class Network:
                 f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)"
             )
         parameters = lc.parameters(model)
-        remedies.require_whole(model, parameters)
+        remedies.require_whole(model, parameters, parts=parts)
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
             raise DeviceError(
@@ -63,7 +83,8 @@ class Network:
             )
         dtypes = {p.dtype for p in parameters.values()}
         dtype = functools.reduce(torch.promote_types, dtypes)
-        return Network(model, lc, function, parameters, next(iter(devices)), dtype)
+        distributed = next((p for p in model.parameters() if in_parts(p)), None)
+        return Network(model, lc, function, parameters, next(iter(devices)), dtype, distributed=distributed)
 
     @functools.cached_property
     def ids(self) -> dict[int, str]:
@@ -91,90 +112,67 @@ class Network:
 
     def only(self, names: tuple[str, ...]) -> Network:
         """The same with some of its parameters selected, ``names``."""
-        return Network.build(self.model, self.function, self.collection.only(names))
+        collection = self.collection.only(names)
+        parameters = {name: self.parameters[name] for name in collection.names}
+        dtype = functools.reduce(torch.promote_types, {p.dtype for p in parameters.values()})
+        return replace(self, collection=collection, parameters=parameters, dtype=dtype)
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
-    def batches(self, loader: Any) -> Iterator[Batch]:
-        """The batches of a loader on the model's device; raises :class:`LoaderError` when there is none."""
+    def batches(self, loader: Any, *, may_be_empty: bool = False) -> Iterator[Batch]:
+        """The batches of a loader on the model's device; raises :class:`LoaderError` when there is none, unless that
+        ``may_be``.
+        """
         empty = True
         for batch in as_batches(loader):
             empty = False
             yield move(batch, self.device)
-        if empty:
+        if empty and not may_be_empty:
             raise LoaderError(
                 "the loader is empty: expected at least one batch (a used-up generator? pass a list of its batches)"
             )
 
     def run(self, batch: Batch) -> Tensor:
         """The outputs ``(n, ...)`` of one batch, checked; buffers and random states are as they were before."""
+        self._require_gathered()
+        if self.distributed is not None:
+            require_same_batch(batch, self.distributed)
         with RUNNING, self.watch.undone():
-            return self._outputs(batch)
+            outputs = self._outputs(batch)
+        self._require_gathered()
+        return outputs if self.distributed is None else in_step(outputs, self.distributed)
+
+    def require_whole(self, what: str) -> None:
+        """Raise :class:`UnsupportedError`, which calls it ``what``, where parameters are distributed tensors while the
+        model runs.
+        """
+        if self.distributed is not None:
+            raise UnsupportedError(
+                f"{what} of a model whose parameters are distributed tensors (tensor parallelism): torch's second "
+                "derivatives through these are not right; use a measure of first derivatives (GGN, FIM, a kernel "
+                "without differentiable=True), or a model that is whole, or under fully_shard alone"
+            )
+
+    def _require_gathered(self) -> None:
+        if self._gathers:
+            require_gathered(self.model, self.parameters)
+
+    @functools.cached_property
+    def _gathers(self) -> bool:
+        """Whether the parameters are whole only within a call."""
+        return bool(sharded_modules(self.model))
 
     def _outputs(self, batch: Batch) -> Tensor:
         sparse = any(getattr(m, "sparse", False) for m in self.model.modules())
-        with as_written(), DenseGradients() if sparse else contextlib.nullcontext():
+        with as_written(), measuring(), DenseGradients() if sparse else contextlib.nullcontext():
             try:
-                outputs = self.function(*_unpack(batch)) if self.function is not None else self._default(batch)
+                outputs = self.function(*_unpack(batch)) if self.function is not None else called(self.model, batch)
             except (RuntimeError, TypeError) as error:
                 remedy = remedies.of_a_call(error, batch, self.parameters, self.function)
                 if remedy is None:
                     raise
                 raise remedy from error
-        if not isinstance(outputs, Tensor):
-            raise OutputError(
-                f"the {'function' if self.function is not None else 'model'} returned {type(outputs).__name__}; "
-                "expected a tensor of "
-                "outputs (n, c): pass function=lambda inputs, targets: ... to choose it"
-            )
-        if outputs.is_nested or outputs.layout is not torch.strided:
-            kind = "nested" if outputs.is_nested else "sparse"
-            raise OutputError(
-                f"the outputs are a {kind} tensor; expected an ordinary one (n, ...): pad, pool or densify them "
-                "in the model "
-                "or in function="
-            )
-        if outputs.ndim == 0:
-            raise OutputError(
-                "the outputs are a single number; expected one row an example, (n, ...): do not average over the batch"
-            )
-        if outputs.ndim == 1:
-            outputs = outputs.unsqueeze(1)
-        if not outputs.is_floating_point():
-            raise OutputError(f"the outputs have dtype {outputs.dtype}; expected real floating-point numbers")
-        if outputs.shape[0] == 0:
-            raise LoaderError("a batch has no examples; expected at least one")
-        size = leading_size(batch)
-        if size is not None and outputs.shape[0] != size:
-            raise OutputError(
-                f"the outputs have shape {tuple(outputs.shape)} but the batch holds {size} examples; expected "
-                f"({size}, ...): "
-                "examples must stay along the first axis (positions of one example go behind it)"
-            )
-        return outputs
-
-    def _default(self, batch: Batch) -> Any:
-        if isinstance(batch, Mapping):
-            out = self.model(**{k: v for k, v in batch.items() if k != "labels"})
-        elif isinstance(batch, (tuple, list)):
-            if not 1 <= len(batch) <= 2:
-                raise LoaderError(
-                    f"a batch is a {type(batch).__name__} of {len(batch)} items; expected (inputs, targets) or "
-                    "(inputs,): "
-                    "pass function=lambda *items: model(...) to say which are inputs"
-                )
-            x = batch[0]
-            out = (
-                self.model(**x)
-                if isinstance(x, Mapping)
-                else self.model(*x)
-                if isinstance(x, (tuple, list))
-                else self.model(x)
-            )
-        else:
-            out = self.model(batch)
-        logits = getattr(out, "logits", None)
-        return logits if isinstance(logits, Tensor) else out
+        return checked(outputs, batch, "model" if self.function is None else "function")
 
 
 def _unpack(batch: Batch) -> tuple[Any, ...]:

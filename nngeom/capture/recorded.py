@@ -16,6 +16,7 @@ from nngeom.core.errors import CoverageError
 from nngeom.layers.use import Use
 
 Sources = tuple[tuple[Tensor, int], ...]
+NOWHERE = get_gradient_edge(torch.zeros((), requires_grad=True))  # in the place of an edge that is not needed any more
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,10 @@ class Recorded:
     def forgotten(self) -> Recorded:
         """This without its inputs, which were read."""
         return dataclasses.replace(self, use=dataclasses.replace(self.use, inputs=None, copied=None), sources=())
+
+    def off_the_graph(self) -> Recorded:
+        """This without its edges, so that it does not hold its own graph."""
+        return dataclasses.replace(self, edge=NOWHERE, origin=None)
 
     def broadcast(self, out: Tensor, extra: int) -> Recorded:
         """This use as seen through an addition that copies its output along ``extra`` new axes (or a first axis of

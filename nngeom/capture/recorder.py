@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 import nngeom.layers  # noqa: F401  (registers the adapters)
 from nngeom.capture.arguments import tensors
 from nngeom.capture.fused import unfused
-from nngeom.capture.graph import sequence_number
+from nngeom.capture.graph import Graph, read, sequence_number
+from nngeom.capture.leaves import Leaves
 from nngeom.capture.network import Batch, Network, gradients_on
 from nngeom.capture.recorded import Recorded
 from nngeom.capture.untouched import Drew, require_unused
@@ -32,6 +33,7 @@ from nngeom.capture.written_out import COMPOSED
 from nngeom.core.errors import ModeError
 from nngeom.layers.adapter import ADAPTERS, Call
 from nngeom.layers.elementwise import ADDITIONS
+from nngeom.layers.recurrent import unrolled
 from nngeom.layers.refuse import REFUSALS
 
 
@@ -42,23 +44,35 @@ class Capture:
     outputs: Tensor
     uses: list[Recorded]  # each is exchanged for one without inputs when these were read
     unstructured: set[str]
+    leaves: Leaves  # the tensors that stood for the parameters
     hooked: frozenset[Any] = frozenset()  # nodes of tensors that were asked to run functions on their gradients
     training: bool = False  # a training step of the user's: batch normalisation may mix examples
     batch: Batch = None
 
+    def graph(self) -> Graph:
+        """What autograd recorded of it."""
+        return read(self.outputs, self.leaves.names, self.leaves.registered, self.hooked)
 
-def record(network: Network, batch: Batch, *, keep_graph: bool = False) -> Capture:
+
+def record(network: Network, batch: Batch, *, keep_graph: bool = False, exchange: bool = False) -> Capture:
     """Run the model on a batch and record how it uses the selected parameters.
 
-    Raises :class:`ModeError` where it is random, mixes examples or changes buffers.
+    ``exchange``: whether other tensors may stand for these while the model runs: the caller differentiates in
+    :attr:`Capture.leaves`. Raises :class:`ModeError` where the model is random, mixes examples or changes buffers,
+    :class:`CoverageError` where it exchanges parameters and must not.
     """
     network.watch.harmless = False
+    if keep_graph:
+        network.require_whole("derivatives of the rows")
     try:
-        return _recorded(network, batch, keep_graph=keep_graph)
+        capture = _recorded(network, batch, keep_graph=keep_graph)
     except Drew:
         with gradients_on():
             require_unused(lambda: network.run(batch), network.watch)
-        return _recorded(network, batch, keep_graph=keep_graph)
+        capture = _recorded(network, batch, keep_graph=keep_graph)
+    if not exchange:
+        capture.leaves.require_own()
+    return capture
 
 
 def _recorded(network: Network, batch: Batch, *, keep_graph: bool) -> Capture:
@@ -78,7 +92,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.refuse = refuse
         self.mixing = False  # batch normalisation in training mode was seen
-        self.names = {id(p): name for name, p in network.parameters.items()}
+        self.leaves = Leaves(network)
         self.keep_graph = keep_graph
         self.uses: list[Recorded] = []
         self.unstructured: set[str] = set()
@@ -94,19 +108,18 @@ class Recorder(TorchFunctionMode):
         """What was seen until ``outputs`` were there."""
         left = [recorded for recorded in self.uses if recorded not in self._moved]
         uses = [recorded.at(place) for place, recorded in enumerate(left)]
-        return Capture(outputs, uses, self.unstructured, frozenset(self.hooked), not self.refuse)
+        return Capture(outputs, uses, self.unstructured, self.leaves, frozenset(self.hooked), not self.refuse)
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""
-        name = self.names.get(id(x))
+        name = self.leaves.name(x)
         if name is not None:
             return name, x
-        if id(x) in self._copies:
-            return None
         base = x._base
-        if base is not None and id(base) in self.names and x.requires_grad:
-            return self.names[id(base)], base
-        return None
+        if base is None or not x.requires_grad or id(x) in self._copies:
+            return None
+        name = self.leaves.name(base)
+        return None if name is None else (name, base)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -126,6 +139,10 @@ class Recorder(TorchFunctionMode):
             return out
         if func not in ADAPTERS and _is_composite(func):
             return self._open(func)(*args, **kwargs)
+        by_steps = unrolled(func, args, kwargs)
+        if by_steps is not None:
+            with self:
+                return by_steps(*args, **kwargs)
         since = sequence_number()
         out = self._call(func)(*args, **kwargs)
         results = [t for t in tensors((out,)) if t.requires_grad]

@@ -11,23 +11,26 @@ from torch import Tensor, nn
 
 from nngeom.capture.batch import Batch, tensors
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, LoaderError, NNGeomError, UnsupportedError
+from nngeom.core.whole import in_parts
 
+_FLAT = "FullyShardedDataParallel"
 _WHOLE = r"\b(long|u?int|short|char|byte|bool)"  # dtypes of whole numbers, where real ones are wanted
 
 
-def require_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Raise :class:`UnsupportedError` where parameters are distributed tensors, or what one process holds of them."""
-    parts = [
-        name
-        for name, p in parameters.items()
-        if hasattr(p, "placements") or getattr(p, "ds_numel", p.numel()) != p.numel()
-    ]
-    names = [name or "the model" for name, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]
-    if parts or names:
+def require_whole(model: nn.Module, parameters: Mapping[str, Tensor], *, parts: bool) -> None:
+    """Raise :class:`UnsupportedError` where a process holds parts of the parameters; ``parts``: distributed tensors are
+    welcome.
+    """
+    names = [name for name, p in parameters.items() if getattr(p, "ds_numel", p.numel()) != p.numel()]
+    if not parts:
+        names += [name for name, p in parameters.items() if in_parts(p)]
+    names += [name or "the model" for name, m in model.named_modules() if type(m).__name__ == _FLAT]
+    if names:
         raise UnsupportedError(
-            f"parameters are spread over processes ({', '.join((parts or names)[:4])}: fully_shard, tensor "
-            "parallelism, FullyShardedDataParallel or ZeRO-3); expected whole ones: measure a copy of the model that "
-            "is not sharded, loaded from the gathered state (get_model_state_dict with full_state_dict=True)"
+            f"parameters are spread over processes ({', '.join(names[:4])}: fully_shard, tensor parallelism, "
+            f"{_FLAT} or ZeRO-3). Measures that take process_group= (FIM, GGN, GramMatrix, ...) are offered for "
+            "fully_shard and tensor parallelism, unless differentiable=True; for anything else use a copy of the model "
+            "that is not sharded, loaded from the gathered state (get_model_state_dict with full_state_dict=True)"
         )
 
 

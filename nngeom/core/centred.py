@@ -12,10 +12,10 @@ from nngeom.core.jacobian import LayerJacobian
 
 @dataclass(frozen=True, eq=False)
 class CentredJacobian(LayerJacobian):
-    """Rows minus a mean."""
+    """Rows minus a mean, that of their cotangent."""
 
     inner: LayerJacobian
-    mean: Tensor  # [s o i]
+    mean: Tensor  # [k s o i]
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -30,10 +30,10 @@ class CentredJacobian(LayerJacobian):
         return self.mean.device
 
     def matrix(self) -> Tensor:
-        return self.inner.matrix() - self.mean
+        return self.inner.matrix() - self.mean.unsqueeze(1)
 
     def examples(self, lo: int, hi: int) -> CentredJacobian:
         return CentredJacobian(self.inner.examples(lo, hi), self.mean)
 
     def cotangents(self, lo: int, hi: int) -> CentredJacobian:
-        return CentredJacobian(self.inner.cotangents(lo, hi), self.mean)
+        return CentredJacobian(self.inner.cotangents(lo, hi), self.mean[lo:hi])

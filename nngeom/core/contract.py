@@ -76,7 +76,7 @@ def squared_lengths(x: Tensor) -> Tensor:
     """``sum_i x[..., i]**2``, without the squares in between: fresh memory costs more than they do. Differentiable any
     number of times.
     """
-    result: Tensor = _SquaredLengths.apply(x)
+    result: Tensor = _SquaredLengths.apply(x)  # type: ignore[no-untyped-call]
     return result
 
 

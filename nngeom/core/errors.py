@@ -6,6 +6,7 @@ All derive from :class:`NNGeomError` and from the builtin exception that fits, s
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 
@@ -93,8 +94,49 @@ class FileError(NNGeomError, OSError):
 
 
 class MissingExtraError(NNGeomError, ImportError):
-    """An optional dependency is not installed; the text names the extra."""
+    """An optional dependency is not installed; the text names the library."""
+
+
+class PeerError(NNGeomError, RuntimeError):
+    """Another process failed, or is gone, in a call that all processes of a group make together.
+
+    ``message``: the text. ``rank``: of the process that failed, and ``kind``, what it raised there, where these are
+    known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.rank, self.kind = rank, kind
+
+
+class RankMismatchError(NNGeomError, RuntimeError):
+    """The processes of a group were given different models, settings, vectors or calls."""
+
+
+class SameDataWarning(UserWarning):
+    """All processes of a group read the same first batch: was the data not split?"""
+
+
+class UnevenBatchWarning(UserWarning):
+    """The processes of a group train on batches of unlike sizes, and average over processes."""
+
+
+class RepeatedExamplesWarning(UserWarning):
+    """A sampler repeats examples so that all processes have as many; they count twice."""
 
 
 class MemoryWarning(UserWarning):
     """The memory budget is below the smallest possible piece of work."""
+
+
+class FitWarning(UserWarning):
+    """What is fitted iteratively still moves: it is an approximation of the named kind, not the best of it."""
+
+
+def not_added(other: Any, space: str) -> ArgumentTypeError:
+    """The error for a sum, or difference, of a matrix of this ``space`` and something ``other`` that is none."""
+    told = f"cannot add {type(other).__name__} to a {space} matrix, or subtract it; expected another one"
+    if isinstance(other, numbers.Real) or getattr(other, "ndim", None) == 0:
+        x = abs(float(other))
+        told += f". To have {x:g} on the diagonal say damping= where the matrix is used, M.solve(v, damping={x:g})"
+    return ArgumentTypeError(told)

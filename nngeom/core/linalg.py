@@ -52,14 +52,14 @@ def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
             values = values.gather(-1, order)
             vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
     if vectors.requires_grad:
-        vectors = _Distinct.apply(vectors, values.detach())
+        vectors = _Distinct.apply(vectors, values.detach())  # type: ignore[no-untyped-call]
     return values.to(m), vectors.to(m).contiguous()
 
 
 def svd(m: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values and right singular vectors, the rows of the second, in float64; gradients as of :func:`eigh`."""
     _, values, vectors = torch.linalg.svd(m.double(), full_matrices=False)
-    return values, _Distinct.apply(vectors, values.detach()) if vectors.requires_grad else vectors
+    return values, _Distinct.apply(vectors, values.detach()) if vectors.requires_grad else vectors  # type: ignore[no-untyped-call]
 
 
 class _Distinct(torch.autograd.Function):
@@ -184,7 +184,8 @@ def factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:
         return factor, None
     values, vectors = eigh(factor)
     floor = ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
-    return torch.where(values.abs() > floor, values, torch.zeros_like(values)), vectors
+    zeros = values - values.detach() if values.requires_grad else torch.zeros_like(values)  # with their derivatives
+    return torch.where(values.abs() > floor, values, zeros), vectors
 
 
 def factor_shift(factor: Tensor, shift: Tensor) -> Tensor:

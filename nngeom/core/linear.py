@@ -37,7 +37,7 @@ def linear(act: Act, adjoint: Act, x: Tensor, held: Sequence[Tensor] = ()) -> Te
     ``adjoint``: the transposed map. ``held``: tensors that both depend on and that must stay as they are until the
     backward pass, the parameters of a model; it raises ``RuntimeError``, as autograd does, where one was overwritten.
     """
-    result: Tensor = _Linear.apply(act, adjoint, tuple(held), x)
+    result: Tensor = _Linear.apply(act, adjoint, tuple(held), x)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -73,7 +73,7 @@ def solution(
         result: Tensor = sum((c * part for c, part in zip(numbers[1:], parts[1:])), numbers[0] * parts[0])
         return result
 
-    result: Tensor = _Solution.apply(lambda y: solver(matrix, y), maps, tuple(held), b, *coefficients)
+    result: Tensor = _Solution.apply(lambda y: solver(matrix, y), maps, tuple(held), b, *coefficients)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -119,7 +119,7 @@ class _Solution(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, *rest = ctx.saved_tensors
         coefficients = [rest.pop(0) if c is None else c for c in ctx.numbers]
-        back = _Solution.apply(ctx.solve, ctx.maps, tuple(rest), g, *coefficients)
+        back = _Solution.apply(ctx.solve, ctx.maps, tuple(rest), g, *coefficients)  # type: ignore[no-untyped-call]
         slopes = [
             -(back * symmetric(f, x, rest)).sum().to(c) if isinstance(c, Tensor) and needed else None
             for f, c, needed in zip(ctx.maps, coefficients, ctx.needs_input_grad[4:])

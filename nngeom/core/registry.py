@@ -95,8 +95,11 @@ def qualified(cls: Any) -> str:
 
 def _distinct(classes: list[Any], full: str) -> list[Any]:
     """Without those of the qualified name ``full`` that were defined again, later in the list, by the same code."""
-    again = lambda j: any(qualified(later) == full and _same(classes[j], later) for later in classes[j + 1 :])
-    return [cls for j, cls in enumerate(classes) if qualified(cls) != full or not again(j)]
+    kept: list[Any] = []
+    for cls in reversed(classes):
+        if qualified(cls) != full or not any(qualified(later) == full and _same(cls, later) for later in kept):
+            kept.append(cls)
+    return kept[::-1]
 
 
 def _listed(classes: list[Any]) -> str:

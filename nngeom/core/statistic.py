@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg
+from nngeom.core.kept import Kept, Key
 from nngeom.core.linalg import accumulation_dtype
 
 
@@ -154,6 +155,61 @@ class Sums:
         for block, name in other.inputs:
             self._sums.setdefault(block, {})[name] = other.sums[block][name]
         self.inputs, self.count = set(other.inputs), other.count
+
+    def scale_(self, c: float) -> None:
+        """As if every gradient had been ``c`` times as large; sums of inputs stay."""
+        for block, named in self._sums.items():
+            for name, t in named.items():
+                if isinstance(t, Stacked):
+                    t.parts = [c * part for part in t.parts]
+                elif (block, name) not in self.inputs:
+                    t.mul_(c * c)
+
+    # -- in several processes ------------------------------------------------------------------------------------------
+
+    def kept(self) -> dict[Key, Kept]:
+        """What there is, in the order in which it was met."""
+        return {(block, name): self._kept(block, name) for block, named in self._sums.items() for name in named}
+
+    def _kept(self, block: Any, name: str) -> Kept:
+        t, inputs = self._sums[block][name], (block, name) in self.inputs
+        if isinstance(t, Stacked):
+            return Kept(tuple(t.parts[0].shape[1:]), t.parts[0].dtype, stacked=True, inputs=inputs)
+        return Kept(tuple(t.shape), t.dtype, half=(block, name) in self._halves, inputs=inputs)
+
+    def adopt(self, kept: Mapping[Key, Kept], device: torch.device) -> None:
+        """What ``kept`` lists, in its order, with zeros on ``device`` for what was not met here."""
+        mine, halves = self._sums, set(self._halves)
+        self._halves = {key for key in halves if not kept[key].half}
+        mine, self._sums = self.sums, {}
+        for (block, name), k in kept.items():
+            t = mine.get(block, {}).get(name)
+            if k.stacked:
+                parts = t.parts if isinstance(t, Stacked) else [torch.zeros(0, *k.shape, device=device)]
+                t = Stacked([torch.cat(parts).to(k.dtype)])
+            else:
+                t = t.to(k.dtype) if isinstance(t, Tensor) else torch.zeros(k.shape, dtype=k.dtype, device=device)
+            self._sums.setdefault(block, {})[name] = t
+        self._halves = {key for key, k in kept.items() if k.half}
+        self.inputs = {key for key, k in kept.items() if k.inputs}
+
+    def addends(self) -> list[Tensor]:
+        """Views of all that is summed, without what is below the diagonal and not there yet."""
+        out: list[Tensor] = []
+        for block, named in self._sums.items():
+            for name, t in named.items():
+                if isinstance(t, Tensor) and (block, name) in self._halves:
+                    square = t.flatten(0, -2)
+                    out += [square[lo:hi, lo:] for lo, hi in linalg.strips(t.shape[-1])]
+                elif isinstance(t, Tensor):
+                    out.append(t)
+        return out
+
+    def stacks(self) -> list[Stacked]:
+        """All that is stacked."""
+        return [t for named in self._sums.values() for t in named.values() if isinstance(t, Stacked)]
+
+    # -- read ----------------------------------------------------------------------------------------------------------
 
     def mean(self, *, used_up: bool = False) -> dict[Any, dict[str, Tensor]]:
         """Sums divided by the number of examples; rows stacked and divided by its square root. ``used_up``: the sums

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import OutputError
-from nngeom.cotangents.fisher import Stream
+from nngeom.core.stream import RUNNING, Numbers, Stream
 from nngeom.sweep.columns import Columns
 
 
@@ -28,19 +28,21 @@ class Rooted(Protocol):
 
 @dataclass(frozen=True)
 class Probes:
-    """``scale * L r`` for ``count`` draws of the signs ``r``, keyed by (seed, running index of the example, sample)."""
+    """``scale * L r`` for ``count`` draws of the signs ``r``, keyed by (seed, number of the example, sample)."""
 
     cotangents: Rooted
     count: int
     seed: int
     scale: float = 1.0
     first: int = 0  # sample of the first draw
+    numbers: Numbers = RUNNING
 
     def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
         """One probe a cotangent."""
+        numbers = self.numbers.of(batch, start, outputs.shape[0])
 
         def make(lo: int, hi: int) -> Tensor:
-            v = self.cotangents.root_times(outputs, lambda *size: self._signs(outputs, start, lo, hi, size), batch)
+            v = self.cotangents.root_times(outputs, lambda *size: self._signs(outputs, numbers, (lo, hi), size), batch)
             if v.shape != (hi - lo, *outputs.shape):
                 raise OutputError(
                     f"root_times returned {tuple(v.shape)}; expected {(hi - lo, *outputs.shape)}, a probe of the "
@@ -50,11 +52,7 @@ class Probes:
 
         return Columns(self.count, make)
 
-    def _signs(self, outputs: Tensor, start: int, lo: int, hi: int, size: tuple[int, ...]) -> Tensor:
-        """``(hi - lo, n, *size)``."""
-        return torch.stack(
-            [
-                Stream(self.seed, start, outputs.shape[0], self.first + j, outputs.device).signs(*size)
-                for j in range(lo, hi)
-            ]
-        ).to(outputs)
+    def _signs(self, outputs: Tensor, numbers: Tensor, draws: tuple[int, int], size: tuple[int, ...]) -> Tensor:
+        """``(hi - lo, n, *size)`` for the draws ``(lo, hi)``."""
+        samples = (self.first + j for j in range(*draws))
+        return torch.stack([Stream(self.seed, numbers, j, outputs.device).signs(*size) for j in samples]).to(outputs)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from nngeom.core.errors import ArgumentError
 from nngeom.space.fvector import FVector
+
+if TYPE_CHECKING:
+    from nngeom.fmat.operator import FunctionOperator
+
+Act = Callable[[FVector], FVector]
 
 C = TypeVar("C")
 C_co = TypeVar("C_co", covariant=True)
@@ -20,4 +26,18 @@ class HasColumns(Protocol[C_co]):
 
 def has_columns(f: Any) -> bool:
     """Whether ``f`` is a kernel or a Jacobian, not a vector."""
-    return hasattr(f, "map_columns") and not isinstance(f, FVector)
+    return (hasattr(f, "map_columns") or hasattr(f, "lazily")) and not isinstance(f, FVector)
+
+
+def by_columns(kernel: FunctionOperator, f: Any, act: Act, transposed: Act | None = None) -> Any:
+    """``act`` of a ``kernel`` on all columns of ``f``; lazy where ``f`` is known by its products.
+
+    ``transposed``: its transpose, itself unless given.
+    """
+    if hasattr(f, "map_columns"):
+        return f.map_columns(act)
+    if tuple(f.shape[:2]) != (kernel.outputs, kernel.columns):
+        raise ArgumentError(
+            f"the Jacobian has shape (c, n, d) {tuple(f.shape)}; expected ({kernel.outputs}, {kernel.columns}, d)"
+        )
+    return f.lazily(act, transposed or act, kernel.rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.damping import Cutoff, Damping, Tikhonov, as_damping
-from nngeom.fmat.columns import C, HasColumns, has_columns
+from nngeom.fmat.columns import C, HasColumns, by_columns, has_columns
 from nngeom.fmat.dense import FMatBlockDiag, require_ndim
 from nngeom.fmat.fmat import FMat
 from nngeom.pmat.eigenvalues import reciprocal, shifted_logdet
@@ -61,7 +61,7 @@ class FMatDiag(FMat):
 
     def solve(self, f: HasColumns[C], damping: float | Tensor | Damping = 0.0) -> C:
         if has_columns(f):
-            return f.map_columns(lambda u: self.solve(u, damping))
+            return cast(C, by_columns(self, f, lambda u: self.solve(u, damping)))
         d = as_damping(damping)
         if not isinstance(d, Cutoff):
             self._number(d)

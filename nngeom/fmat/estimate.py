@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import UnsupportedError
-from nngeom.cotangents.fisher import Stream
+from nngeom.core.stream import RUNNING, Numbers, Stream
 from nngeom.fmat.dense import FMatDense
 from nngeom.solve.hutchinson import Estimate
 from nngeom.sweep.columns import Columns
@@ -26,13 +26,14 @@ class RandomSigns:
     samples: int
     seed: int
     shared: bool
+    numbers: Numbers = RUNNING
 
     def columns(self, outputs: Tensor, batch: Any, start: int) -> Columns:
-        """One sign an output (and example), keyed by (seed, running index of the example, sample)."""
-        first, n = (0, 1) if self.shared else (start, outputs.shape[0])
+        """One sign an output (and example), keyed by (seed, number of the example, sample)."""
+        numbers = torch.zeros(1, dtype=torch.int64) if self.shared else self.numbers.of(batch, start, outputs.shape[0])
 
         def make(lo: int, hi: int) -> Tensor:
-            signs = [Stream(self.seed, first, n, j, outputs.device).signs(*outputs.shape[1:]) for j in range(lo, hi)]
+            signs = [Stream(self.seed, numbers, j, outputs.device).signs(*outputs.shape[1:]) for j in range(lo, hi)]
             return torch.stack(signs).to(outputs).expand(hi - lo, *outputs.shape)
 
         return Columns(self.samples, make)

@@ -15,7 +15,7 @@ from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, SingularError
 from nngeom.core.registry import Registry
-from nngeom.fmat.columns import C, HasColumns, has_columns
+from nngeom.fmat.columns import C, HasColumns, by_columns, has_columns
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.pmat.block import TensorObject
 from nngeom.pmat.eigenvalues import log_sum, reciprocal, zero_small
@@ -113,7 +113,8 @@ class FMat(TensorObject, FunctionOperator):
         Raises :class:`SingularError` where the damped kernel is not positive definite to rounding.
         """
         if has_columns(f):
-            return f.map_columns(lambda u: self.solve(u, damping))
+            self._require_symmetric("solve")
+            return cast(C, by_columns(self, f, lambda u: self.solve(u, damping)))
         self._require_symmetric("solve")
         d, m = as_damping(damping), self._symmetric_parts()
         given = self.operand(f, self.columns)

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, ConvergenceError, UnsupportedError
 from nngeom.core.linear import identity, solution
-from nngeom.fmat.columns import C, HasColumns, has_columns
+from nngeom.fmat.columns import C, HasColumns, by_columns, has_columns
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.estimated import EstimatedKernel
 from nngeom.fmat.jacobian_products import pull, push
@@ -135,7 +135,7 @@ class FMatImplicit(EstimatedKernel):
         """
         if has_columns(f):
             options: dict[str, Any] = {"strict": strict, "indefinite": indefinite}
-            return f.map_columns(lambda u: self.solve(u, damping, tol, max_steps, x0=x0, **options))
+            return cast(C, by_columns(self, f, lambda u: self.solve(u, damping, tol, max_steps, x0=x0, **options)))
         self.require_symmetric("solve")
         d = as_damping(damping)
         if not isinstance(d, Tikhonov):

@@ -6,6 +6,7 @@ output-major: row ``output * n + example``.
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
@@ -16,8 +17,9 @@ from typing_extensions import Self
 
 from nngeom.core import linalg
 from nngeom.core.damping import Damping
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError
-from nngeom.fmat.columns import C, HasColumns, has_columns
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError, not_added
+from nngeom.core.hand import InHand
+from nngeom.fmat.columns import C, HasColumns, by_columns, has_columns
 from nngeom.space.fvector import FVector
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 DENSE_LIMIT = 50_000
 
 
-class FunctionOperator(ABC):
+class FunctionOperator(InHand, ABC):
     """Anything that maps function space to function space; rectangular between two sets of examples.
 
     Primitives are ``outputs, rows, columns, dtype, device, product, T, scaled``, and what every kernel answers in a way
@@ -143,7 +145,7 @@ class FunctionOperator(ABC):
     def mv(self, f: HasColumns[C]) -> C:
         """``K f``, batched: ``(*batch, c, m) -> (*batch, c, n)``; of a dense push-forward ``f`` all columns at once."""
         if has_columns(f):
-            return f.map_columns(self.mv)
+            return cast(C, by_columns(self, f, self.mv, self.T.mv))
         return cast(C, FVector(self.product(self.operand(f, self.columns))))
 
     def vTMv(self, f: FVector) -> Tensor:
@@ -186,9 +188,7 @@ class FunctionOperator(ABC):
         if isinstance(other, (int, float)) and other == 0:  # so that sum() works
             return self
         if not isinstance(other, FunctionOperator):
-            raise ArgumentTypeError(
-                f"cannot add {type(other).__name__} to a function-space matrix; expected another one"
-            )
+            raise not_added(other, "function-space")
         if (self.outputs, self.rows, self.columns) != (other.outputs, other.rows, other.columns):
             mine, theirs = ((k.outputs, k.rows, k.columns) for k in (self, other))
             raise ArgumentError(f"kernels of (outputs, rows, columns) {mine} and {theirs} do not add")
@@ -203,18 +203,16 @@ class FunctionOperator(ABC):
 
     def __sub__(self, other: FunctionOperator) -> FunctionOperator:
         if not isinstance(other, FunctionOperator):
-            raise ArgumentTypeError(
-                f"cannot subtract {type(other).__name__} from a function-space matrix; expected another one"
-            )
+            raise not_added(other, "function-space")
         return self + (-1.0) * other
 
     def __neg__(self) -> Self:
         return -1.0 * self
 
     def __mul__(self, c: float | Tensor) -> Self:
-        if not isinstance(c, (int, float)) and not (isinstance(c, Tensor) and c.ndim == 0):
+        if not isinstance(c, numbers.Real) and not (isinstance(c, Tensor) and c.ndim == 0):
             raise ArgumentTypeError(f"cannot scale a kernel by {type(c).__name__}; expected a number")
-        return self.scaled(c)
+        return self.scaled(c if isinstance(c, Tensor) else float(c))
 
     __rmul__ = __mul__
 

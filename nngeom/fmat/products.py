@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout

@@ -16,6 +16,7 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.fmat.chunks import Group, Key, joined, key
+from nngeom.fmat.positions import Positions
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import START, Chunk, Policy, Sweep
@@ -41,6 +42,7 @@ class Side:
     sweep: Sweep  # of a run that is held
     group: Group | None = None  # all rows, where they are held in memory
     wide: bool = False  # rows in float64, whatever the model's dtype
+    apart: Positions | None = None  # positions are examples
     on_disk: bool = False  # the kernel is: no tile of it may take more than its share of the budget
 
     @staticmethod
@@ -66,7 +68,11 @@ class Side:
     @property
     def examples(self) -> int:
         """How many there are."""
-        return sum(self.sizes)
+        if self.apart is None:
+            return sum(self.sizes)
+        if self.apart.count is None:
+            next(self.chunks(), None)
+        return sum(self.sizes) * (self.apart.count or 1)
 
     @functools.cached_property
     def outputs(self) -> int:
@@ -108,7 +114,7 @@ class Side:
 
     def for_tiles(self, *, explicit: bool, on_disk: bool) -> Side:
         """The same examples for the products of a kernel, see :class:`Policy` and ``on_disk``."""
-        return replace(self, sweep=self.sweep.but(explicit=explicit), on_disk=on_disk)
+        return replace(self, sweep=self.sweep.but(explicit=explicit and self.apart is None), on_disk=on_disk)
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +146,7 @@ class Side:
             chunk = replace(chunk, start=chunk.start + start)
             if self.wide:
                 chunk = replace(chunk, jacobians={lay: j.to(torch.float64) for lay, j in chunk.jacobians.items()})
-            yield chunk
+            yield chunk if self.apart is None else self.apart.taken_apart(chunk)
 
     def one_batch(self) -> OneBatch | None:
         """The rows of the only batch; ``None`` where there are several batches, or no room for one at once."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.layout import Arrangement
+from nngeom.core.whole import whole
 from nngeom.layers.use import Slot
 
 
@@ -52,7 +53,7 @@ class Call:
         """An input ``x`` to be read later: detached unless the kernel is to be differentiated."""
         if x.is_complex() or x.is_nested or x.layout is not torch.strided:
             raise NotStructured  # rows of complex products are sums of two; the others have no strides
-        x = x if self.keep_graph else x.detach()
+        x = whole(x if self.keep_graph else x.detach())
         self.sources.append((x, x._version))
         return x
 

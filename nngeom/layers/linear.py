@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nngeom.layers import stacked
 from nngeom.layers.adapter import Call, Use, adapts
 
 
@@ -32,7 +33,9 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 @adapts(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.mm, torch.Tensor.mm)
 def matmul(call: Call, input: Tensor, other: Tensor) -> Use | None:
-    """``input @ other`` with a parameter matrix on the right."""
+    """``input @ other`` with a parameter matrix on the right, or a stack of matrices on either side."""
+    if input.ndim == other.ndim == 3:
+        return stacked.bmm(call, input, other)
     if call.is_parameter(input) or other.ndim != 2 or input.ndim == 0:
         return None
     return _use(call, input, other.mT, None) if input.ndim > 1 else None

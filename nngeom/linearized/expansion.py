@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from nngeom.capture.remedies import require_whole
 from nngeom.core.errors import ArgumentTypeError, ModeError, OutputError
 from nngeom.layers.refuse import REFUSALS
 from nngeom.space.collection import LayerCollection, unwrap
@@ -36,6 +37,7 @@ class Expansion(nn.Module):
             raise ArgumentTypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
         model = unwrap(model)
         self.layer_collection = LayerCollection.from_model(model)
+        require_whole(model, self.layer_collection.parameters(model), parts=False)
         _require_frozen_statistics(model, type(self).__name__)
         self.model = copy.deepcopy(model)
         self.training = model.training

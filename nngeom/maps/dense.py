@@ -14,7 +14,9 @@ from nngeom.core import memory
 from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.fmat.dense import FMatDense
 from nngeom.maps.jacobian_map import JacobianMap
+from nngeom.maps.rows import ExplicitRows
 from nngeom.pmat.block import TensorObject
+from nngeom.pmat.drive import Source
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DenseMap(JacobianMap, TensorObject):
+class DenseMap(TensorObject, JacobianMap):
     """A map that holds the Jacobian, ``tensor[k, n]`` the gradient of output ``k`` at example ``n``: ``(c, n, d)``."""
 
     layer_collection: LayerCollection
@@ -60,6 +62,20 @@ class DenseMap(JacobianMap, TensorObject):
 
     def norm(self) -> Tensor:
         return self.tensor.norm()
+
+    @property
+    def origin(self) -> Tensor:
+        return self.tensor
+
+    def dot(self, other: Any) -> Tensor:
+        return (self.tensor * other.tensor).sum()
+
+    def source(self, passes: int) -> Source:
+        return ExplicitRows(self.tensor, self.layer_collection)
+
+    def materialize(self) -> Self:
+        """Itself."""
+        return self
 
     def __getitem__(self, name: str) -> Tensor:
         place, shape = self.place(name)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentTypeError
+from nngeom.fmat.columns import Act
 from nngeom.maps.dense import DenseMap
 from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.space.collection import LayerCollection
@@ -56,9 +57,13 @@ class MapSum(JacobianMap):
 
     def materialize(self) -> DenseMap:
         """The same map with all its entries."""
-        dense = [part if isinstance(part, DenseMap) else part.materialize() for part in self.parts]  # type: ignore[attr-defined]
+        dense = [part.materialize() for part in self.parts]  # type: ignore[attr-defined]
         first, *rest = (part * w for w, part in zip(self.weights, dense))
         return sum(rest, first)
+
+    def to(self, *args: Any, **kwargs: Any) -> MapSum:
+        """Another dtype or device, as ``Tensor.to``; raises :class:`UnsupportedError` for implicit maps."""
+        return MapSum(tuple(part.to(*args, **kwargs) for part in self.parts), self.weights)
 
     def norm(self) -> Tensor:
         return self.materialize().norm()
@@ -66,6 +71,14 @@ class MapSum(JacobianMap):
     def __getitem__(self, name: str) -> Tensor:
         first, *rest = (w * part[name] for w, part in self.summands())
         return sum(rest, first)
+
+    def lazily(self, act: Act, transposed: Act, examples: int) -> Any:
+        """A linear map ``act`` of function space, with its transpose ``transposed``, on all columns: functions on so
+        many ``examples``, lazy.
+        """
+        if not self.pushes:
+            raise ArgumentTypeError("the operand is a pull-back; expected a push-forward, which is its transpose .T")
+        return self.expressions["mapped"](self, act, transposed, examples)
 
     def forms(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """A quadratic form ``f``, ``[r, d] -> [r]``, of all rows, ``(c, n)``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from nngeom.core.errors import UnsupportedError
 from nngeom.fmat.chunks import span
+from nngeom.fmat.columns import Act
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.jacobian_products import pull, push
 from nngeom.fmat.products import EVERYTHING, squared_norms
 from nngeom.fmat.side import Side
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.jacobian_map import JacobianMap
+from nngeom.pmat.drive import Repeated, Source
 from nngeom.pmat.recipe import write_rows
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
@@ -50,8 +53,29 @@ class ImplicitMap(JacobianMap):
         return self.side.device
 
     def norm(self) -> Tensor:
-        with torch.no_grad(), self.side.within():
-            return squared_norms(self.side, EVERYTHING)[""].sum().sqrt()
+        with torch.no_grad():
+            return self.dot(self).sqrt()
+
+    @property
+    def origin(self) -> Side:
+        return self.side
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return self.side.parameters
+
+    def within(self) -> AbstractContextManager[Any]:
+        return self.side.within()
+
+    def dot(self, other: Any) -> Tensor:
+        if other.side is self.side:
+            with self.within():
+                return squared_norms(self.side, EVERYTHING)[""].sum()
+        parts = [(self[name] * other[name]).sum() for name in self.layer_collection.names]
+        return torch.stack(parts).sum()
+
+    def source(self, passes: int) -> Source:
+        return Repeated(self.side.sweep, passes)
 
     def __getitem__(self, name: str) -> Tensor:
         place, shape = self.place(name)
@@ -59,6 +83,12 @@ class ImplicitMap(JacobianMap):
         for k, n, rows in row_pieces(self.side):
             out[k, n] = rows[..., place]
         return out.view(*self.shape[:2], *shape)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered; raises :class:`UnsupportedError`."""
+        raise UnsupportedError(
+            "an implicit map follows its model; move the model with model.to(...) and build it again, or materialize()"
+        )
 
     def __reduce__(self) -> Any:
         raise UnsupportedError("an implicit map holds a model and data, so it is not pickled; materialize() it first")
@@ -91,6 +121,12 @@ class PushForwardImplicit(ImplicitMap):
             self.layer_collection.require(other.layer_collection, "the pull-back")
             return FMatImplicit(self.side, other.side)
         return self.mv(other)
+
+    def lazily(self, act: Act, transposed: Act, examples: int) -> Any:
+        """A linear map ``act`` of function space, with its transpose ``transposed``, on all columns: functions on so
+        many ``examples``, lazy.
+        """
+        return self.expressions["mapped"](self, act, transposed, examples)
 
     def forms(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """A quadratic form ``f``, ``[r, d] -> [r]``, of all rows, ``(c, n)``; rows are made in pieces."""

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, CollectionError, DeviceError
+from nngeom.core.hand import InHand
 from nngeom.pmat.arguments import as_factor
+from nngeom.pmat.drive import Source
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.space.pvector import PVector
 
 
-class JacobianMap(ABC):
+class JacobianMap(InHand, ABC):
     """What a Jacobian and its transpose share: ``shape (c, n, d)``, dtype, device, the parameters."""
 
     expressions: ClassVar[dict[str, Callable[..., Any]]] = {}  # what + and J^T @ J' make, "sum" and "product"
@@ -57,21 +60,49 @@ class JacobianMap(ABC):
     def __getitem__(self, name: str) -> Tensor:
         """The derivatives in one parameter, ``(c, n, *its shape)``."""
 
+    # -- what the product J^T J' asks of both --------------------------------------------------------------------------
+
+    @property
+    def origin(self) -> Any:
+        """What holds the numbers: one and the same for a map and its transpose."""
+        raise NotImplementedError
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """Tensors that the map is a function of, other than its entries."""
+        return ()
+
+    def within(self) -> AbstractContextManager[Any]:
+        """Work under the budget of its data."""
+        return nullcontext()
+
+    def dot(self, other: Any) -> Tensor:
+        """The sum of the products of the entries of this map and of ``other``, of the same kind or its transpose."""
+        raise NotImplementedError
+
+    def source(self, passes: int) -> Source:
+        """Its rows, as what a matrix is built from in so many ``passes``."""
+        raise NotImplementedError
+
+    # -- algebra -------------------------------------------------------------------------------------------------------
+
     def times(self, other: Any) -> Any:
         """The product with a vector, a map or a matrix ``other``."""
         return self.mv(other)
+
+    def after(self, other: JacobianMap) -> Any:
+        """The product of another map ``other`` with this one, ``other @ self``."""
+        return other.times(self)
 
     def summands(self) -> list[tuple[float | Tensor, JacobianMap]]:
         """Factors and maps that this is the sum of."""
         return [(1.0, self)]
 
-    # -- algebra -------------------------------------------------------------------------------------------------------
-
     def __matmul__(self, other: Any) -> Any:
         if not isinstance(other, JacobianMap):
             return self.times(other)
         pairs = [(w * v, x, y) for w, x in self.summands() for v, y in other.summands()]
-        products = [x.times(y) if isinstance(c, float) and c == 1 else c * x.times(y) for c, x, y in pairs]
+        products = [y.after(x) if isinstance(c, float) and c == 1 else c * y.after(x) for c, x, y in pairs]
         return sum(products[1:], products[0])
 
     def added(self, other: JacobianMap) -> JacobianMap:

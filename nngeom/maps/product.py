@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -11,21 +11,17 @@ from torch import Tensor
 from typing_extensions import Self
 
 from nngeom.core.errors import UnsupportedError
-from nngeom.core.jacobian import FullJacobian, LayerJacobian
-from nngeom.core.layout import Layout
-from nngeom.fmat.products import EVERYTHING, squared_norms
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
 from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.pmat.dense import PMatDense
-from nngeom.pmat.drive import Repeated, built
+from nngeom.pmat.drive import built
 from nngeom.pmat.expression import PMatExpression
 from nngeom.pmat.operator import DENSE_LIMIT
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.representation import Representation, as_representation
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
-from nngeom.sweep.sweep import Chunk
 
 Push = PushForwardDense | PushForwardImplicit
 Pull = PullBackDense | PullBackImplicit
@@ -54,8 +50,7 @@ class PMatPullPush(PMatExpression):
 
     @property
     def symmetric(self) -> bool:
-        mine, theirs = (getattr(x, "tensor", getattr(x, "side", None)) for x in (self.left, self.right))
-        return mine is theirs
+        return self.left.origin is self.right.origin
 
     def product(self, x: Tensor) -> Tensor:
         return self.scale * self._unscaled(x)
@@ -68,23 +63,21 @@ class PMatPullPush(PMatExpression):
 
     @property
     def held(self) -> tuple[Tensor, ...]:
-        return () if isinstance(self.right, PushForwardDense) else self.right.side.parameters
+        return self.right.held
+
+    @property
+    def T(self) -> PMatPullPush:
+        """The transpose, ``scale * J'^T J``."""
+        return self if self.symmetric else replace(self, left=self.right.T, right=self.left.T)
 
     def scaled(self, c: float | Tensor) -> Self:
         return replace(self, scale=c * self.scale)
 
     def trace(self) -> Tensor:
-        if isinstance(self.right, PushForwardDense) and isinstance(self.left, PullBackDense):
-            return self.scale * (self.left.tensor * self.right.tensor).sum()
-        if not self.symmetric or isinstance(self.right, PushForwardDense):
-            return self.to_dense().trace()
-        with self.right.side.within():
-            return self.scale * squared_norms(self.right.side, EVERYTHING)[""].sum()
+        return self.scale * self.left.dot(self.right)
 
     def to(self, *args: Any, **kwargs: Any) -> PMatPullPush:
         """Another dtype or device, as ``Tensor.to``; raises :class:`UnsupportedError` for implicit maps."""
-        if isinstance(self.left, PullBackImplicit) or isinstance(self.right, PushForwardImplicit):
-            raise UnsupportedError("implicit maps follow their model; move it with model.to(...) and build them again")
         right = self.right.to(*args, **kwargs)
         return replace(self, left=right.T if self.symmetric else self.left.to(*args, **kwargs), right=right)
 
@@ -107,34 +100,12 @@ class PMatPullPush(PMatExpression):
         if not self.symmetric:
             raise UnsupportedError("J^T J' of different maps is not symmetric; to_dense() gives the tensor")
         chosen: Representation[M] = as_representation(representation, **options).within(self.layer_collection)
-        if isinstance(self.right, PushForwardDense):
-            matrix = built(chosen, self.layer_collection, ExplicitRows(self.right.tensor, self.layer_collection))
-        else:
-            with self.right.side.within():
-                matrix = built(chosen, self.layer_collection, Repeated(self.right.side.sweep, chosen.passes))
+        with self.right.within():
+            matrix = built(chosen, self.layer_collection, self.right.source(chosen.passes))
         return matrix.examples * self.scale * matrix
 
     def __repr__(self) -> str:
         return f"PMatPullPush({self.scale:g} * {self.left!r} @ {self.right!r})"
-
-
-class ExplicitRows:
-    """Explicit rows ``[k, n, d]`` as a source of one chunk, one block a parameter."""
-
-    def __init__(self, tensor: Tensor, collection: LayerCollection) -> None:
-        jacobians: dict[Layout, LayerJacobian] = {}
-        for name in collection.names:
-            layout = collection.span([name])
-            if layout.numel:
-                jacobians[layout] = FullJacobian(layout.gather(tensor))
-        self._chunk = Chunk(jacobians, tensor.shape[1], 0, (0, tensor.shape[0]))
-
-    def chunks(self) -> Iterator[Chunk]:
-        """The chunk."""
-        return iter((self._chunk,))
-
-    def raise_where_not_finite(self) -> None:
-        """Rows at hand come from no batch."""
 
 
 def product(pull_back: Pull, push_forward: Push) -> PMatPullPush:

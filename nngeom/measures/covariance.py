@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from nngeom.capture.network import Batch
-from nngeom.core.centred import CentredJacobian
-from nngeom.core.errors import UnsupportedError
-from nngeom.core.jacobian import FullJacobian
-from nngeom.core.layout import Layout
-from nngeom.core.linalg import accumulation_dtype
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
-from nngeom.pmat.drive import Repeated, Source, built
+from nngeom.measures.arguments import require_known
+from nngeom.measures.centred import MeanRow, centred, mean_row, require_offered
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.implicit_fisher import ImplicitFisher
 from nngeom.pmat.low_rank import PMatLowRank
@@ -26,8 +22,9 @@ from nngeom.pmat.representation import Representation, as_representation
 from nngeom.pullback.linearization import Linearization
 from nngeom.pullback.many_tangents import ManyTangents
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.agreement import agree, first_look
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Chunk, Policy, Sweep, require_examples
+from nngeom.sweep.sweep import Chunk, Policy, Sweep
 
 M = TypeVar("M", bound=ParameterOperator, default=PMatLowRank)
 
@@ -60,9 +57,10 @@ def GradientCovariance(
 
     Other arguments and errors as for :func:`EmpiricalFIM`. Source: Le Roux et al. 2008 (TONGA).
     """
+    require_known(GradientCovariance, representation, options)
     chosen = None if representation is PMatImplicit and not options else as_representation(representation, **options)
     if chosen is not None:
-        _require_offered(chosen)
+        require_offered(chosen, "a covariance of gradients")
     run = Run.of(
         model,
         loader,
@@ -72,91 +70,28 @@ def GradientCovariance(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
-    chosen = None if chosen is None else chosen.within(run.network.collection)
-    part_of = None if chosen is None else chosen.part_of
-    policy = Policy("mean row", part_of=part_of, reread=False)
+    cotangents = EmpiricalFisher(as_loss(loss, model))
+    if chosen is not None:
+        return cast(M, centred(run, cotangents, chosen, "covariance"))
     with run.within():
-        sweep = Sweep(run, EmpiricalFisher(as_loss(loss, model)), policy).held()
+        sweep = Sweep(run, cotangents, Policy("mean row", reread=False)).held()
+        agree(run, "covariance", representation=None, metric=cotangents)
         mean = mean_row(sweep)
         sweep = sweep.but(label="covariance", reread=True)
-        if chosen is not None and not chosen.centred:
-            chosen = chosen.last_sweep(built(chosen, run.network.collection, Repeated(sweep, chosen.passes)))
-        if chosen is None:
-            quiet = replace(sweep, run=run.on(sweep.run.loader).held().silent())
-            return cast(M, ImplicitCovariance(quiet, mean=mean))
-        return built(chosen, run.network.collection, Centred(Repeated(sweep, chosen.passes), mean))
+        quiet = first_look(run, lambda: replace(sweep, run=sweep.run.held().silent()))
+        return cast(M, ImplicitCovariance(quiet, mean=mean))
 
 
-def _require_offered(chosen: Representation[Any]) -> None:
-    """Raise unless centred rows may enter, or do in the last sweep, in bases that others gave."""
-    members = getattr(chosen, "members", (chosen,))
-    kinds = [r.kind.__name__ for r in members if not r.centred and (r.passes == 1 or r.settings.get("sua"))]
-    if kinds:
-        raise UnsupportedError(
-            "a covariance of gradients is offered as PMatDense, PMatDiag, PMatBlockDiag, PMatQuasiDiag, PMatLowRank, "
-            "PMatEKFAC (without sua), PMatImplicit and other second moments of any rows, not as "
-            f"{', '.join(kinds)}: centred rows have no Kronecker structure"
-        )
-
-
-@dataclass(frozen=True)
-class MeanRow:
-    """The mean row ``flat (d,)``, and every layout met."""
-
-    flat: Tensor
-    layouts: tuple[Layout, ...]
-
-    def taken_from(self, chunk: Chunk) -> Chunk:
-        """The rows of a chunk less their mean; parameters that a batch does not use had zero rows before."""
-        jacobians = dict(chunk.jacobians)
-        covered = {name for layout in jacobians for name in layout.names}
-        for layout in self.layouts:
-            if covered.isdisjoint(layout.names):
-                jacobians[layout] = FullJacobian(self.flat.new_zeros(1, chunk.examples, *layout.sizes))
-                covered |= set(layout.names)
-        centred = {layout: CentredJacobian(j, layout.gather(self.flat)) for layout, j in jacobians.items()}
-        return replace(chunk, jacobians=centred)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Centred:
-    """A source of rows less their mean."""
-
-    rows: Source
-    mean: MeanRow
-
-    def chunks(self) -> Iterator[Chunk]:
-        """One pass over the data."""
-        return map(self.mean.taken_from, self.rows.chunks())
-
-    def raise_where_not_finite(self) -> None:
-        """Raise for the first batch with outputs or gradients that are not finite, if there is one."""
-        self.rows.raise_where_not_finite()
-
-
-def mean_row(sweep: Sweep) -> MeanRow:
-    """The mean row over examples, of one cotangent."""
-    network = sweep.run.network
-    total = torch.zeros(network.collection.numel, dtype=accumulation_dtype(network.dtype), device=network.device)
-    layouts: dict[Layout, None] = {}
-    count = 0
-    for chunk in sweep.chunks():
-        part = torch.zeros_like(total)
-        for layout, j in chunk.jacobians.items():
-            ones = torch.ones(j.shape[:2], dtype=j.dtype, device=j.device)
-            layout.scatter_(part, j.vjp(ones).to(part.dtype))
-            layouts[layout] = None
-        total += part
-        count += chunk.examples
-    return MeanRow(total / require_examples(count), tuple(layouts))
+NO_MEAN = MeanRow(torch.zeros(1, 0), ())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImplicitCovariance(ImplicitFisher):
     """``1/n sum_i (g_i - m) <g_i - m, x>`` by a forward-mode and a backward pass."""
 
-    mean: MeanRow = MeanRow(torch.zeros(0), ())
+    mean: MeanRow = NO_MEAN
 
     def _chunks(self) -> Iterator[Chunk]:
         return map(self.mean.taken_from, self.sweep.chunks())
@@ -169,23 +104,23 @@ class ImplicitCovariance(ImplicitFisher):
     def _sandwich(self, tangents: ManyTangents, x: Tensor, start: int) -> Tensor:
         tangents.require_right()
         weighted, weights = self._weighted(tangents.outputs, tangents.push(x), tangents.batch, x, start)
-        return tangents.pull(weighted).to(x.dtype) - weights.unsqueeze(1) * self.mean.flat
+        return tangents.pull(weighted).to(x.dtype) - weights.unsqueeze(1) * self.mean.flat[0]
 
-    def _by_tangents(self, x: Tensor) -> Tensor:
+    def _by_tangents(self, x: Tensor) -> tuple[Tensor, int]:
         linear, v = Linearization(self.network), self.named(x)
         total, count = torch.zeros_like(x), 0
         for batch in self.run.batches():
             outputs, tangent = linear.jvp(batch, v)
             weighted, weights = self._weighted(outputs, tangent.unsqueeze(0), batch, x.unsqueeze(0), count)
-            total += linear.vjp(outputs, weighted[0]) - weights[0] * self.mean.flat
+            total += linear.vjp(outputs, weighted[0]) - weights[0] * self.mean.flat[0]
             count += outputs.shape[0]
-        return total / count
+        return total, count
 
     def _weighted(
         self, outputs: Tensor, tangents: Tensor, batch: Batch, x: Tensor, start: int
     ) -> tuple[Tensor, Tensor]:
         """The gradients of the outputs times ``<g_i - m, x>`` for every ``x [b, d]``, and the sums ``[b]`` of these."""
         columns = self.sweep.cotangents.columns(outputs.detach(), batch, start).make(0, 1)[0]
-        inner = (columns * tangents).flatten(2).sum(2).to(x.dtype) - (x @ self.mean.flat).unsqueeze(1)
+        inner = (columns * tangents).flatten(2).sum(2).to(x.dtype) - (x @ self.mean.flat[0]).unsqueeze(1)
         shape = (*inner.shape, *[1] * (columns.ndim - 1))
         return inner.to(columns.dtype).view(shape) * columns, inner.sum(1)

@@ -10,40 +10,27 @@ product alone 2.8 to 3.1 against 2.2 to 3.0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from nngeom.capture.graph import require_differentiable
-from nngeom.capture.recorder import record
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from nngeom.core.layout import Layout
-from nngeom.core.linalg import accumulation_dtype
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.measures.arguments import require_known
+from nngeom.measures.hessian_entries import batchwise, diagonal, squares
 from nngeom.measures.projected import projected, structure
-from nngeom.measures.second_derivatives import (
-    Quadratic,
-    SecondDerivatives,
-    differentiated,
-    require_finite_rows,
-    require_symmetric,
-)
-from nngeom.pmat.block import Block
-from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import Representation, as_representation
-from nngeom.pullback.captured_pass import Pass
-from nngeom.pullback.proofs import Proof
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.agreement import agree, first_look
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Policy, Sweep, require_examples
+from nngeom.sweep.sweep import Policy, Sweep
 
 M = TypeVar("M", bound=ParameterOperator, default=PMatImplicit)
 
@@ -77,6 +64,7 @@ def Hessian(
     Raises :class:`UnsupportedError` for other representations; other arguments and errors as for :func:`FIM`. Source:
     Pearlmutter 1994.
     """
+    require_known(Hessian, representation, options)
     kind: Any = representation.kind if isinstance(representation, Representation) else representation
     chosen = _projecting(representation, options)
     entries = None if chosen else _entries(kind)
@@ -93,14 +81,13 @@ def Hessian(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     sweep = Sweep(run, EmpiricalFisher(as_loss(loss, model)), Policy("Hessian"))
     with run.within():
+        agree(run, "Hessian", representation=representation, options=options, metric=sweep.cotangents)
         if kind is PMatImplicit:
-            sweep = replace(sweep, run=run.held())
-            width = max((second.width // second.examples for second in batchwise(sweep)), default=0)
-            quiet = replace(sweep, run=replace(sweep.run, check=False, progress=False))
-            return cast(M, ImplicitHessian(quiet, width=width))
+            return cast(M, implicit(sweep))
         collection, span = run.network.collection, run.network.collection.span()
         if chosen:
             chosen, sweep = chosen.within(collection), sweep.held()
@@ -138,81 +125,17 @@ def _entries(kind: Any) -> str | None:
     return entries
 
 
-def batchwise(sweep: Sweep, width: int | None = None) -> Iterator[SecondDerivatives]:
-    """The second derivatives of every batch. Without the ``width`` of an example, its bytes, every batch is looked at:
-    modes that mix examples or draw at random are refused, and the derivatives checked, once for each graph of the
-    model.
-    """
-    run, network, loss = sweep.run, sweep.run.network, sweep.cotangents.loss  # type: ignore[attr-defined]
-    known: list[Proof] = []  # of graphs whose second derivatives were checked
-    for index, batch in enumerate(run.followed(sweep.policy.label)):
-        if width is not None:
-            yield differentiated(network, loss, batch, index, width)
-            continue
-        capture = record(network, batch)
-        activations = sum(use.shape.numel() for use in capture.uses) + capture.outputs.numel()
-        each = 4 * activations * capture.outputs.element_size() // max(1, capture.outputs.shape[0])
-        proof = None
-        if run.check:
-            separated = Pass(network, capture, set())
-            separated.require_separate()
-            proof = separated.proof
-            del separated
-        del capture
-        second = differentiated(network, loss, batch, index, each)
-        if proof is not None and not any(proof is other for other in known):
-            require_differentiable(second.gradients.values())
-            require_symmetric(second, partial(differentiated, network, Quadratic(), batch, index, each))
-            known.append(proof)
-        yield second
+def implicit(sweep: Sweep) -> ImplicitHessian:
+    """The Hessian by products, after a look at every batch, checked."""
+    width = 0
 
+    def look() -> Sweep:
+        nonlocal width
+        held = replace(sweep, run=sweep.run.held())
+        width = max((second.width // second.examples for second in batchwise(held)), default=0)
+        return replace(held, run=replace(held.run, check=False, progress=False))
 
-def squares(sweep: Sweep, groups: dict[Layout, tuple[str, ...]]) -> tuple[dict[Layout, Block], int]:
-    """``{layout: DenseBlock}`` of the parameters of each group, and the number of examples."""
-    like = torch.empty(0, dtype=accumulation_dtype(sweep.run.network.dtype), device=sweep.run.network.device)
-    sums = {layout: like.new_zeros(layout.numel, layout.numel) for layout in groups}
-    count = 0
-    for batch in batchwise(sweep):
-        for layout, names in groups.items():
-            for lo, hi, rows in batch.times(names, _units(layout.numel, like), layout.numel):
-                sums[layout][lo:hi] += rows
-        count += batch.examples
-    require_examples(count)
-    return {
-        layout: DenseBlock(require_finite_rows((m + m.T) / (2 * count), layout.names)) for layout, m in sums.items()
-    }, count
-
-
-def diagonal(sweep: Sweep, width: int | None = None) -> tuple[Tensor, int]:
-    """The diagonal ``(d,)``, a layer at a time, and the number of examples."""
-    collection = sweep.run.network.collection
-    layers = {collection.span(names): names for names in collection.by_layer().values()}
-    total = torch.zeros(
-        collection.numel, dtype=accumulation_dtype(sweep.run.network.dtype), device=sweep.run.network.device
-    )
-    count = 0
-    for batch in batchwise(sweep, width):
-        for layout, names in layers.items():
-            part = total.new_empty(layout.numel)
-            for lo, hi, rows in batch.times(names, _units(layout.numel, total), layout.numel):
-                part[lo:hi] = rows[:, lo:hi].diagonal()
-            held = layout.gather(total).flatten()
-            layout.scatter_(total, (held + part).view(layout.sizes))
-        count += batch.examples
-    require_examples(count)
-    return require_finite_rows(total / count, collection.names), count
-
-
-def _units(p: int, like: Tensor) -> Callable[[int, int], Tensor]:
-    """Rows ``lo .. hi - 1`` of the identity."""
-
-    def rows(lo: int, hi: int) -> Tensor:
-        out = like.new_zeros(hi - lo, p)
-        column = torch.arange(lo, hi, device=out.device)
-        out[column - lo, column] = 1
-        return out
-
-    return rows
+    return ImplicitHessian(first_look(sweep.run, look), width=width)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -221,13 +144,13 @@ class ImplicitHessian(PMatImplicit):
 
     width: int = 0  # bytes of the activations of an example, roughly
 
-    def products(self, x: Tensor) -> Tensor:
+    def products(self, x: Tensor) -> tuple[Tensor, int]:
         total, count = torch.zeros_like(x), 0
         for batch in batchwise(self.sweep, self.width):
             for lo, hi, rows in batch.times(self.layer_collection.names, lambda lo, hi: x[lo:hi], len(x)):
                 total[lo:hi] += rows
             count += batch.examples
-        return total / count
+        return total, count
 
     def _exact_trace(self) -> Tensor:
         return self._exact_diagonal().sum()

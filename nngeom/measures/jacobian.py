@@ -15,7 +15,9 @@ from nngeom.fmat.side import Side
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit, dense_rows
 from nngeom.maps.jacobian_map import JacobianMap
+from nngeom.maps.mapped import MappedPush
 from nngeom.space.collection import LayerCollection
+from nngeom.space.fvector import FVector
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy
 
@@ -27,6 +29,7 @@ def Jacobian(
     loader: Any,
     representation: type[J] = PushForwardDense,  # type: ignore[assignment]
     *,
+    centered: bool = False,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     progress: bool = False,
@@ -38,7 +41,8 @@ def Jacobian(
 
     ``representation``: ``PushForwardDense`` or ``PushForwardImplicit`` (``J v``), ``PullBackDense`` or
     ``PullBackImplicit`` (``J^T u``); ``.T`` links them. ``J @ J.T`` is a kernel, ``J.T @ J`` a matrix over the
-    parameters. Other arguments and errors as :func:`GramMatrix`.
+    parameters. ``centered``: the mean gradient of each output over the examples is taken from its rows. Other
+    arguments and errors as :func:`GramMatrix`.
     """
     run = Run.of(
         model,
@@ -49,16 +53,33 @@ def Jacobian(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
+    run.require_alone("Jacobian")
     kind: Any = representation
     with run.within():
         side = Side.of(run, EveryOutput(), Policy("Jacobian"))
         if kind in (PushForwardImplicit, PullBackImplicit):
             first_look(side)
-            return cast(J, kind(side))
+            return cast(J, kind(side) if not centered else without_mean(side, pushes=kind.pushes))
         if kind not in (PushForwardDense, PullBackDense):
             raise ArgumentTypeError(
                 f"representation is {representation!r}; expected PushForwardDense, PushForwardImplicit, "
                 "PullBackDense or PullBackImplicit"
             )
-        return cast(J, kind(run.network.collection, dense_rows(side)))
+        rows = dense_rows(side.widened() if centered else side)
+        if centered:
+            rows = without_mean_(rows).to(side.dtype)
+        return cast(J, kind(run.network.collection, rows))
+
+
+def without_mean_(rows: Tensor) -> Tensor:
+    """Rows ``(c, n, d)`` less their mean over examples, in place."""
+    return rows.sub_(rows.mean(1, keepdim=True)) if rows.numel() else rows
+
+
+def without_mean(side: Side, *, pushes: bool) -> JacobianMap:
+    """The implicit map of centred rows, or its transpose: centring acts on functions, ``C J``."""
+    act = lambda u: FVector(u.tensor - u.tensor.mean(-1, keepdim=True)) if u.tensor.numel() else u
+    push = MappedPush(PushForwardImplicit(side), act, act, side.examples)
+    return push if pushes else push.T

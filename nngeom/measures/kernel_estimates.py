@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nngeom.core.errors import ArgumentError
-from nngeom.cotangents.fisher import seed_of
+from nngeom.core.stream import seed_of
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.estimate import KernelEstimate, RandomSigns, TraceEstimate, kernel_estimate

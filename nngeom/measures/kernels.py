@@ -12,6 +12,7 @@ from typing_extensions import TypeVar
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, StructureError
 from nngeom.cotangents.loss import EmpiricalFisher, EveryOutput, Loss, as_loss
+from nngeom.fmat.by_position import PositionKernel, positioned, require_alone
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.estimate import KernelEstimate, TraceEstimate
@@ -58,6 +59,12 @@ def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
         estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
         out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
         check: bool = True, process_group: Any = None) -> TraceEstimate: ...
+@overload
+def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
+        by_position: Literal[True], other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None) -> PositionKernel: ...
 # fmt: on
 def GramMatrix(
     model: nn.Module,
@@ -67,6 +74,7 @@ def GramMatrix(
     other: Any = None,
     loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
     metric: ParameterOperator | None = None,
+    by_position: bool = False,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     centered: bool = False,
@@ -94,6 +102,7 @@ def GramMatrix(
     matrix ``M`` over the parameters between the two sides, such as ``F.inverse(damping)``, a constant to gradients;
     ``layer_collection`` then is its own. Under KFAC, EKFAC and diagonal matrices rows stay in the structure that they
     have and memory does not depend on their number; under others ``M J`` is formed, a few examples at a time.
+    ``by_position``: what every position of the columns adds, a :class:`PositionKernel` of ``(c, n, c, m, t)``.
 
     ``estimator="rademacher"`` replaces the sum over outputs by ``samples`` draws (by ``generator``, torch's global one
     by default) of random output signs, one backward pass each: with ``FMatDiag`` a :class:`TraceEstimate`, whose
@@ -108,9 +117,8 @@ def GramMatrix(
     bytes cuts the work into tiles and does not change the result.
 
     Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`,
-    :class:`NonFiniteError`,
-    :class:`ArgumentError`, :class:`FileError`. Source: Jacot et al. 2018; Baratin et al. 2021, eq. 1; George 2023,
-    thesis, section 3.2.3.
+    :class:`NonFiniteError`, :class:`StructureError`, :class:`ArgumentError`, :class:`FileError`. Source: Jacot et al.
+    2018; Baratin et al. 2021, eq. 1; George 2023, thesis, section 3.2.3.
     """
     run = Run.of(
         model,
@@ -121,7 +129,9 @@ def GramMatrix(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=not differentiable,
     )
+    run.require_alone("GramMatrix")
     kind = _representation(representation)
     cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
     within = in_metric(run, metric, wide=centered)
@@ -154,11 +164,15 @@ def GramMatrix(
         raise ArgumentError(
             f"out= writes an FMatDense without graph; got {kind.__name__} with differentiable={differentiable}"
         )
+    if by_position:
+        require_alone(centered, differentiable, estimator, out, None if kind is FMatDense else kind)
     side = lambda data: Side.of(run.silent().on(data), cotangents, policy)
     with run.within(), torch.set_grad_enabled(differentiable):
         if out is not None:
             return in_file(out, side, loader, other, centered=centered, metric=within, progress=progress)
         rows, columns = side(loader), None if other is None else side(other)
+        if by_position:
+            return positioned(rows, columns or side(rows.run.loader), within, progress=progress)
         if estimator is not None:
             return estimated(kind, rows, columns, progress=progress)
         if kind is FMatImplicit:
@@ -202,7 +216,9 @@ def GramMatrices(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=not differentiable,
     )
+    run.require_alone("GramMatrices")
     kind = _representation(representation)
     if kind is FMatImplicit:
         raise ArgumentError(

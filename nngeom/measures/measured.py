@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.probes import Probes
 from nngeom.measures.probed import estimate, implicit_estimate
 from nngeom.pmat.drive import Repeated, built
@@ -13,20 +13,21 @@ from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.implicit_fisher import implicit
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import as_representation
+from nngeom.sweep.agreement import agree, numbered
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy, Sweep
 
 
 def measured(
-    run: Run, cotangents: Cotangents, representation: Any, options: dict[str, Any], policy: Policy
+    run: Run, cotangents: Cotangents, representation: Any, options: dict[str, Any], policy: Policy, index: Any = None
 ) -> ParameterOperator | MatrixEstimate:
-    """The matrix of a run, or its estimate from random probes."""
-    sweep = Sweep(run, cotangents, policy)
+    """The matrix of a run, or its estimate from random probes; ``index``: see :func:`numbered`."""
     with run.within():
+        sweep = numbered(Sweep(run, cotangents, policy), index)
+        fixed = replace(cotangents, seed=0) if hasattr(cotangents, "seed") else cotangents  # type: ignore[type-var]
+        agree(run, policy.label, representation=representation, options=options, metric=fixed)
         if representation is PMatImplicit:
-            if options:
-                raise ArgumentError(f"PMatImplicit has no option {list(options)}")
             return implicit_estimate(sweep) if isinstance(cotangents, Probes) else implicit(sweep)
         chosen = as_representation(representation, **options).within(run.network.collection)
         sweep = sweep.but(part_of=chosen.part_of)

@@ -10,7 +10,8 @@ import torch
 
 from nngeom.core.errors import ArgumentError
 from nngeom.core.statistic import Sums
-from nngeom.cotangents.fisher import ExactFisher, seed_of
+from nngeom.core.stream import seed_of
+from nngeom.cotangents.fisher import ExactFisher
 from nngeom.cotangents.loss import GaussNewton
 from nngeom.cotangents.probes import Probes
 from nngeom.pmat.drive import Repeated, built, finished, one_dtype, require_finite
@@ -18,6 +19,8 @@ from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.implicit_fisher import implicit
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
+from nngeom.ranks.data import warn_of_same
+from nngeom.ranks.merged import Header, merged
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.sweep import Chunk, Sweep, require_examples
 
@@ -59,15 +62,21 @@ def estimate(chosen: Representation[Any], sweep: Sweep) -> MatrixEstimate:
     recipes = [chosen.recipe(Selection.of(collection)) for _ in range(probes.count + 1)]
     statistics = [next(recipe) for recipe in recipes]
     draws = [Sums() for _ in range(probes.count)]
-    for chunk in sweep.chunks():
-        for j, one in one_by_one(chunk):
-            with torch.no_grad():
-                draws[j].add(statistics[j], one)
+    team = sweep.run.team
+    with team.together("sweep") as note:
+        for chunk in sweep.chunks():
+            for j, one in one_by_one(chunk):
+                with torch.no_grad():
+                    draws[j].add(statistics[j], one)
+        note.mine = [Header.of(d) for d in draws], sweep.run.met.get(0)
+    warn_of_same([(met, headers[0].count) for headers, met in note.all])
+    for j, d in enumerate(draws):
+        merged(d, team, [headers[j] for headers, _ in note.all], sweep.run.network.device)
     count = require_examples(draws[0].count)
     for other in draws[1:]:
         other.share_inputs(draws[0])  # taken once, for all
     means = [one_dtype(d.mean()) for d in draws]
-    whole = require_finite(one_dtype(Sums().merge(draws).mean()), sweep, count)
+    whole = require_finite(one_dtype(Sums().merge(draws).mean()), Repeated(sweep, 1), count)
     make = lambda blocks: chosen.kind.of_blocks(collection, blocks, count)
     *each, matrix = [make(finished(recipe, m)) for recipe, m in zip(recipes, (*means, whole))]
     return MatrixEstimate(matrix, tuple(each))

@@ -30,6 +30,8 @@ from nngeom.pmat.quasi_diag import ArrowBlock
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
 from nngeom.pmat.selected import moved
+from nngeom.ranks.totals import totals
+from nngeom.space.collection import LayerCollection
 from nngeom.sweep.sweep import Policy, Sweep, require_examples
 
 
@@ -53,24 +55,38 @@ def projected(
     sweep: Sweep, batches: Iterator[SecondDerivatives], chosen: Representation[Any], blocks: dict[Layout, Block]
 ) -> PMat:
     """The mean Hessian in the structure of the ``blocks``, one product a parameter."""
-    network, count = sweep.run.network, 0
+    network = sweep.run.network
     like = torch.empty(0, dtype=accumulation_dtype(network.dtype), device=network.device)
     wide = {layout: block.to(like.device, like.dtype) for layout, block in blocks.items()}
-    sums: dict[Layout, Tensor] = {}
-    for batch in batches:
-        for layout, block in wide.items():
-            part = network.collection.only(layout.names)
-            here = moved(layout, part)
-            found = []
-            for lo, hi, rows in batch.times(part.names, _vectors(here, block, like), layout.numel):
-                found.append(kept(block, here.gather(rows.to(like.dtype)), torch.arange(lo, hi, device=like.device)))
-            total = torch.cat(found) if found else like.new_zeros(0)
-            sums[layout] = total + sums[layout] if layout in sums else total
-        count += batch.examples
+
+    def local() -> tuple[list[Tensor], int]:
+        sums, count = dict[Layout, Tensor](), 0
+        for batch in batches:
+            for layout, block in wide.items():
+                total = _kept_of(batch, network.collection.only(layout.names), layout, block, like)
+                sums[layout] = total + sums[layout] if layout in sums else total
+            count += batch.examples
+        return [sums[lay] if lay in sums else _nothing(lay, b, like) for lay, b in wide.items()], count
+
+    found, count = totals(sweep.run.team, "Hessian", local)
     require_examples(count)
-    means = {layout: require_finite_rows(total / count, layout.names) for layout, total in sums.items()}
+    means = {layout: require_finite_rows(t / count, layout.names) for layout, t in zip(wide, found)}
     new = {layout: remade(wide[layout], mean) for layout, mean in means.items()}
     return chosen.kind.of_blocks(network.collection, new, count)
+
+
+def _kept_of(batch: SecondDerivatives, part: LayerCollection, layout: Layout, block: Block, like: Tensor) -> Tensor:
+    """What a block keeps of the second derivatives of a batch in its parameters, the collection ``part``."""
+    here, found = moved(layout, part), []
+    for lo, hi, rows in batch.times(part.names, _vectors(here, block, like), layout.numel):
+        found.append(kept(block, here.gather(rows.to(like.dtype)), torch.arange(lo, hi, device=like.device)))
+    return torch.cat(found) if found else _nothing(layout, block, like)
+
+
+def _nothing(layout: Layout, block: Block, like: Tensor) -> Tensor:
+    """What a block keeps of no examples."""
+    first = torch.zeros(1, dtype=torch.int64, device=like.device)
+    return like.new_zeros(layout.numel, kept(block, like.new_zeros(1, *layout.sizes), first).shape[1])
 
 
 def _vectors(layout: Layout, block: Block, like: Tensor) -> Callable[[int, int], Tensor]:

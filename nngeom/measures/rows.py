@@ -52,7 +52,9 @@ def rows(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
+    run.require_alone("rows")
     cotangents: Cotangents = EveryOutput()
     if loss is not None:
         cotangents = EmpiricalFisher(as_loss(loss, model))

@@ -106,6 +106,7 @@ def differentiated(network: Network, loss: Loss, batch: Batch, index: int, width
 
     Raises :class:`NonFiniteError`, and :class:`CoverageError` where the loss reaches no selected parameter.
     """
+    network.require_whole("second derivatives")
     with gradients_on(), twice_differentiable(network.model):
         outputs = network.run(batch)
         require_finite(outputs.detach(), "outputs", index)

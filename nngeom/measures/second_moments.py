@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood, seed_of
+from nngeom.core.stream import seed_of
+from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.cotangents.loss import EmpiricalFisher, GaussNewton, Loss, as_loss
+from nngeom.measures.arguments import require_known
+from nngeom.measures.centred import centred_moments
 from nngeom.measures.measured import measured
 from nngeom.measures.probed import probed, require_samples
 from nngeom.pmat.estimate import MatrixEstimate
@@ -28,18 +31,17 @@ M = TypeVar("M", bound=ParameterOperator, default=PMatKFAC)
 # fmt: off
 @overload
 def FIM(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
-        likelihood: str | Likelihood = "categorical",
-        estimator: None = None, samples: None = None, generator: None = None,
-        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
-        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
-        **options: Any) -> M: ...
+        likelihood: str | Likelihood = "categorical", centered: bool = False, estimator: None = None,
+        samples: None = None, generator: None = None, index: None = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None, **options: Any) -> M: ...
 @overload
 def FIM(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood = "categorical", centered: Literal[False] = False,
         estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
-        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
-        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
-        **options: Any) -> MatrixEstimate: ...
+        index: Callable[[Any], Any] | None = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None, **options: Any) -> MatrixEstimate: ...
 # fmt: on
 def FIM(
     model: nn.Module,
@@ -47,9 +49,11 @@ def FIM(
     representation: Any = PMatKFAC,
     *,
     likelihood: str | Likelihood = "categorical",
+    centered: bool = False,
     estimator: str | None = None,
     samples: int | None = None,
     generator: torch.Generator | None = None,
+    index: Callable[[Any], Any] | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     progress: bool = False,
@@ -68,21 +72,23 @@ def FIM(
         likelihood: ``p(y | outputs)``: ``"categorical"`` (for a causal language model of ``transformers`` and a dict
             batch with labels :class:`CausalLM`), ``"bernoulli"``, ``"gaussian"``, or a :class:`Likelihood`. Outputs are
             ``(n, c)``, or ``(n, *shape)`` with a likelihood that says what the axes are.
+        centered: of rows less their mean over examples: those of one output each, ``sqrt(p_y)`` times a class's score.
         estimator: ``None``, exact; or ``"rademacher"``, for very many outputs: random probes ``u = L r`` of them
             replace the columns of the square root ``L`` of their Fisher information, one backward pass each.
         samples: how many probes (8 by default).
         generator: of their signs ``r`` (torch's global one by default), keyed as the draws of :func:`FIM_MonteCarlo`.
+        index: of the probes, as for :func:`FIM_MonteCarlo`.
         options: of the representation, as ``sharing="reduce"``.
 
     Estimated, the result is a :class:`MatrixEstimate`: its ``matrix`` is unbiased where the representation is linear in
     second moments of gradients (not EKFAC in a basis from the probes, but its trace; not the joined factors of KFAC for
-    a parameter in unlike uses), its readings have standard errors, and it keeps ``samples`` matrices for them. Source:
-    Hutchinson 1989.
+    a parameter in unlike uses), its readings have standard errors, and ``samples`` matrices are kept for them.
 
     ``model``, ``loader`` and the arguments from ``function`` on are those of every measure, see :class:`Run`. Raises
     :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError` and
     what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
+    require_known(FIM, representation, options)
     run = Run.of(
         model,
         loader,
@@ -92,9 +98,12 @@ def FIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
+    if centered:
+        return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator)
     cotangents = probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator)
-    return measured(run, cotangents, representation, options, Policy("FIM", reread=estimator is None))
+    return measured(run, cotangents, representation, options, Policy("FIM", reread=estimator is None), index)
 
 
 def FIM_MonteCarlo(
@@ -105,6 +114,7 @@ def FIM_MonteCarlo(
     likelihood: str | Likelihood = "categorical",
     samples: int = 1,
     generator: torch.Generator | None = None,
+    index: Callable[[Any], Any] | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     progress: bool = False,
@@ -113,13 +123,15 @@ def FIM_MonteCarlo(
     process_group: Any = None,
     **options: Any,
 ) -> M:
-    """The Fisher information matrix with ``samples`` labels an example drawn from the model: unbiased, one backward a
-    sample.
+    """The Fisher information matrix by ``samples`` labels an example, drawn from the model: unbiased, a backward each.
 
     Draws are keyed by (a seed taken from ``generator``, the running index of the example, the sample), so that they do
-    not depend on the batch size. ``representation``, its ``options``, ``likelihood``, other arguments and errors as for
+    not depend on the batch size; over several processes the seed is that of rank 0, and examples are numbered in rank
+    order. ``index(batch) -> (n,)`` gives the examples' own numbers instead: draws then depend neither on the order nor
+    on who sees an example. ``representation``, its ``options``, ``likelihood``, other arguments and errors as for
     :func:`FIM`.
     """
+    require_known(FIM_MonteCarlo, representation, options)
     cotangents = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
     run = Run.of(
         model,
@@ -130,8 +142,9 @@ def FIM_MonteCarlo(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
-    return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False)))
+    return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False), index))
 
 
 def EmpiricalFIM(
@@ -163,6 +176,7 @@ def EmpiricalFIM(
 
     Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
     """
+    require_known(EmpiricalFIM, representation, options)
     run = Run.of(
         model,
         loader,
@@ -172,6 +186,7 @@ def EmpiricalFIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
     return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))
@@ -180,18 +195,17 @@ def EmpiricalFIM(
 # fmt: off
 @overload
 def GGN(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor],
-        estimator: None = None, samples: None = None, generator: None = None,
-        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
-        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
-        **options: Any) -> M: ...
+        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: bool = False, estimator: None = None,
+        samples: None = None, generator: None = None, index: None = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None, **options: Any) -> M: ...
 @overload
 def GGN(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor],
+        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: Literal[False] = False,
         estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
-        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
-        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
-        **options: Any) -> MatrixEstimate: ...
+        index: Callable[[Any], Any] | None = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None, **options: Any) -> MatrixEstimate: ...
 # fmt: on
 def GGN(
     model: nn.Module,
@@ -199,9 +213,11 @@ def GGN(
     representation: Any = PMatKFAC,
     *,
     loss: str | Loss | Callable[[Tensor, Any], Tensor],
+    centered: bool = False,
     estimator: str | None = None,
     samples: int | None = None,
     generator: torch.Generator | None = None,
+    index: Callable[[Any], Any] | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
     progress: bool = False,
@@ -215,13 +231,16 @@ def GGN(
     Args:
         representation: what holds it, as for :func:`FIM`.
         loss: as for :func:`EmpiricalFIM`; a function that is not convex in the outputs raises :class:`ArgumentError`.
+        centered: as for :func:`FIM`; of a function, rows are those of the symmetric root.
         estimator: ``None``, exact; or ``"rademacher"``, random probes of very many outputs, as for :func:`FIM`.
         samples: how many probes (8 by default).
         generator: of the probes (torch's global one by default).
+        index: of the probes, as for :func:`FIM_MonteCarlo`.
         options: of the representation.
 
     Other arguments and errors as for :func:`FIM`.
     """
+    require_known(GGN, representation, options)
     run = Run.of(
         model,
         loader,
@@ -231,6 +250,9 @@ def GGN(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        parts=True,
     )
+    if centered:
+        return centred_moments(run, as_loss(loss, model), representation, options, estimator)
     cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
-    return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None))
+    return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None), index)

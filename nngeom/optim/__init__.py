@@ -3,6 +3,7 @@
 from nngeom.optim import eigenbasis  # registers how EKFAC is kept
 from nngeom.optim.curvature import Curvature, keeps
 from nngeom.optim.ekfac import EKFAC
+from nngeom.optim.intake import ReductionWarning
 from nngeom.optim.kfac import KFAC
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.manner import Manner
@@ -23,6 +24,7 @@ __all__ = [
     "Manner",
     "NaturalGradient",
     "QuadraticModelWarning",
+    "ReductionWarning",
     "Schedule",
     "Seen",
     "SkippedStepWarning",

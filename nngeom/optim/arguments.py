@@ -53,9 +53,10 @@ def as_optimizer_damping(damping: Any) -> Damping | Relative:
 
 def as_reduction(reduction: str) -> str:
     """How the loss is reduced over examples, checked."""
-    if reduction not in ("mean", "sum"):
+    if reduction not in ("mean", "sum", "token_mean"):
         raise ArgumentError(
-            f"reduction is {reduction!r}; expected 'mean' or 'sum', how the loss is reduced over examples"
+            f"reduction is {reduction!r}; expected 'mean' or 'sum', how the loss is reduced over examples, or "
+            "'token_mean', over all positions of all examples"
         )
     return reduction
 

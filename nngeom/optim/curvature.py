@@ -22,12 +22,13 @@ from nngeom.optim.pending import Seen
 from nngeom.optim.rank import BatchRank
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.block import Block
-from nngeom.pmat.damped import relative
+from nngeom.pmat.damped import damped_by
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Selection, Statistic
 from nngeom.pmat.representation import Representation
+from nngeom.ranks.made import made
 from nngeom.sweep.sweep import Chunk
 
 
@@ -50,7 +51,7 @@ class Curvature(ABC):
         self.averages = Averages()
         self.blocks: dict[Layout, Any] = {}
         self._packed: Packed | None = None
-        self.rank = BatchRank()
+        self.rank = BatchRank(on=manner.team.size == 1)
         self.forget()
 
     def forget(self) -> None:
@@ -183,8 +184,16 @@ class Averaged(Curvature):
             while True:
                 means = self._later(recipe.send(means), seen)
         except StopIteration as end:
-            self.blocks = {layout: inverse(layout, block, damping) for layout, block in end.value.items()}
+            self.blocks = self._inverses(end.value, damping)
         self.sources = set(self.averages.entries)
+
+    def _inverses(self, blocks: dict[Layout, Block], damping: Damping | Relative) -> dict[Layout, Block]:
+        """Those of all blocks, each made by one of the processes."""
+        costs = {layout: cost(block) for layout, block in blocks.items()}
+        device = next((block.diag().device for block in blocks.values()), torch.device("cpu"))
+        return made(
+            self.manner.team, "inverses", costs, lambda layout: inverse(layout, blocks[layout], damping), device
+        )
 
     def _later(self, statistic: Statistic, seen: Seen) -> Means:
         """What a later sweep is sent: means over the examples that are held."""
@@ -197,6 +206,7 @@ class Averaged(Curvature):
         sums = Sums()
         for chunk in self.held:
             sums.add(statistic, chunk)
+        sums = seen.joined(sums)
         if not all_finite(sums):
             raise NonFiniteError("the statistics of a later sweep are not finite")
         return scaled_means(sums, max(seen.examples, 1), seen.scale)
@@ -204,6 +214,12 @@ class Averaged(Curvature):
     def load(self, state):
         super().load(state)
         self.sources = set(self.averages.entries)
+
+
+def cost(block: Block) -> float:
+    """About proportional to the time that an inverse takes."""
+    tensors = (t for t in block.fields().values() if isinstance(t, Tensor) and t.ndim > 1)
+    return 64**3 + sum(float(t.numel() * t.shape[-1]) for t in tensors)
 
 
 def copied(chunk: Chunk) -> Chunk:
@@ -214,7 +230,7 @@ def copied(chunk: Chunk) -> Chunk:
 def inverse(layout: Layout, block: Block, damping: Damping | Relative) -> Block:
     """``(block + damping)^-1``, in float64 where float32 finds it singular."""
     if isinstance(damping, Relative):
-        block, damping = relative(block, damping, layout)
+        block, damping = damped_by(block, damping, layout)
     elif isinstance(damping, Cutoff) and damping.top is not None:
         raise UnsupportedError(
             f"damping is {damping!r}, which is for spectra in an eigenbasis; expected nng.optim.EKFAC, or Cutoff(x)"

@@ -41,7 +41,7 @@ class Eigenbasis(Curvature):
         super().__init__(representation, selection, manner)
         self.statistic: Callable = next(representation.recipe(selection))
         self.spectrum, self.worker, self.shifts = spectrum_of(manner), manner.worker, Shifts()
-        self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0)
+        self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0, manner.team)
         self.of_gradients = GradientFactors() if manner.factors == "gradients" else None
         self.sources: set[Layout] = set()  # layers that have a basis
         self.future: Future | None = None
@@ -143,6 +143,8 @@ class Eigenbasis(Curvature):
         self._refresh(schedule)
         for chunk in self.held:
             self._square(chunk)
+        if self.spectrum.reads_rows:
+            self.squares = seen.joined(self.squares)
         if self.blocks:
             packed = self.packed(gradient)
             parts = self._down(packed)

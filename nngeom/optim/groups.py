@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,14 @@ from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import number
 
 Group = dict[str, Any]
+
+
+def as_groups(params: Iterable[Any]) -> list[Any]:
+    """Groups with lists of parameters, of parameters too that are given without any."""
+    listed = list(params)
+    if not any(isinstance(x, dict) for x in listed):
+        return [{"params": listed}]
+    return [{**g, "params": [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])} for g in listed]
 
 
 def require_groups(groups: list[Group], parameters: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nngeom.core.errors import ArgumentError
+from nngeom.ranks.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Manner:
         eager: inverses follow every new statistic, whatever the schedule.
         scalings: the spectrum in eigenbases, by name.
         own_rows: the rows are those of a likelihood, not of the user's loss.
+        team: the processes that share a step.
         worker: a background thread, where one may be used.
         factors: whose eigenbases, those of ``"rows"`` or of ``"gradients"``.
         refresh: how later eigenbases come about, ``"eigh"`` or ``"qr"``.
@@ -29,6 +31,7 @@ class Manner:
     eager: bool = False
     scalings: str = "batch"
     own_rows: bool = False
+    team: Team = ALONE
     worker: ThreadPoolExecutor | None = None
     factors: str = "rows"
     refresh: str = "eigh"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
+from nngeom.optim.automatic import Automatic
 from nngeom.optim.bound import Bound
+from nngeom.optim.fallback import Fallback, outside
 from nngeom.optim.gradients import Gradients
-from nngeom.optim.groups import require_groups
+from nngeom.optim.groups import as_groups, require_groups
+from nngeom.optim.intake import Intake
+from nngeom.optim.joint import Joint, require_synchronous
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.manner import as_manner
 from nngeom.optim.model_check import ModelCheck
@@ -27,6 +31,7 @@ from nngeom.optim.spectra import require_spectrum
 from nngeom.optim.unscaling import unscale
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.representation import as_representation
+from nngeom.ranks.team import Team
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.observe import Observer
 
@@ -55,7 +60,11 @@ class NaturalGradient(Preconditioned):
         likelihood: of the last two, as for :func:`nngeom.FIM`.
         params: parameter groups as for any optimizer, each with its own ``lr``, ``momentum``, ``weight_decay``;
             default: one group of the collection.
-        reduction: how losses are reduced over examples, ``"mean"`` or ``"sum"``: see :meth:`observe`.
+        reduction: how losses are reduced over examples, ``"mean"`` (the default), ``"sum"`` or ``"token_mean"``: see
+            :meth:`observe`.
+        fallback: settings of ``torch.optim.AdamW`` as a dict (``True``: its defaults), which steps the parameters
+            outside of ``layer_collection``; groups of ``params`` with ``"fallback": True`` have their own.
+        automatic: whether every pass of the model in training mode is observed without :meth:`observe`.
         every: steps after which inverses and eigenbases are computed anew.
         statistics_every: averages take in every so-many-th batch (with ``statistics_decay=0`` only those of a refresh).
         scalings: of EKFAC alone: see :class:`EKFAC`.
@@ -71,10 +80,13 @@ class NaturalGradient(Preconditioned):
         outputs: picks the outputs ``(n, ...)`` in what the model returns.
         seed: of the labels that are drawn.
         async_basis: of EKFAC alone: see :class:`EKFAC`.
+        process_group: the processes that a ``DistributedDataParallel`` model is replicated over: the curvature is that
+            of their joint batch, and all take the same step, bit by bit.
 
     A step whose gradients or statistics are not finite is skipped with a :class:`SkippedStepWarning` that counts.
     Raises :class:`ArgumentError` on numbers out of range and on a step before anything was observed,
-    :class:`UnsupportedError` for a model replicated over several processes. Source: Amari 1998; Martens & Grosse 2015;
+    :class:`UnsupportedError` for a model replicated over several processes without ``process_group``,
+    :class:`RankMismatchError` where they differ. Source: Amari 1998; Martens & Grosse 2015;
     George et al. 2018.
     """
 
@@ -93,7 +105,9 @@ class NaturalGradient(Preconditioned):
         layer_collection: LayerCollection | None = None,
         *,
         params: Iterable[Any] | None = None,
-        reduction: str = "mean",
+        reduction: str | None = None,
+        automatic: bool = False,
+        fallback: Mapping[str, Any] | bool | None = None,
         every: Any = 1,
         statistics_every: Any = 1,
         scalings: str = "batch",
@@ -107,8 +121,11 @@ class NaturalGradient(Preconditioned):
         outputs: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
         async_basis: bool = False,
+        process_group: Any = None,
     ):
-        require_model(model)
+        team = Team.of(process_group)
+        require_model(model, team)
+        require_synchronous(team, async_basis=async_basis)
         self.collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         self.representation = as_representation(representation).within(self.collection)
         self.clock = Clock(
@@ -119,14 +136,15 @@ class NaturalGradient(Preconditioned):
             every=every,
             statistics_every=statistics_every,
         )
-        self.pending = Pending(as_reduction(reduction))
+        self.pending = Pending("mean" if reduction is None else as_reduction(reduction), reduction is not None)
         self.observer = Observer(
-            model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of
+            model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of, team
         )
         worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
         manner = as_manner(
             scalings=scalings,
             own_rows=self.observer.cotangents is not None,
+            team=team,
             worker=worker,
             factors=factors,
             refresh=refresh,
@@ -138,13 +156,18 @@ class NaturalGradient(Preconditioned):
         self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner)
         parameters = self.observer.network.parameters
         self.gradients = Gradients(parameters.values(), self.observer.network.dtype)
-        super().__init__(
-            self.gradients.parameters if params is None else params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
-        )
+        self.intake = Intake(self.clock, self.partition, self.pending, own_loss=self.observer.cotangents is None)
+        self.automatic = Automatic(self.observer, self.intake, self.gradients.parameters, on=automatic)
+        self.fallback = Fallback(fallback, outside(model, parameters))
+        groups = self.fallback.completed(as_groups(self.gradients.parameters if params is None else params))
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         require_groups(self.param_groups, parameters)
         self.bound, self.check = Bound(), ModelCheck()
         self.clock.now()  # checks the numbers
+        self.joint = Joint(team, self.observer, self.partition, self.pending)
+        self.joint.agree(
+            type(self).__name__, representation=self.representation, scalings=scalings, metric=self.observer.cotangents
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, evaluate: Callable[[], Any] | None = None) -> Any:
@@ -155,10 +178,13 @@ class NaturalGradient(Preconditioned):
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = self.automatic.run(closure)
+        self.automatic.collect()
+        if (closure is not None or self.automatic.on) and self.automatic.is_idle():
+            return loss
+        self.pending.loss = loss.detach() if isinstance(loss, Tensor) else None
         if not unscale(self):
-            self._forget()
+            self._skip("scaler", "GradScaler found gradients that are not finite, and lowers its scale")
             return loss
         rule = self.damping if isinstance(self.damping, LevenbergMarquardt) else None
         compare = rule is not None and rule.due(self.clock.steps)
@@ -167,13 +193,18 @@ class NaturalGradient(Preconditioned):
                 "damping is LevenbergMarquardt: pass the loss of the batch as a function, step(evaluate=lambda: "
                 "criterion(model(x), y))"
             )
+        broken = self.fallback.broken(self.param_groups)
+        if broken is not None:
+            self._skip("gradient", broken)
+            return loss
         gradient = None if rule is None else self.gradients.split(self.gradients.read().clone())
-        before = float(evaluate()) if compare and evaluate is not None else 0.0
+        before = self.joint.mean(float(evaluate())) if compare and evaluate is not None else 0.0
         clip = self._precondition()
         if clip is None:
             return loss
         curved = None if gradient is None else {p: clip * g for p, g in gradient.items()}
         predicted = self._move(curved, gradient)
+        self.fallback.step(self.param_groups, self.state, self.clock.steps - 1)
         if rule is not None and compare and evaluate is not None:
-            rule.update(float(evaluate()) - before, predicted)
+            rule.update(self.joint.mean(float(evaluate())) - before, predicted)
         return loss

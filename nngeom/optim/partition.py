@@ -33,6 +33,7 @@ class Partition:
         self.manner = manner
         self.parts: dict[int, Curvature] = {}
         self._place: dict[str, int] = {}
+        self._left: set[str] = set()  # to ``rest``, by another process
         self._settled: tuple | None = None  # the structure of the batch that the parts were made for
 
     def __iter__(self):
@@ -48,6 +49,16 @@ class Partition:
         self._assign(chunk)
         for part in self:
             part.observe(chunk, schedule)
+
+    @property
+    def rest_names(self) -> list[str]:
+        """The parameters that the chosen representation cannot hold."""
+        return [name for name, index in self._place.items() if index == REST]
+
+    def leave(self, names: set[str]) -> None:
+        """Parameters called ``names`` are among these from now on."""
+        self._left |= names
+        self._settled = None
 
     def forget(self) -> None:
         """Drop what was observed since the last step."""
@@ -65,7 +76,7 @@ class Partition:
             kept = self._representation(place[layout.names[0]])
             if not self.observer.batchwise.isdisjoint(layout.names) or not kept.takes(j):
                 place.update(dict.fromkeys(layout.names, REST))
-        place |= {name: REST for name, index in self._place.items() if index == REST}
+        place |= {name: REST for name, index in self._place.items() if index == REST} | dict.fromkeys(self._left, REST)
         if place != self._place:
             self._build(place)
 
@@ -79,7 +90,7 @@ class Partition:
             parts[index] = (
                 old
                 if old is not None and list(old.selection.names) == names
-                else self._part(index, Selection(self.collection, tuple(names)))
+                else self._part(index, Selection(self.collection, tuple(names), self.manner.team))
             )
         self.parts, self._place = parts, place
 

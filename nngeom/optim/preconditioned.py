@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError, NonFiniteError, SingularError
+from nngeom.core.errors import ArgumentError, NonFiniteError, PeerError, SingularError
 from nngeom.optim.arguments import as_reduction
+from nngeom.optim.automatic import Automatic
 from nngeom.optim.bound import Bound
+from nngeom.optim.causes import cause
 from nngeom.optim.descent import descend
+from nngeom.optim.fallback import Fallback, natural
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import plain, resumed
+from nngeom.optim.intake import Intake
+from nngeom.optim.joint import Joint, is_curvature
 from nngeom.optim.model_check import ModelCheck
 from nngeom.optim.partition import Partition
-from nngeom.optim.pending import Pending
-from nngeom.optim.replicas import alone
+from nngeom.optim.pending import Pending, Seen
+from nngeom.optim.replicas import require_team_now
 from nngeom.optim.schedule import Clock
+from nngeom.sweep.follow import watch
 from nngeom.sweep.observe import Observation, Observer
 
 
@@ -35,19 +42,28 @@ class Preconditioned(torch.optim.Optimizer):
     gradients: Gradients
     bound: Bound
     check: ModelCheck
+    intake: Intake
+    automatic: Automatic
+    fallback: Fallback
+    joint: Joint
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in any optimizer: ``param_group`` has ``"params"`` and its own numbers; raises :class:`ArgumentError` for
-        a parameter outside the collection.
+        """As in any optimizer: ``param_group`` has ``"params"`` and its own numbers; with ``"fallback": True`` AdamW
+        steps it. Raises :class:`ArgumentError` for a parameter that is not in the collection, or is and has AdamW.
         """
-        super().add_param_group(param_group)
-        known = set(map(id, self.gradients.parameters))
+        super().add_param_group(self.fallback.complete(param_group))
+        by_fallback = bool(param_group.get("fallback"))
+        known = set(map(id, self.fallback.outside.values() if by_fallback else self.gradients.parameters))
         odd = [tuple(p.shape) for p in self.param_groups[-1]["params"] if id(p) not in known]
         if odd:
             self.param_groups.pop()
             raise ArgumentError(
-                f"params holds parameters of shapes {odd[:4]} outside the model's collection; give those to "
-                "another optimizer"
+                f"params holds parameters of shapes {odd[:4]} inside the model's collection, in a group with "
+                "'fallback': leave them out with layer_collection"
+                if by_fallback
+                else f"params holds parameters of shapes {odd[:4]} outside the model's collection; give those to "
+                "another optimizer, or to AdamW inside of this one: fallback=dict(lr=...), or a group with "
+                "'fallback': True"
             )
 
     # -- observing -----------------------------------------------------------------------------------------------------
@@ -57,26 +73,34 @@ class Preconditioned(torch.optim.Optimizer):
         """Watch one or several forward and backward passes of the model; blocks add up until the step or ``zero_grad``.
 
         ``reduction`` says how the losses are reduced over examples: ``"mean"`` (all that is backpropagated before the
-        step sums to the mean over all its examples: divide by the number of passes when accumulating), or ``"sum"``;
+        step sums to the mean over all its examples: divide by the number of passes when accumulating), ``"sum"``, or
+        ``"token_mean"`` (the mean over all positions of all examples that have a gradient, as a language model's loss);
         default that of the constructor. A ``GradScaler`` is taken into account by itself, but for
         ``scaler.unscale_(opt)`` before the step: then pass it as ``scaler``.
         """
-        schedule = self.clock.now()
         if reduction is not None:
-            self.pending.reduction = as_reduction(reduction)
-        record = schedule.statistics or self.partition.wants_every_batch
-        with alone(self.observer.network.model), self.observer.watch(record=record) as observation:
+            self.pending.say(as_reduction(reduction))
+        replicated = partial(require_team_now, self.observer.team)
+        rows, positions = self.intake.wants_rows(), self.intake.wants_positions()
+        with watch(self.observer, replicated, record=rows, positions=positions) as observation:
             yield observation
-        with torch.no_grad():
-            for chunk in observation.chunks:
-                self.partition.observe(chunk, schedule)
-        observation.chunks.clear()
-        self.pending.take(observation.examples, scaler)
+        self.intake.take(observation, scaler)
 
     @property
     def reduction(self) -> str:
         """How losses are reduced over examples, as said last."""
         return self.pending.reduction
+
+    @property
+    def scaler(self) -> Any:
+        """A ``GradScaler`` whose ``unscale_(opt)`` is called before the step, where passes are not in :meth:`observe`,
+        which takes it.
+        """
+        return self.pending.scaler
+
+    @scaler.setter
+    def scaler(self, scaler: Any) -> None:
+        self.pending.scaler = scaler
 
     @property
     def skipped(self) -> int:
@@ -98,8 +122,7 @@ class Preconditioned(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def _forget(self) -> None:
-        self.partition.forget()
-        self.pending.forget()
+        self.automatic.forget()
 
     # -- preconditioning -----------------------------------------------------------------------------------------------
 
@@ -108,30 +131,34 @@ class Preconditioned(torch.optim.Optimizer):
         was skipped.
         """
         with torch.no_grad():
+            self.automatic.collect()
             return self._precondition() is not None
 
     def _precondition(self) -> float | None:
         """The factor of clipping; ``None`` when the step is skipped."""
         schedule, flat = self.clock.now(), self.gradients.read()
+        why = None
         if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self.partition):
-            return self._skip("gradients or statistics are not finite")
-        seen = self.pending.seen(own_loss=self.observer.cotangents is None)
+            why = cause(self.pending.loss, self.observer.network.parameters, self.partition)
+        seen = self.joint.seen(schedule, why)
+        if not isinstance(seen, Seen):
+            return self._skip(*seen)
         self.check.arrived(flat, seen.examples)
         try:
             for part in self.partition:
                 part.precondition(flat, seen, schedule)
-        except (SingularError, NonFiniteError) as error:
-            if self.clock.steps == 0:
+        except (SingularError, NonFiniteError, PeerError) as error:
+            if self.clock.steps == 0 or not is_curvature(error):
                 raise
-            return self._skip(str(error))
+            return self._skip("curvature", str(error))
         if not any(part.blocks for part in self.partition):
             raise ArgumentError(
                 "step() before anything was observed; expected the forward and backward pass inside `with "
                 "opt.observe():`"
             )
         if not bool(torch.isfinite(flat.sum())):
-            return self._skip("the preconditioned gradient is not finite")
-        self.bound.measure(self.param_groups, self.clock.steps, self.gradients.split(flat))
+            return self._skip("curvature", "the preconditioned gradient is not finite")
+        self.bound.measure(natural(self.param_groups), self.clock.steps, self.gradients.split(flat))
         clip = self.bound.factor(schedule.kl_clip)
         if clip < 1:
             flat.mul_(clip)
@@ -142,17 +169,18 @@ class Preconditioned(torch.optim.Optimizer):
 
     def _move(self, curved: Mapping[Tensor, Tensor] | None, gradient: Mapping[Tensor, Tensor] | None) -> float:
         """:func:`descend`; of some steps, where they led is kept for the check of the model."""
+        groups, step = natural(self.param_groups), self.clock.steps - 1
         if not self.check.stepped(self.bound):
-            return descend(self.param_groups, self.state, self.clock.steps - 1, curved, gradient)
+            return descend(groups, self.state, step, curved, gradient)
         before = [p.detach().clone() for p in self.gradients.parameters]
-        predicted = descend(self.param_groups, self.state, self.clock.steps - 1, curved, gradient)
+        predicted = descend(groups, self.state, step, curved, gradient)
         moved = torch._foreach_sub([p.detach() for p in self.gradients.parameters], before)
         self.check.step = torch.cat([x.flatten() for x in moved]).to(self.gradients.flat)
         return predicted
 
-    def _skip(self, why: str) -> float | None:
+    def _skip(self, kind: str, why: str) -> float | None:
         self._forget()
-        self.pending.skip(why)
+        self.pending.skip(kind, why)
         return None
 
     # -- state ---------------------------------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ def product(left: Tensor | None, x: Tensor, right: Tensor | None) -> Tensor:
 class BatchRank:
     """The rows of the batches seen since the last step, of the layers where they are worth it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on: bool = True) -> None:
+        """``on``: whether the rows seen here can be all of the gradient's, as those of one of several processes cannot."""
+        self.on = on
         self.rows: dict[Layout, list[FactoredJacobian]] = {}
         self.cheaper: dict[Layout, bool] = {}
         self.wanted = False
@@ -42,6 +44,8 @@ class BatchRank:
     def observe(self, chunk: Chunk) -> None:
         """Keep the rows of one chunk; counted where all cotangents are in it."""
         saved = 0.0
+        if not self.on:
+            return
         for layout, j in chunk.jacobians.items():
             count = self._saved(j)
             saved += count

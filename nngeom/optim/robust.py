@@ -16,10 +16,12 @@ from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.parts import features, join, joins
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
-from nngeom.optim.replicas import alone, require_model
+from nngeom.optim.automatic import Automatic
+from nngeom.optim.replicas import require_model, require_team_now
 from nngeom.pmat.recipe import write_rows
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
+from nngeom.sweep.follow import watch
 from nngeom.sweep.observe import Observation, Observer
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Sweep
@@ -64,9 +66,9 @@ def median_of_means_gradient(
     :class:`ArgumentError` unless ``1 <= groups <= n``.
     """
     network, examples = _gradients(model, batch, loss, function, layer_collection)
-    if not isinstance(groups, int) or not 1 <= groups <= examples.count:
+    if not isinstance(groups, int) or not 1 <= groups <= examples.examples:
         raise ArgumentError(
-            f"groups is {groups!r}; expected a whole number from 1 to the number of examples, {examples.count}"
+            f"groups is {groups!r}; expected a whole number from 1 to the number of examples, {examples.examples}"
         )
 
     def median(rows: Tensor) -> Tensor:
@@ -93,7 +95,8 @@ def winsorized(rows: Tensor, level: float) -> Tensor:
 class WinsorizedSGD(torch.optim.SGD):
     """``torch.optim.SGD`` on winsorized gradients; forward and backward passes go inside :meth:`observe`.
 
-    ``lr``: the learning rate; ``level``: as for :func:`winsorized_gradient`; ``options``: those of ``torch.optim.SGD``.
+    ``lr``: the learning rate; ``level``: as for :func:`winsorized_gradient`; ``automatic``: passes in training mode are
+    observed without :meth:`observe`; ``options``: those of ``torch.optim.SGD``.
     What ``.grad`` holds besides the examples' gradients (a penalty on weights) is kept as it is. All examples seen
     since the last step are one set, held by their inputs and output gradients. Raises :class:`CoverageError` for models
     with parameters whose per-example gradients the passes do not show (recurrent cells): use
@@ -107,36 +110,32 @@ class WinsorizedSGD(torch.optim.SGD):
         level: float = 10.0,
         *,
         layer_collection: LayerCollection | None = None,
+        automatic: bool = False,
         **options: Any,
     ):
         require_model(model)
         collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         winsorized(torch.zeros(1, 1), level)  # checks the level
         self.observer, self.level = Observer(model, collection), level
-        self._examples = _Examples(collection)
-        super().__init__(list(self.observer.network.parameters.values()), lr=lr, **options)
+        self._examples, parameters = (
+            _Examples(collection, self.observer),
+            list(self.observer.network.parameters.values()),
+        )
+        self.automatic = Automatic(self.observer, self._examples, parameters, on=automatic)
+        super().__init__(parameters, lr=lr, **options)
 
     @contextlib.contextmanager
     def observe(self, scaler: Any = None) -> Iterator[Observation]:
         """Watch one or several forward and backward passes, as :meth:`NaturalGradient.observe`; ``scaler``: a
         ``GradScaler`` in use.
         """
-        with alone(self.observer.network.model), self.observer.watch() as observation:
+        with watch(self.observer, require_team_now) as observation:
             yield observation
-        if self.observer.batchwise:
-            raise CoverageError(
-                f"parameters {sorted(self.observer.batchwise)[:4]} have no per-example gradients here; use "
-                "winsorized_gradient for this model"
-            )
-        scale = 1.0 if scaler is None else scaler.get_scale()
-        with torch.no_grad():
-            for chunk in observation.chunks:
-                self._examples.add(chunk, 1 / scale)
-        observation.chunks.clear()
+        self._examples.take(observation, scaler)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in any optimizer (``set_to_none``: instead of zeros); also drops what was observed since the last step."""
-        self._examples.clear()
+        self.automatic.forget()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -144,9 +143,11 @@ class WinsorizedSGD(torch.optim.SGD):
         """Winsorize what was observed, and move; ``closure``, run with gradients, returns the loss that is returned."""
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self._examples.count:
+            loss = self.automatic.run(closure)
+        self.automatic.collect()
+        if (closure is not None or self.automatic.on) and self.automatic.is_idle():
+            return loss
+        if not self._examples.examples:
             raise ArgumentError(
                 "step() before anything was observed; expected the forward and backward pass inside `with "
                 "opt.observe():`"
@@ -158,7 +159,7 @@ class WinsorizedSGD(torch.optim.SGD):
         for name, p in self.observer.network.parameters.items():
             if p.grad is not None:
                 p.grad.add_(change[name].to(p.grad))
-        self._examples.clear()
+        self._examples.forget()
         super().step()
         return loss
 
@@ -166,13 +167,34 @@ class WinsorizedSGD(torch.optim.SGD):
 class _Examples:
     """Gradients of single examples, held as the Jacobians of their batches and read some coordinates at a time."""
 
-    def __init__(self, collection: LayerCollection):
-        self.collection, self.count = collection, 0
+    def __init__(self, collection: LayerCollection, observer: Observer | None = None):
+        self.collection, self.observer, self.examples = collection, observer, 0
         self._batches: list[tuple[dict[Layout, LayerJacobian], float]] = []
 
-    def clear(self) -> None:
+    def wants_rows(self) -> bool:
+        """Of every pass."""
+        return True
+
+    def wants_positions(self) -> bool:
+        """They do not matter to sums over examples."""
+        return False
+
+    def take(self, observation: Observation, scaler: Any = None) -> None:
+        """The examples of an ``observation``, with the ``scaler`` of its loss."""
+        left = self.observer.batchwise if self.observer is not None else ()
+        if left:
+            raise CoverageError(
+                f"parameters {sorted(left)[:4]} have no per-example gradients here; use winsorized_gradient for this "
+                "model"
+            )
+        with torch.no_grad():
+            for chunk in observation.chunks:
+                self.add(chunk, 1.0 if scaler is None else 1 / scaler.get_scale())
+        observation.chunks.clear()
+
+    def forget(self) -> None:
         """Hold none, in place: a wrapper of the optimizer (Lightning's) would keep to itself what is assigned."""
-        self.count = 0
+        self.examples = 0
         self._batches.clear()
 
     def add(self, chunk: Chunk, scale: float = 1.0) -> None:
@@ -181,7 +203,7 @@ class _Examples:
             layout: join(j, []) if joins(j, j) else FullJacobian(j.matrix()) for layout, j in chunk.jacobians.items()
         }
         self._batches.append((copies, scale))
-        self.count += chunk.examples
+        self.examples += chunk.examples
 
     def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """``reduce: [n, p] -> [p]`` of all examples, coordinate by coordinate: ``[d]``."""
@@ -197,7 +219,7 @@ class _Examples:
             cut = 0 if s > 1 else 1
             for lo, hi in memory.pieces(
                 m.shape[cut],
-                4 * self.count * (o if s > 1 else 1) * i * out.element_size(),
+                4 * self.examples * (o if s > 1 else 1) * i * out.element_size(),
                 "coordinate of all examples",
             ):
                 rows = torch.cat(

@@ -19,7 +19,7 @@ def unscale(opt: Any) -> bool:
         return False
     if scale is not None:
         opt.pending.loss_scale = float(scale)
-        for p in opt.gradients.parameters:
+        for p in (p for group in opt.param_groups for p in group["params"]):
             if p.grad is not None:
                 p.grad.mul_(1 / opt.pending.loss_scale)
     elif opt.pending.loss_scale == 1.0 and opt.pending.examples and opt.observer.cotangents is None:

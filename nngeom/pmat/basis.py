@@ -18,7 +18,7 @@ from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Basis:
     """An orthonormal basis of parameter space, blockwise: never ``d x d`` for structured matrices.
 
@@ -34,6 +34,11 @@ class Basis:
     order: Tensor  # [d]: place of each ascending eigenvalue in the blocks' own order
     dtype: torch.dtype
     transposed: bool = False
+
+    def __repr__(self) -> str:
+        d = self.layer_collection.numel
+        transposed = ", transposed" if self.transposed else ""
+        return f"Basis(shape=({d}, {d}), blocks={len(self.parts)}, dtype={self.dtype}{transposed})"
 
     @property
     def T(self) -> Basis:

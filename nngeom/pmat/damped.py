@@ -22,9 +22,11 @@ from nngeom.core.errors import (
 )
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block
+from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
 if TYPE_CHECKING:
+    from nngeom.pmat.operator import ParameterOperator
     from nngeom.pmat.pmat import PMat
 
 Damped = dict[Layout, tuple[Block, Damping]]
@@ -76,7 +78,7 @@ def _parts(matrix: PMat, damping: Any) -> Damped:
     if isinstance(damping, Mapping):
         return _by_pattern(matrix, damping)
     if isinstance(damping, Relative):
-        return {layout: relative(block, damping, layout) for layout, block in blocks.items()}
+        return {layout: damped_by(block, damping, layout) for layout, block in blocks.items()}
     if isinstance(damping, Cutoff) and damping.top is not None:
         least = top_cutoff(matrix.eigh()[0], damping)
         return {layout: (block, least) for layout, block in blocks.items()}
@@ -84,18 +86,24 @@ def _parts(matrix: PMat, damping: Any) -> Damped:
     return {layout: (block, d) for layout, block in blocks.items()}
 
 
-def relative(block: Block, damping: Relative, layout: Layout) -> tuple[Block, Damping]:
-    """The ``block`` of a ``layout`` and ``x`` times its mean eigenvalue as ``damping``, of factors beforehand."""
+def damped_by(block: Block, damping: Relative, layout: Layout) -> tuple[Block, Damping]:
+    """The ``block`` of a ``layout`` with its factors damped, where they are to be, and the ``damping`` left to add."""
     x = as_damping(Tikhonov(damping.value)).value
     if damping.factored and (shifted := block.factors_shifted(x**0.5)) is not None:
         return shifted, FactoredTikhonov(0.0, balanced=False)
+    return block, relative(block, damping, layout)
+
+
+def relative(block: Block, damping: Relative, layout: Layout) -> Damping:
+    """``x`` times the mean eigenvalue of a block."""
+    x = as_damping(Tikhonov(damping.value)).value
     mean = block.trace() / layout.numel if layout.numel else block.trace()
     if bool(mean < 0):
         raise DampingError(
             f"the mean eigenvalue of the block of {list(layout.names)[:4]} is {mean.item():.3e}, so that Relative(x) "
             "would be negative; expected a number as damping for an indefinite matrix"
         )
-    return block, as_damping(x * (mean if isinstance(x, Tensor) or mean.requires_grad else float(mean)))
+    return as_damping(x * (mean if isinstance(x, Tensor) or mean.requires_grad else float(mean)))
 
 
 def top_cutoff(values: Tensor, damping: Cutoff) -> Cutoff:
@@ -108,6 +116,11 @@ def top_cutoff(values: Tensor, damping: Cutoff) -> Cutoff:
 
 
 def _by_parameter(matrix: PMat, precisions: PVector) -> Damped:
+    return _plus(matrix, entries_of(matrix, precisions), matrix.blocks)
+
+
+def entries_of(matrix: ParameterOperator, precisions: PVector) -> Tensor:
+    """``(d,)``: a number for each parameter of a ``matrix``, checked, in its dtype."""
     matrix.layer_collection.require(precisions.layer_collection, "the damping")
     x = precisions.flat()
     if x.ndim != 1:
@@ -118,7 +131,7 @@ def _by_parameter(matrix: PMat, precisions: PVector) -> Damped:
         raise NonFiniteError("the damping contains NaN or infinity; expected finite numbers >= 0")
     if bool((x < 0).any()):
         raise DampingError(f"the damping is down to {x.min().item():.3e}; expected finite numbers >= 0")
-    return _plus(matrix, x.to(matrix.dtype), matrix.blocks)
+    return x.to(matrix.dtype)
 
 
 def _plus(matrix: PMat, x: Tensor, blocks: Iterable[Layout]) -> Damped:
@@ -136,9 +149,8 @@ def _plus(matrix: PMat, x: Tensor, blocks: Iterable[Layout]) -> Damped:
     return out
 
 
-def _by_pattern(matrix: PMat, given: Mapping[Any, Any]) -> Damped:
-    """The number of the first pattern that matches, for every parameter."""
-    lc = matrix.layer_collection
+def chosen_numbers(lc: LayerCollection, given: Mapping[Any, Any]) -> dict[str, float | Tensor]:
+    """``{parameter: the number of the first pattern that matches}``, for every one of ``lc``."""
     chosen: dict[str, float | Tensor] = {}
     for pattern, value in given.items():
         if not isinstance(value, numbers.Real) and not (isinstance(value, Tensor) and value.ndim == 0):
@@ -155,6 +167,11 @@ def _by_pattern(matrix: PMat, given: Mapping[Any, Any]) -> Damped:
             f"no pattern of the damping matches parameters {without[:4]}; expected a number for each, such as a last "
             "pattern '*'"
         )
+    return chosen
+
+
+def _by_pattern(matrix: PMat, given: Mapping[Any, Any]) -> Damped:
+    chosen = chosen_numbers(matrix.layer_collection, given)
     out: Damped = {}
     for layout, block in matrix.blocks.items():
         numbers_ = [chosen[name] for name in layout.names]

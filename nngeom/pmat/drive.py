@@ -12,9 +12,13 @@ from nngeom.core.errors import NonFiniteError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums, names_of
 from nngeom.pmat.pmat import PMat
-from nngeom.pmat.recipe import Means, Recipe, Selection
+from nngeom.pmat.recipe import Means, Recipe, Selection, Statistic
 from nngeom.pmat.representation import Representation
+from nngeom.ranks.data import warn_of_same
+from nngeom.ranks.merged import Header, alike, merged
+from nngeom.ranks.team import ALONE, Team
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Sweep, require_examples
 
 M = TypeVar("M", bound=PMat)
@@ -23,8 +27,15 @@ M = TypeVar("M", bound=PMat)
 class Source(Protocol):
     """What a recipe is driven over."""
 
+    @property
+    def run(self) -> Run | None:
+        """The model, this process's data, and the processes it is split over; ``None`` for rows at hand."""
+
     def chunks(self) -> Iterator[Chunk]:
         """One pass over the data; a chunk may be overwritten when the next is asked for."""
+
+    def restart(self) -> None:
+        """Forget what is kept of the first pass: the next is over the data."""
 
     def raise_where_not_finite(self) -> None:
         """Raise :class:`NonFiniteError` that says which batch and examples are not finite, if some are not."""
@@ -38,7 +49,13 @@ class Repeated:
 
     def __init__(self, sweep: Sweep, count: int) -> None:
         self.sweep = sweep.held().but(watch=False)
-        self._keep, self._kept = count > 1, list[Chunk]()
+        self._several = count > 1
+        self.restart()
+
+    @property
+    def run(self) -> Run:
+        """The model, this process's data, and the processes it is split over."""
+        return self.sweep.run
 
     def chunks(self) -> Iterator[Chunk]:
         """One pass."""
@@ -57,6 +74,10 @@ class Repeated:
             yield chunk
         self._kept = kept or []
 
+    def restart(self) -> None:
+        """Forget what is kept of the first pass: the next is over the data."""
+        self._keep, self._kept = self._several, list[Chunk]()
+
     def raise_where_not_finite(self) -> None:
         """Raise for the first batch with outputs or gradients that are not finite, if there is one."""
         self.sweep.raise_where_not_finite()
@@ -69,10 +90,7 @@ def drive(recipe: Recipe, source: Source) -> tuple[dict[Layout, Any], int]:
     """
     statistic = next(recipe)
     while True:
-        sums = Sums()
-        for chunk in source.chunks():
-            with torch.no_grad():
-                sums.add(statistic, chunk)
+        sums = summed(statistic, source)
         count = require_examples(sums.count)
         means = require_finite(one_dtype(sums.mean(used_up=True)), source, count)
         try:
@@ -81,9 +99,46 @@ def drive(recipe: Recipe, source: Source) -> tuple[dict[Layout, Any], int]:
             return end.value, count
 
 
+def summed(statistic: Statistic, source: Source) -> Sums:
+    """The sums of a statistic over all examples, those of all processes.
+
+    Where a layer is used differently on one of these, its parameters are left to the fallback on all, and the data is
+    gone over once more.
+    """
+    run = source.run
+    sums, headers = _local(statistic, source)
+    if run is None:
+        return sums
+    team, left = run.team, run.left_to_fallback
+    if not alike(headers):
+        both = set[str]().union(*team.exchange("structure", left))
+        if any(team.exchange("structure", both != left)):
+            left |= both
+            source.restart()
+            sums, headers = _local(statistic, source)
+    return merged(sums, team, headers, run.network.device)
+
+
+def _local(statistic: Statistic, source: Source) -> tuple[Sums, list[Header]]:
+    """This process's sums, and what all say of theirs."""
+    sums, run = Sums(), source.run
+    with team_of(source).together("sweep") as note:
+        for chunk in source.chunks():
+            with torch.no_grad():
+                sums.add(statistic, chunk)
+        note.mine = Header.of(sums), None if run is None else run.met.get(0)
+    warn_of_same([(met, header.count) for header, met in note.all])
+    return sums, [header for header, _ in note.all]
+
+
+def team_of(source: Source) -> Team:
+    """The processes over which the examples of a source are split."""
+    return ALONE if source.run is None else source.run.team
+
+
 def built(chosen: Representation[M], collection: LayerCollection, source: Source) -> M:
     """The matrix of a representation, driven over data."""
-    blocks, count = drive(chosen.recipe(Selection.of(collection)), source)
+    blocks, count = drive(chosen.recipe(Selection.of(collection, team_of(source))), source)
     return cast(M, chosen.kind.of_blocks(collection, blocks, count))
 
 
@@ -113,7 +168,8 @@ def require_finite(means: Means, source: Source, count: int) -> Means:
     for block, tensors in means.items():
         for name, t in tensors.items():
             if not bool(torch.isfinite(t.sum())) and not bool(torch.isfinite(t).all()):
-                source.raise_where_not_finite()
+                with team_of(source).together("sweep"):
+                    source.raise_where_not_finite()
                 raise NonFiniteError(
                     f"the statistic {name!r} of {names_of(block)[:4]} overflowed to NaN or infinity over {count} "
                     "examples; scale the inputs or use a wider dtype, model.double()"

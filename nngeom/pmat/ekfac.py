@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Named
 from nngeom.pmat.block import Block
+from nngeom.pmat.eigenbases import eigenbases
 from nngeom.pmat.kfac import block_shapes, factor_statistic, has_room, kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
+from nngeom.pmat.nearest import nearest, require_fit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, Statistic
 from nngeom.pmat.representation import Representation
@@ -51,7 +53,7 @@ def scaling_statistic(bases: dict[Layout, EigenBlock]) -> Statistic:
 class PMatEKFAC(PMat, made_of=EigenBlock):
     """KFAC's eigenvectors, and the mean squares of the rows along them: never farther from the exact block than KFAC.
 
-    Options ``sharing``, ``sua`` and ``block_limit`` as for :class:`PMatKFAC`.
+    Options ``sharing``, ``sua``, ``block_limit``, ``fit`` and ``fit_steps`` as for :class:`PMatKFAC`.
     """
 
     passes = 2
@@ -60,14 +62,23 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
 
     @classmethod
     def recipe(
-        cls, selection: Selection, *, sharing: str = "expand", sua: bool = False, block_limit: int = 4096
+        cls,
+        selection: Selection,
+        *,
+        sharing: str = "expand",
+        sua: bool = False,
+        block_limit: int = 4096,
+        fit: str = "moments",
+        fit_steps: int = 50,
     ) -> Recipe:
         """Factors of the parameters of ``selection`` and their eigenvectors, then mean squares; ``sharing``, ``sua``,
-        ``block_limit``: see the class.
+        ``block_limit``, ``fit``, ``fit_steps``: see the class.
         """
-        means = yield factor_statistic(sharing, block_limit, sua=sua)
-        bases = {layout: block.eigen() for layout, block in kronecker_blocks(means).items()}
-        return (yield from rescale(bases))
+        require_fit(fit, fit_steps, sua=sua)
+        blocks = kronecker_blocks((yield factor_statistic(sharing, block_limit, sua=sua)))
+        if fit == "nearest":
+            blocks = yield from nearest(blocks, fit_steps)
+        return (yield from rescale(eigenbases(blocks, selection.team)))
 
     @classmethod
     def takes(cls, rows: LayerJacobian, **options: Any) -> bool:
@@ -94,12 +105,23 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         parameters differently than when the basis was made, and what the measure raises. Source: George et al. 2018,
         algorithm 1.
         """
-        from nngeom.measures.second_moments import FIM
+        return cast(PMatEKFAC, measured_again(self, self.in_basis(self), (model, loader), measure, options))
 
-        result: PMatEKFAC = (measure or FIM)(
-            model, loader, self.in_basis(self), layer_collection=self.layer_collection, **options
-        )
-        return result
+
+def measured_again(
+    matrix: PMat,
+    chosen: Representation[Any],
+    data: tuple[Any, Any],
+    measure: Callable[..., Any] | None,
+    options: dict[str, Any],
+) -> PMat:
+    """The ``chosen`` representation of what ``matrix`` is over, measured with its ``options`` on ``data``, a model and
+    a loader; by :func:`FIM` unless another ``measure`` is given.
+    """
+    from nngeom.measures.second_moments import FIM
+
+    again: PMat = (measure or FIM)(*data, chosen, layer_collection=matrix.layer_collection, **options)
+    return again
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from nngeom.pmat.operator import ParameterOperator
 from nngeom.solve.hutchinson import Estimate, hutchinson
 from nngeom.solve.lanczos import lanczos
 from nngeom.solve.leave_one_out import DIAGONALS, TRACES, estimator_of
+from nngeom.solve.norm import spectral_norm
 from nngeom.solve.slq import SpectralDensity, require_slq, slq_logdet, spectral_density
 from nngeom.space.pvector import PVector
 
@@ -24,7 +25,11 @@ class EstimatedOperator(ParameterOperator):
     def _estimate(
         self, estimator: Callable[..., Estimate], samples: int, generator: torch.Generator | None
     ) -> Estimate:
-        return estimator(self.product, self.shape[0], samples, self._like, generator)
+        return estimator(self.product, self.shape[0], samples, self._like, self._drawn(generator))
+
+    def _drawn(self, generator: torch.Generator | None) -> torch.Generator | None:
+        """What random vectors are drawn by."""
+        return generator
 
     @property
     def _like(self) -> Tensor:
@@ -67,18 +72,20 @@ class EstimatedOperator(ParameterOperator):
         ``generator``: of the random vectors (torch's global one by default).
         """
         if kind == 2:
-            square = lambda x: self.product(self.product(x))
-            return lanczos(square, self._start(generator), 1)[0][0].clamp_min(0).sqrt()
+            return spectral_norm(self.product, self._start(generator), self._like)
         require_frobenius(kind)
         if samples is None:
             return self.to_dense().norm()
-        found = hutchinson(lambda z: self.product(self.product(z)), self.shape[0], samples, self._like, generator)
+        found = hutchinson(
+            lambda z: self.product(self.product(z)), self.shape[0], samples, self._like, self._drawn(generator)
+        )
         root = found.value.clamp_min(0).sqrt()
         return Estimate(root, found.standard_error / (2 * root))
 
     # -- its spectrum --------------------------------------------------------------------------------------------------
 
     def _start(self, generator: torch.Generator | None) -> Tensor:
+        generator = self._drawn(generator)
         device = self.device if generator is None else generator.device
         return torch.randn(self.shape[0], generator=generator, dtype=self.dtype, device=device).to(self.device)
 
@@ -112,7 +119,8 @@ class EstimatedOperator(ParameterOperator):
         """The distribution of eigenvalues by stochastic Lanczos quadrature: ``steps`` products from each of ``samples``
         random vectors, drawn by ``generator`` (torch's global one by default).
         """
-        return spectral_density(self.product, self.shape[0], self._like, steps, samples, generator)
+        drawn = self._drawn(generator)
+        return spectral_density(self.product, self.shape[0], self._like, steps, samples, drawn)
 
     def logdet(  # type: ignore[override]
         self,
@@ -131,7 +139,8 @@ class EstimatedOperator(ParameterOperator):
         if estimator is None:
             raise self.refusal('exact logdet(); logdet(damping, estimator="slq") estimates it')
         number = require_slq(estimator, damping)
-        return slq_logdet(self.product, self.shape[0], self._like, number, steps, samples=samples, generator=generator)
+        drawn = self._drawn(generator)
+        return slq_logdet(self.product, self.shape[0], self._like, number, steps, samples=samples, generator=drawn)
 
     def refusal(self, what: str) -> UnsupportedError:
         """The error that ``what`` is not offered."""

@@ -24,9 +24,12 @@ from nngeom.pmat.dense import DenseBlock, PMatDense
 from nngeom.pmat.operands import V
 from nngeom.pmat.operator import DENSE_LIMIT, ParameterOperator
 from nngeom.pmat.pmat import PMat
-from nngeom.solve.cg import conjugate_gradient
+from nngeom.solve.iterative import iterative
+from nngeom.solve.norm import spectral_norm
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
+
+NORM_LIMIT = 1024  # above, singular values of the dense matrix take longer than Lanczos steps
 
 
 class PMatExpression(ParameterOperator):
@@ -45,8 +48,17 @@ class PMatExpression(ParameterOperator):
         """The diagonal."""
         return PVector(self.layer_collection, self.to_dense().diagonal())
 
-    def norm(self, kind: str = "fro") -> Tensor:
-        """The Frobenius norm (``kind="fro"``), by products with the unit vectors in chunks."""
+    def norm(self, kind: str | int = "fro") -> Tensor:
+        """The Frobenius norm (``kind="fro"``), or the largest singular value (``kind=2``), of the dense matrix; that of
+        a large symmetric one by Lanczos' method.
+        """
+        if kind == 2:
+            if self.symmetric and self.shape[0] > NORM_LIMIT:
+                return spectral_norm(
+                    self.product, None, torch.empty(self.shape[0], dtype=self.dtype, device=self.device)
+                )
+            largest: Tensor = torch.linalg.matrix_norm(self.to_dense(), 2)
+            return largest
         require_frobenius(kind)
         result: Tensor = self.to_dense().norm()
         return result
@@ -61,22 +73,31 @@ class PMatExpression(ParameterOperator):
         return PMatDense.of_blocks(self.layer_collection, {span: DenseBlock(self.to_dense(limit))}, 0)
 
     def solve(
-        self, b: V, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_steps: int | None = None
+        self,
+        b: V,
+        damping: float | Tensor | Damping = 0.0,
+        tol: float = 1e-6,
+        max_steps: int | None = None,
+        *,
+        indefinite: bool = False,
     ) -> V:
         """``(M + damping I)^-1 b``: dense below the size limit, above it conjugate gradients to a relative residual
         ``tol``, in ``max_steps`` steps at most (by default ten times the side, at most 10 000).
+
+        ``indefinite``: a symmetric matrix may have negative eigenvalues; above the limit by MINRES.
         """
         d = as_damping(damping)
+        indefinite = indefinite or getattr(d, "indefinite", False)
         if self.shape[0] <= DENSE_LIMIT:
             if self.symmetric:
-                return self.materialize().solve(b, d)
+                return self.materialize().solve(b, d, indefinite=indefinite)
             return self._apply(lambda x: self._solve_general(x, d), b)
         if not self.symmetric or not isinstance(d, Tikhonov):
             raise UnsupportedError(
                 "solving with a product, or with Cutoff or FactoredTikhonov on a sum, needs the dense matrix; "
                 "this one is above the size limit"
             )
-        solver = lambda matrix, x: conjugate_gradient(matrix, x, tol, max_steps)
+        solver = iterative(tol, max_steps, indefinite=indefinite)
         return self._apply(lambda x: solution(solver, [*self.terms(), (d.value, identity)], x, self.held), b)
 
     def _solve_general(self, x: Tensor, damping: Damping) -> Tensor:
@@ -92,9 +113,9 @@ class PMatExpression(ParameterOperator):
         shifted = m + damping.value * torch.eye(m.shape[0], dtype=m.dtype, device=m.device)
         return linalg.lu(shifted, f"the product of matrices with damping {damping.value:g}")
 
-    def inverse(self, damping: float | Tensor | Damping = 0.0) -> PMat:
-        """``(M + damping I)^-1`` as a PMatDense."""
-        return self.materialize().inverse(damping)
+    def inverse(self, damping: float | Tensor | Damping = 0.0, *, indefinite: bool = False) -> PMat:
+        """``(M + damping I)^-1`` as a PMatDense; ``indefinite``: with negative eigenvalues too."""
+        return self.materialize().inverse(damping, indefinite=indefinite)
 
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
         """``log det(M + damping I)``, ``log |det|`` where ``M`` is not symmetric; ``-inf`` where that is singular."""
@@ -150,13 +171,20 @@ class PMatProduct(PMatExpression):
         return self.to_dense().trace()
 
     def solve(
-        self, b: V, damping: float | Tensor | Damping = 0.0, tol: float = 1e-6, max_steps: int | None = None
+        self,
+        b: V,
+        damping: float | Tensor | Damping = 0.0,
+        tol: float = 1e-6,
+        max_steps: int | None = None,
+        *,
+        indefinite: bool = False,
     ) -> V:
         if as_damping(damping) == Tikhonov(0.0):
-            return self._apply(lambda x: x / self.scale, self.right.solve(self.left.solve(b, 0.0), 0.0))
-        return super().solve(b, damping, tol, max_steps)
+            first = self.left.solve(b, 0.0, indefinite=indefinite)
+            return self._apply(lambda x: x / self.scale, self.right.solve(first, 0.0, indefinite=indefinite))
+        return super().solve(b, damping, tol, max_steps, indefinite=indefinite)
 
-    def inverse(self, damping: float | Tensor | Damping = 0.0) -> PMat:
+    def inverse(self, damping: float | Tensor | Damping = 0.0, *, indefinite: bool = False) -> PMat:
         raise UnsupportedError("the inverse of a product is not offered as a matrix; use solve(b, damping)")
 
     def eigh(self) -> tuple[Tensor, Basis]:
@@ -164,6 +192,11 @@ class PMatProduct(PMatExpression):
 
     def sample(self, n: int, damping: float | Tensor = 0.0, generator: torch.Generator | None = None) -> PVector:
         raise UnsupportedError("a product of matrices is not symmetric, so it is no covariance to sample from")
+
+    @property
+    def T(self) -> PMatProduct:
+        """The transpose: the factors' in the other order."""
+        return PMatProduct(self.right.T, self.left.T, self.scale)
 
     def scaled(self, c: float | Tensor) -> PMatProduct:
         return PMatProduct(self.left, self.right, c * self.scale)

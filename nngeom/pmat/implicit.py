@@ -19,6 +19,7 @@ from nngeom.pmat.estimated import EstimatedOperator
 from nngeom.pmat.implicit_inverse import ImplicitInverse
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
+from nngeom.ranks.totals import generator_of, mean
 from nngeom.solve.iterative import iterative
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
@@ -80,11 +81,19 @@ class PMatImplicit(EstimatedOperator):
         """Products ``[*b, d] -> [*b, d]`` before scaling; no graph is kept."""
         flat = x.reshape(-1, x.shape[-1])
         with self.run.within():
-            return (self.products(flat) if len(flat) else flat).reshape(x.shape)
+            return (self._of_all(flat) if len(flat) else flat).reshape(x.shape)
 
-    def products(self, x: Tensor) -> Tensor:
-        """Products of ``x [b, d]`` before scaling, under the budget in force."""
+    def _of_all(self, x: Tensor) -> Tensor:
+        return mean(self.run.team, f"product with {type(self).__name__}", lambda: self.products(x), [x])
+
+    def products(self, x: Tensor) -> tuple[Tensor, int]:
+        """Products of ``x [b, d]`` before scaling, summed over the examples of this process, and how many these are;
+        under the budget in force.
+        """
         raise UnsupportedError("an implicit operator defines its products")
+
+    def _drawn(self, generator: torch.Generator | None) -> torch.Generator | None:
+        return generator_of(self.run.team, generator, self.device)
 
     # -- layers --------------------------------------------------------------------------------------------------------
 
@@ -92,12 +101,11 @@ class PMatImplicit(EstimatedOperator):
         """``{layer: the implicit matrix of that layer's parameters}``: the diagonal blocks, on the same batches."""
         return {layer: self.of_parameters(names) for layer, names in self.layer_collection.by_layer().items()}
 
-    def __getitem__(self, layer: str) -> PMatImplicit:
-        """The diagonal block of a ``layer``; raises :class:`ArgumentError` where there is none of this name."""
-        layers = self.layer_collection.by_layer()
-        if layer not in layers:
-            raise ArgumentError(f"there is no layer {layer!r}; expected one of {list(layers)}")
-        return self.of_parameters(layers[layer])
+    def __getitem__(self, pattern: Any) -> PMatImplicit:
+        """The diagonal block of a layer, or of the parameters that another ``pattern`` means, as
+        :meth:`LayerCollection.from_model` takes them; raises :class:`CollectionError` where nothing matches.
+        """
+        return self.of_parameters(self.layer_collection.part(pattern).names)
 
     def of_parameters(self, names: tuple[str, ...]) -> PMatImplicit:
         """The diagonal block of some parameters, ``names``."""
@@ -176,4 +184,5 @@ class PMatImplicit(EstimatedOperator):
         )
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device='{self.device}')"
+        team = f", over {self.run.team.size} processes: products are collective" if self.run.team.size > 1 else ""
+        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device='{self.device}'{team})"

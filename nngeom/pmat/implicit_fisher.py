@@ -14,8 +14,12 @@ from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.tangents import are_adjoint, at_once_or_not, each, tangents_or_rows, times_rows
 from nngeom.pullback.linearization import Linearization
 from nngeom.pullback.many_tangents import ManyTangents
+from nngeom.ranks.totals import mean
+from nngeom.sweep.agreement import first_look
 from nngeom.sweep.columns import Columns
 from nngeom.sweep.sweep import Chunk, Sweep
+
+Summed = tuple[Tensor, int]  # over the examples of this process, and how many these are
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,7 +30,7 @@ class ImplicitFisher(PMatImplicit):
         """The rows, batch by batch."""
         return self.sweep.chunks()
 
-    def products(self, x: Tensor) -> Tensor:
+    def products(self, x: Tensor) -> Summed:
         """All vectors at once through one graph a batch; those of models that cannot be differentiated twice one by
         one, in forward mode, or by rows.
         """
@@ -34,18 +38,21 @@ class ImplicitFisher(PMatImplicit):
             return self._one_by_one(x)
         return at_once_or_not(lambda: self._at_once(x), lambda: self._one_by_one(x))
 
-    def _one_by_one(self, x: Tensor) -> Tensor:
-        by_tangents = lambda: torch.stack([self._by_tangents(row) for row in x])
-        return tangents_or_rows(by_tangents, lambda: self._by_rows(x))
+    def _one_by_one(self, x: Tensor) -> Summed:
+        return tangents_or_rows(lambda: self._each_by_tangents(x), lambda: self._by_rows(x))
 
-    def _at_once(self, x: Tensor) -> Tensor:
+    def _each_by_tangents(self, x: Tensor) -> Summed:
+        found = [self._by_tangents(row) for row in x]
+        return torch.stack([total for total, _ in found]), found[0][1]
+
+    def _at_once(self, x: Tensor) -> Summed:
         total, count = torch.zeros_like(x), 0
         for batch in self.run.batches():
             tangents = ManyTangents.of(self.network, batch)
             for lo, hi in tangents.pieces(len(x)):
                 total[lo:hi] += self._sandwich(tangents, x[lo:hi], count)
             count += tangents.outputs.shape[0]
-        return total / count
+        return total, count
 
     def _sandwich(self, tangents: ManyTangents, x: Tensor, start: int) -> Tensor:
         """``sum_i J_i^T L_i J_i x`` over the examples of a batch, ``[b, d] -> [b, d]``."""
@@ -55,7 +62,7 @@ class ImplicitFisher(PMatImplicit):
         tangents.require_adjoint(u, pushed, pulled, x)
         return pulled.to(x.dtype)
 
-    def _by_rows(self, x: Tensor) -> Tensor:
+    def _by_rows(self, x: Tensor) -> Summed:
         """The product by explicit cotangents, as every stored representation has them."""
         total, count = torch.zeros_like(x), 0
         for chunk in self._chunks():
@@ -65,9 +72,9 @@ class ImplicitFisher(PMatImplicit):
                 layout.scatter_(part, j.vjp(inner.to(j.dtype)).to(x.dtype))
                 total += part
             count = chunk.start + chunk.examples
-        return total / count
+        return total, count
 
-    def _by_tangents(self, x: Tensor) -> Tensor:
+    def _by_tangents(self, x: Tensor) -> Summed:
         linear, v = Linearization(self.network), self.named(x)
         total, count = torch.zeros_like(x), 0
         for batch in self.run.batches():
@@ -82,7 +89,7 @@ class ImplicitFisher(PMatImplicit):
                     raise RuntimeError("forward and reverse mode disagree at these numbers")
             total += pulled
             count += outputs.shape[0]
-        return total / count
+        return total, count
 
     def _metric_times(self, outputs: Tensor, tangent: Tensor, batch: Batch, start: int) -> Tensor:
         return self._metric_times_many(outputs, tangent.unsqueeze(0), batch, start)[0]
@@ -101,16 +108,21 @@ class ImplicitFisher(PMatImplicit):
         return total.transpose(0, 1).reshape(tangents.shape)
 
     def _exact_trace(self) -> Tensor:
+        return self.scale * mean(self.run.team, "trace", self._trace)
+
+    def _trace(self) -> Summed:
         total, count = torch.zeros((), dtype=self.dtype, device=self.device), 0
         with self.run.within():
             for chunk in self._chunks():
                 total += sum(j.squared_norms().sum() for j in chunk.jacobians.values())
                 count = chunk.start + chunk.examples
-        return self.scale * total / count
+        return total, count
 
     def _exact_diagonal(self) -> Tensor:
-        out = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        count = 0
+        return self.scale * mean(self.run.team, "diagonal", self._diagonal)
+
+    def _diagonal(self) -> Summed:
+        out, count = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device), 0
         with self.run.within():
             for chunk in self._chunks():
                 part = torch.zeros_like(out)
@@ -118,11 +130,15 @@ class ImplicitFisher(PMatImplicit):
                     layout.scatter_(part, j.square().to(out.dtype))
                 out += part
                 count = chunk.start + chunk.examples
-        return self.scale * out / count
+        return out, count
 
 
 def implicit(sweep: Sweep) -> ImplicitFisher:
     """The implicit matrix of a sweep, after a look at every batch, checked."""
-    sweep = replace(sweep, run=sweep.run.held().silent())
-    sweep.look()
-    return ImplicitFisher(sweep)
+    return ImplicitFisher(first_look(sweep.run, lambda: _looked(sweep)))
+
+
+def _looked(sweep: Sweep) -> Sweep:
+    held = replace(sweep, run=sweep.run.held().silent())
+    held.look()
+    return held

@@ -17,6 +17,7 @@ from nngeom.pmat.factors import Shape, factor_shapes, factors, is_kronecker, str
 from nngeom.pmat.given import require_collection, require_count
 from nngeom.pmat.given_factors import blocks_of, factors_of
 from nngeom.pmat.kronecker import KroneckerBlock
+from nngeom.pmat.nearest import nearest, require_fit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, Statistic
 from nngeom.pmat.sua import has_window, sua_blocks, sua_shapes, sua_sums
@@ -101,17 +102,34 @@ class PMatKFAC(PMat):
 
     ``sua``: the places of a window as uncorrelated, one factor of channels for all of them; the bias then is a block of
     its own. ``block_limit``: a parameter without Kronecker structure keeps its exact dense block up to so many entries,
-    and above raises :class:`StructureError`.
+    and above raises :class:`StructureError`. ``fit``: the second moments of inputs and of gradients (``"moments"``), or
+    from these on the Kronecker product nearest to the exact block in Frobenius norm (``"nearest"``), in at most
+    ``fit_steps`` more sweeps.
     """
 
     centred = False
 
     @classmethod
     def recipe(
-        cls, selection: Selection, *, sharing: str = "expand", sua: bool = False, block_limit: int = 4096
+        cls,
+        selection: Selection,
+        *,
+        sharing: str = "expand",
+        sua: bool = False,
+        block_limit: int = 4096,
+        fit: str = "moments",
+        fit_steps: int = 50,
     ) -> Recipe:
-        """Factors of the parameters of ``selection``; ``sharing``, ``sua``, ``block_limit``: see the class."""
-        return kronecker_blocks((yield factor_statistic(sharing, block_limit, sua=sua)))
+        """Factors of the parameters of ``selection``; ``sharing``, ``sua``, ``block_limit``, ``fit``, ``fit_steps``:
+        see the class.
+        """
+        require_fit(fit, fit_steps, sua=sua)
+        blocks = kronecker_blocks((yield factor_statistic(sharing, block_limit, sua=sua)))
+        return (yield from nearest(blocks, fit_steps)) if fit == "nearest" else blocks
+
+    @classmethod
+    def passes_with(cls, **options: Any) -> int:
+        return cls.passes + (options.get("fit") == "nearest")
 
     @classmethod
     def takes(cls, rows: LayerJacobian, **options: Any) -> bool:

@@ -115,8 +115,7 @@ class KroneckerBlock(Block):
 
     def eigen(self) -> EigenBlock:
         """The same matrix in its eigenbasis."""
-        (sa, ua), (sg, ug) = linalg.factor_eigh(self.a), linalg.factor_eigh(self.g)
-        return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
+        return EigenBlock.of_factors(linalg.factor_eigh(self.a), linalg.factor_eigh(self.g))
 
     def eigh(self) -> tuple[Tensor, KroneckerBasis]:
         block = self.eigen()
@@ -174,6 +173,12 @@ class EigenBlock(Block):
     d: Tensor  # [s o i]
     sa: Tensor | None = None  # [s i], eigenvalues of the factors the basis came from
     sg: Tensor | None = None  # [s o]
+
+    @staticmethod
+    def of_factors(a: tuple[Tensor, Tensor | None], g: tuple[Tensor, Tensor | None]) -> EigenBlock:
+        """The product of the factors ``a`` and ``g`` by the eigenvalues and eigenvectors of both."""
+        (sa, ua), (sg, ug) = a, g
+        return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
 
     @property
     def basis(self) -> KroneckerBasis:

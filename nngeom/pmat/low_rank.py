@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from nngeom.core import linalg
 from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov, Tikhonov
-from nngeom.core.errors import SingularError
+from nngeom.core.errors import SingularError, UnsupportedError
 from nngeom.core.linear import differentiated
 from nngeom.core.statistic import Named, Stacked
 from nngeom.pmat.block import Block
@@ -55,8 +55,18 @@ class LowRankBlock(Block):
         """Whether there is a shift, or one that is zero but has a graph."""
         return isinstance(self.shift, Tensor) or self.shift != 0
 
-    def scaled(self, c: float | Tensor) -> LowRankBlock:
+    def scaled(self, c: float | Tensor) -> Block:
+        rooted = not (differentiated(c) and float(c.detach()) == 0)  # type: ignore[union-attr]
+        return self.by_rows(c) if rooted else self._spanned().scaled(c)
+
+    def by_rows(self, c: float | Tensor) -> LowRankBlock:
+        """``c M`` as rows; raises :class:`UnsupportedError` for a derivative in a ``c`` of zero: its root has none."""
         factor = c if differentiated(c) else float(c)
+        if isinstance(factor, Tensor) and float(factor.detach()) == 0:
+            raise UnsupportedError(
+                "the derivative of a sum with a low-rank matrix, in a factor of zero, is not offered; use a small "
+                "factor, or another representation"
+            )
         size: Any = abs(factor)
         return LowRankBlock(self.r * size**0.5, self.sign if factor >= 0 else -self.sign, self.shift * factor)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
-from nngeom.pmat.block import Block
+from nngeom.pmat.block import Block, EyeBlock
+from nngeom.pmat.diag import DiagBlock, PMatDiag
+from nngeom.pmat.ekfac import PMatEKFAC, Rescaling, measured_again
+from nngeom.pmat.eye import PMatEye
+from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, run_together
 from nngeom.pmat.representation import Representation, as_representation
@@ -35,7 +39,7 @@ class Mixture(Representation["PMatMixed"]):
             )
         recipes = []
         for index, names in groups.items():
-            part = Selection(selection.collection, tuple(names))
+            part = replace(selection, names=tuple(names))
             recipes.append((part, self.member(index).recipe(part)))
         return (yield from run_together(recipes))
 
@@ -47,7 +51,10 @@ class Mixture(Representation["PMatMixed"]):
         return self.member(index).entries_of(layout, rows, Selection(selection.collection, part))
 
     def within(self, collection: LayerCollection) -> Mixture:
-        names = lambda p: p if isinstance(p, (str, frozenset)) else frozenset(collection.subset(p, "PMatMixed").names)
+        def names(pattern: Any) -> str | frozenset[str]:
+            named = isinstance(pattern, (str, frozenset))
+            return pattern if named else frozenset(collection.subset(pattern, "PMatMixed").names)
+
         rest = None if self.default is None else self.default.within(collection)
         return replace(self, parts=tuple((names(p), r.within(collection)) for p, r in self.parts), default=rest)
 
@@ -115,6 +122,42 @@ class PMatMixed(PMat, made_of=Block):
         listed = tuple((pattern, as_representation(r)) for pattern, r in parts.items())
         return Mixture(cls, {}, listed, None if default is None else as_representation(default))
 
+    def rescaled(self, model: Any, loader: Any, measure: Callable[..., Any] | None = None, **options: Any) -> PMatMixed:
+        """New eigenvalues in the kept eigenbases, as a new PMatMixed: the mean squares of the rows of ``model`` now, in
+        one sweep over ``loader``.
+
+        Of parts in a Kronecker eigenbasis, of Kronecker products too, which then have any spectrum in theirs; a
+        diagonal is one in the basis of the parameters. ``measure`` and its ``options`` as for
+        :meth:`PMatEKFAC.rescaled`. Raises :class:`StructureError` where another kind of block keeps no eigenbasis.
+        """
+        names: dict[type[PMat], list[str]] = {}
+        bases: dict[Layout, Block] = {}
+        for layout, block in self.blocks.items():
+            kind = _rescaled_kind(layout, block)
+            names.setdefault(kind, []).extend(layout.names)
+            if kind is PMatEKFAC:
+                bases[layout] = block if isinstance(block, EigenBlock) else block.eigen()  # type: ignore[attr-defined]
+        parts = []
+        for kind, some in names.items():
+            part = Rescaling(PMatEKFAC, {}, bases) if kind is PMatEKFAC else as_representation(kind)
+            parts.append((frozenset(some), part))
+        chosen = Mixture(type(self), {}, tuple(parts))
+        return cast(PMatMixed, measured_again(self, chosen, (model, loader), measure, options))
+
     @classmethod
     def recipe(cls, selection: Selection) -> Recipe:
         raise ArgumentError("PMatMixed needs to know what to mix: PMatMixed({pattern: representation}, default=...)")
+
+
+def _rescaled_kind(layout: Layout, block: Block) -> type[PMat]:
+    """What holds the new eigenvalues of a block."""
+    if isinstance(block, (EigenBlock, KroneckerBlock)):
+        return PMatEKFAC
+    if isinstance(block, EyeBlock) and bool(block.c != 0):
+        return PMatEye
+    if isinstance(block, (DiagBlock, EyeBlock)):
+        return PMatDiag
+    raise StructureError(
+        f"the block of {list(layout.names)[:4]} is a {type(block).__name__}, which keeps no eigenbasis to measure "
+        "eigenvalues in; expected parts in PMatEKFAC, PMatKFAC, PMatDiag or PMatEye, or measure a new PMatMixed"
+    )

@@ -12,9 +12,11 @@ from typing_extensions import Self
 
 from nngeom.core import linalg
 from nngeom.core.damping import Damping
-from nngeom.core.errors import ArgumentTypeError, DeviceError, SizeError, UnsupportedError
+from nngeom.core.errors import ArgumentTypeError, DeviceError, SizeError, not_added
+from nngeom.core.hand import InHand
 from nngeom.pmat.arguments import as_factor
 from nngeom.pmat.operands import HasForms, V
+from nngeom.pmat.unoffered import Unoffered
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 DENSE_LIMIT = 20_000
 
 
-class ParameterOperator(ABC):
+class ParameterOperator(InHand, Unoffered, ABC):
     """Anything that maps parameter space to itself: the contract of section 3, tiers marked.
 
     Primitives are ``layer_collection, dtype, device, product, scaled``, and what every matrix answers in a way of its
@@ -75,12 +77,14 @@ class ParameterOperator(ABC):
         """The Frobenius norm; others than ``kind="fro"`` raise :class:`ArgumentError`."""
 
     @abstractmethod
-    def solve(self, b: V, damping: float | Tensor | Damping = 0.0) -> V:
-        """``(M + damping I)^-1 b`` for a PVector (batched) or all rows of a ``PushForwardDense``."""
+    def solve(self, b: V, damping: float | Tensor | Damping = 0.0, *, indefinite: bool = False) -> V:
+        """``(M + damping I)^-1 b`` for a PVector (batched) or all rows of a ``PushForwardDense``; ``indefinite``: with
+        negative eigenvalues too.
+        """
 
     @abstractmethod
-    def inverse(self, damping: float | Tensor | Damping = 0.0) -> ParameterOperator:
-        """``(M + damping I)^-1`` as a matrix."""
+    def inverse(self, damping: float | Tensor | Damping = 0.0, *, indefinite: bool = False) -> ParameterOperator:
+        """``(M + damping I)^-1`` as a matrix; ``indefinite``: with negative eigenvalues too."""
 
     @abstractmethod
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
@@ -110,6 +114,11 @@ class ParameterOperator(ABC):
         return ()
 
     # -- derived -------------------------------------------------------------------------------------------------------
+
+    @property
+    def T(self) -> ParameterOperator:
+        """The transpose: the matrix itself, which is symmetric."""
+        return self
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -168,23 +177,6 @@ class ParameterOperator(ABC):
         eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
         return self.product(eye).T.contiguous()
 
-    def apply(self, f: Callable[[Tensor], Tensor]) -> ParameterOperator:
-        """``f(M)``, ``f`` of the eigenvalues; raises :class:`UnsupportedError` where they are not there."""
-        raise self._without_eigenbasis()
-
-    def power(self, p: float, damping: Any = 0.0) -> ParameterOperator:
-        """``(M + damping I)^p``; raises :class:`UnsupportedError` where no eigenbasis is there."""
-        raise self._without_eigenbasis()
-
-    def __pow__(self, p: float) -> ParameterOperator:
-        return self.power(p)
-
-    def _without_eigenbasis(self) -> UnsupportedError:
-        return UnsupportedError(
-            f"a {type(self).__name__} has no eigenbasis for functions and powers; use materialize() of a sum, a stored "
-            "representation of an implicit matrix (PMatEKFAC, PMatLowRank, PMatDense), or M.solve(b, damping)"
-        )
-
     @overload
     def __matmul__(self, other: ParameterOperator) -> ParameterOperator: ...
     @overload
@@ -198,9 +190,7 @@ class ParameterOperator(ABC):
         if isinstance(other, (int, float)) and other == 0:  # so that sum() works
             return self
         if not isinstance(other, ParameterOperator):
-            raise ArgumentTypeError(
-                f"cannot add {type(other).__name__} to a parameter-space matrix; expected another one"
-            )
+            raise not_added(other, "parameter-space")
         self.layer_collection.require(other.layer_collection, "the other matrix")
         closed = self.added(other)
         return self.expressions["sum"](self, other) if closed is None else closed
@@ -214,9 +204,7 @@ class ParameterOperator(ABC):
 
     def __sub__(self, other: ParameterOperator) -> ParameterOperator:
         if not isinstance(other, ParameterOperator):
-            raise ArgumentTypeError(
-                f"cannot subtract {type(other).__name__} from a parameter-space matrix; expected another one"
-            )
+            raise not_added(other, "parameter-space")
         return self + (-1.0) * other
 
     def __neg__(self) -> Self:

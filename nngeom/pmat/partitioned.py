@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nngeom.core.damping import Cutoff, Damping, Tikhonov
+from nngeom.core.damping import Damping, Tikhonov
 from nngeom.core.errors import SingularError
 from nngeom.core.layout import Layout
 from nngeom.core.linear import differentiated
@@ -17,6 +17,7 @@ from nngeom.pmat.basis import Basis
 from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.border import Bordered
 from nngeom.pmat.closed import Weighted
+from nngeom.pmat.eigenvalues import by_eigenvalues
 from nngeom.pmat.inner import CANCELLED
 from nngeom.pmat.low_rank import LowRankBlock
 from nngeom.pmat.near import sum_of
@@ -90,11 +91,11 @@ class Partitioned:
 
     def logdet(self, damping: Tikhonov) -> Tensor:
         """``log det(M + damping I)``."""
-        total = lambda: torch.stack([block.logdet(damping) for block in self.blocks.values()]).sum()
-        if self.rows is None:
-            return total()
-        bordered = self._bordered(damping)
-        return self.whole().logdet(damping) if bordered is None else total() + bordered.logdet()
+        bordered = None if self.rows is None else self._bordered(damping)
+        if self.rows is not None and bordered is None:
+            return self.whole().logdet(damping)
+        total = torch.stack([block.logdet(damping) for block in self.blocks.values()]).sum()
+        return total if bordered is None else total + bordered.logdet()
 
     def draw(self, noise: Noise, damping: Tikhonov) -> Tensor:
         """Of ``N(0, (M + damping I)^-1)``, ``[n, d]``."""
@@ -159,7 +160,7 @@ class Partitioned:
         """Where Woodbury's identity is cheaper than the dense matrix, and its base is definite."""
         d, rows = self.collection.numel, self.rows
         small = d <= min(ITERATED, self.limit) or (rows is not None and len(rows.r) >= d and d <= self.limit)
-        if rows is None or small or isinstance(damping, Cutoff):
+        if rows is None or small or by_eigenvalues(damping):
             return None
         try:
             base = lambda x: self._each(x, lambda block, y: block.solve(y, damping))

@@ -235,7 +235,7 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
 
     def __reduce__(self) -> Any:
         blocks = {lay: b.detach() for lay, b in self.blocks.items()}
-        return _rebuild, (type(self), self.layer_collection, blocks, self.examples)
+        return rebuilt, (type(self), self.layer_collection, blocks, self.examples)
 
     def __repr__(self) -> str:
         return (
@@ -244,5 +244,6 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
         )
 
 
-def _rebuild(cls: type[PMat], collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
+def rebuilt(cls: type[PMat], collection: LayerCollection, blocks: dict[Layout, Block], examples: int) -> PMat:
+    """What a pickle holds, as a matrix again."""
     return cls.of_blocks(collection, blocks, examples)

@@ -119,7 +119,7 @@ class SpikeBlock(Block):
         return self.d.square().sum() + 2 * cross + self.u.square().sum(-1).square().sum()
 
     def scaled(self, c: float | Tensor) -> Block:
-        return SpikeBlock(c * self.d, c**0.5 * self.u) if c >= 0 else UnitBlock(c * self.units())
+        return SpikeBlock(c * self.d, c**0.5 * self.u) if c > 0 else UnitBlock(c * self.units())
 
     def inverse(self, damping: Damping) -> Block:
         return UnitBlock(self.units()).inverse(damping)

@@ -20,6 +20,7 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.parts import write_columns, writes_columns
 from nngeom.core.statistic import Named
+from nngeom.ranks.team import ALONE, Team
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.sweep import Chunk
 
@@ -30,15 +31,18 @@ Recipe = Generator[Statistic, Means, dict[Layout, Any]]
 
 @dataclass(frozen=True)
 class Selection:
-    """The parameters a recipe is responsible for: those called ``names`` of a ``collection``."""
+    """The parameters a recipe is responsible for: those called ``names`` of a ``collection``; ``team``: the processes
+    that run it, all on the same means.
+    """
 
     collection: LayerCollection
     names: tuple[str, ...]
+    team: Team = ALONE
 
     @staticmethod
-    def of(collection: LayerCollection) -> Selection:
-        """All parameters of a ``collection``."""
-        return Selection(collection, collection.names)
+    def of(collection: LayerCollection, team: Team = ALONE) -> Selection:
+        """All parameters of a ``collection``, for a ``team`` of processes."""
+        return Selection(collection, collection.names, team)
 
     def span(self) -> Layout:
         """All of them as one flat block."""

@@ -195,7 +195,7 @@ def _rows(collection: LayerCollection, low: Sequence[tuple[float | Tensor, Layou
         return None
     rows, signs = [], []
     for w, layout, block in low:
-        scaled = block.scaled(w)
+        scaled = block.by_rows(w)
         flat = scaled.r.new_zeros(len(scaled.r), collection.numel)
         layout.scatter_(flat, scaled.r[:, None, None])
         rows.append(flat)

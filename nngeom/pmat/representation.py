@@ -40,7 +40,7 @@ class Representation(Generic[M_co]):
     @property
     def passes(self) -> int:
         """How many sweeps the recipe takes."""
-        return self.kind.passes
+        return self.kind.passes_with(**self.settings)
 
     @property
     def centred(self) -> bool:
@@ -116,6 +116,11 @@ class Measured(ABC):
         recipe, by name.
         """
         return None
+
+    @classmethod
+    def passes_with(cls, **options: Any) -> int:
+        """How many sweeps the recipe takes with ``options``; of some that go on until they are done, more than one."""
+        return cls.passes
 
     @classmethod
     def takes(cls, rows: LayerJacobian, **options: Any) -> bool:

@@ -14,14 +14,18 @@ from nngeom.core.damping import Cutoff, Damping, Tikhonov
 from nngeom.core.errors import ConvergenceError, SingularError, SizeError
 from nngeom.core.linear import differentiated, identity, solution
 from nngeom.pmat.block import Block, BlockBasis, EyeBlock
+from nngeom.pmat.block_algebra import Remake
 from nngeom.pmat.closed import Weighted, reduced
-from nngeom.pmat.eigenvalues import rounding
+from nngeom.pmat.diag import DiagBlock
+from nngeom.pmat.eigenvalues import by_eigenvalues, rounding
 from nngeom.pmat.group import GroupBlock, by_group, coarser, groups
 from nngeom.pmat.inner import squared_norm
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.near import near, sum_of
 from nngeom.pmat.pencil import Pencil, pencil
 from nngeom.solve.cg import refined
+from nngeom.solve.iterative import iterative
+from nngeom.solve.norm import spectral_norm
 
 BLOCK_LIMIT = 10_000  # a block with a longer side is not made dense
 ITERATED = 384  # a block with a longer side is solved with by iteration, which then is faster
@@ -104,6 +108,18 @@ class SumBlock(Block):
             return None
         return pencil(*(part.scaled(w) for w, part in self.terms))  # type: ignore[arg-type]
 
+    def plus_diagonal(self, d: Tensor) -> Block:
+        return SumBlock.of([*self.terms, (1.0, DiagBlock(d))], self.limit, self.tol, self.max_steps)
+
+    def spectrum(self) -> tuple[Tensor, Remake]:
+        return self.grouped("a function").spectrum()
+
+    def spectral_norm(self) -> Tensor:
+        """Of the dense block where it is small, above by Lanczos' method."""
+        if self.side <= min(ITERATED, self.limit) or self._has_graph():
+            return self.grouped("the norm").spectral_norm()
+        return spectral_norm(_flat(self.mv, self.sizes), None, self.diag().flatten())
+
     def inverse(self, damping: Damping) -> Block:
         found = self.pencil(damping)
         return self.grouped("the inverse").inverse(damping) if found is None else found.inverse
@@ -123,6 +139,8 @@ class SumBlock(Block):
         """Of the dense block where it is small, above by conjugate gradients."""
         if isinstance(damping, Cutoff) or (self.side <= min(ITERATED, self.limit) or self._has_graph()):
             return self.grouped("a solve with Cutoff, or of a matrix with a graph,").solve(b, damping)
+        if by_eigenvalues(damping):  # indefinite
+            return (self.iterate if self.side > self.limit else self.grouped("a solve").solve)(b, damping)
         found = self.pencil(damping)
         nearby = None if found is None else found.inverse
         if self.side > self.limit:
@@ -154,20 +172,24 @@ class SumBlock(Block):
 
     def iterate(self, b: Tensor, damping: Damping, nearby: Block | None = None) -> Tensor:
         """``(M + damping I)^-1 b`` to a relative residual ``tol``, preconditioned by an inverse ``nearby``, that of a
-        matrix :func:`near` this one where none is given.
+        matrix :func:`near` this one where none is given; an indefinite one by MINRES.
         """
         tol = max(1e-10, 64 * torch.finfo(b.dtype).eps) if self.tol is None else self.tol
-        detached = [(number(w), part) for w, part in self.terms]
-        with torch.no_grad():
-            shifted = Tikhonov(number(damping.value))
-            nearby = _inverse(near(detached), shifted) if nearby is None else nearby
         shape = b.shape[-3:]
         maps = [
             (w * part.c, identity) if isinstance(part, EyeBlock) else (w, _flat(part.mv, shape))
             for w, part in self.terms
         ]
-        solver = lambda matrix, x: refined(matrix, x, tol, self.max_steps, _flat(nearby.mv, shape))
+        if by_eigenvalues(damping):
+            solver = iterative(tol, self.max_steps, indefinite=True)
+        else:
+            inverse = self._nearby(damping) if nearby is None else nearby
+            solver = lambda matrix, x: refined(matrix, x, tol, self.max_steps, _flat(inverse.mv, shape))
         return solution(solver, [*maps, (damping.value, identity)], b.flatten(-3)).view(b.shape)
+
+    def _nearby(self, damping: Damping) -> Block:
+        with torch.no_grad():
+            return _inverse(near([(number(w), part) for w, part in self.terms]), Tikhonov(number(damping.value)))
 
     def draw(self, noise: Callable[[], Tensor], damping: Tikhonov) -> Tensor:
         """Of ``N(0, (M + damping I)^-1)``, from as many draws of white ``noise`` as are needed.

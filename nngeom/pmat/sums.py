@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.core.damping import Damping, as_damping
+from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentError
-from nngeom.pmat.arguments import require_frobenius, require_tikhonov
+from nngeom.pmat.arguments import require_frobenius
 from nngeom.pmat.basis import Basis
+from nngeom.pmat.damped import require_added
+from nngeom.pmat.damped_sum import added
 from nngeom.pmat.expression import PMatExpression
 from nngeom.pmat.operands import V
 from nngeom.pmat.operator import ParameterOperator
@@ -76,6 +78,11 @@ class PMatSum(PMatExpression):
         each = ((w * p.diag().flat()).to(self.dtype) for w, p in self._weighted())
         return PVector(self.layer_collection, functools.reduce(torch.add, each))
 
+    @property
+    def T(self) -> PMatSum:
+        """The transpose: the sum of the parts' transposes."""
+        return self if self.symmetric else PMatSum(tuple(p.T for p in self.parts), self.weights)
+
     def scaled(self, c: float | Tensor) -> PMatSum:
         return PMatSum(self.parts, tuple(c * w for w, _ in self._weighted()))
 
@@ -105,49 +112,64 @@ class PMatSum(PMatExpression):
             else:
                 yield w, part
 
-    def norm(self, kind: str = "fro") -> Tensor:
-        """The Frobenius norm (``kind="fro"``), by inner products of the parts; of the dense matrix with implicit
-        ones.
+    def norm(self, kind: str | int = "fro") -> Tensor:
+        """The Frobenius norm (``kind="fro"``), by inner products of the parts, of the dense matrix with implicit ones;
+        or the largest absolute eigenvalue (``kind=2``), of large blocks by Lanczos' method.
         """
-        require_frobenius(kind)
         blocks = self.partitioned()
-        return super().norm(kind) if blocks is None else blocks.norm()
+        if blocks is None:
+            return super().norm(kind)
+        if kind == 2:
+            return blocks.whole().matrix.norm(2)
+        require_frobenius(kind)
+        return blocks.norm()
+
+    def _damped(self, damping: Any, limit: int, *, indefinite: bool = False) -> tuple[PMatSum, Damping]:
+        """With what is added to the diagonal of its own for parameters or blocks, and what is left to add."""
+        shift, rest = added(self, damping, limit, indefinite=indefinite)
+        return self if shift is None else total(self, shift), rest
 
     def solve(
         self,
         b: V,
-        damping: float | Tensor | Damping = 0.0,
+        damping: Any = 0.0,
         tol: float | None = None,
         max_steps: int | None = None,
         limit: int = BLOCK_LIMIT,
+        *,
+        indefinite: bool = False,
     ) -> V:
         """``(M + damping I)^-1 b``, block by block: in closed form, dense where a block is small, else by conjugate
         gradients.
 
-        ``tol``: the relative residual of iterations in every block (by default 1e-10 in float64, 1e-5 in float32; 1e-6
-        with implicit parts), in ``max_steps`` steps at most (by default ten times the side, at most 10 000). A block up
-        to a side of ``limit`` is made dense where they do not converge, or where a part has negative eigenvalues: above
-        it, an indefinite sum is solved with or raises. Raises :class:`SingularError`, :class:`ConvergenceError`.
+        ``damping``: as for the solve of a stored matrix; :class:`Relative` is of the blocks of the common partition,
+        and takes stored parts. ``tol``: the relative residual of iterations in every block (by default 1e-10 in
+        float64, 1e-5 in float32; 1e-6 with implicit parts), in ``max_steps`` steps at most (by default ten times the
+        side, at most 10 000). A block up to a side of ``limit`` is made dense where they do not converge, or where a
+        part has negative eigenvalues: above it, an indefinite sum is solved with or raises. ``indefinite``: with
+        negative eigenvalues, above the limit by MINRES. Raises :class:`SingularError`, :class:`ConvergenceError`.
         """
-        d = as_damping(damping)
-        blocks = self.partitioned(limit, tol, max_steps)
+        m, d = self._damped(damping, limit, indefinite=indefinite)
+        blocks = m.partitioned(limit, tol, max_steps)
         if blocks is None:
-            return super().solve(b, d, 1e-6 if tol is None else tol, max_steps)
+            return super(PMatSum, m).solve(b, d, 1e-6 if tol is None else tol, max_steps)
         return self._apply(lambda x: blocks.solve(x, d), b)
 
-    def inverse(self, damping: float | Tensor | Damping = 0.0, limit: int = BLOCK_LIMIT) -> PMat:
-        """``(M + damping I)^-1`` as blocks; raises :class:`SizeError` where one has no closed form and a side above
-        ``limit``.
+    def inverse(self, damping: Any = 0.0, limit: int = BLOCK_LIMIT, *, indefinite: bool = False) -> PMat:
+        """``(M + damping I)^-1`` as blocks, ``damping`` and ``indefinite`` as for :meth:`solve`; raises
+        :class:`SizeError` where one has no closed form and a side above ``limit``.
         """
-        blocks = self.partitioned(limit)
-        return super().inverse(damping) if blocks is None else blocks.inverse(as_damping(damping))
+        m, d = self._damped(damping, limit, indefinite=indefinite)
+        blocks = m.partitioned(limit)
+        return super(PMatSum, m).inverse(d) if blocks is None else blocks.inverse(d)
 
-    def logdet(self, damping: float | Tensor = 0.0, limit: int = BLOCK_LIMIT) -> Tensor:
-        """``log det(M + damping I)``, ``-inf`` where that is singular; ``limit`` as for :meth:`inverse`."""
-        blocks = self.partitioned(limit)
-        if blocks is None:
-            return super().logdet(damping)
-        return blocks.logdet(require_tikhonov(damping, "logdet"))
+    def logdet(self, damping: Any = 0.0, limit: int = BLOCK_LIMIT) -> Tensor:
+        """``log det(M + damping I)``, ``-inf`` where that is singular; ``damping``: what :meth:`solve` adds to the
+        diagonal; ``limit`` as for :meth:`inverse`.
+        """
+        m, d = self._damped(damping, limit)
+        t, blocks = require_added(d, "logdet"), m.partitioned(limit)
+        return super(PMatSum, m).logdet(t.value) if blocks is None else blocks.logdet(t)
 
     def eigh(self, limit: int = BLOCK_LIMIT) -> tuple[Tensor, Basis]:
         """Eigenvalues, ascending, and basis; ``limit`` as for :meth:`inverse`."""
@@ -157,21 +179,55 @@ class PMatSum(PMatExpression):
     def sample(
         self,
         n: int,
-        damping: float | Tensor = 0.0,
+        damping: Any = 0.0,
         generator: torch.Generator | None = None,
         limit: int = BLOCK_LIMIT,
     ) -> PVector:
-        """``n`` draws of ``N(0, (M + damping I)^-1)``; ``generator``: torch's global one by default.
+        """``n`` draws of ``N(0, (M + damping I)^-1)``; ``damping``: what :meth:`solve` adds to the diagonal;
+        ``generator``: torch's global one by default.
 
         Large blocks of parts without negative eigenvalues take one iterative solve (Papandreou & Yuille 2010); others
         are made dense up to a side of ``limit``.
         """
-        t, blocks = require_tikhonov(damping, "sample"), self.partitioned(limit)
+        m, d = self._damped(damping, limit)
+        t, blocks = require_added(d, "sample"), m.partitioned(limit)
         if blocks is None:
-            return super().sample(n, damping, generator)
+            return super(PMatSum, m).sample(n, t.value, generator)
         device = self.device if generator is None else generator.device
-        randn = lambda: PVector.randn(self.layer_collection, n, generator=generator, dtype=self.dtype, device=device)
-        return PVector(self.layer_collection, blocks.draw(lambda: randn().flat().to(self.device), t))
+
+        def drawn() -> Tensor:
+            noise = PVector.randn(self.layer_collection, n, generator=generator, dtype=self.dtype, device=device)
+            return noise.flat().to(self.device)
+
+        return PVector(self.layer_collection, blocks.draw(drawn, t))
+
+    # -- parts and functions -------------------------------------------------------------------------------------------
+
+    def __getitem__(self, pattern: Any) -> PMatSum:
+        """The principal submatrix over a layer, or the parameters that another ``pattern`` means: the sum of those of
+        the parts.
+        """
+        names = list(self.layer_collection.part(pattern).names)
+        return PMatSum(tuple(p[names] for p in self.parts), self.weights)
+
+    def by_layer(self) -> dict[str, PMatSum]:
+        """``{layer: its diagonal block}``, each the sum of those of the parts."""
+        tables = [p.by_layer() for p in self.parts]
+        return {layer: PMatSum(tuple(t[layer] for t in tables), self.weights) for layer in tables[0]}
+
+    def apply(self, f: Callable[[Tensor], Tensor], limit: int = BLOCK_LIMIT) -> ParameterOperator:
+        """``f(M)``, ``f`` of all eigenvalues ``(d,)``, ascending, as for a stored matrix; ``limit`` as for
+        :meth:`inverse`. Raises :class:`UnsupportedError` with implicit parts.
+        """
+        return super().apply(f) if (blocks := self.partitioned(limit)) is None else blocks.whole().matrix.apply(f)
+
+    def power(self, p: float, damping: Any = 0.0, limit: int = BLOCK_LIMIT) -> ParameterOperator:
+        """``(M + damping I)^p`` for a real ``p``; ``damping``: what :meth:`solve` adds to the diagonal; ``limit`` as
+        for :meth:`inverse`. Raises as :meth:`apply`, and as the power of a stored matrix.
+        """
+        m, d = self._damped(damping, limit)
+        blocks = m.partitioned(limit)
+        return super().power(p) if blocks is None else blocks.whole().matrix.power(p, require_added(d, "a power"))
 
     def to(self, *args: Any, **kwargs: Any) -> PMatSum:
         """Another dtype or device, as ``Tensor.to``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from nngeom.core.errors import NNGeomError, UnsupportedError
 from nngeom.pullback.many_tangents import AGREE
 from nngeom.sweep.sweep import Chunk
 
+T = TypeVar("T")
 
-def tangents_or_rows(by_tangents: Callable[[], Tensor], by_rows: Callable[[], Tensor]) -> Tensor:
+
+def tangents_or_rows(by_tangents: Callable[[], T], by_rows: Callable[[], T]) -> T:
     """The first, or the second for models that have neither forward mode nor second derivatives.
 
     So are distance functions, compiled parts, functions marked ``once_differentiable``, activations saved by
@@ -28,7 +31,7 @@ def tangents_or_rows(by_tangents: Callable[[], Tensor], by_rows: Callable[[], Te
         return by_rows()
 
 
-def at_once_or_not(at_once: Callable[[], Tensor], one_by_one: Callable[[], Tensor]) -> Tensor:
+def at_once_or_not(at_once: Callable[[], T], one_by_one: Callable[[], T]) -> T:
     """The first, or the second for models that have no second derivatives, of whatever error they say so."""
     try:
         return at_once()

@@ -6,12 +6,13 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from nngeom.capture.remedies import gradients
+from nngeom.core.whole import whole
 from nngeom.layers.use import Use
 
 # Bytes of the gradients of one cotangent above which, on a CPU, a pass a cotangent is preferred to a batched one.
@@ -149,6 +150,11 @@ def _grad(
     return [dense(g) for g in grads]
 
 
+@overload
+def dense(g: Tensor) -> Tensor: ...
+@overload
+def dense(g: Tensor | None) -> Tensor | None: ...
 def dense(g: Tensor | None) -> Tensor | None:
-    """A gradient without gaps: those of embeddings with ``sparse=True`` have some."""
+    """A gradient whole and without gaps: those of embeddings with ``sparse=True`` have some."""
+    g = None if g is None else whole(g)
     return g.to_dense() if g is not None and g.is_sparse else g

@@ -20,6 +20,7 @@ from nngeom.pullback.axes import ExampleAxis, candidates, find_axes
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.halts import Stage
 from nngeom.pullback.layer_by_layer import Descent, Jacobians
+from nngeom.pullback.partial import require_whole_gradients
 from nngeom.pullback.proofs import proof_of
 from nngeom.pullback.safe import ASK, Unknown
 from nngeom.pullback.separate import answers, require_separate, require_separate_gradients
@@ -108,6 +109,7 @@ class Pass:
                     create_graph=True,
                 )
             )
+        require_whole_gradients(self.network, self.capture)
         compared, wrong = compare(self.network, self.capture, self.groups)
         self.proof.compared |= compared
         if wrong:
@@ -170,11 +172,11 @@ class Pass:
     def _rest(self, v: Tensor) -> Jacobians:
         if not self.rest:
             return {}
-        v, parameters = v.to(self.capture.outputs.dtype), [self.network.parameters[name] for name in self.rest]
+        v = v.to(self.capture.outputs.dtype)
         rows = fallback.full_jacobians(
             self.network,
             self.capture,
-            parameters,
+            self.rest,
             v,
             create_graph=self.keep_graph,
             apart=self.proof.apart,

@@ -22,54 +22,56 @@ from nngeom.core import memory
 from nngeom.core.errors import CoverageError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.linalg import accumulation_dtype, flat_rows
-from nngeom.pullback.backward import pull_back
+from nngeom.pullback.backward import dense, pull_back
 from nngeom.pullback.separate import ADDED_UP, MIXES, require_separate, same_outputs
 
 
 def full_jacobians(
     network: Network,
     capture: Capture,
-    parameters: Sequence[Tensor],
+    names: Sequence[str],
     v: Tensor,
     *,
     create_graph: bool = False,
     apart: bool = True,
     check: bool = True,
 ) -> list[LayerJacobian]:
-    """``v [k, n, *out]`` -> the rows ``[k, n, 1, 1, p]`` of each parameter.
+    """``v [k, n, *out]`` -> the rows ``[k, n, 1, 1, p]`` of each of the parameters ``names``.
 
     ``check``: raises :class:`CoverageError` where an example by itself shows that the model mixes them. With a graph to
     be differentiated again, examples are run by themselves only where they are known to be ``apart``: rows that agree
     where a factor is zero have other derivatives.
     """
     several = capture.outputs.shape[0] > 1 and (apart or not create_graph)
-    rows = _alone(network, capture, parameters, v, create_graph=create_graph, check=check) if several else None
+    rows = _alone(network, capture, names, v, create_graph=create_graph, check=check) if several else None
+    parameters = [capture.leaves.tensors[name] for name in names]
     rows = rows or _masked(capture.outputs, parameters, v, create_graph=create_graph)
     return [FullJacobian(r.to(accumulation_dtype(r.dtype))[:, :, None, None]) for r in rows]
 
 
 def _alone(
-    network: Network, capture: Capture, parameters: Sequence[Tensor], v: Tensor, *, create_graph: bool, check: bool
+    network: Network, capture: Capture, names: Sequence[str], v: Tensor, *, create_graph: bool, check: bool
 ) -> list[Tensor] | None:
     """``[k, n, p]`` a parameter, every example by itself; ``None`` where an example by itself is not what it is in the
     batch.
     """
-    outputs, shapes = capture.outputs, [p.shape for p in parameters]
-    n = outputs.shape[0]
+    outputs, parameters = capture.outputs, [capture.leaves.tensors[name] for name in names]
+    n, shapes = outputs.shape[0], [p.shape for p in parameters]
+    chosen = [network.collection.names.index(name) for name in names]
     pieces: list[list[Tensor]] = [[] for _ in parameters]
     for i in range(n):
         try:
             with gradients_on(), twice_differentiable() if create_graph else contextlib.nullcontext():
-                out = network.run(take(capture.batch, slice(i, i + 1), n))
+                out, leaves = capture.leaves.of_a_run(take(capture.batch, slice(i, i + 1), n))
         except Exception:  # a model that cannot run on one example of this batch
             return None
         if not same_outputs(out.detach(), outputs[i : i + 1].detach(), outputs.detach()):
             if check and out.shape == outputs[i : i + 1].shape:
                 require_separate(network, capture.batch, outputs, [(i, i + 1)])
             return None
-        for rows, g in zip(
-            pieces, pull_back(out, parameters, shapes, v[:, i : i + 1], retain=False, create_graph=create_graph)
-        ):
+        own = [leaves[j] for j in chosen]
+        pulled = pull_back(out, own, shapes, v[:, i : i + 1], retain=False, create_graph=create_graph)
+        for rows, g in zip(pieces, pulled):
             rows.append(flat_rows(g))
     rows = [torch.stack(r, 1) for r in pieces]
     if not check or _add_up(outputs, parameters, v, rows):
@@ -88,7 +90,7 @@ def _add_up(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, rows: list
         if p._backward_hooks:  # which need not be linear
             continue
         got = torch.einsum("kn,knp->p", u.to(r), r.detach())
-        expected = torch.zeros_like(got) if g is None else g.to_dense().flatten().to(got)
+        expected = torch.zeros_like(got) if g is None else dense(g).flatten().to(got)
         difference, tolerance = (got - expected).norm(), ADDED_UP.get(outputs.dtype, 0.1)
         if not bool(difference <= tolerance * r.detach().norm() * u.norm() + noise):
             if not bool(difference <= tolerance * _usual(outputs, p, together)):
@@ -102,7 +104,7 @@ def _usual(outputs: Tensor, parameter: Tensor, v: Tensor) -> Tensor:
     """
     random = torch.randn(v.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(v)
     (g,) = gradients(outputs, [parameter], random * (v.norm() / random.norm()), retain_graph=True)
-    return v.new_zeros(()) if g is None else g.norm()
+    return v.new_zeros(()) if g is None else dense(g).norm()
 
 
 def _masked(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, *, create_graph: bool) -> list[Tensor]:

@@ -40,6 +40,8 @@ class Linearization:
 
         ``ask=False``: for a caller that compares the product with one in reverse mode itself.
         """
+        if self.network.distributed is not None:
+            raise RuntimeError("distributed tensors have neither forward mode nor right second derivatives")
         for way in (self._forward, self._twice):
             try:
                 outputs, tangent = way(batch, v)
@@ -125,7 +127,7 @@ class Linearization:
         pulled = torch.autograd.grad(outputs, list(parameters.values()), outer(u), retain_graph=True, allow_unused=True)
         gradients = {name: dense(g) for name, g in zip(parameters, pulled) if g is not None}
         del pulled
-        lengths = {name: dot(g, g)[0] ** 0.5 for name, g in gradients.items()}  # type: ignore[arg-type]
+        lengths = {name: dot(g, g)[0] ** 0.5 for name, g in gradients.items()}
         rounding = torch.finfo(outputs.dtype).eps
         noise = 100 * rounding * max(lengths.values(), default=0.0)
         v, total, room = {}, 0.0, 0.0
@@ -144,7 +146,8 @@ class Linearization:
         """``J^T u`` as a flat vector."""
         params = list(self.network.parameters.values())
         grads = torch.autograd.grad(outputs, params, u, allow_unused=True)
-        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(grads, params)])
+        whole = [torch.zeros_like(p) if g is None else dense(g) for g, p in zip(grads, params)]
+        return torch.cat([g.flatten() for g in whole])
 
     def _run(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """The outputs with other tensors in the place of the parameters; a user's function may call the model

@@ -43,13 +43,15 @@ class ManyTangents:
     @staticmethod
     def of(network: Network, batch: Batch) -> ManyTangents:
         """One forward and one backward pass; raises :class:`RuntimeError` where torch has no second derivatives."""
+        if network.distributed is not None:
+            raise RuntimeError("distributed tensors have no right second derivatives")
         parameters = list(network.parameters.values())
         with gradients_on(), twice_differentiable():
             outputs = network.run(batch)
             u = torch.zeros_like(outputs, requires_grad=True)
             grads = torch.autograd.grad(outputs, parameters, u, create_graph=True, allow_unused=True)
             whole = [torch.zeros_like(p) if g is None else dense(g) for g, p in zip(grads, parameters)]
-            return ManyTangents(network, batch, outputs, u, torch.cat([g.flatten() for g in whole]))  # type: ignore[union-attr]
+            return ManyTangents(network, batch, outputs, u, torch.cat([g.flatten() for g in whole]))
 
     def pieces(self, count: int) -> list[tuple[int, int]]:
         """``(lo, hi)`` of the vectors that the budget has room for at once."""

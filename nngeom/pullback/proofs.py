@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from nngeom.capture.graph import Graph, read, unexplained
+from nngeom.capture.graph import Graph, unexplained
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture
 from nngeom.core.errors import CoverageError, UnsupportedError
@@ -67,7 +67,7 @@ def proof_of(network: Network, capture: Capture) -> Proof:
     """What is known of a pass, to be completed by who finds out more; raises where the graph shows that it can't be
     right.
     """
-    graph = read(capture.outputs, network.ids, network.registered, capture.hooked)
+    graph = capture.graph()
     each = (recorded.use for recorded in capture.uses)
     uses = tuple((use.operation, use.lead, use.slots, use.lookup) for use in each)
     outputs = capture.outputs
@@ -105,7 +105,7 @@ def forget(model: nn.Module) -> None:
 def _concluded(network: Network, capture: Capture, graph: Graph) -> Proof:
     """What the graph tells."""
     if not capture.training:
-        _require_reached(network, graph)
+        _require_reached(network, capture, graph)
     if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes):
         raise UnsupportedError(
             "the model uses torch.utils.checkpoint with use_reentrant=True, whose parameters no gradient can be "
@@ -129,10 +129,11 @@ def _concluded(network: Network, capture: Capture, graph: Graph) -> Proof:
     return Proof(known, frozenset(graph.reached), apart, unexplained(graph, capture.uses))
 
 
-def _require_reached(network: Network, graph: Graph) -> None:
+def _require_reached(network: Network, capture: Capture, graph: Graph) -> None:
     """Raise where other tensors stand in for selected parameters."""
     missing = {name: tuple(p.shape) for name, p in network.parameters.items() if name not in graph.reached}
-    strangers = [leaf for leaf in graph.leaves.values() if id(leaf) not in network.registered]
+    registered = capture.leaves.registered
+    strangers = [leaf for leaf in graph.leaves.values() if id(leaf) not in registered]
     stand_ins = {name for name, shape in missing.items() for leaf in strangers if tuple(leaf.shape) == shape}
     if stand_ins or (len(missing) == len(network.parameters)):
         names = sorted(stand_ins or missing)

@@ -81,13 +81,13 @@ def parts_make_the_whole(network: Network, capture: Capture, parts: Sequence[Bat
     not run.
     """
     whole, lo = capture.outputs.detach(), 0
-    parameters = list(network.parameters.values())
+    parameters = list(capture.leaves.tensors.values())
     v = outer(factors(whole.shape, torch.Generator().manual_seed(8), whole))
-    total = [torch.zeros_like(p) for p in parameters] if gradients else []
+    total = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in parameters] if gradients else []
     for part in parts:
         try:
             with gradients_on():
-                out = network.run(part)
+                out, leaves = capture.leaves.of_a_run(part)
         except Exception:  # a model for one size of batch
             return None
         if lo + len(out) > len(whole) or out.shape[1:] != whole.shape[1:]:
@@ -96,7 +96,7 @@ def parts_make_the_whole(network: Network, capture: Capture, parts: Sequence[Bat
         if not same_outputs(out.detach(), whole[lo:hi], whole):
             return False
         if gradients:
-            _add(total, gradients_of(out, parameters, v[lo:hi]))
+            _add(total, gradients_of(out, leaves, v[lo:hi]))
         lo = hi
     if not gradients:
         return True

@@ -18,6 +18,7 @@ from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture
 from nngeom.capture.remedies import gradients as gradients_of
 from nngeom.core.layout import Layout
+from nngeom.core.whole import like
 from nngeom.pullback.backward import dense
 from nngeom.pullback.use_groups import UseGroup
 
@@ -61,14 +62,16 @@ def _pulled(
     parameters.
     """
     indices = sorted({j for group in groups for j, _, _ in group.uses})
-    parameters = {name: network.parameters[name] for group in groups for name in group.layout.names}
+    parameters = {name: capture.leaves.tensors[name] for group in groups for name in group.layout.names}
     edges: list[Any] = [capture.uses[j].edge for j in indices]
     v = [_random(j, capture.uses[j].shape, edge).to(capture.outputs.device) for j, edge in zip(indices, edges)]
+    owners = [capture.leaves.tensors[capture.uses[j].use.slots[0].name] for j in indices]
     within = [] if len(edges) == 1 else edges  # those of later uses arrive at earlier ones
     beside = [e for edge in edges for e in _needed(edge.node)]
     asked = [*within, *parameters.values(), *beside]
-    pulled = gradients_of(edges, asked, v, retain_graph=True)[: len(asked) - len(beside)]
-    arrived = pulled[: len(within)] if within else v
+    given = [like(x, owner) for x, owner in zip(v, owners)]
+    pulled = gradients_of(edges, asked, given, retain_graph=True)[: len(asked) - len(beside)]
+    arrived = map(dense, pulled[: len(within)]) if within else v
     gradients = {j: g.unsqueeze(0) for j, g in zip(indices, arrived) if g is not None}
     return gradients, {name: dense(g) for name, g in zip(parameters, pulled[len(within) :])}
 

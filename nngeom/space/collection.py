@@ -15,6 +15,13 @@ from nngeom.core.layout import Layout
 from nngeom.space.patterns import Named, Pattern, select
 
 
+class Count(int):
+    """A number that also answers when it is called, as ``numel()`` of tensors does."""
+
+    def __call__(self) -> int:
+        return int(self)
+
+
 @dataclass(frozen=True)
 class LayerCollection:
     """An ordered, model-free description of the selected parameters.
@@ -48,11 +55,10 @@ class LayerCollection:
         for name, p in model.named_parameters(remove_duplicate=False):
             aliases.setdefault(id(p), []).append(name)
         every = dict(model.named_parameters())
-        root = (
-            type(model).__name__ if type(model).__module__.startswith("torch.nn") else None
-        )  # a single layer as the model
-        layer_of = lambda name: name.rpartition(".")[0] or root or name
-        known = [Named(name, tuple(aliases[id(p)]), layer_of(name)) for name, p in every.items()]
+        kind = type(model)
+        root = kind.__name__ if kind.__module__.startswith("torch.nn") else None  # a single layer as the model
+        layers = {name: name.rpartition(".")[0] or root or name for name in every}
+        known = [Named(name, tuple(aliases[id(p)]), layers[name]) for name, p in every.items()]
         keep = set(every) if include is None else select(known, model, include, "include")
         if exclude is not None:
             keep -= select(known, model, exclude, "exclude")
@@ -75,7 +81,7 @@ class LayerCollection:
         lc = LayerCollection(
             tuple(chosen),
             tuple(tuple(p.shape) for p in chosen.values()),
-            tuple(map(layer_of, chosen)),
+            tuple(layers[name] for name in chosen),
             tuple(tuple(aliases[id(p)]) for p in chosen.values()) if tied else (),
         )
         object.__setattr__(lc, "_source", weakref.ref(model))
@@ -90,6 +96,13 @@ class LayerCollection:
         aliases = self.aliases or tuple((name,) for name in self.names)
         model = self._source() if self._source is not None else None
         return self.only(select([Named(*x) for x in zip(self.names, aliases, self.layers)], model, pattern, role))
+
+    def part(self, pattern: Pattern) -> LayerCollection:
+        """The parameters of the layer of this name, and of no other inside of it; else what the ``pattern`` means, see
+        :meth:`subset`.
+        """
+        names = self.by_layer().get(pattern) if isinstance(pattern, str) else None
+        return self.subset(pattern) if names is None else self.only(names)
 
     def only(self, names: Iterable[str]) -> LayerCollection:
         """The parameters of these ``names``, in the same order."""
@@ -112,9 +125,9 @@ class LayerCollection:
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
     @property
-    def numel(self) -> int:
-        """``d``: number of parameters."""
-        return sum(math.prod(s) for s in self.shapes)
+    def numel(self) -> Count:
+        """``d``: number of parameters, as ``numel`` or ``numel()``."""
+        return Count(sum(math.prod(s) for s in self.shapes))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -182,3 +195,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def doors(model: nn.Module) -> list[nn.Module]:
+    """The modules that are called when ``model`` is: the one inside of wrappers, and around it what
+    ``torch.compile`` made, before which nothing is compiled.
+    """
+    inner, found = unwrap(model), []
+    while model is not inner:
+        compiled = isinstance(getattr(model, "_orig_mod", None), nn.Module)
+        found += [model] if compiled else []
+        model = model._orig_mod if compiled else model.module  # type: ignore[assignment]
+    return [*found, inner]

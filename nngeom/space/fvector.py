@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,7 +61,7 @@ class FVector(Elementwise):
             if other.shape[-2:] != self.shape[-2:]:
                 raise ArgumentError(f"FVectors of shapes {tuple(self.shape)} and {tuple(other.shape)} do not fit")
             return FVector(f(self.tensor, other.tensor))
-        if isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.ndim == 0):
+        if isinstance(other, numbers.Real) or (isinstance(other, Tensor) and other.ndim == 0):
             return FVector(f(self.tensor, other))
         raise ArgumentTypeError(
             f"cannot combine an FVector with {type(other).__name__}; expected an FVector or a number"

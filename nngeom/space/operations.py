@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.hand import InHand
 
 V = TypeVar("V", bound="Elementwise")
 
 
-class Elementwise(ABC):
+class Elementwise(InHand, ABC):
     """Functions of the entries of a vector with a ``tensor``, and the inner product as an operator."""
 
     tensor: Tensor
@@ -53,6 +54,15 @@ class Batched(Elementwise):
     @abstractmethod
     def named(self, name: str) -> Tensor:
         """The entries of the part ``name``."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Tensor]:
+        """The parts by name, with all axes of the batch."""
+
+    def listed(self) -> tuple[list[str], list[list[str]]]:
+        """The shape and the norm of every part, one line each."""
+        parts = self.to_dict().items()
+        return ["part", "shape", "norm"], [[n, "x".join(map(str, x.shape)) or "1", f"{x.norm():.3g}"] for n, x in parts]
 
     @overload
     def __getitem__(self, index: str) -> Tensor: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, CollectionError
 from nngeom.core.norms import vector_norm
+from nngeom.core.whole import whole
 from nngeom.space.collection import LayerCollection, unwrap
 from nngeom.space.operations import Batched
 
@@ -38,15 +40,18 @@ class PVector(Batched):
     def from_model(model: nn.Module, layer_collection: LayerCollection | None = None, *, live: bool = False) -> PVector:
         """The parameters of ``model``, those of ``layer_collection`` only where it is given: a detached copy.
 
+        Of parameters in parts over several processes the whole ones, on all of these, which call it together.
         ``live``: with their graph, so that what is computed from the vector has a gradient in the parameters. A penalty
         ``M.vTMv(w - w0)`` in a loss takes a live ``w`` and a detached ``w0``: of two copies it would be a constant.
         """
         lc = layer_collection or LayerCollection.from_model(model)
-        return PVector.from_dict(lc, {n: p if live else p.detach() for n, p in lc.parameters(model).items()})
+        return PVector.from_dict(lc, {n: whole(p if live else p.detach()) for n, p in lc.parameters(model).items()})
 
     @staticmethod
     def from_grad(model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
-        """A detached copy of the ``.grad`` of the parameters; raises :class:`ArgumentError` where one is ``None``."""
+        """A detached copy of the ``.grad`` of the parameters, of those in parts as :meth:`from_model`; raises
+        :class:`ArgumentError` where one is ``None``.
+        """
         lc = layer_collection or LayerCollection.from_model(model)
         params = lc.parameters(model)
         missing = [n for n, p in params.items() if p.grad is None]
@@ -55,7 +60,7 @@ class PVector(Batched):
                 f"parameters {missing[:4]} have no gradient; call loss.backward() first, or exclude them from "
                 "the collection"
             )
-        return PVector.from_dict(lc, {n: p.grad.detach() for n, p in params.items() if p.grad is not None})
+        return PVector.from_dict(lc, {n: whole(p.grad.detach()) for n, p in params.items() if p.grad is not None})
 
     @staticmethod
     def from_flat(layer_collection: LayerCollection, tensor: Tensor) -> PVector:
@@ -167,7 +172,7 @@ class PVector(Batched):
         if isinstance(other, PVector):
             self.layer_collection.require(other.layer_collection, "the other vector")
             return PVector(self.layer_collection, f(self.tensor, other.tensor))
-        if isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.ndim == 0):
+        if isinstance(other, numbers.Real) or (isinstance(other, Tensor) and other.ndim == 0):
             return PVector(self.layer_collection, f(self.tensor, other))
         if isinstance(other, Tensor):  # one number a vector of the batch
             return PVector(self.layer_collection, f(self.tensor, other.unsqueeze(-1)))

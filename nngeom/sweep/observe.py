@@ -8,29 +8,32 @@ Nothing is left on the model.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nngeom.capture.network import Network
-from nngeom.capture.recorder import Capture, Recorder
-from nngeom.core.errors import ArgumentError, OutputError
+from nngeom.capture.recorder import Capture
 from nngeom.pullback.captured_pass import Pass
-from nngeom.space.collection import LayerCollection, unwrap
+from nngeom.ranks.team import ALONE, Team
+from nngeom.space.collection import LayerCollection, doors
 from nngeom.sweep.columns import Cotangents
-from nngeom.sweep.passage import Passage
 from nngeom.sweep.sweep import Chunk
 
 
 @dataclass
 class Observation:
-    """What was seen between entering and leaving: the examples, and their rows in chunks (none when not recorded)."""
+    """What was seen: the examples, and their rows in chunks (none when not recorded).
+
+    ``positions``: of the outputs, those with a gradient, where they are counted; ``several``: whether outputs have more
+    axes than examples and classes.
+    """
 
     examples: int = 0
+    positions: int = 0
+    several: bool = False
     chunks: list[Chunk] = field(default_factory=list)
 
 
@@ -41,7 +44,7 @@ class Observer:
     averaged over the batch carries ``1/n``); with a metric, those of its cotangents, by one more backward pass.
     Parameters used in ways no adapter knows have no rows of single examples here: they get one row a batch
     (:attr:`batchwise`), the sum of its examples' rows, with random signs under a metric, so that its square is
-    unbiased.
+    unbiased. ``team``: the processes that call the model together, each with its own examples.
     """
 
     def __init__(
@@ -51,11 +54,13 @@ class Observer:
         cotangents: Cotangents | None = None,
         outputs: Callable[[Any], Tensor] | None = None,
         part_of: Callable[[str], object] | None = None,
+        team: Team = ALONE,
     ):
-        self.network = Network.build(model, None, collection)
+        self.network, self.doors = Network.build(model, None, collection), doors(model)
         self.cotangents, self.pick, self.drawn = cotangents, outputs or default_outputs, 0
         self.part_of, self._left_to_fallback = part_of, set[str]()
-        self._watching = False
+        self.team = team
+        self.watching = False  # by a block that the user opened
 
     @property
     def batchwise(self) -> set[str]:
@@ -78,99 +83,6 @@ class Observer:
         """The inverse of :meth:`state`."""
         self.drawn = state["drawn"]
         self.batchwise.update(state["batchwise"])
-
-    @contextlib.contextmanager
-    def watch(self, *, record: bool = True) -> Iterator[Observation]:
-        """Watch what happens inside; the observation is complete on leaving. ``record=False`` counts examples only."""
-        if self._watching:
-            raise ArgumentError(
-                "observe() was entered inside another observe() of the same optimizer; leave the first one before"
-            )
-        visit = _Visit(self, record=record)
-        model = unwrap(self.network.model)
-        handles = [
-            model.register_forward_pre_hook(visit.enter, prepend=True),
-            model.register_forward_hook(visit.leave, always_call=True),
-        ]
-        self._watching = True
-        try:
-            yield visit.observation
-            visit.finish()
-        finally:
-            self._watching = False
-            visit.close()
-            for handle in handles:
-                handle.remove()
-
-
-class _Visit:
-    def __init__(self, observer: Observer, *, record: bool) -> None:
-        self.observer, self.record = observer, record
-        self.observation = Observation()
-        self.passages: list[Passage] = []
-        self.depth, self.called = 0, False
-        self.recorder: Recorder | None = None
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        self.depth += 1
-        if self.depth == 1 and self.record and torch.is_grad_enabled():
-            self.recorder = Recorder(self.observer.network, refuse=False)
-            self.recorder.__enter__()
-
-    def leave(self, module: nn.Module, args: Any, returned: Any) -> None:
-        self.depth -= 1
-        if self.depth:
-            return
-        recorder, self.recorder = self.recorder, None
-        if recorder is not None:
-            recorder.__exit__(None, None, None)
-        if returned is None or not torch.is_grad_enabled():
-            return
-        outputs = self.observer.pick(returned)
-        if not isinstance(outputs, Tensor) or outputs.ndim == 0:
-            given = "a single number" if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise OutputError(
-                f"the model returned {given}; expected outputs (n, ...), examples along the first axis: pass "
-                "outputs=lambda returned: ..."
-            )
-        if not outputs.requires_grad:
-            return
-        self.called = True
-        if recorder is None:
-            self.observation.examples += outputs.shape[0]
-            return
-        capture = recorder.captured(outputs if outputs.ndim > 1 else outputs.unsqueeze(1))
-        run, cotangents = self.observer.resolve(capture, mixing=recorder.mixing), self.observer.cotangents
-        passage = Passage(self.observer.network, run, own_loss=cotangents is None)
-        if cotangents is None:
-            self.passages.append(passage)
-            return
-        self.observation.chunks += passage.measured(cotangents, self.observer.drawn)
-        self.observation.examples += passage.n
-        self.observer.drawn += passage.n
-
-    def finish(self) -> None:
-        """Rows from the gradients that have arrived."""
-        if not self.called:
-            raise ArgumentError(
-                "the model was not called inside observe(), or not with gradients; expected its forward and "
-                "backward pass there"
-            )
-        arrived = [p for p in self.passages if p.arrived]
-        if self.passages and not arrived:
-            raise ArgumentError(
-                "no backward pass through the model happened inside observe(); expected loss.backward() before "
-                "leaving it"
-            )
-        for passage in arrived:
-            self.observation.chunks.append(passage.chunk(self.observation.examples))
-            self.observation.examples += passage.n
-
-    def close(self) -> None:
-        if self.recorder is not None:
-            self.recorder.__exit__(None, None, None)
-        for passage in self.passages:
-            passage.close()
 
 
 def default_outputs(returned: Any) -> Any:

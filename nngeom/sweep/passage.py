@@ -1,109 +1,118 @@
-"""One call of a model in training: its uses, and their rows of the user's loss or of a metric."""
+"""One call of a model in training: its uses, and their rows of the user's loss or of a metric.
+
+Nothing here holds the graph of the call, so that one that is never backpropagated goes away with its tensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from nngeom.capture.network import Network
 from nngeom.core import memory
+from nngeom.core.errors import OutputError
 from nngeom.core.jacobian import FullJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import flat_rows
+from nngeom.core.stream import Stream
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.captured_pass import Pass
 from nngeom.pullback.layer_by_layer import bytes_each_cotangent
 from nngeom.pullback.use_groups import wide
+from nngeom.space.collection import LayerCollection
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.sweep import Chunk
 
 
 class Passage:
-    """One call of the model: its uses, and the gradients of their outputs as they arrive."""
+    """The uses of one call, and the gradients of their outputs as the user's backward pass brings them.
 
-    def __init__(self, network: Network, run: Pass, *, own_loss: bool):
-        """With ``own_loss`` the gradients of the user's backward pass are read as they arrive."""
-        self.network, self.capture, self.groups, self.rest = network, run.capture, run.groups, run.rest
-        self.n = self.capture.outputs.shape[0]
-        self.gradients: list[Tensor | None] = [None] * len(self.capture.uses)
-        self.sums: dict[str, Tensor] = {}
-        self.handles: list[Any] = []
-        if own_loss:
-            self.handles += [
-                use.edge.node.register_prehook(self._reader(j, use.edge.output_nr))
-                for j, use in enumerate(self.capture.uses)
-                if use.edge is not None
-            ]
-            self.handles += [self.network.parameters[name].register_hook(self._adder(name)) for name in self.rest]
+    ``arrives`` is asked at every gradient whether it counts.
+    """
 
-    def _reader(self, j: int, output: int) -> Callable[[Any], None]:
-        def read(grads: Any) -> None:
-            g = grads[output]
-            if g is not None:
-                before = self.gradients[j]
-                self.gradients[j] = g.detach() if before is None else before + g.detach()
+    def __init__(self, network: Network, run: Pass, arrives: Callable[[], Any]):
+        self.collection, self.rest, self.n, self.arrives = network.collection, run.rest, run.n, arrives
+        self.groups = [
+            dataclasses.replace(group, uses=[(j, recorded.off_the_graph(), axis) for j, recorded, axis in group.uses])
+            for group in run.groups
+        ]
+        self.shapes = [use.shape for use in run.capture.uses]
+        self.zero = run.capture.outputs.detach().new_zeros(1)
+        self.forget()
+        self.handles = [
+            use.edge.node.register_prehook(_reader(ref(self), j, use.edge.output_nr))
+            for j, use in enumerate(run.capture.uses)
+        ]
 
-        return read
+    def forget(self) -> None:
+        """Drop the gradients that have arrived."""
+        self.gradients: list[Tensor | None] = [None] * len(self.shapes)
 
-    def _adder(self, name: str) -> Callable[[Tensor], None]:
-        def add(g: Tensor) -> None:
-            g = g.to_dense() if g.is_sparse else g
-            self.sums[name] = g.detach().clone() if name not in self.sums else self.sums[name] + g.detach()
-
-        return add
-
-    @property
-    def arrived(self) -> bool:
-        """Whether a backward pass came by."""
-        return bool(self.sums) or any(g is not None for g in self.gradients)
+    def take(self, j: int, gradient: Tensor | None) -> None:
+        """A ``gradient`` of the output of use ``j``; those of several backward passes add up."""
+        if gradient is not None and self.arrives():
+            before, new = self.gradients[j], gradient.detach()
+            self.gradients[j] = new if before is None else before + new
 
     @torch.no_grad()
-    def chunk(self, start: int) -> Chunk:
-        """The rows of the user's own loss."""
-        zero = self.capture.outputs.detach().new_zeros(1)
+    def chunk(self, start: int, rest: Mapping[str, Tensor]) -> Chunk:
+        """The rows of the user's own loss; ``rest``: gradients of the parameters that have one row a batch."""
         gradients = [
-            zero.expand(1, *use.shape) if g is None else g.unsqueeze(0)
-            for g, use in zip(self.gradients, self.capture.uses)
+            self.zero.expand(1, *shape) if g is None else g.unsqueeze(0)
+            for g, shape in zip(self.gradients, self.shapes)
         ]
         jacobians = {group.layout: group.jacobian(gradients, self.n) for group in self.groups}
-        rows = {name: self.sums[name].reshape(1, -1) for name in self.rest if name in self.sums}
-        return Chunk(jacobians | self._batchwise(rows), self.n, start, (0, 1))
-
-    def measured(self, cotangents: Cotangents, start: int) -> Iterator[Chunk]:
-        """The rows of the cotangents of a metric, pulled back through the user's graph, which is kept.
-
-        ``start``: the running index of the first example, which draws are keyed by.
-        """
-        outputs = self.capture.outputs
-        columns = cotangents.columns(outputs.detach(), None, start)
-        edges, shapes = [u.edge for u in self.capture.uses], [u.shape for u in self.capture.uses]
-        parameters = [self.network.parameters[name] for name in self.rest]
-        size = memory.step(columns.count, bytes_each_cotangent(self.capture, keep_graph=False), "output of one batch")
-        for lo in range(0, columns.count, size):
-            v = columns.make(lo, min(columns.count, lo + size)).to(outputs.dtype)
-            gradients = pull_back(outputs, edges, shapes, v, retain=True)
-            with torch.no_grad():
-                jacobians = {group.layout: group.jacobian(gradients, self.n) for group in self.groups}
-            rows = {}
-            if parameters:
-                generator = torch.Generator().manual_seed(start + lo)
-                signs = 2 * torch.randint(0, 2, v.shape[:2], generator=generator) - 1
-                v = v * signs.to(v).view(*v.shape[:2], *[1] * (v.ndim - 2))
-                pulled = pull_back(outputs, parameters, [p.shape for p in parameters], v, retain=True)
-                rows = {name: flat_rows(g) for name, g in zip(self.rest, pulled)}
-            yield Chunk(jacobians | self._batchwise(rows), self.n, start, (lo, columns.count))
-
-    def _batchwise(self, rows: dict[str, Tensor]) -> dict[Layout, FullJacobian]:
-        """``[k, p]`` -> one row a cotangent, ``[k, 1, 1, 1, p]``."""
-        return {
-            self.network.collection.span([name]): FullJacobian(wide(row)[:, None, None, None])
-            for name, row in rows.items()
-        }
+        rows = {name: rest[name].reshape(1, -1) for name in self.rest if name in rest}
+        return Chunk(jacobians | batchwise(self.collection, rows), self.n, start, (0, 1))
 
     def close(self) -> None:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
+
+
+def _reader(passage: ref[Passage], j: int, output: int) -> Callable[[Any], None]:
+    def read(grads: Any) -> None:
+        mine = passage()
+        if mine is None:
+            raise OutputError(
+                "the backward pass reached the parameters of the model, but not by the outputs that are followed, "
+                "which are gone: pass outputs=lambda returned: ... that picks those of the loss"
+            )
+        mine.take(j, grads[output])
+
+    return read
+
+
+def measured(network: Network, run: Pass, cotangents: Cotangents, start: int) -> Iterator[Chunk]:
+    """The rows of the cotangents of a metric, pulled back through the user's graph, which is kept.
+
+    ``start``: the running index of the first example, which draws are keyed by.
+    """
+    outputs, examples = run.capture.outputs, torch.arange(start, start + run.n)
+    columns = cotangents.columns(outputs.detach(), None, start)
+    edges, shapes = [u.edge for u in run.capture.uses], [u.shape for u in run.capture.uses]
+    parameters = [run.capture.leaves.tensors[name] for name in run.rest]
+    size = memory.step(columns.count, bytes_each_cotangent(run.capture, keep_graph=False), "output of one batch")
+    for lo in range(0, columns.count, size):
+        v = columns.make(lo, min(columns.count, lo + size)).to(outputs.dtype)
+        gradients = pull_back(outputs, edges, shapes, v, retain=True)
+        with torch.no_grad():
+            jacobians = {group.layout: group.jacobian(gradients, run.n) for group in run.groups}
+        rows = {}
+        if parameters:
+            signs = torch.stack([Stream(0, examples, lo + j, v.device).signs() for j in range(len(v))])
+            v = v * signs.to(v).view(*v.shape[:2], *[1] * (v.ndim - 2))
+            pulled = pull_back(outputs, parameters, [p.shape for p in parameters], v, retain=True)
+            rows = {name: flat_rows(g) for name, g in zip(run.rest, pulled)}
+        yield Chunk(jacobians | batchwise(network.collection, rows), run.n, start, (lo, columns.count))
+
+
+def batchwise(collection: LayerCollection, rows: Mapping[str, Tensor]) -> dict[Layout, FullJacobian]:
+    """``[k, p]`` -> one row a cotangent, ``[k, 1, 1, 1, p]``."""
+    return {collection.span([name]): FullJacobian(wide(row)[:, None, None, None]) for name, row in rows.items()}

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from nngeom.capture.batch import tensors
+from nngeom.capture.gathered import gathered, sharded_modules
 from nngeom.capture.network import Batch, Network, as_batches, leading_size, targets
 from nngeom.core import memory
 from nngeom.core.errors import UnsupportedError
+from nngeom.ranks.data import warn_of_repeats
+from nngeom.ranks.fingerprint import bits, digest_of
+from nngeom.ranks.team import ALONE, Team
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.shards import require_ranks
 
 Function = Callable[..., Tensor] | None
 
@@ -29,7 +35,8 @@ class Run:
 
     Its ``network`` is the model with what names its parameters and runs it, ``loader`` the data, ``memory_budget`` in
     bytes; ``check`` and ``progress`` as for :meth:`of`. ``left_to_fallback``: parameters whose rows come from the
-    per-example fallback, as sweeps find out.
+    per-example fallback, as sweeps find out. ``team``: the processes over which the examples are split; ``met``: what
+    this one's first batch was, a digest.
     """
 
     network: Network
@@ -38,6 +45,8 @@ class Run:
     check: bool = True
     progress: bool = False
     left_to_fallback: set[str] = field(default_factory=set, repr=False)
+    team: Team = ALONE
+    met: dict[int, str] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(
@@ -50,6 +59,7 @@ class Run:
         memory_budget: int | None = None,
         check: bool = True,
         process_group: Any = None,
+        parts: bool = False,
     ) -> Run:
         """The run of the arguments that all measures take.
 
@@ -63,31 +73,71 @@ class Run:
             progress: whether a bar is shown.
             memory_budget: bytes of temporaries (1 GiB by default): work is cut to fit, the result stays the same.
             check: whether every batch is known to be complete, placed and right before it enters the result.
-            process_group: not available yet; anything but ``None`` raises :class:`UnsupportedError`.
+            process_group: the processes over which examples are split, a ``torch.distributed`` group or a 1-D
+                ``DeviceMesh``; each passes its own part of them (:func:`shard`), none included, and all have the whole
+                result, that of one process on all parts in rank order. By default this process alone.
+            parts: whether the measure looks after parameters of which every process holds a part; else it raises
+                :class:`UnsupportedError` for them.
 
         Raises :class:`ArgumentTypeError`, :class:`DeviceError`, :class:`CollectionError` for what is no model or not
-        its collection, :class:`ArgumentError` for a budget that is not positive, :class:`UnsupportedError` for a
-        process group.
+        its collection, :class:`ArgumentError` for a budget that is not positive. With a process group it raises
+        :class:`PeerError` for what another process raises, :class:`RankMismatchError` where models or settings differ.
         """
-        if process_group is not None:
-            raise UnsupportedError(
-                "process_group is not available yet; pass process_group=None and merge shards afterwards"
-            )
-        with memory.limit(memory_budget) as budget:
-            return Run(Network.build(model, function, layer_collection), loader, budget, check, progress)
+        team = Team.of(process_group)
+        if parts and sharded_modules(model):
+            with team.together("arguments"):
+                require_ranks(model, team)
+        with (
+            gathered(model) if parts else contextlib.nullcontext(),
+            team.together("arguments"),
+            memory.limit(memory_budget) as budget,
+        ):
+            network = Network.build(model, function, layer_collection, parts=parts)
+            team.require_device(network.device)
+            if team.size > 1:
+                warn_of_repeats(loader)
+            return Run(network, loader, budget, check, progress, team=team)
 
-    def within(self) -> AbstractContextManager[int]:
-        """Work under this run's memory budget."""
-        return memory.limit(self.memory_budget)
+    def require_alone(self, what: str) -> None:
+        """Raise :class:`UnsupportedError` where the examples are split over processes and ``what`` is not offered."""
+        if self.team.size > 1:
+            raise UnsupportedError(
+                f"{what} is not offered with process_group= over {self.team.size} processes; pass process_group=None "
+                "for this process's own examples"
+            )
+
+    @contextlib.contextmanager
+    def within(self) -> Iterator[int]:
+        """Work under this run's memory budget, on whole parameters."""
+        with memory.limit(self.memory_budget) as budget, gathered(self.network.model):
+            yield budget
 
     def batches(self) -> Iterator[Batch]:
-        """The batches on the model's device; raises :class:`LoaderError` when there is none."""
-        return self.network.batches(self.loader)
+        """The batches on the model's device; raises :class:`LoaderError` when no process has one."""
+        return self._visited(self.loader)
+
+    def _visited(self, loader: Any) -> Iterator[Batch]:
+        if self.team.size == 1:
+            return self.network.batches(loader)
+        return self._in_step(self.network.batches(loader, may_be_empty=True))
+
+    def _in_step(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for index, batch in enumerate(self.watched(batches)):
+            if index == 0 and not self.met:
+                self.met[0] = digest_of(bits(tensors(batch)))
+            yield batch
+
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The ``batches``, until another process fails."""
+        for batch in batches:
+            self.team.poll()
+            yield batch
 
     def followed(self, label: str) -> Iterable[Batch]:
         """The batches, beside a bar named ``label`` where progress is to be shown."""
         source = as_batches(self.loader)
-        return tqdm(self.network.batches(source), total=_length(source), desc=label, disable=not self.progress)
+        shown = self.progress and self.team.rank == 0
+        return tqdm(self._visited(source), total=_length(source), desc=label, disable=not shown)
 
     def on(self, loader: Any) -> Run:
         """The same on another ``loader``."""
@@ -107,6 +157,10 @@ class Run:
     def sizes(self) -> list[int]:
         """Examples in every batch; a model is run on batches that do not tell."""
         return [self._size(batch) for batch in self.loader]
+
+    def count(self) -> int:
+        """How many examples there are, of batches that can be read again."""
+        return sum(self._size(batch) for batch in self.batches())
 
     @torch.no_grad()
     def _size(self, batch: Batch) -> int:

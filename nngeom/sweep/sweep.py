@@ -92,10 +92,11 @@ class Sweep:
 
     def held(self) -> Sweep:
         """The same on batches that can be gone over once more: kept where a second reading might give others."""
-        source = as_batches(self.run.loader)
-        if self.policy.reread and not isinstance(source, Iterator):
-            return self
-        return replace(self, run=self.run.on(list(source)))
+        with self.run.team.together("batches"):
+            source = as_batches(self.run.loader)
+            if self.policy.reread and not isinstance(source, Iterator):
+                return self
+            return replace(self, run=self.run.on(list(self.run.watched(source))))
 
     def raise_where_not_finite(self) -> None:
         """Raise :class:`NonFiniteError` for the first batch with outputs or gradients that are not finite, if there is
@@ -108,7 +109,8 @@ class Sweep:
     # -- one batch -----------------------------------------------------------------------------------------------------
 
     def _captured(self, batch: Batch, index: int) -> Capture:
-        capture = record(self.run.network, batch, keep_graph=self.policy.keep_graph)
+        keep_graph = self.policy.keep_graph
+        capture = record(self.run.network, batch, keep_graph=keep_graph, exchange=not keep_graph)
         require_finite(capture.outputs.detach(), "outputs", index)
         if index == 0 and capture.outputs.shape[0] == 1:
             self._learn_from_a_pair(batch)
@@ -231,7 +233,7 @@ class Sweep:
     def _learn_from_a_pair(self, batch: Batch) -> None:
         """One example alone hides which uses are shared by all examples; two copies of it show them."""
         try:
-            capture = record(self.run.network, take(batch, [0, 0], 1))
+            capture = record(self.run.network, take(batch, [0, 0], 1), exchange=not self.policy.keep_graph)
         except Exception:  # a model for one example at a time
             return
         if capture.outputs.shape[0] == 2:

@@ -15,9 +15,11 @@ from torch import nn
 
 from nngeom.analysis.complexity import evaluating
 from nngeom.core.errors import ArgumentError, FileError
+from nngeom.core.html import card
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Function, Run
 from nngeom.track.columns import as_columns, as_number, names_of
+from nngeom.track.history import History
 from nngeom.track.plots import dashboard
 from nngeom.track.quantities import QUANTITIES, Look
 from nngeom.track.tensorboard import Writer
@@ -88,7 +90,7 @@ class Tracker:
         self._names = names_of(self.metrics)
         self.every, self.loss, self.function, self.layer_collection = every, loss, function, layer_collection
         self.batches = Run.of(model, probe_loader, function=function, layer_collection=layer_collection).held().loader
-        self.history: dict[str, list[float]] = {"step": []}
+        self.history = History({"step": []})
         self.csv = None if csv is None else Path(csv)
         self._writer = None if tensorboard is None else Writer(tensorboard)
         self._begun: float | None = None
@@ -176,10 +178,17 @@ class Tracker:
             raise FileError(f"{path} cannot be read as a tracker file: {error}") from error
         if "step" not in history or len({len(column) for column in history.values()}) != 1:
             raise FileError(f"{path} is damaged: its columns have different lengths")
-        self.history, self._elapsed, self._spent, self._begun = history, elapsed, spent, None
+        self.history, self._elapsed, self._spent, self._begun = History(history), elapsed, spent, None
         if last is not None and hasattr(self.every, "last"):
             self.every.last = int(last)
         return self
+
+    def to_pandas(self) -> Any:
+        """The history as a ``pandas.DataFrame`` by step; raises :class:`MissingExtraError` without pandas."""
+        return self.history.to_pandas()
+
+    def _repr_html_(self) -> str:
+        return card("Tracker", {"measurements": str(len(self.history["step"]))}, self.history.html())
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """One row a measurement, one column a number, in the file ``path``; raises :class:`FileError`."""

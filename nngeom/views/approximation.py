@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,13 @@ from nngeom.core.damping import Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, ConvergenceError, FileError, SingularError
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.pvector import PVector
-from nngeom.views.text import as_text
+from nngeom.views.shown import Frame, Shown, pandas
 
 EXPLICIT_LIMIT, IMPLICIT_LIMIT = 4000, 400  # parameters up to which dense matrices are compared by default
 
 
-@dataclass(frozen=True, eq=False)
-class Table:
+@dataclass(frozen=True, eq=False, repr=False)
+class Table(Shown):
     """Named ``rows`` by named ``columns`` of numbers, ``values [rows, columns]``, with ``standard_errors`` over random
     draws (0 where exact).
 
@@ -63,12 +63,15 @@ class Table:
         except OSError as error:
             raise FileError(f"cannot write {os.fspath(path)!r}: {error.strerror}") from error
 
-    def __str__(self) -> str:
-        cells = [["", *self.columns]]
-        for row, line in zip(self.rows, self.values.tolist()):
-            cells.append([row, *("-" if math.isnan(x) else f"{x:.3g}" for x in line)])
-        head, *body = as_text(cells, numbers=len(self.columns)).splitlines()
-        return "\n".join([head, "-" * len(head), *body])
+    def frames(self) -> Iterator[Frame]:
+        """The one table of values."""
+        told = lambda x: "-" if math.isnan(x) else f"{x:.3g}"
+        lines = [[row, *map(told, line)] for row, line in zip(self.rows, self.values.tolist())]
+        yield Frame(["", *self.columns], lines, numbers=len(self.columns), rule=True)
+
+    def to_pandas(self) -> Any:
+        """The values as a ``pandas.DataFrame``; raises :class:`MissingExtraError` without pandas."""
+        return pandas().DataFrame(self.values.numpy(), index=list(self.rows), columns=list(self.columns))
 
 
 def approximation_report(

@@ -5,7 +5,7 @@ depend on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nngeom.capture.graph import read, unexplained
+from nngeom.capture.graph import unexplained
 from nngeom.capture.network import Batch, Network, gradients_on, take
 from nngeom.capture.recorder import Capture, record
 from nngeom.core.errors import NNGeomError
 from nngeom.pullback.axes import ExampleAxis
 from nngeom.pullback.captured_pass import Pass
 from nngeom.space.collection import LayerCollection
-from nngeom.views.text import as_text
+from nngeom.views.shown import Frame, Shown, pandas
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Effect:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Shown):
     """Two tables, ``findings`` and ``effects``; print them. ``diagnosis[name]`` is the :class:`Finding` of a parameter,
     or the :class:`Effect` of that name.
     """
@@ -59,11 +59,20 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     effects: tuple[Effect, ...]
 
-    def __str__(self) -> str:
+    def frames(self) -> Iterator[Frame]:
+        """Two tables: of the parameters, and of what the outputs depend on."""
         head = ["parameter", "used in", "rows", "complete", "placed", "right"]
         body = [[f.name, ", ".join(f.operations) or "-", f.rows, f.complete, f.placed, f.right] for f in self.findings]
         told = [[e.name, "-" if e.change is None else f"{e.change:.1e}", e.note] for e in self.effects]
-        return as_text([head, *body]) + "\n\n" + as_text([["outputs against", "change", ""], *told])
+        yield Frame(head, body)
+        yield Frame(["outputs against", "change", ""], told)
+
+    def to_pandas(self) -> Any:
+        """Both tables, ``(findings, effects)``, as ``pandas.DataFrame``; raises :class:`MissingExtraError` without
+        pandas.
+        """
+        named = lambda rows: pandas().DataFrame([vars(row) for row in rows]).set_index("name")
+        return named(self.findings), named(self.effects)
 
     def __getitem__(self, name: str) -> Any:
         return {**{e.name: e for e in self.effects}, **{f.name: f for f in self.findings}}[name]
@@ -93,7 +102,7 @@ def diagnose(
     for use in (recorded.use for recorded in capture.uses):
         for slot in use.slots:
             operations.setdefault(slot.name, []).append(use.operation)
-    unknown = unexplained(read(capture.outputs, network.ids, network.registered, capture.hooked), capture.uses)
+    unknown = unexplained(capture.graph(), capture.uses)
     run = Pass(network, capture, set())
     run.resolve(check=True)
     run.prove(separate=False)

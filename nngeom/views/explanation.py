@@ -4,7 +4,7 @@ hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from nngeom.pmat.representation import Measured, Representation, as_representati
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Sweep
-from nngeom.views.text import as_text
+from nngeom.views.shown import Frame, Shown, pandas
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,15 @@ class Row:
     numbers: dict[str, int | None]  # entries held by each representation for its whole block, None: not told
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Shown):
     """A table, ``rows``, one a parameter; print it. ``outputs``: how many there are, of how many examples."""
 
     rows: tuple[Row, ...]
     outputs: tuple[int, ...]
 
-    def __str__(self) -> str:
+    def frames(self) -> Iterator[Frame]:
+        """The one table, a row a parameter."""
         kinds = list(self.rows[0].numbers)
         head = ["parameter", "shape", "used in", "structure", "block s x o x i", *kinds]
         body = [
@@ -62,15 +63,23 @@ class Explanation:
             ]
             for r in self.rows
         ]
-        table = as_text([head, *body], numbers=len(kinds))
+        yield Frame(head, body, numbers=len(kinds))
+
+    def note(self) -> str:
+        """Which parameters are slow, where some are."""
         slow = [r.name for r in self.rows if r.structure == "fallback"]
-        note = (
+        return (
             f"{len(slow)} of {len(self.rows)} parameters take one backward pass an example and output: "
             f"{', '.join(slow[:6])}"
             if slow
             else ""
         )
-        return "\n".join([table, *([note] if note else [])])
+
+    def to_pandas(self) -> Any:
+        """One row a parameter as a ``pandas.DataFrame``; raises :class:`MissingExtraError` without pandas."""
+        named = ("shape", "operations", "structure", "block")
+        rows = [{**{key: getattr(r, key) for key in named}, **r.numbers} for r in self.rows]
+        return pandas().DataFrame(rows, index=[r.name for r in self.rows])
 
     def __getitem__(self, name: str) -> Row:
         return {r.name: r for r in self.rows}[name]

@@ -1,0 +1,1 @@
+"""Pages of HTML about a model, self-contained and interactive."""

@@ -1,0 +1,168 @@
+"""Recurrent layers and cells: structure at every step, against autograd, one example at a time, of torch's own ones."""
+
+import pytest
+import reference
+import torch
+from torch import nn
+
+import nngeom as nng
+
+f64 = torch.float64
+
+
+class Sequences(nn.Module):
+    """The mean output of a recurrent layer, and a head."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.cell = kind(3, 4, batch_first=True, **options)
+        width = options.get("proj_size", 4) * (2 if options.get("bidirectional") else 1)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x):
+        out, ends = self.cell(x)
+        last = ends[0] if isinstance(ends, tuple) else ends
+        return self.head(out.mean(1)) + last.sum(0).sum(-1, keepdim=True)
+
+
+class Cells(nn.Module):
+    """A loop of one's own over a cell."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.cell, self.head = kind(3, 4, **options), nn.Linear(4, 2)
+
+    def forward(self, x):
+        state = None
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+KINDS = {
+    "lstm": lambda: Sequences(nn.LSTM),
+    "gru": lambda: Sequences(nn.GRU),
+    "rnn": lambda: Sequences(nn.RNN),
+    "rnn-relu": lambda: Sequences(nn.RNN, nonlinearity="relu"),
+    "lstm-stacked": lambda: Sequences(nn.LSTM, num_layers=2, bidirectional=True),
+    "lstm-projected": lambda: Sequences(nn.LSTM, proj_size=2),
+    "gru-stacked": lambda: Sequences(nn.GRU, num_layers=2, bias=False, bidirectional=True),
+    "lstm-cell": lambda: Cells(nn.LSTMCell),
+    "gru-cell": lambda: Cells(nn.GRUCell, bias=False),
+    "rnn-cell": lambda: Cells(nn.RNNCell),
+}
+
+
+def case(kind, n=(3, 2), steps=4):
+    torch.manual_seed(sum(map(ord, kind)))
+    model = KINDS[kind]().to(f64)
+    return model, [(torch.randn(m, steps, 3, dtype=f64), torch.randint(0, 2, (m,))) for m in n]
+
+
+def close(x, y, tol=1e-9):
+    torch.testing.assert_close(x, y, rtol=tol, atol=tol * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_has_structure_and_rows_are_autograds(kind):
+    model, loader = case(kind)
+    seen = nng.explain(model, loader[0])
+    assert {seen[name].structure for name, _ in model.named_parameters()} <= {"kronecker", "exact"}
+    inputs = torch.cat([x for x, _ in loader])
+    j = reference.jacobian(model, inputs)
+    close(nng.Jacobian(model, loader).tensor, j)
+    close(nng.GramMatrix(model, loader).tensor, torch.einsum("knd,lmd->knlm", j, j))
+    exact = nng.FIM(model, [(x,) for x, _ in loader], nng.PMatDense, likelihood="gaussian").to_dense()
+    flat = j.flatten(0, 1)
+    close(exact, flat.T @ flat / len(inputs))
+    for representation in (nng.PMatDiag, nng.PMatBlockDiag):
+        m = nng.FIM(model, [(x,) for x, _ in loader], representation, likelihood="gaussian")
+        close(m.diag().flat(), exact.diagonal())
+    layer = nng.FIM(model, [(x,) for x, _ in loader], nng.PMatBlockDiag, likelihood="gaussian")["cell"]
+    size = layer.shape[0]
+    close(layer.to_dense(), exact[:size, :size])
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_factors_of_an_lstm_from_their_definition(sharing):
+    model, loader = case("lstm", n=(5,))
+    ((x, _),) = loader
+    cell, (n, steps, _) = model.cell, x.shape
+    h, c, states, gates, outputs = torch.zeros(n, 4, dtype=f64), torch.zeros(n, 4, dtype=f64), [], [], []
+    for t in range(steps):
+        states.append(h)
+        gates.append(x[:, t] @ cell.weight_ih_l0.T + cell.bias_ih_l0 + h @ cell.weight_hh_l0.T + cell.bias_hh_l0)
+        i, f, g, o = gates[-1].chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    out = model.head(torch.stack(outputs, 1).mean(1)) + h.sum(-1, keepdim=True)
+    gradients = torch.stack(
+        [torch.stack(torch.autograd.grad(out[:, k].sum(), gates, retain_graph=True)) for k in (0, 1)]
+    )
+    ones = torch.ones(steps, n, 1, dtype=f64)
+    m = nng.FIM(model, [(x,)], nng.PMatKFAC, likelihood="gaussian", sharing=sharing)
+    for name, a in (("ih", x.transpose(0, 1)), ("hh", torch.stack(states))):
+        a, g = torch.cat([a.detach(), ones], -1), gradients  # [t n i], [k t n o]
+        if sharing == "reduce":
+            a, g = a.mean(0, keepdim=True), g.sum(1, keepdim=True)
+        block = next(b for lay, b in m.blocks.items() if f"cell.weight_{name}_l0" in lay.names)
+        close(block.a[0], torch.einsum("tni,tnj->ij", a, a) / n)
+        close(block.g[0], torch.einsum("ktno,ktnp->op", g, g) / n / g.shape[1])
+
+
+@pytest.mark.parametrize("kind", ["lstm-stacked", "gru", "lstm-cell"])
+def test_kfac_and_ekfac_solve_and_train(kind):
+    model, loader = case(kind)
+    exact = nng.FIM(model, loader, nng.PMatDense).to_dense()
+    kfac, ekfac = (nng.FIM(model, loader, r) for r in (nng.PMatKFAC, nng.PMatEKFAC))
+    close(ekfac.trace(), exact.trace())
+    assert (ekfac.to_dense() - exact).norm() <= (kfac.to_dense() - exact).norm() * (1 + 1e-9)
+    v = nng.PVector.randn(kfac.layer_collection, dtype=f64)
+    damped = kfac.to_dense() + 0.1 * torch.eye(len(exact), dtype=f64)
+    close(kfac.solve(v, 0.1).flat(), torch.linalg.solve(damped, v.flat()))
+
+
+def test_what_is_not_written_out_is_exact_all_the_same():
+    """Packed sequences, some of the weights, a length of its own in every batch."""
+    model, loader = case("gru")
+    few = nng.LayerCollection.from_model(model, include="cell.weight_hh_l0")
+    j = reference.jacobian(model, torch.cat([x for x, _ in loader]))
+    place = nng.LayerCollection.from_model(model).offsets()["cell.weight_hh_l0"][0]
+    close(nng.Jacobian(model, loader, layer_collection=few).tensor, j[..., place : place + 48])
+    ragged = [(torch.randn(2, steps, 3, dtype=f64),) for steps in (2, 5)]
+    rows = torch.cat([reference.jacobian(model, x) for (x,) in ragged], 1)
+    close(nng.Jacobian(model, ragged).tensor, rows)
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            packed = nn.utils.rnn.pack_padded_sequence(x, [x.shape[1]] * len(x), batch_first=True)
+            return model.head(self.inner.cell(packed)[1][0])
+
+    packed = Packed()
+    x = loader[0][0]
+    plain = reference.jacobian(packed, x)
+    close(nng.Jacobian(packed, [(x,)]).tensor, plain)
+
+
+def test_graphs_of_any_order():
+    model, loader = case("lstm")
+    k = nng.GramMatrix(model, loader, differentiable=True)
+    (slope,) = torch.autograd.grad(k.trace(), [model.cell.weight_hh_l0])
+    w, step = model.cell.weight_hh_l0, torch.randn(16, 4, dtype=f64)
+    traces = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            w.add_(sign * 1e-5 * step)
+        traces.append(nng.GramMatrix(model, loader).trace())
+        with torch.no_grad():
+            w.sub_(sign * 1e-5 * step)
+    torch.testing.assert_close((slope * step).sum(), (traces[0] - traces[1]) / 2e-5, rtol=1e-5, atol=1e-5)
+    hessian = nng.Hessian(model, loader, nng.PMatDense, loss="cross_entropy")
+    implicit = nng.Hessian(model, loader, nng.PMatImplicit, loss="cross_entropy")
+    v = nng.PVector.randn(hessian.layer_collection, 2, dtype=f64)
+    close(implicit.mv(v).flat(), hessian.mv(v).flat(), 1e-8)
