@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import nngeom as nng
 
-STEPS = 19
+STEPS = 13
 PERIODS = {"KFAC": (10, 10), "SOAP": (5, 10)}  # after how many steps statistics and bases come; others (10, 50)
 
 

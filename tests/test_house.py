@@ -154,6 +154,7 @@ NAMES_REPRESENTATIONS = [
     ("optim.arguments", {"PMatDiag", "PMatEye"}, "names of rest="),
     ("optim.kfac", {"PMatKFAC"}, "a preset"),
     ("optim.ekfac", {"PMatEKFAC"}, "a preset"),
+    ("optim.soap", {"PMatEKFAC"}, "a preset"),
     ("optim.eigenbasis", {"PMatEKFAC"}, "how this one is kept in training"),
 ]
 

@@ -334,3 +334,11 @@ def test_a_sum_has_no_factors_to_damp():
     total = nng.FIM(case.model, case.loader, nng.PMatDense) + nng.FIM(case.model, case.loader, nng.PMatKFAC)
     with pytest.raises(nng.ArgumentError, match="sum"):
         total.solve(nng.PVector.randn(total.layer_collection, dtype=f64), nng.Relative(0.1, factored=True))
+
+
+def test_rows_of_a_metric_are_not_kept_for_products():
+    model, x, y = wide(inputs=150, outputs=120)
+    for options, kept in (({}, True), ({"fisher": "monte_carlo", "likelihood": "categorical"}, False)):
+        opt = KFAC(model, **options)
+        one_step(opt, x, y)
+        assert opt.partition.wants_every_batch == kept

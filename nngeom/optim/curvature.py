@@ -23,7 +23,6 @@ from nngeom.optim.rank import BatchRank
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.block import Block
 from nngeom.pmat.damped import damped_by
-from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Selection, Statistic
@@ -51,7 +50,7 @@ class Curvature(ABC):
         self.averages = Averages()
         self.blocks: dict[Layout, Any] = {}
         self._packed: Packed | None = None
-        self.rank = BatchRank(on=manner.team.size == 1)
+        self.rank = BatchRank(on=manner.team.size == 1 and not manner.own_rows)
         self.forget()
 
     def forget(self) -> None:
@@ -144,11 +143,11 @@ class Averaged(Curvature):
 
     @property
     def wants_every_batch(self):
-        return self.rank.wanted
+        return self.rank.wanted and any(isinstance(block, KroneckerBlock) for block in self.blocks.values())
 
     def observe(self, chunk, schedule):
         chunk = self.selection.restrict(chunk)
-        if issubclass(self.representation.kind, PMatKFAC):
+        if not self.blocks or self.wants_every_batch:
             self.rank.observe(chunk)
         if not schedule.statistics and self.blocks:
             return

@@ -133,7 +133,7 @@ class Leading:
         (ua, sa, ta), (ug, sg, tg) = sides
         if ua.shape[-1] / ua.shape[-2] + ug.shape[-1] / ug.shape[-2] > 2 * MOST:
             return None
-        return Head(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg, ta, tg)
+        return Head(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa=sa, sg=sg, ta=ta, tg=tg)
 
     def _side(self, factor: Tensor, floor: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Eigenvectors, eigenvalues and the mean of the others."""

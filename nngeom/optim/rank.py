@@ -31,7 +31,7 @@ class BatchRank:
     """The rows of the batches seen since the last step, of the layers where they are worth it."""
 
     def __init__(self, *, on: bool = True) -> None:
-        """``on``: whether the rows seen here can be all of the gradient's; those of one of several processes cannot."""
+        """``on``: whether rows can be all of the gradient's: not those of a metric, nor of one process of several."""
         self.on = on
         self.rows: dict[Layout, list[FactoredJacobian]] = {}
         self.cheaper: dict[Layout, bool] = {}

@@ -12,7 +12,7 @@ from nngeom.core import linalg
 from nngeom.core.damping import Damping, FactoredTikhonov
 from nngeom.pmat.block import Block, BlockBasis
 from nngeom.pmat.block_algebra import Remake, largest
-from nngeom.pmat.eigenvalues import reciprocal, require_positive
+from nngeom.pmat.eigenvalues import reciprocal, relative_shift, require_positive
 from nngeom.pmat.factors import product_of_marginals
 
 
@@ -20,15 +20,13 @@ from nngeom.pmat.factors import product_of_marginals
 class KroneckerBlock(Block):
     """``x -> g x a`` with ``a`` over inputs and ``g`` over output gradients, both dense or diagonal.
 
-    ``uses``: the factors of every use, where there are several unlike ones.
+    ``uses``: the factors ``a, g`` of every use, where there are several unlike ones; their means merge, the joined
+    ones' do not.
     """
 
     a: Tensor  # [s i i] or [s i]
     g: Tensor  # [s o o] or [s o]
-    uses: tuple[
-        Tensor, ...
-        # of a parameter used in unlike ways, the factors a, g of every use: their means merge, the joined ones' do not
-    ] = ()
+    uses: tuple[Tensor, ...] = ()
 
     @property
     def sizes(self) -> torch.Size:
@@ -94,10 +92,8 @@ class KroneckerBlock(Block):
         eigenvalues, or 1.
         """
         if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
-            shift = self.a.new_zeros(self.a.shape[0]) + damping.value
-            return linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), shift), torch.ones_like(
-                self.g
-            )
+            exact = self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1))
+            return linalg.factor_shift(exact, exact.new_zeros(len(exact)) + damping.value), torch.ones_like(self.g)
         means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
         usable = (means[0] > 0) & (means[1] > 0) & damping.balanced
         pi = torch.where(
@@ -108,10 +104,8 @@ class KroneckerBlock(Block):
 
     def factors_shifted(self, c: float | Tensor) -> KroneckerBlock | None:
         """``(A + c tr A / dim A) (x) (G + c tr G / dim G)``."""
-        if self.g.shape[-1] == 1:
-            return None
         a, g = (linalg.factor_shift(f, c * linalg.factor_diag(f).mean(-1)) for f in (self.a, self.g))
-        return KroneckerBlock(a, g)
+        return None if self.g.shape[-1] == 1 else KroneckerBlock(a, g)
 
     def eigen(self) -> EigenBlock:
         """The same matrix in its eigenbasis."""
@@ -237,9 +231,7 @@ class EigenBlock(Block):
         """``c^2 m_A m_B + c (s_A m_B + m_A s_B)`` with the mean eigenvalues ``m`` of the factors, if there are two."""
         if self.sa is None or self.sg is None or self.sg.shape[-1] == 1:
             return None
-        sa, sg = self.sa.unsqueeze(-2), self.sg.unsqueeze(-1)
-        ma, mg = sa.mean(-1, keepdim=True), sg.mean(-2, keepdim=True)
-        return c * c * ma * mg + c * (sa * mg + ma * sg)
+        return relative_shift(self.sa.unsqueeze(-2), self.sg.unsqueeze(-1), c)
 
     def eigh(self) -> tuple[Tensor, BlockBasis]:
         return self.d, self.basis
