@@ -140,7 +140,8 @@ def held_out() -> str:
     rows = []
     for task, methods in load("held_out").items():
         for method, r in methods.items():
-            losses = ", ".join(number(run["loss"][-1] if len(run["loss"]) == 10 else None) for run in r["runs"])
+            last = [run["loss"][-1] if len(run["loss"]) == 10 else None for run in r["runs"]]
+            losses = ", ".join("diverged" if x is None else f"{x:.3g}" for x in last)
             steps = r["runs"][0]["steps"][-1]
             rows.append([task, method, r["best"], losses, f"{r['seconds']:g}", str(steps)])
     return table(["task", "method", "best setting", "loss, each seed", "seconds", "steps"], rows)
