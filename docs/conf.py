@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
-from docutils.nodes import SkipNode
-from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.pycode import ModuleAnalyzer
 
 from nngeom import __version__
 
 sys.path.insert(0, str(Path(__file__).parent))
+import formulas
+import objects
 import public
 
 project = "nngeom"
@@ -17,10 +17,12 @@ author = "the nngeom authors"
 copyright = "the nngeom authors"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx_gallery.gen_gallery"]
+extensions += [f"sphinx.ext.{name}" for name in ("autodoc", "autosummary", "intersphinx", "viewcode")]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "gallery", "sg_execution_times.rst", "how_to/sg_execution_times.rst"]
+autosummary_generate = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -33,33 +35,29 @@ html_title = "nngeom"
 html_show_sphinx = False
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
-html_math_renderer = "mathml"  # formulas are part of the page: nothing is loaded from elsewhere
+html_math_renderer = "mathml"  # part of the page
 
-PLACED = {
-    "index",
-    "quickstart",
-    "concepts",
-    "models",
-    "architectures",
-    "errors",
-    "measures",
-    "representations",
-    "algebra",
-    "extending",
-    "api",
+intersphinx_mapping = {"torch": (objects.TORCH, str(Path(__file__).parent / "_build" / "torch.inv"))}
+objects.write_inventory(Path(__file__).parent / "_build" / "torch.inv")
+
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "how_to",
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": "FileNameSortKey",
+    "nested_sections": False,
+    "download_all_examples": False,
+    "show_memory": False,
+    "show_signature": False,
+    "remove_config_comments": True,
+    "reset_modules": ("matplotlib", "gallery_style.plain"),
+    "min_reported_time": 1e9,
+    "only_warn_on_example_error": False,
+    "image_srcset": ["2x"],
+    "plot_gallery": True,
+    "abort_on_example_error": False,
+    "log_level": {"backreference_missing": "debug"},
 }
-
-
-def inline_math(self, node):
-    """MathML, which browsers render themselves."""
-    self.body.append(tex2mathml(node.astext()))
-    raise SkipNode
-
-
-def block_math(self, node):
-    """The same on a line of its own."""
-    self.body.append(tex2mathml(node.astext(), as_block=True))
-    raise SkipNode
 
 
 def splice(app, what, name, x, options, lines):
@@ -81,32 +79,22 @@ def whole_signatures(app):
         analyzer.overloads.clear()
 
 
+def join_others(app, docname, source):
+    """Pages that the table of contents does not name join it where it says ``@more@``."""
+    if docname == "index":
+        pages = sorted(p.stem for p in Path(app.srcdir).glob("*.md") if p.stem != "index")
+        named = set(source[0].split())
+        source[0] = source[0].replace("@more@", "\n".join(page for page in pages if page not in named))
+
+
 def setup(app):
-    """Pages of the parts built on top of the core join the table of contents by being there."""
-    order = [
-        "seeing",
-        "function_space",
-        "analysis",
-        "linearized",
-        "optimizers",
-        "tracking",
-        "distributed",
-        "benchmarks",
-    ]
-    rank = lambda name: next((j for j, first in enumerate(order) if name.startswith(first)), len(order))
-    found = sorted(
-        (p.stem for p in Path(app.srcdir).glob("*.md") if p.stem not in PLACED), key=lambda name: (rank(name), name)
-    )
-
+    """Formulas, a page an object, and signatures and arguments as they are."""
     made = {"index", "api"}  # of more than their sources, as are the pages of the reference
-
-    def insert(app, name, source):
-        if name == "index":
-            source[0] = source[0].replace("@more@", "\n".join(found))
-
-    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
-    app.connect("source-read", insert)
+    app.add_html_math_renderer("mathml", (formulas.inline, None), (formulas.block, None))
     app.connect("env-get-outdated", lambda app, env, *args: [n for n in env.all_docs if n in made or "/" in n])
     app.connect("builder-inited", whole_signatures)
+    app.connect("builder-inited", objects.write_pages)
+    app.connect("source-read", objects.as_tables)
+    app.connect("source-read", join_others)
     app.connect("autodoc-skip-member", hide)
     app.connect("autodoc-process-docstring", splice)

@@ -147,14 +147,6 @@ def held_out() -> str:
     return table(["task", "method", "best setting", "loss, each seed", "seconds", "steps"], rows)
 
 
-def steps() -> str:
-    """Ratios to SGD, amortised."""
-    results = load("steps")
-    methods = next(iter(results.values()))
-    rows = [[m, *(f"{r[m]['ratio']:.2f} ({r[m]['milliseconds']:.3g} ms)" for r in results.values())] for m in methods]
-    return table(["time / SGD", *results], rows)
-
-
 def main() -> None:
     page = DOCS / "optimizers.md"
     text = page.read_text()
@@ -166,7 +158,6 @@ def main() -> None:
         "numbers": numbers(),
         "cost": cost(),
         "held_out": held_out(),
-        "steps": steps(),
         "curvature": curvature(),
     }.items():
         if f"<!-- {name} -->" not in text:

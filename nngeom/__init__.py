@@ -42,11 +42,13 @@ from nngeom.io import load, save
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
 from nngeom.measures.covariance import GradientCovariance
+from nngeom.measures.gauss_newton import GGN
 from nngeom.measures.hessian import Hessian
 from nngeom.measures.jacobian import Jacobian
-from nngeom.measures.kernels import GramMatrices, GramMatrix
+from nngeom.measures.kernels import GramMatrix
+from nngeom.measures.layer_kernels import GramMatrices
 from nngeom.measures.rows import rows
-from nngeom.measures.second_moments import FIM, GGN, EmpiricalFIM, FIM_MonteCarlo
+from nngeom.measures.second_moments import FIM, EmpiricalFIM, FIM_MonteCarlo
 from nngeom.page.report import report
 from nngeom.pmat.dense import PMatBlockDiag, PMatDense
 from nngeom.pmat.diag import PMatDiag
@@ -157,10 +159,11 @@ __all__ = [
 
 _trust()
 
-_PACKAGES = ("analysis", "linearized", "mgs", "optim", "plot", "solve", "track")
+_PACKAGES = ("analysis", "interop", "linearized", "mgs", "optim", "plot", "solve", "track")
 
 if _typing.TYPE_CHECKING:
     from nngeom import analysis as analysis
+    from nngeom import interop as interop
     from nngeom import linearized as linearized
     from nngeom import mgs as mgs
     from nngeom import optim as optim

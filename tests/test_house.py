@@ -12,7 +12,7 @@ import nngeom
 ROOT = Path(__file__).parent.parent / "nngeom"
 ORDER = ["core", "ranks", "solve", "layers", "space", "capture", "pullback", "sweep", "cotangents", "pmat", "fmat"]
 ORDER += ["maps", "measures", "attribution", "top", "views", "optim", "analysis", "mgs", "linearized", "track", "plot"]
-ORDER += ["page", "__init__"]
+ORDER += ["page", "interop", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -152,6 +152,7 @@ NAMES_REPRESENTATIONS = [
     ("tree", {"PMatSum", "PMatProduct", "FMatSum", "PushForwardDense", "PullBackDense"}, "a closed list, for files"),
     ("analysis", {"FMatDense"}, "kernels of a quantity's own, entry by entry"),
     ("optim.arguments", {"PMatDiag", "PMatEye"}, "names of rest="),
+    ("interop", {"PMatBlockDiag", "PMatDense", "PMatDiag", "PMatKFAC", "PMatMixed"}, "what other libraries ask for"),
     ("optim.kfac", {"PMatKFAC"}, "a preset"),
     ("optim.ekfac", {"PMatEKFAC"}, "a preset"),
     ("optim.soap", {"PMatEKFAC"}, "a preset"),
@@ -251,6 +252,8 @@ BY_POSITION = {
     "nngeom.checks._require": "a condition, and what to say where it does not hold",
     "nngeom.cotangents.causal.CausalLM.__init__": "public: CausalLM(ignore_index=-100, logits_are_shifted=False)",
     "nngeom.cotangents.precise.logsumexp": "torch.logsumexp",
+    "nngeom.interop.laplace.NNGeomInterface.jacobians": "laplace's: jacobians(x, enable_backprop)",
+    "nngeom.interop.laplace.NNGeomInterface.selected_output_jacobians": "laplace's",
     "nngeom.optim.preconditioned.Preconditioned.zero_grad": "torch.optim.Optimizer.zero_grad",
     "nngeom.optim.robust.WinsorizedSGD.zero_grad": "torch.optim.Optimizer.zero_grad",
 }

@@ -128,3 +128,23 @@ def test_a_copy_of_the_model_is_no_exchange():
     other = copy.deepcopy(plain)
     with pytest.raises(nng.CoverageError, match="other tensors of their shapes"):
         nng.FIM(plain, X, nng.PMatDiag, function=other)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["twice", "after-the-first-use"])
+def test_a_parameter_that_is_exchanged_within_a_pass_is_an_error(first):
+    plain, _ = pair()
+
+    def function(x):
+        own = plain.b.bias
+        h = torch.tanh(plain.a(x))
+        try:
+            for j in range(2):
+                if j or not first:
+                    plain.b.bias = nn.Parameter(own.detach() + j)
+                h = torch.tanh(plain.b(h))
+            return plain.c(h)
+        finally:
+            plain.b.bias = own
+
+    with pytest.raises(nng.CoverageError, match=r"'b.bias'.*several tensors"):
+        nng.FIM(plain, X, nng.PMatDiag, function=function)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import nngeom as nng
 from nngeom.optim import EKFAC, KFAC, NaturalGradient, WinsorizedSGD
 
-NAMES = ["mlp", "conv2d", "transformer", "gru", "bare"]
+NAMES = ["mlp", "conv2d", "transformer", "gru", "bare", "weight-norm"]
 MORE = [*NAMES, "attention", "embedding", "tied", "conv1d", "language-model", "einsum", "experts", "shared-table"]
 MORE += ["cross-attention", "rms-norm", "deconv2d", "bilinear"]
 KINDS = {
@@ -91,7 +91,7 @@ def test_accumulation_with_other_passes_between(kind):
     assert same(plain, model)
 
 
-@pytest.mark.parametrize("name", ["mlp", "gru"])
+@pytest.mark.parametrize("name", ["mlp", "weight-norm"])
 @pytest.mark.parametrize("kind", ["kfac", "ekfac-ra", "diag"])
 def test_several_passes_before_one_backward(kind, name):
     case, plain, model = twins(name, (4, 5))
@@ -106,9 +106,10 @@ def test_several_passes_before_one_backward(kind, name):
     assert same(plain, model)
 
 
+@pytest.mark.parametrize("name", ["weight-norm", "bare", "temperature"])
 @pytest.mark.parametrize("kind", ["diag", "kfac"])
-def test_parameters_with_one_row_a_batch_in_one_block_or_several(kind):
-    case, plain, model = twins("gru", (4, 5))
+def test_parameters_with_one_row_a_batch_in_one_block_or_several(kind, name):
+    case, plain, model = twins(name, (4, 5))
     blocks, block = KINDS[kind](plain), KINDS[kind](model)
     for x, y in case.loader:
         with blocks.observe():

@@ -213,6 +213,8 @@ def test_index_of_draws():
             measure(bad)
     with pytest.raises(nng.ArgumentError, match="goes with draws"):
         nng.FIM(model, [(x,)], index=lambda batch: torch.arange(4))
+    with pytest.raises(nng.ArgumentError, match="goes with draws"):
+        nng.FIM(model, [(x,)], nng.PMatDense, centered=True, index=lambda batch: torch.arange(4))
 
 
 def test_data_that_repeats_or_is_the_same():

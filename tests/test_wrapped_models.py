@@ -233,17 +233,18 @@ def test_what_needs_whole_parameters_refuses_those_spread_over_processes():
         + textwrap.dedent("""
         flat = FullyShardedDataParallel(copy.deepcopy(model), device_id=torch.device("cpu"))
         calls = [
-            lambda m: nng.optim.KFAC(m), lambda m: nng.mgs.trace_penalty(m, x), lambda m: nng.explain(m, x),
+            lambda m: nng.optim.WinsorizedSGD(m), lambda m: nng.mgs.trace_penalty(m, x), lambda m: nng.explain(m, x),
             lambda m: nng.mgs.loss_gradient_penalty(m, x, torch.arange(5) % 3), lambda m: nng.diagnose(m, x),
             lambda m: nng.GramMatrix(m, x, differentiable=True), lambda m: nng.linearized.Linearized(m),
             lambda m: nng.track.Tracker(m, x), lambda m: nng.analysis.ComplexityMeasure(m, x),
         ]
         measures = [lambda m: nng.FIM(m, x), lambda m: nng.GramMatrix(m, x), lambda m: nng.Jacobian(m, x)]
         for m in (sharded, parallel, distributed, flat):
-            for call in calls + measures * (m is flat):
+            train = [lambda m: nng.optim.KFAC(m)]
+            for call in calls + measures * (m is flat) + train * (m is not sharded):
                 try:
                     call(m)
-                    raise SystemExit(f"no error of call {calls.index(call)} on {type(m)}")
+                    raise SystemExit(f"no error of {call.__code__.co_consts} on {type(m)}")
                 except nng.UnsupportedError as error:
                     assert "spread over processes" in str(error) and "full_state_dict" in str(error), error
         for p in whole.parameters():  # and what the error says works

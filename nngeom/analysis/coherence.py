@@ -14,8 +14,9 @@ from nngeom.analysis.rows import require_finite_gradients
 from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.loss import EmpiricalFisher, as_loss
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Function, Run
-from nngeom.sweep.sweep import Policy, Sweep
+from nngeom.sweep.sweep import Policy, Sweep, require_examples
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def coherence(
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
     check: bool = True,
+    process_group: Any = None,
 ) -> Coherence:
     """m-coherence of the per-example loss gradients, whole, by layer and by batch, in one sweep and ``O(d)`` memory.
 
@@ -59,28 +61,45 @@ def coherence(
         layer_collection=layer_collection,
         memory_budget=memory_budget,
         check=check,
+        process_group=process_group,
     )
-    network, collection = run.network, run.network.collection
+    cotangents = EmpiricalFisher(as_loss(loss, model))
+    agree(run, "coherence", metric=cotangents)
+    collection = run.network.collection
     layers = dict.fromkeys(collection.by_layer(), 0.0)
-    total = torch.zeros(collection.numel, dtype=torch.float64, device=network.device)
-    batches, count = [], 0
-    with run.within(), torch.no_grad():
-        for chunk in Sweep(run, EmpiricalFisher(as_loss(loss, model)), Policy("coherence")).chunks():
-            some = next(iter(chunk.jacobians.values()))
-            sum_g = torch.zeros(collection.numel, dtype=some.dtype, device=some.device)
-            batch_squares = 0.0
-            for layout, j in chunk.jacobians.items():
-                layout.scatter_(sum_g, j.vjp(torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)))
-                squares = float(j.squared_norms().double().sum())
-                layers[network.layer_of(layout.names[0])] += squares
-                batch_squares += squares
-            batches.append(_alpha(sum_g.double().square().sum(), batch_squares, chunk.examples))
-            total += sum_g
-            count += chunk.examples
+    with run.within(), run.team.together("coherence") as note, torch.no_grad():
+        total, batches, count = _summed(Sweep(run, cotangents, Policy("coherence")), layers)
+        note.mine = layers, [float(alpha) for alpha in batches], count
+    run.team.sum_([total])
+    layers = {layer: sum(theirs[layer] for theirs, _, _ in note.all) for layer in layers}
+    count = require_examples(sum(n for _, _, n in note.all))
     assembled = _split(collection, total)
     by_layer = {layer: _result(_alpha(v, layers[layer], count), count) for layer, v in assembled.items()}
     whole = _alpha(sum(assembled.values()), sum(layers.values()), count)
-    return Coherence(whole, count * whole, count, by_layer, torch.stack(batches))
+    by_batch = total.new_tensor([alpha for _, alphas, _ in note.all for alpha in alphas])
+    return Coherence(whole, count * whole, count, by_layer, by_batch)
+
+
+def _summed(sweep: Sweep, layers: dict[str, float]) -> tuple[Tensor, list[Tensor], int]:
+    """The sum of all gradients ``(d,)``, the coherence of each batch, and the number of examples; to ``layers`` their
+    squared norms are added.
+    """
+    network, collection = sweep.run.network, sweep.run.network.collection
+    total = torch.zeros(collection.numel, dtype=torch.float64, device=network.device)
+    batches, count = [], 0
+    for chunk in sweep.chunks():
+        some = next(iter(chunk.jacobians.values()))
+        sum_g = torch.zeros(collection.numel, dtype=some.dtype, device=some.device)
+        batch_squares = 0.0
+        for layout, j in chunk.jacobians.items():
+            layout.scatter_(sum_g, j.vjp(torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)))
+            squares = float(j.squared_norms().double().sum())
+            layers[network.layer_of(layout.names[0])] += squares
+            batch_squares += squares
+        batches.append(_alpha(sum_g.double().square().sum(), batch_squares, chunk.examples))
+        total += sum_g
+        count += chunk.examples
+    return total, batches, count
 
 
 def gradient_coherence(gradients: Tensor) -> Coherence:

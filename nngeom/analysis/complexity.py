@@ -12,6 +12,7 @@ from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Function, Run
 
 
@@ -34,10 +35,14 @@ class ComplexityMeasure:
         *,
         function: Function = None,
         layer_collection: LayerCollection | None = None,
+        process_group: Any = None,
     ):
         if every < 1:
             raise ArgumentError(f"every is {every}; expected a whole number of at least 1")
-        self._run = Run.of(model, loader, function=function, layer_collection=layer_collection).held()
+        run = Run.of(model, loader, function=function, layer_collection=layer_collection, process_group=process_group)
+        agree(run, "ComplexityMeasure", every=every)
+        with run.team.together("points"):
+            self._run = run.held()
         self.model, self.every, self.steps = model, every, 0
         self.value = 0.0
         self.examples = 0

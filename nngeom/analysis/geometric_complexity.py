@@ -17,8 +17,10 @@ from nngeom.core import memory
 from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.pullback.backward import pull_back
+from nngeom.ranks.totals import totals
 from nngeom.solve.hutchinson import rademacher
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Function, Run
 from nngeom.sweep.sweep import require_examples
 
@@ -34,6 +36,7 @@ def geometric_complexity(
     function: Function = None,
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """``1/n sum_i |d f(x_i) / d x_i|_F^2`` of the outputs before any softmax: a scalar.
 
@@ -49,10 +52,23 @@ def geometric_complexity(
         raise ArgumentError(f"estimator is {estimator!r}; expected 'exact' or 'rademacher'")
     if not isinstance(samples, int) or samples < 1:
         raise ArgumentError(f"samples is {samples!r}; expected a whole number of at least 1")
-    run = Run.of(model, loader, function=function, layer_collection=layer_collection, memory_budget=memory_budget)
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        memory_budget=memory_budget,
+        process_group=process_group,
+    )
+    if differentiable:
+        run.require_alone("differentiable=True")
+    if estimator == "rademacher":
+        run.require_alone("estimator='rademacher'")
     network = run.network
-    total, count = torch.zeros((), dtype=network.dtype, device=network.device), 0
-    with run.within():
+    agree(run, "geometric_complexity")
+
+    def local() -> tuple[list[Tensor], int]:
+        total, count = torch.zeros((), dtype=network.dtype, device=network.device), 0
         for index, batch in enumerate(run.batches()):
             part, n = _batch(
                 network,
@@ -64,6 +80,10 @@ def geometric_complexity(
                 generator=generator,
             )
             total, count = total + part, count + n
+        return [total], count
+
+    with run.within():
+        (total,), count = totals(run.team, "geometric complexity", local)
     return total / require_examples(count)
 
 

@@ -13,6 +13,7 @@ from nngeom.fmat.products import squared_norms as norms_by_group
 from nngeom.fmat.side import Side
 from nngeom.fmat.store import Store
 from nngeom.fmat.tiles import matched, pairs
+from nngeom.ranks.totals import gathered
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 
@@ -74,6 +75,11 @@ def row_norms(side: Side) -> Tensor:
 
 @torch.no_grad()
 def squared_norms(run: Run, cotangents: Cotangents) -> Tensor:
-    """:func:`row_norms` of the rows of a run for the cotangents of a metric."""
+    """:func:`row_norms` of the rows of a run for the cotangents of a metric, of the examples of all processes."""
+
+    def own() -> Tensor | None:
+        held = run.held()
+        return row_norms(Side.of(held, cotangents)) if held.loader else None
+
     with run.within():
-        return row_norms(Side.of(run, cotangents))
+        return gathered(run.team, "norms of rows", own, run.network.device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nngeom.capture.network import leading_size, take
 from nngeom.core.errors import ArgumentError, NonFiniteError
 from nngeom.measures.hessian import Hessian
+from nngeom.ranks.totals import generator_of, mean
 from nngeom.solve.lanczos import lanczos
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
@@ -28,6 +29,7 @@ def sharpness(
     function: Function = None,
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """The largest eigenvalue of the Hessian of the mean loss, by Lanczos on Hessian-vector products; no matrix is
     formed.
@@ -36,7 +38,13 @@ def sharpness(
     the starting vector (seeded by default).
     """
     hessian = Hessian(
-        model, loader, loss=loss, function=function, layer_collection=layer_collection, memory_budget=memory_budget
+        model,
+        loader,
+        loss=loss,
+        function=function,
+        layer_collection=layer_collection,
+        memory_budget=memory_budget,
+        process_group=process_group,
     )
     values, _ = hessian.lanczos(1, tol=tol, generator=_seeded(generator))
     return values[0]
@@ -52,6 +60,7 @@ def non_uniformity(
     function: Function = None,
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """``sqrt(lambda_max(1/n sum_i H_i^2 - H^2))`` of the per-example Hessians ``H_i``, matrix-free.
 
@@ -59,24 +68,26 @@ def non_uniformity(
     sets. ``loss``: as for :func:`nngeom.Hessian`; ``tol`` and ``generator`` as for :func:`sharpness`. Source: Wu, Ma
     and E 2018, definition of non-uniformity.
     """
-    run = Run.of(model, loader, function=function, layer_collection=layer_collection).held()
+    run = Run.of(model, loader, function=function, layer_collection=layer_collection, process_group=process_group)
     options: dict[str, Any] = {
         "loss": loss,
         "function": function,
         "layer_collection": run.network.collection,
         "memory_budget": memory_budget,
     }
-    single = [Hessian(model, [example], **options) for batch in run.loader for example in _examples(batch)]
-    whole = Hessian(model, run.loader, **options)
-    collection, n = run.network.collection, len(single)
+    with run.team.together("examples"):
+        run = run.held()
+        single = [Hessian(model, [example], **options) for batch in run.loader for example in _examples(batch)]
+    whole = Hessian(model, run.loader, process_group=process_group, **options)
+    collection = run.network.collection
 
     def covariance(v: Tensor) -> Tensor:
         x = PVector(collection, v)
-        first = whole.mv(x)
-        total = sum(h.mv(h.mv(x)).flat() for h in single)
-        return total / n - whole.mv(first).flat()
+        squares = lambda: (sum((h.mv(h.mv(x)).flat() for h in single), torch.zeros_like(v)), len(single))
+        return mean(run.team, "squares of Hessians", squares, [v]) - whole.mv(whole.mv(x)).flat()
 
-    start = PVector.randn(collection, generator=_seeded(generator), dtype=whole.dtype).flat().to(whole.device)
+    drawn = generator_of(run.team, _seeded(generator), run.network.device)
+    start = PVector.randn(collection, generator=drawn, dtype=whole.dtype).flat().to(whole.device)
     values, _ = lanczos(covariance, start, 1, tol=tol)
     return values[0].clamp_min(0).sqrt()
 

@@ -98,7 +98,7 @@ def influence(
     _require_options(top, out, by_layer=by_layer)
     if by_position and (top is not None or out is not None):
         raise ArgumentError("by_position=True keeps all scores; expected neither top= nor out= with it")
-    run = Run.of(
+    run = Run.gathering(
         model,
         train,
         function=function,
@@ -107,7 +107,6 @@ def influence(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     run.require_alone("influence")
     network = run.network

@@ -34,9 +34,14 @@ def sharded_modules(model: Any) -> list[nn.Module]:
 
 def ranks_of(model: nn.Module) -> set[int]:
     """The processes that hold parts of the parameters of modules given to ``fully_shard``, this one's mesh."""
-    states = (module._get_fsdp_state() for module in sharded_modules(unwrap(model)))  # type: ignore[operator]
-    groups = (g for s in states for g in getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] if g)
+    groups = (group for module in sharded_modules(unwrap(model)) for group in groups_of(module))
     return {int(rank) for group in groups for rank in group.mesh_info.mesh.mesh.flatten().tolist()}
+
+
+def groups_of(module: Any) -> list[Any]:
+    """The groups of parameters that ``fully_shard`` made of a module."""
+    state = module._get_fsdp_state()
+    return [group for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] if group]
 
 
 @contextlib.contextmanager

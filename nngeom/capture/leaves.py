@@ -28,13 +28,14 @@ class Leaves:
         self.names: dict[int, str] = dict(network.ids)
         self._network, self._registered = network, network.registered
         self._others: dict[int, Tensor] = {}  # exchanged for registered ones that are not selected; held, as ids are
+        self._found: list[Tensor] = []  # all that stood for selected ones, held likewise
 
     def name(self, x: Tensor) -> str | None:
         """The name of the selected parameter that ``x`` stands for."""
         known = self.names.get(id(x))
-        if known is not None or not isinstance(x, nn.Parameter):
+        if known is not None or not x.requires_grad or not x.is_leaf or not isinstance(x, nn.Parameter):
             return known
-        if id(x) in self._registered or id(x) in self._others or not x.requires_grad:
+        if id(x) in self._registered or id(x) in self._others:
             return None
         self._look(x)
         return self.names.get(id(x))
@@ -45,6 +46,7 @@ class Leaves:
             now = named.get(name)
             if now is not None and id(now) not in self.names and now.shape == self.tensors[name].shape:
                 self.names[id(now)], self.tensors[name] = name, now
+                self._found.append(now)
         if id(x) not in self.names and any(p is x for p in named.values()):
             self._others[id(x)] = x
 

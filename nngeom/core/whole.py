@@ -30,6 +30,14 @@ def like(x: Tensor, other: Any) -> Tensor:
     return _on_mesh(x, other, "Replicate") if in_parts(other) else x
 
 
+def part_of(x: Tensor, other: Any) -> Tensor:
+    """What this process holds of a whole ``x`` that is distributed as ``other``."""
+    if not in_parts(other):
+        return x
+    spread: Any = like(x, other)
+    return local(spread.redistribute(placements=other.placements))
+
+
 def between(x: Tensor, other: Any) -> tuple[Tensor, Tensor]:
     """The least and the largest of what the processes of the mesh of ``other`` have as ``x``, entry by entry."""
     least, most = (_on_mesh(x, other, "Partial", reduction) for reduction in ("min", "max"))

@@ -21,7 +21,7 @@ from nngeom.pmat.drive import Repeated, Source, built
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.representation import Representation, as_representation
-from nngeom.sweep.agreement import agree
+from nngeom.sweep.agreement import agree, require_draws
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Policy, Sweep, require_examples
@@ -47,11 +47,12 @@ def centred(run: Run, cotangents: Cotangents, chosen: Representation[Any], label
 
 
 def centred_moments(
-    run: Run, of: Likelihood | Loss, representation: Any, options: dict[str, Any], estimator: str | None
+    run: Run, of: Likelihood | Loss, representation: Any, options: dict[str, Any], estimator: str | None, index: Any
 ) -> PMat:
     """The Fisher or Gauss-Newton matrix of centred rows, output by output; raises for what does not go with it."""
     if estimator is not None:
         raise ArgumentError(f"estimator={estimator!r} and centered=True do not go together; leave one of them out")
+    require_draws(index, drawn=False)
     if representation is PMatImplicit:
         raise UnsupportedError(
             "a centred matrix is not offered as a PMatImplicit; use PMatLowRank, PMatDense, PMatBlockDiag, PMatDiag or "

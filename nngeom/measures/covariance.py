@@ -61,7 +61,7 @@ def GradientCovariance(
     chosen = None if representation is PMatImplicit and not options else as_representation(representation, **options)
     if chosen is not None:
         require_offered(chosen, "a covariance of gradients")
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -70,7 +70,6 @@ def GradientCovariance(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
     if chosen is not None:

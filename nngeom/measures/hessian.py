@@ -72,7 +72,7 @@ def Hessian(
         options = {**representation.settings, **options}
     if options and not chosen:
         raise ArgumentError(f"{kind.__name__} of a Hessian has no option {list(options)}")
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -81,7 +81,6 @@ def Hessian(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     sweep = Sweep(run, EmpiricalFisher(as_loss(loss, model)), Policy("Hessian"))
     with run.within():

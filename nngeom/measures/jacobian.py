@@ -44,7 +44,7 @@ def Jacobian(
     parameters. ``centered``: the mean gradient of each output over the examples is taken from its rows. Other
     arguments and errors as :func:`GramMatrix`.
     """
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -53,7 +53,6 @@ def Jacobian(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     run.require_alone("Jacobian")
     kind: Any = representation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, StructureError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.cotangents.loss import EmpiricalFisher, EveryOutput, Loss, as_loss
 from nngeom.fmat.by_position import PositionKernel, positioned, require_alone
 from nngeom.fmat.dense import FMatDense
@@ -20,7 +20,7 @@ from nngeom.fmat.fmat import FMat
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.jacobian_products import first_look
 from nngeom.fmat.operator import FunctionOperator
-from nngeom.fmat.products import EVERYTHING, Grouping, build
+from nngeom.fmat.products import EVERYTHING, build
 from nngeom.fmat.side import Side
 from nngeom.measures.kernel_estimates import estimated, signs
 from nngeom.measures.kernel_files import in_file
@@ -38,33 +38,35 @@ K = TypeVar("K", bound=FunctionOperator, default=FMatDense)
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[K] = ..., *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
-        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
-        estimator: None = None, samples: int = 1, generator: torch.Generator | None = None,
-        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None) -> K: ...
+        metric: ParameterOperator | None = None, by_position: Literal[False] = False,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        centered: bool = False, differentiable: bool = False, estimator: None = None, samples: int = 1,
+        generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> K: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
-        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
-        estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
-        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None) -> KernelEstimate: ...
+        metric: ParameterOperator | None = None, by_position: Literal[False] = False,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        centered: bool = False, differentiable: bool = False, estimator: Literal["rademacher"], samples: int = 1,
+        generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> KernelEstimate: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
-        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
-        estimator: Literal["rademacher"], samples: int = 1, generator: torch.Generator | None = None,
-        out: str | os.PathLike[str] | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None) -> TraceEstimate: ...
+        metric: ParameterOperator | None = None, by_position: Literal[False] = False,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        centered: bool = False, differentiable: bool = False, estimator: Literal["rademacher"], samples: int = 1,
+        generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> TraceEstimate: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
-        by_position: Literal[True], other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
-        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None) -> PositionKernel: ...
+        other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, by_position: Literal[True],
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        centered: bool = False, differentiable: bool = False, estimator: None = None, samples: int = 1,
+        generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> PositionKernel: ...
 # fmt: on
 def GramMatrix(
     model: nn.Module,
@@ -132,7 +134,7 @@ def GramMatrix(
         parts=not differentiable,
     )
     run.require_alone("GramMatrix")
-    kind = _representation(representation)
+    kind = kernel_kind(representation)
     cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
     within = in_metric(run, metric, wide=centered)
     policy = Policy(
@@ -147,13 +149,8 @@ def GramMatrix(
             "FMatImplicit nor estimator="
         )
     if estimator is not None:
-        cotangents = signs(
-            kind,
-            estimator,
-            samples,
-            generator,
-            plain=not centered and out is None and (kind is not FMatDiag or other is None),
-        )
+        plain = not centered and out is None and (kind is not FMatDiag or other is None)
+        cotangents = signs(kind, estimator, samples, generator, plain=plain)
     elif kind is FMatImplicit and (differentiable or out is not None):
         raise ArgumentError("FMatImplicit takes neither differentiable= nor out=; use FMatDense")
     elif other is not None and kind is not FMatImplicit and kind.diagonal:
@@ -183,66 +180,8 @@ def GramMatrix(
         return build(kind, rows, columns, EVERYTHING, centered=centered, metric=within, progress=progress)[""]
 
 
-def GramMatrices(
-    model: nn.Module,
-    loader: Any,
-    representation: type[K] = FMatDense,  # type: ignore[assignment]
-    *,
-    other: Any = None,
-    loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
-    metric: ParameterOperator | None = None,
-    function: Callable[..., Tensor] | None = None,
-    layer_collection: LayerCollection | None = None,
-    centered: bool = False,
-    differentiable: bool = False,
-    progress: bool = False,
-    memory_budget: int | None = None,
-    check: bool = True,
-    process_group: Any = None,
-) -> dict[str, K]:
-    """One Gram matrix a layer, ``{layer: kernel}``, in the same sweep; they sum to :func:`GramMatrix`.
-
-    A layer is the module that owns a parameter under its first name. ``representation`` (not ``FMatImplicit``),
-    ``other``, ``loss``, ``metric``, ``centered``, ``differentiable``, other arguments and errors as for
-    :func:`GramMatrix`; :class:`StructureError` for a metric with entries between layers, under which kernels of layers
-    do not sum to the whole.
-    """
-    run = Run.of(
-        model,
-        loader,
-        function=function,
-        layer_collection=collection_of(metric, layer_collection),
-        progress=progress,
-        memory_budget=memory_budget,
-        check=check,
-        process_group=process_group,
-        parts=not differentiable,
-    )
-    run.require_alone("GramMatrices")
-    kind = _representation(representation)
-    if kind is FMatImplicit:
-        raise ArgumentError(
-            "GramMatrices holds its kernels; expected FMatDense, FMatBlockDiag or FMatDiag (FMatImplicit: "
-            "GramMatrix with a layer_collection)"
-        )
-    within = in_metric(run, metric, wide=centered)
-    if within is not None and within.spans_layers:
-        raise StructureError(
-            f"the metric, a {type(metric).__name__}, has entries between layers, so that kernels of layers do not sum "
-            "to the whole; use one of blocks that lie in layers, or GramMatrix"
-        )
-    cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
-    policy = Policy(
-        "GramMatrices", part_of=None if within is None else within.part_of, keep_graph=differentiable, watch=False
-    )
-    side = lambda data: Side.of(run.silent().on(data), cotangents, policy)
-    grouping = Grouping(tuple(run.network.collection.by_layer()), run.network.layer_of)
-    with run.within(), torch.set_grad_enabled(differentiable):
-        columns = None if other is None else side(other)
-        return build(kind, side(loader), columns, grouping, centered=centered, metric=within, progress=progress)
-
-
-def _representation(representation: Any) -> Any:
+def kernel_kind(representation: Any) -> Any:
+    """The class of kernels that is asked for; raises :class:`ArgumentTypeError` for what is none."""
     if representation is FMatImplicit or (
         isinstance(representation, type) and issubclass(representation, FMat) and representation is not FMat
     ):

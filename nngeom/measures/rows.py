@@ -43,7 +43,7 @@ def rows(
     """
     if loss is not None and likelihood is not None:
         raise ArgumentError("rows takes a loss or a likelihood, not both")
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -52,7 +52,6 @@ def rows(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     run.require_alone("rows")
     cotangents: Cotangents = EveryOutput()

@@ -12,7 +12,7 @@ from typing_extensions import TypeVar
 from nngeom.core.stream import seed_of
 from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood
 from nngeom.cotangents.likelihood import Likelihood
-from nngeom.cotangents.loss import EmpiricalFisher, GaussNewton, Loss, as_loss
+from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.measures.arguments import require_known
 from nngeom.measures.centred import centred_moments
 from nngeom.measures.measured import measured
@@ -89,7 +89,7 @@ def FIM(
     what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
     require_known(FIM, representation, options)
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -98,10 +98,9 @@ def FIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     if centered:
-        return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator)
+        return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator, index)
     cotangents = probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator)
     return measured(run, cotangents, representation, options, Policy("FIM", reread=estimator is None), index)
 
@@ -133,7 +132,7 @@ def FIM_MonteCarlo(
     """
     require_known(FIM_MonteCarlo, representation, options)
     cotangents = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -142,7 +141,6 @@ def FIM_MonteCarlo(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False), index))
 
@@ -177,7 +175,7 @@ def EmpiricalFIM(
     Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
     """
     require_known(EmpiricalFIM, representation, options)
-    run = Run.of(
+    run = Run.gathering(
         model,
         loader,
         function=function,
@@ -186,73 +184,6 @@ def EmpiricalFIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
-        parts=True,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
     return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))
-
-
-# fmt: off
-@overload
-def GGN(model: nn.Module, loader: Any, representation: type[M] | Representation[M] = ..., *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: bool = False, estimator: None = None,
-        samples: None = None, generator: None = None, index: None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None, **options: Any) -> M: ...
-@overload
-def GGN(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
-        loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: Literal[False] = False,
-        estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
-        index: Callable[[Any], Any] | None = None, function: Callable[..., Tensor] | None = None,
-        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None, **options: Any) -> MatrixEstimate: ...
-# fmt: on
-def GGN(
-    model: nn.Module,
-    loader: Any,
-    representation: Any = PMatKFAC,
-    *,
-    loss: str | Loss | Callable[[Tensor, Any], Tensor],
-    centered: bool = False,
-    estimator: str | None = None,
-    samples: int | None = None,
-    generator: torch.Generator | None = None,
-    index: Callable[[Any], Any] | None = None,
-    function: Callable[..., Tensor] | None = None,
-    layer_collection: LayerCollection | None = None,
-    progress: bool = False,
-    memory_budget: int | None = None,
-    check: bool = True,
-    process_group: Any = None,
-    **options: Any,
-) -> Any:
-    """The generalised Gauss-Newton matrix ``1/n sum_i J_i^T (d2 loss_i / df2) J_i`` of a loss convex in the outputs.
-
-    Args:
-        representation: what holds it, as for :func:`FIM`.
-        loss: as for :func:`EmpiricalFIM`; a function that is not convex in the outputs raises :class:`ArgumentError`.
-        centered: as for :func:`FIM`; of a function, rows are those of the symmetric root.
-        estimator: ``None``, exact; or ``"rademacher"``, random probes of very many outputs, as for :func:`FIM`.
-        samples: how many probes (8 by default).
-        generator: of the probes (torch's global one by default).
-        index: of the probes, as for :func:`FIM_MonteCarlo`.
-        options: of the representation.
-
-    Other arguments and errors as for :func:`FIM`.
-    """
-    require_known(GGN, representation, options)
-    run = Run.of(
-        model,
-        loader,
-        function=function,
-        layer_collection=layer_collection,
-        progress=progress,
-        memory_budget=memory_budget,
-        check=check,
-        process_group=process_group,
-        parts=True,
-    )
-    if centered:
-        return centred_moments(run, as_loss(loss, model), representation, options, estimator)
-    cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
-    return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None), index)

@@ -13,6 +13,7 @@ from nngeom.core.errors import ArgumentError, NonFiniteError
 from nngeom.cotangents.fisher import ExactFisher, as_likelihood
 from nngeom.cotangents.loss import EveryOutput, as_loss
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Function, Run
 
 
@@ -24,6 +25,7 @@ def sample_trace(
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
     check: bool = True,
+    process_group: Any = None,
 ) -> Tensor:
     """``(n,)``: ``sum_y |d f_y(x_i) / d w|^2``, the trace of each input's own kernel block.
 
@@ -38,7 +40,9 @@ def sample_trace(
         layer_collection=layer_collection,
         memory_budget=memory_budget,
         check=check,
+        process_group=process_group,
     )
+    agree(run, "sample_trace")
     return squared_norms(run, EveryOutput())
 
 
@@ -51,6 +55,7 @@ def sample_fisher_trace(
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
     check: bool = True,
+    process_group: Any = None,
 ) -> Tensor:
     """``(n,)``: ``sum_y p_y |d log p_y(x_i) / d w|^2``, the trace of each input's own Fisher matrix.
 
@@ -65,7 +70,9 @@ def sample_fisher_trace(
         layer_collection=layer_collection,
         memory_budget=memory_budget,
         check=check,
+        process_group=process_group,
     )
+    agree(run, "sample_fisher_trace", metric=cotangents)
     return squared_norms(run, cotangents)
 
 

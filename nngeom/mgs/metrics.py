@@ -16,7 +16,9 @@ from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.side import Side
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Function, Run
+from nngeom.sweep.sweep import require_examples
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,32 @@ def metrics(
     function: Function = None,
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
+    process_group: Any = None,
 ) -> Metrics:
     """The metrics of Model Gradient Similarity, one entry a batch of ``loader``; smaller is more similar.
 
     ``jitter``: what is added to the eigenvalues in ``logdet_jittered``. A singular kernel is no error: its ``logdet``
     is ``-inf``. Products are taken in float64, so that a float32 model has eigenvalues down to ``(N eps)^2`` of the
     largest. Raises :class:`LoaderError` on an empty loader. Source: Szolnoky et al. 2022, section on metrics; what they
-    call the determinant is its logarithm.
+    call the determinant is its logarithm. With a ``process_group`` the batches of all processes, in rank order.
     """
     if not jitter > 0:
         raise ArgumentError(f"jitter is {jitter}; expected a positive number")
-    run = Run.of(model, loader, function=function, layer_collection=layer_collection, memory_budget=memory_budget)
-    with run.within():
+    run = Run.of(
+        model,
+        loader,
+        function=function,
+        layer_collection=layer_collection,
+        memory_budget=memory_budget,
+        process_group=process_group,
+    )
+    agree(run, "metrics", jitter=jitter)
+    with run.within(), run.team.together("metrics") as note, torch.no_grad():
         sides = (Side.of(run.on([batch]), EveryOutput()) for batch in run.batches())
-        with torch.no_grad():
-            entries = [_entry(square_kernel(wide_kernels(side)[""]), jitter, side.kept) for side in sides]
+        entries = [_entry(square_kernel(wide_kernels(side)[""]), jitter, side.kept) for side in sides]
+        note.mine = entries if run.team.size == 1 else [{name: t.cpu() for name, t in e.items()} for e in entries]
+    entries = [{name: t.to(run.network.device) for name, t in e.items()} for mine in note.all for e in mine]
+    require_examples(len(entries))
     columns = {name: torch.stack([e[name] for e in entries]) for name in entries[0] if name != "eigenvalues"}
     return Metrics(eigenvalues=tuple(e["eigenvalues"] for e in entries), jitter=jitter, **columns)
 

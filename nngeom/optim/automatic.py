@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from nngeom.capture.kept_whole import kept_whole
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.replicas import require_team_now
 from nngeom.sweep.follow import Follower
@@ -74,7 +75,8 @@ class Automatic:
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """What the ``closure`` returns, its passes followed."""
-        with torch.enable_grad(), contextlib.nullcontext() if self.on else self.follower.installed():
+        model, installed = self.follower.observer.network.model, self.follower.installed
+        with torch.enable_grad(), kept_whole(model), contextlib.nullcontext() if self.on else installed():
             loss = closure()
             self.collect()
         return loss

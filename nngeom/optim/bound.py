@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.core.whole import whole
 from nngeom.optim.arguments import number
 
 
@@ -48,4 +49,4 @@ class Bound:
 
 
 def _dot(gradient: Tensor, direction: Tensor) -> Tensor:
-    return torch.dot(gradient.reshape(-1).to(direction.dtype), direction.reshape(-1))
+    return torch.dot(whole(gradient).reshape(-1).to(direction.dtype), direction.reshape(-1))

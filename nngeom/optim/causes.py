@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.statistic import Stacked, names_of
+from nngeom.core.whole import local
 from nngeom.optim.curvature import Curvature
 
 
@@ -31,11 +32,11 @@ def cause(loss: Any, parameters: Mapping[str, Tensor], parts: Iterable[Curvature
 
 def broken(parameters: Mapping[str, Tensor]) -> str | None:
     """Whose gradient is not finite, in words."""
-    grads = [p.grad for p in parameters.values() if p.grad is not None and not p.grad.is_sparse]
+    grads = [local(p.grad) for p in parameters.values() if p.grad is not None and not p.grad.is_sparse]
     sparse = any(p.grad is not None and p.grad.is_sparse for p in parameters.values())
     if not sparse and (not grads or bool(torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum()))):
         return None
-    named = [name for name, p in parameters.items() if p.grad is not None and not _finite(p.grad)]
+    named = [name for name, p in parameters.items() if p.grad is not None and not _finite(local(p.grad))]
     return f"the gradient of {_some(named)} is not finite" if named else None
 
 

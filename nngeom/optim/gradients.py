@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from nngeom.core.linalg import accumulation_dtype
+from nngeom.core.whole import local, part_of, whole
 
 
 class Gradients:
-    """``flat [d]`` is filled from ``.grad`` and emptied into it; its memory is kept between steps."""
+    """``flat [d]`` is filled from ``.grad`` and emptied into it; its memory is kept between steps. Gradients in parts
+    are read as wholes, by all processes together, and each writes its own part.
+    """
 
     def __init__(self, parameters: Iterable[Tensor], dtype: torch.dtype):
         self.parameters = list(parameters)
@@ -26,14 +29,14 @@ class Gradients:
         if len(grads) < len(self.parameters):
             self.flat.zero_()
         if grads:
-            torch._foreach_copy_(pieces, grads)
+            torch._foreach_copy_(pieces, [whole(g) for g in grads])
         return self.flat
 
     def write(self) -> None:
         """Into every ``.grad`` that there is."""
         pieces, grads = self._present()
         if grads:
-            torch._foreach_copy_(grads, pieces)
+            torch._foreach_copy_([local(g) for g in grads], [part_of(x, g) for x, g in zip(pieces, grads)])
 
     def split(self, flat: Tensor) -> dict[Tensor, Tensor]:
         """The pieces of a vector ``[d]``, in the shapes of the parameters."""

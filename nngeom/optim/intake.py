@@ -49,11 +49,12 @@ class Intake:
                 ReductionWarning,
                 stacklevel=4,
             )
-        schedule = self.clock.now()
-        with torch.no_grad():
-            for chunk in observation.chunks:
-                self.partition.observe(chunk, schedule)
-        observation.chunks.clear()
+        if observation.chunks:
+            schedule = self.clock.now()
+            with torch.no_grad():
+                for chunk in observation.chunks:
+                    self.partition.observe(chunk, schedule)
+            observation.chunks.clear()
         self.pending.take(observation, scaler)
 
     def forget(self) -> None:

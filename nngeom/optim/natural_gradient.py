@@ -27,6 +27,7 @@ from nngeom.optim.pending import Pending
 from nngeom.optim.preconditioned import Preconditioned
 from nngeom.optim.replicas import require_model
 from nngeom.optim.schedule import Clock
+from nngeom.optim.sharded import require_trainable
 from nngeom.optim.spectra import require_spectrum
 from nngeom.optim.unscaling import unscale
 from nngeom.pmat.kfac import PMatKFAC
@@ -80,8 +81,8 @@ class NaturalGradient(Preconditioned):
         outputs: picks the outputs ``(n, ...)`` in what the model returns.
         seed: of the labels that are drawn.
         async_basis: of EKFAC alone: see :class:`EKFAC`.
-        process_group: the processes that a ``DistributedDataParallel`` model is replicated over: the curvature is that
-            of their joint batch, and all take the same step, bit by bit.
+        process_group: the processes that a ``DistributedDataParallel`` model is replicated over, or one under
+            ``fully_shard`` sharded: the curvature is that of their joint batch, and all take the same step, bit by bit.
 
     A step whose gradients or statistics are not finite is skipped with a :class:`SkippedStepWarning` that counts.
     Raises :class:`ArgumentError` on numbers out of range and on a step before anything was observed,
@@ -137,8 +138,15 @@ class NaturalGradient(Preconditioned):
             statistics_every=statistics_every,
         )
         self.pending = Pending("mean" if reduction is None else as_reduction(reduction), reduction is not None)
+        require_trainable(model, self.collection, team, automatic=automatic, fallback=fallback, damping=damping)
         self.observer = Observer(
-            model, self.collection, as_metric(fisher, likelihood, seed), outputs, self.representation.part_of, team
+            model,
+            self.collection,
+            as_metric(fisher, likelihood, seed),
+            outputs,
+            self.representation.part_of,
+            team,
+            parts=True,
         )
         worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
         manner = as_manner(

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.capture.kept_whole import kept_whole
 from nngeom.core.errors import ArgumentError, NonFiniteError, PeerError, SingularError
+from nngeom.core.whole import whole
 from nngeom.optim.arguments import as_reduction
 from nngeom.optim.automatic import Automatic
 from nngeom.optim.bound import Bound
@@ -82,7 +84,8 @@ class Preconditioned(torch.optim.Optimizer):
             self.pending.say(as_reduction(reduction))
         replicated = partial(require_team_now, self.observer.team)
         rows, positions = self.intake.wants_rows(), self.intake.wants_positions()
-        with watch(self.observer, replicated, record=rows, positions=positions) as observation:
+        watched = watch(self.observer, replicated, record=rows, positions=positions)
+        with kept_whole(self.observer.network.model), watched as observation:
             yield observation
         self.intake.take(observation, scaler)
 
@@ -174,7 +177,7 @@ class Preconditioned(torch.optim.Optimizer):
             return descend(groups, self.state, step, curved, gradient)
         before = [p.detach().clone() for p in self.gradients.parameters]
         predicted = descend(groups, self.state, step, curved, gradient)
-        moved = torch._foreach_sub([p.detach() for p in self.gradients.parameters], before)
+        moved = [whole(p.detach() - q) for p, q in zip(self.gradients.parameters, before)]
         self.check.step = torch.cat([x.flatten() for x in moved]).to(self.gradients.flat)
         return predicted
 

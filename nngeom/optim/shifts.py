@@ -12,6 +12,7 @@ from nngeom.core.errors import SingularError
 from nngeom.core.layout import Layout
 from nngeom.optim.bases import Kept
 from nngeom.optim.heads import Head
+from nngeom.pmat.shifted import spectrum_shift
 
 
 class Shifts:
@@ -71,7 +72,7 @@ def _shift(block: Kept, d: Tensor, damping: FactoredTikhonov | Relative) -> Tens
         return block.shift(damping)
     if isinstance(damping, FactoredTikhonov):
         return block.additive(float(damping.value))
-    shift = block.relative(math.sqrt(damping.value))
+    shift = spectrum_shift(block, math.sqrt(damping.value))
     return float(damping.value) * d.mean() if shift is None else shift
 
 

@@ -40,10 +40,6 @@ class BlockAlgebra:
         """``M + diag(d)``, ``d [s, o, i]``; ``None`` where that is of another kind."""
         return None
 
-    def factors_shifted(self, c: float | Tensor) -> Block | None:
-        """Each of two Kronecker factors plus ``c`` times its mean eigenvalue; ``None`` where there are no two."""
-        return None
-
     def spectrum(self) -> tuple[Tensor, Remake]:
         """Eigenvalues ``[s, o, i]``, and what makes the block with others in the same eigenbasis."""
         raise UnsupportedError(

@@ -22,6 +22,7 @@ from nngeom.core.errors import (
 )
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block
+from nngeom.pmat.shifted import factors_shifted
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
@@ -89,7 +90,7 @@ def _parts(matrix: PMat, damping: Any) -> Damped:
 def damped_by(block: Block, damping: Relative, layout: Layout) -> tuple[Block, Damping]:
     """The ``block`` of a ``layout`` with its factors damped, where they are to be, and the ``damping`` left to add."""
     x = as_damping(Tikhonov(damping.value)).value
-    if damping.factored and (shifted := block.factors_shifted(x**0.5)) is not None:
+    if damping.factored and (shifted := factors_shifted(block, x**0.5)) is not None:
         return shifted, FactoredTikhonov(0.0, balanced=False)
     return block, relative(block, damping, layout)
 

@@ -26,4 +26,4 @@ def eigenbases(blocks: dict[Layout, KroneckerBlock], team: Team) -> dict[Layout,
     costs = {key: cost(factor) for key, factor in factors.items()}
     device = next(iter(factors.values())).device
     found = made(team, "eigendecompositions", costs, lambda key: linalg.factor_eigh(factors[key]), device)
-    return {layout: EigenBlock.of_factors(found[layout, "a"], found[layout, "g"]) for layout in blocks}
+    return {lay: EigenBlock.of_factors(found[lay, "a"], found[lay, "g"], b.dropped) for lay, b in blocks.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import DeviceError, StructureError
+from nngeom.core.factored import FactoredJacobian
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Named
@@ -21,6 +22,7 @@ from nngeom.pmat.block import Block
 from nngeom.pmat.eigenbases import eigenbases
 from nngeom.pmat.kfac import block_shapes, factor_statistic, has_room, kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
+from nngeom.pmat.long_factors import FACTOR_LIMIT, FORMS, Cut, Dropped, all_dropped, grouped, rows_in_groups
 from nngeom.pmat.nearest import nearest, require_fit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, Statistic
@@ -31,10 +33,14 @@ from nngeom.sweep.sweep import Chunk
 
 def scaling_statistic(bases: dict[Layout, EigenBlock]) -> Statistic:
     """``chunk -> {layout: {"d"}}``: squares of the rows in the kept eigenbases."""
+    cut = [layout for layout, basis in bases.items() if basis.dropped is not None]
+    parted = {layout.names: layout.sizes[0] for layout in cut}  # outputs in groups
 
     def statistic(chunk: Chunk) -> Named:
         named = {}
         for layout, j in chunk.jacobians.items():
+            if (groups := parted.get(layout.names, 1)) > 1 and type(j) is FactoredJacobian:
+                layout, j = grouped(layout, groups), rows_in_groups(j, groups)
             if layout in bases:
                 named[layout] = {"d": j.rotate(bases[layout].ua, bases[layout].ug).square()}
             elif has_window(layout, j) and parts(layout)[0] in bases:
@@ -53,7 +59,8 @@ def scaling_statistic(bases: dict[Layout, EigenBlock]) -> Statistic:
 class PMatEKFAC(PMat, made_of=EigenBlock):
     """KFAC's eigenvectors, and the mean squares of the rows along them: never farther from the exact block than KFAC.
 
-    Options ``sharing``, ``sua``, ``block_limit``, ``fit`` and ``fit_steps`` as for :class:`PMatKFAC`.
+    Options ``sharing``, ``sua``, ``block_limit``, ``fit``, ``fit_steps``, ``factor_limit`` and ``factor_form`` as for
+    :class:`PMatKFAC`.
     """
 
     passes = 2
@@ -70,12 +77,15 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         block_limit: int = 4096,
         fit: str = "moments",
         fit_steps: int = 50,
+        factor_limit: int = FACTOR_LIMIT,
+        factor_form: str = "diagonal",
     ) -> Recipe:
         """Factors of the parameters of ``selection`` and their eigenvectors, then mean squares; ``sharing``, ``sua``,
-        ``block_limit``, ``fit``, ``fit_steps``: see the class.
+        ``block_limit``, ``fit``, ``fit_steps``, ``factor_limit``, ``factor_form``: see the class.
         """
-        require_fit(fit, fit_steps, sua=sua)
-        blocks = kronecker_blocks((yield factor_statistic(sharing, block_limit, sua=sua)))
+        require_fit(fit, fit_steps, sua=sua or factor_form != "diagonal")
+        cut = Cut.of(factor_limit, factor_form)
+        blocks = kronecker_blocks((yield factor_statistic(sharing, block_limit, cut, sua=sua)))
         if fit == "nearest":
             blocks = yield from nearest(blocks, fit_steps)
         return (yield from rescale(eigenbases(blocks, selection.team)))
@@ -87,9 +97,22 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
     @classmethod
     def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
         # eigenvectors of dense factors, eigenvalues of both, and the spectrum
-        sides = [shape for pair in block_shapes(layout, rows, sua=options["sua"]) for shape in pair[:2]]
+        cut = Cut.of(options["factor_limit"], options["factor_form"])
+        sides = [shape for pair in block_shapes(layout, rows, cut, sua=options["sua"]) for shape in pair[:2]]
         kept = sum(math.prod(shape) * (len(shape) == 3) + math.prod(shape[:2]) for shape in sides)
         return 1 if rows is None else kept + layout.numel if sides else None
+
+    @classmethod
+    def notes_of(cls, layout: Layout, rows: LayerJacobian | None, **options: Any) -> tuple[str, ...]:
+        return Cut(options.get("factor_limit", FACTOR_LIMIT), options.get("factor_form", FORMS[0])).notes(layout, rows)
+
+    @property
+    def dropped(self) -> tuple[Dropped, ...]:
+        """What of factors above ``factor_limit`` is not kept, as for :class:`PMatKFAC`."""
+        return tuple(all_dropped(self.blocks))
+
+    def __repr__(self) -> str:
+        return "; kept ".join([super().__repr__(), *map(str, self.dropped)])
 
     @classmethod
     def in_basis(cls, matrix: PMat) -> Rescaling:
@@ -175,4 +198,4 @@ def rescale(bases: dict[Layout, EigenBlock]) -> Recipe:
 
 
 def _with_spectrum(basis: EigenBlock, d: Tensor) -> EigenBlock:
-    return EigenBlock(basis.ua, basis.ug, d.to(basis.d.dtype), basis.sa, basis.sg)
+    return EigenBlock(basis.ua, basis.ug, d.to(basis.d.dtype), basis.sa, basis.sg, basis.dropped)

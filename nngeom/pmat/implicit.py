@@ -153,7 +153,8 @@ class PMatImplicit(EstimatedOperator):
         guess = None if x0 is None else self.operand(x0)
         solver = iterative(tol, max_steps, apply, guess, strict=strict, indefinite=indefinite)
         try:
-            return self._apply(lambda x: solution(solver, [*self.terms(), (d.value, identity)], x, self.held), b)
+            with self.run.within():  # once for all products
+                return self._apply(lambda x: solution(solver, [*self.terms(), (d.value, identity)], x, self.held), b)
         except ConvergenceError as error:
             error.iterate = PVector(self.layer_collection, error.iterate)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,17 @@ from nngeom.pmat.factors import Shape, factor_shapes, factors, is_kronecker, str
 from nngeom.pmat.given import require_collection, require_count
 from nngeom.pmat.given_factors import blocks_of, factors_of
 from nngeom.pmat.kronecker import KroneckerBlock
+from nngeom.pmat.long_factors import (
+    FACTOR_LIMIT,
+    FORMS,
+    Cut,
+    Dropped,
+    all_dropped,
+    grouped,
+    probes_of,
+    rows_in_groups,
+    shares,
+)
 from nngeom.pmat.nearest import nearest, require_fit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, Statistic
@@ -24,11 +36,11 @@ from nngeom.pmat.sua import has_window, sua_blocks, sua_shapes, sua_sums
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.sweep import Chunk
 
-FACTOR_LIMIT = 10_000  # a factor with a longer side is kept diagonal
 
-
-def factor_statistic(sharing: str, block_limit: int, *, sua: bool = False) -> Statistic:
-    """``chunk -> {layout: {"a", "g"}}``: Kronecker factors, of inputs and of gradients."""
+def factor_statistic(sharing: str, block_limit: int, cut: Cut = Cut(), *, sua: bool = False) -> Statistic:
+    """``chunk -> {layout: {"a", "g"}}``: Kronecker factors, of inputs and of gradients; of those that are ``cut``,
+    products with probes too.
+    """
     if sharing not in ("expand", "reduce"):
         raise ArgumentError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'")
 
@@ -37,12 +49,21 @@ def factor_statistic(sharing: str, block_limit: int, *, sua: bool = False) -> St
         for layout, j in chunk.jacobians.items():
             require_room(j, layout.names, block_limit)
             if sua and has_window(layout, j):
-                named[layout] = sua_sums(layout, j, sharing, FACTOR_LIMIT)
+                named[layout] = sua_sums(layout, j, sharing, cut.limit)
             else:
-                named[layout] = factors(j, sharing, FACTOR_LIMIT)
+                named |= _sums(layout, j, sharing, cut)
         return named
 
     return statistic
+
+
+def _sums(layout: Layout, j: LayerJacobian, sharing: str, cut: Cut) -> Named:
+    """:func:`factors`, those that are too long cut."""
+    groups = cut.groups(j)
+    sums = dict(factors(j if groups == 1 else rows_in_groups(j, groups), sharing, cut.limit))  # type: ignore[arg-type]
+    if groups > 1:
+        sums["a"] = factors(j, sharing, cut.limit)["a"]  # the same in all groups
+    return {grouped(layout, groups) if groups > 1 else layout: sums | probes_of(j, sharing, cut.limit)}
 
 
 def has_room(j: LayerJacobian, block_limit: int | None) -> bool:
@@ -67,10 +88,14 @@ def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> 
 
 def kronecker_block(means: dict[str, Tensor]) -> KroneckerBlock:
     """From the means of :func:`factor_statistic`: a missing gradient factor is trivial, unlike uses are joined."""
+    lost = shares(means)
     if "a0" in means:
-        return KroneckerBlock.of(*(means[f"{side}{q}"] for q in range(len(means) // 2) for side in "ag"))
+        uses = sum(name.startswith("a") for name in means)
+        return replace(KroneckerBlock.of(*(means[f"{side}{q}"] for q in range(uses) for side in "ag")), dropped=lost)
     a = means["a"]
-    return KroneckerBlock(a, means["g"] if "g" in means else a.new_ones(a.shape[0], 1, 1))
+    g = means["g"] if "g" in means else a.new_ones(a.shape[0], 1, 1)
+    a = a if len(a) == len(g) else a.repeat(len(g), *[1] * (a.ndim - 1))  # outputs in groups
+    return KroneckerBlock(a, g, (), lost)
 
 
 def kronecker_blocks(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, KroneckerBlock]:
@@ -81,15 +106,17 @@ def kronecker_blocks(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, Kro
     return blocks
 
 
-def block_shapes(layout: Layout, rows: LayerJacobian | None, *, sua: bool) -> list[tuple[Shape, ...]]:
+def block_shapes(layout: Layout, rows: LayerJacobian | None, cut: Cut, *, sua: bool) -> list[tuple[Shape, ...]]:
     """The shapes of the factors that each block for these rows holds; of unlike uses those of every use, after the
     joined ones.
     """
     if rows is None:
         return []
     if sua and has_window(layout, rows):
-        return list(sua_shapes(layout, rows, FACTOR_LIMIT))
-    uses = factor_shapes(rows, FACTOR_LIMIT)
+        return list(sua_shapes(layout, rows, cut.limit))
+    if (groups := cut.groups(rows)) > 1:
+        rows = rows_in_groups(rows, groups)  # type: ignore[arg-type]
+    uses = factor_shapes(rows, cut.limit)
     if len(uses) < 2:
         return list(uses)
     joined = (max((pair[side] for pair in uses), key=len) for side in (0, 1))
@@ -104,7 +131,8 @@ class PMatKFAC(PMat):
     its own. ``block_limit``: a parameter without Kronecker structure keeps its exact dense block up to so many entries,
     and above raises :class:`StructureError`. ``fit``: the second moments of inputs and of gradients (``"moments"``), or
     from these on the Kronecker product nearest to the exact block in Frobenius norm (``"nearest"``), in at most
-    ``fit_steps`` more sweeps.
+    ``fit_steps`` more sweeps. Of a factor with a side above ``factor_limit`` the diagonal is kept, or (``factor_form=
+    "block"``) of one of gradients diagonal blocks of equal sides up to that; :attr:`dropped` says what is lost.
     """
 
     centred = False
@@ -119,12 +147,15 @@ class PMatKFAC(PMat):
         block_limit: int = 4096,
         fit: str = "moments",
         fit_steps: int = 50,
+        factor_limit: int = FACTOR_LIMIT,
+        factor_form: str = "diagonal",
     ) -> Recipe:
-        """Factors of the parameters of ``selection``; ``sharing``, ``sua``, ``block_limit``, ``fit``, ``fit_steps``:
-        see the class.
+        """Factors of the parameters of ``selection``; ``sharing``, ``sua``, ``block_limit``, ``fit``, ``fit_steps``,
+        ``factor_limit``, ``factor_form``: see the class.
         """
-        require_fit(fit, fit_steps, sua=sua)
-        blocks = kronecker_blocks((yield factor_statistic(sharing, block_limit, sua=sua)))
+        require_fit(fit, fit_steps, sua=sua or factor_form != "diagonal")
+        cut = Cut.of(factor_limit, factor_form)
+        blocks = kronecker_blocks((yield factor_statistic(sharing, block_limit, cut, sua=sua)))
         return (yield from nearest(blocks, fit_steps)) if fit == "nearest" else blocks
 
     @classmethod
@@ -137,8 +168,22 @@ class PMatKFAC(PMat):
 
     @classmethod
     def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
-        shapes = block_shapes(layout, rows, sua=options["sua"])
+        shapes = block_shapes(layout, rows, Cut.of(options["factor_limit"], options["factor_form"]), sua=options["sua"])
         return 1 if rows is None else sum(math.prod(x) for pair in shapes for x in pair) or None
+
+    @classmethod
+    def notes_of(cls, layout: Layout, rows: LayerJacobian | None, **options: Any) -> tuple[str, ...]:
+        return Cut(options.get("factor_limit", FACTOR_LIMIT), options.get("factor_form", FORMS[0])).notes(layout, rows)
+
+    @property
+    def dropped(self) -> tuple[Dropped, ...]:
+        """What of factors above ``factor_limit`` is not kept, one entry a factor, with its share of the Frobenius norm
+        and a standard error.
+        """
+        return tuple(all_dropped(self.blocks))
+
+    def __repr__(self) -> str:
+        return "; kept ".join([super().__repr__(), *map(str, self.dropped)])
 
     @classmethod
     def from_factors(cls, lc: LayerCollection, factors: Mapping[Any, tuple[Tensor, Tensor]], examples: int = 1) -> Self:

@@ -12,7 +12,7 @@ from nngeom.core import linalg
 from nngeom.core.damping import Damping, FactoredTikhonov
 from nngeom.pmat.block import Block, BlockBasis
 from nngeom.pmat.block_algebra import Remake, largest
-from nngeom.pmat.eigenvalues import reciprocal, relative_shift, require_positive
+from nngeom.pmat.eigenvalues import reciprocal, require_positive
 from nngeom.pmat.factors import product_of_marginals
 
 
@@ -21,12 +21,13 @@ class KroneckerBlock(Block):
     """``x -> g x a`` with ``a`` over inputs and ``g`` over output gradients, both dense or diagonal.
 
     ``uses``: the factors ``a, g`` of every use, where there are several unlike ones; their means merge, the joined
-    ones' do not.
+    ones' do not. ``dropped``: of both factors the share of the norm that is not kept, and its error.
     """
 
     a: Tensor  # [s i i] or [s i]
     g: Tensor  # [s o o] or [s o]
     uses: tuple[Tensor, ...] = ()
+    dropped: Tensor | None = None  # [2 2], of a and g: the share of the norm not kept, -1 of a whole one; its error
 
     @property
     def sizes(self) -> torch.Size:
@@ -45,7 +46,8 @@ class KroneckerBlock(Block):
         return (linalg.factor_norm2(self.a) * linalg.factor_norm2(self.g)).sum()
 
     def scaled(self, c: float | Tensor) -> KroneckerBlock:
-        return KroneckerBlock(self.a, c * self.g, tuple(c * f if q % 2 else f for q, f in enumerate(self.uses)))
+        uses = tuple(c * f if q % 2 else f for q, f in enumerate(self.uses))
+        return KroneckerBlock(self.a, c * self.g, uses, self.dropped)
 
     def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
         """The means of the factors, weighted by ``mine`` and ``theirs``: what one sweep over both data sets, this and
@@ -102,14 +104,9 @@ class KroneckerBlock(Block):
         root = damping.value**0.5
         return linalg.factor_shift(self.a, pi * root), linalg.factor_shift(self.g, root / pi)
 
-    def factors_shifted(self, c: float | Tensor) -> KroneckerBlock | None:
-        """``(A + c tr A / dim A) (x) (G + c tr G / dim G)``."""
-        a, g = (linalg.factor_shift(f, c * linalg.factor_diag(f).mean(-1)) for f in (self.a, self.g))
-        return None if self.g.shape[-1] == 1 else KroneckerBlock(a, g)
-
     def eigen(self) -> EigenBlock:
         """The same matrix in its eigenbasis."""
-        return EigenBlock.of_factors(linalg.factor_eigh(self.a), linalg.factor_eigh(self.g))
+        return EigenBlock.of_factors(linalg.factor_eigh(self.a), linalg.factor_eigh(self.g), self.dropped)
 
     def eigh(self) -> tuple[Tensor, KroneckerBasis]:
         block = self.eigen()
@@ -159,7 +156,7 @@ class KroneckerBasis(BlockBasis):
 class EigenBlock(Block):
     """Any spectrum in a Kronecker-factored eigenbasis: ``x -> ug (d * (ug^T x ua)) ua^T``.
 
-    ``sa``, ``sg``: the eigenvalues of the factors that the basis came from.
+    ``sa``, ``sg``: the eigenvalues of the factors that the basis came from, and what was ``dropped`` of these.
     """
 
     ua: Tensor | None  # [s i i]
@@ -167,12 +164,17 @@ class EigenBlock(Block):
     d: Tensor  # [s o i]
     sa: Tensor | None = None  # [s i], eigenvalues of the factors the basis came from
     sg: Tensor | None = None  # [s o]
+    dropped: Tensor | None = None  # as of the factors
 
     @staticmethod
-    def of_factors(a: tuple[Tensor, Tensor | None], g: tuple[Tensor, Tensor | None]) -> EigenBlock:
-        """The product of the factors ``a`` and ``g`` by the eigenvalues and eigenvectors of both."""
+    def of_factors(
+        a: tuple[Tensor, Tensor | None], g: tuple[Tensor, Tensor | None], dropped: Tensor | None = None
+    ) -> EigenBlock:
+        """The product of the factors ``a`` and ``g`` by the eigenvalues and eigenvectors of both, and what was
+        ``dropped`` of these.
+        """
         (sa, ua), (sg, ug) = a, g
-        return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
+        return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg, dropped)
 
     @property
     def basis(self) -> KroneckerBasis:
@@ -199,7 +201,7 @@ class EigenBlock(Block):
         return self.d.square().sum()
 
     def scaled(self, c: float | Tensor) -> EigenBlock:
-        return EigenBlock(self.ua, self.ug, c * self.d, self.sa, None if self.sg is None else c * self.sg)
+        return EigenBlock(self.ua, self.ug, c * self.d, self.sa, None if self.sg is None else c * self.sg, self.dropped)
 
     def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
         """Mean eigenvalues of this and ``other``, weighted by ``mine`` and ``theirs``, in the same basis; ``None`` in
@@ -222,16 +224,6 @@ class EigenBlock(Block):
         if self.sa is None or self.sg is None or self.sg.shape[-1] == 1:
             return x
         return x + x**0.5 * (self.sa.unsqueeze(-2) + self.sg.unsqueeze(-1))
-
-    def factors_shifted(self, c: float | Tensor) -> EigenBlock | None:
-        shift = self.relative(c)
-        return None if shift is None else EigenBlock(self.ua, self.ug, self.d + shift, self.sa, self.sg)
-
-    def relative(self, c: float | Tensor) -> Tensor | None:
-        """``c^2 m_A m_B + c (s_A m_B + m_A s_B)`` with the mean eigenvalues ``m`` of the factors, if there are two."""
-        if self.sa is None or self.sg is None or self.sg.shape[-1] == 1:
-            return None
-        return relative_shift(self.sa.unsqueeze(-2), self.sg.unsqueeze(-1), c)
 
     def eigh(self) -> tuple[Tensor, BlockBasis]:
         return self.d, self.basis

@@ -43,7 +43,7 @@ def require_fit(fit: str, steps: int, *, sua: bool) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ArgumentError(f"fit_steps is {steps!r}; expected how many sweeps at most, an integer of 2 or more")
     if fit == "nearest" and sua:
-        raise ArgumentError("fit='nearest' takes whole windows; expected sua=False with it")
+        raise ArgumentError("fit='nearest' is of whole factors; expected sua=False and factor_form='diagonal' with it")
 
 
 @dataclass

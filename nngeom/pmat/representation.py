@@ -59,6 +59,10 @@ class Representation(Generic[M_co]):
             return None
         return self.kind.entries_of(layout, rows, selection, **self._options())
 
+    def notes_of(self, layout: Layout, rows: LayerJacobian | None) -> tuple[str, ...]:
+        """See :meth:`Measured.notes_of`."""
+        return self.kind.notes_of(layout, rows, **self._options())
+
     def takes(self, rows: LayerJacobian) -> bool:
         """See :meth:`Measured.takes`."""
         return self.kind.takes(rows, **self._options())
@@ -116,6 +120,11 @@ class Measured(ABC):
         recipe, by name.
         """
         return None
+
+    @classmethod
+    def notes_of(cls, layout: Layout, rows: LayerJacobian | None, **options: Any) -> tuple[str, ...]:
+        """What a reader should know of the block of ``layout``, with these ``rows`` and ``options`` of the recipe."""
+        return ()
 
     @classmethod
     def passes_with(cls, **options: Any) -> int:

@@ -177,11 +177,7 @@ class PMatSum(PMatExpression):
         return super().eigh() if blocks is None else blocks.eigh()
 
     def sample(
-        self,
-        n: int,
-        damping: Any = 0.0,
-        generator: torch.Generator | None = None,
-        limit: int = BLOCK_LIMIT,
+        self, n: int, damping: Any = 0.0, generator: torch.Generator | None = None, limit: int = BLOCK_LIMIT
     ) -> PVector:
         """``n`` draws of ``N(0, (M + damping I)^-1)``; ``damping``: what :meth:`solve` adds to the diagonal;
         ``generator``: torch's global one by default.

@@ -20,6 +20,7 @@ graph, in whichever call; a comparison in which the expected gradient is zero wa
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -104,6 +105,7 @@ def forget(model: nn.Module) -> None:
 
 def _concluded(network: Network, capture: Capture, graph: Graph) -> Proof:
     """What the graph tells."""
+    _require_one_each(graph)
     if not capture.training:
         _require_reached(network, capture, graph)
     if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes):
@@ -127,6 +129,17 @@ def _concluded(network: Network, capture: Capture, graph: Graph) -> Proof:
                 place = read_axis(use, place, n, capture.outputs.device) or ASK
             known[use.place] = place
     return Proof(known, frozenset(graph.reached), apart, unexplained(graph, capture.uses))
+
+
+def _require_one_each(graph: Graph) -> None:
+    """Raise where several tensors stand for one parameter."""
+    times = Counter(graph.names.values())
+    several = sorted(name for name in times if times[name] > 1)
+    if several:
+        raise CoverageError(
+            f"the model exchanges the parameters {several[:4]} in the middle of a forward pass: several tensors "
+            "stand for each; expected one in each pass"
+        )
 
 
 def _require_reached(network: Network, capture: Capture, graph: Graph) -> None:

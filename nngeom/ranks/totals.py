@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import RankMismatchError
+from nngeom.core.errors import LoaderError, RankMismatchError
 from nngeom.ranks.fingerprint import bits, ranks_text
 from nngeom.ranks.team import Team
 
@@ -69,3 +69,19 @@ def _of_torch(device: torch.device) -> torch.Generator:
         index = torch.cuda.current_device() if device.index is None else device.index
         return torch.cuda.default_generators[index]
     return torch.default_generator
+
+
+def gathered(team: Team, what: str, local: Callable[[], Tensor | None], device: torch.device) -> Tensor:
+    """What ``local()`` returns in each process, a row an example, ``None`` without any: all in rank order.
+
+    Raises :class:`LoaderError` where no process has any.
+    """
+    with team.together(what) as note:
+        mine = local()
+        note.mine = None if mine is None else (len(mine), tuple(mine.shape[1:]), mine.dtype)
+    known = [said for said in note.all if said is not None]
+    if not known:
+        raise LoaderError("no example was seen; expected a loader with at least one")
+    _, shape, dtype = known[0]
+    own = torch.empty(0, *shape, dtype=dtype, device=device) if mine is None else mine.contiguous()
+    return team.rows(own, [0 if said is None else said[0] for said in note.all])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nngeom.capture.gathered import gathered
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.core.stream import Numbers
 from nngeom.ranks.data import warn_of_same
@@ -23,9 +24,9 @@ def agree(run: Run, what: str, **settings: Any) -> None:
     team = run.team
     if team.size == 1:
         return
-    with team.together(what) as note:
-        note.mine = _values(run) | {name: described(x) for name, x in settings.items()}
-    team.same(what, note.mine)
+    with gathered(run.network.model), team.together(what):
+        values = _values(run) | {name: described(x) for name, x in settings.items()}
+    team.same(what, values)
 
 
 def _values(run: Run) -> dict[str, str]:
@@ -50,10 +51,7 @@ def numbered(sweep: Sweep, index: Any = None) -> Sweep:
     """
     cotangents: Any = sweep.cotangents
     team, draws = sweep.run.team, hasattr(cotangents, "numbers")
-    if index is not None and not callable(index):
-        raise ArgumentTypeError(f"index is {index!r}; expected a function index(batch) -> (n,), the examples' numbers")
-    if index is not None and not draws:
-        raise ArgumentError("index= goes with draws (FIM_MonteCarlo, estimator='rademacher'); this measure is exact")
+    require_draws(index, drawn=draws)
     if not draws or (team.size == 1 and index is None):
         return sweep
     sweep = sweep.held() if index is None else sweep
@@ -61,6 +59,14 @@ def numbered(sweep: Sweep, index: Any = None) -> Sweep:
         note.mine = cotangents.seed, sweep.run.count() if index is None else 0
     numbers = Numbers(sum(n for _, n in note.all[: team.rank]), index)
     return replace(sweep, cotangents=replace(cotangents, seed=note.all[0][0], numbers=numbers))
+
+
+def require_draws(index: Any, *, drawn: bool) -> None:
+    """Raise where an ``index`` is no function, or given to a measure in which nothing is ``drawn``."""
+    if index is not None and not callable(index):
+        raise ArgumentTypeError(f"index is {index!r}; expected a function index(batch) -> (n,), the examples' numbers")
+    if index is not None and not drawn:
+        raise ArgumentError("index= goes with draws (FIM_MonteCarlo, estimator='rademacher'); this measure is exact")
 
 
 def first_look(run: Run, look: Callable[[], Sweep]) -> Sweep:

@@ -124,7 +124,7 @@ class Follower:
             return
         self.called = True
         own_loss, run = observer.cotangents is None, None
-        parameters: Iterable[Tensor] = observer.network.parameters.values()
+        parameters: Iterable[Tensor] = observer.leaves()
         if recorder is not None:
             capture = recorder.captured(outputs if outputs.ndim > 1 else outputs.unsqueeze(1))
             run, parameters = observer.resolve(capture, mixing=recorder.mixing), capture.leaves.tensors.values()

@@ -8,12 +8,13 @@ Nothing is left on the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from nngeom.capture.gathered import sharded_modules
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture
 from nngeom.pullback.captured_pass import Pass
@@ -44,7 +45,8 @@ class Observer:
     averaged over the batch carries ``1/n``); with a metric, those of its cotangents, by one more backward pass.
     Parameters used in ways no adapter knows have no rows of single examples here: they get one row a batch
     (:attr:`batchwise`), the sum of its examples' rows, with random signs under a metric, so that its square is
-    unbiased. ``team``: the processes that call the model together, each with its own examples.
+    unbiased. ``team``: the processes that call the model together, each with its own examples. ``parts``: a model
+    under ``fully_shard`` is kept whole while it is watched (:func:`~nngeom.capture.kept_whole.kept_whole`).
     """
 
     def __init__(
@@ -55,12 +57,24 @@ class Observer:
         outputs: Callable[[Any], Tensor] | None = None,
         part_of: Callable[[str], object] | None = None,
         team: Team = ALONE,
+        *,
+        parts: bool = False,
     ):
-        self.network, self.doors = Network.build(model, None, collection), doors(model)
+        self._exchanges = parts and bool(sharded_modules(model))
+        network = Network.build(model, None, collection, parts=self._exchanges)
+        self.network, self.doors = replace(network, distributed=None), doors(model)
+        self.network.registered  # noqa: B018  # now, before others are put into their place
         self.cotangents, self.pick, self.drawn = cotangents, outputs or default_outputs, 0
         self.part_of, self._left_to_fallback = part_of, set[str]()
         self.team = team
         self.watching = False  # by a block that the user opened
+
+    def leaves(self) -> Iterable[Tensor]:
+        """What stands for the parameters while the model is watched."""
+        if not self._exchanges:
+            return self.network.parameters.values()
+        named = dict(self.network.model.named_parameters(remove_duplicate=False))
+        return [named[name] for name in self.network.parameters]
 
     @property
     def batchwise(self) -> set[str]:

@@ -98,6 +98,13 @@ class Run:
                 warn_of_repeats(loader)
             return Run(network, loader, budget, check, progress, team=team)
 
+    @staticmethod
+    def gathering(model: nn.Module, loader: Any, **options: Any) -> Run:
+        """:meth:`of` a ``model`` and its ``loader``, with ``options``, for a measure that looks after parameters in
+        parts.
+        """
+        return Run.of(model, loader, parts=True, **options)
+
     def require_alone(self, what: str) -> None:
         """Raise :class:`UnsupportedError` where the examples are split over processes and ``what`` is not offered."""
         if self.team.size > 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.alignment import kernel_label_alignment
-from nngeom.analysis.coherence import coherence
+from nngeom.analysis.coherence import Coherence, coherence
 from nngeom.analysis.geometric_complexity import geometric_complexity
 from nngeom.analysis.kernel import center
 from nngeom.analysis.labels import class_labels
@@ -75,6 +75,13 @@ class Look:
     def eigenvalues(self) -> Tensor:
         """Of the centred kernel, descending."""
         return spectrum(center(self.kernel))
+
+    @functools.cached_property
+    def coherence(self) -> Coherence:
+        """Of the gradients of the examples' losses."""
+        return coherence(
+            self.model, self.run.loader, self.loss, function=self.function, layer_collection=self.layer_collection
+        )
 
 
 def quantity(name: str) -> Callable[[Callable[[Look], Numbers]], Callable[[Look], Numbers]]:
@@ -156,10 +163,16 @@ def _mgs(look: Look) -> Numbers:
 
 @quantity("coherence")
 def _coherence(look: Look) -> Numbers:
-    measured = coherence(
-        look.model, look.run.loader, look.loss, function=look.function, layer_collection=look.layer_collection
-    )
-    return {"coherence": float(measured.alpha), "coherence_ratio": float(measured.ratio)}
+    return {"coherence": float(look.coherence.alpha), "coherence_ratio": float(look.coherence.ratio)}
+
+
+@quantity("noise_scale")
+def _noise_scale(look: Look) -> Numbers:
+    """The trace of the covariance of per-example gradients over the square of their mean, on the probe set
+    (McCandlish et al. 2018, the simple noise scale).
+    """
+    alpha = float(look.coherence.alpha)
+    return {"noise_scale": 1 / alpha - 1 if alpha != 0 else math.inf}
 
 
 @quantity("stiffness")

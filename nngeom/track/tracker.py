@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from nngeom.track.columns import as_columns, as_number, names_of
 from nngeom.track.history import History
 from nngeom.track.plots import dashboard
 from nngeom.track.quantities import QUANTITIES, Look
-from nngeom.track.tensorboard import Writer
+from nngeom.track.writers import CSVWriter, TensorBoardWriter, Writer, append, csv_of, write_whole
 
 DEFAULT = ("loss", "accuracy", "spectrum", "effective_rank", "alignment", "alignment_by_layer", "mgs", "coherence")
 FORMAT = "nngeom-track-1"
@@ -55,7 +54,8 @@ class Tracker:
     so on.
 
     ``loss``: of the quantities that need one, as for :func:`nngeom.EmpiricalFIM`. ``csv``, ``tensorboard``: a file and
-    a log directory that are written to as measurements come (the latter needs the extra ``tensorboard``). ``history``
+    a log directory that are written to as measurements come (the latter needs the extra ``tensorboard``), as are
+    ``writers``, objects with the three methods of a :class:`Writer`. ``history``
     maps columns to lists of numbers of equal length, NaN where a number was not given. ``overhead`` is the share of
     wall time since the first :meth:`step` that went into measuring.
 
@@ -75,6 +75,7 @@ class Tracker:
         layer_collection: LayerCollection | None = None,
         csv: str | os.PathLike[str] | None = None,
         tensorboard: str | os.PathLike[str] | None = None,
+        writers: Iterable[Writer] = (),
     ):
         metrics = tuple(metrics)
         unknown = [m for m in metrics if isinstance(m, str) and m not in QUANTITIES]
@@ -91,8 +92,10 @@ class Tracker:
         self.every, self.loss, self.function, self.layer_collection = every, loss, function, layer_collection
         self.batches = Run.of(model, probe_loader, function=function, layer_collection=layer_collection).held().loader
         self.history = History({"step": []})
-        self.csv = None if csv is None else Path(csv)
-        self._writer = None if tensorboard is None else Writer(tensorboard)
+        self.writers: list[Writer] = [CSVWriter(csv)] if csv is not None else []
+        self.writers += [TensorBoardWriter(tensorboard)] if tensorboard is not None else []
+        self.writers += list(writers)
+        self._written: set[int] = set()  # writers that have begun, by id
         self._begun: float | None = None
         self._elapsed = self._spent = 0.0
 
@@ -125,20 +128,20 @@ class Tracker:
                 if twice:
                     raise ArgumentError(f"metric {name!r} gives {twice}, which the row has already; rename one of them")
                 row.update(new)
-        self._append(row)
-        if self._writer is not None:
-            self._writer.add(step, row)
-        if self.csv is not None:
-            self.to_csv(self.csv)
+        for writer in self.writers:
+            if id(writer) not in self._written:
+                self._written.add(id(writer))
+                writer.begin(self.history)
+        append(self.history, row)
+        for writer in self.writers:
+            writer.add(step, {name: x for name, x in row.items() if name != "step"})
         self._spent += time.perf_counter() - begin
         return row
 
-    def _append(self, row: dict[str, float]) -> None:
-        count = len(self.history["step"])
-        for name in row:
-            self.history.setdefault(name, [math.nan] * count)
-        for name, column in self.history.items():
-            column.append(row.get(name, math.nan))
+    def close(self) -> None:
+        """Close all writers."""
+        for writer in self.writers:
+            writer.close()
 
     @property
     def overhead(self) -> float:
@@ -179,6 +182,7 @@ class Tracker:
         if "step" not in history or len({len(column) for column in history.values()}) != 1:
             raise FileError(f"{path} is damaged: its columns have different lengths")
         self.history, self._elapsed, self._spent, self._begun = History(history), elapsed, spent, None
+        self._written.clear()
         if last is not None and hasattr(self.every, "last"):
             self.every.last = int(last)
         return self
@@ -192,17 +196,13 @@ class Tracker:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """One row a measurement, one column a number, in the file ``path``; raises :class:`FileError`."""
-        import io
-
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([list(self.history), *zip(*self.history.values())])
-        write_whole(Path(path), text.getvalue())
+        write_whole(Path(path), csv_of(self.history))
 
     def to_tensorboard(self, directory: str | os.PathLike[str]) -> None:
         """The whole history as TensorBoard scalars in ``directory``; raises :class:`MissingExtraError` without the
         extra ``tensorboard``.
         """
-        writer = Writer(directory)
+        writer = TensorBoardWriter(directory)
         for values in zip(*self.history.values()):
             row = dict(zip(self.history, values))
             writer.add(int(row["step"]), row)
@@ -213,14 +213,3 @@ class Tracker:
         :class:`MissingExtraError` without the extra ``plot``.
         """
         return dashboard(self.history, path, title)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by a text, atomically; raises :class:`FileError` and leaves nothing half-written."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise FileError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -43,10 +43,13 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Explanation(Shown):
-    """A table, ``rows``, one a parameter; print it. ``outputs``: how many there are, of how many examples."""
+    """A table, ``rows``, one a parameter; print it. ``outputs``: how many there are, of how many examples; ``notes``:
+    what representations keep in part only.
+    """
 
     rows: tuple[Row, ...]
     outputs: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     def frames(self) -> Iterator[Frame]:
         """The one table, a row a parameter."""
@@ -66,14 +69,13 @@ class Explanation(Shown):
         yield Frame(head, body, numbers=len(kinds))
 
     def note(self) -> str:
-        """Which parameters are slow, where some are."""
+        """Which parameters are slow, where some are, and the other notes."""
         slow = [r.name for r in self.rows if r.structure == "fallback"]
-        return (
+        passes = (
             f"{len(slow)} of {len(self.rows)} parameters take one backward pass an example and output: "
             f"{', '.join(slow[:6])}"
-            if slow
-            else ""
         )
+        return "\n".join([*([passes] if slow else []), *self.notes])
 
     def to_pandas(self) -> Any:
         """One row a parameter as a ``pandas.DataFrame``; raises :class:`MissingExtraError` without pandas."""
@@ -119,9 +121,10 @@ def explain(
         for name in layout.names:
             structure = "unused" if j is None else "fallback" if name in run.left_to_fallback else structure_of(j)
             named[name] = Row(name, shapes[name], tuple(used.get(name, ())), structure, layout.sizes, numbers)
+    notes = [note for layout, j in blocks.items() for r in asked.values() for note in r.notes_of(layout, j)]
     rows = [named[name] for name in collection.names]
     rows = _told(asked, rows) if representations is None else rows
-    return Explanation(tuple(rows), (chunk.cotangents[1], chunk.examples))
+    return Explanation(tuple(rows), (chunk.cotangents[1], chunk.examples), tuple(dict.fromkeys(notes)))
 
 
 def _asked(representations: Any) -> dict[str, Representation]:

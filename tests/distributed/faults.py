@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 
@@ -293,6 +294,50 @@ def structure_that_differs(here: Here) -> None:
             exact = nng.FIM(model, whole, nng.PMatDense).to_dense()  # what is used oddly is kept whole, on all ranks
             place = slice(0, 12)
             cuts.close(many.to_dense()[place, place], exact[place, place], 1e-11)
+
+
+@contextlib.contextmanager
+def recorded():
+    """The collectives of what happens inside: their names, numbers and dtypes."""
+    calls, real = [], {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "broadcast")}
+
+    def record(name):
+        def call(first, *rest, **options):
+            t = rest[0] if name == "all_gather" else first
+            calls.append((name, t.numel(), str(t.dtype)))
+            return real[name](first, *rest, **options)
+
+        return call
+
+    try:
+        for name in real:
+            setattr(dist, name, record(name))
+        yield calls
+    finally:
+        for name, f in real.items():
+            setattr(dist, name, f)
+
+
+@check(CHECKS)
+def collectives_are_few_and_the_same(here: Here) -> None:
+    """None inside a sweep, however many batches; one reduction of all sums after it; the same calls on all ranks."""
+    model, batches = own(here)
+    d = sum(p.numel() for p in model.parameters())
+    sums = {nng.PMatDiag: d, nng.PMatDense: d * d, nng.PMatKFAC: 5**2 + 5**2 + 6**2 + 3**2}
+    for kind, numbers in sums.items():
+        for times in (1, 5):
+            with recorded() as calls:
+                nng.FIM(model, batches * (times if here.rank else 1), kind, process_group=here.group)
+            small = [c for c in calls if c[0] == "all_gather"]
+            assert {c[1] for c in small} == {1024} and len(small) == 5, small
+            assert [c for c in calls if c not in small] == [("all_reduce", numbers, "torch.float64")], calls
+            everyone = [None] * here.size
+            dist.all_gather_object(everyone, calls)
+            assert everyone == [calls] * here.size
+    with recorded() as calls:
+        nng.FIM(model, batches, nng.PMatEKFAC, process_group=here.group)
+    kinds = [c[0] for c in calls]
+    assert kinds.count("all_reduce") == 2 and 1 <= kinds.count("broadcast") <= here.size
 
 
 @check(CHECKS)

@@ -1,5 +1,7 @@
 """Measures over several processes: what they say is in the modules of the same themes."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import faults
 import gone
 import moments
 import products
+import quantities
+import some
 import training
 from launch import launch
 
@@ -28,18 +32,37 @@ def said(tmp_path_factory):
     return of
 
 
-def asked(*themes, sizes=(2, 3), slow=(4,)):
+def asked(*themes, sizes, slow):
     """The checks of themes in processes of so many ranks."""
     marked = [*sizes, *(pytest.param(size, marks=pytest.mark.slow) for size in slow)]
     listed = [(theme.__name__, name) for theme in themes for name in theme.CHECKS]
     return lambda f: pytest.mark.parametrize("size", marked)(pytest.mark.parametrize("theme, name", listed)(f))
 
 
-@asked(moments, products, faults, training)
+@asked(moments, products, quantities, faults, training, sizes=(2,), slow=(3, 4))
 def test_over_processes(said, theme, name, size):
+    said(theme, size).require(name)
+
+
+@asked(some, sizes=(3,), slow=())
+def test_over_three_processes(said, theme, name, size):
     said(theme, size).require(name)
 
 
 @asked(gone, sizes=(2,), slow=())
 def test_processes_that_are_gone(said, theme, name, size):
     said(theme, size).require(name, ranks=[0])
+
+
+def test_the_example_under_torchrun(tmp_path):
+    """In one process, and started by torchrun in two: the same matrix."""
+    script = Path(__file__).parent.parent.parent / "examples" / "torchrun_fisher.py"
+    paths = os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    said = []
+    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        command = [sys.executable, *start, str(script)]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said.append([line for line in done.stdout.splitlines() if "examples, trace" in line])
+    assert said[0] == said[1] and len(said[0]) == 1
