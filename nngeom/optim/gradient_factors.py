@@ -10,7 +10,8 @@ from nngeom.core.layout import Layout
 from nngeom.optim.averages import Averages
 from nngeom.optim.pending import Seen
 from nngeom.pmat.factors import factor_shapes
-from nngeom.pmat.kfac import FACTOR_LIMIT, has_room
+from nngeom.pmat.kfac import has_room
+from nngeom.pmat.long_factors import FACTOR_LIMIT
 from nngeom.sweep.sweep import Chunk
 
 
