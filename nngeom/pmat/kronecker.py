@@ -21,16 +21,13 @@ from nngeom.pmat.kept import kept_factor
 class KroneckerBlock(Block):
     """``x -> g x a`` with ``a`` over inputs and ``g`` over output gradients, both dense or diagonal.
 
-    ``uses``: the factors of every use, where there are several unlike ones. ``dropped``: of both factors the share of
-    the norm that is not kept, and its error.
+    ``uses``: the factors ``a, g`` of every use, where there are several unlike ones; their means merge, the joined
+    ones' do not. ``dropped``: of both factors the share of the norm that is not kept, and its error.
     """
 
     a: Tensor  # [s i i] or [s i]
     g: Tensor  # [s o o] or [s o]
-    uses: tuple[
-        Tensor, ...
-        # of a parameter used in unlike ways, the factors a, g of every use: their means merge, the joined ones' do not
-    ] = ()
+    uses: tuple[Tensor, ...] = ()
     dropped: Tensor | None = None  # [2 2], of a and g: the share of the norm not kept, -1 of a whole one; its error
 
     @property
@@ -107,10 +104,8 @@ class KroneckerBlock(Block):
         eigenvalues, or 1.
         """
         if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
-            shift = self.a.new_zeros(self.a.shape[0]) + damping.value
-            return linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), shift), torch.ones_like(
-                self.g
-            )
+            exact = self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1))
+            return linalg.factor_shift(exact, exact.new_zeros(len(exact)) + damping.value), torch.ones_like(self.g)
         means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
         usable = (means[0] > 0) & (means[1] > 0) & damping.balanced
         pi = torch.where(
