@@ -15,6 +15,7 @@ from nngeom.pmat.block_algebra import Remake, largest
 from nngeom.pmat.eigenvalues import by_eigenvalues, reciprocal, require_positive
 from nngeom.pmat.factors import product_of_marginals
 from nngeom.pmat.kept import kept_factor
+from nngeom.pmat.kronecker_basis import KroneckerBasis
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,20 +147,6 @@ class KroneckerBlock(Block):
         )
         uses = tuple(f if q % 2 else inputs(f) for q, f in enumerate(self.uses))
         return KroneckerBlock(inputs(self.a), self.g, uses)
-
-
-@dataclass(frozen=True, eq=False)
-class KroneckerBasis(BlockBasis):
-    """``ug (x) ua``; ``None`` is the identity."""
-
-    ua: Tensor | None  # [s i i]
-    ug: Tensor | None  # [s o o]
-
-    def mv(self, x: Tensor) -> Tensor:
-        return linalg.right(linalg.left(self.ug, x), self.ua, transpose=True)
-
-    def tmv(self, x: Tensor) -> Tensor:
-        return linalg.right(linalg.left(self.ug, x, transpose=True), self.ua)
 
 
 @dataclass(frozen=True, eq=False)
