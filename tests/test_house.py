@@ -152,6 +152,7 @@ NAMES_REPRESENTATIONS = [
     ("checks", {"PMatSum", "FMatSum"}, "sums do not check their own values"),
     ("tree", {"PMatSum", "PMatProduct", "FMatSum", "PushForwardDense", "PullBackDense"}, "a closed list, for files"),
     ("analysis", {"FMatDense"}, "kernels of a quantity's own, entry by entry"),
+    ("analysis.fisher_rao", {"PMatImplicit"}, "one product with the Fisher matrix"),
     ("optim.arguments", {"PMatDiag", "PMatEye"}, "names of rest="),
     ("interop", {"PMatBlockDiag", "PMatDense", "PMatDiag", "PMatKFAC", "PMatMixed"}, "what other libraries ask for"),
     ("optim.kfac", {"PMatKFAC"}, "a preset"),

@@ -19,9 +19,11 @@ from nngeom.analysis.coherence import (
 )
 from nngeom.analysis.complexity import ComplexityMeasure
 from nngeom.analysis.eigenfunctions import Eigenfunctions, StepModes, eigenfunctions, linear_dynamics, step_modes
+from nngeom.analysis.fisher_rao import fisher_rao_norm
 from nngeom.analysis.geometric_complexity import geometric_complexity
 from nngeom.analysis.influence_scores import ScoreQuality, leave_one_out, linear_datamodeling_score
 from nngeom.analysis.kernel import center, kernel_pca, normalised_gram
+from nngeom.analysis.path_norm import path_norm
 from nngeom.analysis.rademacher import (
     flow_bound,
     generalization_bound,
@@ -35,20 +37,24 @@ from nngeom.analysis.rademacher import (
     rescaled_bound,
 )
 from nngeom.analysis.sharpness import Stability, non_uniformity, sgd_stability, sharpness, stability_eigenvalue
+from nngeom.analysis.spectral_margin import SpectralMargin, spectral_margin
 from nngeom.analysis.spectrum import SpectrumSummary, effective_rank, spectrum, spectrum_summary, trace_ratios
 from nngeom.analysis.stiffness import Stiffness, gradient_stiffness, stiffness
 from nngeom.analysis.supernat import SuperNat
+from nngeom.analysis.unit_capacity import UnitCapacity, unit_capacity
 
 __all__ = [
     "Coherence",
     "ComplexityMeasure",
     "Eigenfunctions",
     "ScoreQuality",
+    "SpectralMargin",
     "SpectrumSummary",
     "Stability",
     "StepModes",
     "Stiffness",
     "SuperNat",
+    "UnitCapacity",
     "alignment",
     "batch_coherence",
     "center",
@@ -56,6 +62,7 @@ __all__ = [
     "coherence_from_batch_gradients",
     "effective_rank",
     "eigenfunctions",
+    "fisher_rao_norm",
     "flow_bound",
     "generalization_bound",
     "generalization_gap_bound",
@@ -78,16 +85,19 @@ __all__ = [
     "margins",
     "non_uniformity",
     "normalised_gram",
+    "path_norm",
     "rademacher_bound",
     "rademacher_complexity",
     "ramp_loss",
     "rescaled_bound",
     "sgd_stability",
     "sharpness",
+    "spectral_margin",
     "spectrum",
     "spectrum_summary",
     "stability_eigenvalue",
     "step_modes",
     "stiffness",
     "trace_ratios",
+    "unit_capacity",
 ]
