@@ -179,7 +179,7 @@ def test_unlike_uses_are_joined_with_their_partial_traces(scale, small, diagonal
 def test_multiples_of_unlike_uses_are_merged_as_they_are():
     g = torch.Generator().manual_seed(0)
     psd = lambda p: (lambda x: x.mT @ x)(torch.randn(1, p + 2, p, dtype=torch.float64, generator=g))
-    x, y = (KroneckerBlock.of(psd(4), psd(3), psd(4), psd(3)) for _ in "xy")
+    x, y = (KroneckerBlock.of(*(psd(p) for p in (4, 3) * 3)) for _ in "xy")
     once, twice = x.merged(y, 0.25, 0.75), x.scaled(2.0).merged(y.scaled(2.0), 0.25, 0.75)
     close(twice.dense(), 2 * once.dense())
 

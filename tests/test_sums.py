@@ -294,8 +294,9 @@ def test_files_hold_sums_and_their_inverses(tmp_path):
 def test_a_multiple_of_the_identity(name, iterated):
     x, y = matrix(name, "kfac"), matrix(name, "kfac", 1)
     eye = nng.PMatEye.build(x.layer_collection, 3.0, dtype=f64)
-    dense = x.to_dense() + 0.5 * y.to_dense() + 6 * torch.eye(len(x.to_dense()), dtype=f64)
-    require_all(x + 0.5 * y + 2 * eye, dense, 0.1)
+    z = matrix(name, "diag", 1)
+    dense = x.to_dense() + 0.5 * y.to_dense() + z.to_dense() + 6 * torch.eye(len(x.to_dense()), dtype=f64)
+    require_all(x + 0.5 * y + z + 2 * eye, dense, 0.1)
 
 
 def test_a_pseudo_inverse_of_few_rows_and_the_identity():
