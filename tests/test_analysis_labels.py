@@ -230,10 +230,12 @@ def test_numbers_of_samples_and_shares():
 # -- linearity, difficulty, progress -----------------------------------------------------------------------------------
 
 
-def test_linearity_of_a_network_without_rectifiers_is_nan():
+def test_linearity_of_a_network_without_rectifiers_has_no_signs_and_says_so():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     found = linearized.linearity(model, model, torch.randn(5, 3, dtype=f64))
-    assert found.units == 0 and math.isnan(found.sign_similarity) and abs(found.kernel_alignment - 1) < 1e-12
+    assert found.units == 0 and abs(found.kernel_alignment - 1) < 1e-12
+    with pytest.raises(nng.ArgumentError, match=r"the model has Linear, Tanh: see \.kernel_alignment"):
+        _ = found.sign_similarity
     with torch.no_grad():
         model[2].weight.zero_()
         model[0].weight.zero_()

@@ -24,14 +24,24 @@ class Linearity:
     start.
 
     ``sign_similarity``, ``kernel_alignment``, ``representation_alignment``: see :func:`linearity`. ``units``: the
-    number of (example, unit) pairs behind ``sign_similarity``, which is NaN where there are none: a network without
-    ReLU-like activations. An alignment is NaN where a kernel or a representation is zero.
+    number of (example, unit) pairs behind ``sign_similarity``, 0 for a network without ReLU-like activations, of which
+    ``sign_similarity`` raises :class:`ArgumentError`. An alignment is NaN where a kernel or a representation is zero.
     """
 
-    sign_similarity: float
     kernel_alignment: float
     representation_alignment: float
     units: int
+    _signs: float | str  # or what the model has instead of ReLU-like activations
+
+    @property
+    def sign_similarity(self) -> float:
+        """The share of pairs whose state is the same."""
+        if isinstance(self._signs, str):
+            raise ArgumentError(
+                "sign_similarity is of the states of ReLU-like activations, and none was called; the model has "
+                f"{self._signs}: see .kernel_alignment and .representation_alignment, and .units == 0 beforehand"
+            )
+        return self._signs
 
 
 def linearity(
@@ -66,11 +76,15 @@ def linearity(
     collection = layer_collection or LayerCollection.from_model(now)
     signs, units, representations = _forward(now, start, batches, layer, function, collection)
     return Linearity(
-        signs / units if units else math.nan,
         _cosine(_kernel(now, batches, function, collection), _kernel(start, batches, function, collection)),
         _cosine(*(r @ r.T for r in representations)),
         units,
+        signs / units if units else _leaves(now),
     )
+
+
+def _leaves(model: nn.Module) -> str:
+    return ", ".join(sorted({type(m).__name__ for m in model.modules() if next(m.children(), None) is None}))
 
 
 def _network(model: nn.Module) -> nn.Module:
