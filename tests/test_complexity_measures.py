@@ -151,6 +151,21 @@ def test_a_layer_of_zeros_has_no_spectral_norm():
     close(analysis.spectral_margin(model, loader, start, ignore_biases=True).complexity, 6 * found.spectral_norms[1])
 
 
+def test_single_precision_and_compiled_models_give_the_same():
+    make, shape = CHAINS["conv2d"]
+    model, x = model_of(make()), normal(6, *shape)
+    y, start = model(x).argmax(1), moved(model)
+    exact = analysis.spectral_margin(model, [(x, y)], start)
+    single = analysis.spectral_margin(copy.deepcopy(model).float(), [(x.float(), y)], copy.deepcopy(start).float())
+    assert single.value.dtype == torch.float32
+    close(single.value, exact.value, 1e-3)
+    close(single.spectral_norms, exact.spectral_norms, 1e-5)
+    compiled = torch.compile(model)
+    close(analysis.spectral_margin(compiled, [(x, y)], start).value, exact.value)
+    close(analysis.path_norm(compiled, [x]), analysis.path_norm(model, [x]))
+    close(analysis.fisher_rao_norm(compiled, [x]), analysis.fisher_rao_norm(model, [x]))
+
+
 # -- path norm ---------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from nngeom.capture.network import Batch, require_finite
 from nngeom.core.errors import ArgumentError, LoaderError, StructureError
 from nngeom.layers.linear_map import LinearMap, is_linear_map
+from nngeom.space.collection import unwrap
 from nngeom.sweep.run import Run
 
 RELU = {F.relu, torch.relu, "relu"}
@@ -89,7 +90,7 @@ class Chain:
 
 def chain_of(model: nn.Module) -> Chain:
     """The chain that a ``model`` is; raises :class:`StructureError` for a model that is none, and says by what."""
-    root = nn.Sequential(model)
+    root = nn.Sequential(unwrap(model))
     hooked = [name for name, m in root.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     if hooked:
         raise StructureError(f"{_own(hooked[0])} has forward hooks, which may change what it computes; remove them")

@@ -46,5 +46,5 @@ def fisher_rao_norm(
         memory_budget=memory_budget,
         process_group=process_group,
     )
-    w = PVector.from_model(model, layer_collection)
+    w = PVector.from_model(model, fisher.layer_collection)
     return fisher.vTMv(w).clamp_min(0).sqrt()
