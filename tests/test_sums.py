@@ -299,6 +299,16 @@ def test_a_multiple_of_the_identity(name, iterated):
     require_all(x + 0.5 * y + z + 2 * eye, dense, 0.1)
 
 
+def test_the_derivative_in_a_multiple_of_the_identity(iterated):
+    x, y, v = matrix("mlp", "kfac"), matrix("mlp", "kfac", 1), vectors(matrix("mlp", "kfac"))
+    c = torch.tensor(3.0, dtype=f64, requires_grad=True)
+    m = x + 0.5 * y + nng.PMatEye.build(x.layer_collection, c, dtype=f64)
+    solved = m.solve(v, 0.1)
+    inverse = torch.linalg.inv((x + 0.5 * y).to_dense() + 3.1 * torch.eye(len(v.flat()), dtype=f64))
+    close(solved.flat().detach(), inverse @ v.flat())
+    close(torch.autograd.grad(solved.dot(v), c)[0], -(inverse @ v.flat()).square().sum())
+
+
 def test_a_pseudo_inverse_of_few_rows_and_the_identity():
     x = matrix("mlp", "low-rank")
     m, v = x + nng.PMatEye.build(x.layer_collection, 2.0, dtype=f64), vectors(x, 2)
