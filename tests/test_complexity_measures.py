@@ -273,8 +273,6 @@ def test_fisher_rao_against_the_dense_matrix(name, likelihood):
 
 def test_fisher_rao_closed_form_of_homogeneous_networks(chain):
     model, loader = chain
-    if any("parametrizations" in name for name, _ in model.named_parameters()):
-        pytest.skip("the direction of a normalised weight is of degree 0")
     depth = len(dense(model, loader))
     f = torch.cat([model(x) for x, _ in loader]).detach()
     p = f.softmax(1)
