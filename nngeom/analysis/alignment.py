@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.kernel import above_rounding, center, kernel_tensor
+from nngeom.analysis.labelled import Labelled
 from nngeom.analysis.labels import signs
-from nngeom.analysis.rows import layer_kernel, require_labels, row_products
+from nngeom.analysis.rows import layer_kernel, row_products
 from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.cotangents.categorical import Categorical
-from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.dense import FMatDense
-from nngeom.fmat.side import Side
-from nngeom.pmat.recipe import join_rows
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Function, Run
 
 
@@ -142,12 +141,14 @@ def label_alignment(
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
     check: bool = True,
+    process_group: Any = None,
 ) -> Any:
     """CKA (``centered``) or kernel alignment of the tangent kernel with the labels: a scalar, or with ``by_layer``
     ``{layer: scalar}``.
 
     Parameters fewer than ``n c`` are treated in parameter space, by their ``(p, p)`` second moment, so that no
-    ``n c x n c`` product is made; others by their kernel, one layer at a time.
+    ``n c x n c`` product is made; others by their kernel, one layer at a time, which with a ``process_group`` over
+    several processes is :class:`UnsupportedError`.
 
     Raises :class:`LoaderError` without labels, :class:`OutputError` where they do not fit the outputs, and what the
     sweep raises. Source: Baratin et al. 2021, sections 3.2 and 3.3.
@@ -161,32 +162,29 @@ def label_alignment(
         layer_collection=layer_collection,
         memory_budget=memory_budget,
         check=check,
-    ).held()
-    collection, y = run.network.collection, require_labels(run)
+        process_group=process_group,
+    )
+    agree(run, "label_alignment", centered=centered, by_layer=by_layer)
+    collection = run.network.collection
     parts = collection.by_layer() if by_layer else {"": collection.names}
     with run.within(), torch.no_grad():
-        side = Side.of(run, EveryOutput())
-        shape = run.network.run(run.loader[0]).shape[1:] if y.numel() > len(y) and not y.is_floating_point() else None
-        v = _centered(label_vector(y, side.outputs, side.dtype, shape), how=centered)
-        values = {name: _aligned(side, name, names, v, centered=centered) for name, names in parts.items()}
+        data = Labelled.of(run)
+        v = _centered(label_vector(data.labels, data.outputs, data.dtype, data.shape), how=centered)
+        if any(collection.span(names).numel >= v.numel() for names in parts.values()):
+            run.require_alone(
+                "label_alignment of at least as many parameters as examples times outputs, by their kernel,"
+            )
+        values = {name: _aligned(data, name, names, v, centered=centered) for name, names in parts.items()}
     return values if by_layer else values[""]
 
 
-def _aligned(side: Side, layer: str, names: tuple[str, ...], v: Tensor, *, centered: bool) -> Tensor:
+def _aligned(data: Labelled, layer: str, names: tuple[str, ...], v: Tensor, *, centered: bool) -> Tensor:
+    side = data.side
     layout = side.run.network.collection.span(names)
     if layout.numel >= v.numel():
         k = center(layer_kernel(side, layer, len(v)) if layer else row_products(side), how=centered)
         return _ratio(torch.einsum("cn,cndm,dm->", v, k, v), k.norm() * v.square().sum())
-    second, signal = v.new_zeros(layout.numel, layout.numel), v.new_zeros(layout.numel)
-    sums = v.new_zeros(v.shape[0], layout.numel)
-    for chunk in (c for group in side.groups() for c in group.chunks):
-        y, n = chunk.cotangents[0], chunk.start
-        for rows in join_rows(chunk, layout, names):
-            c, m, _ = rows.shape
-            second += rows.flatten(0, 1).T @ rows.flatten(0, 1)
-            sums[y : y + c] += rows.sum(1)
-            signal += torch.einsum("knp,kn->p", rows, v[y : y + c, n : n + m])
-            n += m
+    second, sums, signal = data.moments(layout, names, v)
     if centered:
         second = above_rounding(second - sums.T @ sums / v.shape[1], second)
     return _ratio(signal.square().sum(), second.norm() * v.square().sum())

@@ -47,6 +47,7 @@ def eigenfunctions(
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
     check: bool = True,
+    process_group: Any = None,
 ) -> Eigenfunctions:
     """The ``k`` leading eigenvalues and eigenfunctions of the tangent kernel sampled on ``grid``, evaluated there or at
     ``at``.
@@ -63,7 +64,9 @@ def eigenfunctions(
         "memory_budget": memory_budget,
         "check": check,
     }
-    grid = Run.of(model, grid, function=function, layer_collection=layer_collection).held().loader
+    run = Run.of(model, grid, function=function, layer_collection=layer_collection, process_group=process_group)
+    run.require_alone("eigenfunctions")
+    grid = run.held().loader
     kernel = GramMatrix(model, grid, **options)
     values, vectors = _leading(require_symmetric(kernel), k)
     sample = vectors.T.reshape(k, kernel.outputs, kernel.rows)
@@ -111,6 +114,7 @@ def step_modes(
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
     check: bool = True,
+    process_group: Any = None,
 ) -> StepModes:
     """What a step ``-lr dL/dw`` on the mean loss of ``loader`` does to the outputs, mode by mode: the local spectral
     bias.
@@ -127,7 +131,9 @@ def step_modes(
         "memory_budget": memory_budget,
         "check": check,
     }
-    run = Run.of(model, loader, function=function, layer_collection=layer_collection).held()
+    run = Run.of(model, loader, function=function, layer_collection=layer_collection, process_group=process_group)
+    run.require_alone("step_modes")
+    run = run.held()
     other = None if at is None else run.on(at).held()
     y = require_labels(run)
     kernel = GramMatrix(model, run.loader, **options)

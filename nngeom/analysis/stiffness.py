@@ -80,6 +80,7 @@ def stiffness(
     layer_collection: LayerCollection | None = None,
     memory_budget: int | None = None,
     check: bool = True,
+    process_group: Any = None,
 ) -> Stiffness:
     """Stiffness of the examples of ``loader`` with each other, or with those of ``other`` (train against validation).
 
@@ -105,7 +106,9 @@ def stiffness(
         layer_collection=layer_collection,
         memory_budget=memory_budget,
         check=check,
+        process_group=process_group,
     )
+    run.require_alone("stiffness")
     with run.within(), torch.no_grad():
         sides = [Side.of(run.on(data), cotangents) for data in ((loader,) if other is None else (loader, other))]
         gram = row_products(sides[0], None if other is None else sides[1])[0, :, 0]

@@ -56,12 +56,71 @@ def metrics_of_batches(here: Here) -> None:
 
 
 @check(CHECKS)
+def alignment_with_labels(here: Here) -> None:
+    """That of the kernel, which one process makes, from sums over all examples of as many numbers as parameters."""
+    for name in ("mlp", "layer-norm", "depthwise", "embedding"):
+        case = cuts.data(name)
+        own, y = cuts.mine(case.loader, here.rank, here.size), torch.cat([y for _, y in case.loader])
+        kernels, whole = nng.GramMatrices(case.model, case.loader), nng.GramMatrix(case.model, case.loader)
+        for targets in (y, torch.randn(len(y), 3, dtype=torch.float64)):
+            start = sum(len(y) for _, y in case.loader[: (0, *cuts.CUTS[here.size])[here.rank]])
+            mine = []
+            for x, _ in own:
+                mine, start = [*mine, (x, targets[start : start + len(x)])], start + len(x)
+            for centered in (True, False):
+                many = analysis.label_alignment(case.model, mine, centered, True, process_group=here.group)
+                for layer, value in many.items():
+                    one = analysis.kernel_label_alignment(kernels[layer], targets, centered=centered)
+                    cuts.close(value, one, 1e-10)
+                    here.same(value)
+                if sum(p.numel() for p in case.model.parameters()) >= 3 * len(y):
+                    continue
+                value = analysis.label_alignment(case.model, mine, centered, process_group=here.group)
+                cuts.close(value, analysis.kernel_label_alignment(whole, targets, centered=centered), 1e-10)
+
+
+@check(CHECKS)
+def labels_are_those_of_all(here: Here) -> None:
+    """Whether labels are 0 and 1 or -1 and 1 is seen on all of them; kinds that differ are told."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(2, 1).double(), torch.randn(4, 2, dtype=torch.float64)
+    of = lambda y: [(x, torch.tensor(y)[:, None])]
+    labels = of([1, 1, 1, 1]) if here.rank else of([0, 1, 0, 1])
+    align = lambda data, **o: analysis.label_alignment(model, data, process_group=here.group, **o)
+    every = [batch for rank in range(here.size) for batch in (of([1, 1, 1, 1]) if rank else of([0, 1, 0, 1]))]
+    cuts.close(align(labels), analysis.label_alignment(model, every))
+    with pytest.raises(nng.OutputError, match="-1 and 1"):
+        align(of([-1, 1, 1, 1]) if here.rank else of([0, 1, 0, 1]))
+    with pytest.raises(nng.RankMismatchError, match="of one kind"):
+        align(of([1.5, 1.0, 1.0, 1.0]) if here.rank else labels)
+    with pytest.raises(nng.LoaderError if here.rank == 0 else nng.PeerError, match="needs labels"):
+        align([(x,)] if here.rank == 0 else labels)
+    short = [(x, torch.tensor([[0], [1], [0]]))]
+    with pytest.raises(nng.OutputError if here.rank == 0 else nng.PeerError, match="3 labels of 4 examples"):
+        align(short if here.rank == 0 else labels)
+    with pytest.raises(nng.RankMismatchError, match="centered"):
+        align(labels, centered=here.rank == 0)
+
+
+@check(CHECKS)
+def what_takes_kernels_is_refused(here: Here) -> None:
+    case = cuts.data("mlp")
+    for name in ("stiffness", "eigenfunctions", "step_modes"):
+        options = {"lr": 0.1} if name == "step_modes" else {}
+        with pytest.raises(nng.UnsupportedError, match=f"{name} is not offered with process_group"):
+            getattr(analysis, name)(case.model, case.loader, process_group=here.group, **options)
+    with pytest.raises(nng.UnsupportedError, match="by their kernel, is not offered"):
+        analysis.label_alignment(case.model, case.loader[:1] if here.rank else [], process_group=here.group)
+
+
+@check(CHECKS)
 def what_is_refused(here: Here) -> None:
     case = cuts.data("mlp")
     for options in ({"differentiable": True}, {"estimator": "rademacher"}):
         with pytest.raises(nng.UnsupportedError, match="not offered with process_group"):
             analysis.geometric_complexity(case.model, case.loader, **options, process_group=here.group)
-    for call in (analysis.coherence, mgs.sample_trace, mgs.metrics, analysis.geometric_complexity):
+    calls = (analysis.coherence, mgs.sample_trace, mgs.metrics, analysis.geometric_complexity, analysis.label_alignment)
+    for call in calls:
         with pytest.raises(nng.LoaderError, match="no example"):
             call(case.model, [], process_group=here.group)
 
