@@ -46,7 +46,8 @@ def GramMatrix(model: nn.Module, loader: Any, representation: type[K] = ..., *,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         centered: bool = False, differentiable: bool = False, estimator: None = None, samples: int = 1,
         generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
-        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> K: ...
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[False] = False) -> K: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
@@ -54,7 +55,8 @@ def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = 
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         centered: bool = False, differentiable: bool = False, estimator: Literal["rademacher"], samples: int = 1,
         generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
-        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> KernelEstimate: ...
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[False] = False) -> KernelEstimate: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
@@ -62,7 +64,8 @@ def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         centered: bool = False, differentiable: bool = False, estimator: Literal["rademacher"], samples: int = 1,
         generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
-        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> TraceEstimate: ...
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[False] = False) -> TraceEstimate: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
@@ -70,14 +73,17 @@ def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = 
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         centered: bool = False, differentiable: bool = False, estimator: None = None, samples: int = 1,
         generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
-        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> PositionKernel: ...
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[False] = False) -> PositionKernel: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
         metric: ParameterOperator | None = None, by_position: Literal[False] = False,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
-        centered: bool = False, estimator: None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None, sharded: Literal[True]) -> FMatSharded: ...
+        centered: bool = False, differentiable: bool = False, estimator: None = None, samples: int = 1,
+        generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[True]) -> FMatSharded: ...
 # fmt: on
 def GramMatrix(
     model: nn.Module,
