@@ -11,7 +11,7 @@ PINNED := $(if $(CHOSEN),,-c constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # other libraries, which pages and tests run beside this one
-PEERS := laplace-torch backpack-for-pytorch curvlinops-for-pytorch nngeometry kronfluence
+PEERS := laplace-torch asdfghjkl==0.1a4 backpack-for-pytorch curvlinops-for-pytorch nngeometry kronfluence
 
 .PHONY: setup demo test test-slow check docs bench bench-large gpu reproduce clean
 

@@ -104,8 +104,8 @@ def defaults() -> str:
 def numbers() -> str:
     """Loss after 20 epochs of EKFAC with other numbers."""
     results = load("defaults")
-    kinds = [kind for kind in next(iter(results.values())) if kind.startswith("EKFAC")]
-    head = ["task", "lr 0.01 (default)", *(kind.removeprefix("EKFAC, ") for kind in kinds[1:])]
+    kinds = [kind for kind in next(iter(results.values())) if kind.startswith("EKFAC, ")]
+    head = ["task", *(kind.removeprefix("EKFAC, ") for kind in kinds)]
     return table(head, [[task, *(number(r[kind]) for kind in kinds)] for task, r in results.items()])
 
 
@@ -135,6 +135,18 @@ def curvature() -> str:
     )
 
 
+def held_out() -> str:
+    """Final losses of the seeds by task and method, and how many steps there were time for."""
+    rows = []
+    for task, methods in load("held_out").items():
+        for method, r in methods.items():
+            last = [run["loss"][-1] if len(run["loss"]) == 10 else None for run in r["runs"]]
+            losses = ", ".join("diverged" if x is None else f"{x:.3g}" for x in last)
+            steps = r["runs"][0]["steps"][-1]
+            rows.append([task, method, r["best"], losses, f"{r['seconds']:g}", str(steps)])
+    return table(["task", "method", "best setting", "loss, each seed", "seconds", "steps"], rows)
+
+
 def main() -> None:
     page = DOCS / "optimizers.md"
     text = page.read_text()
@@ -145,6 +157,7 @@ def main() -> None:
         "defaults": defaults(),
         "numbers": numbers(),
         "cost": cost(),
+        "held_out": held_out(),
         "curvature": curvature(),
     }.items():
         if f"<!-- {name} -->" not in text:

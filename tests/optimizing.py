@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import nngeom as nng
 from nngeom.optim import EKFAC, KFAC, NaturalGradient
 
-EXACT = dict(lr=1.0, momentum=0.0)
+EXACT = dict(lr=1.0, momentum=0.0, kl_clip=None)
 
 
 def natural(kind):

@@ -25,7 +25,9 @@ def test_operations_of_dense_kernels():
 
 def test_the_eigenvalue_corrected_optimizer_moves_along_the_solve():
     case = build("mlp")
-    optimizer = nng.optim.EKFAC(case.model, lr=1.0, momentum=0.0, damping=0.1, basis_every=1, scalings="batch")
+    optimizer = nng.optim.EKFAC(
+        case.model, lr=1.0, momentum=0.0, kl_clip=None, damping=0.1, basis_every=1, scalings="batch"
+    )
     before = nng.PVector.from_model(case.model)
     fisher = nng.EmpiricalFIM(case.model, [(case.inputs, case.targets)], nng.PMatEKFAC, loss="cross_entropy")
     with optimizer.observe():

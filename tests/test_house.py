@@ -157,6 +157,7 @@ NAMES_REPRESENTATIONS = [
     ("interop", {"PMatBlockDiag", "PMatDense", "PMatDiag", "PMatKFAC", "PMatMixed"}, "what other libraries ask for"),
     ("optim.kfac", {"PMatKFAC"}, "a preset"),
     ("optim.ekfac", {"PMatEKFAC"}, "a preset"),
+    ("optim.soap", {"PMatEKFAC"}, "a preset"),
     ("optim.eigenbasis", {"PMatEKFAC"}, "how this one is kept in training"),
 ]
 

@@ -176,6 +176,14 @@ def test_unlike_uses_are_joined_with_their_partial_traces(scale, small, diagonal
     close(a.diagonal(dim1=-2, dim2=-1).sum() * b.diagonal(dim1=-2, dim2=-1).sum(), total)
 
 
+def test_multiples_of_unlike_uses_are_merged_as_they_are():
+    g = torch.Generator().manual_seed(0)
+    psd = lambda p: (lambda x: x.mT @ x)(torch.randn(1, p + 2, p, dtype=torch.float64, generator=g))
+    x, y = (KroneckerBlock.of(*(psd(p) for p in (4, 3) * 3)) for _ in "xy")
+    once, twice = x.merged(y, 0.25, 0.75), x.scaled(2.0).merged(y.scaled(2.0), 0.25, 0.75)
+    close(twice.dense(), 2 * once.dense())
+
+
 def test_unlike_uses_without_gradients_are_zero_and_not_nan():
     zero, one = torch.zeros(1, 3, 3, dtype=torch.float64), torch.eye(4, dtype=torch.float64)[None]
     for pairs in ([(one, zero), (2 * one, zero)], [(0 * one, zero), (one, zero)]):

@@ -10,6 +10,7 @@ import textwrap
 import pytest
 import reference
 import torch
+from cases import build
 from torch import nn
 from torch.nn import functional as F
 
@@ -296,6 +297,18 @@ def test_a_large_vocabulary_takes_no_square_of_it(measure, n):
     code = textwrap.dedent(VOCABULARY).format(n=n, measure=measure)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
     assert float(done.stdout) < 1, done.stdout
+
+
+def test_certain_probabilities_are_classes():
+    """Probabilities of zero and one: what their classes are."""
+    case = build("mlp")
+    x, c = case.inputs, case.model(case.inputs).shape[1]
+    y = torch.arange(len(x)) % c
+    hard, soft = (
+        nng.EmpiricalFIM(case.model, [(x, t)], nng.PMatDense, loss="cross_entropy").to_dense()
+        for t in (y, F.one_hot(y, c).to(x.dtype))
+    )
+    close(soft, hard, 1e-10)
 
 
 def test_columns_of_many_classes_are_made_a_few_at_a_time():

@@ -40,6 +40,15 @@ def test_mixing_examples_raises():
         nng.FIM(model, [normal(5, 4)], nng.PMatDense)
 
 
+def test_mixing_examples_below_a_head_that_hides_it_raises():
+    """All outputs are those of the bias, whatever the examples have to do with each other; their rows are not."""
+    head = nn.Linear(3, 2).double()
+    nn.init.zeros_(head.weight)
+    model = Function(lambda m, x: m.head(m.l(x - x.mean(0))), l=nn.Linear(4, 3).double(), head=head)
+    with pytest.raises(nng.CoverageError, match="mixes"):
+        nng.FIM(model, [normal(5, 4)], nng.PMatDense)
+
+
 def test_mixing_examples_behind_a_recurrent_cell_raises():
     cell = Function(lambda m, x: m.c(x)[0][:, -1] + x.mean(), c=nn.GRU(3, 3, batch_first=True).double())
     with pytest.raises(nng.CoverageError, match="mixes"):

@@ -146,7 +146,9 @@ def test_step_is_solve(kind, name):
     case = build(name, sizes=(30,))
     x, y = case.loader[0]
     for reduction, cuts in (("mean", 1), ("sum", 1), ("mean", 2)):
-        opt = NaturalGradient(case.model, KINDS[kind], lr=1.0, momentum=0.0, damping=1e-2, statistics_decay=0.0)
+        opt = NaturalGradient(
+            case.model, KINDS[kind], lr=1.0, momentum=0.0, kl_clip=None, damping=1e-2, statistics_decay=0.0
+        )
         for _ in range(2):
             matrix = nng.EmpiricalFIM(case.model, (x, y), KINDS[kind], loss="cross_entropy")
             gradient, step = observed(opt, case.model, x, y, reduction, cuts)
@@ -159,7 +161,9 @@ def test_step_is_solve(kind, name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_step_is_solve_under_a_likelihood(kind):
     case = build("mlp", sizes=(6,))
-    options = dict(lr=1.0, momentum=0.0, damping=1e-2, statistics_decay=0.0, fisher="exact", likelihood="categorical")
+    options = dict(
+        lr=1.0, momentum=0.0, kl_clip=None, damping=1e-2, statistics_decay=0.0, fisher="exact", likelihood="categorical"
+    )
     opt = NaturalGradient(case.model, KINDS[kind], **options)
     matrix = nng.FIM(case.model, case.loader, KINDS[kind])
     gradient, step = observed(opt, case.model, *case.loader[0])
@@ -168,7 +172,7 @@ def test_step_is_solve_under_a_likelihood(kind):
 
 def test_first_sweeps_are_averaged_and_later_ones_are_of_the_step():
     case = build("mlp", sizes=(5, 5))
-    opt = NaturalGradient(case.model, PMatTwo, lr=1.0, momentum=0.0, damping=1e-2, statistics_decay=0.5)
+    opt = NaturalGradient(case.model, PMatTwo, lr=1.0, momentum=0.0, kl_clip=None, damping=1e-2, statistics_decay=0.5)
     squares, weight = 0.0, 0.0
     for x, y in case.loader:
         each = nng.EmpiricalFIM(case.model, (x, y), nng.PMatDiag, loss="cross_entropy").diag().flat()
@@ -233,7 +237,9 @@ def test_eigenvalues_in_a_kept_basis_train_too():
     x, y = case.loader[0]
     kept = nng.FIM(case.model, (x, y), nng.PMatEKFAC)
     representation = nng.PMatEKFAC.in_basis(kept)
-    opt = NaturalGradient(case.model, representation, lr=1.0, momentum=0.0, damping=1e-2, statistics_decay=0.0)
+    opt = NaturalGradient(
+        case.model, representation, lr=1.0, momentum=0.0, kl_clip=None, damping=1e-2, statistics_decay=0.0
+    )
     matrix = nng.EmpiricalFIM(case.model, (x, y), representation, loss="cross_entropy")
     gradient, step = observed(opt, case.model, x, y)
     same(step, matrix.solve(gradient, 1e-2))
@@ -268,10 +274,10 @@ def test_a_new_way_of_keeping_curvature_comes_from_outside():
             return (yield from super().recipe(selection))
 
     case = build("mlp", sizes=(6,))
-    opt = NaturalGradient(case.model, PMatMine, lr=1.0, momentum=0.0)
+    opt = NaturalGradient(case.model, PMatMine, lr=1.0, momentum=0.0, kl_clip=None)
     gradient, step = observed(opt, case.model, *case.loader[0])
     same(step, gradient / 2)
-    opt = NaturalGradient(case.model, PMatOther, lr=1.0, momentum=0.0)
+    opt = NaturalGradient(case.model, PMatOther, lr=1.0, momentum=0.0, kl_clip=None)
     observed(opt, case.model, *case.loader[0])
     assert [type(part) for part in opt.partition] == [Averaged]
 
@@ -287,7 +293,9 @@ def test_a_layer_that_appears_later_is_preconditioned_at_once():
 
     torch.manual_seed(0)
     model, x, y = Gated().double(), torch.randn(6, 4, dtype=f64), torch.tensor([0, 1, 2, 0, 1, 2])
-    opt = NaturalGradient(model, nng.PMatKFAC, lr=1.0, momentum=0.0, damping=1e-2, every=5, statistics_decay=0.5)
+    opt = NaturalGradient(
+        model, nng.PMatKFAC, lr=1.0, momentum=0.0, kl_clip=None, damping=1e-2, every=5, statistics_decay=0.5
+    )
     observed(opt, model, x, y)
     model.both = True
     late = nng.LayerCollection.from_model(model, include="b")
@@ -303,7 +311,7 @@ def test_what_is_held_for_the_step_may_be_overwritten_before_it(kind):
     width, steps = case.inputs.shape[1], []
     model = nn.Sequential(nn.Linear(width, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)).double()
     for static in (False, True):
-        opt = NaturalGradient(model, kind, lr=1.0, momentum=0.0, damping=1e-2)
+        opt = NaturalGradient(model, kind, lr=1.0, momentum=0.0, kl_clip=None, damping=1e-2)
         buffer = torch.empty_like(case.loader[0][0])
         for x, y in case.loader:
             with opt.observe():
@@ -319,7 +327,9 @@ def test_what_is_held_for_the_step_may_be_overwritten_before_it(kind):
 
 def test_rows_have_no_running_average():
     case = build("mlp", sizes=(6, 6))
-    opt = NaturalGradient(case.model, nng.PMatLowRank, lr=1.0, momentum=0.0, damping=1e-2, statistics_decay=0.0)
+    opt = NaturalGradient(
+        case.model, nng.PMatLowRank, lr=1.0, momentum=0.0, kl_clip=None, damping=1e-2, statistics_decay=0.0
+    )
     for x, y in case.loader:
         matrix = nng.EmpiricalFIM(case.model, (x, y), nng.PMatDense, loss="cross_entropy")
         gradient, step = observed(opt, case.model, x, y)

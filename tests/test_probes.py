@@ -185,3 +185,15 @@ def test_refusals():
 
     with pytest.raises(nng.OutputError, match="root_times returned"):
         nng.FIM(model, x, estimator="rademacher", likelihood=Short())
+
+
+def test_the_trace_of_a_kernel_of_draws_has_the_error_of_its_draws():
+    c = build("mlp")
+    draw = lambda samples, seed: nng.GramMatrix(
+        c.model, [c.inputs], estimator="rademacher", samples=samples, generator=seeded(seed)
+    ).trace()
+    one, many = draw(1, 0), [draw(8, seed) for seed in range(40)]
+    assert torch.isinf(one.standard_error)
+    spread = torch.stack([e.value for e in many]).std()
+    error = torch.stack([e.standard_error for e in many]).square().mean().sqrt()
+    assert 0.6 < float(spread / error) < 1.6

@@ -162,6 +162,14 @@ def test_notebook_cells(tmp_path, what):
     nng.save(measured(other), tmp_path / "other")
 
 
+def test_a_cell_that_changes_the_base_defines_another_class(tmp_path):
+    values = {"name": "Mine", "value": 1, "more": ""}
+    nng.save(measured(module("__main__", MATRIX, **values).Mine), tmp_path / "m")
+    module("__main__", MATRIX.replace("nng.PMatDiag", "nng.PMatDense"), **values)
+    with pytest.raises(nng.FileError, match=r"Mine.* is the name of 2 classes, __main__.* and __main__"):
+        nng.load(tmp_path / "m")
+
+
 def test_names_of_older_files(tmp_path):
     """They are short, and understood where they are unique."""
     shorten = lambda x: x.pop("qualified", None)

@@ -105,6 +105,24 @@ def test_indefinite_matrices():
             m.solve(nng.PVector.randn(m.layer_collection, dtype=torch.float64))
 
 
+def test_the_error_is_of_the_block_that_needs_most():
+    model, _ = full(torch.float64)
+    lc = nng.LayerCollection.from_model(model)
+    sizes = {
+        layer: sum(torch.Size(lc.shapes[lc.names.index(n)]).numel() for n in names)
+        for layer, names in lc.by_layer().items()
+    }
+    eyes = {layer: torch.eye(p, dtype=torch.float64) for layer, p in sizes.items()}
+    first, second, *_ = eyes
+    for indefinite, singular in ((first, second), (second, first)):
+        m = nng.PMatBlockDiag.from_blocks(
+            lc, {**eyes, singular: 0 * eyes[singular], indefinite: -0.3 * eyes[indefinite]}
+        )
+        for use in (lambda m: m.inverse(0.0), lambda m: m.solve(nng.PVector.randn(lc, dtype=torch.float64))):
+            with pytest.raises(nng.SingularError, match=r"3\.0+e-01"):
+                use(m)
+
+
 @BOTH
 def test_a_matrix_and_its_inverse(dtype):
     model, data = full(dtype)

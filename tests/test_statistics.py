@@ -38,7 +38,7 @@ def diagonal_named(first, second):
 
 def step_of(representation, case, reduction="mean", cuts=1, **options):
     """What one step subtracts from the parameters."""
-    opt = NaturalGradient(case.model, representation, lr=1.0, momentum=0.0, damping=1e-2, **options)
+    opt = NaturalGradient(case.model, representation, lr=1.0, momentum=0.0, kl_clip=None, damping=1e-2, **options)
     before = nng.PVector.from_model(case.model)
     x, y = case.loader[0]
     for part in range(cuts):

@@ -290,6 +290,36 @@ def test_files_hold_sums_and_their_inverses(tmp_path):
             assert saved.to(torch.float32).to_dense().dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_multiple_of_the_identity(name, iterated):
+    x, y = matrix(name, "kfac"), matrix(name, "kfac", 1)
+    eye = nng.PMatEye.build(x.layer_collection, 3.0, dtype=f64)
+    z = matrix(name, "diag", 1)
+    dense = x.to_dense() + 0.5 * y.to_dense() + z.to_dense() + 6 * torch.eye(len(x.to_dense()), dtype=f64)
+    require_all(x + 0.5 * y + z + 2 * eye, dense, 0.1)
+
+
+def test_the_derivative_in_a_multiple_of_the_identity(iterated):
+    x, y, v = matrix("mlp", "kfac"), matrix("mlp", "kfac", 1), vectors(matrix("mlp", "kfac"))
+    c = torch.tensor(3.0, dtype=f64, requires_grad=True)
+    m = x + 0.5 * y + nng.PMatEye.build(x.layer_collection, c, dtype=f64)
+    solved = m.solve(v, 0.1)
+    inverse = torch.linalg.inv((x + 0.5 * y).to_dense() + 3.1 * torch.eye(len(v.flat()), dtype=f64))
+    close(solved.flat().detach(), inverse @ v.flat())
+    close(torch.autograd.grad(solved.dot(v), c)[0], -(inverse @ v.flat()).square().sum())
+
+
+def test_a_pseudo_inverse_of_few_rows_and_the_identity():
+    x = matrix("mlp", "low-rank")
+    m, v = x + nng.PMatEye.build(x.layer_collection, 2.0, dtype=f64), vectors(x, 2)
+    dense = x.to_dense() + 2 * torch.eye(x.shape[0], dtype=f64)
+    close(m.solve(v, nng.Cutoff(1.0)).flat(), torch.linalg.solve(dense, v.flat().T).T)
+    large = float(torch.linalg.eigvalsh(dense)[-1])
+    cut = nng.Cutoff((2 + large) / 2)
+    expected = torch.linalg.pinv(dense, atol=cut.value, rtol=0.0, hermitian=True)
+    close(m.solve(v, cut).flat(), v.flat() @ expected)
+
+
 def test_multiples_of_kronecker_products_keep_their_sign():
     for kind in ("kfac", "ekfac"):
         m = -2 * matrix("mlp", kind)

@@ -18,6 +18,7 @@ from nngeom.core.statistic import Inputs, Moment
 from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.core.tile import Tile
 from nngeom.core.weighted import WeightedJacobian
+from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.factors import factors, structure_of
 from nngeom.pmat.placed import AppliedJacobian, PlacedJacobian
 from nngeom.sweep.sweep import Sweep
@@ -220,3 +221,10 @@ def test_both_ways_give_the_same_numbers(monkeypatch, way):
         close(j.gram(j), full.gram(full))
         close(j.squared_norms(), full.squared_norms())
         close(j.square(), full.square())
+
+
+def test_a_parameter_in_two_blocks_is_an_error():
+    lc = nng.LayerCollection.from_model(torch.nn.Linear(3, 2).double())
+    blocks = {lc.span(names): DiagBlock(torch.ones(lc.span(names).sizes).double()) for names in (None, ["weight"])}
+    with pytest.raises(StructureError, match=r"\['weight'\] are used in different ways"):
+        nng.PMatDiag.of_blocks(lc, blocks, 1)

@@ -56,9 +56,15 @@ class Cutoff:
 
 @dataclass(frozen=True)
 class Relative:
-    """Tikhonov damping of each block by ``value`` times its mean eigenvalue, its trace over its side."""
+    """Tikhonov damping of each block by ``value`` times its mean eigenvalue, its trace over its side.
+
+    ``factored``: each of two Kronecker factors by ``sqrt(value)`` times its own mean eigenvalue, ``(A + sqrt(x) tr A /
+    dim A) (x) (G + sqrt(x) tr G / dim G)``; under EKFAC its additive form. The solution then does not depend on the
+    scale of either factor but for a number.
+    """
 
     value: float | Tensor
+    factored: bool = False
 
 
 Damping = Tikhonov | FactoredTikhonov | Cutoff

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nngeom.core.damping import Cutoff, Damping, Relative, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.cotangents.fisher import ExactFisher, MonteCarloFisher, as_likelihood
 from nngeom.pmat.diag import PMatDiag
@@ -37,6 +38,17 @@ def number(name: str, x: Any, step: int) -> Any:
             f"{'in [0, 1)' if high == 1 else f'above {low}' if strict else f'of at least {low}'}"
         )
     return value
+
+
+def as_optimizer_damping(damping: Any) -> Damping | Relative:
+    """A checked damping object from what an optimizer is given: :class:`Relative` and ``Cutoff(top=k)`` too."""
+    if isinstance(damping, Relative):
+        as_damping(Tikhonov(damping.value))
+        return damping
+    if isinstance(damping, Cutoff) and damping.top is not None:
+        as_damping(Cutoff(damping.value))
+        return damping
+    return as_damping(damping)
 
 
 def as_reduction(reduction: str) -> str:

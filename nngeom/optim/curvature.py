@@ -5,47 +5,30 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from nngeom.core.damping import Damping
+from nngeom.core.damping import Cutoff, Damping, Relative
 from nngeom.core.errors import NonFiniteError, SingularError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.optim.averages import Averages, all_finite, plain_blocks, restored_blocks, scaled_means
+from nngeom.optim.manner import Manner
 from nngeom.optim.packed import Packed
 from nngeom.optim.pending import Seen
+from nngeom.optim.rank import BatchRank
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.block import Block
+from nngeom.pmat.damped import damped_by
+from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Selection, Statistic
 from nngeom.pmat.representation import Representation
 from nngeom.ranks.made import made
-from nngeom.ranks.team import ALONE, Team
 from nngeom.sweep.sweep import Chunk
-
-
-@dataclass(frozen=True)
-class Manner:
-    """What the optimizer's options say of how curvature is kept.
-
-    Args:
-        eager: inverses follow every new statistic, whatever the schedule.
-        scalings: of EKFAC.
-        own_rows: the rows are those of a likelihood, not of the user's loss.
-        team: the processes that share a step.
-        worker: a background thread, where one may be used.
-    """
-
-    eager: bool = False
-    scalings: str = "batch"
-    own_rows: bool = False
-    team: Team = ALONE
-    worker: ThreadPoolExecutor | None = None
 
 
 class Curvature(ABC):
@@ -67,11 +50,13 @@ class Curvature(ABC):
         self.averages = Averages()
         self.blocks: dict[Layout, Any] = {}
         self._packed: Packed | None = None
+        self.rank = BatchRank(on=manner.team.size == 1 and not manner.own_rows)
         self.forget()
 
     def forget(self) -> None:
         """Drop what was observed since the last step."""
         self.pending = Sums()
+        self.rank.forget()
 
     def finite(self) -> bool:
         """Whether what was observed is free of NaN and infinity."""
@@ -156,10 +141,16 @@ class Averaged(Curvature):
         super().forget()
         self.held: list[Chunk] = []
 
+    @property
+    def wants_every_batch(self):
+        return self.rank.wanted and any(isinstance(block, KroneckerBlock) for block in self.blocks.values())
+
     def observe(self, chunk, schedule):
+        chunk = self.selection.restrict(chunk)
+        if not self.blocks or self.wants_every_batch:
+            self.rank.observe(chunk)
         if not schedule.statistics and self.blocks:
             return
-        chunk = self.selection.restrict(chunk)
         self.pending.add(self.statistic, chunk)
         if self.several and self._due(schedule):
             self.held.append(copied(chunk))
@@ -175,14 +166,17 @@ class Averaged(Curvature):
         due = schedule.refresh or (self.manner.eager and fresh) or not self.blocks or not known <= self.sources
         if known and due and (self.held or not self.several):
             self._refresh(schedule.damping, seen)
-        self.forget()
         if self.blocks:
             packed = self.packed(gradient)
-            for x, inverse in zip(packed.blocks, self.blocks.values()):
-                x.copy_(inverse.mv(x))
+            for x, (layout, inverse) in zip(packed.blocks, self.blocks.items()):
+                if isinstance(inverse, KroneckerBlock):
+                    x.copy_(self.rank.product(layout, inverse.g, x, inverse.a))
+                else:
+                    x.copy_(inverse.mv(x))
             packed.write()
+        self.forget()
 
-    def _refresh(self, damping: Damping, seen: Seen) -> None:
+    def _refresh(self, damping: Damping | Relative, seen: Seen) -> None:
         recipe, means = self.representation.recipe(self.selection), self.averages.read()
         next(recipe)
         try:
@@ -192,12 +186,14 @@ class Averaged(Curvature):
             self.blocks = self._inverses(end.value, damping)
         self.sources = set(self.averages.entries)
 
-    def _inverses(self, blocks: dict[Layout, Block], damping: Damping) -> dict[Layout, Block]:
+    def _inverses(self, blocks: dict[Layout, Block], damping: Damping | Relative) -> dict[Layout, Block]:
         """Those of all blocks, each made by one of the processes."""
         costs = {layout: cost(block) for layout, block in blocks.items()}
         tensors = (t for block in blocks.values() for t in block.fields().values() if isinstance(t, Tensor))
         device = next((t.device for t in tensors), torch.device("cpu"))
-        return made(self.manner.team, "inverses", costs, lambda layout: inverse(blocks[layout], damping), device)
+        return made(
+            self.manner.team, "inverses", costs, lambda layout: inverse(layout, blocks[layout], damping), device
+        )
 
     def _later(self, statistic: Statistic, seen: Seen) -> Means:
         """What a later sweep is sent: means over the examples that are held."""
@@ -231,8 +227,14 @@ def copied(chunk: Chunk) -> Chunk:
     return replace(chunk, jacobians=copy.deepcopy(chunk.jacobians))
 
 
-def inverse(block: Block, damping: Damping) -> Block:
+def inverse(layout: Layout, block: Block, damping: Damping | Relative) -> Block:
     """``(block + damping)^-1``, in float64 where float32 finds it singular."""
+    if isinstance(damping, Relative):
+        block, damping = damped_by(block, damping, layout)
+    elif isinstance(damping, Cutoff) and damping.top is not None:
+        raise UnsupportedError(
+            f"damping is {damping!r}, which is for spectra in an eigenbasis; expected nng.optim.EKFAC, or Cutoff(x)"
+        )
     try:
         return block.inverse(damping)
     except SingularError:

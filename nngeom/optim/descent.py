@@ -1,10 +1,7 @@
-"""The step itself: clipping of directions, and once ``.grad`` holds them momentum, decoupled weight decay, learning
-rates of groups.
-"""
+"""The step itself, once ``.grad`` holds directions: momentum, decoupled weight decay, learning rates of groups."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,17 +40,6 @@ def descend(
             torch._foreach_mul_(moved, 1 - lr * decay)
         torch._foreach_add_(moved, directions, alpha=-lr)
     return predicted
-
-
-def clipping(groups: list[dict[str, Any]], step: int, bound: float, products: Mapping[Tensor, Tensor]) -> float:
-    """The factor that brings ``lr**2 / 2 v^T (F + damping) v`` to ``bound`` at most; ``products``: gradient times
-    direction ``v``, entrywise.
-    """
-    divergence = 0.0
-    for group in groups:
-        lr = number("lr", group["lr"], step)
-        divergence += 0.5 * lr**2 * sum(float(products[p].sum()) for p in group["params"])
-    return min(1.0, math.sqrt(bound / divergence)) if divergence > 0 else 1.0
 
 
 def _averaged(state: Any, key: str, parameters: list[Tensor], x: list[Tensor], momentum: float) -> list[Tensor]:

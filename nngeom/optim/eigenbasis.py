@@ -1,5 +1,5 @@
-"""EKFAC's curvature along training: eigenbases that are kept for a while, and a spectrum in them that follows every
-step.
+"""Curvature in Kronecker-factored eigenbases along training: bases that are kept for a while, and a spectrum in them
+that follows every step.
 """
 
 from __future__ import annotations
@@ -11,40 +11,38 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov
-from nngeom.core.errors import NonFiniteError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.optim.averages import all_finite, scaled_means
-from nngeom.optim.curvature import Curvature, Manner, copied, keeps
-from nngeom.optim.packed import Packed, split
+from nngeom.optim.bases import Bases, Kept, moved
+from nngeom.optim.curvature import Curvature, copied, keeps
+from nngeom.optim.gradient_factors import GradientFactors
+from nngeom.optim.heads import Head, Parts
+from nngeom.optim.manner import Manner
+from nngeom.optim.packed import Packed
 from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
-from nngeom.pmat.eigenbases import eigenbases as bases_of
+from nngeom.optim.shifts import Shifts, views
+from nngeom.optim.spectra import spectrum_of
 from nngeom.pmat.ekfac import PMatEKFAC, scaling_statistic
-from nngeom.pmat.kfac import kronecker_blocks
-from nngeom.pmat.kronecker import EigenBlock
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
-from nngeom.ranks.team import ALONE, Team
 from nngeom.sweep.sweep import Chunk
 
 
 @keeps(PMatEKFAC)
 class Eigenbasis(Curvature):
-    """Eigenbases of averaged Kronecker factors, and second moments along them.
+    """Eigenbases of averaged Kronecker factors, of rows or of gradients, and a :class:`Spectrum` along them.
 
-    ``scalings="batch"``: of the batch's examples (George et al. 2018, Algorithm 1). ``"running"``: EKFAC-ra,
-    ``s <- decay s + (1 - decay) n v^2`` with ``v`` the gradient of the mean loss in the basis, ``s`` starting from the
-    factors' eigenvalues at every refresh; under a metric whose rows are not the loss's, the batch's second moments take
-    the place of ``n v^2``. Second moments taken in different bases are never averaged.
+    Second moments taken in different bases are never averaged, unless they are moved along.
     """
 
     def __init__(self, representation: Representation, selection: Selection, manner: Manner):
         super().__init__(representation, selection, manner)
         self.statistic: Callable = next(representation.recipe(selection))
-        self.running, self.worker = manner.scalings == "running", manner.worker
-        self.from_gradient = self.running and not manner.own_rows
+        self.spectrum, self.worker, self.shifts = spectrum_of(manner), manner.worker, Shifts()
+        self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0, manner.team)
+        self.of_gradients = GradientFactors() if manner.factors == "gradients" else None
         self.sources: set[Layout] = set()  # layers that have a basis
         self.future: Future | None = None
 
@@ -60,15 +58,18 @@ class Eigenbasis(Curvature):
 
     @property
     def wants_every_batch(self):
-        return not self.from_gradient
+        return self.spectrum.reads_rows or self.rank.wanted
 
     def observe(self, chunk, schedule):
-        if not self.from_gradient and not self.squares.sums:
+        if self.spectrum.reads_rows and not self.squares.sums:
             self._adopt()
         chunk = self.selection.restrict(chunk)
-        if schedule.statistics or not self.blocks:
+        if self.of_gradients is not None:
+            self.of_gradients.observe(chunk)
+        elif schedule.statistics or not self.blocks:
             self.pending.add(self.statistic, chunk)
-        if self.from_gradient:
+        self.rank.observe(chunk)
+        if not self.spectrum.reads_rows:
             return
         if self._waits_for_basis(schedule):
             self.held.append(copied(chunk))
@@ -88,11 +89,12 @@ class Eigenbasis(Curvature):
         fresh = self.averages.entries.keys() - self.sources
         if not self.averages.entries or not (schedule.refresh or fresh):
             return
+        task = self.averages.read(), schedule.damping, dict(self.blocks)
         if self.worker is None or fresh:
-            self._install(eigenbases(self.averages.read(), self.manner.team))
+            self._install(self.bases.of(*task))
             self.sources = set(self.averages.entries)
         elif self.future is None:
-            self.future = self.worker.submit(eigenbases, self.averages.read())
+            self.future = self.worker.submit(self.bases.of, *task)
 
     def _adopt(self) -> None:
         """Take over bases that a background thread has finished, before anything is projected on them."""
@@ -100,74 +102,90 @@ class Eigenbasis(Curvature):
             self._install(self.future.result())
             self.future = None
 
-    def _install(self, blocks: dict[Layout, EigenBlock]) -> None:
+    def _install(self, blocks: dict[Layout, Kept]) -> None:
         """New bases; the spectra of all blocks are views of one vector, which the steps to come change in place."""
-        self.spectrum = torch.cat([block.d.reshape(-1) for block in blocks.values()])
-        views = split(self.spectrum, tuple(blocks))
-        self.blocks = {layout: dataclasses.replace(block, d=d) for (layout, block), d in zip(blocks.items(), views)}
-        self._shift: tuple[Damping, Tensor] | None = None  # damping of every coordinate, while bases and damping stay
+        old, layouts = self.blocks, tuple(blocks)
+
+        def along(x: Tensor, *, squared: bool = False) -> Tensor:
+            parts = views(x, old)
+            new = [moved(p, old[lay], blocks[lay], squared=squared).reshape(-1) for p, lay in zip(parts, layouts)]
+            return torch.cat(new)
+
+        start = torch.cat([block.d.reshape(-1) for block in blocks.values()])
+        self.spectrum.start(start, along if tuple(old) == layouts else None)
+        self._share(blocks)
+
+    def _share(self, blocks: dict[Layout, Kept]) -> None:
+        spectra = views(self.spectrum.d, blocks)
+        self.blocks = {layout: dataclasses.replace(block, d=d) for (layout, block), d in zip(blocks.items(), spectra)}
+        self.coordinates = torch.empty_like(self.spectrum.d)
+        self.shifts.forget()
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state(self):
+        return {**super().state(), "spectrum": self.spectrum.state()}
 
     def load(self, state):
         super().load(state)
         self.sources = set(self.averages.entries)
         if self.blocks:
-            self._install(self.blocks)
+            self.spectrum.d = torch.cat([block.d.reshape(-1) for block in self.blocks.values()])
+            self.spectrum.load(state.get("spectrum", {}))
+            self._share(self.blocks)
 
     # -- stepping ------------------------------------------------------------------------------------------------------
 
     def precondition(self, gradient, seen, schedule):
-        if self.from_gradient:
+        if not self.spectrum.reads_rows:
             self._adopt()
-        if self.pending.sums:
-            self.averages.take(self.pending, seen.examples, seen.scale, schedule.decay)
+        self._average(gradient, seen, schedule)
         self._refresh(schedule)
         for chunk in self.held:
             self._square(chunk)
-        if not self.from_gradient:
+        if self.spectrum.reads_rows:
             self.squares = seen.joined(self.squares)
         if self.blocks:
-            bases = [block.basis for block in self.blocks.values()]
             packed = self.packed(gradient)
-            for x, basis in zip(packed.blocks, bases):
-                x.copy_(basis.tmv(x))
-            self._follow(packed.flat, seen, schedule.scalings_decay if self.running else 0.0)
-            self._divide(packed, schedule.damping)
-            for x, basis in zip(packed.blocks, bases):
-                x.copy_(basis.mv(x))
+            parts = self._down(packed)
+            v = self.spectrum.follow(self.coordinates, seen, schedule.scalings_decay, self._squares(seen))
+            w = self.spectrum.divided(v, self.shifts.of(self.blocks, self.spectrum.d, schedule.damping))
+            for x, block, y, part in zip(packed.blocks, self.blocks.values(), views(w, self.blocks), parts):
+                if part is None:
+                    x.copy_(block.basis.mv(y))
+                else:
+                    x.copy_(block.up(part, y, block.inverse(schedule.damping, self.manner.power)))
             packed.write()
         self.forget()
 
-    def _follow(self, v: Tensor, seen: Seen, past: float) -> None:
-        """The spectrum takes in what this step has seen; ``v`` is the gradient in the bases."""
-        if self.from_gradient:
-            spectrum = (self.spectrum * past).addcmul_(v, v, value=(1 - past) * seen.examples * seen.mean**2)
-            if not bool(
-                torch.isfinite(spectrum.sum())
-            ):  # infinity would stay, and stop these coordinates without a word
-                raise NonFiniteError("the squared gradient in the eigenbasis overflows")
-            self.spectrum.copy_(spectrum)
-            return
+    def _down(self, packed: Packed) -> list[Parts | None]:
+        """The gradient in the bases, into ``coordinates``; of leading parts, what :meth:`Head.up` takes too."""
+        parts: list[Parts | None] = []
+        places = views(self.coordinates, self.blocks)
+        for (layout, block), x, y in zip(self.blocks.items(), packed.blocks, places):
+            part = None
+            if isinstance(block, Head):
+                part = block.down(x, self.rank.of(layout, x))
+                y.copy_(part.inside)
+            else:
+                y.copy_(self.rank.product(layout, block.ug, x, block.ua))
+            parts.append(part)
+        return parts
+
+    def _average(self, gradient: Tensor, seen: Seen, schedule: Schedule) -> None:
+        """Factors take in what was observed, or the gradient."""
+        if self.of_gradients is None:
+            if self.pending.sums:
+                self.averages.take(self.pending, seen.examples, seen.scale, schedule.decay)
+        elif self.of_gradients.dense and (schedule.statistics or not self.blocks):
+            self.of_gradients.take(self.averages, gradient, seen, schedule.decay)
+
+    def _squares(self, seen: Seen) -> Tensor | None:
+        """Mean squares of the examples along the eigenvectors; of blocks that were not seen, what is held of them."""
+        if not self.squares.sums:
+            return None
+        flat = self.spectrum.d.clone()
+        places = dict(zip(self.blocks, views(flat, self.blocks)))
         for layout, t in scaled_means(self.squares, max(seen.examples, 1), seen.scale).items():
-            self.blocks[layout].d.mul_(past).add_(t["d"], alpha=1 - past)
-
-    def _divide(self, packed: Packed, damping: Damping) -> None:
-        """By ``d + damping``; where damping is positive the sum needs no check, and its constant part is kept."""
-        if isinstance(damping, Cutoff) or damping.value == 0:
-            for x, block in zip(packed.blocks, self.blocks.values()):
-                x.mul_(block.inverse(damping).d)
-            return
-        if self._shift is None or self._shift[0] != damping:
-            shifts = [
-                block.additive(damping.value) if isinstance(damping, FactoredTikhonov) else damping.value
-                for block in self.blocks.values()
-            ]
-            self._shift = (
-                damping,
-                torch.cat([(torch.zeros_like(b.d) + x).view(-1) for b, x in zip(self.blocks.values(), shifts)]),
-            )
-        packed.flat.div_(self.spectrum + self._shift[1])
-
-
-def eigenbases(means: dict[Layout, dict[str, Tensor]], team: Team = ALONE) -> dict[Layout, EigenBlock]:
-    """The eigenbases of Kronecker factors, with the spectrum of their product."""
-    return bases_of(kronecker_blocks(means), team)
+            places[layout].copy_(t["d"])
+        return flat

@@ -23,6 +23,8 @@ class KFAC(NaturalGradient):
         inverse_every: steps, or a callable of the step.
         sharing: of weights by positions: see :class:`~nngeom.PMatKFAC`.
         sua: whether places of a window count as uncorrelated: see :class:`~nngeom.PMatKFAC`.
+        block_limit: parameters without Kronecker structure keep an exact block up to so many entries; others go to
+            ``rest``.
         options: further ones of :class:`NaturalGradient`.
 
     ``lr``, ``momentum``, ``weight_decay``, ``statistics_decay``, ``kl_clip``, ``fisher``, ``likelihood``,
@@ -32,12 +34,12 @@ class KFAC(NaturalGradient):
     def __init__(
         self,
         model: nn.Module,
-        lr: Any = 0.01,
+        lr: Any = 0.03,
         momentum: Any = 0.9,
         damping: Any = None,
         weight_decay: Any = 0.0,
         statistics_decay: Any = 0.95,
-        kl_clip: Any = None,
+        kl_clip: Any = 1e-4,
         fisher: str = "empirical",
         likelihood: Any = None,
         layer_collection: LayerCollection | None = None,
@@ -46,12 +48,13 @@ class KFAC(NaturalGradient):
         statistics_every: Any = 10,
         sharing: str = "expand",
         sua: bool = False,
+        block_limit: int = 512,
         **options: Any,
     ):
         damping = FactoredTikhonov(1e-2, balanced=False) if damping is None else damping
         super().__init__(
             model,
-            PMatKFAC.options(sharing=sharing, sua=sua),
+            PMatKFAC.options(sharing=sharing, sua=sua, block_limit=block_limit),
             lr=lr,
             momentum=momentum,
             damping=damping,

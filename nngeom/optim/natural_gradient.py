@@ -13,20 +13,22 @@ from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
 from nngeom.optim.automatic import Automatic
-from nngeom.optim.curvature import Manner
-from nngeom.optim.descent import descend
-from nngeom.optim.fallback import Fallback, natural, outside
+from nngeom.optim.bound import Bound
+from nngeom.optim.fallback import Fallback, outside
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import as_groups, require_groups
 from nngeom.optim.intake import Intake
 from nngeom.optim.joint import Joint, require_synchronous
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
+from nngeom.optim.manner import as_manner
+from nngeom.optim.model_check import ModelCheck
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending
 from nngeom.optim.preconditioned import Preconditioned
 from nngeom.optim.replicas import require_model
 from nngeom.optim.schedule import Clock
 from nngeom.optim.sharded import require_trainable
+from nngeom.optim.spectra import require_spectrum
 from nngeom.optim.unscaling import unscale
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.representation import as_representation
@@ -68,6 +70,11 @@ class NaturalGradient(Preconditioned):
         statistics_every: averages take in every so-many-th batch (with ``statistics_decay=0`` only those of a refresh).
         scalings: of EKFAC alone: see :class:`EKFAC`.
         scalings_decay: of EKFAC alone: see :class:`EKFAC`.
+        factors: of EKFAC alone: see :class:`EKFAC`.
+        refresh: of EKFAC alone: see :class:`EKFAC`.
+        power: of EKFAC alone: see :class:`EKFAC`.
+        drowned: of EKFAC alone: see :class:`EKFAC`.
+        first_decay: of EKFAC alone: the weight of the past in Adam's first moment, for ``scalings="adam"``.
         rest: ``"diag"``, ``"eye"`` or a representation, which takes the parameters that ``representation`` cannot hold:
             those above its ``block_limit``, and those used in ways no adapter knows (weight norm, batch
             normalisation in training mode), whose second moments are ``n`` times the squared gradient of the batch.
@@ -93,7 +100,7 @@ class NaturalGradient(Preconditioned):
         damping: Any = None,
         weight_decay: Any = 0.0,
         statistics_decay: Any = 0.95,
-        kl_clip: Any = None,
+        kl_clip: Any = 1e-4,
         fisher: str = "empirical",
         likelihood: Any = None,
         layer_collection: LayerCollection | None = None,
@@ -106,16 +113,17 @@ class NaturalGradient(Preconditioned):
         statistics_every: Any = 1,
         scalings: str = "batch",
         scalings_decay: Any = 0.75,
+        factors: str = "rows",
+        refresh: str = "eigh",
+        power: float = 1.0,
+        first_decay: float = 0.95,
+        drowned: float = 0.0,
         rest: Any = "diag",
         outputs: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
         async_basis: bool = False,
         process_group: Any = None,
     ):
-        if scalings not in ("batch", "running"):
-            raise ArgumentError(
-                f"scalings is {scalings!r}; expected 'batch' (of the examples of the batch) or 'running' (EKFAC-ra)"
-            )
         team = Team.of(process_group)
         require_model(model, team)
         require_synchronous(team, async_basis=async_basis)
@@ -141,7 +149,18 @@ class NaturalGradient(Preconditioned):
             parts=True,
         )
         worker = ThreadPoolExecutor(1, "eigenbases") if async_basis else None
-        manner = Manner(scalings=scalings, own_rows=self.observer.cotangents is not None, team=team, worker=worker)
+        manner = as_manner(
+            scalings=scalings,
+            own_rows=self.observer.cotangents is not None,
+            team=team,
+            worker=worker,
+            factors=factors,
+            refresh=refresh,
+            power=power,
+            first_decay=first_decay,
+            drowned=drowned,
+        )
+        require_spectrum(manner.scalings)
         self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner)
         parameters = self.observer.network.parameters
         self.gradients = Gradients(parameters.values(), self.observer.network.dtype)
@@ -151,6 +170,7 @@ class NaturalGradient(Preconditioned):
         groups = self.fallback.completed(as_groups(self.gradients.parameters if params is None else params))
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         require_groups(self.param_groups, parameters)
+        self.bound, self.check = Bound(), ModelCheck()
         self.clock.now()  # checks the numbers
         self.joint = Joint(team, self.observer, self.partition, self.pending)
         self.joint.agree(
@@ -191,7 +211,7 @@ class NaturalGradient(Preconditioned):
         if clip is None:
             return loss
         curved = None if gradient is None else {p: clip * g for p, g in gradient.items()}
-        predicted = descend(natural(self.param_groups), self.state, self.clock.steps - 1, curved, gradient)
+        predicted = self._move(curved, gradient)
         self.fallback.step(self.param_groups, self.state, self.clock.steps - 1)
         if rule is not None and compare and evaluate is not None:
             rule.update(self.joint.mean(float(evaluate())) - before, predicted)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from nngeom.core.errors import ArgumentError
-from nngeom.optim.curvature import Curvature, Manner, keeper
+from nngeom.optim.curvature import Curvature, keeper
+from nngeom.optim.manner import Manner
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nngeom.capture.kept_whole import kept_whole
 from nngeom.core.errors import ArgumentError, NonFiniteError, PeerError, SingularError
+from nngeom.core.whole import whole
 from nngeom.optim.arguments import as_reduction
 from nngeom.optim.automatic import Automatic
+from nngeom.optim.bound import Bound
 from nngeom.optim.causes import cause
-from nngeom.optim.descent import clipping
+from nngeom.optim.descent import descend
 from nngeom.optim.fallback import Fallback, natural
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import plain, resumed
 from nngeom.optim.intake import Intake
 from nngeom.optim.joint import Joint, is_curvature
+from nngeom.optim.model_check import ModelCheck
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending, Seen
 from nngeom.optim.replicas import require_team_now
@@ -38,6 +42,8 @@ class Preconditioned(torch.optim.Optimizer):
     observer: Observer
     partition: Partition
     gradients: Gradients
+    bound: Bound
+    check: ModelCheck
     intake: Intake
     automatic: Automatic
     fallback: Fallback
@@ -140,7 +146,7 @@ class Preconditioned(torch.optim.Optimizer):
         seen = self.joint.seen(schedule, why)
         if not isinstance(seen, Seen):
             return self._skip(*seen)
-        gradient = None if schedule.kl_clip is None else flat.clone()
+        self.check.arrived(flat, seen.examples)
         try:
             for part in self.partition:
                 part.precondition(flat, seen, schedule)
@@ -155,19 +161,25 @@ class Preconditioned(torch.optim.Optimizer):
             )
         if not bool(torch.isfinite(flat.sum())):
             return self._skip("curvature", "the preconditioned gradient is not finite")
-        clip = 1.0
-        if gradient is not None and schedule.kl_clip is not None:
-            clip = clipping(
-                natural(self.param_groups),
-                self.clock.steps,
-                schedule.kl_clip,
-                self.gradients.split(gradient.mul_(flat)),
-            )
+        self.bound.measure(natural(self.param_groups), self.clock.steps, self.gradients.split(flat))
+        clip = self.bound.factor(schedule.kl_clip)
+        if clip < 1:
             flat.mul_(clip)
         self.gradients.write()
         self.clock.tick(schedule)
         self.pending.forget()
         return clip
+
+    def _move(self, curved: Mapping[Tensor, Tensor] | None, gradient: Mapping[Tensor, Tensor] | None) -> float:
+        """:func:`descend`; of some steps, where they led is kept for the check of the model."""
+        groups, step = natural(self.param_groups), self.clock.steps - 1
+        if not self.check.stepped(self.bound):
+            return descend(groups, self.state, step, curved, gradient)
+        before = [p.detach().clone() for p in self.gradients.parameters]
+        predicted = descend(groups, self.state, step, curved, gradient)
+        moved = [whole(p.detach() - q) for p, q in zip(self.gradients.parameters, before)]
+        self.check.step = torch.cat([x.flatten() for x in moved]).to(self.gradients.flat)
+        return predicted
 
     def _skip(self, kind: str, why: str) -> float | None:
         self._forget()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nngeom.core.damping import Damping, as_damping
-from nngeom.optim.arguments import number
+from nngeom.core.damping import Damping, Relative
+from nngeom.optim.arguments import as_optimizer_damping, number
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 
 
@@ -27,7 +27,7 @@ class Schedule:
     refresh: bool
     decay: float
     scalings_decay: float
-    damping: Damping
+    damping: Damping | Relative
     kl_clip: float | None
 
 
@@ -47,10 +47,10 @@ class Clock:
             statistics, refresh, now["statistics_decay"], now["scalings_decay"], self._damping(), now["kl_clip"]
         )
 
-    def _damping(self) -> Damping:
+    def _damping(self) -> Damping | Relative:
         if isinstance(self.damping, LevenbergMarquardt):
             return self.damping.damping()
-        return as_damping(self.damping(self.steps) if callable(self.damping) else self.damping)
+        return as_optimizer_damping(self.damping(self.steps) if callable(self.damping) else self.damping)
 
     def tick(self, schedule: Schedule) -> None:
         """A step was taken."""

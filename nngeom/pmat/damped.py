@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nngeom.core.damping import Cutoff, Damping, Relative, Tikhonov, as_damping
+from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov, Relative, Tikhonov, as_damping
 from nngeom.core.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -22,6 +22,7 @@ from nngeom.core.errors import (
 )
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block
+from nngeom.pmat.shifted import factors_shifted
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
@@ -78,12 +79,20 @@ def _parts(matrix: PMat, damping: Any) -> Damped:
     if isinstance(damping, Mapping):
         return _by_pattern(matrix, damping)
     if isinstance(damping, Relative):
-        return {layout: (block, relative(block, damping, layout)) for layout, block in blocks.items()}
+        return {layout: damped_by(block, damping, layout) for layout, block in blocks.items()}
     if isinstance(damping, Cutoff) and damping.top is not None:
         least = top_cutoff(matrix.eigh()[0], damping)
         return {layout: (block, least) for layout, block in blocks.items()}
     d = as_damping(damping)
     return {layout: (block, d) for layout, block in blocks.items()}
+
+
+def damped_by(block: Block, damping: Relative, layout: Layout) -> tuple[Block, Damping]:
+    """The ``block`` of a ``layout`` with its factors damped, where they are to be, and the ``damping`` left to add."""
+    x = as_damping(Tikhonov(damping.value)).value
+    if damping.factored and (shifted := factors_shifted(block, x**0.5)) is not None:
+        return shifted, FactoredTikhonov(0.0, balanced=False)
+    return block, relative(block, damping, layout)
 
 
 def relative(block: Block, damping: Relative, layout: Layout) -> Damping:

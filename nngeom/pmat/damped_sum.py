@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.damping import Cutoff, Damping, Relative, Tikhonov, as_damping
+from nngeom.core.errors import ArgumentError
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.damped import chosen_numbers, entries_of, relative, require_added, top_cutoff
@@ -42,6 +43,8 @@ def _shift(matrix: PMatSum, damping: Any, limit: int) -> tuple[dict[Layout, Bloc
         return {lc.span(): DiagBlock(entries_of(matrix, damping)[None, None])}, nothing
     if isinstance(damping, Mapping):
         return _by_number(matrix, chosen_numbers(lc, damping)), nothing
+    if isinstance(damping, Relative) and damping.factored:
+        raise ArgumentError("a sum has no factors of its own for Relative(x, factored=True); expected Relative(x)")
     if isinstance(damping, Relative) and (blocks := matrix.partitioned(limit)) is not None:
         if blocks.rows is not None:  # one block over everything
             mean = EyeBlock(matrix.trace() / lc.numel, *lc.span().sizes)

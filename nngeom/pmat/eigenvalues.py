@@ -28,6 +28,12 @@ def reciprocal(values: Tensor, damping: Damping, what: str) -> Tensor:
     return 1 / shifted
 
 
+def relative_shift(sa: Tensor, sg: Tensor, c: float | Tensor) -> Tensor:
+    """``(s_A + c m_A) (s_G + c m_G) - s_A s_G`` of eigenvalues ``sa [s, 1, i]``, ``sg [s, o, 1]`` with means ``m``."""
+    ma, mg = sa.mean(-1, keepdim=True), sg.mean(-2, keepdim=True)
+    return c * c * ma * mg + c * (sa * mg + ma * sg)
+
+
 def require_positive(shifted: Tensor, values: Tensor, what: str) -> None:
     """Raise unless all of ``shifted`` is above rounding error of ``values``."""
     if not values.numel():

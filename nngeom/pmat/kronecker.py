@@ -15,22 +15,20 @@ from nngeom.pmat.block_algebra import Remake, largest
 from nngeom.pmat.eigenvalues import by_eigenvalues, reciprocal, require_positive
 from nngeom.pmat.factors import product_of_marginals
 from nngeom.pmat.kept import kept_factor
+from nngeom.pmat.kronecker_basis import KroneckerBasis
 
 
 @dataclass(frozen=True, eq=False)
 class KroneckerBlock(Block):
     """``x -> g x a`` with ``a`` over inputs and ``g`` over output gradients, both dense or diagonal.
 
-    ``uses``: the factors of every use, where there are several unlike ones. ``dropped``: of both factors the share of
-    the norm that is not kept, and its error.
+    ``uses``: the factors ``a, g`` of every use, where there are several unlike ones; their means merge, the joined
+    ones' do not. ``dropped``: of both factors the share of the norm that is not kept, and its error.
     """
 
     a: Tensor  # [s i i] or [s i]
     g: Tensor  # [s o o] or [s o]
-    uses: tuple[
-        Tensor, ...
-        # of a parameter used in unlike ways, the factors a, g of every use: their means merge, the joined ones' do not
-    ] = ()
+    uses: tuple[Tensor, ...] = ()
     dropped: Tensor | None = None  # [2 2], of a and g: the share of the norm not kept, -1 of a whole one; its error
 
     @property
@@ -107,10 +105,8 @@ class KroneckerBlock(Block):
         eigenvalues, or 1.
         """
         if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
-            shift = self.a.new_zeros(self.a.shape[0]) + damping.value
-            return linalg.factor_shift(self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1)), shift), torch.ones_like(
-                self.g
-            )
+            exact = self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1))
+            return linalg.factor_shift(exact, exact.new_zeros(len(exact)) + damping.value), torch.ones_like(self.g)
         means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
         usable = (means[0] > 0) & (means[1] > 0) & damping.balanced
         pi = torch.where(
@@ -151,20 +147,6 @@ class KroneckerBlock(Block):
         )
         uses = tuple(f if q % 2 else inputs(f) for q, f in enumerate(self.uses))
         return KroneckerBlock(inputs(self.a), self.g, uses)
-
-
-@dataclass(frozen=True, eq=False)
-class KroneckerBasis(BlockBasis):
-    """``ug (x) ua``; ``None`` is the identity."""
-
-    ua: Tensor | None  # [s i i]
-    ug: Tensor | None  # [s o o]
-
-    def mv(self, x: Tensor) -> Tensor:
-        return linalg.right(linalg.left(self.ug, x), self.ua, transpose=True)
-
-    def tmv(self, x: Tensor) -> Tensor:
-        return linalg.right(linalg.left(self.ug, x, transpose=True), self.ua)
 
 
 @dataclass(frozen=True, eq=False)

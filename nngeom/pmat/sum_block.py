@@ -161,8 +161,9 @@ class SumBlock(Block):
         for w, part in self.terms:
             values, basis = part.eigh()
             values = number(w) * values
-            least = float(values.min()) if values.numel() else 0.0
-            found.append((values, basis, least if least < -float(rounding(values)) else 0.0))
+            known = values.detach()
+            least = float(known.min()) if known.numel() else 0.0
+            found.append((values, basis, least if least < -float(rounding(known)) else 0.0))
         return found
 
     def is_positive(self, damping: Damping) -> bool:

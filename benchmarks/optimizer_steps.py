@@ -1,0 +1,128 @@
+"""Processor time of optimizers' steps over that of SGD with momentum, amortised over their default schedules.
+
+    python -m benchmarks.optimizer_steps        # docs/data/steps.json, and the table on the screen
+
+A step of each kind (plain, one that takes in statistics, one that computes bases or inverses anew) is timed by itself,
+with periods of 2 and 6 steps; medians of each kind are weighted by the default periods. Single-threaded, one run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nngeom as nng
+
+STEPS = 13
+PERIODS = {"KFAC": (10, 10), "SOAP": (5, 10)}  # after how many steps statistics and bases come; others (10, 50)
+
+
+class Embedded(nn.Module):
+    """A character GPT of 64 positions: two blocks of ``nn.TransformerEncoderLayer``."""
+
+    def __init__(self, width: int = 96, vocabulary: int = 80):
+        super().__init__()
+        self.table, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(64, width)
+        layer = lambda: nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.ModuleList([layer(), layer()])
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x) + self.positions(torch.arange(x.shape[1]).expand_as(x))
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        for block in self.blocks:
+            h = block(h, src_mask=mask)
+        return self.head(h)
+
+
+def autoencoder() -> nn.Module:
+    """784-1000-500-250-30 and back, sigmoids."""
+    widths = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.Sigmoid())]
+    return nn.Sequential(*layers[:-1])
+
+
+def problems() -> dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Tensor], Tensor]]]:
+    """Model, inputs, loss of outputs."""
+    images, characters = torch.rand(200, 784), torch.randint(0, 80, (16, 64))
+    points, labels = torch.randn(32, 10), torch.randint(0, 2, (32,))
+    return {
+        "auto-encoder 784-1000-500-250-30, batch 200": (
+            autoencoder,
+            images,
+            lambda f: 0.5 * (f.sigmoid() - images).square().sum(1).mean(),
+        ),
+        "character GPT, width 96, batch 16 x 64": (
+            Embedded,
+            characters,
+            lambda f: F.cross_entropy(f[:, :-1].flatten(0, 1), characters[:, 1:].flatten()),
+        ),
+        "10-32-2, batch 32": (
+            lambda: nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 2)),
+            points,
+            lambda f: F.cross_entropy(f, labels),
+        ),
+    }
+
+
+def soap(model: nn.Module, every: int) -> torch.optim.Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(model.parameters(), lr=1e-5, precondition_frequency=every)
+
+
+KEYS = {"lr": 1e-5, "statistics_every": 2}
+METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-5, momentum=0.9),
+    "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-5),
+    "EKFAC": lambda m: nng.optim.EKFAC(m, basis_every=6, **KEYS),
+    "EKFAC, drowned=0": lambda m: nng.optim.EKFAC(m, basis_every=6, drowned=0.0, **KEYS),
+    "KFAC": lambda m: nng.optim.KFAC(m, inverse_every=6, **KEYS),
+    "SOAP": lambda m: nng.optim.SOAP(m, basis_every=6, **KEYS),
+    "SOAP of pytorch_optimizer": lambda m: soap(m, 6),
+}
+
+
+def timed(make: Callable[[], nn.Module], method: str, x: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
+    """Milliseconds of a step, amortised."""
+    torch.manual_seed(0)
+    model = make()
+    opt, spent = METHODS[method](model), []
+    repeats = 1 if x.numel() > 1000 else 10
+    for _ in range(STEPS * repeats):
+        start = time.process_time()
+        opt.zero_grad()
+        if isinstance(opt, nng.optim.NaturalGradient):
+            with opt.observe():
+                loss(model(x)).backward()
+        else:
+            loss(model(x)).backward()
+        opt.step()
+        spent.append(time.process_time() - start)
+    kinds = {"refresh": spent[6::6], "statistics": [*spent[2::6], *spent[4::6]], "plain": spent[1::2]}
+    refresh, statistics, plain = (1e3 * median(kinds[k]) for k in ("refresh", "statistics", "plain"))
+    often, seldom = PERIODS.get(method.partition(" ")[0], (10, 50))
+    return plain + (statistics - plain) / often + (refresh - statistics) / seldom
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    table = {}
+    for name, (make, x, loss) in problems().items():
+        times = {method: timed(make, method, x, loss) for method in METHODS}
+        table[name] = {k: {"milliseconds": round(v, 3), "ratio": round(v / times["SGD"], 3)} for k, v in times.items()}
+        print(name, {k: (round(v, 3), round(v / times["SGD"], 2)) for k, v in times.items()}, flush=True)
+    path = Path(__file__).parent.parent / "docs" / "data" / "steps.json"
+    path.write_text(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main()
