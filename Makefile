@@ -37,7 +37,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/basedpyright -p tests/typing --pythonpath $(BIN)/python
-	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	GALLERY=shown $(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/checked
 
 docs: setup
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html

@@ -38,6 +38,7 @@ from nngeom.cotangents.likelihood import Bernoulli, Gaussian, Likelihood, Poisso
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.implicit import FMatImplicit
+from nngeom.fmat.sharded import FMatSharded
 from nngeom.io import load, save
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
@@ -94,6 +95,7 @@ __all__ = [
     "FMatDense",
     "FMatDiag",
     "FMatImplicit",
+    "FMatSharded",
     "FVector",
     "FactoredTikhonov",
     "FileError",

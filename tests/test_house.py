@@ -146,6 +146,7 @@ BY_PRODUCTS = {"PMatImplicit", "FMatImplicit", "PushForwardImplicit", "PullBackI
 # (package or module, names that its code asks for or makes, reason); the other packages name none
 NAMES_REPRESENTATIONS = [
     ("measures", BY_PRODUCTS, "they hold a model, and are not measured by a recipe or by tiles"),
+    ("measures", {"FMatSharded"}, "rows of an FMatDense that are not gathered"),
     ("measures", {"PushForwardDense", "PullBackDense"}, "maps have two representations each"),
     ("measures", {"FMatDense", "FMatDiag", "FMatBlockDiag"}, "files and estimates of kernels are of these kinds"),
     ("measures", {"PMatKFAC", "PMatLowRank"}, "what is measured by default, said to type checkers"),

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ConvergenceError, UnsupportedError
 from nngeom.fmat.operator import FunctionOperator
+from nngeom.ranks.team import ALONE, Team
+from nngeom.ranks.totals import generator_of
 from nngeom.solve.hutchinson import Estimate, hutchinson
 from nngeom.solve.lanczos import lanczos
 from nngeom.solve.leave_one_out import DIAGONALS, TRACES, estimator_of
@@ -20,6 +22,15 @@ from nngeom.space.fvector import FVector
 
 class EstimatedKernel(FunctionOperator):
     """Trace, diagonal, norms, log-determinant and spectrum of a kernel, from its products with vectors."""
+
+    @property
+    def team(self) -> Team:
+        """The processes that make its products together."""
+        return ALONE
+
+    def _draws(self, generator: torch.Generator | None) -> torch.Generator | None:
+        """Rank 0's, so that all draw the same vectors."""
+        return generator_of(self.team, generator, self.device)
 
     @property
     @abstractmethod
@@ -55,7 +66,7 @@ class EstimatedKernel(FunctionOperator):
     def _estimate(
         self, estimator: Callable[..., Estimate], samples: int, generator: torch.Generator | None
     ) -> Estimate:
-        return estimator(self.flat_product(), self.shape[0], samples, self._like, generator)
+        return estimator(self.flat_product(), self.shape[0], samples, self._like, self._draws(generator))
 
     def diag(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
         """The diagonal, an FVector: exact without products by default, or an :class:`Estimate` of two FVectors.
@@ -99,11 +110,12 @@ class EstimatedKernel(FunctionOperator):
         if samples is None:
             return self.materialize().norm(kind)
         self._require_square("an estimated norm")
-        square = hutchinson(lambda z: act(act(z)), self.shape[0], samples, self._like, generator)
+        square = hutchinson(lambda z: act(act(z)), self.shape[0], samples, self._like, self._draws(generator))
         root = square.value.clamp_min(0).sqrt()
         return Estimate(root, square.standard_error / (2 * root))
 
     def _start(self, size: int, generator: torch.Generator | None) -> Tensor:
+        generator = self._draws(generator)
         device = generator.device if generator is not None else self.device
         return torch.randn(size, generator=generator, dtype=self.dtype, device=device).to(self.device)
 
@@ -153,9 +165,8 @@ class EstimatedKernel(FunctionOperator):
             raise self._refuse('exact logdet(); logdet(damping, estimator="slq") estimates it')
         self.require_symmetric("logdet")
         number = require_slq(estimator, damping)
-        return slq_logdet(
-            self.flat_product(), self.shape[0], self._like, number, steps, samples=samples, generator=generator
-        )
+        draws, product = self._draws(generator), self.flat_product()
+        return slq_logdet(product, self.shape[0], self._like, number, steps, samples=samples, generator=draws)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered; raises :class:`UnsupportedError`."""
@@ -171,3 +182,8 @@ class EstimatedKernel(FunctionOperator):
         return UnsupportedError(
             f"an implicit kernel has no {what}; lanczos(k) gives leading eigenpairs, materialize() an FMatDense"
         )
+
+
+def told_of(team: Team) -> str:
+    """That products are made together, in a ``repr``."""
+    return f", over {team.size} processes: products are collective" if team.size > 1 else ""

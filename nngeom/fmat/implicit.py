@@ -14,10 +14,13 @@ from nngeom.core.errors import ArgumentError, ConvergenceError, UnsupportedError
 from nngeom.core.linear import identity, solution
 from nngeom.fmat.columns import C, HasColumns, by_columns, has_columns
 from nngeom.fmat.dense import FMatDense
-from nngeom.fmat.estimated import EstimatedKernel
+from nngeom.fmat.diag import FMatDiag
+from nngeom.fmat.estimated import EstimatedKernel, told_of
 from nngeom.fmat.jacobian_products import pull, push
 from nngeom.fmat.products import EVERYTHING, Mean, build, squared_norms
+from nngeom.fmat.ring import gathered_kernels
 from nngeom.fmat.side import Side
+from nngeom.ranks.team import Team
 from nngeom.solve.iterative import iterative
 from nngeom.space.fvector import FVector
 
@@ -37,16 +40,20 @@ class FMatImplicit(EstimatedKernel):
     reference: Side | None = None  # whose mean gradient is subtracted; the left side by default
 
     @property
+    def team(self) -> Team:
+        return self.left.run.team
+
+    @property
     def outputs(self) -> int:
         return self.left.outputs
 
     @property
     def rows(self) -> int:
-        return self.left.examples
+        return self.left.everywhere
 
     @property
     def columns(self) -> int:
-        return self.right.examples
+        return self.right.everywhere
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,7 +85,7 @@ class FMatImplicit(EstimatedKernel):
         if not self.centered:
             return push(self.left, pulled)
         base = self._reference
-        mean = f.sum(-1, keepdim=True).expand(*f.shape[:-1], base.examples) / base.examples
+        mean = f.sum(-1, keepdim=True).expand(*f.shape[:-1], base.everywhere) / base.everywhere
         pulled = pulled - pull(base, mean)
         pushed = push(self.left, pulled)
         over = pushed if base is self.left else push(base, pulled)
@@ -96,6 +103,9 @@ class FMatImplicit(EstimatedKernel):
         if self.left is not self.right:
             return self.materialize().diag().tensor
         with torch.no_grad(), self.left.within():
+            if self.left.places is not None:
+                kernels = gathered_kernels(FMatDiag, self.left, None, EVERYTHING, centered=self.centered)
+                return self.scale * kernels[""].tensor
             mean = Mean.over(self._reference) if self.centered else None
             squares = squared_norms(self.left, EVERYTHING, mean)[""]
         return self.scale * squares
@@ -106,7 +116,8 @@ class FMatImplicit(EstimatedKernel):
             return self.T.materialize(representation).T
         with torch.no_grad(), self.left.within():
             right = None if self.left is self.right else self.right
-            kernel = build(representation, self.left, right, EVERYTHING, centered=self.centered)[""]
+            make = build if self.left.places is None else gathered_kernels
+            kernel = make(representation, self.left, right, EVERYTHING, centered=self.centered)[""]
         return self.scale * kernel
 
     # -- what it solves and estimates ----------------------------------------------------------------------------------
@@ -157,6 +168,9 @@ class FMatImplicit(EstimatedKernel):
         """``(K + damping I)^-1`` of the dense kernel."""
         self.require_symmetric("inverse")
         return self.materialize().inverse(damping)
+
+    def __repr__(self) -> str:
+        return super().__repr__() + told_of(self.team)
 
     def __reduce__(self) -> Any:
         raise UnsupportedError(

@@ -15,12 +15,14 @@ from nngeom.pmat.tangents import at_once_or_not, tangents_or_rows, times_rows
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.linearization import Linearization
 from nngeom.pullback.many_tangents import ManyTangents
+from nngeom.ranks.fingerprint import bits
+from nngeom.ranks.totals import require_same_vectors, totals
 from nngeom.space.pvector import PVector
 
 
 def push(side: Side, v: Tensor) -> Tensor:
     """``J v``: ``[*b, d] -> [*b, c, n]``, by tangents or by rows; differentiable in ``v``."""
-    return linear(lambda x: _push(side, x), lambda u: _pull(side, u), v, side.parameters)
+    return linear(lambda x: _pushed(side, x), lambda u: _pulled(side, u), v, side.parameters)
 
 
 def pull(side: Side, u: Tensor) -> Tensor:
@@ -28,7 +30,30 @@ def pull(side: Side, u: Tensor) -> Tensor:
 
     One forward pass a batch, and one backward pass for all vectors that fit the budget.
     """
-    return linear(lambda x: _pull(side, x), lambda v: _push(side, v), u, side.parameters)
+    return linear(lambda x: _pulled(side, x), lambda v: _pushed(side, v), u, side.parameters)
+
+
+def _pushed(side: Side, v: Tensor) -> Tensor:
+    """Of the examples of all processes, where the side goes over these."""
+    places, shape = side.places, (*v.shape[:-1], side.outputs)
+    if places is None:
+        return _push(side, v)
+    with side.within(), places.team.together("product") as note:
+        pushed = _push(side, v) if side.sizes else v.new_zeros(*shape, 0)
+        note.mine = bits([v])
+    require_same_vectors("product", note.all)
+    return places.whole(pushed.flatten(0, -2)).view(*shape, places.total)
+
+
+def _pulled(side: Side, u: Tensor) -> Tensor:
+    """From the examples of all processes, where the side goes over these."""
+    places = side.places
+    if places is None:
+        return _pull(side, u)
+    with side.within():
+        none = u.new_zeros(*u.shape[:-2], side.run.network.collection.numel)
+        local = lambda: ([_pull(side, u[..., places.mine]) if side.sizes else none], side.examples)
+        return totals(places.team, "product", local, [u])[0][0]
 
 
 def _push(side: Side, v: Tensor) -> Tensor:
@@ -92,8 +117,11 @@ def _pull(side: Side, u: Tensor) -> Tensor:
 
 def first_look(side: Side) -> None:
     """Refuse now what products would only meet later: models that mix examples, odd batches, NaN and infinity."""
-    side.sweep.look()
+    team = side.run.team
+    with team.together("first look"):
+        side.sweep.look()
     if side.run.check:
-        ones = torch.ones(side.outputs, side.examples, dtype=side.dtype, device=side.device)
+        ones = torch.ones(side.outputs, side.everywhere, dtype=side.dtype, device=side.device)
         if not bool(torch.isfinite(pull(side, ones).sum())):
-            side.sweep.raise_where_not_finite()
+            with team.together("first look"):
+                side.sweep.raise_where_not_finite()

@@ -16,6 +16,7 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.fmat.chunks import Group, Key, joined, key
+from nngeom.fmat.places import Places
 from nngeom.fmat.positions import Positions
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
@@ -44,11 +45,16 @@ class Side:
     wide: bool = False  # rows in float64, whatever the model's dtype
     apart: Positions | None = None  # positions are examples
     on_disk: bool = False  # the kernel is: no tile of it may take more than its share of the budget
+    places: Places | None = None  # where the axis goes over the examples of several processes
 
     @staticmethod
     def of(run: Run, cotangents: Cotangents, policy: Policy = Policy()) -> Side:
         """The rows of a run for the cotangents of a metric."""
         return Side(Sweep(run.held(), cotangents, policy))
+
+    def placed(self) -> Side:
+        """The same as an axis over the examples of all processes, of which each visits its own."""
+        return self if self.run.team.size == 1 else replace(self, places=Places.of(self))
 
     @property
     def run(self) -> Run:
@@ -74,9 +80,20 @@ class Side:
             next(self.chunks(), None)
         return sum(self.sizes) * (self.apart.count or 1)
 
+    @property
+    def everywhere(self) -> int:
+        """How many examples the axis has, those of other processes included."""
+        return self.examples if self.places is None else self.places.total
+
+    def whole(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[c, everywhere, ...]`` of the ``rows [c, examples, ...]`` of this process."""
+        return rows if self.places is None else self.places.whole(rows)
+
     @functools.cached_property
     def outputs(self) -> int:
         """``c``: how many rows an example has, outputs or one of a loss; raises what a first look raises."""
+        if self.places is not None:
+            return self.places.outputs
         with torch.no_grad(), self.within():
             return self._rows(self.run.network.run(self.run.loader[0]))
 

@@ -42,7 +42,7 @@ class ImplicitMap(JacobianMap):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.side.outputs, self.side.examples, self.layer_collection.numel
+        return self.side.outputs, self.side.everywhere, self.layer_collection.numel
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,7 +70,7 @@ class ImplicitMap(JacobianMap):
     def dot(self, other: Any) -> Tensor:
         if other.side is self.side:
             with self.within():
-                return squared_norms(self.side, EVERYTHING)[""].sum()
+                return squares(self.side)
         parts = [(self[name] * other[name]).sum() for name in self.layer_collection.names]
         return torch.stack(parts).sum()
 
@@ -79,10 +79,16 @@ class ImplicitMap(JacobianMap):
 
     def __getitem__(self, name: str) -> Tensor:
         place, shape = self.place(name)
-        out = torch.zeros(*self.shape[:2], math.prod(shape), dtype=self.dtype, device=self.device)
-        for k, n, rows in row_pieces(self.side):
-            out[k, n] = rows[..., place]
-        return out.view(*self.shape[:2], *shape)
+        out = self._zeros(math.prod(shape))
+        with self.side.run.team.together("rows"):
+            for k, n, rows in row_pieces(self.side):
+                out[k, n] = rows[..., place]
+        return self.side.whole(out).view(*self.shape[:2], *shape)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        """``(c, n, *shape)`` of this process's examples."""
+        side = self.side
+        return torch.zeros(side.outputs, side.examples, *shape, dtype=self.dtype, device=self.device)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered; raises :class:`UnsupportedError`."""
@@ -130,10 +136,11 @@ class PushForwardImplicit(ImplicitMap):
 
     def forms(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """A quadratic form ``f``, ``[r, d] -> [r]``, of all rows, ``(c, n)``; rows are made in pieces."""
-        out = torch.zeros(self.shape[:2], dtype=self.dtype, device=self.device)
-        for k, n, rows in row_pieces(self.side):
-            out[k, n] = f(rows.flatten(0, 1)).view(rows.shape[:2]).to(out)
-        return out
+        out = self._zeros()
+        with self.side.run.team.together("rows"):
+            for k, n, rows in row_pieces(self.side):
+                out[k, n] = f(rows.flatten(0, 1)).view(rows.shape[:2]).to(out)
+        return self.side.whole(out)
 
     def materialize(self) -> PushForwardDense:
         """The same map with all its entries."""
@@ -183,8 +190,25 @@ def row_pieces(side: Side) -> Iterator[tuple[slice, slice, Tensor]]:
             yield k, n, rows
 
 
+def squares(side: Side) -> Tensor:
+    """The squared norms of all rows, added up."""
+    team = side.run.team
+    with team.together("rows"):
+        total = torch.zeros((), dtype=side.dtype, device=side.device)
+        total += squared_norms(side, EVERYTHING)[""].sum() if side.sizes else 0
+    team.sum_([total])
+    return total
+
+
 def dense_rows(side: Side) -> Tensor:
     """``(c, n, d)``: the gradients of all outputs at all examples."""
+    with side.run.team.together("rows"):
+        rows = _own_rows(side)
+    return side.whole(rows)
+
+
+def _own_rows(side: Side) -> Tensor:
+    """Those of this process's examples."""
     out: Tensor | None = None
     d = side.run.network.collection.numel
     with torch.no_grad():

@@ -18,6 +18,7 @@ from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.maps.mapped import MappedPush
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy
 
@@ -54,10 +55,12 @@ def Jacobian(
         check=check,
         process_group=process_group,
     )
-    run.require_alone("Jacobian")
     kind: Any = representation
     with run.within():
-        side = Side.of(run, EveryOutput(), Policy("Jacobian"))
+        agree(run, "Jacobian", representation=representation, centered=centered)
+        with run.team.together("batches"):
+            side = Side.of(run, EveryOutput(), Policy("Jacobian"))
+        side = side.placed()
         if kind in (PushForwardImplicit, PullBackImplicit):
             first_look(side)
             return cast(J, kind(side) if not centered else without_mean(side, pushes=kind.pushes))
@@ -80,5 +83,5 @@ def without_mean_(rows: Tensor) -> Tensor:
 def without_mean(side: Side, *, pushes: bool) -> JacobianMap:
     """The implicit map of centred rows, or its transpose: centring acts on functions, ``C J``."""
     act = lambda u: FVector(u.tensor - u.tensor.mean(-1, keepdim=True)) if u.tensor.numel() else u
-    push = MappedPush(PushForwardImplicit(side), act, act, side.examples)
+    push = MappedPush(PushForwardImplicit(side), act, act, side.everywhere)
     return push if pushes else push.T

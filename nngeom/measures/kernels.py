@@ -21,12 +21,16 @@ from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.jacobian_products import first_look
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import EVERYTHING, build
+from nngeom.fmat.ring import gathered_kernels
+from nngeom.fmat.sharded import FMatSharded
 from nngeom.fmat.side import Side
 from nngeom.measures.kernel_estimates import estimated, signs
 from nngeom.measures.kernel_files import in_file
+from nngeom.measures.sharded_kernels import sharded_kernel
 from nngeom.measures.within import collection_of, in_metric
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy
@@ -42,7 +46,8 @@ def GramMatrix(model: nn.Module, loader: Any, representation: type[K] = ..., *,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         centered: bool = False, differentiable: bool = False, estimator: None = None, samples: int = 1,
         generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
-        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> K: ...
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[False] = False) -> K: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
@@ -50,7 +55,8 @@ def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = 
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         centered: bool = False, differentiable: bool = False, estimator: Literal["rademacher"], samples: int = 1,
         generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
-        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> KernelEstimate: ...
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[False] = False) -> KernelEstimate: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
@@ -58,7 +64,8 @@ def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDiag], *,
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         centered: bool = False, differentiable: bool = False, estimator: Literal["rademacher"], samples: int = 1,
         generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
-        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> TraceEstimate: ...
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[False] = False) -> TraceEstimate: ...
 @overload
 def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
         other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
@@ -66,7 +73,17 @@ def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = 
         function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
         centered: bool = False, differentiable: bool = False, estimator: None = None, samples: int = 1,
         generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
-        memory_budget: int | None = None, check: bool = True, process_group: Any = None) -> PositionKernel: ...
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[False] = False) -> PositionKernel: ...
+@overload
+def GramMatrix(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
+        other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, by_position: Literal[False] = False,
+        function: Callable[..., Tensor] | None = None, layer_collection: LayerCollection | None = None,
+        centered: bool = False, differentiable: bool = False, estimator: None = None, samples: int = 1,
+        generator: torch.Generator | None = None, out: str | os.PathLike[str] | None = None, progress: bool = False,
+        memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[True]) -> FMatSharded: ...
 # fmt: on
 def GramMatrix(
     model: nn.Module,
@@ -89,6 +106,7 @@ def GramMatrix(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
+    sharded: bool = False,
 ) -> Any:
     """The Gram matrix of the gradients of all outputs (the empirical neural tangent kernel), not normalised: ``K = J
     J^T``; in a metric ``K = J M J^T``.
@@ -118,6 +136,10 @@ def GramMatrix(
     on it. The tensor is mapped from the file: writing to it changes it for this process only. ``memory_budget`` in
     bytes cuts the work into tiles and does not change the result.
 
+    Over the processes of ``process_group`` examples are in rank order, and the kernel is whole on all of them
+    (:class:`SizeError` where it does not fit ``memory_budget``); with ``sharded`` each keeps the rows of its own, an
+    :class:`FMatSharded`.
+
     Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`,
     :class:`NonFiniteError`, :class:`StructureError`, :class:`ArgumentError`, :class:`FileError`. Source: Jacot et al.
     2018; Baratin et al. 2021, eq. 1; George 2023, thesis, section 3.2.3.
@@ -133,8 +155,15 @@ def GramMatrix(
         process_group=process_group,
         parts=not differentiable,
     )
-    run.require_alone("GramMatrix")
     kind = kernel_kind(representation)
+    alone = {"differentiable": differentiable, "estimator": estimator, "out": out, "by_position": by_position}
+    if sharded and (kind is not FMatDense or any(x is not None and x is not False for x in alone.values())):
+        raise ArgumentError(
+            "sharded=True is of FMatDense, without differentiable=, estimator=, out= and by_position=; leave one of "
+            "them out"
+        )
+    for name in [name for name, x in alone.items() if x is not None and x is not False]:
+        run.require_alone(f"GramMatrix({name}=)")
     cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
     within = in_metric(run, metric, wide=centered)
     policy = Policy(
@@ -165,19 +194,38 @@ def GramMatrix(
         require_alone(centered, differentiable, estimator, out, None if kind is FMatDense else kind)
     side = lambda data: Side.of(run.silent().on(data), cotangents, policy)
     with run.within(), torch.set_grad_enabled(differentiable):
+        if run.team.size > 1:
+            between = other is not None
+            require_same_kernel(run, "GramMatrix", kind, cotangents, metric, centered=centered, between=between)
         if out is not None:
             return in_file(out, side, loader, other, centered=centered, metric=within, progress=progress)
-        rows, columns = side(loader), None if other is None else side(other)
+        with run.team.together("batches"):
+            rows, columns = side(loader), None if other is None else side(other)
         if by_position:
             return positioned(rows, columns or side(rows.run.loader), within, progress=progress)
         if estimator is not None:
             return estimated(kind, rows, columns, progress=progress)
         if kind is FMatImplicit:
+            rows, columns = rows.placed(), None if columns is None else columns.placed()
             first_look(rows)
             if columns is not None:
                 first_look(columns)
             return FMatImplicit(rows, columns or rows, centered)
+        if sharded:
+            return sharded_kernel(rows, columns, centered=centered, metric=within)
+        if run.team.size > 1:
+            return gathered_kernels(kind, rows, columns, EVERYTHING, centered=centered, metric=within)[""]
         return build(kind, rows, columns, EVERYTHING, centered=centered, metric=within, progress=progress)[""]
+
+
+def require_same_kernel(
+    run: Run, what: str, kind: Any, cotangents: Cotangents, metric: Any, *, centered: bool, between: bool
+) -> None:
+    """Raise :class:`RankMismatchError` unless all processes are to compute the same kernel; ``between``: of two
+    loaders.
+    """
+    how = {"centered": centered, "other": between}
+    agree(run, what, representation=kind, rows=cotangents, metric=metric, **how)
 
 
 def kernel_kind(representation: Any) -> Any:

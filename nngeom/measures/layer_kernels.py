@@ -15,8 +15,9 @@ from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import Grouping, build
+from nngeom.fmat.ring import gathered_kernels
 from nngeom.fmat.side import Side
-from nngeom.measures.kernels import kernel_kind
+from nngeom.measures.kernels import kernel_kind, require_same_kernel
 from nngeom.measures.within import collection_of, in_metric
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.collection import LayerCollection
@@ -62,7 +63,8 @@ def GramMatrices(
         process_group=process_group,
         parts=not differentiable,
     )
-    run.require_alone("GramMatrices")
+    if differentiable:
+        run.require_alone("GramMatrices(differentiable=True)")
     kind = kernel_kind(representation)
     if kind is FMatImplicit:
         raise ArgumentError(
@@ -82,5 +84,11 @@ def GramMatrices(
     side = lambda data: Side.of(run.silent().on(data), cotangents, policy)
     grouping = Grouping(tuple(run.network.collection.by_layer()), run.network.layer_of)
     with run.within(), torch.set_grad_enabled(differentiable):
-        columns = None if other is None else side(other)
-        return build(kind, side(loader), columns, grouping, centered=centered, metric=within, progress=progress)
+        with run.team.together("batches"):
+            rows, columns = side(loader), None if other is None else side(other)
+        if run.team.size > 1:
+            require_same_kernel(
+                run, "GramMatrices", kind, cotangents, metric, centered=centered, between=other is not None
+            )
+            return gathered_kernels(kind, rows, columns, grouping, centered=centered, metric=within)
+        return build(kind, rows, columns, grouping, centered=centered, metric=within, progress=progress)

@@ -23,7 +23,7 @@ def totals(team: Team, what: str, local: Callable[[], Local], given: Sequence[Te
     with team.together(what) as note:
         tensors, count = local()
         note.mine = count, bits(given) if team.size > 1 else None
-    _require_same(what, [said for _, said in note.all])
+    require_same_vectors(what, [said for _, said in note.all])
     own = [t.contiguous() for t in tensors]
     team.sum_(own)
     return own, sum(count for count, _ in note.all)
@@ -40,7 +40,8 @@ def mean(team: Team, what: str, local: Callable[[], tuple[Tensor, int]], given: 
     return total / count
 
 
-def _require_same(what: str, said: Sequence[Any]) -> None:
+def require_same_vectors(what: str, said: Sequence[Any]) -> None:
+    """Raise :class:`RankMismatchError` unless all ``said`` the same of the vectors given to ``what``."""
     odd = [rank for rank, other in enumerate(said) if other != said[0]]
     if odd:
         raise RankMismatchError(

@@ -343,7 +343,7 @@ def collectives_are_few_and_the_same(here: Here) -> None:
 @check(CHECKS)
 def what_is_not_offered(here: Here) -> None:
     model, batches = own(here)
-    for call in (nng.GramMatrix, nng.GramMatrices, nng.Jacobian):
+    for call in (nng.rows,):
         with pytest.raises(nng.UnsupportedError, match="not offered with process_group"):
             call(model, batches, process_group=here.group)
     again(here)

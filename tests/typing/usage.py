@@ -108,6 +108,7 @@ def function_space(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], f:
     assert_type(k, nng.FMatDense)
     assert_type(nng.GramMatrix(model, loader, nng.FMatDiag), nng.FMatDiag)
     assert_type(nng.GramMatrix(model, loader, nng.FMatImplicit, other=loader), nng.FMatImplicit)
+    assert_type(nng.GramMatrix(model, loader, sharded=True), nng.FMatSharded)
     assert_type(nng.GramMatrices(model, loader), dict[str, nng.FMatDense])
     assert_type(nng.GramMatrices(model, loader, nng.FMatBlockDiag), dict[str, nng.FMatBlockDiag])
     assert_type(k.tensor, Tensor)

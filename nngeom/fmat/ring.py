@@ -1,0 +1,246 @@
+"""Kernels over several processes: each makes the rows of its own examples, while batches go round in a ring.
+
+What travels is the visiting process's batches: inputs are small beside their rows, and no process holds all of them. Of
+a square kernel every pair of processes computes its products once, and the mirror image is sent back.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeom.core.errors import SizeError, UnsupportedError
+from nngeom.fmat.places import Places, nbytes
+from nngeom.fmat.products import Grouping, Mean, products, squared_norms
+from nngeom.fmat.side import Side
+from nngeom.fmat.store import Store
+from nngeom.pmat.metric import Metric
+from nngeom.ranks.messages import put_together, taken_apart
+from nngeom.ranks.team import Team
+
+Tiles = dict[str, Tensor]
+
+
+def gathered_kernels(
+    kind: Any,
+    rows: Side,
+    columns: Side | None,
+    grouping: Grouping,
+    *,
+    centered: bool = False,
+    metric: Metric | None = None,
+) -> dict[str, Any]:
+    """``{group: kernel}`` of the examples of all processes, whole on each; as :func:`~nngeom.fmat.products.build`.
+
+    Raises :class:`SizeError` where a kernel takes more than the smallest memory budget.
+    """
+    places = Places.of(rows)
+    across = places if columns is None else Places.of(columns)
+    _require_room(kind, rows, places, across)
+    tiles = strips(kind, rows, columns, grouping, (places, across), centered=centered, metric=metric)
+    return {name: kind(places.whole(t)) for name, t in tiles.items()}
+
+
+def strips(
+    kind: Any,
+    rows: Side,
+    columns: Side | None,
+    grouping: Grouping,
+    places: tuple[Places, Places],
+    *,
+    centered: bool = False,
+    metric: Metric | None = None,
+) -> Tiles:
+    """``{group: strip}``: the rows of this process's examples, ``places`` of the rows and of the columns."""
+    kept, (own, across) = rows.kept, places
+    if centered:
+        rows, columns = rows.widened(), columns if columns is None else columns.widened()
+    late = centered and columns is None and not kind.diagonal
+    mean = _mean(rows, own, metric) if centered and not late else None
+    if kind.diagonal:
+        with own.team.together("kernel"):
+            found = _norms(rows, own, grouping, mean, metric)
+        return {name: t.to(kept) for name, t in found.items()}
+    explicit = not centered and metric is None
+    rows = rows.for_tiles(explicit=explicit, on_disk=False)
+    columns = columns if columns is None else columns.for_tiles(explicit=explicit, on_disk=False)
+
+    def make(left: Side, right: Side | None) -> Tiles:
+        return products(kind, left, right, grouping, Store(grouping.names), mean=mean, metric=metric)
+
+    dtype = rows.dtype if mean is None else kept
+    strip = Strip(kind, grouping.names, own, across, make, dtype=dtype, device=rows.device)
+    found = strip.square(rows) if columns is None else strip.between(rows, columns)
+    for t in found.values() if late else ():
+        own.less_mean(t)
+        t.sub_(t.mean(-1, keepdim=True))
+    return {name: t.to(kept) for name, t in found.items()}
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The rows of one process in a kernel of a ``kind``, one a name, tile by tile by ``make``; ``own`` and ``across``:
+    the examples of the rows and of the columns.
+    """
+
+    kind: Any
+    names: Sequence[str]
+    own: Places
+    across: Places
+    make: Callable[[Side, Side | None], Tiles]
+    dtype: torch.dtype
+    device: torch.device
+
+    def square(self, rows: Side) -> Tiles:
+        """With the same examples along both axes."""
+        team, n = self.own.team, self.own.counts
+        out = self._empty()
+        with team.together("kernel") as note:
+            note.mine = _first_half(rows)
+            if rows.examples:
+                self._place(out, self.make(rows, None), (slice(0, n[team.rank]), self.own.mine))
+        halves = note.all
+        for step, batches in enumerate(visiting(team, rows, team.size // 2), 1):
+            source, asked = (team.rank - step) % team.size, (team.rank + step) % team.size
+            piece = self._piece(team.rank, source, halves)
+            with team.together("kernel"):
+                tiles = self._made(*_parts(rows, batches, piece, n), piece)
+                mirrored = [self.kind.mirror(tiles[name]).contiguous() for name in self.names]
+                back = self._piece(asked, team.rank, halves)
+                arrived = {name: self._room(back[1], back[0]) for name in self.names}
+            team.pass_on(mirrored, list(arrived.values()), -step)
+            self._place(out, tiles, (piece[0], _shifted(piece[1], self.own.of_rank(source))))
+            self._place(out, arrived, (back[1], _shifted(back[0], self.own.of_rank(asked))))
+        return out
+
+    def between(self, rows: Side, columns: Side) -> Tiles:
+        """With other examples along the columns."""
+        team, out = self.own.team, self._empty()
+        here = slice(0, self.own.counts[team.rank])
+        with team.together("kernel"):
+            if rows.examples and columns.examples:
+                self._place(out, self.make(rows, columns), (here, self.across.mine))
+        for step, batches in enumerate(visiting(team, columns, team.size - 1), 1):
+            source = (team.rank - step) % team.size
+            with team.together("kernel"):
+                if rows.examples and self.across.counts[source]:
+                    self._place(out, self.make(rows, _on(columns, batches)), (here, self.across.of_rank(source)))
+        return out
+
+    def _piece(self, rank: int, source: int, halves: Sequence[int]) -> tuple[slice, slice]:
+        """Which rows of ``rank`` and columns of ``source`` the former computes: where two processes visit each other at
+        the same time each takes a half, so that a kernel is symmetric to the bit.
+        """
+        n = self.own.counts
+        if 2 * ((rank - source) % len(n)) != len(n):
+            return slice(0, n[rank]), slice(0, n[source])
+        if rank < source:
+            return slice(0, halves[rank]), slice(0, n[source])
+        return slice(0, n[rank]), slice(halves[source], n[source])
+
+    def _made(self, left: Side, right: Side, piece: tuple[slice, slice]) -> Tiles:
+        if left.sizes and right.sizes and all(s.stop > s.start for s in piece):
+            return self.make(left, right)
+        return {name: self._room(*piece) for name in self.names}
+
+    def _room(self, n: slice, m: slice) -> Tensor:
+        sizes = self.kind.sizes(self.own.outputs, n.stop - n.start, m.stop - m.start)
+        return torch.zeros(sizes, dtype=self.dtype, device=self.device)
+
+    def _empty(self) -> Tiles:
+        here, all_ = slice(0, self.own.counts[self.own.team.rank]), slice(0, self.across.total)
+        return {name: self._room(here, all_) for name in self.names}
+
+    def _place(self, out: Tiles, tiles: Tiles, place: tuple[slice, slice]) -> None:
+        k = slice(0, self.own.outputs)
+        for name, t in tiles.items():
+            out[name][self.kind.place(k, place[0], k, place[1])] = t
+
+
+def visiting(team: Team, side: Side, steps: int) -> Iterator[list[Any]]:
+    """The batches of the process ``1, 2, ... steps`` ranks before this one, that come round."""
+    if not steps:
+        return
+    with team.together("batches") as note:
+        rest, held = _packed(side)
+        note.mine = rest, [(tuple(t.shape), t.dtype) for t in held]
+    for step in range(1, steps + 1):
+        text, shapes = note.all[(team.rank - step) % team.size]
+        arrived = [torch.empty(shape, dtype=dtype, device=side.device) for shape, dtype in shapes]
+        team.pass_on(held, arrived)
+        held = arrived
+        yield put_together(text, held)
+
+
+def _packed(side: Side) -> tuple[bytes, list[Tensor]]:
+    """The batches of a side as they are sent."""
+    try:
+        rest, held = taken_apart(list(side.run.loader))
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise UnsupportedError(
+            f"the batches cannot be sent to the other processes ({error}); expected tensors, numbers and texts in "
+            "tuples, lists and dicts, or objects that pickle"
+        ) from error
+    odd = next((t for t in held if t.layout is not torch.strided or t.is_nested), None)
+    if odd is not None:
+        raise UnsupportedError(
+            f"a batch holds a tensor of layout {odd.layout}, which is not sent; expected a strided one"
+        )
+    return rest, [t.contiguous() for t in held]
+
+
+def _on(side: Side, batches: list[Any]) -> Side:
+    """The same of other batches."""
+    return replace(side, sweep=replace(side.sweep, run=side.run.on(batches)), group=None)
+
+
+def _parts(rows: Side, batches: list[Any], piece: tuple[slice, slice], n: Sequence[int]) -> tuple[Side, Side]:
+    """Own and visiting examples of a piece."""
+    own = list(rows.run.loader)
+    left = rows if piece[0].stop == n[rows.run.team.rank] else _on(rows, own[: len(own) // 2])
+    return left, _on(rows, batches if piece[1].start == 0 else batches[len(batches) // 2 :])
+
+
+def _first_half(rows: Side) -> int:
+    """The examples in the first half of the batches."""
+    return sum(rows.sizes[: len(rows.sizes) // 2])
+
+
+def _shifted(s: slice, to: slice) -> slice:
+    return slice(to.start + s.start, to.start + s.stop)
+
+
+def _mean(side: Side, places: Places, metric: Metric | None) -> Mean:
+    """The mean gradients over the examples of all processes."""
+    with places.team.together("mean row"):
+        count = side.examples
+        d = side.run.network.collection.numel
+        none = torch.zeros(places.outputs, d, dtype=side.dtype, device=side.device)
+        total = Mean.over(side).flat * count if count else none
+    places.team.sum_([total])
+    flat = total / places.total
+    return Mean(flat, flat if metric is None else metric.times(flat))
+
+
+def _norms(rows: Side, places: Places, grouping: Grouping, mean: Mean | None, metric: Metric | None) -> Tiles:
+    if rows.examples:
+        return squared_norms(rows, grouping, mean, metric)
+    none = torch.zeros(places.outputs, 0, dtype=rows.dtype, device=rows.device)
+    return dict.fromkeys(grouping.names, none)
+
+
+def _require_room(kind: Any, rows: Side, own: Places, across: Places) -> None:
+    if kind.diagonal:
+        return
+    shape = kind.sizes(own.outputs, own.total, across.total)
+    size, budget = nbytes(shape, rows.kept), min(own.team.exchange("memory budget", rows.run.memory_budget))
+    if size > budget:
+        raise SizeError(
+            f"the kernel {shape} takes {size} bytes on every process and memory_budget is {budget}; pass "
+            f"sharded=True, which keeps each process's rows, or memory_budget={size} to have it whole"
+        )
