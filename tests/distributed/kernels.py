@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import cuts
 import pytest
 import torch
@@ -172,6 +174,9 @@ def jacobians(here: Here) -> None:
         first = one.layer_collection.names[0]
         cuts.close(many[first], plain[first])
         cuts.close((many @ many.T).trace(), (plain @ plain.T).trace())
+        for kind in (nng.PMatDiag, nng.PMatDense):
+            measured = (many.T @ many).measured(kind)
+            cuts.close(measured.to_dense(), (plain.T @ plain).measured(kind).to_dense(), 1e-11)
 
 
 def sharded_pair(here: Here, name: str, **options):
@@ -250,6 +255,9 @@ def sharded_kernels_refuse(here: Here) -> None:
     f = torch.randn(many.outputs, many.rows, dtype=torch.float64, generator=generator)
     with pytest.raises(nng.RankMismatchError, match="other vectors"):
         many.mv(nng.FVector(f))
+    for call in (lambda: pickle.dumps(many), lambda: nng.save(many, here.folder / "sharded")):
+        with pytest.raises(nng.UnsupportedError):
+            call()
     for rank in (-1, here.size, True, 0.5):
         with pytest.raises(nng.ArgumentError, match="rank is"):
             many.gather(rank)
