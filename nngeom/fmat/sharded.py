@@ -240,5 +240,8 @@ class FMatSharded(EstimatedKernel):
             "gives the whole FMatDense to one process"
         )
 
+    def __reduce__(self) -> Any:
+        raise UnsupportedError("a sharded kernel belongs to its processes and is not pickled; gather() it first")
+
     def __repr__(self) -> str:
         return f"{super().__repr__()}, {self.strip.shape[1]} rows here{told_of(self.team)}"

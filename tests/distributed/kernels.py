@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import cuts
 import pytest
 import torch
 from launch import Check, Here, check
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import nngeom as nng
 
@@ -172,6 +177,9 @@ def jacobians(here: Here) -> None:
         first = one.layer_collection.names[0]
         cuts.close(many[first], plain[first])
         cuts.close((many @ many.T).trace(), (plain @ plain.T).trace())
+        for kind in (nng.PMatDiag, nng.PMatDense):
+            measured = (many.T @ many).measured(kind)
+            cuts.close(measured.to_dense(), (plain.T @ plain).measured(kind).to_dense(), 1e-11)
 
 
 def sharded_pair(here: Here, name: str, **options):
@@ -250,6 +258,9 @@ def sharded_kernels_refuse(here: Here) -> None:
     f = torch.randn(many.outputs, many.rows, dtype=torch.float64, generator=generator)
     with pytest.raises(nng.RankMismatchError, match="other vectors"):
         many.mv(nng.FVector(f))
+    for call in (lambda: pickle.dumps(many), lambda: nng.save(many, here.folder / "sharded")):
+        with pytest.raises(nng.UnsupportedError):
+            call()
     for rank in (-1, here.size, True, 0.5):
         with pytest.raises(nng.ArgumentError, match="rank is"):
             many.gather(rank)
@@ -262,3 +273,24 @@ def sharded_kernels_refuse(here: Here) -> None:
     cuts.close(
         many.mv(nng.FVector(torch.ones_like(f))).tensor, many.gather().mv(nng.FVector(torch.ones_like(f))).tensor
     )
+
+
+@check(CHECKS)
+def kernels_of_a_model_in_parts(here: Here) -> None:
+    case = cuts.data("mlp")
+    own = cuts.mine(case.loader, here.rank, here.size)
+    parts = copy.deepcopy(case.model)
+    fully_shard(parts, mesh=init_device_mesh("cpu", (here.size,)))
+    one = nng.GramMatrix(case.model, case.loader)
+    measure = lambda f, *args, **o: f(parts, own, *args, process_group=here.group, **o)
+    cuts.close(measure(nng.GramMatrix).tensor, one.tensor)
+    cuts.close(measure(nng.GramMatrix, sharded=True).gather().tensor, one.tensor)
+    cuts.close(sum(k.tensor for k in measure(nng.GramMatrices).values()), one.tensor)
+    implicit = measure(nng.GramMatrix, nng.FMatImplicit)
+    f = nng.FVector(torch.linspace(-1, 2, one.shape[0], dtype=torch.float64).view(one.outputs, -1))
+    cuts.close(implicit.mv(f).tensor, one.mv(f).tensor, 1e-11)
+    cuts.close(implicit.diag().tensor, one.diag().tensor)
+    whole, push = nng.Jacobian(case.model, case.loader), measure(nng.Jacobian, nng.PushForwardImplicit)
+    cuts.close(push.materialize().tensor, whole.tensor)
+    cuts.close(push[whole.layer_collection.names[0]], whole[whole.layer_collection.names[0]])
+    assert "DTensor" in type(next(parts.parameters())).__name__
