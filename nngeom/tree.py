@@ -95,7 +95,8 @@ def _named(cls: type) -> dict[str, str]:
 def holds_model(cls: type) -> UnsupportedError:
     """The error for objects that cannot be saved because they run a model."""
     return UnsupportedError(
-        f"{cls.__name__} holds a model and data, so it is not saved; save a PMatKFAC, PMatEKFAC, FMatDense, ... instead"
+        f"{cls.__name__} holds a model and data, or belongs to a group of processes, so it is not saved; save a "
+        "PMatKFAC, PMatEKFAC, FMatDense, ... instead"
     )
 
 

@@ -13,3 +13,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def own_kinds():
+    """None but the library's representations are known, whatever other tests define."""
+    from nngeom.core.registry import Registry, qualified
+    from nngeom.pmat.representation import Measured
+
+    registry = Registry()
+    for cls in Measured.kinds.classes():
+        if qualified(cls).startswith("nngeom."):
+            registry.add(cls)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Measured, "kinds", registry)
+        yield

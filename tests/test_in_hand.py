@@ -237,7 +237,7 @@ def test_progress_fits_the_terminal():
 
 
 @pytest.fixture(scope="module")
-def tables():
+def tables(own_kinds):
     case = build("mlp")
     dense = nng.FIM(case.model, case.loader, nng.PMatDense)
     kinds = {"KFAC": nng.PMatKFAC, "diag": nng.PMatDiag}

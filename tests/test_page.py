@@ -308,7 +308,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(run, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_command_writes_the_same_page(folder):
+def test_the_command_writes_the_same_page(folder, own_kinds):
     given = [
         "mine.py:make_model",
         "--data",

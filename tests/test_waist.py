@@ -73,7 +73,7 @@ def members():
         "sum": SumJacobian(((plain, factored()), (plain, FullJacobian(torch.randn(3, 4, 1, 3, 5).double())))),
         "weighted": WeightedJacobian(factored(), weights),
         "applied": AppliedJacobian(factored(), lambda m: (m * weights.to(m)).flip(-1)),
-        "centred": CentredJacobian(factored(), weights),
+        "centred": CentredJacobian(factored(), torch.randn(3, 1, 3, 5).double()),
         "placed": placed(),
         "outside": Scaled(factored(), torch.rand(4).double()),
     }
