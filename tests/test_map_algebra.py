@@ -143,3 +143,23 @@ def test_errors():
             m.vTMv(back)
     with pytest.raises(nng.CollectionError):
         m.vTMv(nng.Jacobian(other.model, other.loader))
+
+
+def test_products_of_maps_of_unlike_kinds():
+    """Every pair of a transpose and a map, both ways round, against the rows."""
+    case = build("mlp")
+    dense, implicit = (
+        nng.Jacobian(case.model, case.loader, kind) for kind in (nng.PushForwardDense, nng.PushForwardImplicit)
+    )
+    kernel = nng.GramMatrix(case.model, case.loader)
+    maps = [dense, implicit, kernel @ implicit, dense + implicit]
+    rows = [m.materialize().rows() for m in maps]
+    for x, a in zip(maps, rows):
+        for y, b in zip(maps, rows):
+            expected = a.T @ b
+            torch.testing.assert_close(
+                (x.T @ y).to_dense(), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item()
+            )
+            torch.testing.assert_close((x.T @ y).trace(), expected.trace(), rtol=1e-9, atol=0)
+            outer = (x @ y.T).to_dense()
+            torch.testing.assert_close(outer, a @ b.T, rtol=1e-9, atol=1e-9 * outer.abs().max().item())

@@ -87,5 +87,3 @@ def test_errors():
         whole @ (j.T + j.T)
     with pytest.raises(nng.ArgumentTypeError, match="operand is"):
         whole @ j.T
-    with pytest.raises(nng.UnsupportedError, match="materialize"):
-        (whole @ j).T @ j

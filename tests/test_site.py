@@ -134,9 +134,10 @@ def test_tasks_of_newcomers_are_short():
         assert sum(bool(line.strip()) for line in piece.splitlines()) <= 15
 
 
-def test_two_processes():
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "two_processes.py"]
+def test_two_processes(tmp_path):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run += ["--log-dir", str(tmp_path), "--redirects", "3", "two_processes.py"]  # a file each: on one pipe words mix
     done = subprocess.run(run, cwd=ROOT / "docs", capture_output=True, text=True, timeout=300)
-    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = [file.read_text().split() for file in tmp_path.rglob("stdout.log")]
     assert done.returncode == 0 and len(lines) == 2, done.stderr
     assert lines[0] == lines[1] and lines[0][0] == "100"

@@ -126,7 +126,8 @@ class PushForwardDense(DenseMap):
 
     def times(self, other: Any) -> Any:
         """The product with ``other``: ``J v``, ``J J'^T`` (an FMatDense), or ``J M`` for a symmetric ``M``."""
-        if isinstance(other, PullBackDense):
+        if isinstance(other, JacobianMap) and not other.pushes:
+            other = other.materialize()
             self.layer_collection.require(other.layer_collection, "the pull-back")
             if other.shape[0] != self.shape[0]:
                 raise ArgumentError(f"maps of {self.shape[0]} and {other.shape[0]} outputs do not make a kernel")
@@ -161,4 +162,5 @@ class PullBackDense(DenseMap):
 
     def times(self, other: Any) -> Any:
         """The product with ``other``: ``J^T u``, or the matrix ``J^T J'`` over the parameters (lazy)."""
-        return self.expressions["product"](self, other) if isinstance(other, PushForwardDense) else self.mv(other)
+        pushes = isinstance(other, JacobianMap) and other.pushes
+        return self.expressions["product"](self, other.materialize()) if pushes else self.mv(other)

@@ -57,7 +57,7 @@ class MapSum(JacobianMap):
 
     def materialize(self) -> DenseMap:
         """The same map with all its entries."""
-        dense = [part.materialize() for part in self.parts]  # type: ignore[attr-defined]
+        dense = [part.materialize() for part in self.parts]
         first, *rest = (part * w for w, part in zip(self.weights, dense))
         return sum(rest, first)
 

@@ -126,6 +126,8 @@ class PushForwardImplicit(ImplicitMap):
         if isinstance(other, PullBackImplicit):
             self.layer_collection.require(other.layer_collection, "the pull-back")
             return FMatImplicit(self.side, other.side)
+        if isinstance(other, JacobianMap) and not other.pushes:
+            return self.materialize().times(other)
         return self.mv(other)
 
     def lazily(self, act: Act, transposed: Act, examples: int) -> Any:
@@ -171,7 +173,11 @@ class PullBackImplicit(ImplicitMap):
 
     def times(self, other: Any) -> Any:
         """The product with ``other``: ``J^T u``, or the matrix ``J^T J`` over the parameters (lazy)."""
-        return self.expressions["product"](self, other) if isinstance(other, PushForwardImplicit) else self.mv(other)
+        if isinstance(other, PushForwardImplicit):
+            return self.expressions["product"](self, other)
+        if isinstance(other, JacobianMap) and other.pushes:
+            return self.materialize().times(other)
+        return self.mv(other)
 
     def materialize(self) -> PullBackDense:
         """The same map with all its entries."""

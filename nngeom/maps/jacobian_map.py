@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, CollectionError, DeviceError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, CollectionError, DeviceError, UnsupportedError
 from nngeom.core.hand import InHand
 from nngeom.pmat.arguments import as_factor
 from nngeom.pmat.drive import Source
@@ -60,12 +60,16 @@ class JacobianMap(InHand, ABC):
     def __getitem__(self, name: str) -> Tensor:
         """The derivatives in one parameter, ``(c, n, *its shape)``."""
 
+    @abstractmethod
+    def materialize(self) -> Any:
+        """The same map with all its entries."""
+
     # -- what the product J^T J' asks of both --------------------------------------------------------------------------
 
     @property
     def origin(self) -> Any:
         """What holds the numbers: one and the same for a map and its transpose."""
-        raise NotImplementedError
+        raise self._no_factor()
 
     @property
     def held(self) -> tuple[Tensor, ...]:
@@ -78,11 +82,14 @@ class JacobianMap(InHand, ABC):
 
     def dot(self, other: Any) -> Tensor:
         """The sum of the products of the entries of this map and of ``other``, of the same kind or its transpose."""
-        raise NotImplementedError
+        raise self._no_factor()
 
     def source(self, passes: int) -> Source:
         """Its rows, as what a matrix is built from in so many ``passes``."""
-        raise NotImplementedError
+        raise self._no_factor()
+
+    def _no_factor(self) -> UnsupportedError:
+        return UnsupportedError(f"a {type(self).__name__} is no factor of J^T J'; materialize() it first")
 
     # -- algebra -------------------------------------------------------------------------------------------------------
 

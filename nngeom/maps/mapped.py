@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import UnsupportedError
 from nngeom.fmat.columns import Act
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.jacobian_map import JacobianMap
@@ -138,11 +137,11 @@ class MappedPull(MappedMap):
         return (self.of @ other.T).map_columns(self.act).T  # type: ignore[attr-defined]
 
     def times(self, other: Any) -> Any:
-        """The product with ``other``, a vector; of maps raises :class:`UnsupportedError`."""
-        if isinstance(other, JacobianMap):
-            raise UnsupportedError(
-                "J^T K^T of an implicit map times another map is not offered; materialize() it first"
-            )
+        """The product with ``other``: ``J^T K^T u``, or the matrix ``J^T K^T J'`` over the parameters (lazy, of all
+        entries).
+        """
+        if isinstance(other, JacobianMap) and other.pushes:
+            return self.materialize().times(other)
         return self.mv(other)
 
     def materialize(self) -> PullBackDense:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -83,14 +83,11 @@ def GradientCovariance(
         return cast(M, ImplicitCovariance(quiet, mean=mean))
 
 
-NO_MEAN = MeanRow(torch.zeros(1, 0), ())
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class ImplicitCovariance(ImplicitFisher):
     """``1/n sum_i (g_i - m) <g_i - m, x>`` by a forward-mode and a backward pass."""
 
-    mean: MeanRow = NO_MEAN
+    mean: MeanRow = field(kw_only=True)
 
     def _chunks(self) -> Iterator[Chunk]:
         return map(self.mean.taken_from, self.sweep.chunks())
