@@ -17,7 +17,10 @@ try:
     from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
     from laplace.curvature.curvlinops import CurvlinopsGGN
 except ImportError as e:
-    raise MissingExtraError(f"laplace-torch is not installed ({e}); install it: pip install laplace-torch") from e
+    raise MissingExtraError(
+        f"laplace-torch is not installed ({e}); pip install --no-deps laplace-torch (it asks for torchvision, which "
+        "brings another torch), and what it needs one by one"
+    ) from e
 
 from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.likelihood import Gaussian
