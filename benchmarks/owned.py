@@ -50,11 +50,9 @@ def row(kind: str, placement: str, width: int, depth: int, examples: int) -> dic
     part = slice(dist.get_rank(), None, size)
     x, y = torch.randn(examples, width)[part], torch.randint(0, width, (examples,))[part]
     due = [True]
-    options = {
-        EVERY[kind]: lambda step: 1 if due[0] else 10**6,
-        "statistics_every": lambda step: 1 if due[0] else 10**6,
-    }
-    opt = MAKERS[kind](wrapped, lr=1e-6, process_group=group, placement=placement, **options)
+    every = lambda step: 1 if due[0] else 10**6
+    options = {EVERY[kind]: every, "statistics_every": every, "placement": placement}
+    opt = MAKERS[kind](wrapped, lr=1e-6, process_group=group, **options)
 
     def step() -> None:
         opt.zero_grad()
