@@ -29,6 +29,9 @@ class PVector(Batched):
     tensor: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layer_collection, LayerCollection):
+            given = type(self.layer_collection).__name__
+            raise ArgumentTypeError(f"a PVector is made of (layer_collection, tensor); got {given} for the collection")
         d = self.layer_collection.numel
         if not isinstance(self.tensor, Tensor) or self.tensor.ndim == 0 or self.tensor.shape[-1] != d:
             given = tuple(self.tensor.shape) if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
