@@ -67,6 +67,7 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
     centred = False
     projects = True
     any_columns = True
+    layerwise = True
 
     @classmethod
     def recipe(
@@ -167,6 +168,10 @@ class Rescaling(Representation["PMatEKFAC"]):
     @property
     def passes(self) -> int:
         return 1
+
+    @property
+    def layerwise(self) -> bool:
+        return False
 
     @property
     def centred(self) -> bool:

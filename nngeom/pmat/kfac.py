@@ -131,6 +131,7 @@ class PMatKFAC(PMat):
     """
 
     any_columns = True
+    layerwise = True
     centred = False
 
     @classmethod
