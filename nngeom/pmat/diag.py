@@ -68,7 +68,6 @@ class PMatDiag(PMat):
 
     entries = "diagonal"
     any_columns = True
-    layers_apart = True
 
     @classmethod
     def recipe(cls, selection: Selection) -> Recipe:

@@ -114,7 +114,7 @@ class Measured(ABC):
     centred: ClassVar[bool] = True  # any rows may enter, such as those less their mean, not only sums of outer products
     any_columns: ClassVar[bool] = False  # statistics are sums over cotangents in blocks: of any root of the metric
     entries: ClassVar[str | None] = None  # kept as they are of any matrix: "all", those in "layers", the "diagonal"
-    layers_apart: ClassVar[bool] = False  # measured over some layers alone, it is that part of the whole
+    layers_apart: ClassVar[bool] = False  # no block reaches over several: of some it is that part of the whole
     projects: ClassVar[bool] = False  # what it keeps of any matrix is read off products with the vectors of its blocks
     kinds: ClassVar[Registry[Any]] = Registry()  # by qualified name, for files
 
