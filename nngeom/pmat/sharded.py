@@ -38,9 +38,9 @@ class PMatSharded(ParameterOperator):
     """``PMatSharded.of(representation)`` is a representation; measured with it, a matrix whose ``parts``, each a matrix
     over some layers, are kept by the processes that own these.
 
-    ``owners``: the parameters of every rank; ``examples``: how many it is a mean over; ``like``: an empty tensor of its
-    dtype on its device. Every method is a collective: all processes of the ``team`` call it, in the same order, with
-    the same vectors; results are whole everywhere.
+    ``layer_collection``: all of them; ``owners``: the parameters of every rank; ``examples``: how many it is a mean
+    over; ``like``: an empty tensor of its dtype on its device. Every method is a collective: all processes of the
+    ``team`` call it, in the same order, with the same vectors; results are whole everywhere.
     """
 
     layer_collection: LayerCollection
@@ -189,9 +189,7 @@ class PMatSharded(ParameterOperator):
 
     def gather(self, rank: int | None = None) -> PMat | None:
         """The whole matrix on every process, or on ``rank`` alone and ``None`` elsewhere."""
-        if rank is not None and (
-            isinstance(rank, bool) or not isinstance(rank, int) or rank not in range(self.team.size)
-        ):
+        if rank is not None and (isinstance(rank, bool) or rank not in range(self.team.size)):
             raise ArgumentError(f"rank is {rank!r}; expected one of 0 to {self.team.size - 1}, or None for all")
         blocks: dict[Layout, Block] = {}
         kinds: set[type[PMat]] = set()
