@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from nngeom.core import container, files
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, FileError, NNGeomError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, FileError
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.operator import FunctionOperator
+from nngeom.fmat.sharded import FMatSharded
+from nngeom.folder import load_parts, load_whole, save_parts
 from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
 from nngeom.ranks.team import Team
-from nngeom.tree import WHOLE, decode, encode, holds_model, is_whole
+from nngeom.tree import WHOLE, believed, decode, encode, holds_model, is_whole
 
 FORMAT = 1
 
@@ -34,11 +36,16 @@ def save(M: Any, path: str | os.PathLike[str], *, process_group: Any = None) -> 
 
     Takes every PMat, FMat and Jacobian but the implicit ones, their sums and products, PVectors and FVectors, with
     real floating-point entries. With a ``process_group`` all its processes call it with the same matrix, rank 0 writes,
-    and all return when it is written or raise when it is not. Raises :class:`FileError` where the path cannot be
+    and all return when it is written or raise when it is not. An :class:`FMatSharded` is saved by all of its processes,
+    each its own rows, to a folder ``path`` that all see. Raises :class:`FileError` where the path cannot be
     written, :class:`UnsupportedError` for what holds a model, :class:`ArgumentError` for other entries, and for an
     ``M`` whose class was defined anew.
     """
     team = Team.of(process_group)
+    if isinstance(M, FMatSharded):
+        if process_group is not None and team is not M.team:
+            raise ArgumentError("the kernel is sharded over other processes than process_group; leave it out")
+        return save_parts(M, path)
     with team.together("save"):
         if team.rank == 0:
             _write(M, path)
@@ -63,9 +70,13 @@ def _write(M: Any, path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
+def load(path: str | os.PathLike[str], map_location: Any = "cpu", *, process_group: Any = None) -> Any:
     """Read what :func:`save` wrote to ``path``, with its tensors on the device ``map_location``; needs no model and
     runs no code.
+
+    Of the folder of a sharded kernel it gives the whole, an ``FMatDense``; with a ``process_group``, whose processes
+    all call it, an ``FMatSharded`` over these, as many as they are: each reads its own rows, those it had where as many
+    saved it, else neighbours as by :func:`shard`. Other files are read by each.
 
     Everything the file says is checked against what it holds before memory is taken for it; the tensors do not follow
     the file when it changes. Raises :class:`FileError` when the file is missing, truncated, changed, foreign, of a
@@ -76,15 +87,16 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"map_location is {map_location!r}; expected a device: {error}") from None
     name = os.fsdecode(path)
-    try:
-        out = decode(*_read(name))
-        if not is_whole(out):
-            raise FileError(f"it holds a {type(out).__name__}; expected a matrix, map or vector")
-    except (NNGeomError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, FileError) and name in str(error):
-            raise
-        what = str(error) if isinstance(error, FileError) else f"{type(error).__name__}: {error}"
-        raise FileError(f"{name!r} does not describe a matrix or vector: {what}") from error
+    team = Team.of(process_group)
+    with team.together("load") as note:
+        note.mine = os.path.isdir(name)
+    if all(note.all):
+        out = load_whole(name) if process_group is None else load_parts(name, team)
+    else:
+        with team.together("load"), believed(name):
+            out = decode(*_read(name))
+            if not is_whole(out):
+                raise FileError(f"it holds a {type(out).__name__}; expected a matrix, map or vector")
     try:
         return out if device.type == "cpu" else out.to(device)
     except (RuntimeError, AssertionError) as error:

@@ -151,6 +151,8 @@ NAMES_REPRESENTATIONS = [
     ("measures", {"FMatDense", "FMatDiag", "FMatBlockDiag"}, "files and estimates of kernels are of these kinds"),
     ("measures", {"PMatKFAC", "PMatLowRank"}, "what is measured by default, said to type checkers"),
     ("checks", {"PMatSum", "FMatSum"}, "sums do not check their own values"),
+    ("io", {"FMatSharded"}, "kept in parts, and so in a folder"),
+    ("folder", {"FMatDense", "FMatSharded"}, "rows that processes keep, and the whole that they are of"),
     ("tree", {"PMatSum", "PMatProduct", "FMatSum", "PushForwardDense", "PullBackDense"}, "a closed list, for files"),
     ("analysis", {"FMatDense"}, "kernels of a quantity's own, entry by entry"),
     ("analysis.fisher_rao", {"PMatImplicit"}, "one product with the Fisher matrix"),

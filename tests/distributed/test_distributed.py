@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import faults
 import gone
+import in_files
 import kernels
 import moments
 import products
@@ -40,7 +41,7 @@ def asked(*themes, sizes, slow):
     return lambda f: pytest.mark.parametrize("size", marked)(pytest.mark.parametrize("theme, name", listed)(f))
 
 
-@asked(moments, products, quantities, kernels, faults, training, sizes=(2,), slow=(3, 4))
+@asked(moments, products, quantities, kernels, in_files, faults, training, sizes=(2,), slow=(3, 4))
 def test_over_processes(said, theme, name, size):
     said(theme, size).require(name)
 
