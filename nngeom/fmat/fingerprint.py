@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,6 +55,8 @@ class Fingerprint:
             hashes["metric"] = _hash(
                 [(repr(layout), type(b).__name__, *b.tensors()) for layout, b in metric.blocks.items()]
             )
+        if not rows.sizes:  # those of another process
+            return Fingerprint(hashes, [], 0.0, torch.finfo(rows.dtype).eps)
         outputs = rows.first_outputs()
         hashes["dtype and shape of the outputs"] = f"{outputs.dtype} {tuple(outputs.shape)}"
         gradients = [g for side in (rows, columns) if side is not None for g in _loss_gradients(side)]
@@ -63,6 +65,17 @@ class Fingerprint:
         seen = torch.cat([outputs.flatten(), *gradients])
         return Fingerprint(hashes, _sketch(seen), max(_sketch(seen.abs()), default=0.0), torch.finfo(seen.dtype).eps)
 
+    @staticmethod
+    def over(parts: Sequence[Fingerprint], **split: Any) -> Fingerprint:
+        """That of a kernel whose examples are split over processes, from the ``parts`` of these; ``split``: how."""
+        hashes = {name: str(value) for name, value in split.items()}
+        for rank, part in enumerate(parts):
+            for name, x in part.hashes.items():
+                of_all = not name.startswith("batch") and all(other.hashes.get(name, x) == x for other in parts)
+                hashes[name if of_all else f"{name} of rank {rank}"] = x
+        outputs = [x for part in parts for x in part.outputs]
+        return Fingerprint(hashes, outputs, max(p.largest for p in parts), max(p.eps for p in parts))
+
     def plain(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
@@ -70,7 +83,8 @@ class Fingerprint:
     def differs(self, plain: dict[str, Any]) -> list[str]:
         """What is not as in another one, given as :meth:`plain`."""
         other = plain["hashes"]
-        odd = [name for name in {**self.hashes, **other} if self.hashes.get(name) != other.get(name)]
+        lacking = {name: None for name in other if name not in self.hashes}
+        odd = [name for name in {**lacking, **self.hashes} if self.hashes.get(name) != other.get(name)]
         tolerance = self.eps ** (2 / 3) * self.largest
         theirs = plain["outputs"]
         if len(theirs) != len(self.outputs) or not all(abs(a - b) <= tolerance for a, b in zip(self.outputs, theirs)):

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 
 import cuts
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from kernels import others
 from launch import Check, Here, check
 
 import nngeom as nng
+from nngeom.core import files
+from nngeom.fmat import team_store
+from nngeom.fmat.team_store import TeamStore
 
 CHECKS: dict[str, Check] = {}
 
@@ -75,3 +80,130 @@ def a_whole_matrix_read_by_all(here: Here) -> None:
     fisher = nng.FIM(case.model, cuts.mine(case.loader, here.rank, here.size), process_group=here.group)
     nng.save(fisher, here.folder / "whole", process_group=here.group)
     assert torch.equal(nng.load(here.folder / "whole", process_group=here.group).to_dense(), fisher.to_dense())
+
+
+# -- kernels that all write -------------------------------------------------------------------------------------------
+
+
+def compare(here: Here, name: str, label: str, **options) -> None:
+    """The file of all processes, the tensor mapped from it, and the kernel of one process."""
+    case = cuts.data(name)
+    own = cuts.mine(case.loader, here.rank, here.size)
+    theirs = dict(options)
+    if options.pop("between", False):
+        whole, mine = others(name, here)
+        options, theirs = {**options, "other": whole}, {**options, "other": mine}
+    if options.get("metric"):
+        options["metric"] = theirs["metric"] = nng.FIM(case.model, case.loader, nng.PMatKFAC).inverse(0.1)
+    path = here.folder / f"{name} {label}.npy"
+    one = nng.GramMatrix(case.model, case.loader, **options)
+    many = nng.GramMatrix(case.model, own, process_group=here.group, out=path, **theirs)
+    cuts.close(many.tensor, one.tensor)
+    here.same(many.tensor.clone())
+    if here.rank == 0:
+        assert np.array_equal(np.load(path), many.tensor.numpy())
+    if "other" not in options and not options.get("centered"):
+        assert torch.equal(many.tensor, many.T.tensor)
+    again = nng.GramMatrix(case.model, own, process_group=here.group, out=path, **theirs)
+    assert torch.equal(again.tensor, many.tensor)
+    dist.barrier()
+    assert [x for x in os.listdir(here.folder) if x.startswith(path.name)] == [path.name]
+
+
+VARIANTS = {
+    "plain": {},
+    "centred": {"centered": True},
+    "between": {"between": True},
+    "centred between": {"between": True, "centered": True},
+    "in a metric": {"metric": True},
+    "of a loss": {"loss": "cross_entropy"},
+    "by small tiles": {"memory_budget": 3000},
+}
+for label, options in VARIANTS.items():
+    CHECKS[f"out= {label}"] = lambda here, l=label, o=options: compare(here, "mlp", l, **o)
+CHECKS["out= of images"] = lambda here: compare(here, "conv2d", "plain", memory_budget=200_000)
+
+
+class Stopped(RuntimeError):
+    pass
+
+
+@check(CHECKS)
+def a_kernel_is_resumed(here: Here) -> None:
+    """Where one process failed all do, and none computes again what it has written."""
+    case, path, last = cuts.data("mlp"), here.folder / "resumed.npy", here.size - 1
+    own = cuts.mine(case.loader, here.rank, here.size)
+    measure = lambda **o: nng.GramMatrix(case.model, own, process_group=here.group, out=path, memory_budget=3000, **o)
+    written = []
+    write = TeamStore.write
+
+    def counted(self, place, *args):
+        if stop and len(written) == (4 if here.rank == last else 7):
+            raise Stopped("no more tiles")
+        written.append(place)
+        write(self, place, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeamStore, "write", counted)
+        stop = True
+        with pytest.raises((Stopped, nng.PeerError), match="no more tiles"):
+            measure()
+        assert path.with_name("resumed.npy.part").exists() and not path.exists()
+        first, stop = set(map(str, written)), False
+        for options in ({"centered": True}, {"loss": "cross_entropy"}):
+            with pytest.raises((nng.ArgumentError, nng.PeerError), match="holds a kernel of other inputs"):
+                measure(**options)
+        if here.rank == 0:  # alone, of the same file
+            with pytest.raises(nng.ArgumentError, match="processes"):
+                nng.GramMatrix(case.model, case.loader, out=path)
+        dist.barrier()
+        written.clear()
+        many = measure()
+        assert (first or not own) and not first & set(map(str, written))
+    cuts.close(many.tensor, nng.GramMatrix(case.model, case.loader).tensor)
+    if here.rank == 0:
+        with pytest.raises(nng.ArgumentError, match="processes"):
+            nng.GramMatrix(case.model, case.loader, out=path)
+
+
+@check(CHECKS)
+def a_tile_that_is_damaged_is_made_again(here: Here) -> None:
+    case, path = cuts.data("mlp"), here.folder / "damaged.npy"
+    own = cuts.mine(case.loader, here.rank, here.size)
+    measure = lambda: nng.GramMatrix(case.model, own, process_group=here.group, out=path, memory_budget=3000)
+    with pytest.MonkeyPatch.context() as patch:
+        put = team_store._put
+        if here.rank == here.size - 1:  # a file system that loses something
+            patch.setattr(team_store, "_put", lambda fd, x, at: put(fd, x + (len(x) > 2), at))
+        with pytest.raises((nng.FileError, nng.PeerError), match="finds other numbers"):
+            measure()
+    cuts.close(measure().tensor, nng.GramMatrix(case.model, case.loader).tensor)
+
+
+@check(CHECKS)
+def files_that_are_not_there(here: Here) -> None:
+    case = cuts.data("mlp")
+    own = cuts.mine(case.loader, here.rank, here.size)
+    measure = lambda path: nng.GramMatrix(case.model, own, process_group=here.group, out=path)
+    with pytest.raises((nng.FileError, nng.PeerError), match="does not see"):
+        measure(here.folder / f"own {here.rank}.npy")
+    with pytest.raises((nng.FileError, nng.PeerError), match="cannot write"):
+        measure(here.folder / "no folder" / "kernel.npy")
+    lock = files.Lock(os.fspath(here.folder / "locked.npy.lock")) if here.rank == 0 else None
+    with pytest.raises((nng.FileError, nng.PeerError), match="another process"):
+        measure(here.folder / "locked.npy")
+    if lock:
+        lock.release()
+    shown = here.folder / "shown.npy"
+    measure(shown)
+    with pytest.raises((nng.FileError, nng.PeerError), match="does not see the finished kernel"):
+        measure(shown if here.rank == 0 else here.folder / "another.npy")
+    dist.barrier()
+    if here.rank == 0:
+        data = bytearray(shown.read_bytes())
+        data[200] ^= 1
+        shown.write_bytes(data)
+    dist.barrier()
+    with pytest.raises((nng.FileError, nng.PeerError), match="damaged"):
+        measure(shown)
+    cuts.close(measure(here.folder / "locked.npy").tensor, nng.GramMatrix(case.model, case.loader).tensor)
