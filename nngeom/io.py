@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from typing import Any
 
 import safetensors
@@ -59,7 +58,7 @@ def _write(M: Any, path: str | os.PathLike[str]) -> None:
         raise ArgumentTypeError(f"cannot save {type(M).__name__}; expected one of {known}")
     tensors: dict[str, Tensor] = {}
     header = json.dumps({"format": FORMAT, "object": encode(M, "", tensors)})
-    metadata = {"nngeom": header, "checksum": _checksum(header, tensors)}
+    metadata = {"nngeom": header, "checksum": container.checksum(header, tensors)}
     target = os.path.abspath(os.fsdecode(path))
     try:
         with files.replaced(target) as part:
@@ -115,15 +114,6 @@ def _read(name: str) -> tuple[Any, dict[str, Tensor]]:
         raise FileError(f"the header of {name!r} is damaged: {type(error).__name__}: {error}") from error
     if form > FORMAT:
         raise FileError(f"{name!r} has format {form}, this version reads up to {FORMAT}; upgrade nngeom")
-    if metadata.get("checksum") != _checksum(metadata["nngeom"], tensors):
+    if metadata.get("checksum") != container.checksum(metadata["nngeom"], tensors):
         raise FileError(f"{name!r} is damaged: its contents do not have the checksum they were saved with")
     return tree.get("object"), tensors
-
-
-def _checksum(header: str, tensors: dict[str, Tensor]) -> str:
-    crc = zlib.crc32(header.encode())
-    for key in sorted(tensors):
-        t = tensors[key]
-        crc = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode(), crc)
-        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data, crc)
-    return f"{crc:08x}"

@@ -247,6 +247,7 @@ def test_only_one_file_knows_processes():
 
 LINES, COLUMNS, PARAMETERS, POSITIONAL = 250, 120, 8, 6
 SHARED = {"model", "loader", "function", "layer_collection", "progress", "memory_budget", "check", "process_group"}
+SHARED |= {"checkpoint", "every"}
 ADAPTERS = {  # parameters stand where those of torch's functions do, which these are called for or call
     *("nngeom.layers.embedding", "nngeom.layers.norm", "nngeom.layers.refuse", "nngeom.capture.written_out"),
 }

@@ -11,6 +11,7 @@ import math
 import os
 import stat
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -152,3 +153,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         raise ValueError("its header has a key twice")
     return out
+
+
+def checksum(header: str, tensors: dict[str, Tensor]) -> str:
+    """Of a header and the ``tensors`` of a file, ``{key: tensor}`` on the cpu."""
+    crc = zlib.crc32(header.encode())
+    for key in sorted(tensors):
+        t = tensors[key]
+        crc = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode(), crc)
+        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"

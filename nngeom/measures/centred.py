@@ -47,12 +47,21 @@ def centred(run: Run, cotangents: Cotangents, chosen: Representation[Any], label
 
 
 def centred_moments(
-    run: Run, of: Likelihood | Loss, representation: Any, options: dict[str, Any], estimator: str | None, index: Any
+    run: Run,
+    of: Likelihood | Loss,
+    representation: Any,
+    options: dict[str, Any],
+    estimator: str | None,
+    index: Any,
+    *,
+    asked: Any = None,
 ) -> PMat:
     """The Fisher or Gauss-Newton matrix of centred rows, output by output; raises for what does not go with it."""
     if estimator is not None:
         raise ArgumentError(f"estimator={estimator!r} and centered=True do not go together; leave one of them out")
     require_draws(index, drawn=False)
+    if asked is not None:
+        raise UnsupportedError("checkpoint= is not offered of a centred matrix; leave it out, or centered=True")
     if representation is PMatImplicit:
         raise UnsupportedError(
             "a centred matrix is not offered as a PMatImplicit; use PMatLowRank, PMatDense, PMatBlockDiag, PMatDiag or "

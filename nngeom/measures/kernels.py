@@ -138,8 +138,8 @@ def GramMatrix(
     bytes cuts the work into tiles and does not change the result.
 
     Over the processes of ``process_group`` examples are in rank order, and the kernel is whole on all of them
-    (:class:`SizeError` where it does not fit ``memory_budget``, but in a file); with ``sharded`` each keeps the rows of its own, an
-    :class:`FMatSharded`.
+    (:class:`SizeError` where it does not fit ``memory_budget``, but in a file); with ``sharded`` each keeps the rows of
+    its own, an :class:`FMatSharded`.
 
     Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`,
     :class:`NonFiniteError`, :class:`StructureError`, :class:`ArgumentError`, :class:`FileError`. Source: Jacot et al.

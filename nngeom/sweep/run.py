@@ -36,7 +36,7 @@ class Run:
     Its ``network`` is the model with what names its parameters and runs it, ``loader`` the data, ``memory_budget`` in
     bytes; ``check`` and ``progress`` as for :meth:`of`. ``left_to_fallback``: parameters whose rows come from the
     per-example fallback, as sweeps find out. ``team``: the processes over which the examples are split; ``met``: what
-    this one's first batch was, a digest.
+    this one's first batch was, a digest. ``before``: how many batches came before those of the loader.
     """
 
     network: Network
@@ -47,6 +47,7 @@ class Run:
     left_to_fallback: set[str] = field(default_factory=set, repr=False)
     team: Team = ALONE
     met: dict[int, str] = field(default_factory=dict, repr=False)
+    before: int = 0
 
     @staticmethod
     def of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import cuts
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from faults import OddOnce, coded
 from kernels import others
 from launch import Check, Here, check
 
@@ -16,6 +18,7 @@ import nngeom as nng
 from nngeom.core import files
 from nngeom.fmat import team_store
 from nngeom.fmat.team_store import TeamStore
+from nngeom.sweep import sums_file
 
 CHECKS: dict[str, Check] = {}
 
@@ -207,3 +210,85 @@ def files_that_are_not_there(here: Here) -> None:
     with pytest.raises((nng.FileError, nng.PeerError), match="damaged"):
         measure(shown)
     cuts.close(measure(here.folder / "locked.npy").tensor, nng.GramMatrix(case.model, case.loader).tensor)
+
+
+# -- sweeps that are kept ----------------------------------------------------------------------------------------------
+
+
+class Breaking:
+    """A loader that fails after so many batches in all."""
+
+    def __init__(self, batches, after):
+        self.batches, self.after, self.read = batches, after, 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            if self.read == self.after:
+                raise Stopped("no more batches")
+            self.read += 1
+            yield batch
+
+
+@check(CHECKS)
+def sweeps_are_resumed(here: Here) -> None:
+    """Where one fails, all go on from where each was; the bits are those of a call that was not interrupted."""
+    case, ends = cuts.data("mlp"), (0, *cuts.CUTS[here.size], len(cuts.SIZES))
+    own = case.loader[ends[here.rank] : ends[here.rank + 1]]
+    last = here.rank == here.size - 1
+    for name, kind in (("ekfac", nng.PMatEKFAC), ("dense", nng.PMatDense), ("low-rank", nng.PMatLowRank)):
+        measure = functools.partial(nng.FIM, case.model, representation=kind, process_group=here.group)
+        one = cuts.tensors(measure(loader=own))
+        for after in (0, 1, 3)[: kind.passes + 1]:
+            compare_resumed(here, measure, own, after if last else 99, one, here.folder / f"{name} {after}")
+    folder = here.folder / "dense 0"
+    with pytest.raises((nng.LoaderError, nng.PeerError), match="are not those"):
+        nng.FIM(case.model, [*own, case.loader[0]], nng.PMatDense, process_group=here.group, checkpoint=folder)
+    with pytest.raises((nng.ArgumentError, nng.PeerError), match="representation"):
+        nng.FIM(case.model, own, nng.PMatDiag, process_group=here.group, checkpoint=folder)
+    if here.rank == 0:
+        with pytest.raises(nng.ArgumentError, match="processes"):
+            nng.FIM(case.model, case.loader, nng.PMatDense, checkpoint=folder)
+    dist.barrier()
+
+
+def compare_resumed(here: Here, measure, own, after, one, folder) -> None:
+    """A call that fails after so many batches here, one that goes on, and the tensors of one that did neither."""
+    with pytest.raises((Stopped, nng.PeerError), match="no more batches"):
+        measure(loader=Breaking(own, after), checkpoint=folder, every=0)
+    for a, b in zip(cuts.tensors(measure(loader=own, checkpoint=folder, every=0)), one, strict=True):
+        assert torch.equal(a, b)
+
+
+@check(CHECKS)
+def a_layer_that_is_used_otherwise_on_one(here: Here) -> None:
+    """The data is gone over once more, which is kept by itself."""
+    torch.manual_seed(0)
+    model = OddOnce().double()
+    own = [coded(10 + here.rank), coded(7 if here.rank == 1 else 0), coded(0)]
+    measure = functools.partial(nng.FIM, model, process_group=here.group)
+    one, after = cuts.tensors(measure(own)), 4 if here.rank == 0 else 99
+    compare_resumed(here, measure, own, after, one, here.folder / "odd")
+
+
+@check(CHECKS)
+def draws_are_those_of_the_folder(here: Here) -> None:
+    case = cuts.data("mlp")
+    own = cuts.mine(case.loader, here.rank, here.size)
+    measure = lambda **o: nng.FIM_MonteCarlo(case.model, own, nng.PMatDense, process_group=here.group, **o)
+    torch.manual_seed(5 + here.rank)
+    one = measure()
+    torch.manual_seed(5 + here.rank)
+    with pytest.MonkeyPatch.context() as patch:
+        write, calls = sums_file.write, []
+
+        def fails(*args):
+            if here.rank == 0 and calls:
+                raise Stopped("no more sums")
+            calls.append(1)
+            write(*args)
+
+        patch.setattr(sums_file, "write", fails)
+        with pytest.raises((Stopped, nng.PeerError), match="no more sums"):
+            measure(checkpoint=here.folder / "draws", every=0)
+    torch.manual_seed(50 + here.rank)
+    assert torch.equal(measure(checkpoint=here.folder / "draws").to_dense(), one.to_dense())
