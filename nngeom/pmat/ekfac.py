@@ -67,6 +67,7 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
     centred = False
     projects = True
     any_columns = True
+    layers_apart = True
 
     @classmethod
     def recipe(

@@ -137,6 +137,7 @@ class PMatKFAC(PMat):
 
     any_columns = True
     centred = False
+    layers_apart = True
 
     @classmethod
     def recipe(

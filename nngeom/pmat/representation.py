@@ -54,6 +54,11 @@ class Representation(Generic[M_co]):
         return self.kind.any_columns
 
     @property
+    def layers_apart(self) -> bool:
+        """See :attr:`Measured.layers_apart`."""
+        return self.kind.layers_apart
+
+    @property
     def projects(self) -> bool:
         """Whether it keeps something of any symmetric matrix."""
         return self.kind.projects or self.kind.entries is not None
@@ -109,6 +114,7 @@ class Measured(ABC):
     centred: ClassVar[bool] = True  # any rows may enter, such as those less their mean, not only sums of outer products
     any_columns: ClassVar[bool] = False  # statistics are sums over cotangents in blocks: of any root of the metric
     entries: ClassVar[str | None] = None  # kept as they are of any matrix: "all", those in "layers", the "diagonal"
+    layers_apart: ClassVar[bool] = False  # measured over some layers alone, it is that part of the whole
     projects: ClassVar[bool] = False  # what it keeps of any matrix is read off products with the vectors of its blocks
     kinds: ClassVar[Registry[Any]] = Registry()  # by qualified name, for files
 
