@@ -55,7 +55,7 @@ class Fingerprint:
             return Fingerprint(hashes, [], 0.0, torch.finfo(rows.dtype).eps)
         outputs = rows.first_outputs()
         hashes["dtype and shape of the outputs"] = f"{outputs.dtype} {tuple(outputs.shape)}"
-        gradients = [g for side in (rows, columns) if side is not None for g in _loss_gradients(side)]
+        gradients = [g for side in (rows, columns) if side is not None and side.sizes for g in _loss_gradients(side)]
         if gradients:
             hashes["rows"] = "of a loss"
         seen = torch.cat([outputs.flatten(), *gradients])

@@ -143,13 +143,13 @@ class TeamStore(FileStore):
         self.done[ranges(place)] = found
 
     def _put(self, where: Place, tile: Tensor) -> int:
-        """Write a tile ``[k, n, l, m]`` where it lies; its checksum."""
+        """Write a tile where it lies; its checksum."""
         numbers = np.ascontiguousarray(tile.cpu().numpy())
-        _, rows, outputs, columns = self.shape
-        k, n, l, m = where
-        for a, b, c in np.ndindex(numbers.shape[:3]):
-            at = (((k.start + a) * rows + n.start + b) * outputs + l.start + c) * columns + m.start
-            _put(self.fd, numbers[a, b, c], self.start + at * numbers.itemsize)
+        for index in np.ndindex(numbers.shape[:-1]):
+            at = 0
+            for size, s, j in zip(self.shape, where, (*index, 0)):
+                at = at * size + s.start + j
+            _put(self.fd, numbers[index], self.start + at * numbers.itemsize)
         return npy.checksum(numbers)
 
     def result(self) -> dict[str, Tensor]:

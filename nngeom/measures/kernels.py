@@ -26,7 +26,7 @@ from nngeom.fmat.sharded import FMatSharded
 from nngeom.fmat.side import Side
 from nngeom.measures.kernel_estimates import estimated, signs
 from nngeom.measures.kernel_files import in_file, in_file_of_all
-from nngeom.measures.sharded_kernels import sharded_kernel
+from nngeom.measures.sharded_kernels import sharded_kernels
 from nngeom.measures.within import collection_of, in_metric
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.collection import LayerCollection
@@ -215,7 +215,7 @@ def GramMatrix(
                 first_look(columns)
             return FMatImplicit(rows, columns or rows, centered)
         if sharded:
-            return sharded_kernel(rows, columns, centered=centered, metric=within)
+            return sharded_kernels(rows, columns, EVERYTHING, centered=centered, metric=within)[""]
         if run.team.size > 1:
             return gathered_kernels(kind, rows, columns, EVERYTHING, centered=centered, metric=within)[""]
         return build(kind, rows, columns, EVERYTHING, centered=centered, metric=within, progress=progress)[""]

@@ -69,6 +69,15 @@ def kernels_of_layers(here: Here) -> None:
         assert one.keys() == many.keys()
         for layer, k in many.items():
             cuts.close(k.tensor, one[layer].tensor)
+    one = nng.GramMatrices(case.model, case.loader, centered=True)
+    many = nng.GramMatrices(case.model, own, centered=True, process_group=here.group, sharded=True)
+    assert one.keys() == many.keys()
+    for layer, k in many.items():
+        assert isinstance(k, nng.FMatSharded)
+        cuts.close(k.gather().tensor, one[layer].tensor)
+    for options in ({"differentiable": True}, {"representation": nng.FMatDiag}):
+        with pytest.raises((nng.ArgumentError, nng.UnsupportedError)):
+            nng.GramMatrices(case.model, own, process_group=here.group, sharded=True, **options)
 
 
 @check(CHECKS)
