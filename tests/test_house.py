@@ -148,6 +148,7 @@ NAMES_REPRESENTATIONS = [
     ("measures", BY_PRODUCTS, "they hold a model, and are not measured by a recipe or by tiles"),
     ("measures", {"FMatSharded"}, "rows of an FMatDense that are not gathered"),
     ("measures", {"PushForwardDense", "PullBackDense"}, "maps have two representations each"),
+    ("measures", {"PushForwardSharded", "PullBackSharded"}, "rows of these that are not gathered"),
     ("measures", {"FMatDense", "FMatDiag", "FMatBlockDiag"}, "files and estimates of kernels are of these kinds"),
     ("measures", {"PMatKFAC", "PMatLowRank"}, "what is measured by default, said to type checkers"),
     ("checks", {"PMatSum", "FMatSum"}, "sums do not check their own values"),

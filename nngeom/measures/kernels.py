@@ -164,7 +164,7 @@ def GramMatrix(
             "them out"
         )
     for name in [name for name, x in alone.items() if name != "out" and x is not None and x is not False]:
-        run.require_alone(f"GramMatrix({name}=)")
+        run.require_alone(f"GramMatrix({name}=)", ALONE[name])
     cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
     within = in_metric(run, metric, wide=centered)
     policy = Policy(
@@ -219,6 +219,13 @@ def GramMatrix(
         if run.team.size > 1:
             return gathered_kernels(kind, rows, columns, EVERYTHING, centered=centered, metric=within)[""]
         return build(kind, rows, columns, EVERYTHING, centered=centered, metric=within, progress=progress)[""]
+
+
+ALONE = {  # what is of one process, and what several have instead
+    "differentiable": "mgs.trace_penalty in the loss of a DistributedDataParallel model has the right gradient, or ",
+    "estimator": "take the exact FMatDiag or FMatImplicit, whose trace() and diag() are of all processes, or ",
+    "by_position": "take nng.influence(by_position=True) with a metric, or ",
+}
 
 
 def require_same_kernel(

@@ -18,7 +18,7 @@ from nngeom.fmat.products import Grouping, build
 from nngeom.fmat.ring import gathered_kernels
 from nngeom.fmat.sharded import FMatSharded
 from nngeom.fmat.side import Side
-from nngeom.measures.kernels import kernel_kind, require_same_kernel
+from nngeom.measures.kernels import ALONE, kernel_kind, require_same_kernel
 from nngeom.measures.sharded_kernels import sharded_kernels
 from nngeom.measures.within import collection_of, in_metric
 from nngeom.pmat.operator import ParameterOperator
@@ -83,7 +83,7 @@ def GramMatrices(
         parts=not differentiable,
     )
     if differentiable:
-        run.require_alone("GramMatrices(differentiable=True)")
+        run.require_alone("GramMatrices(differentiable=True)", ALONE["differentiable"])
     kind = kernel_kind(representation)
     if kind is FMatImplicit:
         raise ArgumentError(

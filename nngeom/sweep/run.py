@@ -106,12 +106,14 @@ class Run:
         """
         return Run.of(model, loader, parts=True, **options)
 
-    def require_alone(self, what: str) -> None:
-        """Raise :class:`UnsupportedError` where the examples are split over processes and ``what`` is not offered."""
+    def require_alone(self, what: str, instead: str = "") -> None:
+        """Raise :class:`UnsupportedError` where the examples are split over processes and ``what`` is not offered;
+        ``instead``: what is.
+        """
         if self.team.size > 1:
             raise UnsupportedError(
-                f"{what} is not offered with process_group= over {self.team.size} processes; pass process_group=None "
-                "for this process's own examples"
+                f"{what} is not offered with process_group= over {self.team.size} processes; {instead}pass "
+                "process_group=None for this process's own examples"
             )
 
     @contextlib.contextmanager

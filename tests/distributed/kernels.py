@@ -191,6 +191,49 @@ def jacobians(here: Here) -> None:
             cuts.close(measured.to_dense(), (plain.T @ plain).measured(kind).to_dense(), 1e-11)
 
 
+@check(CHECKS)
+def sharded_jacobians(here: Here) -> None:
+    case = cuts.data("conv2d")
+    own = cuts.mine(case.loader, here.rank, here.size)
+    for centered in (False, True):
+        one = nng.Jacobian(case.model, case.loader, centered=centered)
+        many = nng.Jacobian(case.model, own, centered=centered, process_group=here.group, sharded=True)
+        n = many.places.counts[here.rank]
+        assert many.strip.shape == (one.shape[0], n, one.shape[2]) and many.shape == one.shape
+        assert f"{n} rows here" in repr(many)
+        v = nng.PVector.randn(one.layer_collection, 2, generator=torch.Generator().manual_seed(0)).to(torch.float64)
+        u = one.mv(v)
+        cuts.close(many.mv(v).tensor, u.tensor, 1e-11)
+        cuts.close(many.T.mv(u).flat(), one.T.mv(u).flat(), 1e-11)
+        cuts.close((many.T @ u).flat(), (one.T @ u).flat(), 1e-11)
+        cuts.close(many.norm(), one.norm(), 1e-11)
+        here.same(many.mv(v).tensor)
+        cuts.close((2.0 * many - 0.5 * many).materialize().tensor, 1.5 * one.tensor, 1e-11)
+        cuts.close(many.T.materialize().tensor, one.tensor, 1e-11)
+        first = one.layer_collection.names[0]
+        cuts.close(many[first], one[first], 1e-11)
+    pull = nng.Jacobian(case.model, own, nng.PullBackDense, process_group=here.group, sharded=True)
+    plain = nng.Jacobian(case.model, case.loader)
+    cuts.close(pull.mv(u).flat(), plain.T.mv(u).flat(), 1e-11)
+    fisher = nng.FIM(case.model, case.loader, nng.PMatKFAC)
+    cuts.close((fisher @ pull.T).materialize().tensor, (fisher @ plain).tensor, 1e-11)
+    cuts.close(fisher.solve(pull.T, 0.1).materialize().tensor, fisher.solve(plain, 0.1).tensor, 1e-10)
+    w = nng.PVector(v.layer_collection, v.flat().clone().requires_grad_())
+    pull.T.mv(w).tensor.square().sum().backward()
+    cuts.close(w.flat().grad, 2 * (plain.T @ (plain @ v)).flat(), 1e-10)
+    for call in (lambda: pull.T @ pull, lambda: pull @ pull.T, lambda: pickle.dumps(pull), lambda: pull.T + plain):
+        with pytest.raises(nng.UnsupportedError, match="sharded map"):
+            call()
+    with pytest.raises(nng.UnsupportedError):
+        nng.save(pull, here.folder / "pull")
+    with pytest.raises(nng.ArgumentError, match="sharded=True"):
+        nng.Jacobian(case.model, own, nng.PushForwardImplicit, process_group=here.group, sharded=True)
+    with pytest.raises(nng.RankMismatchError, match="other vectors"):
+        pull.T.mv((1.0 + here.rank) * v)
+    with pytest.raises(nng.RankMismatchError, match="sharded"):
+        nng.Jacobian(case.model, own, process_group=here.group, sharded=here.rank == 0)
+
+
 def sharded_pair(here: Here, name: str, **options):
     case = cuts.data(name)
     own = cuts.mine(case.loader, here.rank, here.size)
