@@ -106,7 +106,9 @@ class ShardedMap(JacobianMap):
 
 
 class PushForwardSharded(ShardedMap):
-    """``J``, its rows on the processes that have their examples."""
+    """``J``, its rows on the processes that have their examples: ``strip (c, n, d)`` those of this one, over
+    ``layer_collection``, ``places`` how many each has.
+    """
 
     pushes = True
 
@@ -129,7 +131,9 @@ class PushForwardSharded(ShardedMap):
 
 
 class PullBackSharded(ShardedMap):
-    """``J^T``; holds the rows of the push-forward that it transposes."""
+    """``J^T``; holds the rows of the push-forward that it transposes: ``strip (c, n, d)`` those of this process, over
+    ``layer_collection``, ``places`` how many each has.
+    """
 
     pushes = False
 

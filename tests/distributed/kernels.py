@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import nngeom as nng
+from nngeom import mgs
 
 CHECKS: dict[str, Check] = {}
 KINDS = {"dense": nng.FMatDense, "block-diag": nng.FMatBlockDiag, "diag": nng.FMatDiag}
@@ -189,6 +190,22 @@ def jacobians(here: Here) -> None:
         for kind in (nng.PMatDiag, nng.PMatDense):
             measured = (many.T @ many).measured(kind)
             cuts.close(measured.to_dense(), (plain.T @ plain).measured(kind).to_dense(), 1e-11)
+
+
+@check(CHECKS)
+def a_penalty_in_the_loss(here: Here) -> None:
+    """What is said to have the right gradient where GramMatrix(differentiable=True) is refused."""
+    case = cuts.data("mlp")
+    x, y = cuts.mine(case.loader, 0, 1)[here.rank]
+    model = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(case.model))
+    (torch.nn.functional.cross_entropy(model(x), y) + mgs.trace_penalty(model, x, reduction="mean")).backward()
+    total = []
+    for x, y in case.loader[: here.size]:
+        f = torch.nn.functional.cross_entropy(case.model(x), y) + mgs.trace_penalty(case.model, x, reduction="mean")
+        total.append(torch.cat([g.flatten() for g in torch.autograd.grad(f, list(case.model.parameters()))]))
+    mine = torch.cat([p.grad.flatten() for p in model.parameters()])
+    cuts.close(mine, torch.stack(total).mean(0), 1e-12)
+    here.same(mine)
 
 
 @check(CHECKS)
