@@ -20,8 +20,9 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, Fi
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.sharded import FMatSharded
-from nngeom.folder import load_parts, load_whole, save_parts
+from nngeom.kernel_folder import holds_kernel, load_parts, load_whole, save_parts
 from nngeom.maps.jacobian_map import JacobianMap
+from nngeom.opened_folder import opened
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
 from nngeom.ranks.team import Team
@@ -78,8 +79,9 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu", *, process_gro
     saved it, else neighbours as by :func:`shard`. Other files are read by each.
 
     Everything the file says is checked against what it holds before memory is taken for it; the tensors do not follow
-    the file when it changes. Raises :class:`FileError` when the file is missing, truncated, changed, foreign, of a
-    newer format, or holds a class that is not imported or shares its name with another.
+    the file when it changes. Of a folder of :func:`to_folder` the matrix reads its parts when it uses them. Raises
+    :class:`FileError` when the file is missing, truncated, changed, foreign, of a newer format, or holds a class that
+    is not imported or shares its name with another.
     """
     try:
         device = torch.device(map_location)
@@ -88,9 +90,12 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu", *, process_gro
     name = os.fsdecode(path)
     team = Team.of(process_group)
     with team.together("load") as note:
-        note.mine = os.path.isdir(name)
-    if all(note.all):
+        note.mine = None if not os.path.isdir(name) else "kernel" if holds_kernel(name) else "matrix"
+    if note.all[0] == "kernel":
         out = load_whole(name) if process_group is None else load_parts(name, team)
+    elif note.all[0] == "matrix":
+        with team.together("load"):
+            return opened(os.path.abspath(name), load, device)
     else:
         with team.together("load"), believed(name):
             out = decode(*_read(name))

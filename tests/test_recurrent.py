@@ -204,6 +204,27 @@ def test_inside_of_a_checkpoint(kind, n):
         close(p.grad, expected)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("kind", KINDS)
+def test_observed_under_autocast(kind):
+    """A training step has the outputs, their dtype and the gradients that it has without us."""
+    model, ((x, _),) = case(kind, (3,))
+    model, x, found = model.float(), x.float(), []
+    opt = nng.optim.EKFAC(model)
+    for look in (contextlib.nullcontext, opt.observe):
+        opt.zero_grad()
+        with look():
+            with torch.autocast("cpu", torch.bfloat16):
+                returned = model.cell(x)[0] if isinstance(model, Sequences) else model.cell(x[:, 0])
+                out = model(x)
+            out.float().square().mean().backward()
+        first = returned[0] if isinstance(returned, tuple) else returned
+        found.append((first.dtype, out, *(p.grad.clone() for p in model.parameters())))
+    assert found[0][0] == found[1][0]
+    for plain, observed in zip(found[0][1:], found[1][1:]):
+        assert plain.dtype == observed.dtype and torch.equal(plain, observed)
+
+
 @pytest.mark.parametrize("keep", [torch.autograd.graph.save_on_cpu, contextlib.nullcontext])
 def test_what_is_saved_elsewhere(keep):
     model, loader = case("gru")

@@ -11,11 +11,11 @@ from cases import build
 from teams import ranks
 
 import nngeom as nng
-from nngeom import folder as folders
+from nngeom import kernel_folder as folders
 from nngeom.core import files
 from nngeom.fmat.places import Places
 from nngeom.fmat.sharded import FMatSharded
-from nngeom.index import crc
+from nngeom.kernel_index import crc
 from nngeom.ranks.team import ALONE
 
 

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.attribution.found import Influence
+from nngeom.attribution.over_parts import over_parts
 from nngeom.attribution.over_processes import over_processes
 from nngeom.attribution.queries import QueryFunction
-from nngeom.attribution.scoring import Influence, Question
+from nngeom.attribution.scoring import Question
 from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.fmat.store import FileStore
+from nngeom.pmat.in_files import PMatInFiles
 from nngeom.pmat.metric import Metric, require_matrix
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.sweep.agreement import agree
@@ -48,7 +51,8 @@ def influence(
     ``g`` are gradients of each example's ``loss`` (as for :func:`EmpiricalFIM`), of the parameters of ``matrix``: a
     Fisher, Gauss-Newton or Hessian matrix of the training loss in any representation. The gradients of the queries
     times the inverse are made once and the training set is gone through once, or once for as many queries as have room
-    in half the memory budget; rows of training examples stay in factored form.
+    in half the memory budget; rows of training examples stay in factored form. Under a matrix of :func:`to_folder` the
+    training set is gone through once a part, of which one is in memory at a time.
 
     Args:
         train: the training data, as for any measure; with targets.
@@ -75,6 +79,14 @@ def influence(
     _require_options(top, out, by_layer=by_layer)
     if by_position and (top is not None or out is not None):
         raise ArgumentError("by_position=True keeps all scores; expected neither top= nor out= with it")
+    if isinstance(matrix, PMatInFiles):
+        if out is not None:
+            raise ArgumentError("scores of a matrix in files are sums over its parts; expected no out=")
+        given: dict[str, Any] = {"loss": loss, "query_function": query_function, "function": function, "check": check}
+        given |= {"by_layer": by_layer, "by_position": by_position, "progress": progress}
+        given |= {"memory_budget": memory_budget, "process_group": process_group}
+        of_part = lambda part, d, t, q: influence(model, t, q, part, damping=d, **given)
+        return over_parts(of_part, matrix, damping, (train, queries), top)
     run = Run.gathering(
         model,
         train,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.attribution.scoring import Influence, Question, Scores
+from nngeom.attribution.found import Influence
+from nngeom.attribution.scoring import Question, Scores
 from nngeom.core.errors import UnsupportedError
 from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.places import Places

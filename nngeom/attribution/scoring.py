@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.attribution.found import Influence
 from nngeom.attribution.queries import Part, loads
 from nngeom.attribution.scores import Everything, InFile, Keeper, Largest, add_scores
 from nngeom.core.jacobian import LayerJacobian
@@ -24,25 +25,6 @@ from nngeom.pmat.pmat import PMat
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Policy, Sweep
-
-
-@dataclass(frozen=True)
-class Influence:
-    """Scores of ``n`` training examples for ``q`` queries, in the order of both loaders.
-
-    ``scores (q, n)``: ``g_j^T (matrix + damping)^-1 g_i``, without sign and without ``1/n``; ``None`` with ``top=``;
-    of every position ``(q, n, t)`` with ``by_position=True``.
-    ``values``, ``indices (q, k)``: with ``top=k`` the largest of each query in descending order, and their examples;
-    else ``None``. ``self_scores (n,)``: of every training example for itself; ``None`` under a matrix that is known by
-    its products alone, where each costs a solve. ``by_layer``: ``{layer: (q, n)}``, which sum to the scores; empty
-    unless asked for.
-    """
-
-    scores: Tensor | None
-    self_scores: Tensor | None
-    values: Tensor | None
-    indices: Tensor | None
-    by_layer: dict[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class PMatDiag(PMat):
 
     entries = "diagonal"
     any_columns = True
-    layers_apart = True
+    layerwise = True
 
     @classmethod
     def recipe(cls, selection: Selection) -> Recipe:

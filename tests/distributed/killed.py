@@ -12,7 +12,7 @@ import torch.distributed as dist
 from launch import Check, Here, check
 
 import nngeom as nng
-from nngeom import folder
+from nngeom import kernel_folder
 from nngeom.fmat.team_store import TeamStore
 from nngeom.sweep import sums_file
 
@@ -67,7 +67,7 @@ def one_of_each_pair_is_killed(here: Here) -> None:
     case, mine = own(here)
     if here.rank < 2:
         k = nng.GramMatrix(case.model, mine, process_group=groups[0], sharded=True)
-        with dies(here, folder, "_write_part", 0):
+        with dies(here, kernel_folder, "_write_part", 0):
             nng.save(-1.0 * k, here.folder / "kernel")
     elif here.rank < 4:
         with dies(here, TeamStore, "write", 2):

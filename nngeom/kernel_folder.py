@@ -25,7 +25,7 @@ from nngeom.core.errors import ArgumentError, FileError
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.places import Places
 from nngeom.fmat.sharded import FMatSharded
-from nngeom.index import INDEX, PART, Index, crc
+from nngeom.kernel_index import INDEX, PART, Index, crc
 from nngeom.ranks.team import Team
 from nngeom.tree import believed, decode, encode
 
@@ -151,6 +151,15 @@ def _is_named(folder: str, name: str) -> bool:
 
 
 # -- read --------------------------------------------------------------------------------------------------------------
+
+
+def holds_kernel(folder: str) -> bool:
+    """Whether what is in a folder is not of :func:`nngeom.to_folder`, whose indices say what was asked."""
+    try:
+        with open(os.path.join(folder, INDEX), "rb") as file:
+            return "asked" not in container.json_of(file.read())
+    except (OSError, ValueError):
+        return True
 
 
 def load_whole(folder: str) -> FMatDense:
