@@ -32,11 +32,12 @@ def shared_folder() -> Iterator[Path]:
 
 
 def kernel_jobs(net: nn.Module, batches: Batches, folder: Path) -> dict[str, Callable[[], Any]]:
-    """Kernels of the losses of half of the examples, whole, in parts, and in a file, scores of all of them, and a
-    matrix whose sums are kept.
+    """Kernels of the losses of half of the examples, whole, in parts, and in a file, scores of all of them for
+    one batch of queries, and a matrix whose sums are kept.
     """
     group, numbers = dist.group.WORLD, itertools.count()
     half = batches[: max(1, len(batches) // 2)]
+    queries = half[:1] if dist.get_rank() == 0 else []
     fisher = nng.FIM(net, batches, nng.PMatKFAC, process_group=group)
     options: dict[str, Any] = {"loss": "cross_entropy", "process_group": group}
     kernel = lambda **o: nng.GramMatrix(net, half, **options, **o)
@@ -45,7 +46,7 @@ def kernel_jobs(net: nn.Module, batches: Batches, folder: Path) -> dict[str, Cal
         "a kernel, sharded=True": lambda: kernel(sharded=True),
         "a kernel, out=": lambda: kernel(out=folder / f"{next(numbers)}.npy"),
         "influence, the ten largest": lambda: nng.influence(
-            net, batches, half[:1], fisher, damping=1e-2, top=10, **options
+            net, batches, queries, fisher, damping=1e-2, top=10, **options
         ),
         "FIM, PMatKFAC, checkpoint=": lambda: nng.FIM(
             net, batches, nng.PMatKFAC, process_group=group, checkpoint=folder / f"{next(numbers)}"

@@ -196,7 +196,7 @@ def jacobians(here: Here) -> None:
 def a_penalty_in_the_loss(here: Here) -> None:
     """What is said to have the right gradient where GramMatrix(differentiable=True) is refused."""
     case = cuts.data("mlp")
-    x, y = cuts.mine(case.loader, 0, 1)[here.rank]
+    x, y = case.loader[here.rank]
     model = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(case.model))
     (torch.nn.functional.cross_entropy(model(x), y) + mgs.trace_penalty(model, x, reduction="mean")).backward()
     total = []
