@@ -104,22 +104,23 @@ class Resumed:
     def _gone_on(self, progress: Progress, sums: Sums, batches: Iterator[Batch]) -> Sums:
         first = next(batches, None)
         rest = batches if first is None else chain([first], batches)
-        feed = Feed(rest, progress, lambda p: self._keep(p, sums), 60 * self.checkpoint.asked.every)
+        feed = Feed(rest, progress, lambda p, due: self._done(p, sums, due=due), 60 * self.checkpoint.asked.every)
         if first is not None:
             run = replace(self.sweep.run.on(feed), before=progress.batches)
             sweep = replace(self.sweep, run=run, cotangents=_further(self.sweep.cotangents, sums.count))
             added(sums, self.statistic, sweep.but(reuse=True).chunks())
-        self._keep(replace(feed.progress, finished=True), sums)
+        self._done(replace(feed.progress, finished=True), sums, due=True)
         return sums
 
-    def _keep(self, progress: Progress, sums: Sums) -> Progress:
-        """Write what there is; the same with what the first batch added, if that is all of it."""
-        run = self.sweep.run
-        now = tuple(sorted(run.left_to_fallback))
-        progress = replace(progress, left=(progress.left[0], now), met=run.met.get(0))
-        if progress.batches == 1:
+    def _done(self, progress: Progress, sums: Sums, *, due: bool) -> Progress:
+        """Write what there is, if it is time; the same with what the first batch added, if that is all of it."""
+        if progress.batches == 1 and not progress.first:
             progress = replace(progress, first=sums_file.sketch(sums))
-        sums_file.write(self.path, progress, sums)
+        if due:
+            run = self.sweep.run
+            now = tuple(sorted(run.left_to_fallback))
+            progress = replace(progress, left=(progress.left[0], now), met=run.met.get(0))
+            sums_file.write(self.path, progress, sums)
         return progress
 
 
@@ -127,14 +128,14 @@ class Feed:
     """Batches that are handed out, and then are done with when the next is asked for: all that was made of them is
     added up.
 
-    ``progress``: after those that are; ``keep(progress)`` is called every so many ``seconds``, and returns what is to
-    be known of it from then on.
+    ``progress``: after those that are; ``done(progress, due)`` is called after each and returns what is to be known of
+    it from then on; it is ``due`` to be kept every so many ``seconds``.
     """
 
     def __init__(
-        self, batches: Iterator[Batch], progress: Progress, keep: Callable[[Progress], Progress], seconds: float
+        self, batches: Iterator[Batch], progress: Progress, done: Callable[[Progress, bool], Progress], seconds: float
     ) -> None:
-        self.batches, self.progress, self.keep, self.seconds = batches, progress, keep, seconds
+        self.batches, self.progress, self.done, self.seconds = batches, progress, done, seconds
         self._last = time.monotonic()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -142,9 +143,9 @@ class Feed:
             seen = chained(self.progress.digest, batch)
             after = replace(self.progress, batches=self.progress.batches + 1, digest=seen)
             yield batch
-            self.progress = after
-            if after.batches == 1 or time.monotonic() - self._last >= self.seconds:
-                self.progress = self.keep(after)
+            due = time.monotonic() - self._last >= self.seconds
+            self.progress = self.done(after, due)
+            if due:
                 self._last = time.monotonic()
 
 
