@@ -8,7 +8,7 @@ import torch
 from launch import Check, Here, check
 
 import nngeom as nng
-from nngeom import analysis, mgs
+from nngeom import analysis, linearized, mgs
 
 CHECKS: dict[str, Check] = {}
 
@@ -157,6 +157,23 @@ def modes_of_a_step(here: Here) -> None:
         analysis.step_modes(case.model, own, 0.1 + here.rank, process_group=here.group)
     with pytest.raises((nng.LoaderError, nng.PeerError), match="needs labels"):
         analysis.step_modes(case.model, [(x,) for x, _ in case.loader], 0.1, process_group=here.group)
+
+
+@check(CHECKS)
+def linearity_of_a_run(here: Here) -> None:
+    torch.manual_seed(0)
+    make = lambda: torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3)).double()
+    now, start, case = make(), make(), cuts.data("mlp")
+    width = case.loader[0][0].shape[1]
+    loader = [(torch.nn.functional.pad(x, (0, 5 - width)), y) for x, y in case.loader]
+    one = linearized.linearity(now, start, loader)
+    own = cuts.mine(loader, here.rank, here.size)
+    many = linearized.linearity(now, start, own, process_group=here.group)
+    assert many.units == one.units and many.sign_similarity == one.sign_similarity
+    assert abs(many.kernel_alignment - one.kernel_alignment) < 1e-12
+    assert abs(many.representation_alignment - one.representation_alignment) < 1e-12
+    with pytest.raises(nng.LoaderError, match="no example"):
+        linearized.linearity(now, start, [], process_group=here.group)
 
 
 @check(CHECKS)
