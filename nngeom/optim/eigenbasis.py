@@ -11,6 +11,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from nngeom.core.errors import UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.optim.averages import all_finite, scaled_means
@@ -39,6 +40,11 @@ class Eigenbasis(Curvature):
 
     def __init__(self, representation: Representation, selection: Selection, manner: Manner):
         super().__init__(representation, selection, manner)
+        if "low_rank" in representation.settings.get("factor_form", ()):
+            raise UnsupportedError(
+                "bases of factor_form='low_rank' are not followed in training; expected 'diagonal' or 'block', or "
+                "NaturalGradient(model, PMatKFAC.options(factor_form='low_rank'))"
+            )
         self.statistic: Callable = next(representation.recipe(selection))
         self.spectrum, self.worker, self.shifts = spectrum_of(manner), manner.worker, Shifts()
         self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0, manner.makers)

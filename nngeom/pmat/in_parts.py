@@ -24,7 +24,7 @@ class InParts(Representation[M_co]):
 
     passes = property(lambda self: self.whole.passes)
     any_columns = property(lambda self: self.whole.any_columns)
-    centred = projects = layers_apart = property(lambda self: False)
+    centred = projects = blocks_in_layers = property(lambda self: False)
 
     def entries_of(self, layout: Layout, rows: LayerJacobian | None, selection: Selection) -> int | None:
         return self.whole.entries_of(layout, rows, selection)

@@ -59,7 +59,7 @@ class PMatSharded(ParameterOperator):
         :class:`UnsupportedError` for others, whose blocks reach over layers.
         """
         whole = as_representation(representation, **options)
-        if not whole.layers_apart:
+        if not whole.blocks_in_layers:
             raise UnsupportedError(
                 f"PMatSharded has parts of layers, and a block of {whole.kind.__name__} reaches over several; expected "
                 "PMatKFAC, PMatEKFAC, PMatBlockDiag or PMatQuasiDiag"
