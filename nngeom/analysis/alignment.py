@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ from nngeom.analysis.labels import signs
 from nngeom.analysis.rows import layer_kernel, row_products
 from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.cotangents.categorical import Categorical
+from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.dense import FMatDense
+from nngeom.fmat.products import EVERYTHING
+from nngeom.fmat.ring import gathered_kernels
+from nngeom.fmat.side import Side
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Function, Run
@@ -147,8 +152,8 @@ def label_alignment(
     ``{layer: scalar}``.
 
     Parameters fewer than ``n c`` are treated in parameter space, by their ``(p, p)`` second moment, so that no
-    ``n c x n c`` product is made; others by their kernel, one layer at a time, which with a ``process_group`` over
-    several processes is :class:`UnsupportedError`.
+    ``n c x n c`` product is made; others by their kernel, one layer at a time. With a ``process_group`` over several
+    processes that is whole on each, and :class:`SizeError` where it has no room there.
 
     Raises :class:`LoaderError` without labels, :class:`OutputError` where they do not fit the outputs, and what the
     sweep raises. Source: Baratin et al. 2021, sections 3.2 and 3.3.
@@ -170,10 +175,6 @@ def label_alignment(
     with run.within(), torch.no_grad():
         data = Labelled.of(run)
         v = _centered(label_vector(data.labels, data.outputs, data.dtype, data.shape), how=centered)
-        if any(collection.span(names).numel >= v.numel() for names in parts.values()):
-            run.require_alone(
-                "label_alignment of at least as many parameters as examples times outputs, by their kernel,"
-            )
         values = {name: _aligned(data, name, names, v, centered=centered) for name, names in parts.items()}
     return values if by_layer else values[""]
 
@@ -182,12 +183,24 @@ def _aligned(data: Labelled, layer: str, names: tuple[str, ...], v: Tensor, *, c
     side = data.side
     layout = side.run.network.collection.span(names)
     if layout.numel >= v.numel():
-        k = center(layer_kernel(side, layer, len(v)) if layer else row_products(side), how=centered)
+        k = center(_kernel(side, layer, names, len(v)), how=centered)
         return _ratio(torch.einsum("cn,cndm,dm->", v, k, v), k.norm() * v.square().sum())
     second, sums, signal = data.moments(layout, names, v)
     if centered:
         second = above_rounding(second - sums.T @ sums / v.shape[1], second)
     return _ratio(signal.square().sum(), second.norm() * v.square().sum())
+
+
+def _kernel(side: Side, layer: str, names: tuple[str, ...], outputs: int) -> Tensor:
+    """``(c, n, c, n)`` of the parameters ``names``, those of a ``layer`` or all, and the examples of all processes."""
+    run = side.run
+    if run.team.size == 1:
+        return layer_kernel(side, layer, outputs) if layer else row_products(side)
+    with run.team.together("batches"):
+        some = replace(run, network=run.network.only(names), left_to_fallback=set())
+        rows = Side.of(some, EveryOutput())
+    whole: Tensor = gathered_kernels(FMatDense, rows, None, EVERYTHING)[""].tensor
+    return whole
 
 
 def _centered(v: Tensor, *, how: bool | str) -> Tensor:
