@@ -122,12 +122,13 @@ def summed(statistic: Statistic, source: Source) -> Sums:
 
 def _local(statistic: Statistic, source: Source) -> tuple[Sums, list[Header]]:
     """This process's sums, and what all say of theirs."""
-    sums, run = Sums(), source.run
-    with team_of(source).together("sweep") as note:
+    sums, run, source_team = Sums(), source.run, team_of(source)
+    with source_team.together("sweep") as note:
         for chunk in source.chunks():
             with torch.no_grad():
                 sums.add(statistic, chunk)
-        note.mine = Header.of(sums), None if run is None else run.met.get(0)
+        header = Header.of(sums) if source_team.size > 1 else Header(sums.count, "")
+        note.mine = header, None if run is None else run.met.get(0)
     warn_of_same([(met, header.count) for header, met in note.all])
     return sums, [header for header, _ in note.all]
 
