@@ -88,7 +88,9 @@ class Network:
             )
         dtype = functools.reduce(torch.promote_types, {p.dtype for p in parameters.values()})
         distributed = next((p for p in every.values() if in_parts(p)), None)
-        return Network(model, lc, function, parameters, next(iter(devices)), dtype, every, distributed=distributed)
+        return Network(
+            model, lc, function, parameters, next(iter(devices)), dtype, every=every, distributed=distributed
+        )
 
     @functools.cached_property
     def ids(self) -> dict[int, str]:
@@ -242,8 +244,8 @@ def require_finite(x: Tensor, what: str, batch_index: int) -> None:
 @contextlib.contextmanager
 def gradients_on() -> Iterator[None]:
     """Gradients are recorded, whatever the caller switched off."""
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(mode=False), torch.enable_grad():
+    on = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with contextlib.ExitStack() as stack:
+        for switch in () if on else (torch.inference_mode(mode=False), torch.enable_grad()):
+            stack.enter_context(switch)
         yield

@@ -22,12 +22,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def widened(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``x`` in a ``dtype``, that of sums over examples if none is given; itself where it has that, without a call."""
-    dtype = accumulation_dtype(x.dtype) if dtype is None else dtype
-    return x if x.dtype == dtype else x.to(dtype)
-
-
 def flat_rows(x: Tensor) -> Tensor:
     """``[k, *shape] -> [k, p]``, of single numbers and of nothing too."""
     return x.unsqueeze(1).flatten(1)

@@ -14,7 +14,8 @@ from torch.autograd import graph
 
 from nngeom.capture.remedies import gradients
 
-_OWN = all(hasattr(torch, f"_{name}_batch_dim") for name in ("add", "remove")) and hasattr(graph, "_engine_run_backward")
+_PARTS = (torch, "_add_batch_dim"), (torch, "_remove_batch_dim"), (graph, "_engine_run_backward")
+_OWN = all(hasattr(module, name) for module, name in _PARTS)
 
 
 def batched_gradients(
@@ -31,9 +32,9 @@ def batched_gradients(
         pulled = graph._engine_run_backward(
             (outputs,),
             (torch._add_batch_dim(v, 0, level),),
-            True,
-            create_graph,
-            tuple(inputs),
+            keep_graph=True,
+            create_graph=create_graph,
+            inputs=tuple(inputs),
             allow_unreachable=True,
             accumulate_grad=False,
         )

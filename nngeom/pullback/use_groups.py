@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nngeom.capture.recorded import Recorded
-from nngeom.core import contract, linalg, memory
+from nngeom.core import contract, memory
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.core.tied import SumJacobian, TiedJacobian
+from nngeom.core.widened import widened
 from nngeom.layers.use import Slot, Use
 from nngeom.pullback.axes import ExampleAxis
 from nngeom.space.collection import LayerCollection
@@ -69,7 +70,7 @@ class UseGroup:
     def _part(self, placed: PlacedUse, gradients: Gradients, n: int, full: Arrangement, empty: Empty) -> Part:
         j, recorded, axis = placed
         use, lead = recorded.use, len(recorded.use.lead)
-        g = linalg.widened(axis.split(use.gradients(gradients[j]), n, 1, lead))
+        g = widened(axis.split(use.gradients(gradients[j]), n, 1, lead))
         slot = use.weight if self.with_weight else use.bias
         if slot is None:
             raise RuntimeError(f"a unit of {use.operation} was built from a use without its parameter")
@@ -97,7 +98,7 @@ class UseGroup:
         a = axis.split(recorded.read_inputs(), n, 0, lead)
         if use.lookup:
             return a
-        a = linalg.widened(a, dtype)
+        a = widened(a, dtype)
         if use.elementwise:
             return a
         column = use.weight.column if use.weight is not None else 0

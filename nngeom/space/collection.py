@@ -58,8 +58,8 @@ class LayerCollection:
     def among(
         model: nn.Module, parameters: Mapping[str, nn.Parameter], include: Pattern | None, exclude: Pattern | None
     ) -> LayerCollection:
-        """As :meth:`from_model`, with the ``parameters`` of the ``model`` by all their names, see :func:`named_parameters`;
-        ``include``, ``exclude``: see there.
+        """As :meth:`from_model`, with the ``parameters`` of the ``model`` by all their names; ``include``, ``exclude``:
+        see there.
         """
         aliases: dict[int, list[str]] = {}
         found: dict[int, nn.Parameter] = {}

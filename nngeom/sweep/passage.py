@@ -18,8 +18,9 @@ from nngeom.core import memory
 from nngeom.core.errors import OutputError
 from nngeom.core.jacobian import FullJacobian
 from nngeom.core.layout import Layout
-from nngeom.core.linalg import flat_rows, widened
+from nngeom.core.linalg import flat_rows
 from nngeom.core.stream import Stream
+from nngeom.core.widened import widened
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.captured_pass import Pass
 from nngeom.pullback.sizes import bytes_each_cotangent
