@@ -81,16 +81,15 @@ class Network:
         parameters = lc.live(every)
         remedies.require_whole(model, parameters, parts=parts)
         devices = {p.device for p in parameters.values()}
-        if len(devices) > 1:
+        if len(devices) != 1:
             raise DeviceError(
                 f"the selected parameters are on several devices, {sorted(map(str, devices))}; expected one: "
                 "move the model with model.to(device)"
             )
         dtype = functools.reduce(torch.promote_types, {p.dtype for p in parameters.values()})
         distributed = next((p for p in every.values() if in_parts(p)), None)
-        return Network(
-            model, lc, function, parameters, next(iter(devices)), dtype, every=every, distributed=distributed
-        )
+        (device,) = devices
+        return Network(model, lc, function, parameters, device, dtype, every=every, distributed=distributed)
 
     @functools.cached_property
     def ids(self) -> dict[int, str]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import NonFiniteError, SingularError, UnsupportedError
-
-ROUNDINGS = 16  # of the largest eigenvalue, below which one of a sum over examples counts as zero
+from nngeom.core.low_rank_eigh import ROUNDINGS, low_rank_eigh
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -189,11 +188,12 @@ def factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:
 
     Those below :data:`ROUNDINGS` of the largest in size, in the dtype of the factor, are set to zero: what the rounding
     of its sums leaves of a zero was at most 3 in sums over 2000 batches, for sides of 16 to 1000, and grew with neither
-    rank nor side. Negative ones stay: a factor may be one of minus a matrix.
+    rank nor side. Negative ones stay: a factor may be one of minus a matrix. Of a float32 factor whose rank is below
+    a third of its side, as of few rows, the others are decomposed (:func:`low_rank_eigh`).
     """
     if is_diagonal(factor):
         return factor, None
-    values, vectors = eigh(factor)
+    values, vectors = low_rank_eigh(factor) or eigh(factor)
     floor = ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
     zeros = values - values.detach() if values.requires_grad else torch.zeros_like(values)  # with their derivatives
     return torch.where(values.abs() > floor, values, zeros), vectors
