@@ -15,6 +15,8 @@ from torch import Tensor
 from nngeom.core.errors import NonFiniteError, SingularError, UnsupportedError
 from nngeom.core.low_rank_eigh import ROUNDINGS, low_rank_eigh
 
+INVERTED = 640  # a side up to which p / 2 columns and more take 0.6 to 0.8 of the time with an inverse, 0.9 above
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over examples are kept: at least float32."""
@@ -165,9 +167,6 @@ def lu(m: Tensor, what: str) -> tuple[Tensor, Tensor]:
     return factors, order
 
 
-# -- factors: dense [s, p, p] or diagonal [s, p] -----------------------------------------------------------------------
-
-
 def is_diagonal(factor: Tensor) -> bool:
     """Whether a factor is kept as its diagonal."""
     return factor.ndim == 2
@@ -221,7 +220,10 @@ def factor_solve(factor: Tensor, x: Tensor, what: str) -> Tensor:
     """``factor^-1 @ x`` over the rows of ``x [..., s, o, i]``; raises :class:`SingularError`."""
     if is_diagonal(factor):
         return left(factor_inverse(factor, what), x)
-    return torch.cholesky_solve(x, cholesky(factor, what).expand(*x.shape[:-2], -1, -1))
+    root, p = cholesky(factor, what), factor.shape[-1]
+    if p <= INVERTED and 2 * x.shape[-1] >= p and not root.requires_grad:
+        return left(torch.cholesky_inverse(root), x)
+    return torch.cholesky_solve(x, root.expand(*x.shape[:-2], -1, -1))
 
 
 def left(factor: Tensor | None, x: Tensor, *, transpose: bool = False) -> Tensor:
