@@ -1,7 +1,8 @@
 """Dense linear algebra that does not surprise: float64 eigendecompositions, exact Gram products, factors.
 
-A *factor* is one side of a Kronecker product, batched over groups ``s``: dense ``[s, p, p]`` or, where it is exactly
-or by choice diagonal, its diagonal ``[s, p]``. An eigenbasis of a diagonal factor is ``None``: the identity.
+A *factor* is one side of a Kronecker product, batched over groups ``s``: dense ``[s, p, p]`` or, where it is exactly or
+by choice diagonal, its diagonal ``[s, p]``; until it is decomposed also its sketch, see :mod:`nngeom.core.sketch`. An
+eigenbasis of a diagonal factor is ``None``: the identity, that of a sketch a :class:`CompletedBasis`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.core.completed import CompletedBasis
 from nngeom.core.errors import NonFiniteError, SingularError, UnsupportedError
 from nngeom.core.low_rank_eigh import ROUNDINGS, low_rank_eigh
+from nngeom.core.sketch import is_sketched, sketch_eigh
 
+Basis = Tensor | CompletedBasis
 INVERTED = 640  # a side up to which p / 2 columns and more take 0.6 to 0.8 of the time with an inverse, 0.9 above
 
 
@@ -147,8 +151,7 @@ def cholesky(m: Tensor, what: str, eps: float | None = None) -> Tensor:
         raise SingularError(
             f"{what} is singular or indefinite; use a larger damping, or Cutoff(x) for a pseudo-inverse"
         )
-    result: Tensor = factor
-    return result
+    return factor  # type: ignore[no-any-return]
 
 
 def cholesky_logdet(m: Tensor, what: str) -> Tensor:
@@ -158,15 +161,6 @@ def cholesky_logdet(m: Tensor, what: str) -> Tensor:
     return 2 * pivots.log().sum(-1).to(m)
 
 
-def lu(m: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """The factors of a square ``m [p, p]``, as ``torch.linalg.lu_factor``; raises :class:`SingularError` on zeros."""
-    factors, order, _ = torch.linalg.lu_factor_ex(m)
-    pivots = factors.detach().diagonal().abs()
-    if bool((pivots <= m.shape[-1] * torch.finfo(m.dtype).eps * m.detach().abs().max()).any()):
-        raise SingularError(f"{what} is singular; use a larger damping")
-    return factors, order
-
-
 def is_diagonal(factor: Tensor) -> bool:
     """Whether a factor is kept as its diagonal."""
     return factor.ndim == 2
@@ -174,6 +168,8 @@ def is_diagonal(factor: Tensor) -> bool:
 
 def factor_diag(factor: Tensor) -> Tensor:
     """``[s, p]``: the diagonal."""
+    if is_sketched(factor):
+        return factor[..., 0]
     return factor if is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
 
 
@@ -182,17 +178,17 @@ def factor_norm2(factor: Tensor) -> Tensor:
     return factor.square().flatten(1).sum(1)
 
 
-def factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues ``[s, p]`` and eigenvectors ``[s, p, p]`` (``None``: the identity), computed in float64.
+def factor_eigh(factor: Tensor) -> tuple[Tensor, Basis | None]:
+    """Eigenvalues ``[s, p]`` and eigenvectors ``[s, p, p]`` (``None``: the identity), computed in float64, those of a
+    float32 factor of low rank by :func:`low_rank_eigh`.
 
-    Those below :data:`ROUNDINGS` of the largest in size, in the dtype of the factor, are set to zero: what the rounding
-    of its sums leaves of a zero was at most 3 in sums over 2000 batches, for sides of 16 to 1000, and grew with neither
-    rank nor side. Negative ones stay: a factor may be one of minus a matrix. Of a float32 factor whose rank is below
-    a third of its side, as of few rows, the others are decomposed (:func:`low_rank_eigh`).
+    Those below :data:`ROUNDINGS` of the largest in size, in the dtype of the factor, are set to zero: rounding of the
+    sums left of a zero at most 3 in sums over 2000 batches, for sides of 16 to 1000, and grew with neither rank nor
+    side. Negative ones stay: a factor may be one of minus a matrix.
     """
     if is_diagonal(factor):
         return factor, None
-    values, vectors = low_rank_eigh(factor) or eigh(factor)
+    values, vectors = sketch_eigh(factor) if is_sketched(factor) else low_rank_eigh(factor) or eigh(factor)
     floor = ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
     zeros = values - values.detach() if values.requires_grad else torch.zeros_like(values)  # with their derivatives
     return torch.where(values.abs() > floor, values, zeros), vectors
@@ -226,19 +222,23 @@ def factor_solve(factor: Tensor, x: Tensor, what: str) -> Tensor:
     return torch.cholesky_solve(x, root.expand(*x.shape[:-2], -1, -1))
 
 
-def left(factor: Tensor | None, x: Tensor, *, transpose: bool = False) -> Tensor:
+def left(factor: Basis | None, x: Tensor, *, transpose: bool = False) -> Tensor:
     """``factor @ x`` over the rows of ``x [..., s, o, i]``."""
     if factor is None:
         return x
+    if isinstance(factor, CompletedBasis):
+        return (factor.coordinates_of if transpose else factor.vectors_of)(x.mT).mT
     if is_diagonal(factor):
         return factor.unsqueeze(-1) * x
     return _product(factor.mT if transpose else factor, x)
 
 
-def right(x: Tensor, factor: Tensor | None, *, transpose: bool = False) -> Tensor:
+def right(x: Tensor, factor: Basis | None, *, transpose: bool = False) -> Tensor:
     """``x @ factor`` over the columns of ``x [..., s, o, i]``."""
     if factor is None:
         return x
+    if isinstance(factor, CompletedBasis):
+        return (factor.vectors_of if transpose else factor.coordinates_of)(x)
     if is_diagonal(factor):
         return x * factor.unsqueeze(-2)
     return _product(x, factor.mT if transpose else factor)
