@@ -51,7 +51,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     Afterwards they are in parts as before, also after an exception. What encloses another of the same model gathers.
     """
-    sharded = [m for m in sharded_modules(unwrap(model)) if m not in _WHOLE]
+    possible = "torch.distributed.fsdp" in sys.modules  # else no module was given to it
+    sharded = [m for m in sharded_modules(unwrap(model)) if m not in _WHOLE] if possible else []
     if not sharded:
         yield
         return

@@ -36,8 +36,8 @@ def narrowed(run: Pass, cotangents: Cotangents, columns: Columns) -> Narrow | No
     proved, it is not narrow, or the metric is not known without its root.
     """
     known = getattr(cotangents, "metric", None)
-    head = None if known is None or run.keep_graph else head_of(run)
-    if known is None or head is None or GAIN * head.width * head.positions > columns.count:
+    head = None if known is None or run.keep_graph else head_of(run, lambda inputs: GAIN * inputs <= columns.count)
+    if known is None or head is None:
         return None
     metric = known(run.capture.values, run.capture.batch)
     if metric is None or not head.is_proved(run):
