@@ -1,9 +1,10 @@
 """``python -m benchmarks.folder``: EKFAC of a net of GPT-2's shape in a folder, and influence under it, by part.
 
 Full width and vocabulary, head tied to the embedding, so many blocks as ``--depth`` says; random weights and tokens,
-float32. Seconds, and the peak of memory above model and data, of one call each: of the matrix measured into a folder, of
-influence of the training sequences on queries, and with ``--whole`` of the matrix in memory. ``--docs PAGE`` writes the
-table between its marks; numbers of the twelve blocks of GPT-2 small are those of one block times twelve, and the rest.
+float32. Seconds, and the peak of memory above model and data, of one call each: of the matrix measured into a folder,
+of influence of the training sequences on queries, and with ``--whole`` of the matrix in memory. ``--docs PAGE`` writes
+the table between its marks; numbers of the twelve blocks of GPT-2 small are those of one block times twelve, and the
+rest.
 """
 
 from __future__ import annotations

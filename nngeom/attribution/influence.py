@@ -110,7 +110,7 @@ def influence(
     asked = cotangents if query_function is None else QueryFunction(_callable(query_function))
     with run.within():
         side = Side.of(run.silent().on(queries), asked, policy)
-        sweep = Sweep(run, cotangents, replace(policy, divide=True, reuse=True, shares=4)).held()
+        sweep = Sweep(run, cotangents, replace(policy, divide=True, reuse=True, shares=4, apart=by_position)).held()
         if out is None:
             layers = network.layer_of if by_layer else None
             apart = Positions() if by_position else None

@@ -32,7 +32,7 @@ class Pass:
     """A captured forward pass.
 
     ``left_to_fallback``: names of parameters that are left to the fallback, shared by the passes of a sweep and added
-    to. ``explicit`` as for :class:`Descent`.
+    to. ``explicit`` as for :class:`Descent`; ``apart``: rows are kept at every position.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Pass:
         keep_graph: bool = False,
         working: memory.Working | None = None,
         explicit: bool = False,
+        apart: bool = False,
         check: bool = True,
     ):
         if not capture.outputs.requires_grad:
@@ -56,7 +57,7 @@ class Pass:
         self.keep_graph, self.empty, self.explicit, self.check = keep_graph, working or memory.fresh, explicit, check
         self.proof = proof_of(network, capture)
         self.left_to_fallback |= self.proof.left | network.hooked
-        self.n = capture.outputs.shape[0]
+        self.n, self.apart = capture.outputs.shape[0], apart
         self.groups: list[UseGroup] = []
         self.rest: list[str] = []  # parameters without structure that the outputs depend on
         self._bar()
@@ -136,6 +137,8 @@ class Pass:
 
     def _groups(self, axes: list[ExampleAxis | None]) -> tuple[list[UseGroup], list[str]]:
         groups, rest = build_units(self.capture.uses, axes, self.network.collection, self.part_of)
+        for group in groups:
+            group.apart = self.apart
         covered = {name for group in groups for name in group.layout.names}
         others = [name for name in self.network.collection.names if name not in covered]
         if others:
