@@ -47,7 +47,7 @@ class Eigenbasis(Curvature):
             )
         self.statistic: Callable = next(representation.recipe(selection))
         self.spectrum, self.worker, self.shifts = spectrum_of(manner), manner.worker, Shifts()
-        self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0, manner.team)
+        self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0, manner.makers)
         self.of_gradients = GradientFactors() if manner.factors == "gradients" else None
         self.sources: set[Layout] = set()  # layers that have a basis
         self.future: Future | None = None
@@ -59,6 +59,18 @@ class Eigenbasis(Curvature):
 
     def finite(self):
         return super().finite() and all_finite(self.squares)
+
+    def why_not_owned(self):
+        if type(self) is not Eigenbasis:
+            return super().why_not_owned()
+        if self.spectrum.reads_rows:
+            return "second moments of examples in the bases (scalings='running', 'factors' or 'adam' are offered, of "
+            "fisher='empirical')"
+        return None
+
+    def own(self, owner):
+        super().own(owner)
+        self.bases = dataclasses.replace(self.bases, team=self.manner.makers)
 
     # -- observing -----------------------------------------------------------------------------------------------------
 
@@ -72,7 +84,7 @@ class Eigenbasis(Curvature):
         chunk = self.selection.restrict(chunk)
         if self.of_gradients is not None:
             self.of_gradients.observe(chunk)
-        elif schedule.statistics or not self.blocks:
+        elif schedule.statistics or not self.known:
             self.pending.add(self.statistic, chunk)
         self.rank.observe(chunk)
         if not self.spectrum.reads_rows:
