@@ -101,8 +101,8 @@ def table(found: dict[str, tuple[float, float]], held: dict[str, float], options
     whole = held["rest"] + GPT2 * held["block"]
     told = (
         f"{options.depth} blocks, budget {options.budget_gib:g} GiB, {options.examples} sequences of 64, "
-        f"{options.queries} queries. The matrix takes {held['block']:.2f} GiB a block and {held['rest']:.2f} GiB for the "
-        f"rest, so {whole:.1f} GiB for {GPT2} blocks."
+        f"{options.queries} queries. The matrix takes {held['block']:.2f} GiB a block and {held['rest']:.2f} GiB for "
+        f"the rest, so {whole:.1f} GiB for {GPT2} blocks."
     )
     return "\n".join([*lines, "", told])
 

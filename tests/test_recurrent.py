@@ -153,7 +153,7 @@ def test_what_is_not_written_out_is_exact_all_the_same():
 
 
 class PackedSequences(nn.Module):
-    """Sequences whose lengths are those of their entries that are not zero, packed; by all outputs or the last state."""
+    """Sequences as long as their entries are not zero, packed; read by all outputs or the last state."""
 
     def __init__(self, cell, *, by_outputs, enforce_sorted=True, **options):
         super().__init__()
