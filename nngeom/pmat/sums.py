@@ -127,8 +127,8 @@ class PMatSum(SumParts):
         return blocks.norm()
 
     def with_damping(self, damping: Any, limit: int, *, indefinite: bool = False) -> tuple[PMatSum, Damping]:
-        """With what a ``damping`` adds to the diagonal for parameters or blocks, and what is left to add; ``limit`` as for
-        :meth:`inverse`, ``indefinite`` as for :meth:`solve`.
+        """With what a ``damping`` adds to the diagonal for parameters or blocks, and what is left to add; ``limit`` as
+        for :meth:`inverse`, ``indefinite`` as for :meth:`solve`.
         """
         shift, rest = added(self, damping, limit, indefinite=indefinite)
         return self if shift is None else total(self, shift), rest
