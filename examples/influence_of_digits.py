@@ -163,6 +163,7 @@ def written(data: str, quality: dict[str, dict[float, ScoreQuality]]) -> None:
 
 def markdown(found: dict[str, Any]) -> str:
     """A line a representation, a column a data set and damping."""
+    found = dict(sorted(found.items()))
     head = ["representation", *(f"{data}, damping {x:g}" for data in found for x in DAMPINGS)]
     lines = [head, ["---"] * len(head)]
     for name in REPRESENTATIONS:
