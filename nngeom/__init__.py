@@ -43,6 +43,7 @@ from nngeom.folders import to_folder
 from nngeom.io import load, save
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
+from nngeom.maps.sharded import PullBackSharded, PushForwardSharded
 from nngeom.measures.covariance import GradientCovariance
 from nngeom.measures.gauss_newton import GGN
 from nngeom.measures.hessian import Hessian
@@ -64,6 +65,7 @@ from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.merge import merge
 from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
+from nngeom.pmat.sharded import PMatSharded
 from nngeom.ranks.shard import shard
 from nngeom.regression import gradient_flow_mse, kernel_regression
 from nngeom.space.collection import LayerCollection
@@ -130,13 +132,16 @@ __all__ = [
     "PMatLowRank",
     "PMatMixed",
     "PMatQuasiDiag",
+    "PMatSharded",
     "PVector",
     "PeerError",
     "Poisson",
     "PullBackDense",
     "PullBackImplicit",
+    "PullBackSharded",
     "PushForwardDense",
     "PushForwardImplicit",
+    "PushForwardSharded",
     "RankMismatchError",
     "Relative",
     "RepeatedExamplesWarning",
