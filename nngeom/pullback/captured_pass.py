@@ -33,7 +33,7 @@ class Pass:
     """A captured forward pass.
 
     ``left_to_fallback``: names of parameters that are left to the fallback, shared by the passes of a sweep and added
-    to. ``explicit`` as for :class:`Descent`.
+    to. ``explicit`` as for :class:`Descent`; ``apart``: rows are kept at every position.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Pass:
         keep_graph: bool = False,
         working: memory.Working | None = None,
         explicit: bool = False,
+        apart: bool = False,
         check: bool = True,
     ):
         if not capture.outputs.requires_grad:
@@ -57,7 +58,7 @@ class Pass:
         self.keep_graph, self.empty, self.explicit, self.check = keep_graph, working or memory.fresh, explicit, check
         self.proof = proof_of(network, capture)
         self.left_to_fallback |= self.proof.left | network.hooked
-        self.n = capture.outputs.shape[0]
+        self.n, self.apart = capture.outputs.shape[0], apart
         self.groups: list[UseGroup] = []
         self.rest: list[str] = []  # parameters without structure that the outputs depend on
         self._bar()
@@ -137,11 +138,13 @@ class Pass:
 
     def _groups(self, axes: list[ExampleAxis | None], *, known: bool) -> tuple[list[UseGroup], list[str]]:
         """``known``: where the examples of all uses lie is told by the graph."""
-        collection, before = self.network.collection, self.proof.groups
-        known = known and self.part_of is None and not (self.left_to_fallback or self.capture.unstructured)
+        collection, before, asked = self.network.collection, self.proof.groups, self.part_of is not None or self.apart
+        known = known and not (asked or self.left_to_fallback or self.capture.unstructured)
         if known and before is not None and before.are_of(collection):
             return before.within(self.capture.uses), []
         groups, rest = build_units(self.capture.uses, axes, collection, self.part_of)
+        for group in groups:
+            group.apart = self.apart
         covered = {name for group in groups for name in group.layout.names}
         others = [name for name in collection.names if name not in covered]
         if others:

@@ -16,6 +16,7 @@ from nngeom.core import contract, memory
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Arrangement, Layout, Piece
+from nngeom.core.positions import PositionedJacobian
 from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.core.widened import widened
 from nngeom.layers.use import Slot, Use
@@ -40,6 +41,7 @@ class UseGroup:
     with_weight: bool
     with_bias: bool
     arrangements: tuple[Arrangement, ...] | None = None  # unlike uses: one arrangement a use
+    apart: bool = False  # rows are kept at every position where they could be summed over them
     inputs: dict[int, Tensor] = field(default_factory=dict)  # read once, for all cotangents of the batch
 
     def jacobian(self, gradients: Gradients, n: int, empty: Empty = memory.fresh) -> LayerJacobian:
@@ -75,7 +77,8 @@ class UseGroup:
         if slot is None:
             raise RuntimeError(f"a unit of {use.operation} was built from a use without its parameter")
         if not self.with_weight:
-            return None, _pad(g.sum(2, keepdim=True), slot.row, slot.arrangement.sizes[1]), use
+            g = g if self.apart else g.sum(2, keepdim=True)
+            return None, _pad(g, slot.row, slot.arrangement.sizes[1]), use
         g = _pad(g, slot.row, full.sizes[1])
         if j not in self.inputs:
             kept_in = functools.partial(empty, ("inputs", j))
@@ -106,6 +109,8 @@ class UseGroup:
 
     def _join(self, parts: list[Part]) -> LayerJacobian:
         use = parts[0][2]
+        if self.apart and (use.elementwise or not self.with_weight):
+            return self._at_positions(parts)
         if not self.with_weight:
             rows = [g[:, :, 0].flatten(2) for _, g, _ in parts]  # [k n p], of groups or of outputs
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))[:, :, None, None])
@@ -113,6 +118,13 @@ class UseGroup:
             rows = [contract.scaled_sums(g[..., 0], a, ones=self.with_bias) for a, g, _ in parts]
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)).unsqueeze(3))
         return self._factored(parts)
+
+    def _at_positions(self, parts: list[Part]) -> PositionedJacobian:
+        """The rows of every position, of norms, scales and shifts: ``[k n t 1 1 p]`` or ``[k n t s 1 i]``."""
+        if not self.with_weight:
+            return PositionedJacobian(torch.cat([g.flatten(3)[:, :, :, None, None] for _, g, _ in parts], 2))
+        rows = [torch.cat([g * a] + [g] * self.with_bias, -1).unsqueeze(-2) for a, g, _ in parts]
+        return PositionedJacobian(torch.cat(rows, 2))
 
     def _factored(self, parts: list[Part]) -> FactoredJacobian:
         a0, g0, use = parts[0]

@@ -37,6 +37,7 @@ class Policy:
     watch: bool = True  # False: the caller asks for :meth:`Sweep.raise_where_not_finite` when its result is not finite
     keep_graph: bool = False
     explicit: bool = False  # rows are used as they are, factors are not
+    apart: bool = False  # rows are kept at every position where they could be summed over them
     divide: bool = False  # batches too large for one chunk of all cotangents, or too many examples, are run in parts
     most_examples: int | None = None  # of a chunk
     any_columns: bool = False  # only sums over cotangents within blocks are taken: any root of the metric will do
@@ -163,6 +164,7 @@ class Sweep:
         """A pass to be differentiated, and its cotangents."""
         network, left, policy = self.run.network, self.run.left_to_fallback, self.policy
         options = {"keep_graph": policy.keep_graph, "explicit": policy.explicit, "check": self.run.check}
+        options["apart"] = policy.apart
         run = Pass(network, capture, left, policy.part_of, working=working, **options)
         return run, self.cotangents.columns(capture.values, capture.batch, start)
 
