@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from nngeom.core.errors import UnsupportedError
 from nngeom.cotangents.probes import Probes
+from nngeom.measures.in_parts import in_parts
 from nngeom.measures.probed import estimate, implicit_estimate
 from nngeom.pmat.drive import Repeated, Resumable, built
 from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.implicit_fisher import implicit
+from nngeom.pmat.in_parts import InParts
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.representation import as_representation
@@ -37,6 +39,11 @@ def measured(
     """
     if asked is not None:
         return _kept(run, cotangents, representation, options, policy, index=index, asked=asked)
+    if isinstance(representation, InParts) and not isinstance(cotangents, Probes):
+        as_representation(representation, **options)  # raises for options beside those of the whole
+        whole = representation.whole
+        part = lambda some: cast(PMat, measured(some, cotangents, whole, {}, policy, index=index))
+        return in_parts(Sweep(run, cotangents, policy), whole, part)
     with run.within():
         sweep = numbered(Sweep(run, cotangents, policy), index)
         fixed = replace(cotangents, seed=0) if hasattr(cotangents, "seed") else cotangents  # type: ignore[type-var]
@@ -61,8 +68,10 @@ def _kept(
     asked: Asked,
 ) -> PMat:
     """The matrix of a run whose sums are kept."""
-    if representation is PMatImplicit or isinstance(cotangents, Probes):
-        what = "a PMatImplicit has no sums" if representation is PMatImplicit else "of estimator='rademacher' none are"
+    odd = {"a PMatImplicit has no sums": representation is PMatImplicit}
+    odd |= {"of estimator='rademacher' none are kept": isinstance(cotangents, Probes)}
+    odd |= {"a PMatSharded has those of some layers at a time": isinstance(representation, InParts)}
+    for what in [what for what, is_so in odd.items() if is_so]:
         raise UnsupportedError(f"checkpoint= keeps the sums of a matrix, and {what}; leave it out")
     fixed = replace(cotangents, seed=0) if hasattr(cotangents, "seed") else cotangents
     settings = {"measure": policy.label, "representation": representation, "options": options, "metric": fixed}
