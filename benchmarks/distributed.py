@@ -78,7 +78,8 @@ def counted() -> Iterator[tuple[Counter[str], Counter[str]]]:
         def call(*args: Any, **kwargs: Any) -> Any:
             sent = [op.tensor for op in args[0] if op.op is dist.isend] if name == "batch_isend_irecv" else None
             calls[name] += 1
-            nbytes[name] += sum(t.numel() * t.element_size() for t in sent or [args[name == "all_gather"]])
+            tensors = [args[name == "all_gather"]] if sent is None else sent
+            nbytes[name] += sum(t.numel() * t.element_size() for t in tensors)
             return before[name](*args, **kwargs)
 
         return call

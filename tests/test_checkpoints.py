@@ -362,7 +362,8 @@ def test_bad_folders(tmp_path):
 
 def test_what_keeps_no_sums(tmp_path):
     case = build("mlp", sizes=SIZES)
-    for options in ({"representation": nng.PMatImplicit}, {"estimator": "rademacher"}, {"centered": True}):
+    parts = {"representation": nng.PMatSharded.of(nng.PMatKFAC)}
+    for options in ({"representation": nng.PMatImplicit}, {"estimator": "rademacher"}, {"centered": True}, parts):
         kind = options.pop("representation", nng.PMatDiag)
         with pytest.raises(nng.UnsupportedError, match="checkpoint="):
             nng.FIM(case.model, case.loader, kind, checkpoint=tmp_path / "sums", **options)

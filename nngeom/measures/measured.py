@@ -68,11 +68,10 @@ def _kept(
     asked: Asked,
 ) -> PMat:
     """The matrix of a run whose sums are kept."""
-    if representation is PMatImplicit or isinstance(representation, InParts) or isinstance(cotangents, Probes):
-        what = {PMatImplicit: "a PMatImplicit has no sums", InParts: "a PMatSharded has those of many sweeps"}.get(
-            representation if isinstance(representation, type) else type(representation),
-            "of estimator='rademacher' none are",
-        )
+    odd = {"a PMatImplicit has no sums": representation is PMatImplicit}
+    odd |= {"of estimator='rademacher' none are kept": isinstance(cotangents, Probes)}
+    odd |= {"a PMatSharded has those of some layers at a time": isinstance(representation, InParts)}
+    for what in [what for what, is_so in odd.items() if is_so]:
         raise UnsupportedError(f"checkpoint= keeps the sums of a matrix, and {what}; leave it out")
     fixed = replace(cotangents, seed=0) if hasattr(cotangents, "seed") else cotangents
     settings = {"measure": policy.label, "representation": representation, "options": options, "metric": fixed}

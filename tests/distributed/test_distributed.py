@@ -44,7 +44,10 @@ def asked(*themes, sizes, slow):
     return lambda f: pytest.mark.parametrize("size", marked)(pytest.mark.parametrize("theme, name", listed)(f))
 
 
-@asked(moments, products, quantities, kernels, in_files, faults, training, owned, parted, sizes=(2,), slow=(3, 4))
+THEMES = (moments, products, quantities, kernels, in_files, faults, training, owned, parted)
+
+
+@asked(*THEMES, sizes=(2,), slow=(3, 4))
 def test_over_processes(said, theme, name, size):
     said(theme, size).require(name)
 
