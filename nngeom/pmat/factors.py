@@ -134,12 +134,12 @@ def of_gradients(g: Tensor, sharing: str, limit: int) -> Tensor | Moment:
     """
     g = g if sharing == "expand" else g.sum(2, keepdim=True)
     if g.shape[-1] > limit:
-        return g.square().sum((0, 1, 2)) / g.shape[2]
+        return g.square().sum((0, 1, 2)) / max(1, g.shape[2])
     return contract.second_moment(g, 1 / max(1, g.shape[2]))
 
 
 def _of_inputs(a: Tensor, sharing: str, limit: int) -> Tensor | Moment:
-    a = a if sharing == "expand" else a.mean(1, keepdim=True)
+    a = a if sharing == "expand" else a.sum(1, keepdim=True) / max(1, a.shape[1])
     return a.square().sum((0, 1)) if a.shape[-1] > limit else contract.second_moment(a)
 
 
