@@ -36,7 +36,8 @@ def test_estimates(name, damping):
     m = matrices()[name]
     steps = 64 if name == "implicit" else 16
     found = [
-        m.logdet(damping, estimator="slq", steps=steps, generator=torch.Generator().manual_seed(s)) for s in range(6)
+        m.logdet(damping, estimator="slq", steps=steps, generator=torch.Generator().manual_seed(s))
+        for s in range(2 if name == "implicit" else 6)
     ]
     errors = torch.stack([(e.value - exact(m, float(damping))) / e.standard_error for e in found])
     assert isinstance(found[0], Estimate) and bool((errors.abs() < 5).all())
