@@ -39,9 +39,11 @@ from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.sharded import FMatSharded
+from nngeom.folders import to_folder
 from nngeom.io import load, save
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
+from nngeom.maps.sharded import PullBackSharded, PushForwardSharded
 from nngeom.measures.covariance import GradientCovariance
 from nngeom.measures.gauss_newton import GGN
 from nngeom.measures.hessian import Hessian
@@ -57,11 +59,13 @@ from nngeom.pmat.ekfac import PMatEKFAC
 from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.eye import PMatEye
 from nngeom.pmat.implicit import PMatImplicit
+from nngeom.pmat.in_files import PMatInFiles
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.merge import merge
 from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
+from nngeom.pmat.sharded import PMatSharded
 from nngeom.ranks.shard import shard
 from nngeom.regression import gradient_flow_mse, kernel_regression
 from nngeom.space.collection import LayerCollection
@@ -123,17 +127,21 @@ __all__ = [
     "PMatEKFAC",
     "PMatEye",
     "PMatImplicit",
+    "PMatInFiles",
     "PMatKFAC",
     "PMatLowRank",
     "PMatMixed",
     "PMatQuasiDiag",
+    "PMatSharded",
     "PVector",
     "PeerError",
     "Poisson",
     "PullBackDense",
     "PullBackImplicit",
+    "PullBackSharded",
     "PushForwardDense",
     "PushForwardImplicit",
+    "PushForwardSharded",
     "RankMismatchError",
     "Relative",
     "RepeatedExamplesWarning",
@@ -157,6 +165,7 @@ __all__ = [
     "rows",
     "save",
     "shard",
+    "to_folder",
 ]
 
 _trust()

@@ -159,6 +159,8 @@ class PMatBlockDiag(PMat):
     """One dense block a layer; covariances between layers are dropped."""
 
     entries = "layers"
+    layerwise = True
+    blocks_in_layers = True
 
     @classmethod
     def recipe(cls, selection: Selection) -> Recipe:

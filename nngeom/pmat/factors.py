@@ -16,6 +16,7 @@ from nngeom.core.errors import StructureError
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
 from nngeom.core.head import HeadJacobian
 from nngeom.core.jacobian import LayerJacobian, pieces
+from nngeom.core.sketch import is_sketched, sketch_of_diagonal
 from nngeom.core.statistic import Inputs, Moment
 from nngeom.core.tied import SumJacobian, TiedJacobian, sum_of
 
@@ -133,12 +134,12 @@ def of_gradients(g: Tensor, sharing: str, limit: int) -> Tensor | Moment:
     """
     g = g if sharing == "expand" else g.sum(2, keepdim=True)
     if g.shape[-1] > limit:
-        return g.square().sum((0, 1, 2)) / g.shape[2]
+        return g.square().sum((0, 1, 2)) / max(1, g.shape[2])
     return contract.second_moment(g, 1 / max(1, g.shape[2]))
 
 
 def _of_inputs(a: Tensor, sharing: str, limit: int) -> Tensor | Moment:
-    a = a if sharing == "expand" else a.mean(1, keepdim=True)
+    a = a if sharing == "expand" else a.sum(1, keepdim=True) / max(1, a.shape[1])
     return a.square().sum((0, 1)) if a.shape[-1] > limit else contract.second_moment(a)
 
 
@@ -165,6 +166,9 @@ def product_of_marginals(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
 
 
 def _sum_factors(factors: list[Tensor]) -> Tensor:
+    products = {f.shape[-1] - 1 for f in factors if is_sketched(f)}
+    if products:
+        return sum_of([sketch_of_diagonal(f, max(products)) if linalg.is_diagonal(f) else f for f in factors])
     if any(linalg.is_diagonal(f) for f in factors) and not all(linalg.is_diagonal(f) for f in factors):
         factors = [torch.diag_embed(f) if linalg.is_diagonal(f) else f for f in factors]
     return sum_of(factors)

@@ -62,7 +62,7 @@ class Sweep:
         """
         working = memory.Working() if self.policy.reuse else None
         start = 0
-        for index, batch in enumerate(self.run.followed(self.policy.label)):
+        for index, batch in enumerate(self.run.followed(self.policy.label), self.run.before):
             start = yield from self._batch(batch, index, start, after, working)
 
     def held(self) -> Sweep:
