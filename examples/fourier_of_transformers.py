@@ -97,7 +97,8 @@ def draw(cells: dict[str, Any], path: Any) -> None:
         if not runs:
             continue
         index = range(1, len(runs[0]["frequency"]) + 1)
-        band(axes[0, 0], index, [r["frequency"] for r in runs], kind, colour)
+        shared = min(r["count"] for r in runs)  # above rounding in all
+        band(axes[0, 0], index[:shared], [r["frequency"][:shared] for r in runs], kind, colour)
         for j, r in enumerate(runs):
             axes[0, 1].plot(
                 index, [v or None for v in r["values"]], color=colour, lw=0.9, label=kind if j == 0 else None

