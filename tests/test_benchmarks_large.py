@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import nngeom as nng
+from benchmarks import folder
 from benchmarks.large import JOBS, SAMPLES, build, main, markdown, measured
 from benchmarks.large_models import Decoder, resnet
 
@@ -106,3 +107,11 @@ def test_command(tmp_path, capsys):
 def test_a_job_past_its_limit_says_so():
     with pytest.raises(RuntimeError, match="gpt2 diag ended with"):
         main(["--model", "gpt2", "--job", "diag", "--toy", "--limit-gib", "0.5"])
+
+
+@pytest.mark.filterwarnings("ignore::nngeom.MemoryWarning")
+def test_a_matrix_in_a_folder(capsys):
+    """In memory and by parts scores are the same, which the command makes sure of."""
+    folder.main(["--toy", "--whole", "--budget-gib", "0.0001"])
+    printed = capsys.readouterr().out
+    assert "EKFAC to a folder, 6 parts" in printed and "influence, in memory" in printed and "for 12 blocks" in printed

@@ -104,6 +104,58 @@ def test_influence(kind):
     close(k.tensor[0, 2:5, 0], found.scores, 1e-8)
 
 
+class Normed(nn.Module):
+    """Norms, a scale and a shift at every token, before and behind what mixes tokens."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.norm = norm(4)
+        self.mix, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 5)
+        self.shift, self.scale = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        with torch.no_grad():
+            for p in self.norm.parameters():
+                p.normal_()
+
+    def forward(self, x):
+        hidden = torch.tanh(self.mix(self.norm(self.table(x))).cumsum(1) + self.shift)
+        return self.head(hidden * self.scale).mean(1)
+
+
+class CutNormed(Cut):
+    def forward(self, x, own):
+        t = x.shape[1]
+        pick = [own if j == self.t else {k: v.detach() for k, v in own.items()} for j in range(t)]
+        normed = []
+        for j, p in enumerate(pick):
+            inside = {k.removeprefix("norm."): v for k, v in p.items() if k.startswith("norm.")}
+            normed.append(torch.func.functional_call(self.model.norm, inside, (p["table.weight"][x[:, j]],)))
+        mixed = torch.stack([y @ p["mix.weight"].T for y, p in zip(normed, pick)], 1).cumsum(1)
+        hidden = [torch.tanh(mixed[:, j] + p["shift"]) * p["scale"] for j, p in enumerate(pick)]
+        return torch.stack([h @ p["head.weight"].T + p["head.bias"] for h, p in zip(hidden, pick)], 1).mean(1)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, lambda d: nn.LayerNorm(d, bias=False)])
+@pytest.mark.parametrize("kind", [None, nng.PMatDense, nng.PMatKFAC, nng.PMatEKFAC, nng.PMatDiag, nng.PMatBlockDiag])
+def test_norms_scales_and_shifts(norm, kind, monkeypatch):
+    monkeypatch.setitem(globals(), "Cut", CutNormed)
+    torch.manual_seed(0)
+    model, x, y = Normed(norm).to(f64), torch.randint(0, 7, (6, 3)), torch.randint(0, 5, (6,))
+    loader = [(x[:4], y[:4]), (x[4:], y[4:])]
+    parts = torch.stack([rows(model, x, t) for t in range(x.shape[1])])
+    metric = None if kind is None else nng.FIM(model, loader, kind).inverse(0.3)
+    dense = torch.eye(parts.shape[-1], dtype=f64) if metric is None else metric.to_dense()
+    k = nng.GramMatrix(model, loader, metric=metric, by_position=True)
+    close(k.tensor, torch.einsum("knd,de,tlme->knlmt", parts.sum(0), dense, parts))
+    close(k.total().tensor, nng.GramMatrix(model, loader, metric=metric).tensor)
+    if kind is not None:
+        options = {"loss": "cross_entropy", "damping": 0.2}
+        found = nng.influence(model, loader, loader[:1], nng.FIM(model, loader, kind), by_position=True, **options)
+        whole = nng.influence(model, loader, loader[:1], nng.FIM(model, loader, kind), **options)
+        close(found.scores.sum(-1), whole.scores, 1e-8)
+        close(found.self_scores, whole.self_scores, 1e-8)
+
+
 def test_one_position():
     case = build("mlp")
     k = nng.GramMatrix(case.model, case.loader, by_position=True)

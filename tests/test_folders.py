@@ -246,7 +246,7 @@ def test_influence_is_a_sum_over_parts(kind, tmp_path):
         assert all(torch.allclose(mine.by_layer[k], y) for k, y in theirs.by_layer.items())
     rows = nng.GramMatrix(model, loader, loss="cross_entropy", metric=m.inverse(0.1)).tensor[0, :, 0]
     close(rows[: len(loader[0][0])], nng.influence(model, loader, loader[:1], whole, **options).scores)
-    with pytest.raises(nng.ArgumentError, match="expected no out="):
+    with pytest.raises(nng.ArgumentError, match="expected neither out="):
         nng.influence(model, loader, loader, m, out=tmp_path / "scores.npy", **options)
     x, y = (torch.cat(parts) for parts in zip(*loader))
     shuffled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4, shuffle=True)

@@ -127,7 +127,7 @@ def test_kfac_and_ekfac_solve_and_train(kind):
 
 
 def test_what_is_not_written_out_is_exact_all_the_same():
-    """Packed sequences, some of the weights, a length of its own in every batch."""
+    """Some of the weights, a length of its own in every batch, packed sequences of one length."""
     model, loader = case("gru")
     few = nng.LayerCollection.from_model(model, include="cell.weight_hh_l0")
     j = reference.jacobian(model, torch.cat([x for x, _ in loader]))
@@ -150,6 +150,60 @@ def test_what_is_not_written_out_is_exact_all_the_same():
     x = loader[0][0]
     plain = reference.jacobian(packed, x)
     close(nng.Jacobian(packed, [(x,)]).tensor, plain)
+
+
+class PackedSequences(nn.Module):
+    """Sequences as long as their entries are not zero, packed; read by all outputs or the last state."""
+
+    def __init__(self, cell, *, by_outputs, enforce_sorted=True, **options):
+        super().__init__()
+        self.cell, self.by_outputs, self.enforce_sorted = (
+            cell(3, 4, batch_first=True, **options),
+            by_outputs,
+            enforce_sorted,
+        )
+        width = options.get("proj_size") or 4
+        self.head = nn.Linear(width * (1 + options.get("bidirectional", False)) if by_outputs else width, 2)
+
+    def forward(self, x):
+        lengths = (x[:, :, 0] != 0).sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=self.enforce_sorted)
+        out, state = self.cell(packed)
+        if self.by_outputs:
+            padded, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
+            return self.head(torch.tanh(padded)).sum(1)
+        return self.head((state[0] if isinstance(state, tuple) else state)[-1])
+
+
+PACKED = {
+    "lstm": (nn.LSTM, {}),
+    "lstm-projected": (nn.LSTM, {"proj_size": 2, "num_layers": 2}),
+    "gru-stacked": (nn.GRU, {"num_layers": 2, "bidirectional": True, "bias": False}),
+    "rnn": (nn.RNN, {"nonlinearity": "relu", "bidirectional": True}),
+}
+
+
+@pytest.mark.parametrize("by_outputs", [True, False])
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_sequences(kind, by_outputs):
+    torch.manual_seed(0)
+    cell, options = PACKED[kind]
+    model = PackedSequences(cell, by_outputs=by_outputs, **options).double()
+    batches = []
+    for lengths in ([5, 3, 3, 1], [4, 2]):
+        x = torch.randn(len(lengths), 5, 3, dtype=f64)
+        batches.append((x * (torch.arange(5) < torch.tensor(lengths)[:, None])[..., None],))
+    exact = torch.cat([reference.jacobian(model, x) for (x,) in batches], 1)
+    close(nng.Jacobian(model, batches).tensor, exact)
+    report = nng.explain(model, batches[0])
+    assert {row.structure for row in report.rows if row.name.startswith("cell.weight")} == {"kronecker"}
+    options = {"likelihood": "gaussian"}
+    close(nng.FIM(model, batches, nng.PMatEKFAC, **options).trace(), exact.square().sum() / exact.shape[1])
+    close(nng.FIM(model, batches, nng.PMatBlockDiag, **options).trace(), exact.square().sum() / exact.shape[1])
+    again = PackedSequences(cell, by_outputs=by_outputs, enforce_sorted=False, **PACKED[kind][1]).double()
+    again.load_state_dict(model.state_dict())
+    mixed = [(batches[0][0][[2, 0, 3, 1]],)]
+    close(nng.Jacobian(again, mixed).tensor, reference.jacobian(again, mixed[0][0]))
 
 
 def test_graphs_of_any_order():

@@ -80,8 +80,11 @@ def influence(
     if by_position and (top is not None or out is not None):
         raise ArgumentError("by_position=True keeps all scores; expected neither top= nor out= with it")
     if isinstance(matrix, PMatInFiles):
-        if out is not None:
-            raise ArgumentError("scores of a matrix in files are sums over its parts; expected no out=")
+        if out is not None or process_group is not None:
+            raise ArgumentError(
+                "scores of a matrix in files are sums over its parts, by one process; expected neither out= nor "
+                "process_group= with it, or matrix.in_memory()"
+            )
         given: dict[str, Any] = {"loss": loss, "query_function": query_function, "function": function, "check": check}
         given |= {"by_layer": by_layer, "by_position": by_position, "progress": progress}
         given |= {"memory_budget": memory_budget, "process_group": process_group}

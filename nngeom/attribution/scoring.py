@@ -55,7 +55,7 @@ class Question:
         one.
         """
         side = self.side(run, queries)
-        policy = replace(side.sweep.policy, divide=True, reuse=True, shares=4)
+        policy = replace(side.sweep.policy, divide=True, reuse=True, shares=4, apart=self.by_position)
         sweep = Sweep(run, self.loss, policy).held()
         layers = run.network.layer_of if self.by_layer else None
         keeper = InFile(store) if store is not None else Everything() if self.top is None else Largest(self.top)

@@ -6,13 +6,31 @@ Functions that dispatch on the type of rows; rows that are no sums over position
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
-from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.tied import TiedJacobian
+
+
+@dataclass(frozen=True, eq=False)
+class PositionedJacobian(LayerJacobian):
+    """Rows that are sums over positions, each kept: of norms, scales and shifts, whose rows are as small as what they
+    are made of.
+    """
+
+    m: Tensor  # [k n t s o i]
+
+    def matrix(self) -> Tensor:
+        return self.m.sum(2)
+
+    def examples(self, lo: int, hi: int) -> PositionedJacobian:
+        return PositionedJacobian(self.m[:, lo:hi])
+
+    def cotangents(self, lo: int, hi: int) -> PositionedJacobian:
+        return PositionedJacobian(self.m[lo:hi])
 
 
 @functools.singledispatch
@@ -24,6 +42,11 @@ def positions(j: LayerJacobian) -> int | None:
 @positions.register
 def _(j: FactoredJacobian) -> int | None:
     return j.positions
+
+
+@positions.register
+def _(j: PositionedJacobian) -> int | None:
+    return j.m.shape[2]
 
 
 @positions.register
@@ -41,6 +64,11 @@ def at_positions(j: LayerJacobian) -> LayerJacobian:
 @at_positions.register
 def _(j: FactoredJacobian) -> LayerJacobian:
     return FactoredJacobian(j.a.flatten(0, 1).unsqueeze(1), _apart(j.g))
+
+
+@at_positions.register
+def _(j: PositionedJacobian) -> LayerJacobian:
+    return FullJacobian(j.m.flatten(1, 2))
 
 
 @at_positions.register

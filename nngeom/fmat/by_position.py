@@ -32,8 +32,8 @@ class PositionKernel:
 
 def positioned(rows: Side, columns: Side, metric: Metric | None, *, progress: bool = False) -> PositionKernel:
     """The kernel of ``rows`` and every position of the examples of ``columns``."""
-    apart = Positions()
-    kernel = build(FMatDense, rows, replace(columns, apart=apart), EVERYTHING, metric=metric, progress=progress)[""]
+    apart = replace(columns, apart=Positions(), sweep=columns.sweep.but(apart=True))
+    kernel = build(FMatDense, rows, apart, EVERYTHING, metric=metric, progress=progress)[""]
     return PositionKernel(kernel.tensor.unflatten(-1, (columns.examples, -1)))
 
 

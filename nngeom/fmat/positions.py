@@ -28,8 +28,8 @@ class Positions:
             raise StructureError(
                 f"by_position=True: the rows of parameters {list(other)[:4]} are sums over "
                 f"{'positions that are not kept' if None in other.values() else 'others than the rest'}, where others "
-                f"have {most} positions; leave norms, biases of their own, parameters used several times and what is "
-                "behind a pooling out, LayerCollection.from_model(model, exclude=...)"
+                f"have {most} positions; leave parameters used several times and what is behind a pooling out, "
+                "LayerCollection.from_model(model, exclude=...)"
             )
         if self.count is not None and self.count != most:
             raise OutputError(

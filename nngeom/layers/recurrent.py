@@ -37,22 +37,36 @@ def _relu_step(x: Tensor, h: Tensor, state: State) -> State:
     return ((x + h).relu(),)
 
 
-def _direction(step: Step, x: Tensor, state: State, weights: Sequence[Tensor], *, biases: bool) -> tuple[Tensor, State]:
-    """The states after every step ``[t n h]`` and after the last, of one direction of one layer."""
+def _direction(
+    step: Step, x: Tensor, state: State, weights: Sequence[Tensor], *, biases: bool, here: Tensor | None = None
+) -> tuple[Tensor, State]:
+    """The states after every step ``[t n h]`` and after the last, of one direction of one layer; ``here [t n]``: which
+    sequences have the step, the states of others stay.
+    """
     w_x, w_h = weights[:2]
     b_x, b_h = weights[2:4] if biases else (None, None)
     projection = weights[-1] if len(weights) == 2 * biases + 3 else None
     outputs = []
-    for mapped in F.linear(x, w_x, b_x).unbind(0):
-        state = step(mapped, F.linear(state[0], w_h, b_h), state)
+    for t, mapped in enumerate(F.linear(x, w_x, b_x).unbind(0)):
+        new = step(mapped, F.linear(state[0], w_h, b_h), state)
         if projection is not None:
-            state = (F.linear(state[0], projection), *state[1:])
+            new = (F.linear(new[0], projection), *new[1:])
+        state = new if here is None else tuple(torch.where(here[t, :, None], s, old) for s, old in zip(new, state))
         outputs.append(state[0])
     return torch.stack(outputs), state
 
 
-def _layers(step: Step, x: Tensor, states: State, weights: Sequence[Tensor], options: Sequence[Any]) -> Any:
-    """``(output, *states)`` of all layers and directions, with the options as torch's own functions have them."""
+def _layers(
+    step: Step,
+    x: Tensor,
+    states: State,
+    weights: Sequence[Tensor],
+    options: Sequence[Any],
+    here: Tensor | None = None,
+) -> Any:
+    """``(output, *states)`` of all layers and directions, with the options as torch's own functions have them; ``here``
+    as for one direction.
+    """
     biases, layers, _, _, both, batch_first = options
     x, ends, directions = x.transpose(0, 1) if batch_first else x, [], 1 + both
     each = len(weights) // (layers * directions)
@@ -61,8 +75,8 @@ def _layers(step: Step, x: Tensor, states: State, weights: Sequence[Tensor], opt
         for backwards in range(directions):
             at = layer * directions + backwards
             mine = weights[at * each : (at + 1) * each]
-            read = x.flip(0) if backwards else x
-            out, end = _direction(step, read, tuple(s[at] for s in states), mine, biases=biases)
+            read, there = (x.flip(0), here if here is None else here.flip(0)) if backwards else (x, here)
+            out, end = _direction(step, read, tuple(s[at] for s in states), mine, biases=biases, here=there)
             outputs.append(out.flip(0) if backwards else out)
             ends.append(end)
         x = torch.cat(outputs, -1) if both else outputs[0]
@@ -73,6 +87,23 @@ def _layers(step: Step, x: Tensor, states: State, weights: Sequence[Tensor], opt
 def _sequences(step: Step) -> Callable[..., Any]:
     def run(x: Tensor, states: State | Tensor, weights: Sequence[Tensor], *options: Any) -> Any:
         return _layers(step, x, (states,) if isinstance(states, Tensor) else states, weights, options)
+
+    return run
+
+
+def _packed(step: Step) -> Callable[..., Any]:
+    """Of packed sequences, the longest first: padded, where steps beyond the end of a sequence change nothing."""
+
+    def run(
+        data: Tensor, sizes: Tensor, states: State | Tensor, weights: Sequence[Tensor], *options: Any
+    ) -> tuple[Tensor, ...]:
+        n = int(sizes[0])
+        here = (torch.arange(n) < sizes[:, None]).to(data.device)
+        rows = here.unsqueeze(-1).expand(*here.shape, data.shape[-1])
+        x = data.new_zeros(rows.shape).masked_scatter(rows, data)
+        initial = (states,) if isinstance(states, Tensor) else states
+        out, *ends = _layers(step, x, initial, weights, [*options, False], here)
+        return (out[here], *ends)
 
     return run
 
@@ -95,18 +126,21 @@ def _cell(step: Step) -> Callable[..., Any]:
 
 _STEPS = {"lstm": _lstm_step, "gru": _gru_step, "rnn_tanh": _tanh_step, "rnn_relu": _relu_step}
 _SEQUENCES: dict[Any, Callable[..., Any]] = {getattr(torch, name): _sequences(step) for name, step in _STEPS.items()}
+_PACKED: dict[Any, Callable[..., Any]] = {getattr(torch, name): _packed(step) for name, step in _STEPS.items()}
 _CELLS: dict[Any, Callable[..., Any]] = {getattr(torch, f"{name}_cell"): _cell(step) for name, step in _STEPS.items()}
 
 
 def unrolled(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
     """What computes the same as ``func`` of these arguments, one step after the other; ``None`` for what is no
-    recurrent layer, and for packed sequences, sequences without steps, dropout between layers, and what autocast
-    makes of one as a whole, in a precision of its kernel's own, which are not written out.
+    recurrent layer, and for sequences without steps, dropout between layers, and what autocast makes of one as a whole,
+    in a precision of its kernel's own, which are not written out.
     """
     if (func in _CELLS or func in _SEQUENCES) and torch.is_autocast_enabled(args[0].device.type):
         return None
     if func in _CELLS:
         return _CELLS[func]
+    if func in _PACKED and not kwargs and len(args) == 9 and isinstance(args[4], bool):
+        return None if args[6] and args[7] and args[5] > 1 else _PACKED[func]
     if func not in _SEQUENCES or kwargs or len(args) != 9 or not isinstance(args[3], bool):
         return None
     layers, dropout, train, batch_first = args[4], args[5], args[6], args[8]

@@ -51,7 +51,7 @@ def measured(
         if representation is PMatImplicit:
             return implicit_estimate(sweep) if isinstance(cotangents, Probes) else implicit(sweep)
         chosen = as_representation(representation, **options).within(run.network.collection)
-        sweep = sweep.but(part_of=chosen.part_of, any_columns=chosen.any_columns)
+        sweep = sweep.but(part_of=chosen.division, any_columns=chosen.any_columns)
         if isinstance(cotangents, Probes):
             return estimate(chosen, sweep)
         return built(chosen, run.network.collection, Repeated(sweep, chosen.passes))

@@ -13,6 +13,8 @@ from torch import Tensor
 from nngeom.core.whole import whole
 from nngeom.optim.arguments import number
 
+COPIED = 2**17  # numbers up to which a call a parameter takes longer than copying them side by side
+
 
 @dataclass
 class Bound:
@@ -34,9 +36,9 @@ class Bound:
         self.lr, self.momentum = (max(column) for column in zip(*numbers))
         self.divergence = self.squared = 0.0
         for group, (lr, _) in zip(groups, numbers):
-            products = [_dot(p.grad, directions[p]) for p in group["params"] if p.grad is not None]
-            if products:
-                squared = float(torch.stack(products).sum())
+            pairs = [(p.grad, directions[p]) for p in group["params"] if p.grad is not None]
+            if pairs:
+                squared = float(_dot(pairs))
                 self.squared += squared
                 self.divergence += 0.5 * lr**2 * squared
 
@@ -48,5 +50,11 @@ class Bound:
         return clip
 
 
-def _dot(gradient: Tensor, direction: Tensor) -> Tensor:
-    return torch.dot(whole(gradient).reshape(-1).to(direction.dtype), direction.reshape(-1))
+def _dot(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of the inner products of all pairs."""
+    flat = [(whole(x).reshape(-1), y.reshape(-1)) for x, y in pairs]
+    if sum(y.numel() for _, y in flat) <= COPIED:
+        xs, ys = zip(*flat)
+        flat = [(torch.cat(xs), torch.cat(ys))]
+    products = [torch.dot(x.to(y.dtype), y) for x, y in flat]
+    return products[0] if len(products) == 1 else torch.stack(products).sum()

@@ -21,7 +21,8 @@ class Gradients:
         self.flat = torch.zeros(
             sum(p.numel() for p in self.parameters), dtype=accumulation_dtype(dtype), device=self.parameters[0].device
         )
-        self._pieces = list(self.split(self.flat).values())
+        self._split = self.split(self.flat)
+        self._pieces = list(self._split.values())
 
     def read(self) -> Tensor:
         """The gradients, zeros where there is none."""
@@ -37,6 +38,10 @@ class Gradients:
         pieces, grads = self._present()
         if grads:
             torch._foreach_copy_([local(g) for g in grads], [part_of(x, g) for x, g in zip(pieces, grads)])
+
+    def by_parameter(self) -> dict[Tensor, Tensor]:
+        """The pieces of ``flat``."""
+        return self._split
 
     def split(self, flat: Tensor) -> dict[Tensor, Tensor]:
         """The pieces of a vector ``[d]``, in the shapes of the parameters."""

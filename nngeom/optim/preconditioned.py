@@ -48,6 +48,7 @@ class Preconditioned(torch.optim.Optimizer):
     automatic: Automatic
     fallback: Fallback
     joint: Joint
+    sharded: bool  # the model is under ``fully_shard``
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimizer: ``param_group`` has ``"params"`` and its own numbers; with ``"fallback": True`` AdamW
@@ -85,7 +86,8 @@ class Preconditioned(torch.optim.Optimizer):
         replicated = partial(require_team_now, self.observer.team)
         rows, positions = self.intake.wants_rows(), self.intake.wants_positions()
         watched = watch(self.observer, replicated, record=rows, positions=positions)
-        with kept_whole(self.observer.network.model), watched as observation:
+        kept = kept_whole(self.observer.network.model) if self.sharded else contextlib.nullcontext()
+        with kept, watched as observation:
             yield observation
         self.intake.take(observation, scaler)
 
@@ -160,7 +162,7 @@ class Preconditioned(torch.optim.Optimizer):
             )
         if not bool(torch.isfinite(flat.sum())):
             return self._skip("curvature", "the preconditioned gradient is not finite")
-        self.bound.measure(natural(self.param_groups), self.clock.steps, self.gradients.split(flat))
+        self.bound.measure(natural(self.param_groups), self.clock.steps, self.gradients.by_parameter())
         clip = self.bound.factor(schedule.kl_clip)
         if clip < 1:
             flat.mul_(clip)

@@ -139,10 +139,11 @@ def summed(statistic: Statistic, source: Source) -> Sums:
 
 def _local(statistic: Statistic, source: Source) -> tuple[Sums, list[Header]]:
     """This process's sums, and what all say of theirs."""
-    run = source.run
-    with team_of(source).together("sweep") as note:
+    run, source_team = source.run, team_of(source)
+    with source_team.together("sweep") as note:
         sums = source.sums(statistic) if isinstance(source, Resumable) else added(Sums(), statistic, source.chunks())
-        note.mine = Header.of(sums), None if run is None else run.met.get(0)
+        header = Header.of(sums) if source_team.size > 1 else Header(sums.count, "")
+        note.mine = header, None if run is None else run.met.get(0)
     warn_of_same([(met, header.count) for header, met in note.all])
     return sums, [header for header, _ in note.all]
 

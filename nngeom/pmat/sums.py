@@ -21,18 +21,20 @@ from nngeom.pmat.arguments import require_frobenius
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.damped import require_added
 from nngeom.pmat.damped_sum import added
-from nngeom.pmat.expression import PMatExpression
 from nngeom.pmat.operands import V
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.partitioned import Partitioned
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.sum_block import BLOCK_LIMIT
+from nngeom.pmat.sum_logdet import Quadrature, estimated_logdet, require_quadrature
+from nngeom.pmat.sum_parts import SumParts
+from nngeom.solve.hutchinson import Estimate
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
 
 @dataclass(frozen=True, eq=False)
-class PMatSum(PMatExpression):
+class PMatSum(SumParts):
     """``sum_j weight_j M_j`` of ``parts``; ``weights`` are 1 by default."""
 
     parts: tuple[ParameterOperator, ...]
@@ -124,8 +126,10 @@ class PMatSum(PMatExpression):
         require_frobenius(kind)
         return blocks.norm()
 
-    def _damped(self, damping: Any, limit: int, *, indefinite: bool = False) -> tuple[PMatSum, Damping]:
-        """With what is added to the diagonal of its own for parameters or blocks, and what is left to add."""
+    def with_damping(self, damping: Any, limit: int, *, indefinite: bool = False) -> tuple[PMatSum, Damping]:
+        """With what a ``damping`` adds to the diagonal for parameters or blocks, and what is left to add; ``limit`` as
+        for :meth:`inverse`, ``indefinite`` as for :meth:`solve`.
+        """
         shift, rest = added(self, damping, limit, indefinite=indefinite)
         return self if shift is None else total(self, shift), rest
 
@@ -149,7 +153,7 @@ class PMatSum(PMatExpression):
         part has negative eigenvalues: above it, an indefinite sum is solved with or raises. ``indefinite``: with
         negative eigenvalues, above the limit by MINRES. Raises :class:`SingularError`, :class:`ConvergenceError`.
         """
-        m, d = self._damped(damping, limit, indefinite=indefinite)
+        m, d = self.with_damping(damping, limit, indefinite=indefinite)
         blocks = m.partitioned(limit, tol, max_steps)
         if blocks is None:
             return super(PMatSum, m).solve(b, d, 1e-6 if tol is None else tol, max_steps)
@@ -159,16 +163,32 @@ class PMatSum(PMatExpression):
         """``(M + damping I)^-1`` as blocks, ``damping`` and ``indefinite`` as for :meth:`solve`; raises
         :class:`SizeError` where one has no closed form and a side above ``limit``.
         """
-        m, d = self._damped(damping, limit, indefinite=indefinite)
+        m, d = self.with_damping(damping, limit, indefinite=indefinite)
         blocks = m.partitioned(limit)
         return super(PMatSum, m).inverse(d) if blocks is None else blocks.inverse(d)
 
-    def logdet(self, damping: Any = 0.0, limit: int = BLOCK_LIMIT) -> Tensor:
+    def logdet(  # type: ignore[override]
+        self,
+        damping: Any = 0.0,
+        limit: int = BLOCK_LIMIT,
+        *,
+        estimator: str | None = None,
+        steps: int = 16,
+        samples: int = 16,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | Estimate:
         """``log det(M + damping I)``, ``-inf`` where that is singular; ``damping``: what :meth:`solve` adds to the
         diagonal; ``limit`` as for :meth:`inverse`.
+
+        ``estimator``: ``"slq"``, an :class:`Estimate` by Lanczos ``steps`` from so many ``samples`` of random signs,
+        drawn by the ``generator`` (torch's global one by default), of large blocks without a closed form: they are not
+        made dense.
         """
-        m, d = self._damped(damping, limit)
+        m, d = self.with_damping(damping, limit)
         t, blocks = require_added(d, "logdet"), m.partitioned(limit)
+        if estimator is not None:
+            how = require_quadrature(estimator, Quadrature(steps, samples, generator))
+            return estimated_logdet(m, blocks, t, how)
         return super(PMatSum, m).logdet(t.value) if blocks is None else blocks.logdet(t)
 
     def eigh(self, limit: int = BLOCK_LIMIT) -> tuple[Tensor, Basis]:
@@ -185,7 +205,7 @@ class PMatSum(PMatExpression):
         Large blocks of parts without negative eigenvalues take one iterative solve (Papandreou & Yuille 2010); others
         are made dense up to a side of ``limit``.
         """
-        m, d = self._damped(damping, limit)
+        m, d = self.with_damping(damping, limit)
         t, blocks = require_added(d, "sample"), m.partitioned(limit)
         if blocks is None:
             return super(PMatSum, m).sample(n, t.value, generator)
@@ -196,34 +216,6 @@ class PMatSum(PMatExpression):
             return noise.flat().to(self.device)
 
         return PVector(self.layer_collection, blocks.draw(drawn, t))
-
-    # -- parts and functions -------------------------------------------------------------------------------------------
-
-    def __getitem__(self, pattern: Any) -> PMatSum:
-        """The principal submatrix over a layer, or the parameters that another ``pattern`` means: the sum of those of
-        the parts.
-        """
-        names = list(self.layer_collection.part(pattern).names)
-        return PMatSum(tuple(p[names] for p in self.parts), self.weights)
-
-    def by_layer(self) -> dict[str, PMatSum]:
-        """``{layer: its diagonal block}``, each the sum of those of the parts."""
-        tables = [p.by_layer() for p in self.parts]
-        return {layer: PMatSum(tuple(t[layer] for t in tables), self.weights) for layer in tables[0]}
-
-    def apply(self, f: Callable[[Tensor], Tensor], limit: int = BLOCK_LIMIT) -> ParameterOperator:
-        """``f(M)``, ``f`` of all eigenvalues ``(d,)``, ascending, as for a stored matrix; ``limit`` as for
-        :meth:`inverse`. Raises :class:`UnsupportedError` with implicit parts.
-        """
-        return super().apply(f) if (blocks := self.partitioned(limit)) is None else blocks.whole().matrix.apply(f)
-
-    def power(self, p: float, damping: Any = 0.0, limit: int = BLOCK_LIMIT) -> ParameterOperator:
-        """``(M + damping I)^p`` for a real ``p``; ``damping``: what :meth:`solve` adds to the diagonal; ``limit`` as
-        for :meth:`inverse`. Raises as :meth:`apply`, and as the power of a stored matrix.
-        """
-        m, d = self._damped(damping, limit)
-        blocks = m.partitioned(limit)
-        return super().power(p) if blocks is None else blocks.whole().matrix.power(p, require_added(d, "a power"))
 
     def to(self, *args: Any, **kwargs: Any) -> PMatSum:
         """Another dtype or device, as ``Tensor.to``."""

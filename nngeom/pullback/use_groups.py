@@ -12,17 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nngeom.capture.recorded import Recorded
-from nngeom.core import contract, linalg, memory
+from nngeom.core import contract, memory
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Arrangement, Layout, Piece
+from nngeom.core.positions import PositionedJacobian
 from nngeom.core.tied import SumJacobian, TiedJacobian
+from nngeom.core.widened import widened
 from nngeom.layers.use import Slot, Use
 from nngeom.pullback.axes import ExampleAxis
 from nngeom.space.collection import LayerCollection
 
 Gradients = Sequence[Tensor] | Mapping[int, Tensor]  # of the outputs of uses, by index
 Empty = Callable[[Hashable, Sequence[int], Tensor], Tensor]  # as memory.fresh
+FEW = 2**12  # inputs whose copies are made anew: the calls take longer than the memory
 Part = tuple[Any, Tensor, Use]  # inputs of one use, None where a bias is alone, and gradients
 
 
@@ -38,6 +41,7 @@ class UseGroup:
     with_weight: bool
     with_bias: bool
     arrangements: tuple[Arrangement, ...] | None = None  # unlike uses: one arrangement a use
+    apart: bool = False  # rows are kept at every position where they could be summed over them
     inputs: dict[int, Tensor] = field(default_factory=dict)  # read once, for all cotangents of the batch
 
     def jacobian(self, gradients: Gradients, n: int, empty: Empty = memory.fresh) -> LayerJacobian:
@@ -68,12 +72,13 @@ class UseGroup:
     def _part(self, placed: PlacedUse, gradients: Gradients, n: int, full: Arrangement, empty: Empty) -> Part:
         j, recorded, axis = placed
         use, lead = recorded.use, len(recorded.use.lead)
-        g = wide(axis.split(use.gradients(gradients[j]), n, 1, lead))
+        g = widened(axis.split(use.gradients(gradients[j]), n, 1, lead))
         slot = use.weight if self.with_weight else use.bias
         if slot is None:
             raise RuntimeError(f"a unit of {use.operation} was built from a use without its parameter")
         if not self.with_weight:
-            return None, _pad(g.sum(2, keepdim=True), slot.row, slot.arrangement.sizes[1]), use
+            g = g if self.apart else g.sum(2, keepdim=True)
+            return None, _pad(g, slot.row, slot.arrangement.sizes[1]), use
         g = _pad(g, slot.row, full.sizes[1])
         if j not in self.inputs:
             kept_in = functools.partial(empty, ("inputs", j))
@@ -96,7 +101,7 @@ class UseGroup:
         a = axis.split(recorded.read_inputs(), n, 0, lead)
         if use.lookup:
             return a
-        a = a.to(dtype)
+        a = widened(a, dtype)
         if use.elementwise:
             return a
         column = use.weight.column if use.weight is not None else 0
@@ -104,6 +109,8 @@ class UseGroup:
 
     def _join(self, parts: list[Part]) -> LayerJacobian:
         use = parts[0][2]
+        if self.apart and (use.elementwise or not self.with_weight):
+            return self._at_positions(parts)
         if not self.with_weight:
             rows = [g[:, :, 0].flatten(2) for _, g, _ in parts]  # [k n p], of groups or of outputs
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))[:, :, None, None])
@@ -112,6 +119,13 @@ class UseGroup:
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)).unsqueeze(3))
         return self._factored(parts)
 
+    def _at_positions(self, parts: list[Part]) -> PositionedJacobian:
+        """The rows of every position, of norms, scales and shifts: ``[k n t 1 1 p]`` or ``[k n t s 1 i]``."""
+        if not self.with_weight:
+            return PositionedJacobian(torch.cat([g.flatten(3)[:, :, :, None, None] for _, g, _ in parts], 2))
+        rows = [torch.cat([g * a] + [g] * self.with_bias, -1).unsqueeze(-2) for a, g, _ in parts]
+        return PositionedJacobian(torch.cat(rows, 2))
+
     def _factored(self, parts: list[Part]) -> FactoredJacobian:
         a0, g0, use = parts[0]
         a = a0 if len(parts) == 1 else torch.cat([a for a, _, _ in parts], 1)
@@ -119,11 +133,6 @@ class UseGroup:
         if use.lookup:
             return LookupJacobian(a, g, self.layout.sizes[2] if self.arrangements is None else use.size)
         return FactoredJacobian(a, g)
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half precision (a half model, autocast) becomes float32, so that statistics are accumulated in it."""
-    return x.to(linalg.accumulation_dtype(x.dtype))
 
 
 def _pad(x: Tensor, start: int, size: int) -> Tensor:
@@ -137,6 +146,10 @@ def _with_ones(a: Tensor, start: int, size: int, empty: Callable[..., Tensor]) -
     """``a`` padded to ``size`` and followed by a column of ones, for the bias; one copy."""
     if a.requires_grad:
         return torch.cat([_pad(a, start, size), torch.ones_like(a[..., :1])], -1)
+    if a.numel() < FEW and a.shape[-1] == size:
+        out = a.new_ones(*a.shape[:-1], size + 1)
+        out[..., :size] = a
+        return out
     out = empty((*a.shape[:-1], size + 1), a)
     if a.shape[-1] != size:
         out.zero_()

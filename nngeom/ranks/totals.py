@@ -30,14 +30,14 @@ def totals(team: Team, what: str, local: Callable[[], Local], given: Sequence[Te
 
 
 def mean(team: Team, what: str, local: Callable[[], tuple[Tensor, int]], given: Sequence[Tensor] = ()) -> Tensor:
-    """The mean over all examples; arguments and errors as for :func:`totals`."""
+    """The mean over all examples, in the place of the sum; arguments and errors as for :func:`totals`."""
 
     def one() -> Local:
         total, count = local()
         return [total], count
 
     (total,), count = totals(team, what, one, given)
-    return total / count
+    return total.div_(count)
 
 
 def require_same_vectors(what: str, said: Sequence[Any]) -> None:
