@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # other libraries, which pages and tests run beside this one
 PEERS := laplace-torch asdfghjkl==0.1a4 backpack-for-pytorch curvlinops-for-pytorch nngeometry kronfluence
 
-.PHONY: setup demo test test-slow check docs bench bench-large gpu reproduce clean
+.PHONY: setup demo test test-slow check docs bench bench-large gpu reproduce reproduce-quick clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,9 @@ gpu: setup
 
 reproduce: setup
 	$(BIN)/python -m examples.reproduce
+
+reproduce-quick: setup
+	$(BIN)/python -m examples.reproduce --quick
 
 clean:
 	rm -rf $(VENV) docs/_build docs/how_to docs/objects docs/sg_execution_times.rst out

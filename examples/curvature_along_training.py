@@ -103,13 +103,13 @@ class Layer:
         self.running = dataclasses.replace(self.running, d=DECAY * self.running.d + (1 - DECAY) * batch * v.square())
 
 
-def trained(seed: int) -> dict[str, dict[str, list]]:
+def trained(seed: int, steps: int) -> dict[str, dict[str, list]]:
     """``layer -> approximation -> [(error, distance of spectra)]`` along one training."""
     x, y = digits().double(), labels()
     model, probe, order = network(seed), (x[:300], y[:300]), torch.Generator().manual_seed(seed)
     layers = {name: Layer(model, name) for name in LAYERS}
     opt = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    for step in range(STEPS + 1):
+    for step in range(steps + 1):
         index = torch.randint(len(x), (128,), generator=order)
         opt.zero_grad()
         F.cross_entropy(model(x[index]), y[index]).backward()
@@ -121,9 +121,9 @@ def trained(seed: int) -> dict[str, dict[str, list]]:
     return {name: layer.curves for name, layer in layers.items()}
 
 
-def main(out: Path) -> None:
+def main(out: Path, seeds: tuple[int, ...], steps: int) -> None:
     torch.set_num_threads(1)
-    runs = [trained(seed) for seed in SEEDS]
+    runs = [trained(seed, steps) for seed in seeds]
     curves = {
         name: {
             kind: [[[float(f"{v:.4g}") for v in pair] for pair in run[name][kind]] for run in runs]
@@ -133,7 +133,7 @@ def main(out: Path) -> None:
     }
     path = out / "data" / "curvature.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"step": list(range(0, STEPS + 1, EVERY)), "layers": curves}))
+    path.write_text(json.dumps({"step": list(range(0, steps + 1, EVERY)), "layers": curves}))
     plot(json.loads(path.read_text()), out)
 
 
@@ -173,4 +173,6 @@ def plot(results: dict, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DOCS, help="where data/curvature.json and images/curvature.png go")
-    main(parser.parse_args().out)
+    parser.add_argument("--quick", action="store_true", help="one seed and a tenth of the steps")
+    options = parser.parse_args()
+    main(options.out, SEEDS[:1] if options.quick else SEEDS, STEPS // 10 if options.quick else STEPS)

@@ -67,10 +67,12 @@ def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
 
 def save(fig: Any, path: Path) -> None:
     """Write a PNG of 256 colours."""
+    import matplotlib.pyplot as plt
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
+    plt.close(fig)
     with Image.open(path) as image:
         image.convert("RGB").quantize(256).save(path, optimize=True)
     print(f"wrote {path}")
