@@ -203,7 +203,7 @@ def test_products_go_through_the_rank_of_the_batch_where_rows_are_the_gradient(m
     penalty = lambda: sum(p.square().sum() for p in model.parameters())
     for opt, kind, damping in (
         (
-            KFAC(model, inverse_every=1, statistics_decay=0.0, **EXACT),
+            KFAC(model, inverse_every=1, statistics_decay=0.0, drowned=0.0, **EXACT),
             nng.PMatKFAC,
             nng.FactoredTikhonov(1e-2, balanced=False),
         ),

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from nngeom.core.whole import whole
 from nngeom.optim.arguments import number
+from nngeom.optim.gradients import Gradients
 
 
 @dataclass
@@ -28,17 +24,17 @@ class Bound:
     momentum: float = 0.0
     clipped: bool = False
 
-    def measure(self, groups: list[dict[str, Any]], step: int, directions: Mapping[Tensor, Tensor]) -> None:
-        """Of ``directions`` by parameter, whose ``.grad`` still is the gradient ``(F + damping) v``."""
+    def measure(self, groups: list[dict[str, Any]], step: int, gradients: Gradients) -> None:
+        """Of the directions in ``gradients.flat`` of parameters whose ``.grad`` still is the gradient ``(F + damping)
+        v``; not finite where a direction is not.
+        """
         numbers = [(number("lr", g["lr"], step), number("momentum", g["momentum"], step)) for g in groups]
         self.lr, self.momentum = (max(column) for column in zip(*numbers))
         self.divergence = self.squared = 0.0
         for group, (lr, _) in zip(groups, numbers):
-            products = [_dot(p.grad, directions[p]) for p in group["params"] if p.grad is not None]
-            if products:
-                squared = float(torch.stack(products).sum())
-                self.squared += squared
-                self.divergence += 0.5 * lr**2 * squared
+            squared = gradients.dot(group["params"])
+            self.squared += squared
+            self.divergence += 0.5 * lr**2 * squared
 
     def factor(self, kl_clip: float | None) -> float:
         """What brings the divergence to ``kl_clip`` at most."""
@@ -46,7 +42,3 @@ class Bound:
         self.squared *= clip**2
         self.clipped = clip < 1
         return clip
-
-
-def _dot(gradient: Tensor, direction: Tensor) -> Tensor:
-    return torch.dot(whole(gradient).reshape(-1).to(direction.dtype), direction.reshape(-1))

@@ -11,18 +11,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nngeom.core.damping import Cutoff, Damping, Relative
-from nngeom.core.errors import NonFiniteError, SingularError, UnsupportedError
+from nngeom.core.damping import Damping, Relative
+from nngeom.core.errors import NonFiniteError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.optim.averages import Averages, all_finite, plain_blocks, restored_blocks, scaled_means
+from nngeom.optim.drowned import Drowned
+from nngeom.optim.inverses import cost, inverse
 from nngeom.optim.manner import Manner
 from nngeom.optim.packed import Packed
 from nngeom.optim.pending import Seen
 from nngeom.optim.rank import BatchRank
 from nngeom.optim.schedule import Schedule
 from nngeom.pmat.block import Block
-from nngeom.pmat.damped import damped_by
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Selection, Statistic
@@ -92,11 +93,14 @@ class Curvature(ABC):
             "names": list(self.selection.names),
             "averages": self.averages.plain(),
             "blocks": plain_blocks(self.blocks),
+            "rank": self.rank.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a ``state``, as :meth:`state` gave it."""
         self.averages, self.blocks = Averages.restored(state["averages"]), restored_blocks(state["blocks"])
+        if "rank" in state:
+            self.rank.load(state["rank"])
 
 
 KEEPERS: dict[type[PMat], type[Curvature]] = {}
@@ -143,7 +147,10 @@ class Averaged(Curvature):
 
     @property
     def wants_every_batch(self):
-        return self.rank.wanted and any(isinstance(block, KroneckerBlock) for block in self.blocks.values())
+        return self.rank.wanted and any(
+            isinstance(block, KroneckerBlock) or (isinstance(block, Drowned) and self.rank.pays(layout, block.costs))
+            for layout, block in self.blocks.items()
+        )
 
     def observe(self, chunk, schedule):
         chunk = self.selection.restrict(chunk)
@@ -171,6 +178,8 @@ class Averaged(Curvature):
             for x, (layout, inverse) in zip(packed.blocks, self.blocks.items()):
                 if isinstance(inverse, KroneckerBlock):
                     x.copy_(self.rank.product(layout, inverse.g, x, inverse.a))
+                elif isinstance(inverse, Drowned):
+                    x.copy_(inverse.product(x, self.rank.of(layout, x, inverse.costs)))
                 else:
                     x.copy_(inverse.mv(x))
             packed.write()
@@ -186,14 +195,13 @@ class Averaged(Curvature):
             self.blocks = self._inverses(end.value, damping)
         self.sources = set(self.averages.entries)
 
-    def _inverses(self, blocks: dict[Layout, Block], damping: Damping | Relative) -> dict[Layout, Block]:
+    def _inverses(self, blocks: dict[Layout, Block], damping: Damping | Relative) -> dict[Layout, Any]:
         """Those of all blocks, each made by one of the processes."""
         costs = {layout: cost(block) for layout, block in blocks.items()}
         tensors = (t for block in blocks.values() for t in block.fields().values() if isinstance(t, Tensor))
         device = next((t.device for t in tensors), torch.device("cpu"))
-        return made(
-            self.manner.team, "inverses", costs, lambda layout: inverse(layout, blocks[layout], damping), device
-        )
+        made_of = lambda layout: inverse(layout, blocks[layout], damping, self.manner.drowned)
+        return made(self.manner.team, "inverses", costs, made_of, device)
 
     def _later(self, statistic: Statistic, seen: Seen) -> Means:
         """What a later sweep is sent: means over the examples that are held."""
@@ -216,28 +224,6 @@ class Averaged(Curvature):
         self.sources = set(self.averages.entries)
 
 
-def cost(block: Block) -> float:
-    """About proportional to the time that an inverse takes."""
-    tensors = (t for t in block.fields().values() if isinstance(t, Tensor) and t.ndim > 1)
-    return 64**3 + sum(float(t.numel() * t.shape[-1]) for t in tensors)
-
-
 def copied(chunk: Chunk) -> Chunk:
     """A chunk to be held until the step: what a model or a loader computed may be overwritten before."""
     return replace(chunk, jacobians=copy.deepcopy(chunk.jacobians))
-
-
-def inverse(layout: Layout, block: Block, damping: Damping | Relative) -> Block:
-    """``(block + damping)^-1``, in float64 where float32 finds it singular."""
-    if isinstance(damping, Relative):
-        block, damping = damped_by(block, damping, layout)
-    elif isinstance(damping, Cutoff) and damping.top is not None:
-        raise UnsupportedError(
-            f"damping is {damping!r}, which is for spectra in an eigenbasis; expected nng.optim.EKFAC, or Cutoff(x)"
-        )
-    try:
-        return block.inverse(damping)
-    except SingularError:
-        if block.diag().dtype != torch.float32:
-            raise
-        return block.to(torch.float64).inverse(damping).to(torch.float32)

@@ -73,7 +73,7 @@ class NaturalGradient(Preconditioned):
         factors: of EKFAC alone: see :class:`EKFAC`.
         refresh: of EKFAC alone: see :class:`EKFAC`.
         power: of EKFAC alone: see :class:`EKFAC`.
-        drowned: of EKFAC alone: see :class:`EKFAC`.
+        drowned: of EKFAC and KFAC alone: see there.
         first_decay: of EKFAC alone: the weight of the past in Adam's first moment, for ``scalings="adam"``.
         rest: ``"diag"``, ``"eye"`` or a representation, which takes the parameters that ``representation`` cannot hold:
             those above its ``block_limit``, and those used in ways no adapter knows (weight norm, batch

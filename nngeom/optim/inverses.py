@@ -1,0 +1,41 @@
+"""Damped inverses of blocks, as optimizers keep them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nngeom.core.damping import Cutoff, Damping, Relative
+from nngeom.core.errors import SingularError, UnsupportedError
+from nngeom.core.layout import Layout
+from nngeom.optim.drowned import Drowned, drowned_inverse
+from nngeom.pmat.block import Block
+from nngeom.pmat.damped import damped_by
+from nngeom.pmat.kronecker import KroneckerBlock
+
+
+def cost(block: Block) -> float:
+    """About proportional to the time that an inverse takes."""
+    tensors = (t for t in block.fields().values() if isinstance(t, Tensor) and t.ndim > 1)
+    return 64**3 + sum(float(t.numel() * t.shape[-1]) for t in tensors)
+
+
+def inverse(layout: Layout, block: Block, damping: Damping | Relative, drowned: float) -> Block | Drowned:
+    """``(block + damping)^-1``, in float64 where float32 finds it singular; ``drowned``: see
+    :func:`~nngeom.optim.drowned.drowned_inverse`, 0 where all eigenvalues count.
+    """
+    led = drowned_inverse(block, damping, drowned) if drowned and isinstance(block, KroneckerBlock) else None
+    if led is not None:
+        return led
+    if isinstance(damping, Relative):
+        block, damping = damped_by(block, damping, layout)
+    elif isinstance(damping, Cutoff) and damping.top is not None:
+        raise UnsupportedError(
+            f"damping is {damping!r}, which is for spectra in an eigenbasis; expected nng.optim.EKFAC, or Cutoff(x)"
+        )
+    try:
+        return block.inverse(damping)
+    except SingularError:
+        if block.diag().dtype != torch.float32:
+            raise
+        return block.to(torch.float64).inverse(damping).to(torch.float32)
