@@ -119,6 +119,7 @@ class Eigenbasis(Curvature):
         spectra = views(self.spectrum.d, blocks)
         self.blocks = {layout: dataclasses.replace(block, d=d) for (layout, block), d in zip(blocks.items(), spectra)}
         self.coordinates = torch.empty_like(self.spectrum.d)
+        self.places = views(self.coordinates, blocks)
         self.shifts.forget()
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -161,11 +162,10 @@ class Eigenbasis(Curvature):
     def _down(self, packed: Packed) -> list[Parts | None]:
         """The gradient in the bases, into ``coordinates``; of leading parts, what :meth:`Head.up` takes too."""
         parts: list[Parts | None] = []
-        places = views(self.coordinates, self.blocks)
-        for (layout, block), x, y in zip(self.blocks.items(), packed.blocks, places):
+        for (layout, block), x, y in zip(self.blocks.items(), packed.blocks, self.places):
             part = None
             if isinstance(block, Head):
-                part = block.down(x, self.rank.of(layout, x))
+                part = block.down(x, self.rank.of(layout, x, block.costs))
                 y.copy_(part.inside)
             else:
                 y.copy_(self.rank.product(layout, block.ug, x, block.ua))

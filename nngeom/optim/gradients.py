@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -48,10 +49,11 @@ class Gradients:
         """The product of ``.grad`` of some ``parameters`` and their pieces of ``flat``."""
         present = [p for p in parameters if p.grad is not None]
         grads = [whole(p.grad).reshape(-1).to(self.flat.dtype) for p in present]  # type: ignore[arg-type]
-        pieces = [self._places[p].reshape(-1) for p in present]
-        if sum(x.numel() for x in grads) <= SMALL and len(grads) > 1:
-            return float(torch.dot(torch.cat(grads), torch.cat(pieces)))
-        return float(torch.stack([torch.dot(x, y) for x, y in zip(grads, pieces)]).sum()) if grads else 0.0
+        alike = len(present) == len(self.parameters) and all(map(operator.is_, present, self.parameters))
+        if alike and self.flat.numel() <= SMALL:
+            return float(torch.dot(torch.cat(grads), self.flat))
+        products = [torch.dot(x, self._places[p].reshape(-1)) for p, x in zip(present, grads)]
+        return float(torch.stack(products).sum()) if products else 0.0
 
     def split(self, flat: Tensor) -> dict[Tensor, Tensor]:
         """The pieces of a vector ``[d]``, in the shapes of the parameters."""

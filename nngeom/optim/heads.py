@@ -59,6 +59,12 @@ class Head(TensorObject):
     ta: Tensor  # [s]
     tg: Tensor  # [s]
 
+    @property
+    def costs(self) -> tuple[int, int]:
+        """Multiplications of one row's projections on either side; those outside are projected twice."""
+        (o, q), (i, p) = self.ug.shape[1:], self.ua.shape[1:]
+        return o * q * (1 if q == o else 4), i * p * (1 if p == i else 4)
+
     def floors(self, damping: Damping | Relative) -> tuple[Tensor, Tensor]:
         """``r_A``, ``r_G [s]`` of a damping of factors."""
         root = float(damping.value) ** 0.5
