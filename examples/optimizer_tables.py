@@ -147,6 +147,28 @@ def held_out() -> str:
     return table(["task", "method", "best setting", "loss, each seed", "seconds", "steps"], rows)
 
 
+def steps() -> str:
+    """Processor time of a step over that of SGD."""
+    results = load("steps")
+    methods = list(next(iter(results.values())))
+    rows = [[method, *(f"{times[method]['ratio']:.2f}" for times in results.values())] for method in methods]
+    return table(["time / SGD", *results], rows)
+
+
+def damping() -> str:
+    """Final losses of the seeds by task and rule."""
+    results, rows = load("damping"), []
+    for task, rules in results.items():
+        if task == "steps":
+            continue
+        for rule, r in rules.items():
+            cells = [", ".join(number(run[part]) for run in r["runs"]) for part in ("training", "rest")]
+            seconds = sum(run["seconds"] for run in r["runs"]) / len(r["runs"])
+            rows.append([task, rule, f"{r['lr']:g}", f"{r['damping']:g}", *cells, f"{seconds:.2g}"])
+    head = ["task", "rule", "lr", "damping", "training loss, each seed", "loss of the rest, each seed", "seconds"]
+    return table(head, rows)
+
+
 def main() -> None:
     page = DOCS / "optimizers.md"
     text = page.read_text()
@@ -159,6 +181,8 @@ def main() -> None:
         "cost": cost(),
         "held_out": held_out(),
         "curvature": curvature(),
+        "steps": steps(),
+        "damping": damping(),
     }.items():
         if f"<!-- {name} -->" not in text:
             raise SystemExit(f"{page} has no place <!-- {name} -->")

@@ -14,6 +14,7 @@ from nngeom.optim.robust import WinsorizedSGD, median_of_means_gradient, winsori
 from nngeom.optim.schedule import Schedule
 from nngeom.optim.soap import SOAP
 from nngeom.optim.spectra import Spectrum, spectrum
+from nngeom.optim.variance_damping import VarianceDamping
 
 __all__ = [
     "EKFAC",
@@ -29,6 +30,7 @@ __all__ = [
     "Seen",
     "SkippedStepWarning",
     "Spectrum",
+    "VarianceDamping",
     "WinsorizedSGD",
     "keeps",
     "median_of_means_gradient",

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class Curvature(ABC):
         selection: the parameters.
         manner: what the optimizer's options say.
     """
+
+    tells_variances: ClassVar[bool] = False  # of examples along eigenvectors, where it reads their rows
 
     def __init__(self, representation: Representation, selection: Selection, manner: Manner):
         self.representation, self.selection, self.manner = representation, selection, manner

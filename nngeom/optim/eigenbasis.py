@@ -24,6 +24,7 @@ from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
 from nngeom.optim.shifts import Shifts, views
 from nngeom.optim.spectra import spectrum_of
+from nngeom.optim.variance_damping import Signal
 from nngeom.pmat.ekfac import PMatEKFAC, scaling_statistic
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
@@ -37,10 +38,13 @@ class Eigenbasis(Curvature):
     Second moments taken in different bases are never averaged, unless they are moved along.
     """
 
+    tells_variances = True
+
     def __init__(self, representation: Representation, selection: Selection, manner: Manner):
         super().__init__(representation, selection, manner)
         self.statistic: Callable = next(representation.recipe(selection))
         self.spectrum, self.worker, self.shifts = spectrum_of(manner), manner.worker, Shifts()
+        self.signal = Signal()
         self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0, manner.team)
         self.of_gradients = GradientFactors() if manner.factors == "gradients" else None
         self.sources: set[Layout] = set()  # layers that have a basis
@@ -121,11 +125,12 @@ class Eigenbasis(Curvature):
         self.coordinates = torch.empty_like(self.spectrum.d)
         self.places = views(self.coordinates, blocks)
         self.shifts.forget()
+        self.signal.forget()
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def state(self):
-        return {**super().state(), "spectrum": self.spectrum.state()}
+        return {**super().state(), "spectrum": self.spectrum.state(), "signal": self.signal.state()}
 
     def load(self, state):
         super().load(state)
@@ -134,6 +139,8 @@ class Eigenbasis(Curvature):
             self.spectrum.d = torch.cat([block.d.reshape(-1) for block in self.blocks.values()])
             self.spectrum.load(state.get("spectrum", {}))
             self._share(self.blocks)
+        if "signal" in state:
+            self.signal.load(state["signal"])
 
     # -- stepping ------------------------------------------------------------------------------------------------------
 
@@ -151,6 +158,9 @@ class Eigenbasis(Curvature):
             parts = self._down(packed)
             v = self.spectrum.follow(self.coordinates, seen, schedule.scalings_decay, self._squares(seen))
             w = self.spectrum.divided(v, self.shifts.of(self.blocks, self.spectrum.d, schedule.damping))
+            if schedule.variance is not None:
+                self.signal.follow(v * seen.mean, self.spectrum.d, seen.examples, schedule.variance.decay)
+                w = w * self.signal.share(schedule.variance.least)
             for x, block, y, part in zip(packed.blocks, self.blocks.values(), views(w, self.blocks), parts):
                 if part is None:
                     x.copy_(block.basis.mv(y))

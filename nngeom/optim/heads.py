@@ -15,6 +15,7 @@ rounding would be multiplied by ``z`` in place of their own, much smaller invers
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ class Head(TensorObject):
     sg: Tensor  # [s q]
     ta: Tensor  # [s]
     tg: Tensor  # [s]
+    dropped: ClassVar[None] = None  # of the factors: they are whole
 
     @property
     def costs(self) -> tuple[int, int]:

@@ -113,7 +113,9 @@ class Preconditioned(torch.optim.Optimizer):
 
     @property
     def damping(self) -> Any:
-        """As given: a number, a damping object, a callable of the step, or :class:`LevenbergMarquardt`."""
+        """As given: a number, a damping object, a callable of the step, :class:`LevenbergMarquardt` or
+        :class:`VarianceDamping`.
+        """
         return self.clock.damping
 
     @damping.setter
