@@ -68,7 +68,8 @@ NETWORKS = {"fast": Constants(), "slow": Constants(between=22e9, between_latency
 
 def sent(kind: str, size: int, nbytes: float) -> float:
     """Bytes that a process sends, the mean over processes, of a collective of ``nbytes`` on each of them."""
-    return nbytes * {"all_reduce": 2 * (size - 1) / size, "broadcast": (size - 1) / size, "all_gather": size - 1}[kind]
+    once = (size - 1) / size
+    return nbytes * {"all_reduce": 2 * once, "reduce": once, "broadcast": once, "all_gather": size - 1}[kind]
 
 
 def loads(costs: Iterable[float], size: int) -> list[float]:

@@ -68,7 +68,7 @@ def jobs(examples: int, width: int) -> dict[str, Callable[[], Any]]:
 def counted() -> Iterator[tuple[Counter[str], Counter[str]]]:
     """How often each collective is called, and with how many bytes: the library's, not those of torch's wrappers."""
     calls, nbytes = Counter[str](), Counter[str]()
-    before = {name: getattr(dist, name) for name in ("all_reduce", "broadcast", "all_gather")}
+    before = {name: getattr(dist, name) for name in ("all_reduce", "reduce", "broadcast", "all_gather")}
 
     def wrapped(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -39,6 +39,7 @@ from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.sharded import FMatSharded
+from nngeom.folders import to_folder
 from nngeom.io import load, save
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
@@ -57,6 +58,7 @@ from nngeom.pmat.ekfac import PMatEKFAC
 from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.eye import PMatEye
 from nngeom.pmat.implicit import PMatImplicit
+from nngeom.pmat.in_files import PMatInFiles
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.merge import merge
@@ -123,6 +125,7 @@ __all__ = [
     "PMatEKFAC",
     "PMatEye",
     "PMatImplicit",
+    "PMatInFiles",
     "PMatKFAC",
     "PMatLowRank",
     "PMatMixed",
@@ -157,6 +160,7 @@ __all__ = [
     "rows",
     "save",
     "shard",
+    "to_folder",
 ]
 
 _trust()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from nngeom.core.completed import CompletedBasis
 from nngeom.core.errors import FileError
 from nngeom.core.layout import Arrangement, Layout
 from nngeom.fmat.expression import FMatSum
@@ -100,10 +101,18 @@ def _sum(total: PMatSum | FMatSum) -> None:
     _require(all(place(a) == place(b) for a, b in pairwise(total.parts)), "the parts of a sum have the same shape")
 
 
+def _basis(b: CompletedBasis) -> None:
+    s, p, r = b.u.shape if b.u.ndim == 3 else (0, 0, 0)
+    _require(
+        0 < r < p and b.k.shape == b.c.shape == (s, r, r), "a basis has fewer given vectors than coordinates, and one"
+    )
+
+
 _FITS: dict[type, Callable[[Any], None]] = {
     LayerCollection: _collection,
     Arrangement: _arrangement,
     Layout: _layout,
+    CompletedBasis: _basis,
     PMatSum: _sum,
     FMatSum: _sum,
 }

@@ -21,6 +21,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, Fi
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.maps.jacobian_map import JacobianMap
+from nngeom.opened_folder import opened
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
 from nngeom.ranks.team import Team
@@ -68,14 +69,17 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
     runs no code.
 
     Everything the file says is checked against what it holds before memory is taken for it; the tensors do not follow
-    the file when it changes. Raises :class:`FileError` when the file is missing, truncated, changed, foreign, of a
-    newer format, or holds a class that is not imported or shares its name with another.
+    the file when it changes. Of a folder of :func:`to_folder` the matrix reads its parts when it uses them. Raises
+    :class:`FileError` when the file is missing, truncated, changed, foreign, of a newer format, or holds a class that
+    is not imported or shares its name with another.
     """
     try:
         device = torch.device(map_location)
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"map_location is {map_location!r}; expected a device: {error}") from None
     name = os.fsdecode(path)
+    if os.path.isdir(name):
+        return opened(os.path.abspath(name), load, device)
     try:
         out = decode(*_read(name))
         if not is_whole(out):

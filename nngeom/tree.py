@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from nngeom import checks
+from nngeom.core.completed import CompletedBasis
 from nngeom.core.container import REAL
 from nngeom.core.errors import ArgumentError, FileError, UnsupportedError
 from nngeom.core.layout import Arrangement, Layout, Piece
@@ -33,7 +34,7 @@ Tensors = dict[str, Tensor]
 OPEN: tuple[type, ...] = (PMat, FMat, Block)  # users subclass them
 # saved by themselves, as PMats and FMats are
 WHOLE: list[type] = [PVector, FVector, PMatSum, PMatProduct, FMatSum, PushForwardDense, PullBackDense]
-PARTS: list[type] = [LayerCollection, Layout, Piece, Arrangement]
+PARTS: list[type] = [LayerCollection, Layout, Piece, Arrangement, CompletedBasis]
 _CLOSED = {cls.__name__: cls for cls in WHOLE + PARTS}
 
 

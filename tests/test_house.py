@@ -150,6 +150,8 @@ NAMES_REPRESENTATIONS = [
     ("measures", {"PushForwardDense", "PullBackDense"}, "maps have two representations each"),
     ("measures", {"FMatDense", "FMatDiag", "FMatBlockDiag"}, "files and estimates of kernels are of these kinds"),
     ("measures", {"PMatKFAC", "PMatLowRank"}, "what is measured by default, said to type checkers"),
+    ("attribution.influence", {"PMatInFiles"}, "scores are sums over the parts of a folder"),
+    ("opened_folder", {"PMatInFiles"}, "what a folder is opened as"),
     ("checks", {"PMatSum", "FMatSum"}, "sums do not check their own values"),
     ("tree", {"PMatSum", "PMatProduct", "FMatSum", "PushForwardDense", "PullBackDense"}, "a closed list, for files"),
     ("analysis", {"FMatDense"}, "kernels of a quantity's own, entry by entry"),

@@ -8,7 +8,10 @@ from cases import build
 from torch import nn
 
 import nngeom as nng
+from nngeom import checks as nngeom_checks
 from nngeom.core import linalg
+from nngeom.core.completed import CompletedBasis
+from nngeom.core.sketch import normal_vectors, sketch_eigh
 
 f64 = torch.float64
 LIMIT = 12
@@ -71,7 +74,10 @@ def test_what_is_kept(kind, form, sharing):
     assert not whole.dropped and "kept" not in repr(whole)
 
 
-@pytest.mark.parametrize("form", ["diagonal", "block"])
+FORMS = ["diagonal", "block", "low_rank", ("low_rank", 3)]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["plain", "positions"])
 def test_algebra(kind, form, tmp_path):
     model, loader = setting(kind)
@@ -127,6 +133,11 @@ def test_errors():
     for options, match in (
         ({"factor_limit": 0}, "factor_limit is 0"),
         ({"factor_form": "band"}, "factor_form is 'band'"),
+        ({"factor_form": ("low_rank", 0)}, "factor_form is .'low_rank', 0."),
+        ({"factor_form": ("block", 3)}, "expected one of"),
+        ({"factor_form": ("low_rank", 3, 4)}, "expected one of"),
+        ({"factor_form": 3}, "factor_form is 3"),
+        ({"factor_form": "low_rank", "fit": "nearest"}, "factor_form='diagonal'"),
         ({"factor_form": "block", "fit": "nearest"}, "factor_form='diagonal'"),
     ):
         for kind in (nng.PMatKFAC, nng.PMatEKFAC):
@@ -137,7 +148,7 @@ def test_errors():
         nng.FIM(prime, [(torch.randn(4, 3, dtype=f64),)], nng.PMatKFAC, factor_limit=11, factor_form="block")
 
 
-@pytest.mark.parametrize("form", ["diagonal", "block"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_step_of_an_optimizer_is_a_solve(form):
     model, loader = setting("plain")
     options, (x, y) = {"factor_limit": LIMIT, "factor_form": form}, loader[0]
@@ -152,3 +163,199 @@ def test_a_step_of_an_optimizer_is_a_solve(form):
     optimizer.step()
     close((before - nng.PVector.from_model(model)).flat(), fisher.solve(gradient, 0.1).flat())
     before.copy_to(model)
+
+
+# -- leading eigenvectors ----------------------------------------------------------------------------------------------
+
+
+def completed(s, p, r):
+    return CompletedBasis.of(torch.linalg.qr(torch.randn(s, p, r, dtype=f64))[0])
+
+
+@pytest.mark.parametrize("s, p, r", [(1, 30, 7), (2, 9, 8), (1, 20, 1)])
+def test_completed_bases(s, p, r):
+    torch.manual_seed(0)
+    basis = completed(s, p, r)
+    q = basis.columns(0, p)
+    close(q.mT @ q, torch.eye(p, dtype=f64).expand(s, p, p))
+    assert torch.equal(q[..., :r], basis.u)
+    x, d = torch.randn(3, s, 4, p, dtype=f64), torch.rand(s, p, 5, dtype=f64)
+    close(basis.vectors_of(x), x @ q.mT)
+    close(basis.coordinates_of(x), x @ q)
+    close(basis.squares_times(d), q.square() @ d)
+    close(basis.times_squares(d.mT), d.mT @ q.square())
+    if s == 1:
+        index = torch.tensor([[0, p - 1], [r, 0]])
+        close(basis.rows(index), q[0][index])
+
+
+def nystroem(f, m):
+    """Eigenvalues and the matrix of the Nystroem approximation, by dense pseudo-inverse."""
+    w = normal_vectors(len(f), m, f)
+    n = f @ w @ torch.linalg.pinv(w.T @ f @ w, hermitian=True) @ w.T @ f
+    return n, w
+
+
+@pytest.mark.parametrize("kind", ["decaying", "flat", "of low rank", "diagonal", "zero"])
+def test_sketched_factors(kind):
+    torch.manual_seed(1)
+    p, m = 40, 9
+    u = torch.linalg.qr(torch.randn(p, p, dtype=f64))[0]
+    u = torch.eye(p, dtype=f64) if kind == "diagonal" else u
+    values = {"flat": 1 + torch.rand(p), "of low rank": (torch.arange(p) < 6).double()}
+    values = values.get(kind, torch.logspace(0, -4, p)).double() * (kind != "zero")
+    f = (u * values) @ u.T
+    n, w = nystroem(f, m)
+    found, basis = sketch_eigh(torch.cat([f.diagonal()[:, None], f @ w], 1)[None])
+    q = basis.columns(0, p)[0]
+    kept = (q * found[0]) @ q.T
+    assert bool((found >= 0).all())
+    close(kept.trace() + 1, f.trace() + 1)
+    if kind == "zero":
+        return
+    vectors = torch.linalg.eigh(n)[1][:, -(6 if kind == "of low rank" else m) :]
+    close(q[:, :m] @ (q[:, :m].T @ vectors), vectors, 1e-5)  # they begin with those of the approximation
+    left = f - n
+    assert float(torch.linalg.eigvalsh(left).min()) > -1e-9
+    outside = 1 - (torch.linalg.qr(w)[0].T @ q[:, :m]).square().sum(0)
+    added = outside * left.trace() / (p - m)
+    close((q[:, :m] * (found[0, :m] - added)) @ q[:, :m].T, n, 1e-6)
+    beyond = (q.T @ torch.diag(left.diagonal()) @ q).diagonal()[m:]
+    if kind == "of low rank":
+        close(kept, f, 1e-6)
+    else:
+        close(found[0, m:] / found[0, m:].sum(), beyond / beyond.sum(), 1e-6)
+    if kind != "diagonal":  # of equal directions there are none to lead
+        room = 1.05 if kind == "flat" else 1.0
+        assert (kept - f).norm() <= room * (torch.diag(f.diagonal()) - f).norm()
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", ["plain", "positions"])
+def test_leading_eigenvectors_of_factors(kind, sharing):
+    model, loader = setting(kind)
+    whole = nng.FIM(model, loader, nng.PMatKFAC, sharing=sharing)
+    m = nng.FIM(model, loader, nng.PMatKFAC, sharing=sharing, factor_limit=LIMIT, factor_form="low_rank")
+    said = {(d.parameters[0], d.factor): d for d in m.dropped}
+    assert said and all(d.form == "low_rank" for d in said.values())
+    for layout, block in whole.blocks.items():
+        mine = m.blocks[layout]
+        for side, exact in zip("AG", (x[0] for x in dense(block))):
+            if (layout.names[0], side) not in said:
+                continue
+            values, basis = (getattr(mine, f"{name}{side.lower()}") for name in "su")
+            assert basis.rank == LIMIT**2 // len(exact) or basis.rank == len(exact) - 2
+            q = basis.columns(0, len(exact))[0]
+            kept, d = (q * values[0]) @ q.T, said[layout.names[0], side]
+            close(kept.trace(), exact.trace())
+            share = float((exact - kept).norm() / exact.norm())
+            assert abs(d.share - share) <= 4 * d.standard_error + 1e-6 and d.side == len(exact)
+            assert f"of {side} ({len(exact)}) of {layout.names[0]} leading eigenvectors" in repr(m)
+    closer = nng.FIM(model, loader, nng.PMatKFAC, sharing=sharing, factor_limit=LIMIT)
+    assert (m.to_dense() - whole.to_dense()).norm() < (closer.to_dense() - whole.to_dense()).norm()
+
+
+def test_all_eigenvectors_are_the_factor():
+    """A factor of lower rank than there are vectors is kept whole."""
+    model, loader = setting("plain")
+    few = [(loader[0][0][:1], loader[0][1][:1])]
+    whole = nng.EmpiricalFIM(model, few, nng.PMatKFAC, loss="cross_entropy")
+    m = nng.EmpiricalFIM(model, few, nng.PMatKFAC, loss="cross_entropy", factor_limit=LIMIT, factor_form="low_rank")
+    close(m.to_dense(), whole.to_dense(), 1e-6)
+    assert all(d.share < 1e-6 for d in m.dropped)
+
+
+def test_factored_dampings_of_low_rank():
+    model, loader = setting("plain")
+    m = nng.FIM(model, loader, nng.PMatKFAC, factor_limit=LIMIT, factor_form="low_rank")
+    for layout, block in m.blocks.items():
+        if not hasattr(block, "sa"):
+            continue
+        a, g = (u if u.ndim == 3 else torch.diag_embed(u) for u in (factor(block, "a"), factor(block, "g")))
+        plain = nng.pmat.KroneckerBlock(a, g)
+        for damping in (nng.FactoredTikhonov(0.1), nng.FactoredTikhonov(0.1, balanced=False)):
+            close(block.inverse(damping).dense(), plain.inverse(damping).dense(), 1e-8)
+        one = nng.PMatKFAC.of_blocks(m[list(layout.names)].layer_collection, m[list(layout.names)].blocks, 1)
+        other = nng.PMatKFAC.of_blocks(one.layer_collection, {next(iter(one.blocks)): plain}, 1)
+        for damping in (nng.Relative(0.1), nng.Relative(0.1, factored=True), nng.Cutoff(top=7)):
+            close(one.inverse(damping).to_dense(), other.inverse(damping).to_dense(), 1e-8)
+        for p in (0.5, 2.0, -1.0):
+            if p > 0 or float(other.eigh()[0].min()) > 1e-9:
+                close(one.power(p).to_dense(), other.power(p).to_dense(), 1e-7)
+        for f in (lambda x: x.norm(2), lambda x: x.norm(), lambda x: x.trace(), lambda x: x.diag().flat()):
+            close(f(one), f(other), 1e-8)
+        sums = [(x + 2.0 * nng.PMatDiag.from_vector(x.diag())) - 0.5 * other for x in (one, other)]
+        close(sums[0].to_dense(), sums[1].to_dense(), 1e-8)
+        close(sums[0].norm(), sums[1].norm(), 1e-8)
+        close((one + 0.5 * one).to_dense(), 1.5 * other.to_dense(), 1e-8)
+        with pytest.raises(nng.StructureError, match="no Kronecker product"):
+            one.factors()
+        with pytest.raises(nng.StructureError, match="on all data at once"):
+            nng.merge(one, one)
+
+
+def factor(block, side):
+    u, values = getattr(block, f"u{side}"), getattr(block, f"s{side}")
+    q = u.columns(0, values.shape[1]) if isinstance(u, CompletedBasis) else u
+    return torch.diag_embed(values) if q is None else (q * values.unsqueeze(-2)) @ q.mT
+
+
+@pytest.mark.parametrize("kind", [nng.PMatKFAC, nng.PMatEKFAC])
+def test_tables_that_are_heads_too(kind):
+    """The factor of the tokens is that of lookups and of outputs together."""
+    case = build("language-model")
+    whole = nng.FIM(case.model, case.loader, kind)
+    m = nng.FIM(case.model, case.loader, kind, factor_limit=4, factor_form=("low_rank", 3))
+    assert any(d.form == "low_rank" for d in m.dropped)
+    exact = nng.FIM(case.model, case.loader, nng.PMatDense)
+    if kind is nng.PMatEKFAC:
+        close(m.trace(), exact.trace())
+    else:
+        close(m.trace(), whole.trace())
+    v = nng.PVector.randn(m.layer_collection, dtype=f64)
+    full = m.to_dense()
+    close(m.mv(v).flat(), full @ v.flat())
+    damped = full + 0.1 * torch.eye(len(full), dtype=f64)
+    close(m.solve(v, 0.1).flat(), torch.linalg.solve(damped, v.flat()))
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+@pytest.mark.parametrize("kind", [nng.PMatKFAC, nng.PMatEKFAC])
+def test_heads_without_columns(kind, likelihood):
+    """Where the metric of the outputs is known no column of its root is formed: the same as with all of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 40)).double()
+    loader = [(torch.randn(n, 3, dtype=f64),) for n in (5, 3)]
+    options = {"likelihood": likelihood, "factor_limit": 20, "factor_form": ("low_rank", 6)}
+    m = nng.FIM(model, loader, kind, **options)
+    rows = nng.FIM(model, loader, kind, function=lambda x: model(x).flip(1).flip(1), **options)
+    close(m.to_dense(), rows.to_dense(), 1e-7)
+    (mine,), (theirs,) = m.dropped, rows.dropped
+    assert mine.form == theirs.form == "low_rank" and abs(mine.share - theirs.share) < 1e-6
+    diagonal, said = (nng.FIM(model, loader, kind, likelihood=likelihood, factor_limit=20).dropped for _ in range(2))
+    assert [d.form for d in diagonal] == ["diagonal"] and diagonal == said
+
+
+def test_kept_in_training(tmp_path):
+    model, loader = setting("plain")
+    low = {"factor_limit": LIMIT, "factor_form": "low_rank"}
+    with pytest.raises(nng.UnsupportedError, match="not followed in training"):
+        optimizer = nng.optim.NaturalGradient(model, nng.PMatEKFAC.options(**low), lr=0.1)
+        with optimizer.observe():
+            nn.functional.cross_entropy(model(loader[0][0]), loader[0][1]).backward()
+        optimizer.step()
+    optimizer = nng.optim.NaturalGradient(model, nng.PMatKFAC.options(**low), lr=0.0, damping=nng.FactoredTikhonov(0.1))
+    with optimizer.observe():
+        nn.functional.cross_entropy(model(loader[0][0]), loader[0][1]).backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again = nng.optim.NaturalGradient(model, nng.PMatKFAC.options(**low), lr=0.0, damping=nng.FactoredTikhonov(0.1))
+    again.load_state_dict(state)
+
+
+def test_damaged_bases_in_files(tmp_path):
+    basis = completed(1, 6, 2)
+    for wrong in (CompletedBasis(basis.u, basis.k[:, :1], basis.c), CompletedBasis(basis.u[0], basis.k, basis.c)):
+        with pytest.raises(nng.FileError, match="a basis has"):
+            nngeom_checks.require_fit(wrong)

@@ -1,9 +1,12 @@
 """Recurrent layers and cells: structure at every step, against autograd, one example at a time, of torch's own ones."""
 
+import contextlib
+
 import pytest
 import reference
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import nngeom as nng
 
@@ -166,3 +169,64 @@ def test_graphs_of_any_order():
     implicit = nng.Hessian(model, loader, nng.PMatImplicit, loss="cross_entropy")
     v = nng.PVector.randn(hessian.layer_collection, 2, dtype=f64)
     close(implicit.mv(v).flat(), hessian.mv(v).flat(), 1e-8)
+
+
+class Checkpointed(nn.Module):
+    """A model whose activations are computed again on the way back."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 3])
+def test_inside_of_a_checkpoint(kind, n):
+    """It runs the layer again without being watched, and takes what is saved then by order."""
+    model, loader = case(kind, (n,))
+    again, (x, y) = Checkpointed(model), loader[0]
+    close(nng.Jacobian(again, loader).tensor, reference.jacobian(model, x))
+    exact = nng.FIM(model, loader, nng.PMatDense)
+    close(nng.FIM(again, loader, nng.PMatDense).to_dense(), exact.to_dense())
+    v = nng.PVector.randn(exact.layer_collection, dtype=f64)
+    implicit = nng.FIM(again, loader, nng.PMatImplicit)
+    close(implicit.mv(nng.PVector.from_flat(implicit.layer_collection, v.flat())).flat(), exact.mv(v).flat())
+    nn.functional.cross_entropy(model(x), y).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    opt = nng.optim.EKFAC(again)
+    with opt.observe():
+        nn.functional.cross_entropy(again(x), y).backward()
+    for p, expected in zip(model.parameters(), plain):
+        close(p.grad, expected)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("kind", KINDS)
+def test_observed_under_autocast(kind):
+    """A training step has the outputs, their dtype and the gradients that it has without us."""
+    model, ((x, _),) = case(kind, (3,))
+    model, x, found = model.float(), x.float(), []
+    opt = nng.optim.EKFAC(model)
+    for look in (contextlib.nullcontext, opt.observe):
+        opt.zero_grad()
+        with look():
+            with torch.autocast("cpu", torch.bfloat16):
+                returned = model.cell(x)[0] if isinstance(model, Sequences) else model.cell(x[:, 0])
+                out = model(x)
+            out.float().square().mean().backward()
+        first = returned[0] if isinstance(returned, tuple) else returned
+        found.append((first.dtype, out, *(p.grad.clone() for p in model.parameters())))
+    assert found[0][0] == found[1][0]
+    for plain, observed in zip(found[0][1:], found[1][1:]):
+        assert plain.dtype == observed.dtype and torch.equal(plain, observed)
+
+
+@pytest.mark.parametrize("keep", [torch.autograd.graph.save_on_cpu, contextlib.nullcontext])
+def test_what_is_saved_elsewhere(keep):
+    model, loader = case("gru")
+    with keep():
+        close(nng.Jacobian(model, loader).tensor, reference.jacobian(model, torch.cat([x for x, _ in loader])))

@@ -52,6 +52,8 @@ def test_wrong_uses(lc):
             v[index]
     with pytest.raises(nng.ArgumentTypeError, match="no length"):
         len(v[0])
+    with pytest.raises(nng.ArgumentTypeError, match="the first is Tensor"):
+        nng.PVector.from_flat(torch.zeros(lc.numel), lc)
     with pytest.raises(nng.ArgumentError, match="expected a tensor"):
         v.apply(lambda x: x.sum())
     with pytest.raises(nng.ArgumentTypeError, match="expected a number"):

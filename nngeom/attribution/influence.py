@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.attribution.found import Influence
+from nngeom.attribution.over_parts import over_parts
 from nngeom.attribution.queries import Part, QueryFunction, loads
 from nngeom.attribution.scores import Everything, InFile, Keeper, Largest, add_scores
 from nngeom.core.damping import Damping
@@ -24,30 +26,12 @@ from nngeom.fmat.positions import Positions
 from nngeom.fmat.side import Side
 from nngeom.fmat.store import FileStore
 from nngeom.fmat.tiles import require_finite
+from nngeom.pmat.in_files import PMatInFiles
 from nngeom.pmat.metric import ByBlock, Metric, require_matrix
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Policy, Sweep
-
-
-@dataclass(frozen=True)
-class Influence:
-    """Scores of ``n`` training examples for ``q`` queries, in the order of both loaders.
-
-    ``scores (q, n)``: ``g_j^T (matrix + damping)^-1 g_i``, without sign and without ``1/n``; ``None`` with ``top=``;
-    of every position ``(q, n, t)`` with ``by_position=True``.
-    ``values``, ``indices (q, k)``: with ``top=k`` the largest of each query in descending order, and their examples;
-    else ``None``. ``self_scores (n,)``: of every training example for itself; ``None`` under a matrix that is known by
-    its products alone, where each costs a solve. ``by_layer``: ``{layer: (q, n)}``, which sum to the scores; empty
-    unless asked for.
-    """
-
-    scores: Tensor | None
-    self_scores: Tensor | None
-    values: Tensor | None
-    indices: Tensor | None
-    by_layer: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -75,7 +59,8 @@ def influence(
     ``g`` are gradients of each example's ``loss`` (as for :func:`EmpiricalFIM`), of the parameters of ``matrix``: a
     Fisher, Gauss-Newton or Hessian matrix of the training loss in any representation. The gradients of the queries
     times the inverse are made once and the training set is gone through once, or once for as many queries as have room
-    in half the memory budget; rows of training examples stay in factored form.
+    in half the memory budget; rows of training examples stay in factored form. Under a matrix of :func:`to_folder` the
+    training set is gone through once a part, of which one is in memory at a time.
 
     Args:
         train: the training data, as for any measure; with targets.
@@ -98,6 +83,14 @@ def influence(
     _require_options(top, out, by_layer=by_layer)
     if by_position and (top is not None or out is not None):
         raise ArgumentError("by_position=True keeps all scores; expected neither top= nor out= with it")
+    if isinstance(matrix, PMatInFiles):
+        if out is not None:
+            raise ArgumentError("scores of a matrix in files are sums over its parts; expected no out=")
+        given: dict[str, Any] = {"loss": loss, "query_function": query_function, "function": function, "check": check}
+        given |= {"by_layer": by_layer, "by_position": by_position, "progress": progress}
+        given |= {"memory_budget": memory_budget, "process_group": process_group}
+        of_part = lambda part, d, t, q: influence(model, t, q, part, damping=d, **given)
+        return over_parts(of_part, matrix, damping, (train, queries), top)
     run = Run.gathering(
         model,
         train,

@@ -13,6 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from nngeom.capture.written_out import COMPOSED, WRITTEN_OUT
+from nngeom.core.errors import UnsupportedError
+
+CHECKPOINTED = (
+    "the model checkpoints activations, and computes them again with other kernels than those that have second "
+    "derivatives; switch checkpointing off for this measure (model.eval(), or model.gradient_checkpointing_disable())"
+)
 
 
 @contextlib.contextmanager
@@ -33,11 +39,35 @@ def twice_differentiable(model: nn.Module | None = None) -> Iterator[None]:
         yield
 
 
+def recomputed() -> bool:
+    """Whether what autograd saves now goes to hooks, those of a checkpoint perhaps.
+
+    A checkpoint runs the same Python again while gradients are computed, on the thread of torch's and so without any
+    mode. It tells the tensors saved then by their order alone: an operation that a mode exchanged for others gives
+    wrong gradients, and where shapes agree no error.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("nngeom asks whether there are any"):
+            return False
+    except RuntimeError:
+        return True
+
+
+def composed(func: Any) -> Any:
+    """What is run for ``func`` where second derivatives are wanted; raises :class:`UnsupportedError` in a checkpoint,
+    which would save other tensors than it computes again.
+    """
+    own = COMPOSED.get(func, func)
+    if own is not func and recomputed():
+        raise UnsupportedError(CHECKPOINTED)
+    return own
+
+
 class _Composite(TorchFunctionMode):
     """Runs :data:`COMPOSED` instead of the fused operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return COMPOSED.get(func, func)(*args, **(kwargs or {}))
+        return composed(func)(*args, **(kwargs or {}))
 
 
 class ReverseConventions(TorchFunctionMode):

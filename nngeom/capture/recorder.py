@@ -22,13 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 import nngeom.layers  # noqa: F401  (registers the adapters)
 from nngeom.capture.arguments import tensors
-from nngeom.capture.fused import unfused
+from nngeom.capture.fused import composed, recomputed, unfused
 from nngeom.capture.graph import Graph, read, sequence_number
 from nngeom.capture.leaves import Leaves
 from nngeom.capture.network import Batch, Network, gradients_on
 from nngeom.capture.recorded import Recorded
 from nngeom.capture.untouched import Drew, require_unused
-from nngeom.capture.written_out import COMPOSED
 from nngeom.core.errors import ModeError
 from nngeom.layers.adapter import ADAPTERS, Call
 from nngeom.layers.elementwise import ADDITIONS
@@ -140,7 +139,7 @@ class Recorder(TorchFunctionMode):
         if func not in ADAPTERS and _is_composite(func):
             return self._open(func)(*args, **kwargs)
         by_steps = unrolled(func, args, kwargs)
-        if by_steps is not None:
+        if by_steps is not None and not recomputed():
             with self:
                 return by_steps(*args, **kwargs)
         since = sequence_number()
@@ -162,7 +161,7 @@ class Recorder(TorchFunctionMode):
 
     def _call(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """What is run: for a graph that is kept, something with second derivatives."""
-        return COMPOSED.get(func, func) if self.keep_graph else func
+        return composed(func) if self.keep_graph else func
 
     def _broadcast(self, out: Tensor, input: Any, other: Any, **options: Any) -> None:
         """``x + y`` with ``y`` the output of a use, copied along the first axis: the use moves behind the addition.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.capture.batch import Batch, tensors
+from nngeom.capture.fused import CHECKPOINTED
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, LoaderError, NNGeomError, UnsupportedError
 from nngeom.core.whole import in_parts
 
@@ -83,12 +84,7 @@ def gradients(outputs: Any, inputs: Any, v: Any, **options: Any) -> tuple[Tensor
                 'model.gradient_checkpointing_enable({"use_reentrant": False})'
             ) from error
         if type(error).__name__ == "CheckpointError":
-            raise UnsupportedError(
-                "the model checkpoints activations, and computes them again with other kernels than those that "
-                "have second "
-                "derivatives; switch checkpointing off for this measure (model.eval(), or "
-                "model.gradient_checkpointing_disable())"
-            ) from error
+            raise UnsupportedError(CHECKPOINTED) from error
         if "NestedTensor" in text or (options.get("create_graph") and "returns multiple views" in text):
             raise UnsupportedError(
                 f"torch does not differentiate an operation of the model on nested tensors ({text.splitlines()[0]}); "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core import costs, memory
+from nngeom.core.completed import CompletedBasis
 from nngeom.core.statistic import Moment
 
 
@@ -122,9 +123,11 @@ def second_moment(x: Tensor, scale: float = 1.0) -> Tensor | Moment:
     return Moment(rows[0].T, (1,), scale) if s == 1 else scale * (rows @ rows.mT)
 
 
-def times(x: Tensor, u: Tensor) -> Tensor:
+def times(x: Tensor, u: Tensor | CompletedBasis) -> Tensor:
     """``[*lead, s, p], [s, p, q] -> [*lead, s, q]``."""
     lead, (s, p) = x.shape[:-2], x.shape[-2:]
+    if isinstance(u, CompletedBasis):
+        return u.coordinates_of(x.movedim(-2, 0).reshape(s, -1, p)).view(s, *lead, p).movedim(0, -2)
     if s > 1:
         return torch.einsum("...sp,spq->...sq", x, u)
     if x.stride(-1) == 1:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from nngeom.core import contract, costs, linalg, memory, paths
+from nngeom.core.completed import CompletedBasis
 from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.linalg import Basis
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -117,11 +119,11 @@ class FactoredJacobian(LayerJacobian):
         """And as its right side: ``[n, (k o), t]``."""
         return self.g[:, :, :, s].permute(1, 0, 3, 2).flatten(1, 2)
 
-    def rotate(self, ua: Tensor | None, ug: Tensor | None) -> FactoredJacobian:
+    def rotate(self, ua: Basis | None, ug: Basis | None) -> FactoredJacobian:
         a = self.a if ua is None else contract.times(self.a, ua)
         return FactoredJacobian(a, self._rotated_gradients(ug))
 
-    def _rotated_gradients(self, ug: Tensor | None) -> Tensor:
+    def _rotated_gradients(self, ug: Basis | None) -> Tensor:
         if ug is None:
             return self.g
         return contract.times(self.g, ug)
@@ -206,9 +208,10 @@ class LookupJacobian(FactoredJacobian):
         inner = (self.a[:, :, None] == self.a[:, None, :]).to(self.g)
         return paths.contract("ntu,kntso,knuso->kn", inner, self.g, self.g, along="n")
 
-    def rotate(self, ua: Tensor | None, ug: Tensor | None) -> FactoredJacobian:
+    def rotate(self, ua: Basis | None, ug: Basis | None) -> FactoredJacobian:
         if ua is not None:
-            return FactoredJacobian(ua[0][self.a].unsqueeze(2), self._rotated_gradients(ug))
+            rows = ua.rows(self.a) if isinstance(ua, CompletedBasis) else ua[0][self.a]
+            return FactoredJacobian(rows.unsqueeze(2), self._rotated_gradients(ug))
         return LookupJacobian(self.a, self._rotated_gradients(ug), self.size)
 
     @property

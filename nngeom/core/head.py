@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nngeom.core import contract
+from nngeom.core import contract, linalg
+from nngeom.core.completed import CompletedBasis
 from nngeom.core.factored import FactoredJacobian
 from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.linalg import Basis
 from nngeom.core.output_metric import OutputMetric
 
 
@@ -25,12 +27,12 @@ class HeadJacobian(LayerJacobian):
     metric: OutputMetric  # of rows (n t)
     make: Callable[[], Tensor]  # the columns, [k, n, ..., c]
     count: int  # k
-    ug: Tensor | None = None  # [c o], a basis that the outputs were turned to
+    ug: Basis | None = None  # [1 c o], a basis that the outputs were turned to
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         n, _, s, i = self.a.shape
-        return self.count, n, s, self.metric.diagonal().shape[1] if self.ug is None else self.ug.shape[1], i
+        return self.count, n, s, self.metric.diagonal().shape[1] if self.ug is None else self.ug.shape[-1], i
 
     @property
     def positions(self) -> int:
@@ -42,7 +44,7 @@ class HeadJacobian(LayerJacobian):
         n, t = self.a.shape[:2]
         v = self.make()
         g = v.reshape(self.count, n, t, 1, v.shape[-1]).to(self.dtype)
-        return FactoredJacobian(self.a, g if self.ug is None else g @ self.ug)
+        return FactoredJacobian(self.a, g if self.ug is None else contract.times(g, self.ug))
 
     def matrix(self) -> Tensor:
         return self.explicit().matrix()
@@ -54,24 +56,31 @@ class HeadJacobian(LayerJacobian):
         return self.explicit().cotangents(lo, hi)
 
     def square(self) -> Tensor:
-        squares = self.metric.diagonal() if self.ug is None else self.metric.along(self.ug)  # [(n t) o]
-        total = squares.to(self.dtype).T @ self.a.square().flatten(0, 2)
+        total = self._squares().to(self.dtype).T @ self.a.square().flatten(0, 2)
         return total.unsqueeze(0)
 
-    def rotate(self, ua: Tensor | None, ug: Tensor | None) -> HeadJacobian:
+    def _squares(self) -> Tensor:
+        """``[(n t), o]``: the sums of the squared columns, a row of the metric each."""
+        if self.ug is None:
+            return self.metric.diagonal()
+        if isinstance(self.ug, CompletedBasis):
+            return torch.cat([self.metric.along(q[0]) for _, q in self.ug.pieces()], -1)
+        return self.metric.along(self.ug[0])
+
+    def rotate(self, ua: Basis | None, ug: Basis | None) -> LayerJacobian:
+        if self.ug is not None and ug is not None:
+            return self.explicit().rotate(ua, ug)
         a = self.a if ua is None else contract.times(self.a, ua)
-        turned = self.ug if ug is None else ug[0] if self.ug is None else self.ug @ ug[0]
-        return replace(self, a=a, ug=turned)
+        return replace(self, a=a, ug=self.ug if ug is None else ug)
 
     def second_moment(self) -> Tensor:
         """``[1, o, o]``: ``sum_knt v v^T``."""
-        total = self.metric.total().to(self.dtype)
-        return (total if self.ug is None else self.ug.T @ total @ self.ug).unsqueeze(0)
+        total = self.metric.total().to(self.dtype).unsqueeze(0)
+        return total if self.ug is None else linalg.right(linalg.left(self.ug, total, transpose=True), self.ug)
 
     def squared_columns(self) -> Tensor:
         """``[1, o]``: the diagonal of :meth:`second_moment`."""
-        squares = self.metric.diagonal() if self.ug is None else self.metric.along(self.ug)
-        return squares.to(self.dtype).sum(0, keepdim=True)
+        return self._squares().to(self.dtype).sum(0, keepdim=True)
 
 
 def zero_gradient(shape: torch.Size, like: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg, memory
+from nngeom.core.completed import CompletedBasis
+from nngeom.core.linalg import Basis
 
 
 class LayerJacobian(ABC):
@@ -93,7 +95,7 @@ class LayerJacobian(ABC):
         result: Tensor = (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
         return result
 
-    def rotate(self, ua: Tensor | None, ug: Tensor | None) -> LayerJacobian:
+    def rotate(self, ua: Basis | None, ug: Basis | None) -> LayerJacobian:
         """Rows in the bases ``ua [s, i, i]`` and ``ug [s, o, o]``: ``ug^T J ua`` (``None``: the identity)."""
         return FullJacobian(linalg.right(linalg.left(ug, self.matrix(), transpose=True), ua))
 
@@ -117,6 +119,8 @@ def tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, tuple):
         for part in x:
             yield from tensors(part)
+    elif isinstance(x, CompletedBasis):
+        yield from x.tensors()
     elif isinstance(x, LayerJacobian):
         for f in fields(x):  # type: ignore[arg-type]
             yield from tensors(getattr(x, f.name))
@@ -128,6 +132,8 @@ def _mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(x)
     if isinstance(x, tuple):
         return tuple(_mapped(part, change) for part in x)
+    if isinstance(x, CompletedBasis):
+        return x.map_tensors(change)
     if isinstance(x, LayerJacobian):
         return replace(x, **{f.name: _mapped(getattr(x, f.name), change) for f in fields(x)})  # type: ignore
     return x

@@ -1,7 +1,8 @@
 """Dense linear algebra that does not surprise: float64 eigendecompositions, exact Gram products, factors.
 
-A *factor* is one side of a Kronecker product, batched over groups ``s``: dense ``[s, p, p]`` or, where it is exactly
-or by choice diagonal, its diagonal ``[s, p]``. An eigenbasis of a diagonal factor is ``None``: the identity.
+A *factor* is one side of a Kronecker product, batched over groups ``s``: dense ``[s, p, p]`` or, where it is exactly or
+by choice diagonal, its diagonal ``[s, p]``; until it is decomposed also its sketch, see :mod:`nngeom.core.sketch`. An
+eigenbasis of a diagonal factor is ``None``: the identity, that of a sketch a :class:`CompletedBasis`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.core.completed import CompletedBasis
 from nngeom.core.errors import NonFiniteError, SingularError, UnsupportedError
+from nngeom.core.sketch import is_sketched, sketch_eigh
 
+Basis = Tensor | CompletedBasis
 ROUNDINGS = 16  # of the largest eigenvalue, below which one of a sum over examples counts as zero
 
 
@@ -157,15 +161,6 @@ def cholesky_logdet(m: Tensor, what: str) -> Tensor:
     return 2 * pivots.log().sum(-1).to(m)
 
 
-def lu(m: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """The factors of a square ``m [p, p]``, as ``torch.linalg.lu_factor``; raises :class:`SingularError` on zeros."""
-    factors, order, _ = torch.linalg.lu_factor_ex(m)
-    pivots = factors.detach().diagonal().abs()
-    if bool((pivots <= m.shape[-1] * torch.finfo(m.dtype).eps * m.detach().abs().max()).any()):
-        raise SingularError(f"{what} is singular; use a larger damping")
-    return factors, order
-
-
 # -- factors: dense [s, p, p] or diagonal [s, p] -----------------------------------------------------------------------
 
 
@@ -176,6 +171,8 @@ def is_diagonal(factor: Tensor) -> bool:
 
 def factor_diag(factor: Tensor) -> Tensor:
     """``[s, p]``: the diagonal."""
+    if is_sketched(factor):
+        return factor[..., 0]
     return factor if is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
 
 
@@ -184,7 +181,7 @@ def factor_norm2(factor: Tensor) -> Tensor:
     return factor.square().flatten(1).sum(1)
 
 
-def factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:
+def factor_eigh(factor: Tensor) -> tuple[Tensor, Basis | None]:
     """Eigenvalues ``[s, p]`` and eigenvectors ``[s, p, p]`` (``None``: the identity), computed in float64.
 
     Those below :data:`ROUNDINGS` of the largest in size, in the dtype of the factor, are set to zero: what the rounding
@@ -193,7 +190,7 @@ def factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     if is_diagonal(factor):
         return factor, None
-    values, vectors = eigh(factor)
+    values, vectors = sketch_eigh(factor) if is_sketched(factor) else eigh(factor)
     floor = ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
     zeros = values - values.detach() if values.requires_grad else torch.zeros_like(values)  # with their derivatives
     return torch.where(values.abs() > floor, values, zeros), vectors
@@ -224,19 +221,23 @@ def factor_solve(factor: Tensor, x: Tensor, what: str) -> Tensor:
     return torch.cholesky_solve(x, cholesky(factor, what).expand(*x.shape[:-2], -1, -1))
 
 
-def left(factor: Tensor | None, x: Tensor, *, transpose: bool = False) -> Tensor:
+def left(factor: Basis | None, x: Tensor, *, transpose: bool = False) -> Tensor:
     """``factor @ x`` over the rows of ``x [..., s, o, i]``."""
     if factor is None:
         return x
+    if isinstance(factor, CompletedBasis):
+        return (factor.coordinates_of if transpose else factor.vectors_of)(x.mT).mT
     if is_diagonal(factor):
         return factor.unsqueeze(-1) * x
     return _product(factor.mT if transpose else factor, x)
 
 
-def right(x: Tensor, factor: Tensor | None, *, transpose: bool = False) -> Tensor:
+def right(x: Tensor, factor: Basis | None, *, transpose: bool = False) -> Tensor:
     """``x @ factor`` over the columns of ``x [..., s, o, i]``."""
     if factor is None:
         return x
+    if isinstance(factor, CompletedBasis):
+        return (factor.vectors_of if transpose else factor.coordinates_of)(x)
     if is_diagonal(factor):
         return x * factor.unsqueeze(-2)
     return _product(x, factor.mT if transpose else factor)

@@ -24,6 +24,10 @@ class OutputMetric(ABC):
     def total(self) -> Tensor:
         """``[c, c]``: ``sum_r H[r]``."""
 
+    def total_times(self, x: Tensor) -> Tensor:
+        """``[c, m]``: ``sum_r H[r] x`` for ``x [c, m]``."""
+        return self.total().to(x.dtype) @ x
+
     @abstractmethod
     def along(self, u: Tensor) -> Tensor:
         """``[r, o]``: ``u_j^T H[r] u_j`` for the columns of ``u [c, o]``."""
@@ -62,6 +66,9 @@ class DiagonalMetric(OutputMetric):
 
     def total(self) -> Tensor:
         return self.d.sum(0).diag_embed()
+
+    def total_times(self, x: Tensor) -> Tensor:
+        return self.d.sum(0).to(x.dtype).unsqueeze(-1) * x
 
     def along(self, u: Tensor) -> Tensor:
         return self.d @ u.square()

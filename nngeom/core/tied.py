@@ -14,6 +14,7 @@ from nngeom.core import memory
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Arrangement
+from nngeom.core.linalg import Basis
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class TiedJacobian(LayerJacobian):
                 total = total + 2 * torch.stack([c[:, 0, :, 0].diagonal() for c in cross], 1)
         return total
 
-    def rotate(self, ua: Tensor | None, ug: Tensor | None) -> TiedJacobian:
+    def rotate(self, ua: Basis | None, ug: Basis | None) -> TiedJacobian:
         return TiedJacobian(tuple((t, j.rotate(ug, ua) if t else j.rotate(ua, ug)) for t, j in self.terms))
 
 

@@ -60,6 +60,11 @@ class SoftmaxMetric(OutputMetric):
         total.diagonal().copy_(self.diagonal().sum(0))
         return total
 
+    def total_times(self, x: Tensor) -> Tensor:
+        p = self.rest.scatter(-1, self.top.unsqueeze(-1), 1 - self.doubt).to(x.dtype)
+        own = self.diagonal().sum(0).to(x.dtype) + self._scaled(p.square()).sum(0)
+        return own.unsqueeze(-1) * x - p.T @ self._scaled(p @ x)
+
     def along(self, u: Tensor) -> Tensor:
         u = u.to(self.z.dtype)
         top, mean = u[self.top], self.rest @ u

@@ -59,6 +59,9 @@ class FMatDiag(FMat):
     def _symmetric_parts(self) -> Tensor:
         return self.tensor.flatten()[:, None, None]
 
+    def norm(self, kind: str | int = "fro") -> Tensor:
+        return self.tensor.abs().max() if kind == 2 else super().norm(kind)
+
     def solve(self, f: HasColumns[C], damping: float | Tensor | Damping = 0.0) -> C:
         if has_columns(f):
             return cast(C, by_columns(self, f, lambda u: self.solve(u, damping)))

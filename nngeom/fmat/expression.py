@@ -75,8 +75,8 @@ class FMatSum(FunctionOperator):
         """The same kernel as an :class:`FMatDense`."""
         return FMatDense(self.to_dense(limit).view(self.outputs, self.rows, self.outputs, self.columns))
 
-    def norm(self, kind: str = "fro") -> Tensor:
-        """The Frobenius norm of the dense kernel."""
+    def norm(self, kind: str | int = "fro") -> Tensor:
+        """The Frobenius norm, or the spectral one (``kind=2``), of the dense kernel."""
         return self.materialize().norm(kind)
 
     def inverse(self, damping: float | Tensor | Damping = 0.0) -> FMatDense:

@@ -19,6 +19,7 @@ from nngeom.fmat.columns import C, HasColumns, by_columns, has_columns
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.pmat.block import TensorObject
 from nngeom.pmat.eigenvalues import log_sum, reciprocal, zero_small
+from nngeom.solve.norm import largest_singular_value
 from nngeom.space.fvector import FVector
 
 
@@ -65,12 +66,14 @@ class FMat(TensorObject, FunctionOperator):
         """The entries in a wider representation."""
         return self.tensor if isinstance(self, kind) else self.widened()._entries_as(kind)
 
-    def norm(self, kind: str = "fro") -> Tensor:
-        """The Frobenius norm; ``kind`` is ``"fro"``, others raise :class:`ArgumentError`."""
+    def norm(self, kind: str | int = "fro") -> Tensor:
+        """The Frobenius norm, ``kind="fro"``, or the largest singular value, ``kind=2``, of one set of examples the
+        largest absolute eigenvalue; others raise :class:`ArgumentError`.
+        """
+        if kind == 2:
+            return torch.stack([largest_singular_value(m) for m in self._symmetric_parts()]).max()
         if kind not in ("fro", None):
-            raise ArgumentError(
-                f"norm({kind!r}) is not offered; expected 'fro' (eigenvalues for other norms: K.eigh()[0])"
-            )
+            raise ArgumentError(f"norm({kind!r}) is not offered; expected 'fro' or 2 (K.eigh()[0]: all eigenvalues)")
         return self.tensor.norm()
 
     # -- square kernels ------------------------------------------------------------------------------------------------

@@ -89,8 +89,10 @@ class FunctionOperator(InHand, ABC):
         """The diagonal, ``(c, n)``."""
 
     @abstractmethod
-    def norm(self, kind: str = "fro") -> Tensor:
-        """The Frobenius norm; others than ``kind="fro"`` raise :class:`ArgumentError`."""
+    def norm(self, kind: str | int = "fro") -> Tensor:
+        """The Frobenius norm, ``kind="fro"``, or the largest singular value, ``kind=2``; others raise
+        :class:`ArgumentError`.
+        """
 
     @abstractmethod
     def solve(self, f: HasColumns[C], damping: float | Tensor | Damping = 0.0) -> C:

@@ -100,9 +100,11 @@ _CELLS: dict[Any, Callable[..., Any]] = {getattr(torch, f"{name}_cell"): _cell(s
 
 def unrolled(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
     """What computes the same as ``func`` of these arguments, one step after the other; ``None`` for what is no
-    recurrent layer, and for packed sequences, sequences without steps, and dropout between layers, which are not
-    written out.
+    recurrent layer, and for packed sequences, sequences without steps, dropout between layers, and what autocast
+    makes of one as a whole, in a precision of its kernel's own, which are not written out.
     """
+    if (func in _CELLS or func in _SEQUENCES) and torch.is_autocast_enabled(args[0].device.type):
+        return None
     if func in _CELLS:
         return _CELLS[func]
     if func not in _SEQUENCES or kwargs or len(args) != 9 or not isinstance(args[3], bool):

@@ -14,6 +14,7 @@ from nngeom.optim.robust import WinsorizedSGD, median_of_means_gradient, winsori
 from nngeom.optim.schedule import Schedule
 from nngeom.optim.soap import SOAP
 from nngeom.optim.spectra import Spectrum, spectrum
+from nngeom.optim.states import join_states
 from nngeom.optim.variance_damping import VarianceDamping
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Spectrum",
     "VarianceDamping",
     "WinsorizedSGD",
+    "join_states",
     "keeps",
     "median_of_means_gradient",
     "spectrum",

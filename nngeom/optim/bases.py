@@ -11,6 +11,7 @@ from torch import Tensor
 from nngeom.core import linalg
 from nngeom.core.damping import Damping, Relative
 from nngeom.core.layout import Layout
+from nngeom.core.linalg import Basis
 from nngeom.optim.heads import Head, Leading, iterated
 from nngeom.pmat.eigenbases import cost
 from nngeom.pmat.kfac import kronecker_blocks
@@ -60,8 +61,8 @@ class Bases:
         return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
 
 
-def _eigen(factor: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if linalg.is_diagonal(factor) or u is None or factor.shape != u.shape or factor.shape[-1] <= SMALL:
+def _eigen(factor: Tensor, u: Basis | None) -> tuple[Tensor, Basis | None]:
+    if linalg.is_diagonal(factor) or not isinstance(u, Tensor) or factor.shape != u.shape or factor.shape[-1] <= SMALL:
         return linalg.factor_eigh(factor)
     values, u = iterated(factor, u)
     floor = linalg.ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
@@ -73,7 +74,7 @@ def moved(x: Tensor, old: Kept, new: Kept, *, squared: bool) -> Tensor:
     taken to be uncorrelated.
     """
     for side, (mine, theirs) in enumerate(((old.ug, new.ug), (old.ua, new.ua))):
-        if mine is None or theirs is None:
+        if not (isinstance(mine, Tensor) and isinstance(theirs, Tensor)):
             continue
         turn = theirs.mT @ mine
         turn = turn.square() if squared else turn

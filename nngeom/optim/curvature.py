@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
 from nngeom.core.damping import Damping, Relative
@@ -17,18 +16,17 @@ from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.optim.averages import Averages, all_finite, plain_blocks, restored_blocks, scaled_means
 from nngeom.optim.drowned import Drowned
-from nngeom.optim.inverses import cost, inverse
+from nngeom.optim.inverses import inverses
 from nngeom.optim.manner import Manner
 from nngeom.optim.packed import Packed
 from nngeom.optim.pending import Seen
 from nngeom.optim.rank import BatchRank
 from nngeom.optim.schedule import Schedule
-from nngeom.pmat.block import Block
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Selection, Statistic
 from nngeom.pmat.representation import Representation
-from nngeom.ranks.made import made
+from nngeom.ranks.team import ALONE
 from nngeom.sweep.sweep import Chunk
 
 
@@ -38,7 +36,8 @@ class Curvature(ABC):
     Subclasses say :meth:`observe` and :meth:`precondition`, and register under :func:`keeps`. ``pending`` are sums
     since the last step (``pending.add(statistic, chunk)``), ``averages`` running means of them
     (``averages.take(pending, seen.examples, seen.scale, schedule.decay)``, ``averages.read()``), ``blocks`` what
-    preconditions: nothing was observed where there are none. The last two are saved and loaded with the optimizer.
+    preconditions: nothing was observed where there are none. The last two are saved and loaded with the optimizer, and
+    may be kept by another process alone, which is sent the sums: :attr:`known` then says whether it has blocks.
 
     Args:
         representation: the class of matrices, and its options.
@@ -52,6 +51,7 @@ class Curvature(ABC):
         self.representation, self.selection, self.manner = representation, selection, manner
         self.averages = Averages()
         self.blocks: dict[Layout, Any] = {}
+        self.elsewhere = False  # another process keeps blocks of these parameters
         self._packed: Packed | None = None
         self.rank = BatchRank(on=manner.team.size == 1 and not manner.own_rows)
         self.forget()
@@ -69,6 +69,25 @@ class Curvature(ABC):
     def wants_every_batch(self) -> bool:
         """Whether the rows of batches are taken in whose statistics are not due."""
         return False
+
+    @property
+    def mine(self) -> bool:
+        """Whether this process keeps what there is."""
+        return self.manner.owner in (None, self.manner.team.rank)
+
+    @property
+    def known(self) -> bool:
+        """Whether there are blocks, here or with the process that keeps them."""
+        return bool(self.blocks) or self.elsewhere
+
+    def why_not_owned(self) -> str | None:
+        """What stands against one process keeping this for all, by sums of the others', if something does."""
+        return f"{self.representation.kind.__name__}, as {type(self).__name__} keeps it"
+
+    def own(self, owner: int) -> None:
+        """From now on the process ``owner`` keeps this for all."""
+        self.manner = replace(self.manner, owner=owner)
+        self.selection = replace(self.selection, team=ALONE)
 
     @abstractmethod
     def observe(self, chunk: Chunk, schedule: Schedule) -> None:
@@ -147,6 +166,12 @@ class Averaged(Curvature):
         super().forget()
         self.held: list[Chunk] = []
 
+    def why_not_owned(self):
+        if type(self) is not Averaged:
+            return super().why_not_owned()
+        sweeps = self.representation.passes
+        return f"a representation of {sweeps} sweeps, which need its blocks everywhere" if self.several else None
+
     @property
     def wants_every_batch(self):
         return self.rank.wanted and any(
@@ -156,9 +181,9 @@ class Averaged(Curvature):
 
     def observe(self, chunk, schedule):
         chunk = self.selection.restrict(chunk)
-        if not self.blocks or self.wants_every_batch:
+        if not self.known or self.wants_every_batch:
             self.rank.observe(chunk)
-        if not schedule.statistics and self.blocks:
+        if not schedule.statistics and self.known:
             return
         self.pending.add(self.statistic, chunk)
         if self.several and self._due(schedule):
@@ -194,16 +219,8 @@ class Averaged(Curvature):
             while True:
                 means = self._later(recipe.send(means), seen)
         except StopIteration as end:
-            self.blocks = self._inverses(end.value, damping)
+            self.blocks = inverses(self.manner, end.value, damping)
         self.sources = set(self.averages.entries)
-
-    def _inverses(self, blocks: dict[Layout, Block], damping: Damping | Relative) -> dict[Layout, Any]:
-        """Those of all blocks, each made by one of the processes."""
-        costs = {layout: cost(block) for layout, block in blocks.items()}
-        tensors = (t for block in blocks.values() for t in block.fields().values() if isinstance(t, Tensor))
-        device = next((t.device for t in tensors), torch.device("cpu"))
-        made_of = lambda layout: inverse(layout, blocks[layout], damping, self.manner.drowned)
-        return made(self.manner.team, "inverses", costs, made_of, device)
 
     def _later(self, statistic: Statistic, seen: Seen) -> Means:
         """What a later sweep is sent: means over the examples that are held."""

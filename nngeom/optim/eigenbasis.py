@@ -11,6 +11,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from nngeom.core.errors import UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.optim.averages import all_finite, scaled_means
@@ -42,10 +43,15 @@ class Eigenbasis(Curvature):
 
     def __init__(self, representation: Representation, selection: Selection, manner: Manner):
         super().__init__(representation, selection, manner)
+        if "low_rank" in representation.settings.get("factor_form", ()):
+            raise UnsupportedError(
+                "bases of factor_form='low_rank' are not followed in training; expected 'diagonal' or 'block', or "
+                "NaturalGradient(model, PMatKFAC.options(factor_form='low_rank'))"
+            )
         self.statistic: Callable = next(representation.recipe(selection))
         self.spectrum, self.worker, self.shifts = spectrum_of(manner), manner.worker, Shifts()
         self.signal = Signal()
-        self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0, manner.team)
+        self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0, manner.makers)
         self.of_gradients = GradientFactors() if manner.factors == "gradients" else None
         self.sources: set[Layout] = set()  # layers that have a basis
         self.future: Future | None = None
@@ -57,6 +63,18 @@ class Eigenbasis(Curvature):
 
     def finite(self):
         return super().finite() and all_finite(self.squares)
+
+    def why_not_owned(self):
+        if type(self) is not Eigenbasis:
+            return super().why_not_owned()
+        if self.spectrum.reads_rows:
+            return "second moments of examples in the bases (scalings='running', 'factors' or 'adam' are offered, of "
+            "fisher='empirical')"
+        return None
+
+    def own(self, owner):
+        super().own(owner)
+        self.bases = dataclasses.replace(self.bases, team=self.manner.makers)
 
     # -- observing -----------------------------------------------------------------------------------------------------
 
@@ -70,7 +88,7 @@ class Eigenbasis(Curvature):
         chunk = self.selection.restrict(chunk)
         if self.of_gradients is not None:
             self.of_gradients.observe(chunk)
-        elif schedule.statistics or not self.blocks:
+        elif schedule.statistics or not self.known:
             self.pending.add(self.statistic, chunk)
         self.rank.observe(chunk)
         if not self.spectrum.reads_rows:

@@ -9,9 +9,20 @@ from nngeom.core.damping import Cutoff, Damping, Relative
 from nngeom.core.errors import SingularError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.optim.drowned import Drowned, drowned_inverse
+from nngeom.optim.manner import Manner
 from nngeom.pmat.block import Block
 from nngeom.pmat.damped import damped_by
 from nngeom.pmat.kronecker import KroneckerBlock
+from nngeom.ranks.made import made
+
+
+def inverses(manner: Manner, blocks: dict[Layout, Block], damping: Damping | Relative) -> dict[Layout, Block | Drowned]:
+    """Those of all ``blocks``, each made by one of the processes."""
+    costs = {layout: cost(block) for layout, block in blocks.items()}
+    tensors = (t for block in blocks.values() for t in block.fields().values() if isinstance(t, Tensor))
+    device = next((t.device for t in tensors), torch.device("cpu"))
+    made_of = lambda layout: inverse(layout, blocks[layout], damping, manner.drowned)
+    return made(manner.makers, "inverses", costs, made_of, device)
 
 
 def cost(block: Block) -> float:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nngeom.core.errors import ArgumentError, PeerError, RankMismatchError, UnevenBatchWarning
+from nngeom.core.errors import ArgumentError, PeerError, RankMismatchError, UnevenBatchWarning, UnsupportedError
 from nngeom.core.memory import DEFAULT_BUDGET
 from nngeom.core.statistic import Sums
 from nngeom.optim.partition import Partition
@@ -54,7 +55,7 @@ class _Told:
     agreed: dict[str, str]
     batchwise: frozenset[str]
     rest: frozenset[str]
-    parts: tuple[tuple[int, tuple[str, ...]], ...]
+    parts: tuple[tuple[Any, tuple[str, ...]], ...]
     headers: tuple[Header, ...]
 
     @property
@@ -83,6 +84,7 @@ class Joint:
         to be left out, the same on all. ``why``: what this process has against it.
         """
         own_loss = self.observer.cotangents is None
+        self.partition.decide()
         if self.team.size == 1:
             return self.pending.seen(own_loss=own_loss) if why is None else why
         told = self.team.exchange("step", self._told(schedule, why))
@@ -95,8 +97,36 @@ class Joint:
         seen = self._joint(told, own_loss=own_loss)
         for j, part in enumerate(self.partition):
             part.pending.scale_(seen.own)
-            merged(part.pending, self.team, [other.headers[j] for other in told], seen.device)
+            headers, owner = [other.headers[j] for other in told], part.manner.owner
+            merged(part.pending, self.team, headers, seen.device, to=owner)
+            if not part.mine:
+                part.forget()
         return seen
+
+    def precondition(self, gradient: Tensor, seen: Seen, schedule: Schedule) -> None:
+        """Every part its own places of the ``gradient [d]``, in place; those that other processes keep are sent. All
+        of them raise what one does.
+        """
+        if not self.partition.owners.apart:
+            for part in self.partition:
+                part.precondition(gradient, seen, schedule)
+            return
+        if getattr(schedule.damping, "top", None) is not None:
+            raise UnsupportedError(
+                f"damping is {schedule.damping!r}, of eigenvalues that several processes keep; use "
+                "placement='replicated', or Cutoff(x)"
+            )
+        with self.team.together("preconditioning") as note:
+            for part in self.partition:
+                if part.mine:
+                    part.precondition(gradient, seen, schedule)
+            note.mine = [part.known for part in self.partition]
+        sent: dict[int, list[Tensor]] = {rank: [] for rank in range(self.team.size)}
+        for j, ((_, owner), part) in enumerate(self.partition.parts.items()):
+            part.elsewhere = not part.mine and note.all[owner][j]
+            sent[owner] += [gradient[piece.offset : piece.stop] for piece in part.selection.span().pieces]
+        for rank, pieces in sent.items():
+            self.team.spread(pieces, rank)
 
     def _told(self, schedule: Schedule, why: tuple[str, str] | None) -> _Told:
         return _Told(
@@ -106,7 +136,7 @@ class Joint:
             agreed={"schedule": repr(schedule), "reduction": self.pending.reduction},
             batchwise=frozenset(self.observer.batchwise),
             rest=frozenset(self.partition.rest_names),
-            parts=tuple((index, part.selection.names) for index, part in self.partition.parts.items()),
+            parts=tuple((key, part.selection.names) for key, part in self.partition.parts.items()),
             headers=tuple(Header.of(part.pending) for part in self.partition),
         )
 

@@ -20,6 +20,7 @@ class Manner:
         scalings: the spectrum in eigenbases, by name.
         own_rows: the rows are those of a likelihood, not of the user's loss.
         team: the processes that share a step.
+        owner: the one of them that keeps this part for all; ``None``: all keep it.
         worker: a background thread, where one may be used.
         factors: whose eigenbases, those of ``"rows"`` or of ``"gradients"``.
         refresh: how later eigenbases come about, ``"eigh"`` or ``"qr"``.
@@ -32,12 +33,18 @@ class Manner:
     scalings: str = "batch"
     own_rows: bool = False
     team: Team = ALONE
+    owner: int | None = None
     worker: ThreadPoolExecutor | None = None
     factors: str = "rows"
     refresh: str = "eigh"
     power: float = 1.0
     first_decay: float = 0.95
     drowned: float = 0.0
+
+    @property
+    def makers(self) -> Team:
+        """The processes that share the making of inverses and bases of this part."""
+        return self.team if self.owner is None else ALONE
 
 
 def as_manner(**options: Any) -> Manner:

@@ -23,6 +23,7 @@ from nngeom.optim.joint import Joint, require_synchronous
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.manner import as_manner
 from nngeom.optim.model_check import ModelCheck
+from nngeom.optim.owners import Owners
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending
 from nngeom.optim.preconditioned import Preconditioned
@@ -84,6 +85,9 @@ class NaturalGradient(Preconditioned):
         async_basis: of EKFAC alone: see :class:`EKFAC`.
         process_group: the processes that a ``DistributedDataParallel`` model is replicated over, or one under
             ``fully_shard`` sharded: the curvature is that of their joint batch, and all take the same step, bit by bit.
+        placement: of the curvature over these: ``"replicated"``, every one keeps that of all layers; ``"owned"``, each
+            keeps that of some, is sent the others' sums of them and sends their preconditioned gradients;
+            ``"auto"``, owned where averages and inverses or bases exceed an eighth of the memory of a device.
 
     A step whose gradients or statistics are not finite is skipped with a :class:`SkippedStepWarning` that counts.
     Raises :class:`ArgumentError` on numbers out of range and on a step before anything was observed,
@@ -124,6 +128,7 @@ class NaturalGradient(Preconditioned):
         seed: int = 0,
         async_basis: bool = False,
         process_group: Any = None,
+        placement: str = "replicated",
     ):
         team = Team.of(process_group)
         require_model(model, team)
@@ -163,7 +168,8 @@ class NaturalGradient(Preconditioned):
             drowned=drowned,
         )
         require_spectrum(manner.scalings)
-        self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner)
+        owners = Owners(self.collection, team, placement)
+        self.partition = Partition(self.collection, self.representation, as_rest(rest), self.observer, manner, owners)
         parameters = self.observer.network.parameters
         self.gradients = Gradients(parameters.values(), self.observer.network.dtype)
         self.intake = Intake(self.clock, self.partition, self.pending, own_loss=self.observer.cotangents is None)
@@ -176,7 +182,11 @@ class NaturalGradient(Preconditioned):
         self.clock.now()  # checks the numbers
         self.joint = Joint(team, self.observer, self.partition, self.pending)
         self.joint.agree(
-            type(self).__name__, representation=self.representation, scalings=scalings, metric=self.observer.cotangents
+            type(self).__name__,
+            representation=self.representation,
+            scalings=scalings,
+            metric=self.observer.cotangents,
+            placement=placement,
         )
 
     @torch.no_grad()

@@ -151,13 +151,12 @@ class Preconditioned(torch.optim.Optimizer):
             return self._skip(*seen)
         self.check.arrived(flat, seen.examples)
         try:
-            for part in self.partition:
-                part.precondition(flat, seen, schedule)
+            self.joint.precondition(flat, seen, schedule)
         except (SingularError, NonFiniteError, PeerError) as error:
             if self.clock.steps == 0 or not is_curvature(error):
                 raise
             return self._skip("curvature", str(error))
-        if not any(part.blocks for part in self.partition):
+        if not any(part.known for part in self.partition):
             raise ArgumentError(
                 "step() before anything was observed; expected the forward and backward pass inside `with "
                 "opt.observe():`"

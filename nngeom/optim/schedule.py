@@ -48,15 +48,14 @@ class Clock:
         now = {name: number(name, x, self.steps) for name, x in self.numbers.items()}
         refresh = self.refreshed < 0 or self.steps - self.refreshed >= now["every"]
         statistics = refresh or (now["statistics_decay"] > 0 and self.steps % int(now["statistics_every"]) == 0)
-        variance = self.damping if isinstance(self.damping, VarianceDamping) else None
         return Schedule(
-            statistics,
-            refresh,
-            now["statistics_decay"],
-            now["scalings_decay"],
-            self._damping(),
-            now["kl_clip"],
-            variance,
+            statistics=statistics,
+            refresh=refresh,
+            decay=now["statistics_decay"],
+            scalings_decay=now["scalings_decay"],
+            damping=self._damping(),
+            kl_clip=now["kl_clip"],
+            variance=self.damping if isinstance(self.damping, VarianceDamping) else None,
         )
 
     def _damping(self) -> Damping | Relative:

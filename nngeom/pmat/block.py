@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from nngeom.core.completed import CompletedBasis
 from nngeom.core.damping import Damping, Tikhonov
 from nngeom.core.registry import Registry
 from nngeom.pmat.block_algebra import BlockAlgebra, Remake, same
@@ -37,6 +38,7 @@ class TensorObject:
         """The same object with ``f`` of every tensor."""
         fields: dict[str, Any] = {name: f(t) for name, t in self.fields().items() if isinstance(t, Tensor)}
         fields |= {name: tuple(map(f, ts)) for name, ts in self.fields().items() if isinstance(ts, tuple)}
+        fields |= {name: b.map_tensors(f) for name, b in self.fields().items() if isinstance(b, CompletedBasis)}
         return dataclasses.replace(self, **fields)  # type: ignore[type-var]
 
     def fields(self) -> dict[str, Any]:
@@ -46,6 +48,7 @@ class TensorObject:
     def tensors(self) -> Iterator[Tensor]:
         """All tensors held, those in tuples too."""
         for value in self.fields().values():
+            value = tuple(value.tensors()) if isinstance(value, CompletedBasis) else value
             yield from (t for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor))
 
 

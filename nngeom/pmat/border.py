@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nngeom.core import linalg
 from nngeom.core.errors import SingularError
+from nngeom.core.lu import lu
 from nngeom.pmat.eigenvalues import rounding
 from nngeom.pmat.regroup import Rows
 
@@ -47,7 +47,7 @@ class Bordered:
     def corrected(self, x: Tensor, along: Tensor) -> Tensor:
         """``x - B^-1 R^T C^-1 along``."""
         flat = along.reshape(-1, len(self.c))
-        inner = torch.linalg.lu_solve(*linalg.lu(self.c, "the rows of a sum"), flat.T).T
+        inner = torch.linalg.lu_solve(*lu(self.c, "the rows of a sum"), flat.T).T
         result: Tensor = x - inner.view(along.shape) @ self.solved
         return result
 

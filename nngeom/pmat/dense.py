@@ -159,6 +159,7 @@ class PMatBlockDiag(PMat):
     """One dense block a layer; covariances between layers are dropped."""
 
     entries = "layers"
+    layerwise = True
 
     @classmethod
     def recipe(cls, selection: Selection) -> Recipe:

@@ -68,6 +68,7 @@ class PMatDiag(PMat):
 
     entries = "diagonal"
     any_columns = True
+    layerwise = True
 
     @classmethod
     def recipe(cls, selection: Selection) -> Recipe:

@@ -15,7 +15,7 @@ OVERHEAD = 64**3  # of a decomposition, in the units of :func:`cost`: small ones
 
 def cost(factor: Tensor) -> float:
     """About proportional to the time that :func:`linalg.factor_eigh` takes."""
-    return OVERHEAD + (0 if linalg.is_diagonal(factor) else factor.shape[0] * factor.shape[1] ** 3)
+    return OVERHEAD + (0 if linalg.is_diagonal(factor) else factor.shape[0] * factor.shape[1] * factor.shape[2] ** 2)
 
 
 def eigenbases(blocks: dict[Layout, KroneckerBlock], team: Team) -> dict[Layout, EigenBlock]:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -19,10 +18,11 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Named
 from nngeom.pmat.block import Block
+from nngeom.pmat.dropped import Dropped, all_dropped
 from nngeom.pmat.eigenbases import eigenbases
 from nngeom.pmat.kfac import block_shapes, factor_statistic, has_room, kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
-from nngeom.pmat.long_factors import FACTOR_LIMIT, FORMS, Cut, Dropped, all_dropped, grouped, rows_in_groups
+from nngeom.pmat.long_factors import FACTOR_LIMIT, FORMS, Cut, Form, grouped, rows_in_groups, spectrum_entries
 from nngeom.pmat.nearest import nearest, require_fit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, Statistic
@@ -67,6 +67,7 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
     centred = False
     projects = True
     any_columns = True
+    layerwise = True
 
     @classmethod
     def recipe(
@@ -79,7 +80,7 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
         fit: str = "moments",
         fit_steps: int = 50,
         factor_limit: int = FACTOR_LIMIT,
-        factor_form: str = "diagonal",
+        factor_form: Form = "diagonal",
     ) -> Recipe:
         """Factors of the parameters of ``selection`` and their eigenvectors, then mean squares; ``sharing``, ``sua``,
         ``block_limit``, ``fit``, ``fit_steps``, ``factor_limit``, ``factor_form``: see the class.
@@ -97,11 +98,12 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
 
     @classmethod
     def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
-        # eigenvectors of dense factors, eigenvalues of both, and the spectrum
+        # eigenvectors, eigenvalues of both factors, and the spectrum
         cut = Cut.of(options["factor_limit"], options["factor_form"])
-        sides = [shape for pair in block_shapes(layout, rows, cut, sua=options["sua"]) for shape in pair[:2]]
-        kept = sum(math.prod(shape) * (len(shape) == 3) + math.prod(shape[:2]) for shape in sides)
-        return 1 if rows is None else kept + layout.numel if sides else None
+        pairs = [pair[:2] for pair in block_shapes(layout, rows, cut, sua=options["sua"])]
+        held = None if rows is None or len(pairs) != 1 else cut.held(rows, pairs[0])
+        kept = held or sum(spectrum_entries(shape) for pair in pairs for shape in pair)
+        return 1 if rows is None else kept + layout.numel if pairs else None
 
     @classmethod
     def notes_of(cls, layout: Layout, rows: LayerJacobian | None, **options: Any) -> tuple[str, ...]:
@@ -166,6 +168,10 @@ class Rescaling(Representation["PMatEKFAC"]):
     @property
     def passes(self) -> int:
         return 1
+
+    @property
+    def layerwise(self) -> bool:
+        return False
 
     @property
     def centred(self) -> bool:

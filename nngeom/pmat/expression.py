@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.core import linalg
 from nngeom.core.damping import Damping, Tikhonov, as_damping
 from nngeom.core.errors import ArgumentError, SingularError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.linear import identity, solution
+from nngeom.core.lu import lu
 from nngeom.pmat.arguments import require_frobenius, require_tikhonov
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.dense import DenseBlock, PMatDense
@@ -111,7 +111,7 @@ class PMatExpression(ParameterOperator):
     def _factorised(self, damping: Tikhonov) -> tuple[Tensor, Tensor]:
         m = self.to_dense()
         shifted = m + damping.value * torch.eye(m.shape[0], dtype=m.dtype, device=m.device)
-        return linalg.lu(shifted, f"the product of matrices with damping {damping.value:g}")
+        return lu(shifted, f"the product of matrices with damping {damping.value:g}")
 
     def inverse(self, damping: float | Tensor | Damping = 0.0, *, indefinite: bool = False) -> PMat:
         """``(M + damping I)^-1`` as a PMatDense; ``indefinite``: with negative eigenvalues too."""

@@ -16,6 +16,7 @@ from nngeom.core.errors import StructureError
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
 from nngeom.core.head import HeadJacobian
 from nngeom.core.jacobian import LayerJacobian, pieces
+from nngeom.core.sketch import is_sketched, sketch_of_diagonal
 from nngeom.core.statistic import Inputs, Moment
 from nngeom.core.tied import SumJacobian, TiedJacobian, sum_of
 
@@ -165,6 +166,9 @@ def product_of_marginals(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
 
 
 def _sum_factors(factors: list[Tensor]) -> Tensor:
+    products = {f.shape[-1] - 1 for f in factors if is_sketched(f)}
+    if products:
+        return sum_of([sketch_of_diagonal(f, max(products)) if linalg.is_diagonal(f) else f for f in factors])
     if any(linalg.is_diagonal(f) for f in factors) and not all(linalg.is_diagonal(f) for f in factors):
         factors = [torch.diag_embed(f) if linalg.is_diagonal(f) else f for f in factors]
     return sum_of(factors)

@@ -14,21 +14,13 @@ from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Named
+from nngeom.pmat.dropped import Dropped, Probes, all_dropped, probes_of, shares, sketched
 from nngeom.pmat.factors import Shape, factor_shapes, factors, is_kronecker, structure_of
 from nngeom.pmat.given import require_collection, require_count
 from nngeom.pmat.given_factors import blocks_of, factors_of
 from nngeom.pmat.kronecker import KroneckerBlock
-from nngeom.pmat.long_factors import (
-    FACTOR_LIMIT,
-    FORMS,
-    Cut,
-    Dropped,
-    all_dropped,
-    grouped,
-    probes_of,
-    rows_in_groups,
-    shares,
-)
+from nngeom.pmat.kronecker_spectrum import KroneckerSpectrumBlock
+from nngeom.pmat.long_factors import FACTOR_LIMIT, FORMS, Cut, Form, grouped, rows_in_groups
 from nngeom.pmat.nearest import nearest, require_fit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, Statistic
@@ -43,6 +35,7 @@ def factor_statistic(sharing: str, block_limit: int, cut: Cut = Cut(), *, sua: b
     """
     if sharing not in ("expand", "reduce"):
         raise ArgumentError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'")
+    probes = Probes(cut)
 
     def statistic(chunk: Chunk) -> Named:
         named = {}
@@ -51,19 +44,19 @@ def factor_statistic(sharing: str, block_limit: int, cut: Cut = Cut(), *, sua: b
             if sua and has_window(layout, j):
                 named[layout] = sua_sums(layout, j, sharing, cut.limit)
             else:
-                named |= _sums(layout, j, sharing, cut)
+                named |= _sums(layout, j, sharing, probes)
         return named
 
     return statistic
 
 
-def _sums(layout: Layout, j: LayerJacobian, sharing: str, cut: Cut) -> Named:
+def _sums(layout: Layout, j: LayerJacobian, sharing: str, probes: Probes) -> Named:
     """:func:`factors`, those that are too long cut."""
-    groups = cut.groups(j)
+    cut, groups = probes.cut, probes.cut.groups(j)
     sums = dict(factors(j if groups == 1 else rows_in_groups(j, groups), sharing, cut.limit))  # type: ignore[arg-type]
     if groups > 1:
         sums["a"] = factors(j, sharing, cut.limit)["a"]  # the same in all groups
-    return {grouped(layout, groups) if groups > 1 else layout: sums | probes_of(j, sharing, cut.limit)}
+    return {grouped(layout, groups) if groups > 1 else layout: sums | probes_of(j, sharing, probes)}
 
 
 def has_room(j: LayerJacobian, block_limit: int | None) -> bool:
@@ -88,7 +81,7 @@ def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> 
 
 def kronecker_block(means: dict[str, Tensor]) -> KroneckerBlock:
     """From the means of :func:`factor_statistic`: a missing gradient factor is trivial, unlike uses are joined."""
-    lost = shares(means)
+    lost, means = shares(means), sketched(means)
     if "a0" in means:
         uses = sum(name.startswith("a") for name in means)
         return replace(KroneckerBlock.of(*(means[f"{side}{q}"] for q in range(uses) for side in "ag")), dropped=lost)
@@ -132,10 +125,13 @@ class PMatKFAC(PMat):
     and above raises :class:`StructureError`. ``fit``: the second moments of inputs and of gradients (``"moments"``), or
     from these on the Kronecker product nearest to the exact block in Frobenius norm (``"nearest"``), in at most
     ``fit_steps`` more sweeps. Of a factor with a side above ``factor_limit`` the diagonal is kept, or (``factor_form=
-    "block"``) of one of gradients diagonal blocks of equal sides up to that; :attr:`dropped` says what is lost.
+    "block"``) of one of gradients diagonal blocks of equal sides up to that, or (``"low_rank"``, or ``("low_rank",
+    rank)``) leading eigenvectors, by default as many as take the memory of a dense factor of that side, and a diagonal
+    in place of the others; :attr:`dropped` says what is lost.
     """
 
     any_columns = True
+    layerwise = True
     centred = False
 
     @classmethod
@@ -149,7 +145,7 @@ class PMatKFAC(PMat):
         fit: str = "moments",
         fit_steps: int = 50,
         factor_limit: int = FACTOR_LIMIT,
-        factor_form: str = "diagonal",
+        factor_form: Form = "diagonal",
     ) -> Recipe:
         """Factors of the parameters of ``selection``; ``sharing``, ``sua``, ``block_limit``, ``fit``, ``fit_steps``,
         ``factor_limit``, ``factor_form``: see the class.
@@ -157,7 +153,9 @@ class PMatKFAC(PMat):
         require_fit(fit, fit_steps, sua=sua or factor_form != "diagonal")
         cut = Cut.of(factor_limit, factor_form)
         blocks = kronecker_blocks((yield factor_statistic(sharing, block_limit, cut, sua=sua)))
-        return (yield from nearest(blocks, fit_steps)) if fit == "nearest" else blocks
+        if fit == "nearest":
+            return (yield from nearest(blocks, fit_steps))
+        return {layout: KroneckerSpectrumBlock.of(block) for layout, block in blocks.items()}
 
     @classmethod
     def passes_with(cls, **options: Any) -> int:
@@ -169,8 +167,10 @@ class PMatKFAC(PMat):
 
     @classmethod
     def entries_of(cls, layout: Layout, rows: LayerJacobian | None, selection: Selection, **options: Any) -> int | None:
-        shapes = block_shapes(layout, rows, Cut.of(options["factor_limit"], options["factor_form"]), sua=options["sua"])
-        return 1 if rows is None else sum(math.prod(x) for pair in shapes for x in pair) or None
+        cut = Cut.of(options["factor_limit"], options["factor_form"])
+        shapes = block_shapes(layout, rows, cut, sua=options["sua"])
+        held = None if rows is None or len(shapes) != 1 else cut.held(rows, shapes[0][:2])
+        return 1 if rows is None else held or sum(math.prod(x) for pair in shapes for x in pair) or None
 
     @classmethod
     def notes_of(cls, layout: Layout, rows: LayerJacobian | None, **options: Any) -> tuple[str, ...]:

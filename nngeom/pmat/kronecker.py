@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nngeom.core import linalg
+from nngeom.core import bases, linalg
 from nngeom.core.damping import Damping, FactoredTikhonov
+from nngeom.core.linalg import Basis
 from nngeom.pmat.block import Block, BlockBasis
 from nngeom.pmat.block_algebra import Remake, largest
 from nngeom.pmat.eigenvalues import by_eigenvalues, reciprocal, require_positive
@@ -144,7 +145,7 @@ class KroneckerBlock(Block):
             return None
         if p < 0:
             require_positive(values, values, "the Kronecker product")
-        return KroneckerBlock(_remade(ua, sa**p), _remade(ug, sg**p))
+        return KroneckerBlock(bases.spanned(ua, sa**p), bases.spanned(ug, sg**p))
 
     def restricted(self, columns: list[int]) -> KroneckerBlock:
         inputs: Callable[[Tensor], Tensor] = lambda a: (
@@ -161,8 +162,8 @@ class EigenBlock(Block):
     ``sa``, ``sg``: the eigenvalues of the factors that the basis came from, and what was ``dropped`` of these.
     """
 
-    ua: Tensor | None  # [s i i]
-    ug: Tensor | None  # [s o o]
+    ua: Basis | None  # [s i i]
+    ug: Basis | None  # [s o o]
     d: Tensor  # [s o i]
     sa: Tensor | None = None  # [s i], eigenvalues of the factors the basis came from
     sg: Tensor | None = None  # [s o]
@@ -170,7 +171,7 @@ class EigenBlock(Block):
 
     @staticmethod
     def of_factors(
-        a: tuple[Tensor, Tensor | None], g: tuple[Tensor, Tensor | None], dropped: Tensor | None = None
+        a: tuple[Tensor, Basis | None], g: tuple[Tensor, Basis | None], dropped: Tensor | None = None
     ) -> EigenBlock:
         """The product of the factors ``a`` and ``g`` by the eigenvalues and eigenvectors of both, and what was
         ``dropped`` of these.
@@ -187,10 +188,7 @@ class EigenBlock(Block):
         return self.basis.mv(self.d * self.basis.tmv(x))
 
     def diag(self) -> Tensor:
-        d = self.d
-        if self.ug is not None:
-            d = self.ug.square() @ d
-        return d @ self.ua.square().mT if self.ua is not None else d
+        return bases.squares_times(self.ua, bases.squares_times(self.ug, self.d).mT).mT
 
     @property
     def sizes(self) -> torch.Size:
@@ -209,7 +207,7 @@ class EigenBlock(Block):
         """Mean eigenvalues of this and ``other``, weighted by ``mine`` and ``theirs``, in the same basis; ``None`` in
         different ones, where they are not comparable.
         """
-        if not isinstance(other, EigenBlock) or not (_equal(self.ua, other.ua) and _equal(self.ug, other.ug)):
+        if not isinstance(other, EigenBlock) or not (bases.same(self.ua, other.ua) and bases.same(self.ug, other.ug)):
             return None
         return EigenBlock(self.ua, self.ug, mine * self.d + theirs * other.d, self.sa, self.sg)
 
@@ -232,12 +230,3 @@ class EigenBlock(Block):
 
     def spectrum(self) -> tuple[Tensor, Remake]:
         return self.d, lambda f: EigenBlock(self.ua, self.ug, f)
-
-
-def _remade(u: Tensor | None, values: Tensor) -> Tensor:
-    """The factor ``[s, p, p]``, or its diagonal, with these eigenvalues."""
-    return values if u is None else (u * values.unsqueeze(-2)) @ u.mT
-
-
-def _equal(x: Tensor | None, y: Tensor | None) -> bool:
-    return x is y if x is None or y is None else torch.equal(x, y)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nngeom.core import linalg
+from nngeom.core.linalg import Basis
 from nngeom.pmat.block import BlockBasis
 
 
@@ -14,8 +15,8 @@ from nngeom.pmat.block import BlockBasis
 class KroneckerBasis(BlockBasis):
     """``ug (x) ua``; ``None`` is the identity."""
 
-    ua: Tensor | None  # [s i i]
-    ug: Tensor | None  # [s o o]
+    ua: Basis | None  # [s i i]
+    ug: Basis | None  # [s o o]
 
     def mv(self, x: Tensor) -> Tensor:
         return linalg.right(linalg.left(self.ug, x), self.ua, transpose=True)

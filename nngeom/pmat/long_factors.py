@@ -1,48 +1,54 @@
-"""Factors above a side limit: their diagonal, or diagonal blocks of them, and how much of their norm is dropped.
+"""Factors above a side limit: their diagonal is kept, diagonal blocks, or leading eigenvectors and a diagonal.
 
 Diagonal blocks of a factor of gradients are groups of outputs, each with a factor of its own: a block ``[b, o / b, i]``
-with the same input factor in every group. What is dropped is told by probes: of a factor ``G = mean g g^T`` and random
-signs ``w``, ``|G w|**2`` is ``|G|_F**2`` in the mean, and ``|(G - kept) w|**2`` what of it is not kept.
+with the same input factor in every group. Leading eigenvectors come from products with test vectors, see
+:mod:`nngeom.core.sketch`. What is lost is told by :mod:`nngeom.pmat.dropped`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.factored import FactoredJacobian
+from nngeom.core.head import HeadJacobian
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout, Piece
-from nngeom.core.statistic import Inputs
 from nngeom.core.tied import TiedJacobian
-from nngeom.pmat.block import Block
 
 FACTOR_LIMIT = 10_000  # a factor with a longer side is cut
-FORMS = ("diagonal", "block")
-PROBES = 16
+FORMS = ("diagonal", "block", "low_rank")
+Form = str | tuple[str, int]
 LEAST = 8  # the part of the limit below which sides of diagonal blocks are too short
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The ``limit`` of the sides of factors, and the ``form`` in which longer ones are kept."""
+    """The ``limit`` of the sides of factors, the ``form`` in which longer ones are kept, the ``rank`` of a low one."""
 
     limit: int = FACTOR_LIMIT
     form: str = "diagonal"
+    rank: int | None = None
 
     @staticmethod
-    def of(limit: int, form: str) -> Cut:
-        """Raises :class:`ArgumentError` for a limit below 1 or an unknown form."""
+    def of(limit: int, form: Form) -> Cut:
+        """Raises :class:`ArgumentError` for a limit below 1, an unknown form, or a rank that is none."""
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise ArgumentError(f"factor_limit is {limit!r}; expected the longest side of a dense factor, 1 or more")
-        if form not in FORMS:
-            raise ArgumentError(f"factor_form is {form!r}; expected one of {list(FORMS)}")
-        return Cut(limit, form)
+        name, rank = form if isinstance(form, tuple) and len(form) == 2 else (form, None)
+        ranked = rank is None or (name == "low_rank" and type(rank) is int and rank > 0)
+        if not isinstance(name, str) or name not in FORMS or not ranked:
+            raise ArgumentError(f"factor_form is {form!r}; expected one of {list(FORMS)}, or ('low_rank', rank)")
+        return Cut(limit, name, rank)
+
+    def vectors(self, side: int) -> int:
+        """How many leading eigenvectors of a long factor are kept: by default those that take as much memory as the
+        largest dense factor.
+        """
+        if self.form != "low_rank" or side <= self.limit:
+            return 0
+        return max(0, min(self.rank or max(1, self.limit**2 // side), side - 2))
 
     def groups(self, j: LayerJacobian) -> int:
         """Into how many groups the outputs of the rows ``j`` fall; raises :class:`StructureError` where none fit."""
@@ -62,13 +68,29 @@ class Cut:
         """Which factors of the rows ``j`` are not kept whole."""
         terms = [term for _, term in j.terms] if isinstance(j, TiedJacobian) else [j]
         found = []
-        for term in (term for term in terms if type(term) is FactoredJacobian):
+        for term in (term for term in terms if term is not None and long_sides(term, self.limit)):
             sides = (("A", term.shape[-1], 1), ("G", term.shape[-2], self.groups(term)))
-            for factor, side, groups in (x for x in sides if x[1] > self.limit):
+            for factor, side, groups in (x for x in sides if x[0].lower() in long_sides(term, self.limit)):
+                rank = self.vectors(side)
                 kept = "its diagonal" if groups == 1 else f"{groups} diagonal blocks"
+                kept = f"{rank} leading eigenvectors and a diagonal" if rank else kept
                 above = f"above factor_limit={self.limit}"
                 found.append(f"of the factor {factor} ({side}) of {layout.names[0]} {kept} is kept: {above}")
         return tuple(found)
+
+    def held(self, j: LayerJacobian, shapes: tuple[tuple[int, ...], ...]) -> int | None:
+        """How many numbers the eigenvalues and eigenvectors of factors ``a``, ``g`` of these ``shapes`` are; ``None``
+        where neither is of low rank.
+        """
+        ranks = [self.vectors(p[1]) if side in long_sides(j, self.limit) else 0 for side, p in zip("ag", shapes)]
+        if not any(ranks):
+            return None
+        return sum(spectrum_entries(shape) + shape[0] * r * (shape[1] + 2 * r) for shape, r in zip(shapes, ranks))
+
+
+def spectrum_entries(shape: tuple[int, ...]) -> int:
+    """How many numbers the eigenvalues and eigenvectors of a factor of this ``shape`` are, dense or diagonal."""
+    return math.prod(shape) * (len(shape) == 3) + math.prod(shape[:2])
 
 
 def grouped(layout: Layout, groups: int) -> Layout:
@@ -86,108 +108,11 @@ def rows_in_groups(j: FactoredJacobian, groups: int) -> FactoredJacobian:
     return FactoredJacobian(j.a.expand(n, t, groups, i), j.g[:, :, :, 0].unflatten(-1, (groups, -1)))
 
 
-# -- what is dropped ---------------------------------------------------------------------------------------------------
-
-
-def signs(p: int, like: Tensor) -> Tensor:
-    """``[p, m]`` random signs, always the same."""
-    generator = torch.Generator().manual_seed(p)
-    drawn = torch.randint(0, 2, (p, PROBES), generator=generator)
-    return (2 * drawn - 1).to(like)
-
-
-def probed(x: Tensor, scale: float = 1.0) -> Tensor:
-    """``[s, p, m]``: the sum of ``x x^T w`` over rows ``x [..., s, p]`` and probes ``w``."""
-    rows = x.flatten(0, -3).transpose(0, 1).to(linalg.accumulation_dtype(x.dtype))  # [s r p]
-    return scale * (rows.mT @ (rows @ signs(x.shape[-1], rows)))
-
-
-def dropped(factor: Tensor, products: Tensor) -> Tensor:
-    """``(share, standard error)`` of the Frobenius norm that is not kept, of a whole factor's ``products`` with probes.
-
-    ``factor``: its diagonal ``[s, p]``, or diagonal blocks ``[b, q, q]`` with ``b q = p``.
-    """
-    w = signs(products.shape[1], products)
-    if linalg.is_diagonal(factor):
-        kept = factor.unsqueeze(-1) * w
-    else:
-        kept = (factor @ w.unflatten(0, factor.shape[:2])).flatten(0, 1).unsqueeze(0)
-    lost, total = ((x.square().sum((0, 1))) for x in (products - kept, products))  # [m]
-    if not bool(total.sum() > 0):
-        return torch.zeros(2, dtype=factor.dtype, device=factor.device)
-    ratio = lost.sum() / total.sum()
-    spread = (lost - ratio * total).square().mean().sqrt() / total.mean() / (PROBES - 1) ** 0.5
-    share = ratio.sqrt()
-    return torch.stack([share, spread / (2 * share).clamp_min(torch.finfo(share.dtype).tiny)])
-
-
-WHOLE = -1.0  # in place of a share: the factor is whole
-
-
-def shares(means: dict[str, Tensor]) -> Tensor | None:
-    """``[2, 2]``: of the factors ``a`` and ``g`` the share that was dropped and its standard error; ``None`` where both
-    are whole. Of unlike uses that of the first that is not.
-    """
-    found = {name.removeprefix("probes "): t for name, t in means.items() if name.startswith("probes ")}
-    if not found:
-        return None
-    like = next(iter(found.values()))
-    rows = {"a": like.new_full((2,), WHOLE), "g": like.new_full((2,), WHOLE)}
-    for name, products in reversed(found.items()):
-        rows[name[0]] = dropped(means[name], products)
-    return torch.stack([rows["a"], rows["g"]])
-
-
-def probes_of(j: LayerJacobian, sharing: str, limit: int) -> dict[str, Tensor | Inputs]:
-    """The products with probes of the factors of ``j`` that are longer than ``limit``, but for those of lookups."""
+def long_sides(j: LayerJacobian, limit: int) -> set[str]:
+    """Which of the factors ``a`` and ``g`` of rows are longer than ``limit``, but for those of lookups."""
     if isinstance(j, TiedJacobian):
-        return {
-            f"{_turned(name) if transposed else name}{q}": t
-            for q, (transposed, term) in enumerate(j.terms)
-            for name, t in probes_of(term, sharing, limit).items()
-        }
-    if type(j) is not FactoredJacobian:
-        return {}
-    sums: dict[str, Tensor | Inputs] = {}
-    a, g = (j.a, j.g) if sharing == "expand" else (j.a.mean(1, keepdim=True), j.g.sum(2, keepdim=True))
-    if a.shape[-1] > limit:
-        sums["probes a"] = Inputs(lambda: probed(a))
-    if g.shape[-1] > limit:
-        sums["probes g"] = probed(g, 1 / max(1, g.shape[2]))
-    return sums
-
-
-def _turned(name: str) -> str:
-    return name[:-1] + ("g" if name[-1] == "a" else "a")
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """Of a factor ``"A"`` or ``"G"`` of these ``parameters``, with ``side`` rows, what is not kept: ``share`` of its
-    Frobenius norm, estimated from probes with a ``standard_error``; ``form``: what is.
-    """
-
-    parameters: tuple[str, ...]
-    factor: str
-    side: int
-    form: str
-    share: float
-    standard_error: float
-
-    def __str__(self) -> str:
-        what = "its diagonal" if self.form == "diagonal" else "diagonal blocks"
-        return (
-            f"of {self.factor} ({self.side}) of {self.parameters[0]} {what}, without "
-            f"{self.share:.2f} +- {self.standard_error:.2f} of its norm"
-        )
-
-
-def all_dropped(blocks: dict[Layout, Block]) -> Iterator[Dropped]:
-    """What was dropped of the factors of all blocks."""
-    for layout, block in blocks.items():
-        found = getattr(block, "dropped", None)
-        for row, name, width in zip(() if found is None else found.tolist(), "AG", (layout.sizes[2], layout.sizes[1])):
-            if row[0] != WHOLE:
-                form = "block" if name == "G" and layout.sizes[0] > 1 else "diagonal"
-                side = width * layout.sizes[0] if form == "block" else width
-                yield Dropped(layout.names, name, side, form, *row)
+        sides = [(transposed, long_sides(term, limit)) for transposed, term in j.terms]
+        return {"ag"[(side == "g") ^ transposed] for transposed, found in sides for side in found}
+    if type(j) not in (FactoredJacobian, HeadJacobian):
+        return set()
+    return {side for side, p in (("a", j.shape[4]), ("g", j.shape[3])) if p > limit}

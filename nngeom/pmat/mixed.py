@@ -58,6 +58,10 @@ class Mixture(Representation["PMatMixed"]):
         rest = None if self.default is None else self.default.within(collection)
         return replace(self, parts=tuple((names(p), r.within(collection)) for p, r in self.parts), default=rest)
 
+    def among(self, collection: LayerCollection) -> Mixture:
+        used = [p for p in self.parts if any(_matches(name, p[0]) for name in collection.names)]
+        return replace(self, parts=tuple(used))
+
     def last_sweep(self, matrix: PMat) -> Mixture:
         rest = None if self.default is None else self.default.last_sweep(matrix)
         return replace(self, parts=tuple((p, r.last_sweep(matrix)) for p, r in self.parts), default=rest)
@@ -77,6 +81,10 @@ class Mixture(Representation["PMatMixed"]):
     @property
     def projects(self) -> bool:
         return all(r.projects for r in self.members)
+
+    @property
+    def layerwise(self) -> bool:
+        return all(r.layerwise for r in self.members)
 
     @property
     def members(self) -> tuple[Representation[Any], ...]:

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from nngeom.core import linalg
+from nngeom.core import bases, linalg
+from nngeom.core.completed import CompletedBasis
+from nngeom.core.linalg import Basis
 from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.closed import Weighted
 from nngeom.pmat.diag import DiagBlock
@@ -62,42 +64,26 @@ def _(block: KroneckerBlock) -> tuple[Tensor, Tensor]:
 
 
 @partial_traces.register
-def _(block: EigenBlock) -> tuple[Tensor, Tensor]:
+def _(block: EigenBlock) -> tuple[Tensor, Tensor] | None:
     da, dg = block.d.sum(-2), block.d.sum(-1)
-    a = da if block.ua is None else (block.ua * da.unsqueeze(-2)) @ block.ua.mT
-    return a, dg if block.ug is None else (block.ug * dg.unsqueeze(-2)) @ block.ug.mT
+    if any(isinstance(u, CompletedBasis) for u in (block.ua, block.ug)):
+        return None
+    return bases.spanned(block.ua, da), bases.spanned(block.ug, dg)
 
 
 @functools.singledispatch
-def along(block: Block, ua: Tensor | None, ug: Tensor | None) -> Tensor:
+def along(block: Block, ua: Basis | None, ug: Basis | None) -> Tensor:
     """``[s, o, i]``: the diagonal of ``U^T M U`` in the basis ``U = ug (x) ua`` of orthonormal vectors."""
-    d = block.diag()
-    d = d if ug is None else ug.square().mT @ d
-    return d if ua is None else d @ ua.square()
+    outputs = bases.squares_transposed_times(ug, block.diag())
+    return bases.squares_transposed_times(ua, outputs.mT).mT
 
 
 @along.register
-def _(block: KroneckerBlock, ua: Tensor | None, ug: Tensor | None) -> Tensor:
-    a, g = (_in_basis(f, u) for f, u in ((block.a, ua), (block.g, ug)))
+def _(block: KroneckerBlock, ua: Basis | None, ug: Basis | None) -> Tensor:
+    a, g = (bases.diagonal_along(u, f) for f, u in ((block.a, ua), (block.g, ug)))
     return g.unsqueeze(-1) * a.unsqueeze(-2)
 
 
-def _in_basis(factor: Tensor, u: Tensor | None) -> Tensor:
-    if u is None:
-        return linalg.factor_diag(factor)
-    scaled = factor.unsqueeze(-1) * u if linalg.is_diagonal(factor) else factor @ u
-    return (u * scaled).sum(-2)
-
-
 @along.register
-def _(block: EigenBlock, ua: Tensor | None, ug: Tensor | None) -> Tensor:
-    left, right = _overlaps(block.ug, ug), _overlaps(block.ua, ua)
-    d = block.d if left is None else left @ block.d
-    return d if right is None else d @ right.mT
-
-
-def _overlaps(own: Tensor | None, u: Tensor | None) -> Tensor | None:
-    """``[s, p, p]``: squares of the products of new vectors with own ones."""
-    if own is None or u is None:
-        return own.square() if own is not None else None if u is None else u.square().mT
-    return (u.mT @ own).square()
+def _(block: EigenBlock, ua: Basis | None, ug: Basis | None) -> Tensor:
+    return bases.overlaps_times(ua, block.ua, bases.overlaps_times(ug, block.ug, block.d).mT).mT

@@ -120,7 +120,7 @@ def _root(factor: Tensor) -> Tensor:
     """``R [s, p, p]`` with ``R R^T`` the positive part of a factor."""
     values, u = linalg.factor_eigh(factor)
     roots = values.clamp_min(0).sqrt()
-    return torch.diag_embed(roots) if u is None else u * roots.unsqueeze(-2)
+    return u * roots.unsqueeze(-2) if isinstance(u, Tensor) else torch.diag_embed(roots)
 
 
 @functools.singledispatch

@@ -196,6 +196,7 @@ class PMatQuasiDiag(PMat):
     """The diagonal, and each output unit's weights against its bias. Units without bias keep their diagonal."""
 
     projects = True
+    layerwise = True
 
     @classmethod
     def recipe(cls, selection: Selection) -> Recipe:

@@ -83,6 +83,15 @@ class Representation(Generic[M_co]):
         """
         return self if self.passes == 1 else self.kind.in_basis(matrix)
 
+    @property
+    def layerwise(self) -> bool:
+        """See :attr:`Measured.layerwise`."""
+        return self.kind.layerwise
+
+    def among(self, collection: LayerCollection) -> Representation[M_co]:
+        """For the parameters of a ``collection`` alone, a part of those it was :meth:`within`."""
+        return self
+
     def within(self, collection: LayerCollection) -> Representation[M_co]:
         """With patterns that need the model of the ``collection`` turned into names."""
         return self
@@ -110,6 +119,7 @@ class Measured(ABC):
     any_columns: ClassVar[bool] = False  # statistics are sums over cotangents in blocks: of any root of the metric
     entries: ClassVar[str | None] = None  # kept as they are of any matrix: "all", those in "layers", the "diagonal"
     projects: ClassVar[bool] = False  # what it keeps of any matrix is read off products with the vectors of its blocks
+    layerwise: ClassVar[bool] = False  # what it keeps of a layer is the same where others are not measured
     kinds: ClassVar[Registry[Any]] = Registry()  # by qualified name, for files
 
     @classmethod

@@ -82,7 +82,7 @@ def sua_squares(layout: Layout, j: Any, bases: dict[Layout, EigenBlock]) -> dict
     window = _window(layout)
     weight, bias = parts(layout)
     basis = bases[weight]
-    ua, ug = (None if u is None else u[::window] for u in (basis.ua, basis.ug))
+    ua, ug = (u[::window] if isinstance(u, Tensor) else None for u in (basis.ua, basis.ug))
     squares = _rotated(j, window, ua, ug, bias=bias is not None).square()
     if bias is None:
         return {weight: {"d": _by_place(squares, window)}}

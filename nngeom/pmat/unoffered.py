@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -22,7 +22,7 @@ class Unoffered:
         """
         raise self._without_parts()
 
-    def by_layer(self) -> dict[str, Any]:
+    def by_layer(self) -> Mapping[str, Any]:
         """The diagonal block of every layer; raises :class:`UnsupportedError` where they are not there."""
         raise self._without_parts()
 

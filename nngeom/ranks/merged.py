@@ -48,8 +48,8 @@ def alike(headers: Sequence[Header]) -> bool:
     return len({header.digest for header in headers}) == 1
 
 
-def merged(sums: Sums, team: Team, headers: Sequence[Header], device: torch.device) -> Sums:
-    """The sums of all processes, whose headers are known.
+def merged(sums: Sums, team: Team, headers: Sequence[Header], device: torch.device, *, to: int | None = None) -> Sums:
+    """The sums of all processes, whose headers are known; only those of rank ``to`` where one is given.
 
     What a process has not met counts as zero. Raises :class:`RankMismatchError` for statistics of unlike shapes.
     """
@@ -57,7 +57,7 @@ def merged(sums: Sums, team: Team, headers: Sequence[Header], device: torch.devi
         return sums
     kept = sums.kept() if alike(headers) else _agreed(team.exchange("statistics", sums.kept()))
     sums.adopt(kept, device)
-    team.sum_(sums.addends())
+    team.sum_(sums.addends(), to)
     stacks = sums.stacks()
     if stacks:
         sizes = team.exchange("rows", [len(stack.parts[0]) for stack in stacks])

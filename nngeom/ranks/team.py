@@ -126,10 +126,12 @@ class Team:
 
     # -- tensors -------------------------------------------------------------------------------------------------------
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """The sums over all processes, in place: tensors of the same shapes and dtypes in the same order everywhere."""
+    def sum_(self, tensors: Sequence[Tensor], to: int | None = None) -> None:
+        """The sums over all processes, in place, everywhere or on rank ``to`` alone: of tensors alike on all."""
         with self._reached(), self._sent(tensors) as sent:
             send = lambda flat: dist.all_reduce(flat, group=self._group_of(flat), async_op=True)
+            if to is not None:
+                send = lambda flat: dist.reduce(flat, self.ranks[to], group=self._group_of(flat), async_op=True)
             buckets.through(sent, send)
 
     def spread(self, tensors: Sequence[Tensor], rank: int) -> None:
@@ -170,8 +172,6 @@ class Team:
         """The tensors, or copies on the host where the group sends no others."""
         return buckets.copied(tensors, away=self._backends.get("cuda") != "nccl")
 
-    # -- who is there --------------------------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
         """A collective: :class:`PeerError` where another process or the network is gone."""
@@ -204,7 +204,7 @@ class Alone(Team):
     def same(self, what: str, values: dict[str, str]) -> None:
         pass
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def sum_(self, tensors: Sequence[Tensor], to: int | None = None) -> None:
         pass
 
     def spread(self, tensors: Sequence[Tensor], rank: int) -> None:

@@ -29,7 +29,10 @@ class PVector(Batched):
     tensor: Tensor
 
     def __post_init__(self) -> None:
-        d = self.layer_collection.numel
+        lc = self.layer_collection
+        if not isinstance(lc, LayerCollection):
+            raise ArgumentTypeError(f"expected PVector(layer_collection, tensor); the first is {type(lc).__name__}")
+        d = lc.numel
         if not isinstance(self.tensor, Tensor) or self.tensor.ndim == 0 or self.tensor.shape[-1] != d:
             given = tuple(self.tensor.shape) if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
             raise ArgumentError(f"a PVector of this collection has shape (*batch, {d}); got {given}")
@@ -176,10 +179,8 @@ class PVector(Batched):
             return PVector(self.layer_collection, f(self.tensor, other))
         if isinstance(other, Tensor):  # one number a vector of the batch
             return PVector(self.layer_collection, f(self.tensor, other.unsqueeze(-1)))
-        raise ArgumentTypeError(
-            f"cannot combine a PVector with {type(other).__name__}; expected a PVector, a number or a tensor of "
-            "numbers (*batch)"
-        )
+        given = type(other).__name__
+        raise ArgumentTypeError(f"cannot combine a PVector with {given}; expected one, a number or numbers (*batch)")
 
     def _same(self, other: Any, f: Callable[[Tensor, Any], Tensor]) -> PVector:
         if isinstance(other, (int, float)) and other == 0:  # so that sum() works
@@ -242,9 +243,8 @@ class PVector(Batched):
 
     def _write(self, model: nn.Module, f: Callable[[Tensor, Tensor], Any]) -> None:
         if self.batch_shape:
-            raise ArgumentError(
-                f"cannot write a batch of vectors {tuple(self.batch_shape)} to a model; index one of them first"
-            )
+            batch = tuple(self.batch_shape)
+            raise ArgumentError(f"cannot write a batch of vectors {batch} to a model; index one of them first")
         with torch.no_grad():
             for name, p in self.layer_collection.parameters(unwrap(model)).items():
                 f(p, self[name])

@@ -113,6 +113,7 @@ def test_trace_diagonal_and_norm(measured):
     close(measured.k.trace(), measured.m.trace())
     close(measured.k.diag().tensor.flatten(), measured.m.diagonal())
     close(measured.k.norm(), measured.m.norm())
+    close(measured.k.norm(2), torch.linalg.matrix_norm(measured.m, 2), 1e-9)
 
 
 def test_solves(measured):

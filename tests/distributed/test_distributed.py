@@ -13,6 +13,7 @@ import faults
 import gone
 import kernels
 import moments
+import owned
 import products
 import quantities
 import some
@@ -40,7 +41,7 @@ def asked(*themes, sizes, slow):
     return lambda f: pytest.mark.parametrize("size", marked)(pytest.mark.parametrize("theme, name", listed)(f))
 
 
-@asked(moments, products, quantities, kernels, faults, training, sizes=(2,), slow=(3, 4))
+@asked(moments, products, quantities, kernels, faults, training, owned, sizes=(2,), slow=(3, 4))
 def test_over_processes(said, theme, name, size):
     said(theme, size).require(name)
 

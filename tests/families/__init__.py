@@ -13,6 +13,6 @@ How to add a member to an axis (one line each; all members of the other axes are
 * a measure, returns what was got and wanted:  ``MEASURES["name"] = f``                      in ``measures.py``
 * a noise (random or stateful forward pass):   ``NOISES["name"] = make``                     in ``noises.py``
 
-``python -m tests.families --seeds 0:500`` runs a range of seeds and prints, for each failure, the shortest recipe that
+``python tests/families --seeds 0:500`` runs a range of seeds and prints, for each failure, the shortest recipe that
 still fails; ``--only placing=sort`` holds an axis fixed, ``--recipe "block=fused n=3"`` runs one.
 """

@@ -1,4 +1,4 @@
-"""``python -m tests.families``: a range of seeds from the command line; failures are printed as short recipes."""
+"""``python tests/families``: a range of seeds from the command line; failures are printed as short recipes."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def hold(seeds: range, slow: bool = False) -> None:
     lines = []
     for recipe in bad[:SHOWN]:
         short, outcome = shortened(recipe)
-        lines.append(f"{outcome.kind}: python -m tests.families --recipe {str(short)!r}   # {outcome.text}")
+        lines.append(f"{outcome.kind}: python tests/families --recipe {str(short)!r}   # {outcome.text}")
     assert not bad, "\n".join([f"{len(bad)} of {len(recipes)} compositions fail, for example", *lines])
 
 

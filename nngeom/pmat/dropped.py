@@ -1,0 +1,164 @@
+"""How much of the norm of factors above a side limit is dropped, told by probes.
+
+Of a factor ``G = mean g g^T`` and random signs ``w``, ``|G w|**2`` is ``|G|_F**2`` in the mean, and
+``|(G - kept) w|**2`` what of it is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeom.core import linalg
+from nngeom.core.completed import CompletedBasis
+from nngeom.core.factored import FactoredJacobian
+from nngeom.core.head import HeadJacobian
+from nngeom.core.jacobian import LayerJacobian
+from nngeom.core.layout import Layout
+from nngeom.core.sketch import is_sketched, normal_vectors
+from nngeom.core.statistic import Inputs
+from nngeom.core.tied import TiedJacobian
+from nngeom.pmat.block import Block
+from nngeom.pmat.long_factors import Cut, long_sides
+
+PROBES = 16
+
+
+def signs(p: int, like: Tensor) -> Tensor:
+    """``[p, m]`` random signs, always the same."""
+    generator = torch.Generator().manual_seed(p)
+    drawn = torch.randint(0, 2, (p, PROBES), generator=generator)
+    return (2 * drawn - 1).to(like)
+
+
+class Probes:
+    """The vectors that long factors are multiplied with, drawn once: random signs, and the test vectors of a sketch."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+        self._drawn: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    def of(self, p: int, like: Tensor) -> Tensor:
+        """``[p, m]`` of a side ``p``."""
+        key = p, like.dtype, like.device
+        if key not in self._drawn:
+            self._drawn[key] = torch.cat([signs(p, like), normal_vectors(p, self.cut.vectors(p), like)], 1)
+        return self._drawn[key]
+
+    def probed(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """``[s, p, m]``: the sum of ``x x^T w`` over rows ``x [..., s, p]`` and probes ``w``."""
+        rows = x.flatten(0, -3).transpose(0, 1).to(linalg.accumulation_dtype(x.dtype))  # [s r p]
+        return scale * (rows.mT @ (rows @ self.of(x.shape[-1], rows)))
+
+
+def sketched(means: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The factors among ``means``, long ones as sketches where there are test vectors of them."""
+    found = {name: t for name, t in means.items() if not name.startswith("probes ")}
+    for name, t in found.items():
+        products = means.get(f"probes {name}")
+        if products is not None and products.shape[-1] > PROBES:
+            found[name] = torch.cat([t.unsqueeze(-1), products[..., PROBES:]], -1)
+    return found
+
+
+def dropped(factor: Tensor, products: Tensor) -> Tensor:
+    """``(share, standard error)`` of the Frobenius norm that is not kept, of a whole factor's ``products`` with probes.
+
+    ``factor``: its diagonal ``[s, p]``, its sketch, or diagonal blocks ``[b, q, q]`` with ``b q = p``.
+    """
+    products = products[..., :PROBES]
+    w = signs(products.shape[1], products)
+    if is_sketched(factor):
+        values, u = linalg.factor_eigh(factor)
+        kept = linalg.left(u, linalg.left(values, linalg.left(u, w.unsqueeze(0), transpose=True)))
+    elif linalg.is_diagonal(factor):
+        kept = factor.unsqueeze(-1) * w
+    else:
+        kept = (factor @ w.unflatten(0, factor.shape[:2])).flatten(0, 1).unsqueeze(0)
+    lost, total = ((x.square().sum((0, 1))) for x in (products - kept, products))  # [m]
+    if not bool(total.sum() > 0):
+        return torch.zeros(2, dtype=factor.dtype, device=factor.device)
+    ratio = lost.sum() / total.sum()
+    spread = (lost - ratio * total).square().mean().sqrt() / total.mean() / (PROBES - 1) ** 0.5
+    share = ratio.sqrt()
+    return torch.stack([share, spread / (2 * share).clamp_min(torch.finfo(share.dtype).tiny)])
+
+
+WHOLE = -1.0  # in place of a share: the factor is whole
+
+
+def shares(means: dict[str, Tensor]) -> Tensor | None:
+    """``[2, 2]``: of the factors ``a`` and ``g`` the share that was dropped and its standard error; ``None`` where both
+    are whole. Of unlike uses that of the first that is not.
+    """
+    found = {name.removeprefix("probes "): t for name, t in means.items() if name.startswith("probes ")}
+    if not found:
+        return None
+    like = next(iter(found.values()))
+    rows, means = {"a": like.new_full((2,), WHOLE), "g": like.new_full((2,), WHOLE)}, sketched(means)
+    for name, products in reversed(found.items()):
+        rows[name[0]] = dropped(means[name], products)
+    return torch.stack([rows["a"], rows["g"]])
+
+
+def probes_of(j: LayerJacobian, sharing: str, probes: Probes) -> dict[str, Tensor | Inputs]:
+    """The products with ``probes`` of the factors of ``j`` that are longer than the limit, but for those of lookups."""
+    if isinstance(j, TiedJacobian):
+        return {
+            f"{_turned(name) if transposed else name}{q}": t
+            for q, (transposed, term) in enumerate(j.terms)
+            for name, t in probes_of(term, sharing, probes).items()
+        }
+    sums: dict[str, Tensor | Inputs] = {}
+    long = long_sides(j, probes.cut.limit)
+    if "a" in long:
+        a = j.a if sharing == "expand" else j.a.mean(1, keepdim=True)  # type: ignore[attr-defined]
+        sums["probes a"] = Inputs(lambda: probes.probed(a))
+    if "g" in long and isinstance(j, HeadJacobian):
+        share = 1 / max(1, j.positions) if sharing == "expand" else 1.0
+        like = j.a.new_empty(0, dtype=linalg.accumulation_dtype(j.dtype))
+        sums["probes g"] = share * j.metric.total_times(probes.of(j.shape[3], like)).unsqueeze(0)
+    elif "g" in long and isinstance(j, FactoredJacobian):
+        g = j.g if sharing == "expand" else j.g.sum(2, keepdim=True)
+        sums["probes g"] = probes.probed(g, 1 / max(1, g.shape[2]))
+    return sums
+
+
+def _turned(name: str) -> str:
+    return name[:-1] + ("g" if name[-1] == "a" else "a")
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Of a factor ``"A"`` or ``"G"`` of these ``parameters``, with ``side`` rows, what is not kept: ``share`` of its
+    Frobenius norm, estimated from probes with a ``standard_error``; ``form``: what is.
+    """
+
+    parameters: tuple[str, ...]
+    factor: str
+    side: int
+    form: str
+    share: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        what = {"diagonal": "its diagonal", "block": "diagonal blocks"}.get(self.form, "leading eigenvectors")
+        return (
+            f"of {self.factor} ({self.side}) of {self.parameters[0]} {what}, without "
+            f"{self.share:.2f} +- {self.standard_error:.2f} of its norm"
+        )
+
+
+def all_dropped(blocks: dict[Layout, Block]) -> Iterator[Dropped]:
+    """What was dropped of the factors of all blocks."""
+    for layout, block in blocks.items():
+        found = getattr(block, "dropped", None)
+        for row, name, width in zip(() if found is None else found.tolist(), "AG", (layout.sizes[2], layout.sizes[1])):
+            if row[0] != WHOLE:
+                form = "block" if name == "G" and layout.sizes[0] > 1 else "diagonal"
+                form = "low_rank" if isinstance(getattr(block, f"u{name.lower()}", None), CompletedBasis) else form
+                side = width * layout.sizes[0] if form == "block" else width
+                yield Dropped(layout.names, name, side, form, *row)
