@@ -169,6 +169,20 @@ def damping() -> str:
     return table(head, rows)
 
 
+def full() -> str:
+    """Losses of the auto-encoder of full size along steps, means over seeds, and the time of all steps."""
+    rows = []
+    for name, runs in load("autoencoder_full")["runs"].items():
+        start, _, method = name.partition(": ")
+        at = lambda j, runs=runs: (
+            f"{sum(r['loss'][j] for r in runs) / len(runs):.3g}" if len(runs[0]["loss"]) > j else ""
+        )
+        seconds = sum(r["seconds"][-1] for r in runs) / len(runs)
+        rows.append([start, method, str(len(runs)), *(at(j) for j in (0, 1, 2, 3, 4, 6, 9)), f"{seconds:.1f}"])
+    steps = [f"{n} steps" for n in (10, 20, 30, 40, 50, 70, 100)]
+    return table(["weights", "method", "seeds", *steps, "seconds"], rows)
+
+
 def main() -> None:
     page = DOCS / "optimizers.md"
     text = page.read_text()
@@ -183,6 +197,7 @@ def main() -> None:
         "curvature": curvature(),
         "steps": steps(),
         "damping": damping(),
+        "full": full(),
     }.items():
         if f"<!-- {name} -->" not in text:
             raise SystemExit(f"{page} has no place <!-- {name} -->")

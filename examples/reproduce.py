@@ -31,6 +31,7 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, argumen
     "curvature_along_training": ([], ["--out", "out"]),
     "optimizer_defaults": ([], ["--out", "out"]),
     "optimizer_cost": ([], ["--out", "out"]),
+    "autoencoder_full_size": ([], ["--steps", "3", "--out", "out"]),
     "optimizer_damping": ([], ["--steps", "10", "--out", "out"]),
 }
 

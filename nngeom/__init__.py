@@ -64,6 +64,7 @@ from nngeom.pmat.low_rank import PMatLowRank
 from nngeom.pmat.merge import merge
 from nngeom.pmat.mixed import PMatMixed
 from nngeom.pmat.quasi_diag import PMatQuasiDiag
+from nngeom.pmat.sharded import PMatSharded
 from nngeom.ranks.shard import shard
 from nngeom.regression import gradient_flow_mse, kernel_regression
 from nngeom.space.collection import LayerCollection
@@ -130,6 +131,7 @@ __all__ = [
     "PMatLowRank",
     "PMatMixed",
     "PMatQuasiDiag",
+    "PMatSharded",
     "PVector",
     "PeerError",
     "Poisson",

@@ -11,7 +11,7 @@ import nngeom as nng
 
 f64 = torch.float64
 MODELS = ("mlp", "conv2d", "layer-norm", "tied")
-OFFERED = ("dense", "diag", "block-diag", "low-rank", "quasi-diag")
+OFFERED = ("dense", "diag", "block-diag", "low-rank", "quasi-diag", "implicit")
 
 
 @functools.cache
@@ -63,6 +63,36 @@ def test_second_moments(name, kind):
             close(*blocks_of(m, dense))
         else:
             close(m.diag().flat(), dense.diagonal())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_implicit_products(name):
+    case, jacobian = truth(name)
+    dense = moment(scores(case, jacobian))
+    m = nng.FIM(case.model, case.loader, nng.PMatImplicit, centered=True)
+    v = nng.PVector.randn(m.layer_collection, 3, dtype=f64)
+    close(m.mv(v).flat(), v.flat() @ dense)
+    close(m.mv(v[0]).flat(), dense @ v[0].flat())
+    close(m.diag().flat(), dense.diagonal())
+    close(
+        m.solve(v[0], 0.1).flat(), torch.linalg.solve(dense + 0.1 * torch.eye(len(dense), dtype=f64), v[0].flat()), 1e-5
+    )
+    unit = torch.eye(len(dense), dtype=f64)
+    for layer, block in m.by_layer().items():
+        inside = nng.PVector.from_flat(m.layer_collection, unit)
+        names = block.layer_collection.names
+        place = torch.cat([inside[name].flatten(1).T for name in names]).argmax(1)
+        close(block.to_dense(), dense[place][:, place])
+        assert layer in m.layer_collection.by_layer()
+
+
+def test_a_large_mean_cancels_before_any_square():
+    """As for stored matrices: no digits are lost to it."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 2, dtype=f64), torch.randn(20, 3, dtype=f64)
+    m = nng.FIM(model, [(x + 1e7,)], nng.PMatImplicit, likelihood="gaussian", centered=True)
+    rows = reference.jacobian(model, x + 1e7)
+    close(m.to_dense(), moment(rows), 1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS[:3])
@@ -139,8 +169,6 @@ def test_errors():
     case, _ = truth("mlp")
     with pytest.raises(nng.UnsupportedError, match="PMatKFAC: centred rows"):
         nng.FIM(case.model, case.loader, centered=True)
-    with pytest.raises(nng.UnsupportedError, match="PMatImplicit"):
-        nng.GGN(case.model, case.loader, nng.PMatImplicit, loss="cross_entropy", centered=True)
     with pytest.raises(nng.ArgumentError, match="estimator"):
         nng.FIM(case.model, case.loader, nng.PMatDiag, centered=True, estimator="rademacher")
     with pytest.raises(nng.LoaderError):

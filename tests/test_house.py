@@ -147,6 +147,7 @@ BY_PRODUCTS = {"PMatImplicit", "FMatImplicit", "PushForwardImplicit", "PullBackI
 NAMES_REPRESENTATIONS = [
     ("measures", BY_PRODUCTS, "they hold a model, and are not measured by a recipe or by tiles"),
     ("measures", {"FMatSharded"}, "rows of an FMatDense that are not gathered"),
+    ("measures.in_parts", {"PMatSharded"}, "what parts of any representation make"),
     ("measures", {"PushForwardDense", "PullBackDense"}, "maps have two representations each"),
     ("measures", {"FMatDense", "FMatDiag", "FMatBlockDiag"}, "files and estimates of kernels are of these kinds"),
     ("measures", {"PMatKFAC", "PMatLowRank"}, "what is measured by default, said to type checkers"),

@@ -166,6 +166,8 @@ def products(g: Tensor, inner: Tensor, h: Tensor, empty: Callable[..., Tensor] |
     ``empty(*sizes)``: memory for what lies between when ``g`` is of one example, of which nothing is copied.
     """
     (n, k, t, o), (m, u, _, _) = g.shape, inner.shape
+    if not t * u:
+        return g.new_zeros(n, k, m, h.shape[1] // o)
     if n == 1:
         mixed = torch.bmm(h, inner[:, :, 0], out=empty(m, h.shape[1], t) if empty else None)  # [m (l o) t]
         return (g[0].mT.reshape(k, o * t) @ mixed.view(-1, o * t).T).view(1, k, m, -1)

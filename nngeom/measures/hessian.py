@@ -105,7 +105,7 @@ def _projecting(representation: Any, options: dict[str, Any]) -> Representation[
     if not isinstance(representation, Representation) and not getattr(representation, "projects", False):
         return None
     chosen = as_representation(representation, **options)
-    listed = chosen.kind.entries is not None and not hasattr(chosen, "members")
+    listed = getattr(chosen.kind, "entries", None) is not None and not hasattr(chosen, "members")
     return chosen if chosen.projects and not listed else None
 
 

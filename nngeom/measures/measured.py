@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from nngeom.cotangents.probes import Probes
+from nngeom.measures.in_parts import in_parts
 from nngeom.measures.probed import estimate, implicit_estimate
 from nngeom.pmat.drive import Repeated, built
 from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.implicit_fisher import implicit
+from nngeom.pmat.in_parts import InParts
 from nngeom.pmat.operator import ParameterOperator
+from nngeom.pmat.pmat import PMat
 from nngeom.pmat.representation import as_representation
 from nngeom.sweep.agreement import agree, numbered
 from nngeom.sweep.columns import Cotangents
@@ -23,6 +26,11 @@ def measured(
     run: Run, cotangents: Cotangents, representation: Any, options: dict[str, Any], policy: Policy, index: Any = None
 ) -> ParameterOperator | MatrixEstimate:
     """The matrix of a run, or its estimate from random probes; ``index``: see :func:`numbered`."""
+    if isinstance(representation, InParts) and not isinstance(cotangents, Probes):
+        as_representation(representation, **options)  # raises for options beside those of the whole
+        whole = representation.whole
+        part = lambda some: cast(PMat, measured(some, cotangents, whole, {}, policy, index))
+        return in_parts(Sweep(run, cotangents, policy), whole, part)
     with run.within():
         sweep = numbered(Sweep(run, cotangents, policy), index)
         fixed = replace(cotangents, seed=0) if hasattr(cotangents, "seed") else cotangents  # type: ignore[type-var]

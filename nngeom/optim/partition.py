@@ -95,7 +95,7 @@ class Partition:
             key: Key = place[name]
             if self._split:
                 owner = self.owners.of(name)
-                apart = self._representation(key).layerwise
+                apart = self._representation(key).blocks_in_layers
                 key = key, owner if apart else first.setdefault(key, owner)
             members.setdefault(key, []).append(name)
         parts = {}
@@ -133,7 +133,7 @@ class Partition:
         for layout, j in chunk.jacobians.items():
             index = place[layout.names[0]]
             representation = self._representation(index)
-            if representation.layerwise:
+            if representation.blocks_in_layers:
                 self.owners.require_block(layout)
             names = tuple(name for name in self.collection.names if place[name] == index)
             numbers += representation.entries_of(layout, j, Selection(self.collection, names)) or 0

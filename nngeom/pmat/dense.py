@@ -160,6 +160,7 @@ class PMatBlockDiag(PMat):
 
     entries = "layers"
     layerwise = True
+    blocks_in_layers = True
 
     @classmethod
     def recipe(cls, selection: Selection) -> Recipe:

@@ -68,6 +68,7 @@ class PMatEKFAC(PMat, made_of=EigenBlock):
     projects = True
     any_columns = True
     layerwise = True
+    blocks_in_layers = True
 
     @classmethod
     def recipe(

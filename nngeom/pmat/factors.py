@@ -139,7 +139,7 @@ def of_gradients(g: Tensor, sharing: str, limit: int) -> Tensor | Moment:
 
 
 def _of_inputs(a: Tensor, sharing: str, limit: int) -> Tensor | Moment:
-    a = a if sharing == "expand" else a.mean(1, keepdim=True)
+    a = a if sharing == "expand" else a.sum(1, keepdim=True) / max(1, a.shape[1])
     return a.square().sum((0, 1)) if a.shape[-1] > limit else contract.second_moment(a)
 
 

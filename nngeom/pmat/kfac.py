@@ -132,6 +132,7 @@ class PMatKFAC(PMat):
 
     any_columns = True
     layerwise = True
+    blocks_in_layers = True
     centred = False
 
     @classmethod

@@ -44,7 +44,7 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
             PMat.makers[made_of] = cls
         if "recipe" in vars(cls) and "entries" not in vars(cls):
             cls.entries = None  # what was said of the parent's recipe
-        for said in ("projects", "any_columns", "layerwise"):
+        for said in ("projects", "any_columns", "layerwise", "blocks_in_layers"):
             if "recipe" in vars(cls) and said not in vars(cls):
                 setattr(cls, said, False)
         PMat.kinds.add(cls)

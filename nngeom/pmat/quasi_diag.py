@@ -197,6 +197,7 @@ class PMatQuasiDiag(PMat):
 
     projects = True
     layerwise = True
+    blocks_in_layers = True
 
     @classmethod
     def recipe(cls, selection: Selection) -> Recipe:

@@ -84,6 +84,11 @@ class Representation(Generic[M_co]):
         return self if self.passes == 1 else self.kind.in_basis(matrix)
 
     @property
+    def blocks_in_layers(self) -> bool:
+        """See :attr:`Measured.blocks_in_layers`."""
+        return self.kind.blocks_in_layers
+
+    @property
     def layerwise(self) -> bool:
         """See :attr:`Measured.layerwise`."""
         return self.kind.layerwise
@@ -118,6 +123,7 @@ class Measured(ABC):
     centred: ClassVar[bool] = True  # any rows may enter, such as those less their mean, not only sums of outer products
     any_columns: ClassVar[bool] = False  # statistics are sums over cotangents in blocks: of any root of the metric
     entries: ClassVar[str | None] = None  # kept as they are of any matrix: "all", those in "layers", the "diagonal"
+    blocks_in_layers: ClassVar[bool] = False  # none reaches over several
     projects: ClassVar[bool] = False  # what it keeps of any matrix is read off products with the vectors of its blocks
     layerwise: ClassVar[bool] = False  # what it keeps of a layer is the same where others are not measured
     kinds: ClassVar[Registry[Any]] = Registry()  # by qualified name, for files

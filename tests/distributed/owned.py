@@ -30,6 +30,8 @@ ALL |= {
     "eye": lambda m, **k: NaturalGradient(m, nng.PMatEye, lr=0.05, damping=0.1, **k),
     "rest": lambda m, **k: KFAC(m, lr=0.05, block_limit=2, inverse_every=2, statistics_every=2, **k),
     "relative": lambda m, **k: KFAC(m, lr=0.05, damping=nng.Relative(0.1), **k),
+    "relative rest": lambda m, **k: KFAC(m, lr=0.05, damping=nng.Relative(0.1), block_limit=2, **k),
+    "relative diagonal": lambda m, **k: NaturalGradient(m, nng.PMatDiag, lr=0.05, damping=nng.Relative(1.0), **k),
     "of kinds": lambda m, **k: NaturalGradient(
         m, nng.PMatMixed({"0.*": nng.PMatKFAC}, default=nng.PMatDense), lr=0.05, damping=1.0, **k
     ),
@@ -74,7 +76,7 @@ def as_replicated(here: Here, kind: str, name: str) -> None:
 for kind in ALL:
     CHECKS[f"owned {kind}"] = lambda here, k=kind: as_replicated(here, k, "mlp")
 for name in MODELS:
-    for kind in ("kfac", "ekfac running"):
+    for kind in ("kfac", "ekfac running", "relative rest"):
         CHECKS[f"owned {kind}, {name}"] = lambda here, k=kind, n=name: as_replicated(here, k, n)
 
 
@@ -123,7 +125,7 @@ def resuming_with_another_placement(here: Here) -> None:
         cuts.close(train(alone, one, joint), going, 1e-9)
         for end in (train(there, from_one, mine), *later.values()):
             cuts.close(end, going, 1e-9)
-        if kind != "dense":  # which one process keeps whole
+        if kind not in ("dense", "diag"):  # which one process keeps whole
             with pytest.raises(nng.ArgumentError, match=r"which another kept.*join_states"):
                 ALL[kind](copy.deepcopy(middle)).load_state_dict(loaded[here.rank])
             with pytest.raises(nng.ArgumentError, match="in none of the 1 states"):

@@ -14,6 +14,7 @@ import gone
 import kernels
 import moments
 import owned
+import parted
 import products
 import quantities
 import some
@@ -41,7 +42,7 @@ def asked(*themes, sizes, slow):
     return lambda f: pytest.mark.parametrize("size", marked)(pytest.mark.parametrize("theme, name", listed)(f))
 
 
-@asked(moments, products, quantities, kernels, faults, training, owned, sizes=(2,), slow=(3, 4))
+@asked(moments, products, quantities, kernels, faults, training, owned, parted, sizes=(2,), slow=(3, 4))
 def test_over_processes(said, theme, name, size):
     said(theme, size).require(name)
 

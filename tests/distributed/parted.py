@@ -1,0 +1,124 @@
+"""Matrices of which every process keeps a part: what they say is what the whole says."""
+
+from __future__ import annotations
+
+import warnings
+
+import cuts
+import pytest
+import torch
+import torch.distributed as dist
+from cases import build
+from launch import Check, Here, check
+
+import nngeom as nng
+
+CHECKS: dict[str, Check] = {}
+KINDS = {
+    "kfac": nng.PMatKFAC,
+    "ekfac": nng.PMatEKFAC,
+    "reduced": nng.PMatKFAC.options(sharing="reduce"),
+    "layers": nng.PMatBlockDiag,
+    "quasi-diagonal": nng.PMatQuasiDiag,
+}
+MODELS = ("mlp", "transformer", "tied", "gru")
+ROOM = 2**10  # bytes, in which few layers have room at once, and few outputs
+
+
+def pair(kind, name: str, group=None, measure=nng.FIM, **options):
+    """The matrix of a case as a whole in one process, and in parts over all."""
+    case = build(name, sizes=cuts.SIZES)
+    mine = case.loader if group is None else cuts.mine(case.loader, dist.get_rank(group), dist.get_world_size(group))
+    whole = measure(case.model, case.loader, kind, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nng.MemoryWarning)
+        parted = measure(case.model, mine, nng.PMatSharded.of(kind), process_group=group, memory_budget=ROOM, **options)
+    return whole, parted
+
+
+def close(x, y) -> None:
+    cuts.close(x.reshape(-1), y.reshape(-1), 1e-9)
+
+
+def as_the_whole(kind: str, name: str, group=None) -> None:
+    whole, parted = pair(KINDS[kind], name, group)
+    lc = whole.layer_collection
+    v = nng.PVector.randn(lc, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert parted.shape == whole.shape and parted.examples == whole.examples and parted.dtype == whole.dtype
+    close(parted.mv(v).flat(), whole.mv(v).flat())
+    close(parted.vTMv(v), whole.vTMv(v))
+    close(parted.diag().flat(), whole.diag().flat())
+    for damping in (10.0, nng.Relative(10.0), nng.PVector(lc, torch.linspace(10, 20, lc.numel, dtype=torch.float64))):
+        if isinstance(damping, nng.PVector) and kind != "layers":
+            continue  # whose blocks are not closed under it
+        close(parted.solve(v, damping).flat(), whole.solve(v, damping).flat())
+        close(parted.logdet(damping), whole.logdet(damping))
+        close(parted.inverse(damping).mv(v).flat(), whole.solve(v, damping).flat())
+    close(parted.trace(), whole.trace())
+    close(parted.norm(), whole.norm())
+    close(parted.norm(2), whole.norm(2))
+    close((2 * parted + parted).trace(), 3 * whole.trace())
+    close(parted.to(torch.float32).trace().double(), whole.to(torch.float32).trace().double())
+    gathered = parted.gather()
+    assert type(gathered) is type(whole)
+    close(gathered.to_dense(), whole.to_dense())
+
+
+for kind in KINDS:
+    CHECKS[f"parts, {kind}"] = lambda here, k=kind: as_the_whole(k, "mlp", here.group)
+for name in MODELS[1:]:
+    CHECKS[f"parts, {name}"] = lambda here, n=name: as_the_whole("ekfac", n, here.group)
+
+
+@check(CHECKS)
+def draws(here: Here) -> None:
+    """Labels and vectors are those of one process."""
+    generator = lambda: torch.Generator().manual_seed(3)
+    options = {"samples": 2, "generator": None}
+    case = build("mlp", sizes=cuts.SIZES)
+    whole = nng.FIM_MonteCarlo(case.model, case.loader, nng.PMatKFAC, **options | {"generator": generator()})
+    mine = cuts.mine(case.loader, here.rank, here.size)
+    options |= {"process_group": here.group, "memory_budget": ROOM, "generator": generator()}
+    parted = nng.FIM_MonteCarlo(case.model, mine, nng.PMatSharded.of(nng.PMatKFAC), **options)
+    close(parted.gather().to_dense(), whole.to_dense())
+    torch.manual_seed(here.rank)
+    drawn = parted.sample(2, 1.0, generator() if here.rank == 0 else None).flat()
+    here.same(drawn)
+    if here.rank == 0:
+        close(drawn, whole.sample(2, 1.0, generator()).flat())
+
+
+@check(CHECKS)
+def each_keeps_its_own(here: Here) -> None:
+    """All blocks once, on the processes that own them; gathered to one."""
+    whole, parted = pair(nng.PMatKFAC, "transformer", here.group)
+    kept = torch.tensor([parted.nbytes()])
+    dist.all_reduce(kept)
+    assert int(kept) == whole.nbytes() > parted.nbytes()
+    names = [name for part in parted.parts for name in part.layer_collection.names]
+    assert sorted(names) == sorted(parted.owners[here.rank]) and f"rank {here.rank} of {here.size}" in repr(parted)
+    found = parted.gather(rank=here.size - 1)
+    assert (found is None) == (here.rank != here.size - 1)
+    if found is not None:
+        close(found.to_dense(), whole.to_dense())
+
+
+@check(CHECKS)
+def what_parts_refuse(here: Here) -> None:
+    _, parted = pair(nng.PMatKFAC, "mlp", here.group)
+    v = nng.PVector.randn(parted.layer_collection, generator=torch.Generator().manual_seed(here.rank)).double()
+    if here.size > 1:
+        with pytest.raises(nng.RankMismatchError, match="other vectors"):
+            parted.mv(v)
+    same = nng.PVector.randn(parted.layer_collection, generator=torch.Generator().manual_seed(0)).double()
+    zero = 0.0 * parted
+    with pytest.raises((nng.SingularError, nng.PeerError), match=r"singular|not positive definite"):
+        zero.solve(same)
+    for damping in ({"0": 1.0}, nng.Cutoff(1e-3, top=2)):
+        with pytest.raises(nng.UnsupportedError, match="layers that several processes keep"):
+            parted.solve(same, damping)
+    with pytest.raises(nng.UnsupportedError, match=r"gather\(rank=0\)"):
+        parted.eigh()
+    with pytest.raises(nng.ArgumentError, match="rank is 7; expected one of 0"):
+        parted.gather(rank=7)
+    close(parted.mv(same).flat(), parted.gather().mv(same).flat())  # the processes are in step
