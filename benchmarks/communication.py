@@ -69,7 +69,8 @@ NETWORKS = {"fast": Constants(), "slow": Constants(between=22e9, between_latency
 def sent(kind: str, size: int, nbytes: float) -> float:
     """Bytes that a process sends, the mean over processes, of a collective of ``nbytes`` on each of them."""
     once = (size - 1) / size
-    return nbytes * {"all_reduce": 2 * once, "reduce": once, "broadcast": once, "all_gather": size - 1}[kind]
+    shares = {"all_reduce": 2 * once, "reduce": once, "broadcast": once, "all_gather": size - 1, "batch_isend_irecv": 1}
+    return nbytes * shares[kind]
 
 
 def loads(costs: Iterable[float], size: int) -> list[float]:

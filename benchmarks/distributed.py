@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import nngeom as nng
 from benchmarks import report
 from benchmarks.communication import fitted, model, sent
+from benchmarks.distributed_kernels import kernel_jobs, shared_folder
 from benchmarks.timing import peak_memory
 
 LIMIT = 240  # seconds of one launch
@@ -37,7 +38,7 @@ MESSAGES = (2**10, 2**24)  # bytes
 PLAIN = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back, so that peaks show
 
 
-def jobs(examples: int, width: int) -> dict[str, Callable[[], Any]]:
+def jobs(examples: int, width: int, folder: Path) -> dict[str, Callable[[], Any]]:
     """What is measured of a perceptron with two hidden layers, on this process's part of the examples."""
     torch.manual_seed(0)
     group, part = dist.group.WORLD, slice(dist.get_rank(), None, dist.get_world_size())
@@ -61,6 +62,7 @@ def jobs(examples: int, width: int) -> dict[str, Callable[[], Any]]:
         "FIM, PMatEKFAC": lambda: fisher(nng.PMatEKFAC),
         "a product with PMatImplicit": lambda: implicit.mv(v),
         "a step of EKFAC, bases anew": step,
+        **kernel_jobs(net, batches, folder),
     }
 
 
@@ -68,13 +70,15 @@ def jobs(examples: int, width: int) -> dict[str, Callable[[], Any]]:
 def counted() -> Iterator[tuple[Counter[str], Counter[str]]]:
     """How often each collective is called, and with how many bytes: the library's, not those of torch's wrappers."""
     calls, nbytes = Counter[str](), Counter[str]()
-    before = {name: getattr(dist, name) for name in ("all_reduce", "reduce", "broadcast", "all_gather")}
+    before = {
+        name: getattr(dist, name) for name in ("all_reduce", "reduce", "broadcast", "all_gather", "batch_isend_irecv")
+    }
 
     def wrapped(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            t = args[name == "all_gather"]
+            sent = [op.tensor for op in args[0] if op.op is dist.isend] if name == "batch_isend_irecv" else None
             calls[name] += 1
-            nbytes[name] += t.numel() * t.element_size()
+            nbytes[name] += sum(t.numel() * t.element_size() for t in sent or [args[name == "all_gather"]])
             return before[name](*args, **kwargs)
 
         return call
@@ -140,7 +144,9 @@ def _least(run: Callable[[], Any], repeats: int) -> float:
 def process(examples: int, width: int, repeats: int) -> dict[str, Any]:
     """All jobs in this process of a group, the largest of every number over its processes, and the constants."""
     torch.set_num_threads(1)
-    own = {name: measured(run, repeats) for name, run in jobs(examples, width).items()}, constants(3 * repeats)
+    with shared_folder() as folder:
+        own = {name: measured(run, repeats) for name, run in jobs(examples, width, folder).items()}
+    own = own, constants(3 * repeats)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     largest = {

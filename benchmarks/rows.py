@@ -1,6 +1,6 @@
 """``python -m benchmarks.rows``: nets that nobody tuned, a row each, beside one forward and backward pass in turn.
 
-Wide outputs and vocabularies, recurrent cells (dense blocks), tiny nets, several vectors at once, and the largest
+Wide outputs and vocabularies, recurrent cells, tiny nets, several vectors at once, and the largest
 eigenvalues of a large matrix in float32.
 """
 
@@ -75,7 +75,7 @@ class Recurrent(nn.Module):
 
 
 def recurrent(device: str, inputs: int = 16, width: int = 32, n: int = 64) -> Row:
-    """A solve with the dense blocks of a GRU, factorised anew and with the factors of the solve before."""
+    """A solve with a GRU, at another damping every time and at the same."""
     model, x, y = Recurrent(inputs, width).to(device), torch.randn(n, 10, inputs).to(device), torch.randint(0, 10, (n,))
     m, other = (nng.FIM(model, (x, y.to(device)), nng.PMatKFAC) for _ in range(2))
     v = nng.PVector.randn(m.layer_collection).to(device)

@@ -43,6 +43,7 @@ from nngeom.folders import to_folder
 from nngeom.io import load, save
 from nngeom.maps.dense import PullBackDense, PushForwardDense
 from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit
+from nngeom.maps.sharded import PullBackSharded, PushForwardSharded
 from nngeom.measures.covariance import GradientCovariance
 from nngeom.measures.gauss_newton import GGN
 from nngeom.measures.hessian import Hessian
@@ -137,8 +138,10 @@ __all__ = [
     "Poisson",
     "PullBackDense",
     "PullBackImplicit",
+    "PullBackSharded",
     "PushForwardDense",
     "PushForwardImplicit",
+    "PushForwardSharded",
     "RankMismatchError",
     "Relative",
     "RepeatedExamplesWarning",

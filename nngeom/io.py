@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from typing import Any
 
 import safetensors
@@ -17,15 +16,17 @@ import torch
 from torch import Tensor
 
 from nngeom.core import container, files
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, FileError, NNGeomError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, FileError
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.operator import FunctionOperator
+from nngeom.fmat.sharded import FMatSharded
+from nngeom.kernel_folder import holds_kernel, load_parts, load_whole, save_parts
 from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.opened_folder import opened
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
 from nngeom.ranks.team import Team
-from nngeom.tree import WHOLE, decode, encode, holds_model, is_whole
+from nngeom.tree import WHOLE, believed, decode, encode, holds_model, is_whole
 
 FORMAT = 1
 
@@ -35,11 +36,16 @@ def save(M: Any, path: str | os.PathLike[str], *, process_group: Any = None) -> 
 
     Takes every PMat, FMat and Jacobian but the implicit ones, their sums and products, PVectors and FVectors, with
     real floating-point entries. With a ``process_group`` all its processes call it with the same matrix, rank 0 writes,
-    and all return when it is written or raise when it is not. Raises :class:`FileError` where the path cannot be
+    and all return when it is written or raise when it is not. An :class:`FMatSharded` is saved by all of its processes,
+    each its own rows, to a folder ``path`` that all see. Raises :class:`FileError` where the path cannot be
     written, :class:`UnsupportedError` for what holds a model, :class:`ArgumentError` for other entries, and for an
     ``M`` whose class was defined anew.
     """
     team = Team.of(process_group)
+    if isinstance(M, FMatSharded):
+        if process_group is not None and team is not M.team:
+            raise ArgumentError("the kernel is sharded over other processes than process_group; leave it out")
+        return save_parts(M, path)
     with team.together("save"):
         if team.rank == 0:
             _write(M, path)
@@ -53,7 +59,7 @@ def _write(M: Any, path: str | os.PathLike[str]) -> None:
         raise ArgumentTypeError(f"cannot save {type(M).__name__}; expected one of {known}")
     tensors: dict[str, Tensor] = {}
     header = json.dumps({"format": FORMAT, "object": encode(M, "", tensors)})
-    metadata = {"nngeom": header, "checksum": _checksum(header, tensors)}
+    metadata = {"nngeom": header, "checksum": container.checksum(header, tensors)}
     target = os.path.abspath(os.fsdecode(path))
     try:
         with files.replaced(target) as part:
@@ -64,9 +70,13 @@ def _write(M: Any, path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
+def load(path: str | os.PathLike[str], map_location: Any = "cpu", *, process_group: Any = None) -> Any:
     """Read what :func:`save` wrote to ``path``, with its tensors on the device ``map_location``; needs no model and
     runs no code.
+
+    Of the folder of a sharded kernel it gives the whole, an ``FMatDense``; with a ``process_group``, whose processes
+    all call it, an ``FMatSharded`` over these, as many as they are: each reads its own rows, those it had where as many
+    saved it, else neighbours as by :func:`shard`. Other files are read by each.
 
     Everything the file says is checked against what it holds before memory is taken for it; the tensors do not follow
     the file when it changes. Of a folder of :func:`to_folder` the matrix reads its parts when it uses them. Raises
@@ -78,17 +88,19 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"map_location is {map_location!r}; expected a device: {error}") from None
     name = os.fsdecode(path)
-    if os.path.isdir(name):
-        return opened(os.path.abspath(name), load, device)
-    try:
-        out = decode(*_read(name))
-        if not is_whole(out):
-            raise FileError(f"it holds a {type(out).__name__}; expected a matrix, map or vector")
-    except (NNGeomError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, FileError) and name in str(error):
-            raise
-        what = str(error) if isinstance(error, FileError) else f"{type(error).__name__}: {error}"
-        raise FileError(f"{name!r} does not describe a matrix or vector: {what}") from error
+    team = Team.of(process_group)
+    with team.together("load") as note:
+        note.mine = None if not os.path.isdir(name) else "kernel" if holds_kernel(name) else "matrix"
+    if note.all[0] == "kernel":
+        out = load_whole(name) if process_group is None else load_parts(name, team)
+    elif note.all[0] == "matrix":
+        with team.together("load"):
+            return opened(os.path.abspath(name), load, device)
+    else:
+        with team.together("load"), believed(name):
+            out = decode(*_read(name))
+            if not is_whole(out):
+                raise FileError(f"it holds a {type(out).__name__}; expected a matrix, map or vector")
     try:
         return out if device.type == "cpu" else out.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -107,15 +119,6 @@ def _read(name: str) -> tuple[Any, dict[str, Tensor]]:
         raise FileError(f"the header of {name!r} is damaged: {type(error).__name__}: {error}") from error
     if form > FORMAT:
         raise FileError(f"{name!r} has format {form}, this version reads up to {FORMAT}; upgrade nngeom")
-    if metadata.get("checksum") != _checksum(metadata["nngeom"], tensors):
+    if metadata.get("checksum") != container.checksum(metadata["nngeom"], tensors):
         raise FileError(f"{name!r} is damaged: its contents do not have the checksum they were saved with")
     return tree.get("object"), tensors
-
-
-def _checksum(header: str, tensors: dict[str, Tensor]) -> str:
-    crc = zlib.crc32(header.encode())
-    for key in sorted(tensors):
-        t = tensors[key]
-        crc = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode(), crc)
-        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data, crc)
-    return f"{crc:08x}"

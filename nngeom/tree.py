@@ -7,7 +7,9 @@ text are themselves. Only the classes listed here, and imported subclasses of PM
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from nngeom import checks
 from nngeom.core.completed import CompletedBasis
 from nngeom.core.container import REAL
-from nngeom.core.errors import ArgumentError, FileError, UnsupportedError
+from nngeom.core.errors import ArgumentError, FileError, NNGeomError, UnsupportedError
 from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.core.registry import qualified
 from nngeom.fmat.expression import FMatSum
@@ -102,6 +104,18 @@ def holds_model(cls: type) -> UnsupportedError:
 
 
 # -- from a tree -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def believed(name: str) -> Iterator[None]:
+    """Objects are made of what the file ``name`` says: what does not fit is a :class:`FileError`."""
+    try:
+        yield
+    except (NNGeomError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, FileError) and name in str(error):
+            raise
+        what = str(error) if isinstance(error, FileError) else f"{type(error).__name__}: {error}"
+        raise FileError(f"{name!r} does not describe a matrix or vector: {what}") from error
 
 
 def decode(x: Any, tensors: Tensors) -> Any:

@@ -108,7 +108,7 @@ def test_a_run_in_one_process(alone, monkeypatch, tmp_path, capsys):
     assert nbytes == {"all_reduce": 24, "broadcast": 24, "all_gather": 8}
     assert [sent(kind, 4, n) for kind, n in nbytes.items()] == [36, 18, 24]
     found = distributed.process(8, 4, 1)
-    assert len(found["jobs"]) == 4 and found["constants"]["eigh_seconds"] > 0
+    assert len(found["jobs"]) == 9 and found["constants"]["eigh_seconds"] > 0
     for row in found["jobs"].values():
         assert row["seconds"] > 0 and row["messages"] == row["kilobytes"] == 0  # one process tells nobody
     monkeypatch.setattr(distributed, "launched", lambda size, *of: {**found, "ranks": size})

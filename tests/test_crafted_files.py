@@ -18,7 +18,7 @@ from cases import STORED, build, representation
 from torch import nn
 
 import nngeom as nng
-from nngeom.io import _checksum
+from nngeom.core.container import checksum
 
 MIB = 2**20
 
@@ -52,7 +52,7 @@ def contents(path):
 def write(path, tree, tensors):
     """A file with this header, its checksum honest."""
     header = json.dumps(tree)
-    safetensors.torch.save_file(tensors, path, {"nngeom": header, "checksum": _checksum(header, tensors)})
+    safetensors.torch.save_file(tensors, path, {"nngeom": header, "checksum": checksum(header, tensors)})
 
 
 # -- the container -----------------------------------------------------------------------------------------------------

@@ -149,11 +149,14 @@ NAMES_REPRESENTATIONS = [
     ("measures", {"FMatSharded"}, "rows of an FMatDense that are not gathered"),
     ("measures.in_parts", {"PMatSharded"}, "what parts of any representation make"),
     ("measures", {"PushForwardDense", "PullBackDense"}, "maps have two representations each"),
+    ("measures", {"PushForwardSharded", "PullBackSharded"}, "rows of these that are not gathered"),
     ("measures", {"FMatDense", "FMatDiag", "FMatBlockDiag"}, "files and estimates of kernels are of these kinds"),
     ("measures", {"PMatKFAC", "PMatLowRank"}, "what is measured by default, said to type checkers"),
     ("attribution.influence", {"PMatInFiles"}, "scores are sums over the parts of a folder"),
     ("opened_folder", {"PMatInFiles"}, "what a folder is opened as"),
     ("checks", {"PMatSum", "FMatSum"}, "sums do not check their own values"),
+    ("io", {"FMatSharded"}, "kept in parts, and so in a folder"),
+    ("kernel_folder", {"FMatDense", "FMatSharded"}, "rows that processes keep, and the whole that they are of"),
     ("tree", {"PMatSum", "PMatProduct", "FMatSum", "PushForwardDense", "PullBackDense"}, "a closed list, for files"),
     ("analysis", {"FMatDense"}, "kernels of a quantity's own, entry by entry"),
     ("analysis.fisher_rao", {"PMatImplicit"}, "one product with the Fisher matrix"),
@@ -248,6 +251,7 @@ def test_only_one_file_knows_processes():
 
 LINES, COLUMNS, PARAMETERS, POSITIONAL = 250, 120, 8, 6
 SHARED = {"model", "loader", "function", "layer_collection", "progress", "memory_budget", "check", "process_group"}
+SHARED |= {"checkpoint", "every"}
 ADAPTERS = {  # parameters stand where those of torch's functions do, which these are called for or call
     *("nngeom.layers.embedding", "nngeom.layers.norm", "nngeom.layers.refuse", "nngeom.capture.written_out"),
 }

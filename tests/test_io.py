@@ -165,7 +165,7 @@ def rewritten(path, change, honest=True):
 def test_missing_truncated_and_foreign_files(kfac, tmp_path):
     with pytest.raises(nng.FileError, match="there is no file"):
         nng.load(tmp_path / "none")
-    with pytest.raises(nng.FileError, match=r"cannot read|damaged"):
+    with pytest.raises(nng.FileError, match=r"cannot read|damaged|no index"):
         nng.load(tmp_path)
     data = kfac.read_bytes()
     for size in (0, 4, 8, 100, len(data) - 1):

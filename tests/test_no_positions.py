@@ -13,6 +13,17 @@ import nngeom as nng
 f64 = torch.float64
 
 
+class Looked(nn.Module):
+    """A table, looked up with the signs of the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(2, 3, dtype=f64)
+
+    def forward(self, x):
+        return self.table((x[..., 0] > 0).long())
+
+
 class Pooled(nn.Module):
     """The sum over positions of one layer, and a head."""
 
@@ -26,6 +37,7 @@ class Pooled(nn.Module):
 
 LAYERS = {
     "linear": lambda: nn.Linear(4, 3, dtype=f64),
+    "table": Looked,
     "norm": lambda: nn.Sequential(nn.Linear(4, 3, dtype=f64), nn.LayerNorm(3, dtype=f64)),
 }
 STEPS = {"none": (0,), "none at first": (0, 3), "none later": (3, 0)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from nngeom.analysis.kernel import above_rounding, center, kernel_tensor
 from nngeom.analysis.labelled import Labelled
 from nngeom.analysis.labels import signs
 from nngeom.analysis.rows import layer_kernel, row_products
+from nngeom.capture.network import Network
 from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.cotangents.categorical import Categorical
 from nngeom.fmat.dense import FMatDense
+from nngeom.fmat.side import Side
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Function, Run
@@ -147,8 +150,8 @@ def label_alignment(
     ``{layer: scalar}``.
 
     Parameters fewer than ``n c`` are treated in parameter space, by their ``(p, p)`` second moment, so that no
-    ``n c x n c`` product is made; others by their kernel, one layer at a time, which with a ``process_group`` over
-    several processes is :class:`UnsupportedError`.
+    ``n c x n c`` product is made; others by their kernel, one layer at a time, which with a ``process_group`` is whole
+    on every process.
 
     Raises :class:`LoaderError` without labels, :class:`OutputError` where they do not fit the outputs, and what the
     sweep raises. Source: Baratin et al. 2021, sections 3.2 and 3.3.
@@ -170,10 +173,6 @@ def label_alignment(
     with run.within(), torch.no_grad():
         data = Labelled.of(run)
         v = _centered(label_vector(data.labels, data.outputs, data.dtype, data.shape), how=centered)
-        if any(collection.span(names).numel >= v.numel() for names in parts.values()):
-            run.require_alone(
-                "label_alignment of at least as many parameters as examples times outputs, by their kernel,"
-            )
         values = {name: _aligned(data, name, names, v, centered=centered) for name, names in parts.items()}
     return values if by_layer else values[""]
 
@@ -182,12 +181,22 @@ def _aligned(data: Labelled, layer: str, names: tuple[str, ...], v: Tensor, *, c
     side = data.side
     layout = side.run.network.collection.span(names)
     if layout.numel >= v.numel():
-        k = center(layer_kernel(side, layer, len(v)) if layer else row_products(side), how=centered)
+        one = layer and side.run.team.size == 1
+        k = center(layer_kernel(side, layer, len(v)) if one else row_products(_of_layer(side, names)), how=centered)
         return _ratio(torch.einsum("cn,cndm,dm->", v, k, v), k.norm() * v.square().sum())
     second, sums, signal = data.moments(layout, names, v)
     if centered:
         second = above_rounding(second - sums.T @ sums / v.shape[1], second)
     return _ratio(signal.square().sum(), second.norm() * v.square().sum())
+
+
+def _of_layer(side: Side, names: Sequence[str]) -> Side:
+    """The same rows of the parameters ``names`` alone."""
+    network = side.run.network
+    if len(names) == len(network.collection):
+        return side
+    network = Network.build(network.model, network.function, network.collection.only(names))
+    return replace(side, sweep=replace(side.sweep, run=replace(side.run, network=network)))
 
 
 def _centered(v: Tensor, *, how: bool | str) -> Tensor:

@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.kernel import fix_signs, require_symmetric
-from nngeom.analysis.rows import require_labels
+from nngeom.analysis.rows import all_labels
 from nngeom.analysis.spectrum import THRESHOLD
 from nngeom.capture.network import gradients_on
 from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError, SingularError
 from nngeom.cotangents.loss import as_loss
 from nngeom.measures.kernels import GramMatrix
+from nngeom.ranks.made import made
+from nngeom.ranks.team import Team
+from nngeom.ranks.totals import gathered, totals
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Function, Run
 
 
@@ -54,7 +58,8 @@ def eigenfunctions(
 
     ``u_J(x) = sum_i K(x, x_i) u_J(x_i) / lambda_J``. ``grid`` and ``at`` are loaders or batches. ``centered``: features
     less their mean over ``grid``, output by output; at initialisation the uncentred kernel hides everything behind its
-    first eigenvalue. Raises :class:`ArgumentError` for ``k`` out of range, :class:`SingularError` where one of the
+    first eigenvalue. With a ``process_group`` both are split over processes, and all have the functions of all points.
+    Raises :class:`ArgumentError` for ``k`` out of range, :class:`SingularError` where one of the
     ``k`` eigenvalues is zero and an extension is asked for. Source: Baratin et al. 2021, eq. 3 and 47.
     """
     options: dict[str, Any] = {
@@ -63,12 +68,14 @@ def eigenfunctions(
         "centered": centered,
         "memory_budget": memory_budget,
         "check": check,
+        "process_group": process_group,
     }
     run = Run.of(model, grid, function=function, layer_collection=layer_collection, process_group=process_group)
-    run.require_alone("eigenfunctions")
-    grid = run.held().loader
+    agree(run, "eigenfunctions", k=k, at=at is not None)
+    with run.team.together("batches"):
+        grid = run.held().loader
     kernel = GramMatrix(model, grid, **options)
-    values, vectors = _leading(require_symmetric(kernel), k)
+    values, vectors = _leading(require_symmetric(kernel), k, run.team)
     sample = vectors.T.reshape(k, kernel.outputs, kernel.rows)
     if at is None:
         return Eigenfunctions(values, sample, sample)
@@ -121,7 +128,8 @@ def step_modes(
 
     The parameters are moved, the outputs read, and the parameters put back exactly. ``lr``: the learning rate;
     ``loss``: as for :func:`nngeom.EmpiricalFIM`. ``k``: that many leading modes (all by default). ``at``: a second
-    loader, where the change is predicted by Nystrom extension, ``-lr K(x, .) dL/df``.
+    loader, where the change is predicted by Nystrom extension, ``-lr K(x, .) dL/df``. With a ``process_group`` the mean
+    is over the examples of all processes.
 
     Source: Baratin et al. 2021, lemma 1 and propositions 5 and 6.
     """
@@ -130,27 +138,29 @@ def step_modes(
         "layer_collection": layer_collection,
         "memory_budget": memory_budget,
         "check": check,
+        "process_group": process_group,
     }
     run = Run.of(model, loader, function=function, layer_collection=layer_collection, process_group=process_group)
-    run.require_alone("step_modes")
-    run = run.held()
-    other = None if at is None else run.on(at).held()
-    y = require_labels(run)
+    agree(run, "step_modes", lr=lr, loss=loss, k=k, at=at is not None)
+    with run.team.together("batches"):
+        run = run.held()
+        other = None if at is None else run.on(at).held()
+    y = all_labels(run)
     kernel = GramMatrix(model, run.loader, **options)
     count = kernel.outputs * kernel.rows if k is None else k
-    values, vectors = _leading(require_symmetric(kernel), count)
-    before = run.outputs()
+    values, vectors = _leading(require_symmetric(kernel), count, run.team)
+    before = _outputs(run)
     with gradients_on():
         f = before.detach().requires_grad_()
         gradient = torch.autograd.grad(as_loss(loss, model)(f, y).mean(), f)[0]
     pulled = _columns(gradient)
     weights = PVector.from_model(model, run.network.collection)
-    elsewhere = None if other is None else other.outputs()
+    elsewhere = None if other is None else _outputs(other)
     step = _pull_back(run, gradient)
     try:
         (weights - lr * step).copy_to(model)
-        change = _columns(run.outputs() - before)
-        moved = None if other is None or elsewhere is None else _columns(other.outputs() - elsewhere)
+        change = _columns(_outputs(run) - before)
+        moved = None if other is None or elsewhere is None else _columns(_outputs(other) - elsewhere)
     finally:
         weights.copy_to(model)
     predicted = -lr * values * (vectors.T @ pulled.flatten())
@@ -187,11 +197,16 @@ def linear_dynamics(K: Any, start: Tensor, targets: Tensor, lr: float, steps: in
     return targets.to(m) + (vectors @ ((1 - lr * values) ** steps * residual)).view(start.shape)
 
 
-def _leading(m: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _leading(m: Tensor, k: int, team: Team) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= len(m):
         raise ArgumentError(f"k is {k}; expected between 1 and {len(m)}, the size of the kernel")
-    values, vectors = linalg.eigh(m)
+    values, vectors = made(team, "eigenvectors", {"kernel": 1.0}, lambda _: linalg.eigh(m), m.device)["kernel"]
     return values[-k:].flip(0).clamp_min(0), fix_signs(vectors[:, -k:].flip(1)).contiguous()
+
+
+def _outputs(run: Run) -> Tensor:
+    """The outputs of all examples, of all processes."""
+    return gathered(run.team, "outputs", lambda: run.outputs() if run.loader else None, run.network.device)
 
 
 def _columns(outputs: Tensor) -> Tensor:
@@ -200,14 +215,18 @@ def _columns(outputs: Tensor) -> Tensor:
 
 
 def _pull_back(run: Run, gradient: Tensor) -> PVector:
-    """``sum_i J_i^T g_i``, one backward pass a batch."""
-    total, at = None, 0
+    """``sum_i J_i^T g_i`` over the examples of all processes, one backward pass a batch."""
     parameters = list(run.network.parameters.values())
-    for batch in run.loader:
-        with gradients_on():
-            outputs = run.network.run(batch)
-            grads = torch.autograd.grad(outputs, parameters, gradient[at : at + len(outputs)], allow_unused=True)
-        at += len(outputs)
-        flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters)])
-        total = flat if total is None else total + flat
-    return PVector(run.network.collection, total)  # type: ignore[arg-type]
+    start = sum(run.team.exchange("examples", sum(run.sizes))[: run.team.rank])
+
+    def own() -> tuple[list[Tensor], int]:
+        at, total = start, torch.cat([torch.zeros_like(p).flatten() for p in parameters])
+        for batch in run.loader:
+            with gradients_on():
+                outputs = run.network.run(batch)
+                grads = torch.autograd.grad(outputs, parameters, gradient[at : at + len(outputs)], allow_unused=True)
+            at += len(outputs)
+            total += torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters)])
+        return [total.detach()], at - start
+
+    return PVector(run.network.collection, totals(run.team, "step", own)[0][0])

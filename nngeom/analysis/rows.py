@@ -10,6 +10,7 @@ from nngeom.fmat.chunks import span
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.products import EVERYTHING, Grouping, build, products
 from nngeom.fmat.products import squared_norms as norms_by_group
+from nngeom.fmat.ring import gathered_kernels
 from nngeom.fmat.side import Side
 from nngeom.fmat.store import Store
 from nngeom.fmat.tiles import matched, pairs
@@ -36,8 +37,30 @@ def require_labels(run: Run) -> Tensor:
     return y
 
 
+def all_labels(run: Run) -> Tensor:
+    """:func:`require_labels` of the examples of all processes."""
+    with run.team.together("labels"):
+        y = require_labels(run) if run.loader else None
+    return gathered(run.team, "labels", lambda: y, run.network.device)
+
+
+def all_targets(run: Run) -> Tensor | None:
+    """The targets of a run that is held, of the examples of all processes; ``None`` where batches have none."""
+    with run.team.together("targets") as note:
+        y = run.targets() if run.loader else None
+        note.mine = bool(run.loader), y is not None
+    if any(has and not labelled for has, labelled in note.all):
+        return None
+    return gathered(run.team, "targets", lambda: y, run.network.device)
+
+
 def row_products(rows: Side, columns: Side | None = None) -> Tensor:
-    """``(k, n, k, m)``: inner products of the rows of two sides, or of one with itself, tile by tile."""
+    """``(k, n, k, m)``: inner products of the rows of two sides, or of one with itself, tile by tile; of the examples
+    of all processes.
+    """
+    if rows.run.team.size > 1:
+        kernel: FMatDense = gathered_kernels(FMatDense, rows, columns, EVERYTHING)[""]
+        return kernel.tensor
     return build(FMatDense, rows, columns, EVERYTHING)[""].tensor
 
 
@@ -67,8 +90,8 @@ def layer_kernel(rows: Side, layer: str, outputs: int) -> Tensor:
 
 
 def row_norms(side: Side) -> Tensor:
-    """``(n,)``: squared norms of the rows summed over cotangents; rows are not formed where a factored form is
-    cheaper.
+    """``(n,)``: squared norms of the rows summed over cotangents, of this process's examples; rows are not formed where
+    a factored form is cheaper.
     """
     return norms_by_group(side, EVERYTHING)[""].sum(0)
 
@@ -77,9 +100,13 @@ def row_norms(side: Side) -> Tensor:
 def squared_norms(run: Run, cotangents: Cotangents) -> Tensor:
     """:func:`row_norms` of the rows of a run for the cotangents of a metric, of the examples of all processes."""
 
-    def own() -> Tensor | None:
-        held = run.held()
-        return row_norms(Side.of(held, cotangents)) if held.loader else None
-
     with run.within():
-        return gathered(run.team, "norms of rows", own, run.network.device)
+        with run.team.together("batches"):
+            side = Side.of(run, cotangents)
+        return all_row_norms(side, run)
+
+
+def all_row_norms(side: Side, run: Run) -> Tensor:
+    """:func:`row_norms` of the ``side`` of a ``run``, of the examples of all processes."""
+    own = lambda: row_norms(side) if side.sizes else None
+    return gathered(run.team, "norms of rows", own, run.network.device)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.labels import class_labels, described
-from nngeom.analysis.rows import require_finite_gradients, row_norms, row_products
+from nngeom.analysis.rows import all_row_norms, all_targets, require_finite_gradients, row_products
 from nngeom.core.errors import ArgumentError
 from nngeom.cotangents.loss import EmpiricalFisher, as_loss
 from nngeom.fmat.side import Side
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Function, Run
 
 
@@ -88,7 +89,8 @@ def stiffness(
     :func:`nngeom.EmpiricalFIM`. A step ``-e g_1`` changes the loss of example 2 by ``-e g_1 . g_2``: positive stiffness
     helps. Per-example gradients stay in factored form, ``n x d`` numbers are formed only where that is cheaper.
     Examples whose label the loss ignores have no gradient, cosine 0 with all, and are no class. Equal examples in
-    ``loader`` and ``other`` are not recognised: leave ``other`` out to compare a set with itself.
+    ``loader`` and ``other`` are not recognised: leave ``other`` out to compare a set with itself. With a
+    ``process_group`` those of all processes, in rank order.
 
     Raises :class:`ArgumentError` for another ``kind``, :class:`LoaderError` without targets, and what the sweep raises.
     Source: Fort et al. 2019, definitions of sign, cosine and class stiffness.
@@ -108,12 +110,13 @@ def stiffness(
         check=check,
         process_group=process_group,
     )
-    run.require_alone("stiffness")
+    agree(run, "stiffness", kind=kind, loss=measured, other=other is not None)
     with run.within(), torch.no_grad():
-        sides = [Side.of(run.on(data), cotangents) for data in ((loader,) if other is None else (loader, other))]
+        with run.team.together("batches"):
+            sides = [Side.of(run.on(data), cotangents) for data in ((loader,) if other is None else (loader, other))]
         gram = row_products(sides[0], None if other is None else sides[1])[0, :, 0]
-        norms = [gram.diagonal()] if other is None else [row_norms(side) for side in sides]
-    labels = [side.run.targets() for side in sides]
+        norms = [gram.diagonal()] if other is None else [all_row_norms(side, run) for side in sides]
+    labels = [all_targets(side.run) for side in sides]
     return _summary(gram, (norms[0], norms[-1]), (labels[0], labels[-1]), kind, same=other is None, ignored=ignored)
 
 

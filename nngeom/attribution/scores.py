@@ -11,7 +11,7 @@ from nngeom.core import costs, memory, pairs
 from nngeom.core.factored import FactoredJacobian
 from nngeom.core.jacobian import FullJacobian, LayerJacobian, tensors
 from nngeom.core.tile import Tile
-from nngeom.fmat.store import FileStore
+from nngeom.fmat.store import Store
 
 
 def add_scores(out: Tensor, left: LayerJacobian, right: LayerJacobian) -> None:
@@ -102,7 +102,7 @@ class Largest:
 class InFile:
     """All scores, in the file of a store that has begun."""
 
-    def __init__(self, store: FileStore):
+    def __init__(self, store: Store):
         self.store = store
 
     def has(self, j: slice, i: slice) -> bool:
@@ -111,6 +111,6 @@ class InFile:
     def keep(self, j: slice, i: slice, scores: Tensor) -> None:
         self.store.write((j, i), {"": scores}, None, lambda tile: tile)
 
-    def result(self) -> Tensor:
-        """``(q, n)``, mapped from the file."""
-        return self.store.result()[""]
+    def result(self) -> Tensor | None:
+        """``(q, n)``, mapped from the file; ``None`` of a part of it."""
+        return self.store.result().get("")

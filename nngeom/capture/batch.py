@@ -120,6 +120,8 @@ def move(batch: Batch, device: torch.device) -> Batch:
             x = _tensor(x)
         if not isinstance(x, Tensor):
             return x.to(device) if isinstance(x, PackedSequence) else x  # type: ignore[arg-type]
+        if not (x.is_inference() or torch.is_inference_mode_enabled()):
+            return x.detach().to(device)
         with torch.inference_mode(mode=False):
             return (x.clone() if x.is_inference() else x.detach()).to(device)
 

@@ -21,6 +21,7 @@ from nngeom.capture.batch import each
 from nngeom.core.errors import UnsupportedError
 from nngeom.core.whole import in_parts
 from nngeom.space.collection import unwrap
+from nngeom.space.walk import modules
 
 _HOOKS = "torch.distributed.fsdp._fully_shard"  # the module that hooks of ``fully_shard`` come from
 _WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that are gathered now, by a call that encloses this
@@ -29,7 +30,7 @@ _WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that are gathe
 def sharded_modules(model: Any) -> list[nn.Module]:
     """The modules that were given to ``fully_shard``, outer ones first."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return [m for m in model.modules() if isinstance(m, kind)] if kind and isinstance(model, nn.Module) else []
+    return [m for m in modules(model) if isinstance(m, kind)] if kind and isinstance(model, nn.Module) else []
 
 
 def ranks_of(model: nn.Module) -> set[int]:
@@ -50,12 +51,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     Afterwards they are in parts as before, also after an exception. What encloses another of the same model gathers.
     """
-    modules = [m for m in sharded_modules(unwrap(model)) if m not in _WHOLE]
-    if not modules:
+    possible = "torch.distributed.fsdp" in sys.modules  # else no module was given to it
+    sharded = [m for m in sharded_modules(unwrap(model)) if m not in _WHOLE] if possible else []
+    if not sharded:
         yield
         return
     with contextlib.ExitStack() as stack:
-        for module in reversed(modules):  # inner ones first: what changes in an outer one is its own
+        for module in reversed(sharded):  # inner ones first: what changes in an outer one is its own
             stack.enter_context(_gathered(module))
         yield
 

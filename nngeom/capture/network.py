@@ -35,7 +35,8 @@ from nngeom.core.errors import (
     UnsupportedError,
 )
 from nngeom.core.whole import in_parts
-from nngeom.space.collection import LayerCollection, by_all_names, unwrap
+from nngeom.space.collection import LayerCollection, unwrap
+from nngeom.space.walk import modules, named_parameters
 
 RUNNING = threading.RLock()  # models run one at a time: a forward-mode pass puts other tensors into them meanwhile
 
@@ -50,6 +51,7 @@ class Network:
     parameters: dict[str, nn.Parameter]
     device: torch.device
     dtype: torch.dtype
+    every: dict[str, nn.Parameter]  # all parameters of the model, by all their names
     distributed: Tensor | None = None  # a parameter that is a distributed tensor while the model runs, if there is one
 
     @staticmethod
@@ -70,8 +72,8 @@ class Network:
                 f"function is {function!r}; expected a callable returning the outputs (n, c), or None"
             )
         model = unwrap(model)
-        every = by_all_names(model)
-        lc = collection if collection is not None else LayerCollection.among(model, every, None, None)
+        every = named_parameters(model)
+        lc = collection if collection is not None else LayerCollection.whole(model, every)
         if not isinstance(lc, LayerCollection):
             raise ArgumentTypeError(
                 f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)"
@@ -79,15 +81,15 @@ class Network:
         parameters = lc.live(every)
         remedies.require_whole(model, parameters, parts=parts)
         devices = {p.device for p in parameters.values()}
-        if len(devices) > 1:
+        if len(devices) != 1:
             raise DeviceError(
                 f"the selected parameters are on several devices, {sorted(map(str, devices))}; expected one: "
                 "move the model with model.to(device)"
             )
-        dtypes = {p.dtype for p in parameters.values()}
-        dtype = functools.reduce(torch.promote_types, dtypes)
-        distributed = next((p for p in model.parameters() if in_parts(p)), None)
-        return Network(model, lc, function, parameters, next(iter(devices)), dtype, distributed=distributed)
+        dtype = functools.reduce(torch.promote_types, {p.dtype for p in parameters.values()})
+        distributed = next((p for p in every.values() if in_parts(p)), None)
+        (device,) = devices
+        return Network(model, lc, function, parameters, device, dtype, every=every, distributed=distributed)
 
     @functools.cached_property
     def ids(self) -> dict[int, str]:
@@ -97,12 +99,12 @@ class Network:
     @functools.cached_property
     def modules(self) -> tuple[nn.Module, ...]:
         """All modules of the model."""
-        return tuple(self.model.modules())
+        return modules(self.model)
 
     @functools.cached_property
     def registered(self) -> frozenset[int]:
         """Ids of all parameters of the model."""
-        return frozenset(id(p) for p in self.model.parameters())
+        return frozenset(map(id, self.every.values()))
 
     @functools.cached_property
     def watch(self) -> Watch:
@@ -241,5 +243,8 @@ def require_finite(x: Tensor, what: str, batch_index: int) -> None:
 @contextlib.contextmanager
 def gradients_on() -> Iterator[None]:
     """Gradients are recorded, whatever the caller switched off."""
-    with torch.inference_mode(mode=False), torch.enable_grad():
+    on = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with contextlib.ExitStack() as stack:
+        for switch in () if on else (torch.inference_mode(mode=False), torch.enable_grad()):
+            stack.enter_context(switch)
         yield

@@ -9,6 +9,7 @@ model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 import weakref
 from collections.abc import Callable
@@ -46,6 +47,11 @@ class Capture:
     hooked: frozenset[Any] = frozenset()  # nodes of tensors that were asked to run functions on their gradients
     training: bool = False  # a training step of the user's: batch normalisation may mix examples
     batch: Batch = None
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        """The outputs without their graph."""
+        return self.outputs.detach()
 
     def graph(self) -> Graph:
         """What autograd recorded of it."""

@@ -13,6 +13,7 @@ from nngeom.capture.batch import Batch, tensors
 from nngeom.capture.fused import CHECKPOINTED
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, LoaderError, NNGeomError, UnsupportedError
 from nngeom.core.whole import in_parts
+from nngeom.space.walk import named_modules
 
 _FLAT = "FullyShardedDataParallel"
 _WHOLE = r"\b(long|u?int|short|char|byte|bool)"  # dtypes of whole numbers, where real ones are wanted
@@ -22,10 +23,10 @@ def require_whole(model: nn.Module, parameters: Mapping[str, Tensor], *, parts: 
     """Raise :class:`UnsupportedError` where a process holds parts of the parameters; ``parts``: distributed tensors are
     welcome.
     """
-    names = [name for name, p in parameters.items() if getattr(p, "ds_numel", p.numel()) != p.numel()]
+    names = [name for name, p in parameters.items() if hasattr(p, "ds_numel") and p.ds_numel != p.numel()]
     if not parts:
         names += [name for name, p in parameters.items() if in_parts(p)]
-    names += [name or "the model" for name, m in model.named_modules() if type(m).__name__ == _FLAT]
+    names += [name.rstrip(".") or "the model" for name, m in named_modules(model) if type(m).__name__ == _FLAT]
     if names:
         raise UnsupportedError(
             f"parameters are spread over processes ({', '.join(names[:4])}: fully_shard, tensor parallelism, "

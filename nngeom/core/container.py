@@ -5,12 +5,15 @@ Tensors are read into memory of their own, so that they stay what they are when 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import stat
 import struct
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
@@ -29,16 +32,57 @@ REAL = {
 LONGEST_HEADER = 100_000_000  # of the format
 
 
-def read(path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """``(metadata, tensors)`` of a file of real tensors; raises :class:`FileError` where it is none.
+@dataclass(frozen=True)
+class Contents:
+    """An open file: its ``metadata``, and where its tensors lie, ``places {key: (start, shape, dtype)}`` in bytes."""
 
-    Nothing is allocated that is not there.
+    file: BinaryIO
+    metadata: dict[str, str]
+    places: dict[str, tuple[int, tuple[int, ...], torch.dtype]]
+
+    def tensor(self, key: str) -> Tensor:
+        """All of a tensor."""
+        start, shape, dtype = self.places[key]
+        out = torch.empty(shape, dtype=dtype)
+        self._fill(out, start)
+        return out
+
+    def rows(self, key: str, lo: int, hi: int) -> Iterator[Tensor]:
+        """``[hi - lo, ...]`` for every entry of the first axis: the part ``lo`` to ``hi`` of the second one."""
+        start, (count, n, *rest), dtype = self.places[key]
+        row = math.prod(rest) * dtype.itemsize
+        for k in range(count):
+            out = torch.empty([hi - lo, *rest], dtype=dtype)
+            self._fill(out, start + (k * n + lo) * row)
+            yield out
+
+    def _fill(self, out: Tensor, start: int) -> None:
+        self.file.seek(start)
+        view = out.reshape(-1).view(torch.uint8).numpy().data
+        while len(view):
+            read = self.file.readinto(view)  # type: ignore[attr-defined]
+            if not read:
+                raise ValueError("it ends before its last tensor")
+            view = view[read:]
+
+
+def read(path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """``(metadata, tensors)`` of a file of real tensors; errors as for :func:`opened`."""
+    with opened(path) as contents:
+        return contents.metadata, {key: contents.tensor(key) for key in contents.places}
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[Contents]:
+    """What is in a file of real tensors; raises :class:`FileError` where it is none.
+
+    Every tensor is as large as its shape says, so that nothing is allocated that is not there.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FileError(f"cannot read {path!r}: it is no regular file")
         with open(path, "rb") as file:
-            return _contents(file, os.fstat(file.fileno()).st_size)
+            yield _contents(file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError as error:
         raise FileError(f"there is no file {path!r}") from error
     except FileError:
@@ -49,17 +93,12 @@ def read(path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise FileError(f"{path!r} is damaged, truncated, or no safetensors file: {error}") from error
 
 
-def _contents(file: BinaryIO, size: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _contents(file: BinaryIO, size: int) -> Contents:
     start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
     if length > min(size - 8, LONGEST_HEADER):
         raise ValueError(f"it has {size} bytes, too few for a header of {length}, or for any")
-    try:
-        header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
-    except RecursionError:
-        raise ValueError("its header is nested too deeply") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"its header is a {type(header).__name__}")
+    header = json_of(file.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not strings")
@@ -71,7 +110,19 @@ def _contents(file: BinaryIO, size: int) -> tuple[dict[str, str], dict[str, Tens
         stop = hi
     if stop != size - 8 - length:
         raise ValueError(f"its tensors have {stop} bytes, the file holds {size - 8 - length}")
-    return metadata, {key: _tensor(file, shape, dtype) for _, _, key, shape, dtype in places}
+    data = 8 + length
+    return Contents(file, metadata, {key: (data + lo, shape, REAL[dtype]) for lo, _, key, shape, dtype in places})
+
+
+def json_of(text: bytes) -> dict[str, Any]:
+    """The JSON object of a ``text``; raises :class:`ValueError` for what is none, and for a key that is there twice."""
+    try:
+        found = json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("its header is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"its header is a {type(found).__name__}")
+    return found
 
 
 def _places(header: dict[str, Any]) -> Iterator[tuple[int, int, str, tuple[int, ...], str]]:
@@ -97,19 +148,18 @@ def _are_sizes(x: Any) -> bool:
     return isinstance(x, list) and len(x) <= 64 and all(type(v) is int and 0 <= v < 2**62 for v in x)
 
 
-def _tensor(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> Tensor:
-    out = torch.empty(shape, dtype=REAL[dtype])
-    view = out.reshape(-1).view(torch.uint8).numpy().data
-    while len(view):
-        read = file.readinto(view)  # type: ignore[attr-defined]
-        if not read:
-            raise ValueError("it ends before its last tensor")
-        view = view[read:]
-    return out
-
-
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         raise ValueError("its header has a key twice")
     return out
+
+
+def checksum(header: str, tensors: dict[str, Tensor]) -> str:
+    """Of a header and the ``tensors`` of a file, ``{key: tensor}`` on the cpu."""
+    crc = zlib.crc32(header.encode())
+    for key in sorted(tensors):
+        t = tensors[key]
+        crc = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode(), crc)
+        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 PIECE = 2**20  # numbers that are widened at once
+LONG = 2**12  # numbers of a row above which rows are multiplied one by one, into no memory of their own
 SHORT = 2**18  # numbers of which a plain inner product in float32 is right to 1e-6
 
 
@@ -44,11 +45,16 @@ def dot(x: Tensor, y: Tensor) -> tuple[float, float]:
 def inner_products(x: Tensor, y: Tensor) -> Tensor:
     """``<x[j], y[j]>`` for every row, ``[b]``: pieces by torch's sums in pairs, their totals in double precision.
 
-    A plain inner product of tens of millions of float32 numbers is off by 1e-3, these sums by 1e-7, and those of single
+    A plain inner product of tens of millions of float32 numbers is off by 1e-3, these sums by 1e-7, and those of long
     rows, which are not multiplied into memory of their own, by 1e-6.
     """
-    if len(x) == 1:
-        parts = zip(x.flatten().split(SHORT), y.to(x.dtype).flatten().split(SHORT))
-        return torch.stack([torch.dot(a, b) for a, b in parts] or [x.new_zeros(())]).double().sum().unsqueeze(0)
-    rows = zip(*(t.flatten(1).split(max(1, PIECE // len(x)), 1) for t in (x, y.to(x.dtype))))
+    y = y.to(x.dtype)
+    if len(x) == 1 or x.numel() >= LONG * len(x):
+        return torch.stack([_inner_product(a, b) for a, b in zip(x, y)])
+    rows = zip(*(t.flatten(1).split(max(1, PIECE // len(x)), 1) for t in (x, y)))
     return torch.stack([(a * b).sum(1).double() for a, b in rows]).sum(0)
+
+
+def _inner_product(x: Tensor, y: Tensor) -> Tensor:
+    parts = zip(x.flatten().split(SHORT), y.flatten().split(SHORT))
+    return torch.stack([torch.dot(a, b) for a, b in parts] or [x.new_zeros(())]).double().sum()

@@ -200,9 +200,9 @@ class LookupJacobian(FactoredJacobian):
     def vjp(self, u: Tensor) -> Tensor:
         w = contract.weighted_sum(u, self.g)  # [*b n t s o]
         b = w.shape[:-4]
-        w = w.reshape(-1, self.a.numel(), w.shape[-1])
+        w = w.reshape(b.numel(), self.a.numel(), w.shape[-1])
         rows = w.new_zeros(w.shape[0], self.size, w.shape[-1]).index_add_(1, self.a.flatten(), w)
-        return rows.mT.reshape(*b, 1, -1, self.size)
+        return rows.mT.reshape(*b, 1, rows.shape[-1], self.size)
 
     def squared_norms(self) -> Tensor:
         inner = (self.a[:, :, None] == self.a[:, None, :]).to(self.g)

@@ -111,12 +111,12 @@ class Layout:
                 runs.append(([name], offset, offset + numel))
         return Layout(tuple(Piece(tuple(n), lo, Arrangement.plain(1, 1, hi - lo)) for n, lo, hi in runs))
 
-    @property
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """The parameters of this block."""
         return tuple(name for p in self.pieces for name in p.names)
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, int, int]:
         """``(s, o, i)``."""
         s, o, _ = self.pieces[0].arrangement.sizes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nngeom.core import memory
+from nngeom.core import linalg, memory
 
 
 class OutputMetric(ABC):
@@ -44,7 +44,7 @@ class OutputMetric(ABC):
         roots, failed = [], []
         for lo, hi in memory.pieces(len(rows), w.numel() * w.element_size(), most=memory.CACHE_BYTES):
             x = self.spread(w, _slice(rows[lo:hi]))
-            root, info = torch.linalg.cholesky_ex(x.mT @ x)
+            root, info = torch.linalg.cholesky_ex(_lower(x))
             roots.append(root)
             failed.append(info)
         root = torch.cat(roots)
@@ -75,6 +75,15 @@ class DiagonalMetric(OutputMetric):
 
     def spread(self, w: Tensor, part: slice) -> Tensor:
         return self.d[part].sqrt().unsqueeze(-1) * w
+
+
+def _lower(x: Tensor) -> Tensor:
+    """The lower halves of ``x[r]^T x[r]``, and some of the upper ones."""
+    w = x.shape[-1]
+    out = x.new_empty(len(x), w, w)
+    for lo, hi in linalg.strips(w):
+        out[:, lo:, lo:hi] = x[..., lo:].mT @ x[..., lo:hi]
+    return out
 
 
 def _slice(rows: range) -> slice:

@@ -12,6 +12,7 @@ from torch import Tensor
 from nngeom.core import linalg
 from nngeom.core.kept import Kept, Key
 from nngeom.core.linalg import accumulation_dtype
+from nngeom.core.widened import widened
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Moment:
     def added_to(self, total: Tensor | None) -> Tensor:
         """``total`` in place, but for entries below the diagonal, which :func:`linalg.mirror_` completes."""
         p = self.x.shape[1]
-        x = self.x.to(accumulation_dtype(self.x.dtype))
-        return linalg.add_gram_(None if total is None else total.view(p, p), x, self.scale).view(*self.lead, p, p)
+        total = None if total is None else total.view(p, p)
+        return linalg.add_gram_(total, widened(self.x), self.scale).view(*self.lead, p, p)
 
 
 @dataclass

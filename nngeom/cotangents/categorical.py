@@ -117,19 +117,19 @@ class Categorical(Likelihood):
         dtype = torch.float32 if outputs.dtype in (torch.float16, torch.bfloat16) else outputs.dtype
 
         def at(position: int, lo: int, hi: int, v: Tensor) -> None:
-            p = wide(z[:, position]).softmax(-1)  # [n c]
+            p = softmax.probabilities(z[:, position])  # [n c]
             smallest = 4 * torch.finfo(p.dtype).tiny  # whose inverse is finite
-            q = p.flip(-1).cumsum(-1).flip(-1).T
+            q = p.flip(-1).cumsum(-1).flip(-1)
             inverse = q.reciprocal().masked_fill(q <= smallest, 0)  # below, the columns are zero to rounding
-            size = (p[:, lo:hi].T * q[lo + 1 : hi + 1] * inverse[lo:hi]).sqrt()  # [k n]
+            size = (p[:, lo:hi] * q[:, lo + 1 : hi + 1] * inverse[:, lo:hi]).sqrt()  # [n k]
             if keep is not None:
-                size = size * keep[:, position]
-            slope = -(size * inverse[lo + 1 : hi + 1]).T.unsqueeze(-1)  # [n k 1]
+                size = size * keep[:, position, None]
+            slope = (size * inverse[:, lo + 1 : hi + 1]).neg().unsqueeze(-1)  # [n k 1]
             group = max(1, softmax.NUMBERS // (n * c))
             for first in range(0, hi - lo, group):
                 last = min(first + group, hi - lo)
                 v[first:last] = (p.unsqueeze(1) * slope[:, first:last]).triu_(lo + first + 1).transpose(0, 1)
-            v.diagonal(lo, 0, 2).copy_(size.T)
+            v.diagonal(lo, 0, 2).copy_(size)
 
         def make(lo: int, hi: int) -> Tensor:
             v = z.new_zeros(hi - lo, n, positions, c, dtype=dtype)

@@ -24,6 +24,11 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
+def probabilities(x: Tensor) -> Tensor:
+    """The softmax of :func:`wide` logits ``x [*b, c]``."""
+    return x.softmax(-1, torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 def in_rows(logits: Tensor, f: Callable[[slice], Tensor]) -> Tensor:
     """``f`` of all rows, some at a time."""
     rows, size = len(logits), max(1, NUMBERS // max(1, logits.shape[-1]))

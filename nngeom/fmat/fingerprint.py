@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError
+from nngeom.core.contents import digest
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.side import Side
 from nngeom.pmat.pmat import PMat
@@ -40,28 +36,41 @@ class Fingerprint:
         network = rows.run.network
         hashes = {
             "centered": repr(centered),
-            "layer_collection": _hash((network.collection.names, network.collection.shapes)),
+            "layer_collection": digest((network.collection.names, network.collection.shapes)),
         }
         named = [
             *network.model.named_parameters(remove_duplicate=False),
             *network.model.named_buffers(remove_duplicate=False),
         ]
-        hashes |= {f"{kind} {name!r}": _hash(x) for kind, name, x in ((_kind(x), name, x) for name, x in named)}
+        hashes |= {f"{kind} {name!r}": digest(x) for kind, name, x in ((_kind(x), name, x) for name, x in named)}
         for what, side in (("batch", rows), ("batch of other=", columns)):
             hashes |= {
-                f"{what} {j}": _hash(batch) for j, batch in enumerate(side.run.loader if side is not None else ())
+                f"{what} {j}": digest(batch) for j, batch in enumerate(side.run.loader if side is not None else ())
             }
         if metric is not None:
-            hashes["metric"] = _hash(
+            hashes["metric"] = digest(
                 [(repr(layout), type(b).__name__, *b.tensors()) for layout, b in metric.blocks.items()]
             )
+        if not rows.sizes:  # those of another process
+            return Fingerprint(hashes, [], 0.0, torch.finfo(rows.dtype).eps)
         outputs = rows.first_outputs()
         hashes["dtype and shape of the outputs"] = f"{outputs.dtype} {tuple(outputs.shape)}"
-        gradients = [g for side in (rows, columns) if side is not None for g in _loss_gradients(side)]
+        gradients = [g for side in (rows, columns) if side is not None and side.sizes for g in _loss_gradients(side)]
         if gradients:
             hashes["rows"] = "of a loss"
         seen = torch.cat([outputs.flatten(), *gradients])
         return Fingerprint(hashes, _sketch(seen), max(_sketch(seen.abs()), default=0.0), torch.finfo(seen.dtype).eps)
+
+    @staticmethod
+    def over(parts: Sequence[Fingerprint], **split: Any) -> Fingerprint:
+        """That of a kernel whose examples are split over processes, from the ``parts`` of these; ``split``: how."""
+        hashes = {name: str(value) for name, value in split.items()}
+        for rank, part in enumerate(parts):
+            for name, x in part.hashes.items():
+                of_all = not name.startswith("batch") and all(other.hashes.get(name, x) == x for other in parts)
+                hashes[name if of_all else f"{name} of rank {rank}"] = x
+        outputs = [x for part in parts for x in part.outputs]
+        return Fingerprint(hashes, outputs, max(p.largest for p in parts), max(p.eps for p in parts))
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -70,7 +79,8 @@ class Fingerprint:
     def differs(self, plain: dict[str, Any]) -> list[str]:
         """What is not as in another one, given as :meth:`plain`."""
         other = plain["hashes"]
-        odd = [name for name in {**self.hashes, **other} if self.hashes.get(name) != other.get(name)]
+        lacking = {name: None for name in other if name not in self.hashes}
+        odd = [name for name in {**lacking, **self.hashes} if self.hashes.get(name) != other.get(name)]
         tolerance = self.eps ** (2 / 3) * self.largest
         theirs = plain["outputs"]
         if len(theirs) != len(self.outputs) or not all(abs(a - b) <= tolerance for a, b in zip(self.outputs, theirs)):
@@ -102,47 +112,3 @@ def _sketch(outputs: Tensor) -> list[float]:
     rest = flat[whole.numel() :]
     sums = [whole @ weights, (rest @ weights[: len(rest)]).view(1)] if len(rest) else [whole @ weights]
     return torch.cat(sums).tolist()
-
-
-def _hash(x: Any) -> str:
-    """Of all that is in ``x``, however deep; raises :class:`ArgumentError` for what has no contents."""
-    digest = hashlib.sha256()
-    for leaf in _leaves(x):
-        if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_quantized:
-            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            t = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
-            digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-            digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-        elif leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes)):
-            digest.update(f"{type(leaf).__name__}{leaf!r}".encode())
-        else:
-            digest.update(_pickled(leaf))
-    return digest.hexdigest()[:32]
-
-
-def _pickled(x: Any) -> bytes:
-    buffer = io.BytesIO()
-    try:
-        torch.save(x, buffer) if isinstance(x, Tensor) else pickle.dump(x, buffer)
-    except Exception as error:
-        raise ArgumentError(
-            f"a batch holds a {type(x).__name__}, by which out= cannot know it again: {error}; expected tensors, "
-            "numbers, text, and dictionaries, lists and tuples of these"
-        ) from error
-    return buffer.getvalue()
-
-
-def _leaves(x: Any) -> Iterator[Any]:
-    if isinstance(x, Mapping):
-        yield f"dict of {len(x)}"
-        for name, value in x.items():
-            yield name
-            yield from _leaves(value)
-    elif isinstance(x, (tuple, list)):
-        yield f"{len(x)} items"
-        for item in x:
-            yield from _leaves(item)
-    else:
-        yield x

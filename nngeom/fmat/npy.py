@@ -57,6 +57,14 @@ def begun(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.memmap | 
     return numbers
 
 
+def start(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Where the numbers of a file made by :func:`create` begin; raises :class:`ValueError` for another one."""
+    numbers = np.lib.format.open_memmap(path, mode="r")
+    if numbers.shape != tuple(shape) or numbers.dtype != _numpy(dtype):
+        raise ValueError(f"it has {numbers.dtype} numbers of shape {numbers.shape}; expected {_numpy(dtype)}, {shape}")
+    return int(numbers.offset)
+
+
 def finish(numbers: np.memmap, path: str, about: dict[str, Any]) -> None:
     """Write the foot; all of the file is on the disk then."""
     numbers.flush()

@@ -5,6 +5,7 @@ A kernel in a metric, ``J M J'^T``, has the products and norms of that metric in
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -232,10 +233,11 @@ def _released(
     parts: Iterator[dict[Layout, LayerJacobian]], grouping: Grouping, *, progress: bool
 ) -> Iterator[tuple[str, LayerJacobian, LayerJacobian]]:
     """The blocks of all parts, none of them held any longer when the next is made."""
-    with tqdm(desc="GramMatrix", unit="layer", disable=not progress) as bar:
+    with tqdm(desc="GramMatrix", unit="layer") if progress else contextlib.nullcontext() as bar:
         for part in parts:
             while part:
                 layout, j = part.popitem()
                 yield grouping.layout(layout), j, j
                 del j
-                bar.update()
+                if bar is not None:
+                    bar.update()

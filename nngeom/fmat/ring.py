@@ -6,22 +6,20 @@ a square kernel every pair of processes computes its products once, and the mirr
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import SizeError, UnsupportedError
+from nngeom.core.errors import SizeError
 from nngeom.fmat.places import Places, nbytes
 from nngeom.fmat.products import Grouping, Mean, products, squared_norms
 from nngeom.fmat.side import Side
 from nngeom.fmat.store import Store
+from nngeom.fmat.visits import Piece, first_half, has_examples, on, parts, piece_of, shifted, visiting
 from nngeom.pmat.metric import Metric
-from nngeom.ranks.messages import put_together, taken_apart
-from nngeom.ranks.team import Team
 
 Tiles = dict[str, Tensor]
 
@@ -61,7 +59,7 @@ def strips(
     if centered:
         rows, columns = rows.widened(), columns if columns is None else columns.widened()
     late = centered and columns is None and not kind.diagonal
-    mean = _mean(rows, own, metric) if centered and not late else None
+    mean = mean_over(rows, own, metric) if centered and not late else None
     if kind.diagonal:
         with own.team.together("kernel"):
             found = _norms(rows, own, grouping, mean, metric)
@@ -101,21 +99,21 @@ class Strip:
         team, n = self.own.team, self.own.counts
         out = self._empty()
         with team.together("kernel") as note:
-            note.mine = _first_half(rows)
+            note.mine = first_half(rows)
             if rows.examples:
                 self._place(out, self.make(rows, None), (slice(0, n[team.rank]), self.own.mine))
         halves = note.all
         for step, batches in enumerate(visiting(team, rows, team.size // 2), 1):
             source, asked = (team.rank - step) % team.size, (team.rank + step) % team.size
-            piece = self._piece(team.rank, source, halves)
+            piece = piece_of(n, halves, team.rank, source)
             with team.together("kernel"):
-                tiles = self._made(*_parts(rows, batches, piece, n), piece)
+                tiles = self._made(*parts(rows, batches, piece, n), piece)
                 mirrored = [self.kind.mirror(tiles[name]).contiguous() for name in self.names]
-                back = self._piece(asked, team.rank, halves)
+                back = piece_of(n, halves, asked, team.rank)
                 arrived = {name: self._room(back[1], back[0]) for name in self.names}
             team.pass_on(mirrored, list(arrived.values()), -step)
-            self._place(out, tiles, (piece[0], _shifted(piece[1], self.own.of_rank(source))))
-            self._place(out, arrived, (back[1], _shifted(back[0], self.own.of_rank(asked))))
+            self._place(out, tiles, (piece[0], shifted(piece[1], self.own.of_rank(source))))
+            self._place(out, arrived, (back[1], shifted(back[0], self.own.of_rank(asked))))
         return out
 
     def between(self, rows: Side, columns: Side) -> Tiles:
@@ -129,22 +127,11 @@ class Strip:
             source = (team.rank - step) % team.size
             with team.together("kernel"):
                 if rows.examples and self.across.counts[source]:
-                    self._place(out, self.make(rows, _on(columns, batches)), (here, self.across.of_rank(source)))
+                    self._place(out, self.make(rows, on(columns, batches)), (here, self.across.of_rank(source)))
         return out
 
-    def _piece(self, rank: int, source: int, halves: Sequence[int]) -> tuple[slice, slice]:
-        """Which rows of ``rank`` and columns of ``source`` the former computes: where two processes visit each other at
-        the same time each takes a half, so that a kernel is symmetric to the bit.
-        """
-        n = self.own.counts
-        if 2 * ((rank - source) % len(n)) != len(n):
-            return slice(0, n[rank]), slice(0, n[source])
-        if rank < source:
-            return slice(0, halves[rank]), slice(0, n[source])
-        return slice(0, n[rank]), slice(halves[source], n[source])
-
-    def _made(self, left: Side, right: Side, piece: tuple[slice, slice]) -> Tiles:
-        if left.sizes and right.sizes and all(s.stop > s.start for s in piece):
+    def _made(self, left: Side, right: Side, piece: Piece) -> Tiles:
+        if has_examples(left, right, piece):
             return self.make(left, right)
         return {name: self._room(*piece) for name in self.names}
 
@@ -162,60 +149,7 @@ class Strip:
             out[name][self.kind.place(k, place[0], k, place[1])] = t
 
 
-def visiting(team: Team, side: Side, steps: int) -> Iterator[list[Any]]:
-    """The batches of the process ``1, 2, ... steps`` ranks before this one, that come round."""
-    if not steps:
-        return
-    with team.together("batches") as note:
-        rest, held = _packed(side)
-        note.mine = rest, [(tuple(t.shape), t.dtype) for t in held]
-    for step in range(1, steps + 1):
-        text, shapes = note.all[(team.rank - step) % team.size]
-        arrived = [torch.empty(shape, dtype=dtype, device=side.device) for shape, dtype in shapes]
-        team.pass_on(held, arrived)
-        held = arrived
-        yield put_together(text, held)
-
-
-def _packed(side: Side) -> tuple[bytes, list[Tensor]]:
-    """The batches of a side as they are sent."""
-    try:
-        rest, held = taken_apart(list(side.run.loader))
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        raise UnsupportedError(
-            f"the batches cannot be sent to the other processes ({error}); expected tensors, numbers and texts in "
-            "tuples, lists and dicts, or objects that pickle"
-        ) from error
-    odd = next((t for t in held if t.layout is not torch.strided or t.is_nested), None)
-    if odd is not None:
-        raise UnsupportedError(
-            f"a batch holds a tensor of layout {odd.layout}, which is not sent; expected a strided one"
-        )
-    return rest, [t.contiguous() for t in held]
-
-
-def _on(side: Side, batches: list[Any]) -> Side:
-    """The same of other batches."""
-    return replace(side, sweep=replace(side.sweep, run=side.run.on(batches)), group=None)
-
-
-def _parts(rows: Side, batches: list[Any], piece: tuple[slice, slice], n: Sequence[int]) -> tuple[Side, Side]:
-    """Own and visiting examples of a piece."""
-    own = list(rows.run.loader)
-    left = rows if piece[0].stop == n[rows.run.team.rank] else _on(rows, own[: len(own) // 2])
-    return left, _on(rows, batches if piece[1].start == 0 else batches[len(batches) // 2 :])
-
-
-def _first_half(rows: Side) -> int:
-    """The examples in the first half of the batches."""
-    return sum(rows.sizes[: len(rows.sizes) // 2])
-
-
-def _shifted(s: slice, to: slice) -> slice:
-    return slice(to.start + s.start, to.start + s.stop)
-
-
-def _mean(side: Side, places: Places, metric: Metric | None) -> Mean:
+def mean_over(side: Side, places: Places, metric: Metric | None) -> Mean:
     """The mean gradients over the examples of all processes."""
     with places.team.together("mean row"):
         count = side.examples

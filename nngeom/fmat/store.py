@@ -9,12 +9,14 @@ so that it is known again.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from nngeom.core import files
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, FileError, NNGeomError
@@ -88,7 +90,7 @@ class FileStore(Store):
                 f"cannot write the kernel to {self.path!r}: it is no regular file; expected the path of a file"
             )
         if not self._is_there():
-            with self._writing():
+            with self.writing():
                 self._lock()
 
     def _is_there(self) -> bool:
@@ -105,7 +107,7 @@ class FileStore(Store):
                 "path as out="
             ) from None
 
-    def __enter__(self) -> FileStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,7 +125,8 @@ class FileStore(Store):
                 os.remove(begun)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """What the system raises is a :class:`FileError`."""
         try:
             yield
         except NNGeomError:
@@ -143,7 +146,7 @@ class FileStore(Store):
         self.about = about.plain()
         if self._is_there():
             return self._finished(about)
-        with self._writing():
+        with self.writing():
             if not self._resume(about):
                 self._remove_begun()
                 try:
@@ -184,7 +187,10 @@ class FileStore(Store):
     def _resume(self, about: Fingerprint) -> bool:
         """Take up what was begun with the same inputs, but for damaged tiles; whether there is any."""
         lines = npy.read_lines(self.journal)
-        if not lines or not os.path.exists(self.part):
+        if not os.path.exists(self.part):
+            return False
+        if not lines:
+            self._require_none_elsewhere(about)
             return False
         self._require_same(about, lines[0])
         numbers = npy.begun(self.part, self.shape, self.dtype)
@@ -194,9 +200,16 @@ class FileStore(Store):
         for parts in lines[1:]:
             places = [tuple(slice(*ends) for ends in ranges) for ranges, _ in parts]
             if all(npy.checksum(numbers[place]) == crc for place, (_, crc) in zip(places, parts)):
-                self.done[_ranges(places[0])] = parts
+                self.done[ranges(places[0])] = parts
         npy.write_lines(self.journal, [self.about, *self.done.values()])
         return True
+
+    def _require_none_elsewhere(self, about: Fingerprint) -> None:
+        """Raise where the kernel was begun by another number of processes, which have lists of other names."""
+        for journal in glob.glob(glob.escape(self.path + ".tiles") + "*"):
+            lines = npy.read_lines(journal)
+            if lines:
+                self._require_same(about, lines[0])
 
     def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         if self.map is None or tuple(shape) != tuple(self.shape) or dtype != self.dtype:
@@ -205,7 +218,7 @@ class FileStore(Store):
             )
 
     def has(self, place: Place) -> bool:
-        return _ranges(place) in self.done
+        return ranges(place) in self.done
 
     def write(
         self, place: Place, tiles: Mapping[str, Tensor], mirror: Place | None, flip: Callable[[Tensor], Tensor]
@@ -214,14 +227,14 @@ class FileStore(Store):
         for where, turned in ((place, lambda tile: tile), (mirror, flip)):
             if where is not None:
                 self.map[where] = turned(tiles[""].detach().to(self.dtype)).cpu().numpy() if tiles else 0
-                parts.append((_ranges(where), npy.checksum(self.map[where])))
-        with self._writing():
+                parts.append((ranges(where), npy.checksum(self.map[where])))
+        with self.writing():
             npy.add_line(self.journal, parts)
-        self.done[_ranges(place)] = parts
+        self.done[ranges(place)] = parts
 
     def result(self) -> dict[str, Tensor]:
         """The kernel, moved to its place."""
-        with self._writing():
+        with self.writing():
             npy.finish(self.map, self.part, self.about)
             self.map = None
             os.remove(self.journal)
@@ -229,5 +242,6 @@ class FileStore(Store):
             return {"": npy.mapped(self.path)}
 
 
-def _ranges(place: Place) -> npy.Ranges:
+def ranges(place: Place) -> npy.Ranges:
+    """A place as it is written down."""
     return tuple((s.start, s.stop) for s in place)

@@ -15,6 +15,8 @@ from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.linearized.expansion import Expansion, Refusing
 from nngeom.linearized.watch import Watch
 from nngeom.measures.kernels import GramMatrix
+from nngeom.ranks.team import Team
+from nngeom.ranks.totals import gathered
 from nngeom.space.collection import LayerCollection
 
 
@@ -52,6 +54,7 @@ def linearity(
     layer: str | None = None,
     function: Callable[..., Tensor] | None = None,
     layer_collection: LayerCollection | None = None,
+    process_group: Any = None,
 ) -> Linearity:
     """Compare a model in training with ``reference``, a copy from the start of the run, on the examples of ``loader``.
 
@@ -59,7 +62,8 @@ def linearity(
     same. ``kernel_alignment``: ``<K, K0> / |K| |K0|``, uncentred, of the tangent kernels (``nc x nc``: pass a few
     hundred examples). ``representation_alignment``: the same of the Gram matrices ``(n, n)`` of the inputs of the last
     linear map with parameters, or of the module named ``layer``. A :class:`Scaled` or :class:`Linearized` model stands
-    for the network inside it, and its start may be given as ``reference=None``. Other arguments as in ``GramMatrix``.
+    for the network inside it, and its start may be given as ``reference=None``. With a ``process_group`` of the
+    examples of all processes, whose kernels are whole on each. Other arguments as in ``GramMatrix``.
 
     Raises :class:`ArgumentError` for a missing reference, :class:`StructureError` where the layer is not found or the
     models differ. Source: George 2023, thesis, section 5.2.
@@ -72,11 +76,25 @@ def linearity(
             )
         reference = model.reference()
     now, start = _network(model), _network(reference)
-    batches = list(as_batches(loader))
-    collection = layer_collection or LayerCollection.from_model(now)
-    signs, units, representations = _forward(now, start, batches, layer, function, collection)
+    team, kept = Team.of(process_group), list[Tensor]()
+    with team.together("linearity") as note:
+        batches = list(as_batches(loader))
+        collection = layer_collection or LayerCollection.from_model(now)
+        if batches or team.size == 1:
+            same, count, kept = _forward(now, start, batches, layer, function, collection)
+            note.mine = same, count
+    signs, units = (sum(said[j] for said in note.all if said is not None) for j in (0, 1))
+    device = next(now.parameters()).device
+    representations = [
+        gathered(team, "representations", lambda j=j: kept[j] if kept else None, device)  # type: ignore[misc]
+        for j in (0, 1)
+    ]
+    kernels = [
+        GramMatrix(m, batches, function=function, layer_collection=collection, process_group=process_group)
+        for m in (now, start)
+    ]
     return Linearity(
-        _cosine(_kernel(now, batches, function, collection), _kernel(start, batches, function, collection)),
+        _cosine(*(k.to_dense().double() for k in kernels)),
         _cosine(*(r @ r.T for r in representations)),
         units,
         signs / units if units else _leaves(now),
@@ -125,10 +143,6 @@ def _run(network: Network, batch: Any, layer: str | None) -> Watch:
     with torch.no_grad(), watch, Refusing():
         watch.examples = network.run(batch).shape[0]
     return watch
-
-
-def _kernel(model: nn.Module, batches: list, function: Any, collection: LayerCollection) -> Tensor:
-    return GramMatrix(model, batches, function=function, layer_collection=collection).to_dense().double()
 
 
 def _cosine(k: Tensor, l: Tensor) -> float:

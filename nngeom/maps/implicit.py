@@ -208,13 +208,16 @@ def squares(side: Side) -> Tensor:
 
 def dense_rows(side: Side) -> Tensor:
     """``(c, n, d)``: the gradients of all outputs at all examples."""
+    return side.whole(own_rows(side))
+
+
+def own_rows(side: Side) -> Tensor:
+    """Those of this process's examples."""
     with side.run.team.together("rows"):
-        rows = _own_rows(side)
-    return side.whole(rows)
+        return _own_rows(side)
 
 
 def _own_rows(side: Side) -> Tensor:
-    """Those of this process's examples."""
     out: Tensor | None = None
     d = side.run.network.collection.numel
     with torch.no_grad():

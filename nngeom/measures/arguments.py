@@ -29,6 +29,8 @@ ELSEWHERE = {
 
 def require_known(measure: Callable[..., Any], representation: Any, options: dict[str, Any]) -> None:
     """Raise :class:`ArgumentError` for ``options`` that are arguments of neither; ``measure`` is what was called."""
+    if not options:
+        return
     taken = representation if isinstance(representation, Representation) else None
     kind = representation if taken is None else taken.kind
     if not isinstance(kind, type):

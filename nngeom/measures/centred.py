@@ -43,12 +43,21 @@ def centred(run: Run, cotangents: Cotangents, chosen: Representation[Any], label
 
 
 def centred_moments(
-    run: Run, of: Likelihood | Loss, representation: Any, options: dict[str, Any], estimator: str | None, index: Any
+    run: Run,
+    of: Likelihood | Loss,
+    representation: Any,
+    options: dict[str, Any],
+    estimator: str | None,
+    index: Any,
+    *,
+    asked: Any = None,
 ) -> ParameterOperator:
     """The Fisher or Gauss-Newton matrix of centred rows, output by output; raises for what does not go with it."""
     if estimator is not None:
         raise ArgumentError(f"estimator={estimator!r} and centered=True do not go together; leave one of them out")
     require_draws(index, drawn=False)
+    if asked is not None:
+        raise UnsupportedError("checkpoint= is not offered of a centred matrix; leave it out, or centered=True")
     if representation is PMatImplicit and not options:
         return implicit_centred(run, ByOutput(of), "centred")
     chosen = as_representation(representation, **options)

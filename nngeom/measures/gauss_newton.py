@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -19,6 +20,7 @@ from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.checkpoint import Asked
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy
 
@@ -31,14 +33,16 @@ def GGN(model: nn.Module, loader: Any, representation: type[M] | Representation[
         loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: bool = False, estimator: None = None,
         samples: None = None, generator: None = None, index: None = None, function: Callable[..., Tensor] | None = None,
         layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None, **options: Any) -> M: ...
+        check: bool = True, process_group: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None, every: float = 10.0, **options: Any) -> M: ...
 @overload
 def GGN(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
         loss: str | Loss | Callable[[Tensor, Any], Tensor], centered: Literal[False] = False,
         estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
         index: Callable[[Any], Any] | None = None, function: Callable[..., Tensor] | None = None,
         layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None, **options: Any) -> MatrixEstimate: ...
+        check: bool = True, process_group: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None, every: float = 10.0, **options: Any) -> MatrixEstimate: ...
 # fmt: on
 def GGN(
     model: nn.Module,
@@ -57,6 +61,8 @@ def GGN(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: float = 10.0,
     **options: Any,
 ) -> Any:
     """The generalised Gauss-Newton matrix ``1/n sum_i J_i^T (d2 loss_i / df2) J_i`` of a loss convex in the outputs.
@@ -69,11 +75,14 @@ def GGN(
         samples: how many probes (8 by default).
         generator: of the probes (torch's global one by default).
         index: of the probes, as for :func:`FIM_MonteCarlo`.
+        checkpoint: a folder for the sums, as for :func:`FIM`.
+        every: minutes, as for :func:`FIM`.
         options: of the representation.
 
     Other arguments and errors as for :func:`FIM`.
     """
     require_known(GGN, representation, options)
+    asked = Asked.of(checkpoint, every)
     run = Run.gathering(
         model,
         loader,
@@ -85,6 +94,7 @@ def GGN(
         process_group=process_group,
     )
     if centered:
-        return centred_moments(run, as_loss(loss, model), representation, options, estimator, index)
+        return centred_moments(run, as_loss(loss, model), representation, options, estimator, index, asked=asked)
     cotangents = probed(GaussNewton(as_loss(loss, model)), estimator, samples, generator)
-    return measured(run, cotangents, representation, options, Policy("GGN", reread=estimator is None), index)
+    policy = Policy("GGN", reread=estimator is None)
+    return measured(run, cotangents, representation, options, policy, index=index, asked=asked)

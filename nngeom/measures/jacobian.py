@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from nngeom.core.errors import ArgumentTypeError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.jacobian_products import first_look
+from nngeom.fmat.places import Places
 from nngeom.fmat.side import Side
 from nngeom.maps.dense import PullBackDense, PushForwardDense
-from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit, dense_rows
+from nngeom.maps.implicit import PullBackImplicit, PushForwardImplicit, dense_rows, own_rows
 from nngeom.maps.jacobian_map import JacobianMap
 from nngeom.maps.mapped import MappedPush
+from nngeom.maps.sharded import PullBackSharded, PushForwardSharded
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
 from nngeom.sweep.agreement import agree
@@ -25,10 +27,30 @@ from nngeom.sweep.sweep import Policy
 J = TypeVar("J", bound=JacobianMap, default=PushForwardDense)
 
 
+SHARDED: dict[Any, Any] = {PushForwardDense: PushForwardSharded, PullBackDense: PullBackSharded}
+
+
+# fmt: off
+@overload
+def Jacobian(model: nn.Module, loader: Any, representation: type[J] = ..., *,
+        centered: bool = False, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None, sharded: Literal[False] = False) -> J: ...
+@overload
+def Jacobian(model: nn.Module, loader: Any, representation: type[PushForwardDense] = PushForwardDense, *,
+        centered: bool = False, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None, sharded: Literal[True]) -> PushForwardSharded: ...
+@overload
+def Jacobian(model: nn.Module, loader: Any, representation: type[PullBackDense], *,
+        centered: bool = False, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
+        check: bool = True, process_group: Any = None, sharded: Literal[True]) -> PullBackSharded: ...
+# fmt: on
 def Jacobian(
     model: nn.Module,
     loader: Any,
-    representation: type[J] = PushForwardDense,  # type: ignore[assignment]
+    representation: Any = PushForwardDense,
     *,
     centered: bool = False,
     function: Callable[..., Tensor] | None = None,
@@ -37,13 +59,15 @@ def Jacobian(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
-) -> J:
+    sharded: bool = False,
+) -> Any:
     """The Jacobian of all outputs at all examples, ``(c, n, d)``, as a map between parameter and function space.
 
     ``representation``: ``PushForwardDense`` or ``PushForwardImplicit`` (``J v``), ``PullBackDense`` or
     ``PullBackImplicit`` (``J^T u``); ``.T`` links them. ``J @ J.T`` is a kernel, ``J.T @ J`` a matrix over the
-    parameters. ``centered``: the mean gradient of each output over the examples is taken from its rows. Other
-    arguments and errors as :func:`GramMatrix`.
+    parameters. ``centered``: the mean gradient of each output over the examples is taken from its rows. ``sharded``:
+    over the processes of ``process_group`` each keeps the rows of its own examples, a ``PushForwardSharded`` or
+    ``PullBackSharded``, of dense ones only. Other arguments and errors as :func:`GramMatrix`.
     """
     run = Run.gathering(
         model,
@@ -57,13 +81,17 @@ def Jacobian(
     )
     kind: Any = representation
     with run.within():
-        agree(run, "Jacobian", representation=representation, centered=centered)
+        agree(run, "Jacobian", representation=representation, centered=centered, sharded=sharded)
+        if sharded and kind not in SHARDED:
+            raise ArgumentError("sharded=True is of PushForwardDense or PullBackDense; implicit maps keep no rows")
         with run.team.together("batches"):
             side = Side.of(run, EveryOutput(), Policy("Jacobian"))
+        if sharded:
+            return SHARDED[kind](run.network.collection, *_strip(side, centered=centered))
         side = side.placed()
         if kind in (PushForwardImplicit, PullBackImplicit):
             first_look(side)
-            return cast(J, kind(side) if not centered else without_mean(side, pushes=kind.pushes))
+            return kind(side) if not centered else without_mean(side, pushes=kind.pushes)
         if kind not in (PushForwardDense, PullBackDense):
             raise ArgumentTypeError(
                 f"representation is {representation!r}; expected PushForwardDense, PushForwardImplicit, "
@@ -72,7 +100,15 @@ def Jacobian(
         rows = dense_rows(side.widened() if centered else side)
         if centered:
             rows = without_mean_(rows).to(side.dtype)
-        return cast(J, kind(run.network.collection, rows))
+        return kind(run.network.collection, rows)
+
+
+def _strip(side: Side, *, centered: bool) -> tuple[Tensor, Places]:
+    """The rows of this process's examples, and where these lie among all."""
+    side = side.placed()
+    places = side.places or Places.of(side)
+    rows = own_rows(side.widened() if centered else side)
+    return (places.less_mean(rows) if centered else rows).to(side.dtype), places
 
 
 def without_mean_(rows: Tensor) -> Tensor:

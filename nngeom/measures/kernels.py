@@ -25,8 +25,8 @@ from nngeom.fmat.ring import gathered_kernels
 from nngeom.fmat.sharded import FMatSharded
 from nngeom.fmat.side import Side
 from nngeom.measures.kernel_estimates import estimated, signs
-from nngeom.measures.kernel_files import in_file
-from nngeom.measures.sharded_kernels import sharded_kernel
+from nngeom.measures.kernel_files import in_file, in_file_of_all
+from nngeom.measures.sharded_kernels import sharded_kernels
 from nngeom.measures.within import collection_of, in_metric
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.collection import LayerCollection
@@ -133,12 +133,13 @@ def GramMatrix(
     run lies (``path + ".part"``, ``".tiles"``) until the same call resumes it. A finished file is opened by the same
     call, read once to verify it, and never written again; ``ArgumentError`` says what differs where inputs, parameters,
     options or outputs do, ``FileError`` that the file is damaged or foreign, the disk full, or another process at work
-    on it. The tensor is mapped from the file: writing to it changes it for this process only. ``memory_budget`` in
+    on it. The tensor is mapped from the file: writing to it changes it for this process only. Several processes write
+    one file, which all see. ``memory_budget`` in
     bytes cuts the work into tiles and does not change the result.
 
     Over the processes of ``process_group`` examples are in rank order, and the kernel is whole on all of them
-    (:class:`SizeError` where it does not fit ``memory_budget``); with ``sharded`` each keeps the rows of its own, an
-    :class:`FMatSharded`.
+    (:class:`SizeError` where it does not fit ``memory_budget``, but in a file); with ``sharded`` each keeps the rows of
+    its own, an :class:`FMatSharded`.
 
     Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`,
     :class:`NonFiniteError`, :class:`StructureError`, :class:`ArgumentError`, :class:`FileError`. Source: Jacot et al.
@@ -162,8 +163,8 @@ def GramMatrix(
             "sharded=True is of FMatDense, without differentiable=, estimator=, out= and by_position=; leave one of "
             "them out"
         )
-    for name in [name for name, x in alone.items() if x is not None and x is not False]:
-        run.require_alone(f"GramMatrix({name}=)")
+    for name in [name for name, x in alone.items() if name != "out" and x is not None and x is not False]:
+        run.require_alone(f"GramMatrix({name}=)", ALONE[name])
     cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
     within = in_metric(run, metric, wide=centered)
     policy = Policy(
@@ -198,6 +199,8 @@ def GramMatrix(
             between = other is not None
             require_same_kernel(run, "GramMatrix", kind, cotangents, metric, centered=centered, between=between)
         if out is not None:
+            if run.team.size > 1:
+                return in_file_of_all(out, side, loader, other, run.team, centered=centered, metric=within)
             return in_file(out, side, loader, other, centered=centered, metric=within, progress=progress)
         with run.team.together("batches"):
             rows, columns = side(loader), None if other is None else side(other)
@@ -212,10 +215,17 @@ def GramMatrix(
                 first_look(columns)
             return FMatImplicit(rows, columns or rows, centered)
         if sharded:
-            return sharded_kernel(rows, columns, centered=centered, metric=within)
+            return sharded_kernels(rows, columns, EVERYTHING, centered=centered, metric=within)[""]
         if run.team.size > 1:
             return gathered_kernels(kind, rows, columns, EVERYTHING, centered=centered, metric=within)[""]
         return build(kind, rows, columns, EVERYTHING, centered=centered, metric=within, progress=progress)[""]
+
+
+ALONE = {  # what is of one process, and what several have instead
+    "differentiable": "mgs.trace_penalty in the loss of a DistributedDataParallel model has the right gradient, or ",
+    "estimator": "take the exact FMatDiag or FMatImplicit, whose trace() and diag() are of all processes, or ",
+    "by_position": "take nng.influence(by_position=True) with a metric, or ",
+}
 
 
 def require_same_kernel(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.products import Grouping, build
 from nngeom.fmat.ring import gathered_kernels
+from nngeom.fmat.sharded import FMatSharded
 from nngeom.fmat.side import Side
-from nngeom.measures.kernels import kernel_kind, require_same_kernel
+from nngeom.measures.kernels import ALONE, kernel_kind, require_same_kernel
+from nngeom.measures.sharded_kernels import sharded_kernels
 from nngeom.measures.within import collection_of, in_metric
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.space.collection import LayerCollection
@@ -28,10 +30,26 @@ from nngeom.sweep.sweep import Policy
 K = TypeVar("K", bound=FunctionOperator, default=FMatDense)
 
 
+# fmt: off
+@overload
+def GramMatrices(model: nn.Module, loader: Any, representation: type[K] = ..., *,
+        other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
+        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[False] = False) -> dict[str, K]: ...
+@overload
+def GramMatrices(model: nn.Module, loader: Any, representation: type[FMatDense] = FMatDense, *,
+        other: Any = None, loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
+        metric: ParameterOperator | None = None, function: Callable[..., Tensor] | None = None,
+        layer_collection: LayerCollection | None = None, centered: bool = False, differentiable: bool = False,
+        progress: bool = False, memory_budget: int | None = None, check: bool = True, process_group: Any = None,
+        sharded: Literal[True]) -> dict[str, FMatSharded]: ...
+# fmt: on
 def GramMatrices(
     model: nn.Module,
     loader: Any,
-    representation: type[K] = FMatDense,  # type: ignore[assignment]
+    representation: Any = FMatDense,
     *,
     other: Any = None,
     loss: str | Loss | Callable[[Tensor, Any], Tensor] | None = None,
@@ -44,11 +62,12 @@ def GramMatrices(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
-) -> dict[str, K]:
+    sharded: bool = False,
+) -> Any:
     """One Gram matrix a layer, ``{layer: kernel}``, in the same sweep; they sum to :func:`GramMatrix`.
 
     A layer is the module that owns a parameter under its first name. ``representation`` (not ``FMatImplicit``),
-    ``other``, ``loss``, ``metric``, ``centered``, ``differentiable``, other arguments and errors as for
+    ``other``, ``loss``, ``metric``, ``centered``, ``differentiable``, ``sharded``, other arguments and errors as for
     :func:`GramMatrix`; :class:`StructureError` for a metric with entries between layers, under which kernels of layers
     do not sum to the whole.
     """
@@ -64,13 +83,15 @@ def GramMatrices(
         parts=not differentiable,
     )
     if differentiable:
-        run.require_alone("GramMatrices(differentiable=True)")
+        run.require_alone("GramMatrices(differentiable=True)", ALONE["differentiable"])
     kind = kernel_kind(representation)
     if kind is FMatImplicit:
         raise ArgumentError(
             "GramMatrices holds its kernels; expected FMatDense, FMatBlockDiag or FMatDiag (FMatImplicit: "
             "GramMatrix with a layer_collection)"
         )
+    if sharded and (kind is not FMatDense or differentiable):
+        raise ArgumentError("sharded=True is of FMatDense, without differentiable=; leave one of them out")
     within = in_metric(run, metric, wide=centered)
     if within is not None and within.spans_layers:
         raise StructureError(
@@ -90,5 +111,8 @@ def GramMatrices(
             require_same_kernel(
                 run, "GramMatrices", kind, cotangents, metric, centered=centered, between=other is not None
             )
+        if sharded:
+            return sharded_kernels(rows, columns, grouping, centered=centered, metric=within)
+        if run.team.size > 1:
             return gathered_kernels(kind, rows, columns, grouping, centered=centered, metric=within)
         return build(kind, rows, columns, grouping, centered=centered, metric=within, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, cast, overload
 
@@ -22,6 +23,7 @@ from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import Representation
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.checkpoint import Asked
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Policy
 
@@ -34,14 +36,16 @@ def FIM(model: nn.Module, loader: Any, representation: type[M] | Representation[
         likelihood: str | Likelihood = "categorical", centered: bool = False, estimator: None = None,
         samples: None = None, generator: None = None, index: None = None, function: Callable[..., Tensor] | None = None,
         layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None, **options: Any) -> M: ...
+        check: bool = True, process_group: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None, every: float = 10.0, **options: Any) -> M: ...
 @overload
 def FIM(model: nn.Module, loader: Any, representation: type[Any] | Representation[Any] = PMatKFAC, *,
         likelihood: str | Likelihood = "categorical", centered: Literal[False] = False,
         estimator: Literal["rademacher"], samples: int | None = None, generator: torch.Generator | None = None,
         index: Callable[[Any], Any] | None = None, function: Callable[..., Tensor] | None = None,
         layer_collection: LayerCollection | None = None, progress: bool = False, memory_budget: int | None = None,
-        check: bool = True, process_group: Any = None, **options: Any) -> MatrixEstimate: ...
+        check: bool = True, process_group: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None, every: float = 10.0, **options: Any) -> MatrixEstimate: ...
 # fmt: on
 def FIM(
     model: nn.Module,
@@ -60,6 +64,8 @@ def FIM(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: float = 10.0,
     **options: Any,
 ) -> Any:
     """The Fisher information matrix, with the expectation over labels in closed form.
@@ -78,6 +84,9 @@ def FIM(
         samples: how many probes (8 by default).
         generator: of their signs ``r`` (torch's global one by default), keyed as the draws of :func:`FIM_MonteCarlo`.
         index: of the probes, as for :func:`FIM_MonteCarlo`.
+        checkpoint: a folder in which the sums of every sweep are kept, so that the same call takes them up after an
+            interruption, with the same bits; of second moments (not centred, estimated or implicit ones).
+        every: how many minutes pass from one time that sums are kept to the next.
         options: of the representation, as ``sharing="reduce"``.
 
     Estimated, the result is a :class:`MatrixEstimate`: its ``matrix`` is unbiased where the representation is linear in
@@ -89,6 +98,7 @@ def FIM(
     what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
     require_known(FIM, representation, options)
+    asked = Asked.of(checkpoint, every)
     run = Run.gathering(
         model,
         loader,
@@ -100,9 +110,12 @@ def FIM(
         process_group=process_group,
     )
     if centered:
-        return centred_moments(run, as_likelihood(likelihood, model), representation, options, estimator, index)
+        return centred_moments(
+            run, as_likelihood(likelihood, model), representation, options, estimator, index, asked=asked
+        )
     cotangents = probed(ExactFisher(as_likelihood(likelihood, model)), estimator, samples, generator)
-    return measured(run, cotangents, representation, options, Policy("FIM", reread=estimator is None), index)
+    policy = Policy("FIM", reread=estimator is None)
+    return measured(run, cotangents, representation, options, policy, index=index, asked=asked)
 
 
 def FIM_MonteCarlo(
@@ -120,6 +133,8 @@ def FIM_MonteCarlo(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: float = 10.0,
     **options: Any,
 ) -> M:
     """The Fisher information matrix by ``samples`` labels an example, drawn from the model: unbiased, a backward each.
@@ -127,10 +142,11 @@ def FIM_MonteCarlo(
     Draws are keyed by (a seed taken from ``generator``, the running index of the example, the sample), so that they do
     not depend on the batch size; over several processes the seed is that of rank 0, and examples are numbered in rank
     order. ``index(batch) -> (n,)`` gives the examples' own numbers instead: draws then depend neither on the order nor
-    on who sees an example. ``representation``, its ``options``, ``likelihood``, other arguments and errors as for
-    :func:`FIM`.
+    on who sees an example. ``representation``, its ``options``, ``likelihood``, ``checkpoint`` (whose folder keeps the
+    seed too), ``every``, other arguments and errors as for :func:`FIM`.
     """
     require_known(FIM_MonteCarlo, representation, options)
+    asked = Asked.of(checkpoint, every, drawn=generator is None)
     cotangents = MonteCarloFisher(as_likelihood(likelihood, model), require_samples(samples), seed_of(generator))
     run = Run.gathering(
         model,
@@ -142,7 +158,8 @@ def FIM_MonteCarlo(
         check=check,
         process_group=process_group,
     )
-    return cast(M, measured(run, cotangents, representation, options, Policy("FIM_MonteCarlo", reread=False), index))
+    policy = Policy("FIM_MonteCarlo", reread=False)
+    return cast(M, measured(run, cotangents, representation, options, policy, index=index, asked=asked))
 
 
 def EmpiricalFIM(
@@ -157,6 +174,8 @@ def EmpiricalFIM(
     memory_budget: int | None = None,
     check: bool = True,
     process_group: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: float = 10.0,
     **options: Any,
 ) -> M:
     """The second moment of per-example loss gradients, ``1/n sum_i g_i g_i^T``, with the targets of the batches.
@@ -170,11 +189,14 @@ def EmpiricalFIM(
             ``transformers``), ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` and
             ``nn.PoissonNLLLoss`` modules, whose ``reduction`` is not ours, or a function ``(outputs, targets) ->
             (n,)``.
+        checkpoint: a folder for the sums, as for :func:`FIM`.
+        every: minutes, as for :func:`FIM`.
         options: of the representation.
 
     Raises :class:`OutputError` on targets that do not fit; other arguments and errors as for :func:`FIM`.
     """
     require_known(EmpiricalFIM, representation, options)
+    asked = Asked.of(checkpoint, every)
     run = Run.gathering(
         model,
         loader,
@@ -186,4 +208,5 @@ def EmpiricalFIM(
         process_group=process_group,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
-    return cast(M, measured(run, cotangents, representation, options, Policy("EmpiricalFIM", reread=True)))
+    policy = Policy("EmpiricalFIM", reread=True)
+    return cast(M, measured(run, cotangents, representation, options, policy, asked=asked))

@@ -12,6 +12,7 @@ from nngeom.core import linalg
 from nngeom.core.damping import Damping, Relative
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import Basis
+from nngeom.core.low_rank_eigh import ROUNDINGS
 from nngeom.optim.heads import Head, Leading, iterated
 from nngeom.pmat.eigenbases import cost
 from nngeom.pmat.kfac import kronecker_blocks
@@ -65,7 +66,7 @@ def _eigen(factor: Tensor, u: Basis | None) -> tuple[Tensor, Basis | None]:
     if linalg.is_diagonal(factor) or not isinstance(u, Tensor) or factor.shape != u.shape or factor.shape[-1] <= SMALL:
         return linalg.factor_eigh(factor)
     values, u = iterated(factor, u)
-    floor = linalg.ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+    floor = ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
     return torch.where(values > floor, values, torch.zeros_like(values)), u.contiguous()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeom.capture.gathered import sharded_modules
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
@@ -146,6 +147,7 @@ class NaturalGradient(Preconditioned):
         )
         self.pending = Pending("mean" if reduction is None else as_reduction(reduction), reduction is not None)
         require_trainable(model, self.collection, team, automatic=automatic, fallback=fallback, damping=damping)
+        self.sharded = bool(sharded_modules(model))
         self.observer = Observer(
             model,
             self.collection,

@@ -49,6 +49,7 @@ class Preconditioned(torch.optim.Optimizer):
     automatic: Automatic
     fallback: Fallback
     joint: Joint
+    sharded: bool  # the model is under ``fully_shard``
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimizer: ``param_group`` has ``"params"`` and its own numbers; with ``"fallback": True`` AdamW
@@ -86,7 +87,8 @@ class Preconditioned(torch.optim.Optimizer):
         replicated = partial(require_team_now, self.observer.team)
         rows, positions = self.intake.wants_rows(), self.intake.wants_positions()
         watched = watch(self.observer, replicated, record=rows, positions=positions)
-        with kept_whole(self.observer.network.model), watched as observation:
+        kept = kept_whole(self.observer.network.model) if self.sharded else contextlib.nullcontext()
+        with kept, watched as observation:
             yield observation
         self.intake.take(observation, scaler)
 

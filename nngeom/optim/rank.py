@@ -78,6 +78,8 @@ class BatchRank:
 
     def product(self, layout: Layout, left: Tensor | None, x: Tensor, right: Tensor | None) -> Tensor:
         """``left^T x right`` of the gradient ``x [1, o, i]`` of a block, with square factors."""
+        if layout not in self.rows:
+            return product(left, x, right)
         dense = (
             left is not None and right is not None and not linalg.is_diagonal(left) and not linalg.is_diagonal(right)
         )

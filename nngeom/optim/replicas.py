@@ -44,5 +44,5 @@ def _require_team(module: Any, team: Team) -> None:
         raise UnsupportedError(
             f"the model is replicated over {size} processes (DistributedDataParallel): gradients of single examples "
             "are those of this process, .grad is of all, and the replicas would drift apart without a word; pass "
-            "process_group=model.process_group to KFAC, EKFAC or NaturalGradient, or train in one process"
+            "process_group=model.process_group to the optimizer, or train in one process"
         )

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nngeom.capture.network import Network
-from nngeom.core import memory
-from nngeom.core.errors import ArgumentError, CoverageError
-from nngeom.core.jacobian import FullJacobian, LayerJacobian
-from nngeom.core.layout import Layout
-from nngeom.core.parts import features, join, joins
+from nngeom.core.errors import ArgumentError
+from nngeom.core.memory import DEFAULT_BUDGET
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.optim.automatic import Automatic
+from nngeom.optim.examples import Examples
 from nngeom.optim.replicas import require_model, require_team_now
-from nngeom.pmat.recipe import write_rows
+from nngeom.ranks.team import Team
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
+from nngeom.sweep.agreement import agree
 from nngeom.sweep.follow import watch
 from nngeom.sweep.observe import Observation, Observer
 from nngeom.sweep.run import Run
-from nngeom.sweep.sweep import Chunk, Sweep
+from nngeom.sweep.sweep import Sweep
 
 
 def winsorized_gradient(
@@ -96,7 +96,8 @@ class WinsorizedSGD(torch.optim.SGD):
     """``torch.optim.SGD`` on winsorized gradients; forward and backward passes go inside :meth:`observe`.
 
     ``lr``: the learning rate; ``level``: as for :func:`winsorized_gradient`; ``automatic``: passes in training mode are
-    observed without :meth:`observe`; ``options``: those of ``torch.optim.SGD``.
+    observed without :meth:`observe`; ``process_group``: that of a ``DistributedDataParallel`` model, whose processes'
+    examples are winsorized as one set; ``options``: those of ``torch.optim.SGD``.
     What ``.grad`` holds besides the examples' gradients (a penalty on weights) is kept as it is. All examples seen
     since the last step are one set, held by their inputs and output gradients. Raises :class:`CoverageError` for models
     with parameters whose per-example gradients the passes do not show (weight norm): use
@@ -111,25 +112,26 @@ class WinsorizedSGD(torch.optim.SGD):
         *,
         layer_collection: LayerCollection | None = None,
         automatic: bool = False,
+        process_group: Any = None,
         **options: Any,
     ):
-        require_model(model)
+        team = Team.of(process_group)
+        require_model(model, team)
         collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         winsorized(torch.zeros(1, 1), level)  # checks the level
-        self.observer, self.level = Observer(model, collection), level
-        self._examples, parameters = (
-            _Examples(collection, self.observer),
-            list(self.observer.network.parameters.values()),
-        )
+        self.observer, self.level = Observer(model, collection, team=team), level
+        self._examples = Examples(collection, self.observer)
+        parameters = list(self.observer.network.parameters.values())
         self.automatic = Automatic(self.observer, self._examples, parameters, on=automatic)
         super().__init__(parameters, lr=lr, **options)
+        agree(Run(self.observer.network, (), DEFAULT_BUDGET, team=team), "WinsorizedSGD", level=level)
 
     @contextlib.contextmanager
     def observe(self, scaler: Any = None) -> Iterator[Observation]:
         """Watch one or several forward and backward passes, as :meth:`NaturalGradient.observe`; ``scaler``: a
         ``GradScaler`` in use.
         """
-        with watch(self.observer, require_team_now) as observation:
+        with watch(self.observer, partial(require_team_now, self.observer.team)) as observation:
             yield observation
         self._examples.take(observation, scaler)
 
@@ -147,6 +149,7 @@ class WinsorizedSGD(torch.optim.SGD):
         self.automatic.collect()
         if (closure is not None or self.automatic.on) and self.automatic.is_idle():
             return loss
+        self._examples.meet()
         if not self._examples.examples:
             raise ArgumentError(
                 "step() before anything was observed; expected the forward and backward pass inside `with "
@@ -164,84 +167,12 @@ class WinsorizedSGD(torch.optim.SGD):
         return loss
 
 
-class _Examples:
-    """Gradients of single examples, held as the Jacobians of their batches and read some coordinates at a time."""
-
-    def __init__(self, collection: LayerCollection, observer: Observer | None = None):
-        self.collection, self.observer, self.examples = collection, observer, 0
-        self._batches: list[tuple[dict[Layout, LayerJacobian], float]] = []
-
-    def wants_rows(self) -> bool:
-        """Of every pass."""
-        return True
-
-    def wants_positions(self) -> bool:
-        """They do not matter to sums over examples."""
-        return False
-
-    def take(self, observation: Observation, scaler: Any = None) -> None:
-        """The examples of an ``observation``, with the ``scaler`` of its loss."""
-        left = self.observer.batchwise if self.observer is not None else ()
-        if left:
-            raise CoverageError(
-                f"parameters {sorted(left)[:4]} have no per-example gradients here; use winsorized_gradient for this "
-                "model"
-            )
-        with torch.no_grad():
-            for chunk in observation.chunks:
-                self.add(chunk, 1.0 if scaler is None else 1 / scaler.get_scale())
-        observation.chunks.clear()
-
-    def forget(self) -> None:
-        """Hold none, in place: a wrapper of the optimizer (Lightning's) would keep to itself what is assigned."""
-        self.examples = 0
-        self._batches.clear()
-
-    def add(self, chunk: Chunk, scale: float = 1.0) -> None:
-        """One batch; copied, because what a model computed may be overwritten before it is read."""
-        copies = {
-            layout: join(j, []) if joins(j, j) else FullJacobian(j.matrix()) for layout, j in chunk.jacobians.items()
-        }
-        self._batches.append((copies, scale))
-        self.examples += chunk.examples
-
-    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """``reduce: [n, p] -> [p]`` of all examples, coordinate by coordinate: ``[d]``."""
-        like = next(iter(self._batches[0][0].values()))
-        out = torch.zeros(self.collection.numel, dtype=like.dtype, device=like.device)
-        if any(
-            jacobians.keys() != self._batches[0][0].keys() for jacobians, _ in self._batches
-        ):  # batches of unlike structure
-            return reduce(torch.cat([scale * self._rows(jacobians, out) for jacobians, scale in self._batches]))
-        for layout in self._batches[0][0]:
-            _, _, s, o, i = self._batches[0][0][layout].shape
-            m = out.new_empty(s, o, i)
-            cut = 0 if s > 1 else 1
-            for lo, hi in memory.pieces(
-                m.shape[cut],
-                4 * self.examples * (o if s > 1 else 1) * i * out.element_size(),
-                "coordinate of all examples",
-            ):
-                rows = torch.cat(
-                    [scale * features(jacobians[layout], lo, hi).matrix()[0] for jacobians, scale in self._batches]
-                )  # [n s o i]
-                m.narrow(cut, lo, hi - lo).copy_(reduce(rows.flatten(1)).view(rows.shape[1:]))
-            layout.scatter_(out, m)
-        return out
-
-    def _rows(self, jacobians: dict[Layout, LayerJacobian], like: Tensor) -> Tensor:
-        rows = like.new_zeros(1, next(iter(jacobians.values())).shape[1], self.collection.numel)
-        for layout, j in jacobians.items():
-            write_rows(rows, j, layout)
-        return rows[0]
-
-
 def _gradients(
     model: nn.Module, batch: Any, loss: Any, function: Any, collection: LayerCollection | None
-) -> tuple[Network, _Examples]:
+) -> tuple[Network, Examples]:
     """The gradients of every example's own loss."""
     run = Run.of(require_model(model), batch, function=function, layer_collection=collection)
-    examples = _Examples(run.network.collection)
+    examples = Examples(run.network.collection)
     for chunk in Sweep(run, EmpiricalFisher(as_loss(loss, model))).chunks():
         examples.add(chunk)
     return run.network, examples

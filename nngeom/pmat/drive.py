@@ -19,6 +19,9 @@ from nngeom.ranks.data import warn_of_same
 from nngeom.ranks.merged import Header, alike, merged
 from nngeom.ranks.team import ALONE, Team
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.checkpoint import Checkpoint
+from nngeom.sweep.chunk import added
+from nngeom.sweep.resumed import Resumed
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Chunk, Sweep, require_examples
 
@@ -84,6 +87,20 @@ class Repeated:
         self.sweep.raise_where_not_finite()
 
 
+class Resumable(Repeated):
+    """The same with the sums of every pass kept in the folder of a ``checkpoint``, and taken up from there."""
+
+    def __init__(self, sweep: Sweep, checkpoint: Checkpoint) -> None:
+        super().__init__(sweep, 1)  # rows of a pass that is taken up are not all at hand for the next
+        self._checkpoint, self._passes = checkpoint, 0
+
+    def sums(self, statistic: Statistic) -> Sums:
+        """Those of the next pass."""
+        path = self._checkpoint.path(self._passes)
+        self._passes += 1
+        return Resumed(self._checkpoint, path, self.sweep, statistic).sums()
+
+
 def drive(recipe: Recipe, source: Source) -> tuple[dict[Layout, Any], int]:
     """The blocks of a recipe, and the number of examples.
 
@@ -122,12 +139,11 @@ def summed(statistic: Statistic, source: Source) -> Sums:
 
 def _local(statistic: Statistic, source: Source) -> tuple[Sums, list[Header]]:
     """This process's sums, and what all say of theirs."""
-    sums, run = Sums(), source.run
-    with team_of(source).together("sweep") as note:
-        for chunk in source.chunks():
-            with torch.no_grad():
-                sums.add(statistic, chunk)
-        note.mine = Header.of(sums), None if run is None else run.met.get(0)
+    run, source_team = source.run, team_of(source)
+    with source_team.together("sweep") as note:
+        sums = source.sums(statistic) if isinstance(source, Resumable) else added(Sums(), statistic, source.chunks())
+        header = Header.of(sums) if source_team.size > 1 else Header(sums.count, "")
+        note.mine = header, None if run is None else run.met.get(0)
     warn_of_same([(met, header.count) for header, met in note.all])
     return sums, [header for header, _ in note.all]
 

@@ -134,7 +134,7 @@ def of_gradients(g: Tensor, sharing: str, limit: int) -> Tensor | Moment:
     """
     g = g if sharing == "expand" else g.sum(2, keepdim=True)
     if g.shape[-1] > limit:
-        return g.square().sum((0, 1, 2)) / g.shape[2]
+        return g.square().sum((0, 1, 2)) / max(1, g.shape[2])
     return contract.second_moment(g, 1 / max(1, g.shape[2]))
 
 

@@ -75,7 +75,8 @@ class PMatImplicit(EstimatedOperator):
         return tuple(self.network.parameters.values())
 
     def product(self, x: Tensor) -> Tensor:
-        return self.scale * symmetric(self._unscaled, x, self.held)
+        product = symmetric(self._unscaled, x, self.held)
+        return product if isinstance(self.scale, float) and self.scale == 1 else self.scale * product
 
     def _unscaled(self, x: Tensor) -> Tensor:
         """Products ``[*b, d] -> [*b, d]`` before scaling; no graph is kept."""

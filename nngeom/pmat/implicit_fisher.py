@@ -46,13 +46,18 @@ class ImplicitFisher(PMatImplicit):
         return torch.stack([total for total, _ in found]), found[0][1]
 
     def _at_once(self, x: Tensor) -> Summed:
-        total, count = torch.zeros_like(x), 0
+        total, count = None, 0
         for batch in self.run.batches():
             tangents = ManyTangents.of(self.network, batch)
-            for lo, hi in tangents.pieces(len(x)):
-                total[lo:hi] += self._sandwich(tangents, x[lo:hi], count)
+            pieces = tangents.pieces(len(x))
+            if total is None and len(pieces) == 1:
+                total = self._sandwich(tangents, x, count)
+            else:
+                total = torch.zeros_like(x) if total is None else total
+                for lo, hi in pieces:
+                    total[lo:hi] += self._sandwich(tangents, x[lo:hi], count)
             count += tangents.outputs.shape[0]
-        return total, count
+        return torch.zeros_like(x) if total is None else total, count
 
     def _sandwich(self, tangents: ManyTangents, x: Tensor, start: int) -> Tensor:
         """``sum_i J_i^T L_i J_i x`` over the examples of a batch, ``[b, d] -> [b, d]``."""

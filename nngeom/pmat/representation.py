@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -104,6 +105,11 @@ class Representation(Generic[M_co]):
     def part_of(self, name: str) -> int:
         """The part of the parameter ``name``; parameters of different parts never share a block."""
         return 0
+
+    @property
+    def division(self) -> Callable[[str], int] | None:
+        """:meth:`part_of`, or ``None`` where all parameters are of one part."""
+        return None if type(self).part_of is Representation.part_of else self.part_of
 
     def member(self, part: int) -> Representation[Any]:
         """The representation of a ``part``."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from nngeom.capture.remedies import gradients
 from nngeom.core.whole import whole
 from nngeom.layers.use import Use
+from nngeom.pullback.batched import batched_gradients
 
 # Bytes of the gradients of one cotangent above which, on a CPU, a pass a cotangent is preferred to a batched one.
 # Measured on 29 November 2026 with 10 cotangents of 4 to 256 examples (AMD EPYC, one thread, two shared cores, torch
@@ -128,7 +129,7 @@ def _batched(outputs: Any, inputs: Sequence[Any], v: Tensor, *, create_graph: bo
     """Raises :class:`RuntimeError` where an operation cannot be mapped (recurrent cells, custom functions)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _grad(outputs, inputs, v, retain=True, create_graph=create_graph, is_grads_batched=True)
+        return [dense(g) for g in batched_gradients(outputs, inputs, v, create_graph=create_graph)]
 
 
 def _one_by_one(
@@ -143,10 +144,8 @@ def _one_by_one(
     return [pile.all for pile in piles]
 
 
-def _grad(
-    outputs: Any, inputs: Any, v: Tensor, *, retain: bool, create_graph: bool, **options: Any
-) -> list[Tensor | None]:
-    grads = gradients(outputs, inputs, v, retain_graph=retain or create_graph, create_graph=create_graph, **options)
+def _grad(outputs: Any, inputs: Any, v: Tensor, *, retain: bool, create_graph: bool) -> list[Tensor | None]:
+    grads = gradients(outputs, inputs, v, retain_graph=retain or create_graph, create_graph=create_graph)
     return [dense(g) for g in grads]
 
 

@@ -19,6 +19,7 @@ from nngeom.pullback import fallback
 from nngeom.pullback.axes import ExampleAxis, candidates, find_axes
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.halts import Stage
+from nngeom.pullback.known_groups import KnownGroups
 from nngeom.pullback.layer_by_layer import Descent, Jacobians
 from nngeom.pullback.partial import require_whole_gradients
 from nngeom.pullback.proofs import proof_of
@@ -79,7 +80,7 @@ class Pass:
         elif open_:
             for j, axis in find_axes(self.capture.outputs, self.capture.uses, open_).items():
                 axes[j] = axis
-        self.groups, self.rest = self._groups(axes)
+        self.groups, self.rest = self._groups(axes, known=not open_)
         self.descent = Descent(self.capture, self.groups, keep_graph=self.keep_graph, explicit=self.explicit)
 
     def _placed(self) -> list[ExampleAxis | None]:
@@ -134,12 +135,19 @@ class Pass:
         left = (recorded.without(barred) for recorded in self.capture.uses)
         self.capture = replace(self.capture, uses=[recorded for recorded in left if recorded.use.slots])
 
-    def _groups(self, axes: list[ExampleAxis | None]) -> tuple[list[UseGroup], list[str]]:
-        groups, rest = build_units(self.capture.uses, axes, self.network.collection, self.part_of)
+    def _groups(self, axes: list[ExampleAxis | None], *, known: bool) -> tuple[list[UseGroup], list[str]]:
+        """``known``: where the examples of all uses lie is told by the graph."""
+        collection, before = self.network.collection, self.proof.groups
+        known = known and self.part_of is None and not (self.left_to_fallback or self.capture.unstructured)
+        if known and before is not None and before.are_of(collection):
+            return before.within(self.capture.uses), []
+        groups, rest = build_units(self.capture.uses, axes, collection, self.part_of)
         covered = {name for group in groups for name in group.layout.names}
-        others = [name for name in self.network.collection.names if name not in covered]
+        others = [name for name in collection.names if name not in covered]
         if others:
             others = [name for name in others if name in self.proof.reached or name in rest]
+        elif known:
+            self.proof.groups = KnownGroups.of(collection, groups)
         self.left_to_fallback |= set(others)  # once in the fallback, always: one structure for all batches
         return groups, others
 

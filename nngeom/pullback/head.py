@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,8 +59,10 @@ class Head:
         return run.proof.head
 
 
-def head_of(run: Pass) -> Head | None:
-    """The head of a resolved pass, if it has one whose parameters are used nowhere else."""
+def head_of(run: Pass, wanted: Callable[[int], bool]) -> Head | None:
+    """The head of a resolved pass, if it has one whose parameters are used nowhere else, with a ``wanted`` number of
+    inputs at all positions of an example.
+    """
     outputs, capture = run.capture.outputs, run.capture
     at_end = (outputs.grad_fn, outputs.output_nr)
     found = [j for j, recorded in enumerate(capture.uses) if (recorded.edge.node, recorded.edge.output_nr) == at_end]
@@ -66,8 +70,11 @@ def head_of(run: Pass) -> Head | None:
         return None
     (index,) = found
     recorded = capture.uses[index]
-    use, groups = recorded.use, [g for g in run.groups if any(j == index for j, _, _ in g.uses)]
-    if len(groups) != 1 or use.weight is None or recorded.entry is None or recorded.shape != outputs.shape:
+    use = recorded.use
+    if use.weight is None or not wanted(use.weight.arrangement.sizes[2] * math.prod(recorded.shape[1:-1])):
+        return None
+    groups = [g for g in run.groups if any(j == index for j, _, _ in g.uses)]
+    if len(groups) != 1 or recorded.entry is None or recorded.shape != outputs.shape:
         return None
     (group,) = groups
     arrangement = use.weight.arrangement

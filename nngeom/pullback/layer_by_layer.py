@@ -19,6 +19,7 @@ from nngeom.core import memory
 from nngeom.core.factored import at_one_position
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.core.widened import widened
 from nngeom.pullback.backward import Pile, pull_back
 from nngeom.pullback.halts import Stage, stages
 from nngeom.pullback.sizes import looped
@@ -155,8 +156,7 @@ class Descent:
         inputs_in: Empty,
     ) -> Iterator[dict[int, Tensor]]:
         """``{use: what is kept of its gradients [k, ...]}``, turn after turn, each in the memory of the one before."""
-        uses, edges, count = self.uses, self.edges, len(v)
-        v = v.to(self.capture.outputs.dtype)
+        uses, edges, count, v = self.uses, self.edges, len(v), widened(v, self.capture.outputs.dtype)
         joint = {
             j for group in self.groups if len(group.uses) > 1 for j, _, _ in group.uses
         }  # kept until the other uses come

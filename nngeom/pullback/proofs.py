@@ -31,6 +31,7 @@ from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture
 from nngeom.core.errors import CoverageError, UnsupportedError
 from nngeom.pullback.axes import ExampleAxis, read_axis
+from nngeom.pullback.known_groups import KnownGroups
 from nngeom.pullback.placement import ASK, Place, places
 
 MOST = 1024  # graphs of one model that are remembered
@@ -49,6 +50,7 @@ class Proof:
     compared: set[str] = field(default_factory=set)  # parameters whose rows were compared with autograd's
     separate: bool = False  # parts of the batch gave the outputs of the whole
     head: bool | None = None  # whether gradients arrive at the inputs of the last use as products with its weight
+    groups: KnownGroups | None = None  # blocks of which no use is asked, left to the fallback or divided
     halts: bool | None = None  # whether gradients are the same when the pass is halted at every halt of the graph
 
     def place(self, j: int) -> Place:

@@ -12,17 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nngeom.capture.recorded import Recorded
-from nngeom.core import contract, linalg, memory
+from nngeom.core import contract, memory
 from nngeom.core.factored import FactoredJacobian, LookupJacobian
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.core.tied import SumJacobian, TiedJacobian
+from nngeom.core.widened import widened
 from nngeom.layers.use import Slot, Use
 from nngeom.pullback.axes import ExampleAxis
 from nngeom.space.collection import LayerCollection
 
 Gradients = Sequence[Tensor] | Mapping[int, Tensor]  # of the outputs of uses, by index
 Empty = Callable[[Hashable, Sequence[int], Tensor], Tensor]  # as memory.fresh
+FEW = 2**12  # inputs whose copies are made anew: the calls take longer than the memory
 Part = tuple[Any, Tensor, Use]  # inputs of one use, None where a bias is alone, and gradients
 
 
@@ -68,7 +70,7 @@ class UseGroup:
     def _part(self, placed: PlacedUse, gradients: Gradients, n: int, full: Arrangement, empty: Empty) -> Part:
         j, recorded, axis = placed
         use, lead = recorded.use, len(recorded.use.lead)
-        g = wide(axis.split(use.gradients(gradients[j]), n, 1, lead))
+        g = widened(axis.split(use.gradients(gradients[j]), n, 1, lead))
         slot = use.weight if self.with_weight else use.bias
         if slot is None:
             raise RuntimeError(f"a unit of {use.operation} was built from a use without its parameter")
@@ -96,7 +98,7 @@ class UseGroup:
         a = axis.split(recorded.read_inputs(), n, 0, lead)
         if use.lookup:
             return a
-        a = a.to(dtype)
+        a = widened(a, dtype)
         if use.elementwise:
             return a
         column = use.weight.column if use.weight is not None else 0
@@ -121,11 +123,6 @@ class UseGroup:
         return FactoredJacobian(a, g)
 
 
-def wide(x: Tensor) -> Tensor:
-    """Half precision (a half model, autocast) becomes float32, so that statistics are accumulated in it."""
-    return x.to(linalg.accumulation_dtype(x.dtype))
-
-
 def _pad(x: Tensor, start: int, size: int) -> Tensor:
     """Zeros around the last axis, so that a part of a matrix becomes the whole."""
     if start == 0 and x.shape[-1] == size:
@@ -137,6 +134,10 @@ def _with_ones(a: Tensor, start: int, size: int, empty: Callable[..., Tensor]) -
     """``a`` padded to ``size`` and followed by a column of ones, for the bias; one copy."""
     if a.requires_grad:
         return torch.cat([_pad(a, start, size), torch.ones_like(a[..., :1])], -1)
+    if a.numel() < FEW and a.shape[-1] == size:
+        out = a.new_ones(*a.shape[:-1], size + 1)
+        out[..., :size] = a
+        return out
     out = empty((*a.shape[:-1], size + 1), a)
     if a.shape[-1] != size:
         out.zero_()

@@ -30,14 +30,14 @@ def totals(team: Team, what: str, local: Callable[[], Local], given: Sequence[Te
 
 
 def mean(team: Team, what: str, local: Callable[[], tuple[Tensor, int]], given: Sequence[Tensor] = ()) -> Tensor:
-    """The mean over all examples; arguments and errors as for :func:`totals`."""
+    """The mean over all examples, in the place of the sum; arguments and errors as for :func:`totals`."""
 
     def one() -> Local:
         total, count = local()
         return [total], count
 
     (total,), count = totals(team, what, one, given)
-    return total / count
+    return total.div_(count)
 
 
 def require_same_vectors(what: str, said: Sequence[Any]) -> None:
@@ -75,7 +75,8 @@ def _of_torch(device: torch.device) -> torch.Generator:
 def gathered(team: Team, what: str, local: Callable[[], Tensor | None], device: torch.device) -> Tensor:
     """What ``local()`` returns in each process, a row an example, ``None`` without any: all in rank order.
 
-    Raises :class:`LoaderError` where no process has any.
+    Raises :class:`LoaderError` where no process has any, :class:`RankMismatchError` where rows are of unlike shapes or
+    dtypes.
     """
     with team.together(what) as note:
         mine = local()
@@ -83,6 +84,10 @@ def gathered(team: Team, what: str, local: Callable[[], Tensor | None], device: 
     known = [said for said in note.all if said is not None]
     if not known:
         raise LoaderError("no example was seen; expected a loader with at least one")
+    if len({said[1:] for said in known}) > 1:
+        ranks = ", ".join(f"{said[1]} {said[2]} on rank {r}" for r, said in enumerate(note.all) if said is not None)
+        raise RankMismatchError(f"{what}: an example has {ranks}; expected the same on all processes")
     _, shape, dtype = known[0]
     own = torch.empty(0, *shape, dtype=dtype, device=device) if mine is None else mine.contiguous()
-    return team.rows(own, [0 if said is None else said[0] for said in note.all])
+    sent = own if dtype.is_floating_point else own.long()  # not all whole numbers can be sent
+    return team.rows(sent, [0 if said is None else said[0] for said in note.all]).to(dtype)

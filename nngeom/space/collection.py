@@ -13,6 +13,7 @@ from torch import nn
 from nngeom.core.errors import CollectionError
 from nngeom.core.layout import Layout
 from nngeom.space.patterns import Named, Pattern, select
+from nngeom.space.walk import named_parameters
 
 
 class Count(int):
@@ -51,14 +52,14 @@ class LayerCollection:
         Raises :class:`CollectionError` when a pattern matches nothing or no parameter is left.
         """
         model = unwrap(model)
-        return LayerCollection.among(model, by_all_names(model), include, exclude)
+        return LayerCollection.among(model, named_parameters(model), include, exclude)
 
     @staticmethod
     def among(
         model: nn.Module, parameters: Mapping[str, nn.Parameter], include: Pattern | None, exclude: Pattern | None
     ) -> LayerCollection:
-        """As :meth:`from_model`, with the ``parameters`` of the ``model`` by all their names, see :func:`by_all_names`;
-        ``include``, ``exclude``: see there.
+        """As :meth:`from_model`, with the ``parameters`` of the ``model`` by all their names; ``include``, ``exclude``:
+        see there.
         """
         aliases: dict[int, list[str]] = {}
         found: dict[int, nn.Parameter] = {}
@@ -97,6 +98,15 @@ class LayerCollection:
         )
         object.__setattr__(lc, "_source", weakref.ref(model))
         return lc
+
+    @staticmethod
+    def whole(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> LayerCollection:
+        """All trainable ``parameters`` of a ``model``, as :meth:`among`; that of before where these are the same."""
+        seen = tuple((name, id(p), p.requires_grad, p.shape, p.dtype) for name, p in parameters.items())
+        known = _WHOLE.get(model)
+        if known is None or known[0] != seen:
+            known = _WHOLE[model] = seen, LayerCollection.among(model, parameters, None, None)
+        return known[1]
 
     def subset(self, pattern: Pattern, role: str = "pattern") -> LayerCollection:
         """The parameters that ``pattern`` means, in the same order; patterns as :meth:`from_model` takes them.
@@ -168,7 +178,7 @@ class LayerCollection:
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The live parameters of a model; raises :class:`CollectionError` where one is missing, frozen or reshaped."""
-        return self.live(by_all_names(unwrap(model)))
+        return self.live(named_parameters(unwrap(model)))
 
     def live(self, named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Those of this collection among the parameters of a model ``named``, all by all their names."""
@@ -200,9 +210,7 @@ class LayerCollection:
         )
 
 
-def by_all_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by all their names; of one that is tied under each."""
-    return dict(model.named_parameters(remove_duplicate=False))
+_WHOLE: weakref.WeakKeyDictionary[nn.Module, tuple[Any, LayerCollection]] = weakref.WeakKeyDictionary()
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -25,11 +25,12 @@ def agree(run: Run, what: str, **settings: Any) -> None:
     if team.size == 1:
         return
     with gathered(run.network.model), team.together(what):
-        values = _values(run) | {name: described(x) for name, x in settings.items()}
+        values = values_of(run) | {name: described(x) for name, x in settings.items()}
     team.same(what, values)
 
 
-def _values(run: Run) -> dict[str, str]:
+def values_of(run: Run) -> dict[str, str]:
+    """What is compared of the model of a ``run``, by name."""
     model, selected = run.network.model, set(run.network.parameters)
     named = {f"parameter {n!r}": p for n, p in model.named_parameters(remove_duplicate=False)}
     held = {f"buffer {n!r}": b for n, b in model.named_buffers(remove_duplicate=False)}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+import torch
 
 from nngeom.core.jacobian import LayerJacobian, tensors
 from nngeom.core.layout import Layout
+from nngeom.core.statistic import Named, Sums
 
 
 @dataclass(frozen=True)
@@ -32,3 +36,11 @@ class Chunk:
         new = {place: t for place, t in new.items() if place not in storages}
         storages.update(new)
         return sum(t.numel() * t.element_size() for t in new.values())
+
+
+def added(sums: Sums, statistic: Callable[[Chunk], Named], chunks: Iterable[Chunk]) -> Sums:
+    """The ``sums``, to which the ``statistic`` of all ``chunks`` is added in place."""
+    for chunk in chunks:
+        with torch.no_grad():
+            sums.add(statistic, chunk)
+    return sums

@@ -36,10 +36,10 @@ def narrowed(run: Pass, cotangents: Cotangents, columns: Columns) -> Narrow | No
     proved, it is not narrow, or the metric is not known without its root.
     """
     known = getattr(cotangents, "metric", None)
-    head = None if known is None or run.keep_graph else head_of(run)
-    if known is None or head is None or GAIN * head.width * head.positions > columns.count:
+    head = None if known is None or run.keep_graph else head_of(run, lambda inputs: GAIN * inputs <= columns.count)
+    if known is None or head is None:
         return None
-    metric = known(run.capture.outputs.detach(), run.capture.batch)
+    metric = known(run.capture.values, run.capture.batch)
     if metric is None or not head.is_proved(run):
         return None
     return Narrow(head, metric, columns)
@@ -74,7 +74,7 @@ class Narrow:
     def rows(self, run: Pass) -> dict[Layout, LayerJacobian]:
         """The rows of the head, for all columns."""
         group, recorded = self.head.group, self.head.recorded
-        gradient = zero_gradient(recorded.shape, run.capture.outputs.detach())
+        gradient = zero_gradient(recorded.shape, run.capture.values)
         rows: Any = group.jacobian({self.head.index: gradient}, run.n, run.empty)
         if not isinstance(rows, FactoredJacobian):
             raise RuntimeError(f"the rows of a head are {type(rows).__name__}")

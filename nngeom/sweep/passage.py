@@ -20,10 +20,10 @@ from nngeom.core.jacobian import FullJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import flat_rows
 from nngeom.core.stream import Stream
+from nngeom.core.widened import widened
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.captured_pass import Pass
 from nngeom.pullback.sizes import bytes_each_cotangent
-from nngeom.pullback.use_groups import wide
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.sweep import Chunk
@@ -115,4 +115,4 @@ def measured(network: Network, run: Pass, cotangents: Cotangents, start: int) ->
 
 def batchwise(collection: LayerCollection, rows: Mapping[str, Tensor]) -> dict[Layout, FullJacobian]:
     """``[k, p]`` -> one row a cotangent, ``[k, 1, 1, 1, p]``."""
-    return {collection.span([name]): FullJacobian(wide(row)[:, None, None, None]) for name, row in rows.items()}
+    return {collection.span([name]): FullJacobian(widened(row)[:, None, None, None]) for name, row in rows.items()}

@@ -36,7 +36,7 @@ class Run:
     Its ``network`` is the model with what names its parameters and runs it, ``loader`` the data, ``memory_budget`` in
     bytes; ``check`` and ``progress`` as for :meth:`of`. ``left_to_fallback``: parameters whose rows come from the
     per-example fallback, as sweeps find out. ``team``: the processes over which the examples are split; ``met``: what
-    this one's first batch was, a digest.
+    this one's first batch was, a digest. ``before``: how many batches came before those of the loader.
     """
 
     network: Network
@@ -47,6 +47,7 @@ class Run:
     left_to_fallback: set[str] = field(default_factory=set, repr=False)
     team: Team = ALONE
     met: dict[int, str] = field(default_factory=dict, repr=False)
+    before: int = 0
 
     @staticmethod
     def of(
@@ -105,12 +106,14 @@ class Run:
         """
         return Run.of(model, loader, parts=True, **options)
 
-    def require_alone(self, what: str) -> None:
-        """Raise :class:`UnsupportedError` where the examples are split over processes and ``what`` is not offered."""
+    def require_alone(self, what: str, instead: str = "") -> None:
+        """Raise :class:`UnsupportedError` where the examples are split over processes and ``what`` is not offered;
+        ``instead``: what is.
+        """
         if self.team.size > 1:
             raise UnsupportedError(
-                f"{what} is not offered with process_group= over {self.team.size} processes; pass process_group=None "
-                "for this process's own examples"
+                f"{what} is not offered with process_group= over {self.team.size} processes; {instead}pass "
+                "process_group=None for this process's own examples"
             )
 
     @contextlib.contextmanager

@@ -62,7 +62,7 @@ class Sweep:
         """
         working = memory.Working() if self.policy.reuse else None
         start = 0
-        for index, batch in enumerate(self.run.followed(self.policy.label)):
+        for index, batch in enumerate(self.run.followed(self.policy.label), self.run.before):
             start = yield from self._batch(batch, index, start, after, working)
 
     def held(self) -> Sweep:
@@ -86,7 +86,7 @@ class Sweep:
     def _captured(self, batch: Batch, index: int) -> Capture:
         keep_graph = self.policy.keep_graph
         capture = record(self.run.network, batch, keep_graph=keep_graph, exchange=not keep_graph)
-        require_finite(capture.outputs.detach(), "outputs", index)
+        require_finite(capture.values, "outputs", index)
         if index == 0 and capture.outputs.shape[0] == 1:
             self._learn_from_a_pair(batch)
         return capture
@@ -118,7 +118,7 @@ class Sweep:
         """Parts of a batch, each of which leaves room for all its cotangents; none where the whole does, or runs
         differently in parts.
         """
-        outputs, n = capture.outputs.detach(), capture.outputs.shape[0]
+        outputs, n = capture.values, capture.outputs.shape[0]
         count = self.cotangents.columns(outputs, capture.batch, start).count
         each = bytes_each_cotangent(capture, keep_graph=self.policy.keep_graph) * count // n
         size = memory.step(n, each, most=memory.budget() // self.policy.shares)
@@ -164,7 +164,7 @@ class Sweep:
         network, left, policy = self.run.network, self.run.left_to_fallback, self.policy
         options = {"keep_graph": policy.keep_graph, "explicit": policy.explicit, "check": self.run.check}
         run = Pass(network, capture, left, policy.part_of, working=working, **options)
-        return run, self.cotangents.columns(capture.outputs.detach(), capture.batch, start)
+        return run, self.cotangents.columns(capture.values, capture.batch, start)
 
     def _resolve(self, run: Pass) -> None:
         """Find the blocks of a pass, and prove what is not known of its graph, where that is wanted and numbers can
@@ -172,7 +172,7 @@ class Sweep:
         """
         check = self.run.check
         run.resolve(check=check)
-        if check and not run.proof.covers(run.capture) and math.isfinite(run.capture.outputs.detach().sum().item()):
+        if check and not run.proof.covers(run.capture) and math.isfinite(run.capture.values.sum().item()):
             run.prove()
 
     def one_batch(self) -> tuple[Pass, Tensor] | None:
@@ -199,7 +199,7 @@ class Sweep:
         """
         for index, batch in enumerate(self.run.batches() if self.run.check else ()):
             capture = record(self.run.network, batch)
-            require_finite(capture.outputs.detach(), "outputs", index)
+            require_finite(capture.values, "outputs", index)
             self.proved(capture)
 
     def proved(self, capture: Capture) -> Proof:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import nngeom as nng
+from nngeom import mgs
 
 CHECKS: dict[str, Check] = {}
 KINDS = {"dense": nng.FMatDense, "block-diag": nng.FMatBlockDiag, "diag": nng.FMatDiag}
@@ -69,6 +70,15 @@ def kernels_of_layers(here: Here) -> None:
         assert one.keys() == many.keys()
         for layer, k in many.items():
             cuts.close(k.tensor, one[layer].tensor)
+    one = nng.GramMatrices(case.model, case.loader, centered=True)
+    many = nng.GramMatrices(case.model, own, centered=True, process_group=here.group, sharded=True)
+    assert one.keys() == many.keys()
+    for layer, k in many.items():
+        assert isinstance(k, nng.FMatSharded)
+        cuts.close(k.gather().tensor, one[layer].tensor)
+    for options in ({"differentiable": True}, {"representation": nng.FMatDiag}):
+        with pytest.raises((nng.ArgumentError, nng.UnsupportedError)):
+            nng.GramMatrices(case.model, own, process_group=here.group, sharded=True, **options)
 
 
 @check(CHECKS)
@@ -101,7 +111,7 @@ def kernels_refused(here: Here) -> None:
     error = (nng.UnsupportedError, nng.PeerError)
     with pytest.raises(error, match="cannot be sent"):
         measure(unsent, function=lambda x, y, z: case.model(x))
-    for options in ({"differentiable": True}, {"estimator": "rademacher"}, {"by_position": True}, {"out": "k.npy"}):
+    for options in ({"differentiable": True}, {"estimator": "rademacher"}, {"by_position": True}):
         with pytest.raises(nng.UnsupportedError, match="not offered with process_group"):
             measure(**options)
     compare(here, "mlp", "dense")
@@ -182,6 +192,65 @@ def jacobians(here: Here) -> None:
             cuts.close(measured.to_dense(), (plain.T @ plain).measured(kind).to_dense(), 1e-11)
 
 
+@check(CHECKS)
+def a_penalty_in_the_loss(here: Here) -> None:
+    """What is said to have the right gradient where GramMatrix(differentiable=True) is refused."""
+    case = cuts.data("mlp")
+    x, y = case.loader[here.rank]
+    model = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(case.model))
+    (torch.nn.functional.cross_entropy(model(x), y) + mgs.trace_penalty(model, x, reduction="mean")).backward()
+    total = []
+    for x, y in case.loader[: here.size]:
+        f = torch.nn.functional.cross_entropy(case.model(x), y) + mgs.trace_penalty(case.model, x, reduction="mean")
+        total.append(torch.cat([g.flatten() for g in torch.autograd.grad(f, list(case.model.parameters()))]))
+    mine = torch.cat([p.grad.flatten() for p in model.parameters()])
+    cuts.close(mine, torch.stack(total).mean(0), 1e-12)
+    here.same(mine)
+
+
+@check(CHECKS)
+def sharded_jacobians(here: Here) -> None:
+    case = cuts.data("conv2d")
+    own = cuts.mine(case.loader, here.rank, here.size)
+    for centered in (False, True):
+        one = nng.Jacobian(case.model, case.loader, centered=centered)
+        many = nng.Jacobian(case.model, own, centered=centered, process_group=here.group, sharded=True)
+        n = many.places.counts[here.rank]
+        assert many.strip.shape == (one.shape[0], n, one.shape[2]) and many.shape == one.shape
+        assert f"{n} rows here" in repr(many)
+        v = nng.PVector.randn(one.layer_collection, 2, generator=torch.Generator().manual_seed(0)).to(torch.float64)
+        u = one.mv(v)
+        cuts.close(many.mv(v).tensor, u.tensor, 1e-11)
+        cuts.close(many.T.mv(u).flat(), one.T.mv(u).flat(), 1e-11)
+        cuts.close((many.T @ u).flat(), (one.T @ u).flat(), 1e-11)
+        cuts.close(many.norm(), one.norm(), 1e-11)
+        here.same(many.mv(v).tensor)
+        cuts.close((2.0 * many - 0.5 * many).materialize().tensor, 1.5 * one.tensor, 1e-11)
+        cuts.close(many.T.materialize().tensor, one.tensor, 1e-11)
+        first = one.layer_collection.names[0]
+        cuts.close(many[first], one[first], 1e-11)
+    pull = nng.Jacobian(case.model, own, nng.PullBackDense, process_group=here.group, sharded=True)
+    plain = nng.Jacobian(case.model, case.loader)
+    cuts.close(pull.mv(u).flat(), plain.T.mv(u).flat(), 1e-11)
+    fisher = nng.FIM(case.model, case.loader, nng.PMatKFAC)
+    cuts.close((fisher @ pull.T).materialize().tensor, (fisher @ plain).tensor, 1e-11)
+    cuts.close(fisher.solve(pull.T, 0.1).materialize().tensor, fisher.solve(plain, 0.1).tensor, 1e-10)
+    w = nng.PVector(v.layer_collection, v.flat().clone().requires_grad_())
+    pull.T.mv(w).tensor.square().sum().backward()
+    cuts.close(w.flat().grad, 2 * (plain.T @ (plain @ v)).flat(), 1e-10)
+    for call in (lambda: pull.T @ pull, lambda: pull @ pull.T, lambda: pickle.dumps(pull), lambda: pull.T + plain):
+        with pytest.raises(nng.UnsupportedError, match="sharded map"):
+            call()
+    with pytest.raises(nng.UnsupportedError):
+        nng.save(pull, here.folder / "pull")
+    with pytest.raises(nng.ArgumentError, match="sharded=True"):
+        nng.Jacobian(case.model, own, nng.PushForwardImplicit, process_group=here.group, sharded=True)
+    with pytest.raises(nng.RankMismatchError, match="other vectors"):
+        pull.T.mv((1.0 + here.rank) * v)
+    with pytest.raises(nng.RankMismatchError, match="sharded"):
+        nng.Jacobian(case.model, own, process_group=here.group, sharded=here.rank == 0)
+
+
 def sharded_pair(here: Here, name: str, **options):
     case = cuts.data(name)
     own = cuts.mine(case.loader, here.rank, here.size)
@@ -258,9 +327,8 @@ def sharded_kernels_refuse(here: Here) -> None:
     f = torch.randn(many.outputs, many.rows, dtype=torch.float64, generator=generator)
     with pytest.raises(nng.RankMismatchError, match="other vectors"):
         many.mv(nng.FVector(f))
-    for call in (lambda: pickle.dumps(many), lambda: nng.save(many, here.folder / "sharded")):
-        with pytest.raises(nng.UnsupportedError):
-            call()
+    with pytest.raises(nng.UnsupportedError, match="not pickled"):
+        pickle.dumps(many)
     for rank in (-1, here.size, True, 0.5):
         with pytest.raises(nng.ArgumentError, match="rank is"):
             many.gather(rank)

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 HERE = Path(__file__).parent
-LIMIT = 150  # seconds a launch
-PATIENCE = 20  # seconds a collective
+LIMIT = 150  # seconds a launch of two processes; more of them on a few cores take as much longer
+PATIENCE = 20  # seconds a collective of two
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,14 @@ def raises(kind: Any, text: str, call: Callable[[], object]) -> None:
 # -- the processes -----------------------------------------------------------------------------------------------------
 
 
+def scaled(seconds: float, size: int) -> float:
+    """What two processes may take, for so many."""
+    return seconds * max(1, size - 1)
+
+
 def store_of(rank: int, size: int, folder: Path) -> Any:
     """A TCP store on a free port, which rank 0 writes down for the others."""
-    place, patience = folder / "port", timedelta(seconds=PATIENCE)
+    place, patience = folder / "port", timedelta(seconds=scaled(PATIENCE, size))
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, timeout=patience, wait_for_workers=False)
         part = folder / "port.part"
@@ -94,7 +99,7 @@ def run(theme: str, rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     listed = importlib.import_module(theme)
     checks: dict[str, Check] = listed.CHECKS
-    patience = timedelta(seconds=getattr(listed, "PATIENCE", PATIENCE))
+    patience = timedelta(seconds=getattr(listed, "PATIENCE", scaled(PATIENCE, size)))
     store = store_of(rank, size, folder)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     said: dict[str, str] = {}
@@ -129,7 +134,7 @@ class Said:
             assert not answer, f"rank {rank} of {len(self.answers)}:\n{answer}\n{self.printed[-6000:]}"
 
 
-def launch(theme: str, size: int, folder: Path, limit: float = LIMIT) -> Said:
+def launch(theme: str, size: int, folder: Path, limit: float | None = None) -> Said:
     """Start the processes of a theme, wait for them, and end those that are left."""
     paths = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -139,7 +144,7 @@ def launch(theme: str, size: int, folder: Path, limit: float = LIMIT) -> Said:
         subprocess.Popen([*command, str(rank), str(size), str(folder)], env=env, stdout=log, stderr=subprocess.STDOUT)
         for rank, log in enumerate(logs)
     ]
-    end = time.monotonic() + limit
+    end = time.monotonic() + (scaled(LIMIT, size) if limit is None else limit)
     try:
         for process in started:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cuts
 import pytest
+import scores
 import torch
 from cases import ENTRIES, STORED, representation
 from launch import Check, Here
@@ -11,7 +12,7 @@ from moments import seeded
 
 import nngeom as nng
 
-CHECKS: dict[str, Check] = {}
+CHECKS: dict[str, Check] = dict(scores.CHECKS)
 LOSS = {"loss": "cross_entropy"}
 IMPLICIT = {
     "FIM": lambda m, data, seed, **o: nng.FIM(m, data, nng.PMatImplicit, **o),

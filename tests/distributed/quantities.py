@@ -8,7 +8,7 @@ import torch
 from launch import Check, Here, check
 
 import nngeom as nng
-from nngeom import analysis, mgs
+from nngeom import analysis, linearized, mgs
 
 CHECKS: dict[str, Check] = {}
 
@@ -73,8 +73,6 @@ def alignment_with_labels(here: Here) -> None:
                     one = analysis.kernel_label_alignment(kernels[layer], targets, centered=centered)
                     cuts.close(value, one, 1e-10)
                     here.same(value)
-                if sum(p.numel() for p in case.model.parameters()) >= 3 * len(y):
-                    continue
                 value = analysis.label_alignment(case.model, mine, centered, process_group=here.group)
                 cuts.close(value, analysis.kernel_label_alignment(whole, targets, centered=centered), 1e-10)
 
@@ -102,15 +100,80 @@ def labels_are_those_of_all(here: Here) -> None:
         align(labels, centered=here.rank == 0)
 
 
+def second(case, here: Here):
+    """Other examples: all, and this process's."""
+    loader = [(1.25 * x, y) for x, y in case.loader[1:3]]
+    return loader, loader if here.rank == here.size - 1 else []
+
+
 @check(CHECKS)
-def what_takes_kernels_is_refused(here: Here) -> None:
+def stiffness_of_pairs(here: Here) -> None:
     case = cuts.data("mlp")
-    for name in ("stiffness", "eigenfunctions", "step_modes"):
-        options = {"lr": 0.1} if name == "step_modes" else {}
-        with pytest.raises(nng.UnsupportedError, match=f"{name} is not offered with process_group"):
-            getattr(analysis, name)(case.model, case.loader, process_group=here.group, **options)
-    with pytest.raises(nng.UnsupportedError, match="by their kernel, is not offered"):
-        analysis.label_alignment(case.model, case.loader[:1] if here.rank else [], process_group=here.group)
+    own, (whole, mine) = cuts.mine(case.loader, here.rank, here.size), second(case, here)
+    measure = lambda data, **o: analysis.stiffness(case.model, data, **o)
+    for options, theirs in (({}, {}), ({"kind": "sign"}, {"kind": "sign"}), ({"other": whole}, {"other": mine})):
+        one, many = measure(case.loader, **options), measure(own, process_group=here.group, **theirs)
+        for name in ("matrix", "distance", "mean", "classes", "by_class", "within", "between"):
+            x, y = getattr(many, name), getattr(one, name)
+            assert torch.equal(x.isnan(), y.isnan())
+            cuts.close(x.nan_to_num(), y.nan_to_num(), 1e-10)
+            here.same(x)
+    regression = lambda data: [(x, x[:, :3] + 1) for x, _ in data]
+    many = measure(regression(own), loss="mse", process_group=here.group)
+    cuts.close(many.matrix, measure(regression(case.loader), loss="mse").matrix, 1e-10)
+    assert not many.has_classes
+    with pytest.raises(nng.RankMismatchError, match="kind"):
+        measure(own, kind="sign" if here.rank else "cosine", process_group=here.group)
+    with pytest.raises(nng.LoaderError, match="no example"):
+        measure([], process_group=here.group)
+
+
+@check(CHECKS)
+def eigenfunctions_of_all(here: Here) -> None:
+    case = cuts.data("mlp")
+    own, (whole, mine) = cuts.mine(case.loader, here.rank, here.size), second(case, here)
+    one = analysis.eigenfunctions(case.model, case.loader, 3, at=whole, centered=True)
+    many = analysis.eigenfunctions(case.model, own, 3, at=mine, centered=True, process_group=here.group)
+    for name in ("eigenvalues", "sample", "functions"):
+        cuts.close(getattr(many, name), getattr(one, name), 1e-8)
+        here.same(getattr(many, name))
+    with pytest.raises(nng.ArgumentError, match="k is 0"):
+        analysis.eigenfunctions(case.model, own, 0, process_group=here.group)
+
+
+@check(CHECKS)
+def modes_of_a_step(here: Here) -> None:
+    case = cuts.data("mlp")
+    own, (whole, mine) = cuts.mine(case.loader, here.rank, here.size), second(case, here)
+    before = [p.clone() for p in case.model.parameters()]
+    one = analysis.step_modes(case.model, case.loader, 0.1, k=3, at=whole)
+    many = analysis.step_modes(case.model, own, 0.1, k=3, at=mine, process_group=here.group)
+    names = ("eigenvalues", "functions", "predicted", "actual", "residual", "change", "predicted_change")
+    for name in (*names, "elsewhere", "predicted_elsewhere"):
+        cuts.close(getattr(many, name), getattr(one, name), 1e-7)
+        here.same(getattr(many, name))
+    assert all(torch.equal(p, q) for p, q in zip(case.model.parameters(), before))
+    with pytest.raises(nng.RankMismatchError, match="lr"):
+        analysis.step_modes(case.model, own, 0.1 + here.rank, process_group=here.group)
+    with pytest.raises((nng.LoaderError, nng.PeerError), match="needs labels"):
+        analysis.step_modes(case.model, [(x,) for x, _ in case.loader], 0.1, process_group=here.group)
+
+
+@check(CHECKS)
+def linearity_of_a_run(here: Here) -> None:
+    torch.manual_seed(0)
+    make = lambda: torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3)).double()
+    now, start, case = make(), make(), cuts.data("mlp")
+    width = case.loader[0][0].shape[1]
+    loader = [(torch.nn.functional.pad(x, (0, 5 - width)), y) for x, y in case.loader]
+    one = linearized.linearity(now, start, loader)
+    own = cuts.mine(loader, here.rank, here.size)
+    many = linearized.linearity(now, start, own, process_group=here.group)
+    assert many.units == one.units and many.sign_similarity == one.sign_similarity
+    assert abs(many.kernel_alignment - one.kernel_alignment) < 1e-12
+    assert abs(many.representation_alignment - one.representation_alignment) < 1e-12
+    with pytest.raises(nng.LoaderError, match="no example"):
+        linearized.linearity(now, start, [], process_group=here.group)
 
 
 @check(CHECKS)

@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import faults
 import gone
+import in_files
 import kernels
+import killed
 import moments
 import owned
 import parted
@@ -42,7 +44,7 @@ def asked(*themes, sizes, slow):
     return lambda f: pytest.mark.parametrize("size", marked)(pytest.mark.parametrize("theme, name", listed)(f))
 
 
-@asked(moments, products, quantities, kernels, faults, training, owned, parted, sizes=(2,), slow=(3, 4))
+@asked(moments, products, quantities, kernels, in_files, faults, training, owned, parted, sizes=(2,), slow=(3, 4))
 def test_over_processes(said, theme, name, size):
     said(theme, size).require(name)
 
@@ -55,6 +57,20 @@ def test_over_three_processes(said, theme, name, size):
 @asked(gone, sizes=(2,), slow=())
 def test_processes_that_are_gone(said, theme, name, size):
     said(theme, size).require(name, ranks=[0])
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed(tmp_path, monkeypatch):
+    """In pairs: one of each is killed while it writes; then a pair goes on with what was written."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    said = launch("killed", 6, first)
+    for name in killed.CHECKS:
+        said.require(name, ranks=list(killed.LEFT))
+    assert all("one_of_each_pair_is_killed" not in said.answers[rank] for rank in (1, 3, 5))
+    monkeypatch.setenv("NNGEOM_LEFT", str(first))
+    launch("gone_on", 2, second).require("goes on")
 
 
 def test_the_example_under_torchrun(tmp_path):

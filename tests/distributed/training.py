@@ -260,6 +260,38 @@ def uneven_batches(here: Here) -> None:
 
 
 @check(CHECKS)
+def winsorized(here: Here) -> None:
+    """The examples of all processes are one set."""
+    for name in ("mlp", "conv1d", "tied"):
+        one, many = pair(here, name, lambda m, **k: Steps(WinsorizedSGD(m, lr=0.1, level=20.0, momentum=0.5, **k)))
+        cuts.close(many, one, 1e-9)
+    ddp, _, (x, y) = small(here)
+    opt = WinsorizedSGD(ddp, lr=0.1, process_group=here.group)
+    with opt.observe():
+        F.cross_entropy(ddp(x[: 3 + here.rank]), y[: 3 + here.rank]).backward()
+    with pytest.warns(nng.UnevenBatchWarning, match=f"saw 3 to {2 + here.size} examples"):
+        opt.step()
+    here.same(parameters(ddp))
+    opt.zero_grad()
+    with opt.observe() if here.rank != 1 else nullcontext():
+        F.cross_entropy(ddp(x), y).backward()
+    with pytest.raises(nng.RankMismatchError, match=r"rank 1 of .* observed no example"):
+        opt.step()
+    with pytest.raises(nng.RankMismatchError, match="level is"):
+        WinsorizedSGD(ddp, level=10.0 + here.rank, process_group=here.group)
+
+
+class Steps:
+    """An optimizer that needs no word on the reduction of losses."""
+
+    def __init__(self, opt) -> None:
+        self.opt, self.step, self.zero_grad = opt, opt.step, opt.zero_grad
+
+    def observe(self, reduction: str):
+        return self.opt.observe()
+
+
+@check(CHECKS)
 def a_layer_used_oddly_on_one_rank(here: Here) -> None:
     torch.manual_seed(0)
     ddp = DistributedDataParallel(OddOnce().double())
