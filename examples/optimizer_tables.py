@@ -147,6 +147,42 @@ def held_out() -> str:
     return table(["task", "method", "best setting", "loss, each seed", "seconds", "steps"], rows)
 
 
+def steps() -> str:
+    """Processor time of a step over that of SGD."""
+    results = load("steps")
+    methods = list(next(iter(results.values())))
+    rows = [[method, *(f"{times[method]['ratio']:.2f}" for times in results.values())] for method in methods]
+    return table(["time / SGD", *results], rows)
+
+
+def damping() -> str:
+    """Final losses of the seeds by task and rule."""
+    results, rows = load("damping"), []
+    for task, rules in results.items():
+        if task == "steps":
+            continue
+        for rule, r in rules.items():
+            cells = [", ".join(number(run[part]) for run in r["runs"]) for part in ("training", "rest")]
+            seconds = sum(run["seconds"] for run in r["runs"]) / len(r["runs"])
+            rows.append([task, rule, f"{r['lr']:g}", f"{r['damping']:g}", *cells, f"{seconds:.2g}"])
+    head = ["task", "rule", "lr", "damping", "training loss, each seed", "loss of the rest, each seed", "seconds"]
+    return table(head, rows)
+
+
+def full() -> str:
+    """Losses of the auto-encoder of full size along steps, means over seeds, and the time of all steps."""
+    rows = []
+    for name, runs in load("autoencoder_full")["runs"].items():
+        start, _, method = name.partition(": ")
+        at = lambda j, runs=runs: (
+            f"{sum(r['loss'][j] for r in runs) / len(runs):.3g}" if len(runs[0]["loss"]) > j else ""
+        )
+        seconds = sum(r["seconds"][-1] for r in runs) / len(runs)
+        rows.append([start, method, str(len(runs)), *(at(j) for j in (0, 1, 2, 3, 4, 6, 9)), f"{seconds:.1f}"])
+    steps = [f"{n} steps" for n in (10, 20, 30, 40, 50, 70, 100)]
+    return table(["weights", "method", "seeds", *steps, "seconds"], rows)
+
+
 def main() -> None:
     page = DOCS / "optimizers.md"
     text = page.read_text()
@@ -159,6 +195,9 @@ def main() -> None:
         "cost": cost(),
         "held_out": held_out(),
         "curvature": curvature(),
+        "steps": steps(),
+        "damping": damping(),
+        "full": full(),
     }.items():
         if f"<!-- {name} -->" not in text:
             raise SystemExit(f"{page} has no place <!-- {name} -->")

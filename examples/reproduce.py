@@ -46,6 +46,8 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, argumen
     "curvature_along_training": ([], ["--quick", "--out", "out"]),
     "optimizer_defaults": ([], ["--quick", "--out", "out"]),
     "optimizer_cost": ([], ["--quick", "--out", "out"]),
+    "autoencoder_full_size": ([], ["--steps", "3", "--out", "out"]),
+    "optimizer_damping": ([], ["--steps", "10", "--out", "out"]),
 }
 
 

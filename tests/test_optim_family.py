@@ -194,6 +194,21 @@ def test_what_is_drowned_changes_steps_by_less_than_its_part_of_the_damping():
     assert 1e-9 < error < 0.2
 
 
+def test_second_moments_of_examples_along_leading_eigenvectors():
+    model, x, y = wide(batch=300)
+    opt = EKFAC(model, scalings="batch", refresh="eigh", **EXACT)
+    _, moved = one_step(opt, x, y)
+    layout, block = next((layout, b) for layout, b in next(iter(opt.partition)).blocks.items() if isinstance(b, Head))
+    assert layout.names == ("0.weight", "0.bias") and float(moved.norm()) > 0
+    before, _, _ = wide(batch=300)
+    parameters = {name: p.detach() for name, p in before.named_parameters()}
+    one = lambda p, a, b: F.cross_entropy(torch.func.functional_call(before, p, (a[None],)), b[None])
+    rows = torch.func.vmap(torch.func.grad(one), (None, 0, 0))(parameters, x, y)
+    r = torch.cat([rows["0.weight"], rows["0.bias"].unsqueeze(-1)], -1)
+    expected = (block.ug[0].T @ r @ block.ua[0]).square().mean(0)
+    torch.testing.assert_close(block.d[0], expected, rtol=1e-9, atol=1e-15)
+
+
 def test_products_go_through_the_rank_of_the_batch_where_rows_are_the_gradient(monkeypatch):
     found = []
     of = BatchRank.of
@@ -203,7 +218,7 @@ def test_products_go_through_the_rank_of_the_batch_where_rows_are_the_gradient(m
     penalty = lambda: sum(p.square().sum() for p in model.parameters())
     for opt, kind, damping in (
         (
-            KFAC(model, inverse_every=1, statistics_decay=0.0, **EXACT),
+            KFAC(model, inverse_every=1, statistics_decay=0.0, drowned=0.0, **EXACT),
             nng.PMatKFAC,
             nng.FactoredTikhonov(1e-2, balanced=False),
         ),

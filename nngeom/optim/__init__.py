@@ -15,6 +15,7 @@ from nngeom.optim.schedule import Schedule
 from nngeom.optim.soap import SOAP
 from nngeom.optim.spectra import Spectrum, spectrum
 from nngeom.optim.states import join_states
+from nngeom.optim.variance_damping import VarianceDamping
 
 __all__ = [
     "EKFAC",
@@ -30,6 +31,7 @@ __all__ = [
     "Seen",
     "SkippedStepWarning",
     "Spectrum",
+    "VarianceDamping",
     "WinsorizedSGD",
     "join_states",
     "keeps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,13 +19,20 @@ from nngeom.sweep.columns import Cotangents
 
 def number(name: str, x: Any, step: int) -> Any:
     """A number, or a callable of the step; raises :class:`ArgumentError` out of range."""
+    if type(x) is float and x - x == 0:  # finite
+        return _in_range(name, x)
     value = x(step) if callable(x) else x
-    if name == "kl_clip" and value is None:
-        return None
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
+    if name == "kl_clip" and value is None:
+        return None
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ArgumentTypeError(f"{name} is {value!r}; expected a finite number, or a callable of the step")
+    return _in_range(name, value)
+
+
+@functools.lru_cache(256, typed=True)
+def _in_range(name: str, value: float) -> float:
     low, high, strict = {
         "lr": (0, math.inf, False),
         "weight_decay": (0, math.inf, False),

@@ -6,9 +6,8 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
 from nngeom.core.damping import Damping, Relative
@@ -16,18 +15,17 @@ from nngeom.core.errors import NonFiniteError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.optim.averages import Averages, all_finite, plain_blocks, restored_blocks, scaled_means
-from nngeom.optim.inverses import cost, inverse
+from nngeom.optim.drowned import Drowned
+from nngeom.optim.inverses import inverses
 from nngeom.optim.manner import Manner
 from nngeom.optim.packed import Packed
 from nngeom.optim.pending import Seen
 from nngeom.optim.rank import BatchRank
 from nngeom.optim.schedule import Schedule
-from nngeom.pmat.block import Block
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Selection, Statistic
 from nngeom.pmat.representation import Representation
-from nngeom.ranks.made import made
 from nngeom.ranks.team import ALONE
 from nngeom.sweep.sweep import Chunk
 
@@ -46,6 +44,8 @@ class Curvature(ABC):
         selection: the parameters.
         manner: what the optimizer's options say.
     """
+
+    tells_variances: ClassVar[bool] = False  # of examples along eigenvectors, where it reads their rows
 
     def __init__(self, representation: Representation, selection: Selection, manner: Manner):
         self.representation, self.selection, self.manner = representation, selection, manner
@@ -114,11 +114,14 @@ class Curvature(ABC):
             "names": list(self.selection.names),
             "averages": self.averages.plain(),
             "blocks": plain_blocks(self.blocks),
+            "rank": self.rank.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a ``state``, as :meth:`state` gave it."""
         self.averages, self.blocks = Averages.restored(state["averages"]), restored_blocks(state["blocks"])
+        if "rank" in state:
+            self.rank.load(state["rank"])
 
 
 KEEPERS: dict[type[PMat], type[Curvature]] = {}
@@ -171,7 +174,10 @@ class Averaged(Curvature):
 
     @property
     def wants_every_batch(self):
-        return self.rank.wanted and any(isinstance(block, KroneckerBlock) for block in self.blocks.values())
+        return self.rank.wanted and any(
+            isinstance(block, KroneckerBlock) or (isinstance(block, Drowned) and self.rank.pays(layout, block.costs))
+            for layout, block in self.blocks.items()
+        )
 
     def observe(self, chunk, schedule):
         chunk = self.selection.restrict(chunk)
@@ -199,6 +205,8 @@ class Averaged(Curvature):
             for x, (layout, inverse) in zip(packed.blocks, self.blocks.items()):
                 if isinstance(inverse, KroneckerBlock):
                     x.copy_(self.rank.product(layout, inverse.g, x, inverse.a))
+                elif isinstance(inverse, Drowned):
+                    x.copy_(inverse.product(x, self.rank.of(layout, x, inverse.costs)))
                 else:
                     x.copy_(inverse.mv(x))
             packed.write()
@@ -211,17 +219,8 @@ class Averaged(Curvature):
             while True:
                 means = self._later(recipe.send(means), seen)
         except StopIteration as end:
-            self.blocks = self._inverses(end.value, damping)
+            self.blocks = inverses(self.manner, end.value, damping)
         self.sources = set(self.averages.entries)
-
-    def _inverses(self, blocks: dict[Layout, Block], damping: Damping | Relative) -> dict[Layout, Block]:
-        """Those of all blocks, each made by one of the processes."""
-        costs = {layout: cost(block) for layout, block in blocks.items()}
-        tensors = (t for block in blocks.values() for t in block.fields().values() if isinstance(t, Tensor))
-        device = next((t.device for t in tensors), torch.device("cpu"))
-        return made(
-            self.manner.makers, "inverses", costs, lambda layout: inverse(layout, blocks[layout], damping), device
-        )
 
     def _later(self, statistic: Statistic, seen: Seen) -> Means:
         """What a later sweep is sent: means over the examples that are held."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.core.whole import in_parts
 from nngeom.optim.arguments import number
 
 
@@ -31,6 +32,9 @@ def descend(
         if not moved:
             continue
         directions, products = [p.grad for p in moved], [] if curved is None else [curved[p] for p in moved]
+        if momentum and curved is None and _fuses(moved, directions):
+            _fused(state, moved, directions, lr=lr, momentum=momentum, decay=decay)
+            continue
         if momentum:
             directions = _averaged(state, "momentum_buffer", moved, directions, momentum)
             products = _averaged(state, "curved_buffer", moved, products, momentum) if products else []
@@ -44,10 +48,48 @@ def descend(
 
 def _averaged(state: Any, key: str, parameters: list[Tensor], x: list[Tensor], momentum: float) -> list[Tensor]:
     """``buffer <- momentum buffer + x``, from zero."""
-    for p in parameters:
-        if key not in state[p]:
-            state[p][key] = torch.zeros_like(p)
-    buffers = [state[p][key] for p in parameters]
+    buffers = _averages_of(state, key, parameters)
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_add_(buffers, x)
     return buffers
+
+
+def _averages_of(state: Any, key: str, parameters: list[Tensor]) -> list[Tensor]:
+    for p in parameters:
+        if key not in state[p]:
+            state[p][key] = torch.zeros_like(p)
+    return [state[p][key] for p in parameters]
+
+
+def _fuses(parameters: list[Tensor], directions: list[Tensor]) -> bool:
+    """Whether torch has the whole step in one pass over these tensors."""
+    return all(
+        p.device.type == "cpu"
+        and p.dtype == v.dtype
+        and p.dtype in (torch.float32, torch.float64)
+        and p.is_contiguous()
+        and v.is_contiguous()
+        and not in_parts(p)
+        for p, v in zip(parameters, directions)
+    )
+
+
+def _fused(
+    state: Any, parameters: list[Tensor], directions: list[Tensor], *, lr: float, momentum: float, decay: float
+) -> None:
+    """``p <- (1 - lr decay) p - lr b``, ``b <- momentum b + v``."""
+    buffers = _averages_of(state, "momentum_buffer", parameters)
+    if decay:
+        torch._foreach_mul_(parameters, 1 - lr * decay)
+    torch._fused_sgd_(
+        parameters,
+        directions,
+        buffers,
+        weight_decay=0.0,
+        momentum=momentum,
+        lr=lr,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )

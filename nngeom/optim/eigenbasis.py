@@ -25,6 +25,7 @@ from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
 from nngeom.optim.shifts import Shifts, views
 from nngeom.optim.spectra import spectrum_of
+from nngeom.optim.variance_damping import Signal
 from nngeom.pmat.ekfac import PMatEKFAC, scaling_statistic
 from nngeom.pmat.recipe import Selection
 from nngeom.pmat.representation import Representation
@@ -38,6 +39,8 @@ class Eigenbasis(Curvature):
     Second moments taken in different bases are never averaged, unless they are moved along.
     """
 
+    tells_variances = True
+
     def __init__(self, representation: Representation, selection: Selection, manner: Manner):
         super().__init__(representation, selection, manner)
         if "low_rank" in representation.settings.get("factor_form", ()):
@@ -47,6 +50,7 @@ class Eigenbasis(Curvature):
             )
         self.statistic: Callable = next(representation.recipe(selection))
         self.spectrum, self.worker, self.shifts = spectrum_of(manner), manner.worker, Shifts()
+        self.signal = Signal()
         self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0, manner.makers)
         self.of_gradients = GradientFactors() if manner.factors == "gradients" else None
         self.sources: set[Layout] = set()  # layers that have a basis
@@ -137,12 +141,14 @@ class Eigenbasis(Curvature):
         spectra = views(self.spectrum.d, blocks)
         self.blocks = {layout: dataclasses.replace(block, d=d) for (layout, block), d in zip(blocks.items(), spectra)}
         self.coordinates = torch.empty_like(self.spectrum.d)
+        self.places = views(self.coordinates, blocks)
         self.shifts.forget()
+        self.signal.forget()
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def state(self):
-        return {**super().state(), "spectrum": self.spectrum.state()}
+        return {**super().state(), "spectrum": self.spectrum.state(), "signal": self.signal.state()}
 
     def load(self, state):
         super().load(state)
@@ -151,6 +157,8 @@ class Eigenbasis(Curvature):
             self.spectrum.d = torch.cat([block.d.reshape(-1) for block in self.blocks.values()])
             self.spectrum.load(state.get("spectrum", {}))
             self._share(self.blocks)
+        if "signal" in state:
+            self.signal.load(state["signal"])
 
     # -- stepping ------------------------------------------------------------------------------------------------------
 
@@ -168,6 +176,9 @@ class Eigenbasis(Curvature):
             parts = self._down(packed)
             v = self.spectrum.follow(self.coordinates, seen, schedule.scalings_decay, self._squares(seen))
             w = self.spectrum.divided(v, self.shifts.of(self.blocks, self.spectrum.d, schedule.damping))
+            if schedule.variance is not None:
+                self.signal.follow(v * seen.mean, self.spectrum.d, seen.examples, schedule.variance.decay)
+                w = w * self.signal.share(schedule.variance.least)
             for x, block, y, part in zip(packed.blocks, self.blocks.values(), views(w, self.blocks), parts):
                 if part is None:
                     x.copy_(block.basis.mv(y))
@@ -179,11 +190,10 @@ class Eigenbasis(Curvature):
     def _down(self, packed: Packed) -> list[Parts | None]:
         """The gradient in the bases, into ``coordinates``; of leading parts, what :meth:`Head.up` takes too."""
         parts: list[Parts | None] = []
-        places = views(self.coordinates, self.blocks)
-        for (layout, block), x, y in zip(self.blocks.items(), packed.blocks, places):
+        for (layout, block), x, y in zip(self.blocks.items(), packed.blocks, self.places):
             part = None
             if isinstance(block, Head):
-                part = block.down(x, self.rank.of(layout, x))
+                part = block.down(x, self.rank.of(layout, x, block.costs))
                 y.copy_(part.inside)
             else:
                 y.copy_(self.rank.product(layout, block.ug, x, block.ua))

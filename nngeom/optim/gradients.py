@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from nngeom.core.linalg import accumulation_dtype
-from nngeom.core.whole import local, part_of, whole
+from nngeom.core.whole import in_parts, local, part_of, whole
+
+SMALL = 2**16  # entries up to which one copy of all of them takes less time than products one by one
 
 
 class Gradients:
@@ -21,8 +24,8 @@ class Gradients:
         self.flat = torch.zeros(
             sum(p.numel() for p in self.parameters), dtype=accumulation_dtype(dtype), device=self.parameters[0].device
         )
-        self._split = self.split(self.flat)
-        self._pieces = list(self._split.values())
+        self._places = self.split(self.flat)
+        self._pieces = list(self._places.values())
 
     def read(self) -> Tensor:
         """The gradients, zeros where there is none."""
@@ -33,15 +36,24 @@ class Gradients:
             torch._foreach_copy_(pieces, [whole(g) for g in grads])
         return self.flat
 
-    def write(self) -> None:
-        """Into every ``.grad`` that there is."""
+    def write(self, factor: float = 1.0) -> None:
+        """Into every ``.grad`` that there is, times a ``factor``."""
         pieces, grads = self._present()
-        if grads:
-            torch._foreach_copy_([local(g) for g in grads], [part_of(x, g) for x, g in zip(pieces, grads)])
+        if factor != 1:
+            pieces = [torch.mul(x, factor, out=g) if _alike(x, g) else x * factor for x, g in zip(pieces, grads)]
+        pairs = [(x, g) for x, g in zip(pieces, grads) if x is not g]
+        if pairs:
+            torch._foreach_copy_([local(g) for _, g in pairs], [part_of(x, g) for x, g in pairs])
 
-    def by_parameter(self) -> dict[Tensor, Tensor]:
-        """The pieces of ``flat``."""
-        return self._split
+    def dot(self, parameters: Sequence[Tensor]) -> float:
+        """The product of ``.grad`` of some ``parameters`` and their pieces of ``flat``."""
+        present = [p for p in parameters if p.grad is not None]
+        grads = [whole(p.grad).reshape(-1).to(self.flat.dtype) for p in present]  # type: ignore[arg-type]
+        alike = len(present) == len(self.parameters) and all(map(operator.is_, present, self.parameters))
+        if alike and self.flat.numel() <= SMALL:
+            return float(torch.dot(torch.cat(grads), self.flat))
+        products = [torch.dot(x, self._places[p].reshape(-1)) for p, x in zip(present, grads)]
+        return float(torch.stack(products).sum()) if products else 0.0
 
     def split(self, flat: Tensor) -> dict[Tensor, Tensor]:
         """The pieces of a vector ``[d]``, in the shapes of the parameters."""
@@ -53,3 +65,7 @@ class Gradients:
                 p.grad = p.grad.to_dense()
         pairs = [(x, p.grad) for x, p in zip(self._pieces, self.parameters) if p.grad is not None]
         return [x for x, _ in pairs], [g for _, g in pairs]
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return not in_parts(y) and x.dtype == y.dtype

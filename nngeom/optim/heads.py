@@ -15,6 +15,7 @@ rounding would be multiplied by ``z`` in place of their own, much smaller invers
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +59,13 @@ class Head(TensorObject):
     sg: Tensor  # [s q]
     ta: Tensor  # [s]
     tg: Tensor  # [s]
+    dropped: ClassVar[None] = None  # of the factors: they are whole
+
+    @property
+    def costs(self) -> tuple[int, int]:
+        """Multiplications of one row's projections on either side; those outside are projected twice."""
+        (o, q), (i, p) = self.ug.shape[1:], self.ua.shape[1:]
+        return o * q * (1 if q == o else 4), i * p * (1 if p == i else 4)
 
     def floors(self, damping: Damping | Relative) -> tuple[Tensor, Tensor]:
         """``r_A``, ``r_G [s]`` of a damping of factors."""
@@ -150,7 +158,9 @@ class Leading:
         if not self.exact and side > self.least:
             rounds = START if u is None else 1
             u = factor.new_zeros(s, side, 0) if u is None else u
-            vectors = torch.cat([u, _random(u, min(side, max(side // 3, u.shape[-1] + u.shape[-1] // 8 + 8)))], -1)
+            vectors = torch.cat(
+                [u, random_columns(u, min(side, max(side // 3, u.shape[-1] + u.shape[-1] // 8 + 8)))], -1
+            )
             for _ in range(rounds):
                 values, vectors = iterated(factor, vectors)
             values, turn = linalg.eigh(vectors.mT @ factor @ vectors)  # Ritz vectors: neighbours mix for long
@@ -180,7 +190,7 @@ def iterated(factor: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return values, u.gather(-1, order.unsqueeze(-2).expand_as(u))
 
 
-def _random(u: Tensor, count: int) -> Tensor:
+def random_columns(u: Tensor, count: int) -> Tensor:
     """So many random vectors as ``u [s, p, k]`` has less than ``count``, the same every time."""
     s, side, k = u.shape
     new = torch.randn(s, side, max(0, count - k), generator=torch.Generator().manual_seed(count), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Damped inverses of blocks, as an optimizer keeps them, and what they cost."""
+"""Damped inverses of blocks, as optimizers keep them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,21 @@ from torch import Tensor
 from nngeom.core.damping import Cutoff, Damping, Relative
 from nngeom.core.errors import SingularError, UnsupportedError
 from nngeom.core.layout import Layout
+from nngeom.optim.drowned import Drowned, drowned_inverse
+from nngeom.optim.manner import Manner
 from nngeom.pmat.block import Block
 from nngeom.pmat.damped import damped_by
+from nngeom.pmat.kronecker import KroneckerBlock
+from nngeom.ranks.made import made
+
+
+def inverses(manner: Manner, blocks: dict[Layout, Block], damping: Damping | Relative) -> dict[Layout, Block | Drowned]:
+    """Those of all ``blocks``, each made by one of the processes."""
+    costs = {layout: cost(block) for layout, block in blocks.items()}
+    tensors = (t for block in blocks.values() for t in block.fields().values() if isinstance(t, Tensor))
+    device = next((t.device for t in tensors), torch.device("cpu"))
+    made_of = lambda layout: inverse(layout, blocks[layout], damping, manner.drowned)
+    return made(manner.makers, "inverses", costs, made_of, device)
 
 
 def cost(block: Block) -> float:
@@ -18,8 +31,13 @@ def cost(block: Block) -> float:
     return 64**3 + sum(float(t.numel() * t.shape[-1]) for t in tensors)
 
 
-def inverse(layout: Layout, block: Block, damping: Damping | Relative) -> Block:
-    """``(block + damping)^-1``, in float64 where float32 finds it singular."""
+def inverse(layout: Layout, block: Block, damping: Damping | Relative, drowned: float) -> Block | Drowned:
+    """``(block + damping)^-1``, in float64 where float32 finds it singular; ``drowned``: see
+    :func:`~nngeom.optim.drowned.drowned_inverse`, 0 where all eigenvalues count.
+    """
+    led = drowned_inverse(block, damping, drowned) if drowned and isinstance(block, KroneckerBlock) else None
+    if led is not None:
+        return led
     if isinstance(damping, Relative):
         block, damping = damped_by(block, damping, layout)
     elif isinstance(damping, Cutoff) and damping.top is not None:

@@ -25,6 +25,8 @@ class KFAC(NaturalGradient):
         sua: whether places of a window count as uncorrelated: see :class:`~nngeom.PMatKFAC`.
         block_limit: parameters without Kronecker structure keep an exact block up to so many entries; others go to
             ``rest``.
+        drowned: of factors of sides above 64, eigenvalues below so much of what factored damping adds count as their
+            mean where the others are few (an eighth of the side): inverses and products are cheaper then; 0: none does.
         options: further ones of :class:`NaturalGradient`.
 
     ``lr``, ``momentum``, ``weight_decay``, ``statistics_decay``, ``kl_clip``, ``fisher``, ``likelihood``,
@@ -49,6 +51,7 @@ class KFAC(NaturalGradient):
         sharing: str = "expand",
         sua: bool = False,
         block_limit: int = 512,
+        drowned: float = 0.1,
         **options: Any,
     ):
         damping = FactoredTikhonov(1e-2, balanced=False) if damping is None else damping
@@ -66,5 +69,6 @@ class KFAC(NaturalGradient):
             layer_collection=layer_collection,
             every=inverse_every,
             statistics_every=statistics_every,
+            drowned=drowned,
             **options,
         )

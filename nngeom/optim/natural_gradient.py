@@ -15,6 +15,7 @@ from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
 from nngeom.optim.automatic import Automatic
 from nngeom.optim.bound import Bound
+from nngeom.optim.curvature import keeper
 from nngeom.optim.fallback import Fallback, outside
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import as_groups, require_groups
@@ -50,8 +51,8 @@ class NaturalGradient(Preconditioned):
         representation: what holds ``F``, as for :func:`nngeom.FIM`.
         lr: the learning rate, at least 0.
         momentum: in [0, 1), averages preconditioned gradients as ``torch.optim.SGD`` does gradients.
-        damping: a number (Tikhonov, exact), a damping object, or :class:`LevenbergMarquardt`; default
-            ``FactoredTikhonov(1e-3, balanced=False)``.
+        damping: a number (Tikhonov, exact), a damping object, :class:`LevenbergMarquardt` or :class:`VarianceDamping`;
+            default ``FactoredTikhonov(1e-3, balanced=False)``.
         weight_decay: decoupled, ``w <- w - lr weight_decay w``.
         statistics_decay: in [0, 1), the weight of the past in ``F``, bias-corrected; 0: this batch alone.
         kl_clip: bounds ``lr**2 / 2 v^T (F + damping) v``, the divergence the quadratic model predicts for a step ``-lr
@@ -75,7 +76,7 @@ class NaturalGradient(Preconditioned):
         factors: of EKFAC alone: see :class:`EKFAC`.
         refresh: of EKFAC alone: see :class:`EKFAC`.
         power: of EKFAC alone: see :class:`EKFAC`.
-        drowned: of EKFAC alone: see :class:`EKFAC`.
+        drowned: of EKFAC and KFAC alone: see there.
         first_decay: of EKFAC alone: the weight of the past in Adam's first moment, for ``scalings="adam"``.
         rest: ``"diag"``, ``"eye"`` or a representation, which takes the parameters that ``representation`` cannot hold:
             those above its ``block_limit``, and those used in ways no adapter knows (weight norm, batch
@@ -137,6 +138,7 @@ class NaturalGradient(Preconditioned):
         self.representation = as_representation(representation).within(self.collection)
         self.clock = Clock(
             FactoredTikhonov(1e-3, balanced=False) if damping is None else damping,
+            variances=keeper(self.representation).tells_variances and scalings == "batch" and fisher == "empirical",
             kl_clip=kl_clip,
             statistics_decay=statistics_decay,
             scalings_decay=scalings_decay,

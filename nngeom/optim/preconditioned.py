@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -114,7 +115,9 @@ class Preconditioned(torch.optim.Optimizer):
 
     @property
     def damping(self) -> Any:
-        """As given: a number, a damping object, a callable of the step, or :class:`LevenbergMarquardt`."""
+        """As given: a number, a damping object, a callable of the step, :class:`LevenbergMarquardt` or
+        :class:`VarianceDamping`.
+        """
         return self.clock.damping
 
     @damping.setter
@@ -143,7 +146,7 @@ class Preconditioned(torch.optim.Optimizer):
         """The factor of clipping; ``None`` when the step is skipped."""
         schedule, flat = self.clock.now(), self.gradients.read()
         why = None
-        if not bool(torch.isfinite(flat.sum())) or not all(part.finite() for part in self.partition):
+        if not math.isfinite(float(flat.sum())) or not all(part.finite() for part in self.partition):
             why = cause(self.pending.loss, self.observer.network.parameters, self.partition)
         seen = self.joint.seen(schedule, why)
         if not isinstance(seen, Seen):
@@ -160,13 +163,11 @@ class Preconditioned(torch.optim.Optimizer):
                 "step() before anything was observed; expected the forward and backward pass inside `with "
                 "opt.observe():`"
             )
-        if not bool(torch.isfinite(flat.sum())):
+        self.bound.measure(natural(self.param_groups), self.clock.steps, self.gradients)
+        if not math.isfinite(self.bound.squared):
             return self._skip("curvature", "the preconditioned gradient is not finite")
-        self.bound.measure(natural(self.param_groups), self.clock.steps, self.gradients.by_parameter())
         clip = self.bound.factor(schedule.kl_clip)
-        if clip < 1:
-            flat.mul_(clip)
-        self.gradients.write()
+        self.gradients.write(clip)
         self.clock.tick(schedule)
         self.pending.forget()
         return clip

@@ -8,6 +8,9 @@ with random vectors, and then ``V`` is used.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from nngeom.core import linalg
 from nngeom.core.factored import FactoredJacobian
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.optim.averages import plain_block, restored_block
 from nngeom.sweep.sweep import Chunk
 
 WORTH = 2e6  # multiplications below which keeping rows takes longer than it saves
@@ -34,12 +38,21 @@ class BatchRank:
         """``on``: whether rows can be all of the gradient's: not those of a metric, nor of one process of several."""
         self.on = on
         self.rows: dict[Layout, list[FactoredJacobian]] = {}
-        self.cheaper: dict[Layout, bool] = {}
+        self.count: dict[Layout, int] = {}  # of the rows of the last batch
         self.wanted = False
 
     def forget(self) -> None:
         """A step was taken, or left out; which layers are worth it is kept."""
         self.rows = {}
+
+    def state(self) -> dict[str, Any]:
+        """What decides which way the coming products are computed, as plain values."""
+        return {"wanted": self.wanted, "count": [[plain_block(layout), n] for layout, n in self.count.items()]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        self.wanted = state["wanted"]
+        self.count = {restored_block(layout): n for layout, n in state["count"]}
 
     def observe(self, chunk: Chunk) -> None:
         """Keep the rows of one chunk; counted where all cotangents are in it."""
@@ -49,9 +62,9 @@ class BatchRank:
         for layout, j in chunk.jacobians.items():
             count = self._saved(j)
             saved += count
-            self.cheaper[layout] = count > 0
             if count > 0 and isinstance(j, FactoredJacobian):
                 self.rows.setdefault(layout, []).append(j)
+                self.count[layout] = sum(map(_count, self.rows[layout]))
         self.wanted = saved > WORTH
 
     @staticmethod
@@ -76,15 +89,23 @@ class BatchRank:
         d, a = rows
         return ((d @ left[0]).mT @ (a @ right[0])).unsqueeze(0)  # type: ignore[index]
 
-    def of(self, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """``D [r, o]``, ``A [r, i]`` with ``D^T A = x``; ``None`` where they are not cheaper, or that is not so."""
-        held = self.rows.get(layout, ())
-        r, (o, i) = sum(j.g.shape[1] * j.positions for j in held), x.shape[1:]
-        if not held or r * (o * o + i * i + o * i) >= o * i * (o + i):
+    def pays(self, layout: Layout, costs: tuple[int, int]) -> bool:
+        """Whether rows as many as the last ones are cheaper, where those of products with one row on either side are
+        ``costs``.
+        """
+        _, o, i = layout.sizes
+        return layout in self.count and self.count[layout] * (sum(costs) + o * i) < i * costs[0] + o * costs[1]
+
+    def of(self, layout: Layout, x: Tensor, costs: tuple[int, int] | None = None) -> tuple[Tensor, Tensor] | None:
+        """``D [r, o]``, ``A [r, i]`` with ``D^T A = x``; ``None`` where they are not cheaper, or that is not so.
+
+        ``costs``: multiplications of one row's products with what stands left and right; default: of square factors.
+        """
+        held, (o, i) = self.rows.get(layout, ()), x.shape[1:]
+        if not held or not self.pays(layout, costs or (o * o, i * i)):
             return None
-        d = torch.cat([j.g.flatten(0, 3) for j in held]).to(x.dtype)
-        a = torch.cat([j.a.flatten(0, 2) for j in held]).to(x.dtype)
-        z = _probes(i, x)
+        d, a = _joined([j.g.flatten(0, 3) for j in held], x), _joined([j.a.flatten(0, 2) for j in held], x)
+        z = _probes(i, x.dtype, x.device)
         expected, found = x[0] @ z, d.mT @ (a @ z)
         scale = (expected * found).sum() / found.square().sum()
         error = (expected - scale * found).norm() / expected.norm()
@@ -93,7 +114,16 @@ class BatchRank:
         return d * scale, a
 
 
-def _probes(i: int, like: Tensor) -> Tensor:
+def _count(j: FactoredJacobian) -> int:
+    return j.g.shape[1] * j.positions
+
+
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(like.dtype)
+
+
+@functools.lru_cache(64)
+def _probes(i: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Two random vectors, the same in every step."""
     z = torch.randn(i, 2, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-    return z.to(like)
+    return z.to(device, dtype)

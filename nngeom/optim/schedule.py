@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nngeom.core.damping import Damping, Relative
+from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import as_optimizer_damping, number
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
+from nngeom.optim.variance_damping import VarianceDamping
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Schedule:
         scalings_decay: the same for spectra that follow every step.
         damping: the damping in force.
         kl_clip: the bound on the divergence of the step, or none.
+        variance: the rule by which noise shortens steps, or none.
     """
 
     statistics: bool
@@ -29,13 +32,15 @@ class Schedule:
     scalings_decay: float
     damping: Damping | Relative
     kl_clip: float | None
+    variance: VarianceDamping | None = None
 
 
 class Clock:
     """Counts steps, and knows what is due: numbers, or callables of the step, as they were given to the constructor."""
 
-    def __init__(self, damping: Any, **numbers: Any):
-        self.damping, self.numbers = damping, numbers
+    def __init__(self, damping: Any, *, variances: bool = False, **numbers: Any):
+        """``variances``: whether those of the examples along eigenvectors are known."""
+        self.damping, self.variances, self.numbers = damping, variances, numbers
         self.steps, self.refreshed = 0, -1
 
     def now(self) -> Schedule:
@@ -44,11 +49,24 @@ class Clock:
         refresh = self.refreshed < 0 or self.steps - self.refreshed >= now["every"]
         statistics = refresh or (now["statistics_decay"] > 0 and self.steps % int(now["statistics_every"]) == 0)
         return Schedule(
-            statistics, refresh, now["statistics_decay"], now["scalings_decay"], self._damping(), now["kl_clip"]
+            statistics=statistics,
+            refresh=refresh,
+            decay=now["statistics_decay"],
+            scalings_decay=now["scalings_decay"],
+            damping=self._damping(),
+            kl_clip=now["kl_clip"],
+            variance=self.damping if isinstance(self.damping, VarianceDamping) else None,
         )
 
     def _damping(self) -> Damping | Relative:
         if isinstance(self.damping, LevenbergMarquardt):
+            return self.damping.damping()
+        if isinstance(self.damping, VarianceDamping):
+            if not self.variances:
+                raise ArgumentError(
+                    "VarianceDamping compares the gradients of the examples along eigenvectors: expected "
+                    "nng.optim.EKFAC(model, scalings='batch') with fisher='empirical'"
+                )
             return self.damping.damping()
         return as_optimizer_damping(self.damping(self.steps) if callable(self.damping) else self.damping)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
@@ -120,7 +121,7 @@ class RunningSquares(Spectrum):
 
     def follow(self, v: Tensor, seen: Seen, past: float, squares: Tensor | None) -> Tensor:
         new = (self.d * past).addcmul_(v, v, value=(1 - past) * seen.examples * seen.mean**2)
-        if not bool(torch.isfinite(new.sum())):  # infinity would stay, and stop these coordinates without a word
+        if not math.isfinite(float(new.sum())):  # infinity would stay, and stop these coordinates without a word
             raise NonFiniteError("the squared gradient in the eigenbasis overflows")
         self.d.copy_(new)
         return v

@@ -108,13 +108,18 @@ class KroneckerBlock(Block):
         if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
             exact = self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1))
             return linalg.factor_shift(exact, exact.new_zeros(len(exact)) + damping.value), torch.ones_like(self.g)
+        shift_a, shift_g = self.shifts(damping)
+        return linalg.factor_shift(self.a, shift_a), linalg.factor_shift(self.g, shift_g)
+
+    def shifts(self, damping: FactoredTikhonov) -> tuple[Tensor, Tensor]:
+        """``pi sqrt(x)`` and ``sqrt(x) / pi [s]``, which a ``damping`` by ``x`` adds to two factors."""
         means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
         usable = (means[0] > 0) & (means[1] > 0) & damping.balanced
         pi = torch.where(
             usable, (means[0] / means[1].where(usable, torch.ones_like(means[1]))).sqrt(), torch.ones_like(means[0])
         )
         root = damping.value**0.5
-        return linalg.factor_shift(self.a, pi * root), linalg.factor_shift(self.g, root / pi)
+        return pi * root, root / pi
 
     def eigen(self) -> EigenBlock:
         """The same matrix in its eigenbasis."""
