@@ -11,9 +11,9 @@ import torch
 from cases import build
 
 import nngeom as nng
+from nngeom.core.container import checksum
 from nngeom.core.registry import Registry, qualified
 from nngeom.fmat.fmat import FMat
-from nngeom.io import _checksum
 from nngeom.pmat.block import Block
 from nngeom.pmat.pmat import PMat
 
@@ -116,7 +116,7 @@ def renamed(path, change):
     tree = json.loads(metadata["nngeom"])
     walk(tree)
     header = json.dumps(tree)
-    safetensors.torch.save_file(tensors, path, {"nngeom": header, "checksum": _checksum(header, tensors)})
+    safetensors.torch.save_file(tensors, path, {"nngeom": header, "checksum": checksum(header, tensors)})
 
 
 SOURCES = {"matrix": (MATRIX, PMat, "Mine"), "block": (BLOCK, PMat, "MineMatrix"), "kernel": (KERNEL, FMat, "Mine")}
