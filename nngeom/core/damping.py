@@ -78,8 +78,8 @@ def as_damping(damping: float | Tensor | Damping) -> Damping:
     """
     if isinstance(damping, (Relative, Mapping)) or (isinstance(damping, Cutoff) and damping.top is not None):
         raise UnsupportedError(
-            f"damping is {damping!r}, which needs the blocks of a stored matrix over parameters; expected a number "
-            ">= 0, FactoredTikhonov(x) or Cutoff(x)"
+            f"damping is {damping!r}, which needs the blocks of a stored matrix over parameters (PMatEKFAC, "
+            "PMatBlockDiag, ...); expected a number >= 0"
         )
     if not isinstance(damping, (Tikhonov, FactoredTikhonov, Cutoff)):
         damping = Tikhonov(damping)
