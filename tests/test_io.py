@@ -151,14 +151,14 @@ def header_of(path):
 
 def rewritten(path, change, honest=True):
     """The file with a changed header; ``honest``: with a checksum that fits."""
-    from nngeom.io import _checksum
+    from nngeom.core.container import checksum
 
     metadata, tensors = header_of(path)
     tree = json.loads(metadata["nngeom"])
     tree = change(tree) or tree
     metadata["nngeom"] = json.dumps(tree)
     if honest:
-        metadata["checksum"] = _checksum(metadata["nngeom"], tensors)
+        metadata["checksum"] = checksum(metadata["nngeom"], tensors)
     safetensors.torch.save_file(tensors, path, metadata)
 
 

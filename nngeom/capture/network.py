@@ -242,9 +242,8 @@ def require_finite(x: Tensor, what: str, batch_index: int) -> None:
 
 @contextlib.contextmanager
 def gradients_on() -> Iterator[None]:
-    """Gradients are recorded, whatever the caller switched off."""
-    on = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    with contextlib.ExitStack() as stack:
-        for switch in () if on else (torch.inference_mode(mode=False), torch.enable_grad()):
-            stack.enter_context(switch)
+    """Gradients are recorded, and forward mode works, whatever the caller switched off: a ``torch.autograd.Function``
+    in its forward pass both.
+    """
+    with torch.inference_mode(mode=False), torch.enable_grad():
         yield

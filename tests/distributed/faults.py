@@ -338,12 +338,3 @@ def collectives_are_few_and_the_same(here: Here) -> None:
         nng.FIM(model, batches, nng.PMatEKFAC, process_group=here.group)
     kinds = [c[0] for c in calls]
     assert kinds.count("all_reduce") == 2 and 1 <= kinds.count("broadcast") <= here.size
-
-
-@check(CHECKS)
-def what_is_not_offered(here: Here) -> None:
-    model, batches = own(here)
-    for call in (nng.rows,):
-        with pytest.raises(nng.UnsupportedError, match="not offered with process_group"):
-            call(model, batches, process_group=here.group)
-    again(here)
