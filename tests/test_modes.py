@@ -89,3 +89,43 @@ def test_inputs_may_carry_a_graph():
     f = reference.fisher(case.model, case.inputs)
     x = case.inputs.clone().requires_grad_() * 1
     torch.testing.assert_close(nng.FIM(case.model, [x], nng.PMatDense).to_dense(), f)
+
+
+class _Inside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, f):
+        return f()
+
+
+OFF = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "forward mode": lambda: torch.autograd.forward_ad._set_fwd_grad_enabled(False),
+}
+
+
+@pytest.mark.parametrize("off", [*OFF, "a Function"])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_products_where_derivatives_are_switched_off(batch, off):
+    """Those of a graph that was proved before, too."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(0, 3, (6,))
+    made = (
+        nng.FIM(model, [(x, y)], nng.PMatImplicit),
+        nng.FIM(model, [(x, y)], nng.PMatImplicit, centered=True),
+        nng.Hessian(model, [(x, y)], loss="cross_entropy"),
+        nng.GradientCovariance(model, [(x, y)], nng.PMatImplicit, loss="cross_entropy"),
+        nng.Jacobian(model, [(x, y)], nng.PushForwardImplicit),
+    )
+    v = nng.PVector.randn(nng.LayerCollection.from_model(model), *batch, dtype=torch.float64)
+    for m in made:
+        expected = m.mv(v).tensor
+        act = lambda m=m: m.mv(v).tensor.clone()
+        if off == "a Function":
+            found = _Inside.apply(torch.zeros(1, requires_grad=True), act)
+        else:
+            with OFF[off]():
+                found = act()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert expected.abs().max() > 0
