@@ -187,9 +187,11 @@ def _with_a_row_an_example(run: Run, capture: Capture) -> list[Recorded]:
             continue
         width = recorded.shape[-1]
         whole = use.weight.arrangement.sizes == (1, width, use.weight.arrangement.sizes[2]) and not use.weight.column
+        whole = whole and tuple(recorded.shape) == (n, width)
         whole = whole and (use.bias is None or use.bias.arrangement.sizes == (1, width, 1))
-        if whole and _as_they_are(recorded, capture.outputs):
+        if whole:
             fitting.append(recorded)
+    fitting = _as_they_are(fitting, n, capture.outputs.detach())
     if not fitting:
         return []
     proof = Sweep(run, RandomSigns(samples=1, seed=0, shared=False), ALIVE).proved(capture)
@@ -201,10 +203,14 @@ def _with_a_row_an_example(run: Run, capture: Capture) -> list[Recorded]:
     ]
 
 
-def _as_they_are(recorded: Recorded, like: Tensor) -> bool:
-    """Whether gradients of a use's output are its rows' own, as ``product`` promises: asked of random ones."""
-    g = outer(factors((1, *recorded.shape), torch.Generator().manual_seed(0), like.detach()))
-    return torch.equal(recorded.use.gradients(g).flatten(), g.flatten())
+def _as_they_are(uses: list[Recorded], n: int, like: Tensor) -> list[Recorded]:
+    """The uses whose rows' gradients are those of their outputs ``[n, width]`` as they are, which ``product`` promises:
+    asked of random ones, drawn once, the first columns of the same for all.
+    """
+    widest = max((recorded.shape[-1] for recorded in uses), default=0)
+    drawn = outer(factors((1, n, widest), torch.Generator().manual_seed(0), like))
+    asked = ((recorded, drawn[..., : recorded.shape[-1]].contiguous()) for recorded in uses)
+    return [recorded for recorded, g in asked if torch.equal(recorded.use.gradients(g).flatten(), g.flatten())]
 
 
 def require_reduction(reduction: str) -> None:

@@ -140,9 +140,10 @@ class Pass:
         """``known``: where the examples of all uses lie is told by the graph."""
         collection, before, asked = self.network.collection, self.proof.groups, self.part_of is not None or self.apart
         known = known and not (asked or self.left_to_fallback or self.capture.unstructured)
-        if known and before is not None and before.are_of(collection):
-            return before.within(self.capture.uses), []
-        groups, rest = build_units(self.capture.uses, axes, collection, self.part_of)
+        uses = self.capture.uses
+        if known and before is not None and before.are_of(collection, uses, axes):
+            return before.within(uses), []
+        groups, rest = build_units(uses, axes, collection, self.part_of)
         for group in groups:
             group.apart = self.apart
         covered = {name for group in groups for name in group.layout.names}
@@ -150,7 +151,7 @@ class Pass:
         if others:
             others = [name for name in others if name in self.proof.reached or name in rest]
         elif known:
-            self.proof.groups = KnownGroups.of(collection, groups)
+            self.proof.groups = KnownGroups.of(collection, uses, axes, groups)
         self.left_to_fallback |= set(others)  # once in the fallback, always: one structure for all batches
         return groups, others
 

@@ -1,4 +1,4 @@
-"""The blocks of passes with one graph, found once: what :func:`build_units` tells is the same for all of them."""
+"""The blocks of passes with one graph, found once: :func:`build_units` tells the same of the same uses."""
 
 from __future__ import annotations
 
@@ -28,21 +28,28 @@ class KnownGroups:
     """The blocks that all parameters of a ``collection`` have in passes whose uses are read by adapters, every one."""
 
     collection: LayerCollection
+    asked: tuple[object, ...]  # what they follow from, besides the collection
     kept: tuple[_Kept, ...]
 
     @staticmethod
-    def of(collection: LayerCollection, groups: Sequence[UseGroup]) -> KnownGroups:
-        """Those of one pass."""
+    def of(
+        collection: LayerCollection,
+        uses: Sequence[Recorded],
+        axes: Sequence[ExampleAxis | None],
+        groups: list[UseGroup],
+    ) -> KnownGroups:
+        """Those of one pass, found of its ``uses`` and where their examples lie, ``axes``."""
         kept = (
             _Kept(g.layout, tuple((j, axis) for j, _, axis in g.uses), g.with_weight, g.with_bias, g.arrangements)
             for g in groups
         )
-        return KnownGroups(collection, tuple(kept))
+        return KnownGroups(collection, _asked(uses, axes), tuple(kept))
 
-    def are_of(self, collection: LayerCollection) -> bool:
-        """Whether they are those of this ``collection``."""
+    def are_of(self, collection: LayerCollection, uses: Sequence[Recorded], axes: Sequence[ExampleAxis | None]) -> bool:
+        """Whether they are those of this ``collection``, of these ``uses`` and ``axes``."""
         mine = self.collection
-        return mine is collection or (mine == collection and mine.layers == collection.layers)
+        same = mine is collection or (mine == collection and mine.layers == collection.layers)
+        return same and self.asked == _asked(uses, axes)
 
     def within(self, uses: Sequence[Recorded]) -> list[UseGroup]:
         """Those of another pass with the same graph."""
@@ -56,3 +63,9 @@ class KnownGroups:
             )
             for k in self.kept
         ]
+
+
+def _asked(uses: Sequence[Recorded], axes: Sequence[ExampleAxis | None]) -> tuple[object, ...]:
+    """All of the uses that blocks follow from."""
+    read = (recorded.use for recorded in uses)
+    return tuple((use.weight, use.bias, use.lookup, use.elementwise, axis) for use, axis in zip(read, axes))
