@@ -162,7 +162,9 @@ def a_kernel_is_resumed(here: Here) -> None:
         dist.barrier()
         written.clear()
         many = measure()
-        assert (first or not own) and not first & set(map(str, written))
+        firsts: list[set[str]] = [set()] * here.size
+        dist.all_gather_object(firsts, first)
+        assert any(firsts) and not first & set(map(str, written))  # who fails late may stop a slow one before its first
     cuts.close(many.tensor, nng.GramMatrix(case.model, case.loader).tensor)
     if here.rank == 0:
         with pytest.raises(nng.ArgumentError, match="processes"):
