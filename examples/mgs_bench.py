@@ -81,7 +81,6 @@ def fill(args: argparse.Namespace, cells: Cells) -> None:
     """Tuning and bench of all nets, a seed after the other."""
     sizes, noises = ((60,), (0.6,)) if args.quick else (SIZES, NOISES)
     for net in args.model:
-
         apart = data_of(args.data, net, sizes[0] if args.quick else TUNING, 99, validation=True)
         score = lambda method, strength, net=net, data=apart: final(
             run(net, data, 0.5, Recipe(method, strength, epochs=args.epochs), 99)

@@ -144,4 +144,3 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
     """Spearman's."""
     ranks = torch.tensor([a, b], dtype=torch.float64).argsort(1).argsort(1).double()
     return float(torch.corrcoef(ranks)[0, 1])
-

@@ -2,8 +2,8 @@
 
     python examples/mgs_dropout.py [--data FOLDER] [--seeds 3] [--quick]
 
-A fully connected net on 500 motion-blurred MNIST digits, 30 % of the labels flipped, 30 epochs, with dropout 0, 0.2, 0.5
-and 0.8 after every hidden layer. The kernel on 32 training images, 320 rows: in evaluation mode, and with a mask of
+A fully connected net on 500 motion-blurred MNIST digits, 30 % of the labels flipped, 30 epochs, with dropout 0, 0.2,
+0.5 and 0.8 after every hidden layer. The kernel on 32 training images, 320 rows: in evaluation mode, and with a mask of
 hidden units for each image, drawn once. The paper finds gaps in the log-determinant under dropout: the kernel is
 singular there. Singular here is: a rank, to rounding in float64, below the number of rows.
 

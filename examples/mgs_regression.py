@@ -113,9 +113,9 @@ def draw(cells: dict[str, Any], path: Path) -> None:
 
 def fill(args: argparse.Namespace, cells: Cells) -> None:
     """Tuning and all scales of all nets, a seed after the other."""
+    recipe_of = lambda method, strength: Recipe(method, strength, F.mse_loss, args.epochs, 64, 2.0)
     for net in args.model:
         apart = halves(args.data, args.images, 99, validation=True)
-        recipe_of = lambda method, strength: Recipe(method, strength, F.mse_loss, args.epochs, 64, 2.0)
         score = lambda m, s, net=net, apart=apart: -final(run(net, apart, SCALES[2], recipe_of(m, s), 99))
         tune(cells, net, REGRESSION_GRIDS, score, quick=args.quick)
     for seed, net, scale in product(range(args.seeds), args.model, SCALES[2:3] if args.quick else SCALES):
