@@ -5,6 +5,7 @@ that follows every step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -15,7 +16,7 @@ from nngeom.core.errors import UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.optim.averages import all_finite, scaled_means
-from nngeom.optim.bases import Bases, Kept, moved
+from nngeom.optim.bases import Bases, Kept, moved, turns
 from nngeom.optim.curvature import Curvature, copied, keeps
 from nngeom.optim.gradient_factors import GradientFactors
 from nngeom.optim.heads import Head, Parts
@@ -23,7 +24,7 @@ from nngeom.optim.manner import Manner
 from nngeom.optim.packed import Packed
 from nngeom.optim.pending import Seen
 from nngeom.optim.schedule import Schedule
-from nngeom.optim.shifts import Shifts, views
+from nngeom.optim.shifts import Shifts, Tail, views
 from nngeom.optim.spectra import spectrum_of
 from nngeom.optim.variance_damping import Signal
 from nngeom.pmat.ekfac import PMatEKFAC, scaling_statistic
@@ -51,7 +52,12 @@ class Eigenbasis(Curvature):
         self.statistic: Callable = next(representation.recipe(selection))
         self.spectrum, self.worker, self.shifts = spectrum_of(manner), manner.worker, Shifts()
         self.signal = Signal()
-        self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0, manner.makers)
+        self.bases = Bases(
+            manner.refresh,
+            manner.drowned if self.spectrum.factored else 0.0,
+            manner.makers,
+            values=self.spectrum.starts_anew,
+        )
         self.of_gradients = GradientFactors() if manner.factors == "gradients" else None
         self.sources: set[Layout] = set()  # layers that have a basis
         self.future: Future | None = None
@@ -127,10 +133,10 @@ class Eigenbasis(Curvature):
     def _install(self, blocks: dict[Layout, Kept]) -> None:
         """New bases; the spectra of all blocks are views of one vector, which the steps to come change in place."""
         old, layouts = self.blocks, tuple(blocks)
+        turn = functools.cache(lambda layout: turns(old[layout], blocks[layout]))
 
         def along(x: Tensor, *, squared: bool = False) -> Tensor:
-            parts = views(x, old)
-            new = [moved(p, old[lay], blocks[lay], squared=squared).reshape(-1) for p, lay in zip(parts, layouts)]
+            new = [moved(p, turn(lay), squared=squared).reshape(-1) for p, lay in zip(views(x, old), layouts)]
             return torch.cat(new)
 
         start = torch.cat([block.d.reshape(-1) for block in blocks.values()])
@@ -173,27 +179,28 @@ class Eigenbasis(Curvature):
             self.squares = seen.joined(self.squares)
         if self.blocks:
             packed = self.packed(gradient)
-            parts = self._down(packed)
+            tails = self.shifts.tails(self.blocks, schedule.damping, self.manner.power)
+            parts = self._down(packed, tails)
             v = self.spectrum.follow(self.coordinates, seen, schedule.scalings_decay, self._squares(seen))
             w = self.spectrum.divided(v, self.shifts.of(self.blocks, self.spectrum.d, schedule.damping))
             if schedule.variance is not None:
                 self.signal.follow(v * seen.mean, self.spectrum.d, seen.examples, schedule.variance.decay)
                 w = w * self.signal.share(schedule.variance.least)
-            for x, block, y, part in zip(packed.blocks, self.blocks.values(), views(w, self.blocks), parts):
+            for x, (layout, block), y, part in zip(packed.blocks, self.blocks.items(), views(w, self.blocks), parts):
                 if part is None:
                     x.copy_(block.basis.mv(y))
                 else:
-                    x.copy_(block.up(part, y, block.inverse(schedule.damping, self.manner.power)))
+                    block.up(part, y, tails[layout][0], x)
             packed.write()
         self.forget()
 
-    def _down(self, packed: Packed) -> list[Parts | None]:
+    def _down(self, packed: Packed, tails: dict[Layout, Tail]) -> list[Parts | None]:
         """The gradient in the bases, into ``coordinates``; of leading parts, what :meth:`Head.up` takes too."""
         parts: list[Parts | None] = []
         for (layout, block), x, y in zip(self.blocks.items(), packed.blocks, self.places):
             part = None
             if isinstance(block, Head):
-                part = block.down(x, self.rank.of(layout, x, block.costs))
+                part = block.down(x, self.rank.of(layout, x, block.costs), tails[layout][1])
                 y.copy_(part.inside)
             else:
                 y.copy_(self.rank.product(layout, block.ug, x, block.ua))
