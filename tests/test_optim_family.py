@@ -189,7 +189,7 @@ def test_what_is_drowned_changes_steps_by_less_than_its_part_of_the_damping():
         opt = EKFAC(model, drowned=drowned, refresh="eigh", **EXACT)
         _, steps[drowned] = one_step(opt, x, y)
         kinds = [type(b).__name__ for b in next(iter(opt.partition)).blocks.values()]
-        assert (kinds[0] == "Head") == (drowned == 0.1)
+        assert ("Head" in kinds) == (drowned == 0.1)
     assert close(steps[1e-9], steps[0.0], 1e-9)
     error = float((steps[0.1] - steps[0.0]).norm() / steps[0.0].norm())
     assert 1e-9 < error < 0.2
