@@ -77,7 +77,8 @@ class Shifts:
 
 def views(flat: Tensor, blocks: dict[Layout, Kept]) -> list[Tensor]:
     """``flat [p]`` in the shapes of the spectra of the ``blocks``."""
-    return [x.view(b.d.shape) for x, b in zip(flat.split([b.d.numel() for b in blocks.values()]), blocks.values())]
+    shapes = [block.d.shape for block in blocks.values()]
+    return [x.view(shape) for x, shape in zip(flat.split_with_sizes([shape.numel() for shape in shapes]), shapes)]
 
 
 def _shift(block: Kept, d: Tensor, damping: FactoredTikhonov | Relative) -> Tensor | float:
