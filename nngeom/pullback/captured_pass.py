@@ -112,9 +112,7 @@ class Pass:
                 )
             )
         require_whole_gradients(self.network, self.capture)
-        compared, wrong = compare(
-            self.network, self.capture, self.groups, keep_inputs=pulled and not self.keep_graph
-        )
+        compared, wrong = compare(self.network, self.capture, self.groups, keep_inputs=pulled and not self.keep_graph)
         self.proof.compared |= compared
         if wrong:
             self.proof.left |= wrong

@@ -39,7 +39,8 @@ def compare(
     was not compared.
     """
     times = Counter(slot.name for recorded in capture.uses for slot in recorded.use.slots)
-    alone, together = [], []
+    alone: list[UseGroup] = []
+    together: list[UseGroup] = []
     for group in groups:
         once = len(group.uses) == 1 and all(times[name] == 1 for name in group.layout.names)
         (alone if once else together).append(group)
