@@ -85,9 +85,8 @@ def run(model: nn.Sequential, data: Data, alpha: float, steps: int, seed: int) -
 
     def measure(scaled: nn.Module, outputs: Tensor) -> dict[str, Any]:
         test = right(scaled(x_test), y_test)
-        train, tests = (list(g.means(v).values()) for g, v in ((groups, right(outputs, y)), (groups_test, test)))
-        named = {f"train {name}": value for name, value in zip(GROUPS, train)}
-        return {**named, **{f"test {name}": value for name, value in zip(GROUPS, tests)}, "test": test.mean()}
+        train = {f"train {name}": value for name, value in groups.means(right(outputs, y)).items()}
+        return {**train, **{f"test {k}": v for k, v in groups_test.means(test).items()}, "test": test.mean()}
 
     return descend(model.double(), alpha, x, y, measure, lr=0.01, steps=steps, until=0.03, seed=seed)
 
