@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from nngeom.capture.gathered import gathered
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.core.stream import Numbers
 from nngeom.ranks.data import warn_of_same
@@ -24,7 +23,7 @@ def agree(run: Run, what: str, **settings: Any) -> None:
     team = run.team
     if team.size == 1:
         return
-    with gathered(run.network.model), team.together(what):
+    with run.whole(), team.together(what):
         values = values_of(run) | {name: described(x) for name, x in settings.items()}
     team.same(what, values)
 
@@ -39,7 +38,7 @@ def values_of(run: Run) -> dict[str, str]:
     values["torch"] = str(torch.__version__)
     if run.check:
         tensors = {**named, **held}
-        values |= {f"the digest of {name}": text for name, text in zip(tensors, bits(tensors.values()))}
+        values |= {f"the digest of {name}": text for name, text in zip(tensors, bits(map(run.network.value, tensors.values())))}
     return values
 
 
