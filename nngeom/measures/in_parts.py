@@ -26,8 +26,8 @@ def in_parts(sweep: Sweep, whole: Representation[PMat], measure: Callable[[Run],
     """
     sweep = sweep.held()
     run, collection = sweep.run, sweep.run.network.collection
-    sizes = _sizes(sweep, whole)
-    owners = assigned({layer: float(size) ** 1.5 for layer, size in sizes.items()}, run.team.size)
+    sizes = sizes_of(sweep, whole)
+    owners = owners_of(sizes, run.team.size)
     dtype = accumulation_dtype(run.network.dtype)
     layers, parts, examples = collection.by_layer(), list[PMat](), 0
     for group in grouped(sizes, run.memory_budget // (2 * dtype.itemsize)):
@@ -58,7 +58,12 @@ def grouped(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return groups
 
 
-def _sizes(sweep: Sweep, whole: Representation[PMat]) -> dict[str, int]:
+def owners_of(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Which process keeps the blocks of which layer."""
+    return assigned({layer: float(size) ** 1.5 for layer, size in sizes.items()}, ranks)
+
+
+def sizes_of(sweep: Sweep, whole: Representation[PMat]) -> dict[str, int]:
     """How many numbers are held for every layer while it is measured, read off the first rows, the same on all
     processes.
     """

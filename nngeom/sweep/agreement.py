@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.core.stream import Numbers
@@ -37,9 +38,14 @@ def values_of(run: Run) -> dict[str, str]:
     values["selected parameters"] = ", ".join(sorted(selected))
     values["torch"] = str(torch.__version__)
     if run.check:
-        tensors = {**named, **held}
-        values |= {f"the digest of {name}": text for name, text in zip(tensors, bits(map(run.network.value, tensors.values())))}
+        values |= digests(run, {**named, **held})
     return values
+
+
+def digests(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What tells the numbers of parameters and buffers apart, by name."""
+    texts = bits(map(run.network.value, tensors.values()))
+    return {f"the digest of {name}": text for name, text in zip(tensors, texts)}
 
 
 def numbered(sweep: Sweep, index: Any = None) -> Sweep:

@@ -25,14 +25,15 @@ MODELS = ("mlp", "transformer", "tied", "gru")
 ROOM = 2**10  # bytes, in which few layers have room at once, and few outputs
 
 
-def pair(kind, name: str, group=None, measure=nng.FIM, **options):
+def pair(kind, name: str, group=None, measure=nng.FIM, *, streamed=False, room=ROOM, **options):
     """The matrix of a case as a whole in one process, and in parts over all."""
     case = build(name, sizes=cuts.SIZES)
     mine = case.loader if group is None else cuts.mine(case.loader, dist.get_rank(group), dist.get_world_size(group))
     whole = measure(case.model, case.loader, kind, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nng.MemoryWarning)
-        parted = measure(case.model, mine, nng.PMatSharded.of(kind), process_group=group, memory_budget=ROOM, **options)
+        chosen = nng.PMatSharded.of(kind, streamed=streamed)
+        parted = measure(case.model, mine, chosen, process_group=group, memory_budget=room, **options)
     return whole, parted
 
 
@@ -40,8 +41,8 @@ def close(x, y) -> None:
     cuts.close(x.reshape(-1), y.reshape(-1), 1e-9)
 
 
-def as_the_whole(kind: str, name: str, group=None) -> None:
-    whole, parted = pair(KINDS[kind], name, group)
+def as_the_whole(kind: str, name: str, group=None, **options) -> None:
+    whole, parted = pair(KINDS[kind], name, group, **options)
     lc = whole.layer_collection
     v = nng.PVector.randn(lc, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert parted.shape == whole.shape and parted.examples == whole.examples and parted.dtype == whole.dtype
@@ -68,6 +69,12 @@ for kind in KINDS:
     CHECKS[f"parts, {kind}"] = lambda here, k=kind: as_the_whole(k, "mlp", here.group)
 for name in MODELS[1:]:
     CHECKS[f"parts, {name}"] = lambda here, n=name: as_the_whole("ekfac", n, here.group)
+for name in MODELS:
+    for room in (ROOM, 2**14):  # in the second sums stay until the end of the sweep
+        options = {"streamed": True, "room": room}
+        CHECKS[f"streamed, {name}, {room}"] = lambda here, n=name, o=options: as_the_whole("ekfac", n, here.group, **o)
+for kind in ("kfac", "reduced", "layers", "quasi-diagonal"):
+    CHECKS[f"streamed, {kind}"] = lambda here, k=kind: as_the_whole(k, "mlp", here.group, streamed=True)
 
 
 @check(CHECKS)
