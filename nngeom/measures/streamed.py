@@ -56,7 +56,7 @@ def streamed(sweep: Sweep, whole: Representation[PMat]) -> PMatSharded:
 
 @dataclass(frozen=True)
 class Layers:
-    """Of a ``collection``, the rank that keeps each, how many numbers that takes, and ``room`` for how many of others."""
+    """Of a ``collection``: the rank that keeps each, how many numbers that takes, and ``room`` for others'."""
 
     collection: LayerCollection
     owners: dict[str, int]
