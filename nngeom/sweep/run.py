@@ -92,15 +92,16 @@ class Run:
         :class:`PeerError` for what another process raises, :class:`RankMismatchError` where models or settings differ.
         """
         team = Team.of(process_group)
-        room = True
+        in_turns = False
         if parts and sharded_modules(model):
             with team.together("arguments") as note, memory.limit(memory_budget):
                 require_ranks(model, team)
-                note.mine = fits(model, asked=memory_budget is not None)
-            room = all(note.all)
-        if not room and not (sums := sums and can_stand_in(model)):
-            warn_of_room(model)
-        whole = in_turn(model, team) if sums and not room else gathered(model)
+                note.mine = fits(model, asked=memory_budget is not None), sums and can_stand_in(model)
+            room, can = map(all, zip(*note.all))
+            in_turns = can and not room
+            if not room and not can:
+                warn_of_room(model, memory_budget)
+        whole = in_turn(model, team) if in_turns else gathered(model)
         with (
             whole if parts else contextlib.nullcontext(),
             team.together("arguments"),
@@ -110,7 +111,7 @@ class Run:
             team.require_device(network.device)
             if team.size > 1:
                 warn_of_repeats(loader)
-            return Run(network, loader, budget, check, progress, team=team, in_turn=not room and sums)
+            return Run(network, loader, budget, check, progress, team=team, in_turn=in_turns)
 
     @staticmethod
     def gathering(model: nn.Module, loader: Any, **options: Any) -> Run:

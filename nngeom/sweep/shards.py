@@ -41,13 +41,13 @@ def fits(model: nn.Module, *, asked: bool) -> bool:
     return len(ranks_of(model)) < 2 or bytes_of(model) <= room
 
 
-def warn_of_room(model: nn.Module) -> None:
+def warn_of_room(model: nn.Module, memory_budget: int | None) -> None:
     """Warn that the parameters are whole where they do not fit."""
+    room = "half of the free memory" if memory_budget is None else f"memory_budget, {memory_budget} bytes"
     warnings.warn(
         f"the model under fully_shard is gathered for this measure and takes {bytes_of(model)} bytes in every process, "
-        f"more than memory_budget, {memory.budget()} bytes by default, or half of the free memory; FIM, GGN, "
-        "EmpiricalFIM, FIM_MonteCarlo and GradientCovariance in representations other than PMatImplicit gather "
-        "parameters where they are used, of a model that is under fully_shard alone",
+        f"more than {room}; FIM, GGN, EmpiricalFIM, FIM_MonteCarlo and GradientCovariance in representations other "
+        "than PMatImplicit gather parameters where they are used, of a model that is under fully_shard alone",
         MemoryWarning,
         stacklevel=4,
     )

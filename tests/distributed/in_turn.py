@@ -23,7 +23,6 @@ import nngeom as nng
 
 CHECKS: dict[str, Check] = {}
 SMALL = ("mlp", "conv2d", "language-model", "gru", "transformer", "bare")
-WIDE = (*SMALL, "tied", "reused", "prelu", "layer-norm", "batch-norm", "frozen", "class-token", "einsum")
 DENSE = {
     "FIM": lambda kind, m, data, **o: nng.FIM(m, data, representation(kind, m), **o).to_dense(),
     "empirical": lambda kind, m, data, **o: nng.EmpiricalFIM(
@@ -54,22 +53,23 @@ def in_turn(
     assert in_parts(model) and hooks(model) == before
 
 
-def listed(name: str, kind: str, measure: str = "FIM", *, by_child: bool = True) -> None:
+def listed(
+    name: str, kind: str, measure: str = "FIM", *, by_child: bool = True, checks: dict[str, Check] = CHECKS
+) -> None:
     def f(here: Here) -> None:
         case = cuts.data(name)
         in_turn(here, case, sharded(case, here, by_child=by_child), functools.partial(DENSE[measure], kind))
 
-    CHECKS[f"in turn, {measure} {name} {kind} {'by child' if by_child else 'one group'}"] = f
+    checks[f"in turn, {measure} {name} {kind} {'by child' if by_child else 'one group'}"] = f
 
 
-for name in WIDE:
+for name in SMALL:
     listed(name, "kfac", by_child=False)
-for name in ("mlp", "conv2d", "transformer"):
+for name in ("mlp", "conv2d"):
     listed(name, "dense", "empirical")
-for name in ("language-model", "gru"):
-    listed(name, "ekfac")
 for kind in STORED:
-    listed("mlp", kind)
+    if kind != "kfac":
+        listed("mlp" if kind != "ekfac" else "language-model", kind)
 
 
 OTHERS: dict[str, Callable] = {
