@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -37,11 +37,19 @@ def in_parts(sweep: Sweep, whole: Representation[PMat], measure: Callable[[Run],
         own = {name for layer in group if owners[layer] == run.team.rank for name in layers[layer]}
         parts += [matrix[own.__contains__]] if own else []
         examples = matrix.examples
+    return of_parts(run, owners, parts, examples, matrix.dtype)
+
+
+def of_parts(
+    run: Run, owners: Mapping[str, int], parts: Sequence[PMat], examples: int, dtype: torch.dtype
+) -> PMatSharded:
+    """The matrix of a run, a mean over ``examples``, of which this process keeps the ``parts`` and each its own."""
+    collection = run.network.collection
     owned = [
         tuple(name for name, layer in zip(collection.names, collection.layers) if owners[layer] == rank)
         for rank in range(run.team.size)
     ]
-    like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
+    like = torch.empty(0, dtype=dtype, device=run.network.device)
     return PMatSharded(collection, tuple(parts), tuple(owned), examples, run.team, like)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from nngeom.core.jacobian import tensors as tensors_of
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.core.statistic import Sums
-from nngeom.measures.in_parts import owners_of, sizes_of
+from nngeom.measures.in_parts import of_parts, owners_of, sizes_of
 from nngeom.pmat.drive import Repeated, not_finite, one_dtype, overflowed
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Selection, Statistic
@@ -47,11 +47,10 @@ def streamed(sweep: Sweep, whole: Representation[PMat]) -> PMatSharded:
     room = run.memory_budget // (SHARE * accumulation_dtype(run.network.dtype).itemsize)
     layers = Layers(collection, owners, sizes, room)
     sweep = sweep.but(part_of=chosen.division, any_columns=False)  # rows that can be sent
-    part, count = matrix(chosen, layers, Repeated(sweep, chosen.passes))
+    part, count = own_part(chosen, layers, Repeated(sweep, chosen.passes))
     dtypes = run.team.exchange("dtypes", None if part is None else part.dtype)
-    like = torch.empty(0, dtype=next(filter(None, dtypes)), device=run.network.device)
-    owned = tuple(tuple(layers.names(rank)) for rank in range(run.team.size))
-    return PMatSharded(collection, () if part is None else (part,), owned, count, run.team, like)
+    parts = () if part is None else (part,)
+    return of_parts(run, owners, parts, count, next(filter(None, dtypes)))
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Layers:
         return found
 
 
-def matrix(chosen: Representation[PMat], layers: Layers, source: Repeated) -> tuple[PMat | None, int]:
+def own_part(chosen: Representation[PMat], layers: Layers, source: Repeated) -> tuple[PMat | None, int]:
     """The part of this process, if it keeps a layer, and the number of examples."""
     team = source.run.team
     collections = [layers.collection.only(layers.names(rank)) for rank in range(team.size)]
