@@ -39,8 +39,8 @@ class Run:
     Its ``network`` is the model with what names its parameters and runs it, ``loader`` the data, ``memory_budget`` in
     bytes; ``check`` and ``progress`` as for :meth:`of`. ``left_to_fallback``: parameters whose rows come from the
     per-example fallback, as sweeps find out. ``team``: the processes over which the examples are split; ``met``: what
-    this one's first batch was, a digest. ``before``: how many batches came before those of the loader. ``in_turn``: of a
-    model under ``fully_shard`` a process has those parameters whole that it uses, else all of them.
+    this one's first batch was, a digest. ``before``: how many batches came before those of the loader.
+    ``in_turn``: of a model under ``fully_shard`` a process has those parameters whole that it uses, else all of them.
     """
 
     network: Network

@@ -82,6 +82,9 @@ OTHERS: dict[str, Callable] = {
     "GGN": lambda m, d, **o: nng.GGN(m, d, nng.PMatBlockDiag, loss="cross_entropy", **o).to_dense(),
     "covariance": lambda m, d, **o: nng.GradientCovariance(m, d, nng.PMatDense, loss="cross_entropy", **o).to_dense(),
     "centred": lambda m, d, **o: nng.FIM(m, d, nng.PMatEKFAC, centered=True, **o).to_dense(),
+    "streamed": lambda m, d, **o: (
+        nng.FIM(m, d, nng.PMatSharded.of(nng.PMatEKFAC, streamed=True), **o).gather().to_dense()
+    ),
     "parts": lambda m, d, **o: nng.FIM(m, d, nng.PMatSharded.of(nng.PMatEKFAC), **o).gather().to_dense(),
 }
 for measure in OTHERS:

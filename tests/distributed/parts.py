@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import fully_sharded
-import in_turn
 import sharded_training
 import tensor_parallel
 from launch import Check
 
-CHECKS: dict[str, Check] = fully_sharded.CHECKS | in_turn.CHECKS | tensor_parallel.CHECKS | sharded_training.CHECKS
+CHECKS: dict[str, Check] = fully_sharded.CHECKS | tensor_parallel.CHECKS | sharded_training.CHECKS

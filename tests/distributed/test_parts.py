@@ -32,8 +32,7 @@ def in_turns(tmp_path_factory):
     return functools.cache(make)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
 @pytest.mark.parametrize("name", in_turn.CHECKS)
 def test_in_turn(in_turns, name, size):
     in_turns("in_turn", size).require(name)
