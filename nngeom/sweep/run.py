@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nngeom.capture.batch import tensors
 from nngeom.capture.gathered import gathered, sharded_modules
 from nngeom.capture.network import Batch, Network, as_batches, leading_size, targets
 from nngeom.core import memory
+from nngeom.core.bars import tqdm
 from nngeom.core.errors import UnsupportedError
 from nngeom.ranks.data import warn_of_repeats
 from nngeom.ranks.fingerprint import bits, digest_of
