@@ -23,7 +23,7 @@ extensions += [f"sphinx.ext.{name}" for name in ("autodoc", "autosummary", "inte
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are shown as they lie there; a test executes them
-exclude_patterns = ["_build", "gallery", "sg_execution_times.rst", "how_to/sg_execution_times.rst"]
+exclude_patterns = ["_build", "gallery", "how_to/*.ipynb", "sg_execution_times.rst", "how_to/sg_execution_times.rst"]
 autosummary_generate = False
 
 autodoc_member_order = "bysource"
