@@ -1,4 +1,4 @@
-"""The notebooks of the docs run from top to bottom, say nothing on the way but what they print, and are kept with what they show."""
+"""The notebooks of the docs run from top to bottom without a warning, and are kept with what they show."""
 
 import json
 from pathlib import Path
