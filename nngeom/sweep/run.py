@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nngeom.capture.batch import tensors
 from nngeom.capture.gathered import gathered, sharded_modules
@@ -19,6 +18,7 @@ from nngeom.capture.in_turn import in_turn
 from nngeom.capture.network import Batch, Network, as_batches, leading_size, targets
 from nngeom.capture.stand_in import can_stand_in
 from nngeom.core import memory
+from nngeom.core.bars import tqdm
 from nngeom.core.errors import UnsupportedError
 from nngeom.ranks.data import warn_of_repeats
 from nngeom.ranks.fingerprint import bits, digest_of
