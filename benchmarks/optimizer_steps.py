@@ -54,6 +54,12 @@ def autoencoder() -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
+def deep() -> nn.Module:
+    """Many small layers, and one to two classes."""
+    layers = [layer for _ in range(16) for layer in (nn.Linear(32, 32), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(32, 2))
+
+
 def problems() -> dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Tensor], Tensor]]]:
     """Model, inputs, loss of outputs."""
     images, characters = torch.rand(200, 784), torch.randint(0, 80, (16, 64))
@@ -74,6 +80,7 @@ def problems() -> dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Ten
             points,
             lambda f: F.cross_entropy(f, labels),
         ),
+        "16 layers of 32-32, batch 32": (deep, torch.randn(32, 32), lambda f: F.cross_entropy(f, labels)),
     }
 
 
@@ -104,7 +111,7 @@ def timed(make: Callable[[], nn.Module], x: Tensor, loss: Callable[[Tensor], Ten
         torch.manual_seed(0)
         model = make()
         runs[method] = model, optimizer(model), []
-    steps, turn = (STEPS, 6) if x.numel() > 1000 else (600, 120)
+    steps, turn = (STEPS, 6) if x.numel() > 2000 else (600, 120)
     for model, opt, _ in runs.values():
         for _ in range(WARM):
             one_step(model, opt, x, loss)

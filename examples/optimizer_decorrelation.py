@@ -1,11 +1,11 @@
 """How correlated gradients are along eigenvectors of Kronecker factors, against parameters; and a map of sensitivity.
 
-A digits classifier 64-32-32-10 with tanh (``sklearn``'s 8 x 8 digits, SGD with momentum, batches of 100), three seeds.
-Factors come from 900 of the digits, the gradients of single examples from the 897 others, so that nothing is
-decorrelated by being fitted: second moments ``C`` of a layer's gradients along its parameters, along eigenvectors of
-the factors at the same weights (fresh), and of those at the start (stale). Two numbers: the mean absolute correlation
-``|C_ij| / sqrt(C_ii C_jj)`` of two coordinates, and what a diagonal leaves out, ``|C - diag C| / |C|``, which is what
-EKFAC neglects (George et al. 2018, figure 3 and theorem 2).
+The hidden and the last layer of a digits classifier 64-32-32-10 with tanh (``sklearn``'s 8 x 8 digits, SGD with
+momentum, batches of 100), three seeds. Factors come from 900 of the digits, the gradients of single examples from the
+897 others, so that nothing is decorrelated by being fitted: second moments ``C`` of a layer's gradients along its
+parameters, along eigenvectors of the factors at the same weights (fresh), and of those at the start (stale). Two
+numbers: the mean absolute correlation ``|C_ij| / sqrt(C_ii C_jj)`` of two coordinates, and what a diagonal leaves out,
+``|C - diag C| / |C|``, which is what EKFAC neglects (George et al. 2018, figure 3 and theorem 2).
 
     python examples/optimizer_decorrelation.py            # docs/data/decorrelation.json, docs/images/decorrelation.png
     python examples/optimizer_decorrelation.py --plot     # the images alone, and docs/images/sensitivity.png
@@ -30,25 +30,24 @@ from torch.nn import functional as F
 
 import nngeom as nng
 
-STEPS, SEEDS, SHOWN = (0, 40, 400), (0, 1, 2), 40
+STEPS, SEEDS, SHOWN, LAYERS = (0, 40, 400), (0, 1, 2), 40, ("2", "4")
 BASES = ("parameters", "fresh eigenvectors", "stale eigenvectors")
 Rows = dict[str, Tensor]
 
 
 def rows_of(model: nn.Module, x: Tensor, y: Tensor) -> Rows:
-    """Gradients ``(n, o, i + 1)`` of the examples' losses for every linear layer, biases as the last column."""
+    """Gradients ``(n, o, i + 1)`` of the examples' losses for the two layers, biases as the last column."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     one = lambda p, a, b: F.cross_entropy(torch.func.functional_call(model, p, (a[None],)), b[None])
     grads = torch.func.vmap(torch.func.grad(one), (None, 0, 0))(parameters, x, y)
-    names = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
-    return {name: torch.cat([grads[f"{name}.weight"], grads[f"{name}.bias"].unsqueeze(-1)], -1) for name in names}
+    return {name: torch.cat([grads[f"{name}.weight"], grads[f"{name}.bias"].unsqueeze(-1)], -1) for name in LAYERS}
 
 
 def eigenvectors(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Those of both factors of every layer, ``(o, o)`` and ``(i + 1, i + 1)``."""
+    """Those of both factors of the two layers, ``(o, o)`` and ``(i + 1, i + 1)``."""
     fisher = nng.EmpiricalFIM(model, (x, y), nng.PMatEKFAC, loss="cross_entropy")
     blocks = {layout.names[0].removesuffix(".weight"): block for layout, block in fisher.blocks.items()}
-    return {name: (block.ug[0], block.ua[0]) for name, block in blocks.items()}
+    return {name: (blocks[name].ug[0], blocks[name].ua[0]) for name in LAYERS}
 
 
 def measured(rows: Tensor) -> tuple[float, float, Tensor]:
