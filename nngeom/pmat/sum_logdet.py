@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.damping import Tikhonov
-from nngeom.core.errors import ArgumentError, UnsupportedError
+from nngeom.core.errors import ArgumentError
 from nngeom.core.linear import differentiated
 from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.eigenvalues import log_sum
@@ -34,7 +34,8 @@ def estimated_logdet(
     matrix: ParameterOperator, blocks: Partitioned | None, damping: Tikhonov, how: Quadrature
 ) -> Estimate:
     """``log det(M + damping I)`` of a sum with its ``blocks``, ``None`` where a part is not stored, with a standard
-    error, zero where all blocks have a closed form or are small; ``how``: when to stop.
+    error, zero where all blocks have a closed form or are small; ``how``: when to stop. Rows of low rank beside
+    the blocks have a closed form.
     """
     if differentiated(damping.value):
         raise ArgumentError("an estimated logdet has no gradient in the damping; expected a number, or no estimator=")
@@ -42,13 +43,13 @@ def estimated_logdet(
         like, options = torch.empty(0, dtype=matrix.dtype, device=matrix.device), {"samples": how.samples}
         x = number(damping.value)
         return slq_logdet(matrix.product, matrix.shape[0], like, x, how.steps, generator=how.generator, **options)
-    if blocks.rows is not None:
-        raise UnsupportedError(
-            "rows of a PMatLowRank reach over all blocks of the sum, whose log-determinant is not estimated; expected "
-            "no estimator="
-        )
+    bordered = None if blocks.rows is None else blocks.bordered(damping)
+    if blocks.rows is not None and bordered is None:
+        value = blocks.logdet(damping)
+        return Estimate(value, torch.zeros_like(value))
     found = [_of_block(block, damping, how) for block in blocks.blocks.values()]
     value = torch.stack([e.value for e in found]).sum()
+    value = value if bordered is None else value + bordered.logdet()
     error = torch.stack([e.standard_error for e in found]).square().sum().sqrt()
     return Estimate(value, error)
 
