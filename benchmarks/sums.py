@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ import nngeom as nng
 from benchmarks import report
 from benchmarks.timing import clock
 
-OPERATIONS = ("solve", "sample", "norm", "logdet", "inverse", "eigh")
+OPERATIONS = ("solve", "sample", "norm", "logdet", "estimated logdet", "lanczos(10)", "inverse", "eigh")
+UNDAMPED = "two definite KFAC, no damping"
 SLOW = 2.0  # seconds, above which an operation is timed once
 
 
@@ -37,7 +39,15 @@ def matrices() -> dict[str, Any]:
         "KFAC + QuasiDiag": f + nng.FIM(model, two, nng.PMatQuasiDiag),
         "KFAC + LowRank of 72 rows": f + rows(8),
         "KFAC + LowRank of 270 rows": f + rows(30),
+        UNDAMPED: _definite(f) + _definite(g),
     }
+
+
+def _definite(matrix: nng.PMatKFAC) -> nng.PMatKFAC:
+    """With a hundredth of its mean added to the diagonal of every factor."""
+    shifted = lambda x: x + 0.01 * x.diagonal().mean() * torch.eye(len(x), dtype=x.dtype)
+    factors = {layer: (shifted(a), shifted(g)) for layer, (a, g) in matrix.factors().items()}
+    return nng.PMatKFAC.from_factors(matrix.layer_collection, factors)
 
 
 def _task(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -47,23 +57,26 @@ def _task(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def operations(m: Any, damping: float) -> dict[str, Callable[[], Any]]:
-    """What is timed, of one matrix."""
+    """What is timed, of one matrix; of a single one its own ``logdet`` and ``eigh`` in place of what sums have."""
+    single = isinstance(m, nng.PMatKFAC)
     v = nng.PVector.randn(m.layer_collection, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return {
         "solve": lambda: m.solve(v, damping),
         "sample": lambda: m.sample(1, damping),
         "norm": m.norm,
         "logdet": lambda: m.logdet(damping),
+        "estimated logdet": lambda: m.logdet(damping) if single else m.logdet(damping, estimator="slq"),
+        "lanczos(10)": lambda: m.eigh() if single else m.lanczos(10),
         "inverse": lambda: m.inverse(damping),
         "eigh": m.eigh,
     }
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """The least of several calls; NaN where the matrix is indefinite at this damping."""
+    """The least of several calls; NaN where the matrix is indefinite at this damping, or has no such operation."""
     try:
         found = [clock(run, "cpu")]
-    except nng.SingularError:
+    except (nng.SingularError, nng.UnsupportedError):
         return float("nan")
     while len(found) < repeats and found[0] < SLOW:
         found.append(clock(run, "cpu"))
@@ -74,7 +87,7 @@ def measured(damping: float, repeats: int, chosen: tuple[str, ...]) -> dict[str,
     """Seconds of every operation of every sum."""
     found: dict[str, dict[str, float]] = {}
     for name, m in matrices().items():
-        runs = operations(m, damping)
+        runs = operations(m, 0.0 if name == UNDAMPED else damping)
         found[name] = {operation: seconds(runs[operation], repeats) for operation in chosen}
         print(name, {k: f"{1e3 * s:.2f} ms" for k, s in found[name].items()}, flush=True)
     return found
@@ -86,8 +99,12 @@ def table(found: dict[str, dict[str, float]]) -> str:
     lines = ["| | " + " | ".join(first) + " |", "|---" * (len(first) + 1) + "|"]
     lines.append(f"| {base}, ms | " + " | ".join(f"{1e3 * s:.2f}" for s in first.values()) + " |")
     for name, times in rest:
-        lines.append(f"| {name} | " + " | ".join(f"{s / first[k]:.3g}" for k, s in times.items()) + " |")
+        lines.append(f"| {name} | " + " | ".join(_ratio(s, first[k]) for k, s in times.items()) + " |")
     return "\n".join(lines)
+
+
+def _ratio(x: float, base: float) -> str:
+    return "-" if math.isnan(x) else f"{x / base:.3g}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -290,8 +290,40 @@ def test_factored_dampings_of_low_rank():
         close((one + 0.5 * one).to_dense(), 1.5 * other.to_dense(), 1e-8)
         with pytest.raises(nng.StructureError, match="no Kronecker product"):
             one.factors()
-        with pytest.raises(nng.StructureError, match="on all data at once"):
-            nng.merge(one, one)
+
+
+@pytest.mark.parametrize("form", ["low_rank", ("low_rank", 3)])
+@pytest.mark.parametrize("kind", ["plain", "positions"])
+def test_merged(kind, form):
+    """Near to what one sweep over all data keeps, and it says how near."""
+    model, loader = setting(kind)
+    measured = lambda data, **options: nng.FIM(model, data, nng.PMatKFAC, **options)
+    low, exact = {"factor_limit": LIMIT, "factor_form": form}, measured(loader)
+    parts, truth = [measured([batch], **low) for batch in loader], exact.to_dense()
+    m = nng.merge(*parts)
+    assert m.examples == exact.examples
+    close(m.trace(), exact.trace())
+    error = lambda x: float((x.to_dense() - truth).norm())
+    assert error(m) < error(measured(loader, factor_limit=LIMIT))
+    said = {(d.parameters[0], d.factor): d for d in m.dropped}
+    assert said and all(d.form == "low_rank" for d in said.values())
+    for layout, block in exact.blocks.items():
+        for side, whole in zip("AG", (x[0] for x in dense(block))):
+            if (d := said.get((layout.names[0], side))) is not None:
+                kept = factor(m.blocks[layout], side.lower())
+                kept = torch.diag_embed(kept)[0] if kept.ndim == 2 else kept[0]
+                close(kept.trace(), whole.trace())
+                share = float((whole - kept).norm() / whole.norm())
+                assert share <= d.share + 4 * d.standard_error + 1e-6 <= 1.5 * share + 0.2
+    v = nng.PVector.randn(m.layer_collection, dtype=f64)
+    close(((m @ (x := m.solve(v, 0.1))) + 0.1 * x).flat(), v.flat())
+    weighted = nng.merge(*parts, weights=[1.0, 3.0])
+    expected = nng.merge(*[measured([batch]) for batch in loader], weights=[1.0, 3.0])
+    close(weighted.trace(), expected.trace())
+    with pytest.raises(nng.StructureError, match="on all data at once"):
+        nng.merge(
+            *[measured([b], factor_limit=limit, factor_form=("low_rank", 3)) for b, limit in zip(loader, (12, 20))]
+        )
 
 
 def factor(block, side):

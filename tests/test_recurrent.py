@@ -200,10 +200,86 @@ def test_packed_sequences(kind, by_outputs):
     options = {"likelihood": "gaussian"}
     close(nng.FIM(model, batches, nng.PMatEKFAC, **options).trace(), exact.square().sum() / exact.shape[1])
     close(nng.FIM(model, batches, nng.PMatBlockDiag, **options).trace(), exact.square().sum() / exact.shape[1])
-    again = PackedSequences(cell, by_outputs=by_outputs, enforce_sorted=False, **PACKED[kind][1]).double()
-    again.load_state_dict(model.state_dict())
-    mixed = [(batches[0][0][[2, 0, 3, 1]],)]
-    close(nng.Jacobian(again, mixed).tensor, reference.jacobian(again, mixed[0][0]))
+
+
+@pytest.mark.parametrize("by_outputs", [True, False])
+@pytest.mark.parametrize("kind", PACKED)
+def test_sequences_that_the_model_sorts(kind, by_outputs):
+    """In another order in every batch; a row is the example's all the same."""
+    torch.manual_seed(0)
+    cell, options = PACKED[kind]
+    model = PackedSequences(cell, by_outputs=by_outputs, enforce_sorted=False, **options).double()
+    batches = []
+    for lengths in ([3, 5, 1, 3], [2, 4], [4, 1, 2, 5]):
+        x = torch.randn(len(lengths), 5, 3, dtype=f64)
+        batches.append((x * (torch.arange(5) < torch.tensor(lengths)[:, None])[..., None],))
+    alone = [torch.cat([reference.jacobian(model, x[i : i + 1]) for i in range(len(x))], 1) for (x,) in batches]
+    exact = torch.cat(alone, 1)
+    close(nng.Jacobian(model, batches).tensor, exact)
+    report = nng.explain(model, batches[0])
+    assert {row.structure for row in report.rows if row.name.startswith("cell.weight")} == {"kronecker"}
+    rows = exact.flatten(0, 1)
+    whole = rows.T @ rows / exact.shape[1]
+    options = {"likelihood": "gaussian"}
+    close(nng.FIM(model, batches, nng.PMatDense, **options).to_dense(), whole)
+    close(nng.FIM(model, batches, nng.PMatEKFAC, **options).trace(), whole.trace())
+    sorted_model = PackedSequences(cell, by_outputs=by_outputs, **PACKED[kind][1]).double()
+    sorted_model.load_state_dict(model.state_dict())
+    by_length = [(x[(x[:, :, 0] != 0).sum(1).argsort(descending=True)],) for (x,) in batches]
+    close(
+        *(nng.FIM(m, b, nng.PMatKFAC, **options).to_dense() for m, b in ((model, batches), (sorted_model, by_length)))
+    )
+
+
+class Begun(nn.Module):
+    """Sorted sequences from states of their own, behind an embedding, with a dropout of nothing between."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.cell, self.head = nn.Embedding(6, 3), nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+        self.start = nn.Linear(2, 4)
+
+    def forward(self, tokens, lengths, context):
+        packed = nn.utils.rnn.pack_padded_sequence(self.table(tokens), lengths, batch_first=True, enforce_sorted=False)
+        _, state = self.cell(packed, torch.tanh(self.start(context)).unsqueeze(0))
+        return self.head(state[0])
+
+
+def test_sorted_sequences_with_states_of_their_own():
+    torch.manual_seed(0)
+    model = Begun().double()
+    batch = (torch.randint(0, 6, (4, 5)), torch.tensor([2, 5, 1, 4]), torch.randn(4, 2, dtype=f64))
+    exact = torch.cat(
+        [
+            torch.stack(
+                [
+                    torch.cat(
+                        [g.flatten() for g in torch.autograd.grad(y, list(model.parameters()), retain_graph=True)]
+                    )
+                    for y in model(*(t[i : i + 1] for t in batch))[0]
+                ]
+            ).unsqueeze(1)
+            for i in range(4)
+        ],
+        1,
+    )
+    close(nng.Jacobian(model, [batch], function=model).tensor, exact)
+    report = nng.explain(model, batch, function=model)
+    assert {row.structure for row in report.rows if row.name.startswith("cell.weight")} == {"kronecker"}
+
+
+def test_what_is_no_order_is_not_taken_for_one():
+    from nngeom.capture.sorted_sequences import SortedSequences
+
+    x, seen = torch.randn(3, 2, 1), SortedSequences()
+    for index, expected in (torch.tensor([2, 0, 1]), True), (torch.tensor([0, 0, 1]), False):
+        chosen = x.index_select(0, index)
+        seen.see(torch.Tensor.index_select, (x, 0, index), chosen)
+        arguments = (chosen, torch.tensor([2, 2, 1]), True)
+        packed = torch._VF._pack_padded_sequence(*arguments)
+        seen.see(torch._VF._pack_padded_sequence, arguments, packed)
+        assert (seen.of(packed[0]) is not None) == expected
+    assert seen.of(x) is None and seen.of(None) is None
 
 
 def test_graphs_of_any_order():

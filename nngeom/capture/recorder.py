@@ -28,6 +28,7 @@ from nngeom.capture.graph import Graph, read, sequence_number
 from nngeom.capture.leaves import Leaves
 from nngeom.capture.network import Batch, Network, gradients_on
 from nngeom.capture.recorded import Recorded
+from nngeom.capture.sorted_sequences import SortedSequences
 from nngeom.capture.untouched import Drew, require_unused
 from nngeom.core.errors import ModeError
 from nngeom.layers.adapter import ADAPTERS, Call
@@ -105,6 +106,7 @@ class Recorder(TorchFunctionMode):
         self._opened: dict[Any, Any] = {}
         self._copies: dict[int, Tensor] = {}  # broadcast parameters, by id; held so that ids stay theirs
         self._moved: set[Recorded] = set()  # replaced by copies behind a broadcast addition
+        self._sorted = SortedSequences()
         # outputs of uses, by id, that live as long as the model lets them
         self._tables: dict[int, tuple[weakref.ref[Tensor], Recorded]] = {}
 
@@ -139,12 +141,13 @@ class Recorder(TorchFunctionMode):
         found = {f[0] for x in tensors(args, kwargs) if (f := self.find(x)) is not None}
         if not found:
             out = self._call(func)(*args, **kwargs)
+            self._sorted.see(func, args, out)
             if func in ADDITIONS:
                 self._broadcast(out, *args, **kwargs)
             return out
         if func not in ADAPTERS and _is_composite(func):
             return self._open(func)(*args, **kwargs)
-        by_steps = unrolled(func, args, kwargs)
+        by_steps = unrolled(func, args, kwargs, self._sorted.of(args[0]) if args else None)
         if by_steps is not None and not recomputed():
             with self:
                 return by_steps(*args, **kwargs)

@@ -76,10 +76,12 @@ def as_damping(damping: float | Tensor | Damping) -> Damping:
     Raises :class:`DampingError` when negative or not finite, :class:`ArgumentTypeError` for other types, and
     :class:`ArgumentError` for a :class:`Cutoff` whose value requires a gradient.
     """
-    if isinstance(damping, (Relative, Mapping)) or (isinstance(damping, Cutoff) and damping.top is not None):
+    apart = isinstance(damping, Mapping) or hasattr(damping, "layer_collection")  # a number each for parameters
+    if apart or isinstance(damping, Relative) or (isinstance(damping, Cutoff) and damping.top is not None):
+        also = ", or a matrix that is added, (M + PMatDiag.from_vector(numbers)).solve(b)" if apart else ""
         raise UnsupportedError(
             f"damping is {damping!r}, which needs the blocks of a stored matrix over parameters (PMatEKFAC, "
-            "PMatBlockDiag, ...); expected a number >= 0"
+            f"PMatBlockDiag, ...); expected a number >= 0{also}"
         )
     if not isinstance(damping, (Tikhonov, FactoredTikhonov, Cutoff)):
         damping = Tikhonov(damping)

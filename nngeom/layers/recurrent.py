@@ -6,6 +6,7 @@ structure of a linear map at as many positions as there are steps. Letters: ``n`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,17 +93,31 @@ def _sequences(step: Step) -> Callable[..., Any]:
 
 
 def _packed(step: Step) -> Callable[..., Any]:
-    """Of packed sequences, the longest first: padded, where steps beyond the end of a sequence change nothing."""
+    """Of packed sequences, the longest first: padded, where steps beyond the end of a sequence change nothing.
+
+    ``order``: their places in the batch, in which they are put back for the time of the layer.
+    """
 
     def run(
-        data: Tensor, sizes: Tensor, states: State | Tensor, weights: Sequence[Tensor], *options: Any
+        data: Tensor,
+        sizes: Tensor,
+        states: State | Tensor,
+        weights: Sequence[Tensor],
+        *options: Any,
+        order: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         n = int(sizes[0])
         here = (torch.arange(n) < sizes[:, None]).to(data.device)
         rows = here.unsqueeze(-1).expand(*here.shape, data.shape[-1])
         x = data.new_zeros(rows.shape).masked_scatter(rows, data)
         initial = (states,) if isinstance(states, Tensor) else states
-        out, *ends = _layers(step, x, initial, weights, [*options, False], here)
+        if order is None:
+            out, *ends = _layers(step, x, initial, weights, [*options, False], here)
+            return (out[here], *ends)
+        back = order.argsort()
+        moved, *first = (t.index_select(1, back) for t in (x, *initial))
+        out, *ends = _layers(step, moved, tuple(first), weights, [*options, False], here.index_select(1, back))
+        out, *ends = (t.index_select(1, order) for t in (out, *ends))
         return (out[here], *ends)
 
     return run
@@ -130,17 +145,19 @@ _PACKED: dict[Any, Callable[..., Any]] = {getattr(torch, name): _packed(step) fo
 _CELLS: dict[Any, Callable[..., Any]] = {getattr(torch, f"{name}_cell"): _cell(step) for name, step in _STEPS.items()}
 
 
-def unrolled(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+def unrolled(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], order: Tensor | None = None
+) -> Callable[..., Any] | None:
     """What computes the same as ``func`` of these arguments, one step after the other; ``None`` for what is no
     recurrent layer, and for sequences without steps, dropout between layers, and what autocast makes of one as a whole,
-    in a precision of its kernel's own, which are not written out.
+    in a precision of its kernel's own, which are not written out. ``order``: of packed sequences that were sorted.
     """
     if (func in _CELLS or func in _SEQUENCES) and torch.is_autocast_enabled(args[0].device.type):
         return None
     if func in _CELLS:
         return _CELLS[func]
     if func in _PACKED and not kwargs and len(args) == 9 and isinstance(args[4], bool):
-        return None if args[6] and args[7] and args[5] > 1 else _PACKED[func]
+        return None if args[6] and args[7] and args[5] > 1 else functools.partial(_PACKED[func], order=order)
     if func not in _SEQUENCES or kwargs or len(args) != 9 or not isinstance(args[3], bool):
         return None
     layers, dropout, train, batch_first = args[4], args[5], args[6], args[8]

@@ -72,8 +72,8 @@ def require_offered(chosen: Representation[Any], what: str) -> None:
     if kinds:
         raise UnsupportedError(
             f"{what} is offered as PMatDense, PMatDiag, PMatBlockDiag, PMatQuasiDiag, PMatLowRank, "
-            "PMatEKFAC (without sua), PMatImplicit and other second moments of any rows, not as "
-            f"{', '.join(kinds)}: centred rows have no Kronecker structure"
+            "PMatEKFAC (without sua), PMatKFAC with fit='nearest', PMatImplicit and other second moments of any rows, "
+            f"not as {', '.join(kinds)}: centred rows have no Kronecker structure"
         )
 
 

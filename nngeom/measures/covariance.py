@@ -44,7 +44,7 @@ def GradientCovariance(
     Args:
         representation: what holds it, as for :func:`FIM`: those of second moments of any rows hold it as they hold
             those, your own too. PMatEKFAC has the eigenbasis of the second moment's factors, and in it the diagonal of
-            the covariance. PMatKFAC raises :class:`UnsupportedError`.
+            the covariance. PMatKFAC takes ``fit="nearest"``, the Kronecker products nearest to its blocks.
         loss: as for :func:`EmpiricalFIM`.
         options: of the representation.
 

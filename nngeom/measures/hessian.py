@@ -22,6 +22,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, UnsupportedErro
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.measures.arguments import require_known
 from nngeom.measures.hessian_entries import batchwise, diagonal, squares
+from nngeom.measures.nearest_hessian import is_kronecker, nearest_hessian, require_nearest
 from nngeom.measures.projected import projected, structure
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.implicit import PMatImplicit
@@ -50,7 +51,7 @@ def Hessian(
     **options: Any,
 ) -> M:
     """The Hessian of the mean loss, ``1/n sum_i d2 loss_i / dw2``, as PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag,
-    PMatQuasiDiag, PMatEye, PMatEKFAC or PMatMixed of these.
+    PMatQuasiDiag, PMatEye, PMatEKFAC or PMatMixed of these, or PMatKFAC.
 
     ``loss``: as for :func:`EmpiricalFIM`; the loss of an example is summed over its positions, and averaged over
     examples. The matrix need not be positive: a solve, inverse or sample whose damping is below its most negative
@@ -58,7 +59,9 @@ def Hessian(
     Diag take one column a parameter. Attention runs under its math kernel, the one that can be differentiated twice.
 
     PMatEKFAC has the eigenbasis of the factors of :func:`GGN`, or the one that ``rescaled`` keeps, and in it the
-    diagonal of the Hessian, exact, at one product a parameter (George 2023, thesis, lemma A.2.1).
+    diagonal of the Hessian, exact, at one product a parameter (George 2023, thesis, lemma A.2.1). PMatKFAC takes
+    ``fit="nearest"``: the Kronecker products nearest to the blocks in Frobenius norm, from those of :func:`GGN` on, in
+    at most ``fit_steps`` steps of as many products as the rank of one factor times the side of the other.
 
     ``representation``: one of these classes, or a subclass of theirs that keeps their recipe; ``options`` are theirs.
     Raises :class:`UnsupportedError` for other representations; other arguments and errors as for :func:`FIM`. Source:
@@ -90,6 +93,8 @@ def Hessian(
         collection, span = run.network.collection, run.network.collection.span()
         if chosen:
             chosen, sweep = chosen.within(collection), sweep.held()
+            if is_kronecker(chosen):
+                return cast(M, nearest_hessian(sweep, chosen))
             return cast(M, projected(sweep, batchwise(sweep), chosen, structure(sweep, chosen)))
         if entries == "diagonal":
             values, count = diagonal(sweep)
@@ -102,6 +107,8 @@ def Hessian(
 
 def _projecting(representation: Any, options: dict[str, Any]) -> Representation[Any] | None:
     """The representation, where it keeps something of any matrix in a structure that is measured first."""
+    if is_kronecker(representation):
+        return require_nearest(as_representation(representation, **options))
     if not isinstance(representation, Representation) and not getattr(representation, "projects", False):
         return None
     chosen = as_representation(representation, **options)
@@ -112,13 +119,14 @@ def _projecting(representation: Any, options: dict[str, Any]) -> Representation[
 def _entries(kind: Any) -> str | None:
     """Which entries of the Hessian a class of matrices keeps, ``None`` for PMatImplicit; raises for all others."""
     if not isinstance(kind, type):
-        expected = "PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatEye or PMatEKFAC"
+        expected = "PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatEye, PMatEKFAC or PMatKFAC"
         raise ArgumentTypeError(f"representation is {kind!r}; expected {expected}")
     entries: str | None = getattr(kind, "entries", None)
     if kind is not PMatImplicit and entries is None:
         raise UnsupportedError(
             "the Hessian is offered as PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatEye, "
-            f"PMatEKFAC and PMatMixed of these, got {kind.__name__}: it is no average of outer products; use GGN (a "
+            "PMatEKFAC and PMatMixed of these, and as PMatKFAC with fit='nearest', got "
+            f"{kind.__name__}: it is no average of outer products; use GGN (a "
             "subclass with the recipe of one of these is one of these)"
         )
     return entries

@@ -143,8 +143,8 @@ def _plus(matrix: PMat, x: Tensor, blocks: Iterable[Layout]) -> Damped:
         if block is None:
             raise ArgumentError(
                 f"{type(matrix).__name__} takes one damping a block: with numbers of their own for parameters "
-                f"{list(layout.names)[:4]} their block would not be of its kind; expected a number, or PMatDense, "
-                "PMatBlockDiag or PMatDiag"
+                f"{list(layout.names)[:4]} their block would not be of its kind; expected a number, PMatDense, "
+                "PMatBlockDiag or PMatDiag, or a matrix that is added, M + PMatDiag.from_vector(damping)"
             )
         out[layout] = (block, Tikhonov(0.0))
     return out

@@ -8,32 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import ConvergenceError, UnsupportedError
+from nngeom.core.errors import UnsupportedError
 from nngeom.pmat.arguments import require_frobenius
-from nngeom.pmat.operator import ParameterOperator
+from nngeom.pmat.spectra import Spectra
 from nngeom.solve.hutchinson import Estimate, hutchinson
-from nngeom.solve.lanczos import lanczos
 from nngeom.solve.leave_one_out import DIAGONALS, TRACES, estimator_of
 from nngeom.solve.norm import spectral_norm
-from nngeom.solve.slq import SpectralDensity, require_slq, slq_logdet, spectral_density
+from nngeom.solve.slq import require_slq, slq_logdet
 from nngeom.space.pvector import PVector
 
 
-class EstimatedOperator(ParameterOperator):
+class EstimatedOperator(Spectra):
     """Trace, diagonal, norms, log-determinant and spectrum of a symmetric matrix, from its products with vectors."""
 
     def _estimate(
         self, estimator: Callable[..., Estimate], samples: int, generator: torch.Generator | None
     ) -> Estimate:
         return estimator(self.product, self.shape[0], samples, self._like, self._drawn(generator))
-
-    def _drawn(self, generator: torch.Generator | None) -> torch.Generator | None:
-        """What random vectors are drawn by."""
-        return generator
-
-    @property
-    def _like(self) -> Tensor:
-        return torch.empty((), dtype=self.dtype, device=self.device)
 
     def trace(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
         """``tr M``: exact by default, or an :class:`Estimate` with a standard error.
@@ -81,46 +72,6 @@ class EstimatedOperator(ParameterOperator):
         )
         root = found.value.clamp_min(0).sqrt()
         return Estimate(root, found.standard_error / (2 * root))
-
-    # -- its spectrum --------------------------------------------------------------------------------------------------
-
-    def _start(self, generator: torch.Generator | None) -> Tensor:
-        generator = self._drawn(generator)
-        device = self.device if generator is None else generator.device
-        return torch.randn(self.shape[0], generator=generator, dtype=self.dtype, device=device).to(self.device)
-
-    def lanczos(
-        self,
-        k: int,
-        which: str = "largest",
-        *,
-        tol: float = 1e-6,
-        max_steps: int | None = None,
-        strict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, PVector]:
-        """``k`` eigenvalues at an end of the spectrum ``(k,)``, and their vectors, a batch of PVectors.
-
-        ``which``: ``"largest"``, descending, ``"smallest"``, ascending, or ``"both"``, half from each end, descending.
-        It goes on until residuals are below ``tol`` times the largest absolute eigenvalue; after ``max_steps`` products
-        (by default ten times the side, at most 10 000) it raises :class:`ConvergenceError`, or returns what was reached
-        where not ``strict``. ``generator``: of the first vector (torch's global one by default).
-        """
-        try:
-            values, vectors = lanczos(self.product, self._start(generator), k, which, tol, max_steps, strict=strict)
-        except ConvergenceError as error:
-            error.iterate = error.iterate[0], PVector(self.layer_collection, error.iterate[1])
-            raise
-        return values, PVector(self.layer_collection, vectors)
-
-    def spectral_density(
-        self, steps: int = 64, samples: int = 8, generator: torch.Generator | None = None
-    ) -> SpectralDensity:
-        """The distribution of eigenvalues by stochastic Lanczos quadrature: ``steps`` products from each of ``samples``
-        random vectors, drawn by ``generator`` (torch's global one by default).
-        """
-        drawn = self._drawn(generator)
-        return spectral_density(self.product, self.shape[0], self._like, steps, samples, drawn)
 
     def logdet(  # type: ignore[override]
         self,

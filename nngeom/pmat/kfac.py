@@ -21,7 +21,7 @@ from nngeom.pmat.given_factors import blocks_of, factors_of
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.kronecker_spectrum import KroneckerSpectrumBlock
 from nngeom.pmat.long_factors import FACTOR_LIMIT, FORMS, Cut, Form, grouped, rows_in_groups
-from nngeom.pmat.nearest import nearest, require_fit
+from nngeom.pmat.nearest import Fitting, nearest, require_fit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, Statistic
 from nngeom.pmat.sua import has_window, sua_blocks, sua_shapes, sua_sums
@@ -161,6 +161,11 @@ class PMatKFAC(PMat):
     @classmethod
     def passes_with(cls, **options: Any) -> int:
         return cls.passes + (options.get("fit") == "nearest")
+
+    @classmethod
+    def in_basis_with(cls, matrix: PMat, **options: Any) -> Fitting:
+        """The nearest Kronecker products of other rows, begun at those of ``matrix``, with its ``options``."""
+        return Fitting(cls, {}, dict(matrix.blocks), options.get("fit_steps", 50))
 
     @classmethod
     def takes(cls, rows: LayerJacobian, **options: Any) -> bool:

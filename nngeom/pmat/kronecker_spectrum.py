@@ -18,6 +18,7 @@ from nngeom.pmat.group import by_group, groups
 from nngeom.pmat.inner import inner
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
 from nngeom.pmat.kronecker_basis import KroneckerBasis
+from nngeom.pmat.merged_side import Side, merged_side
 from nngeom.pmat.metric import both, left, right
 from nngeom.pmat.near import along, partial_traces
 from nngeom.pmat.shifted import factors_shifted
@@ -77,6 +78,23 @@ class KroneckerSpectrumBlock(Block):
 
     def scaled(self, c: float | Tensor) -> KroneckerSpectrumBlock:
         return self.of_diagonal_factors(self.diagonal.scaled(c))
+
+    def merged(self, other: Block, mine: float, theirs: float) -> Block | None:
+        """The means of the factors of this and ``other``, weighted by ``mine`` and ``theirs``: leading eigenvectors of
+        those and a diagonal, as of sums over both data sets.
+        """
+        if not isinstance(other, KroneckerSpectrumBlock) or self.sizes != other.sizes:
+            return None
+        sides = [merged_side(self.side(j), other.side(j), mine, theirs) for j in range(2)]
+        if any(side is None for side in sides):
+            return None
+        (a, lost_a), (g, lost_g) = sides  # type: ignore[misc]
+        return KroneckerSpectrumBlock.of(KroneckerBlock(a, g, (), torch.stack([lost_a, lost_g])))
+
+    def side(self, j: int) -> Side:
+        """The eigenvectors and eigenvalues of the ``j``-th of both factors, and what of it is not kept."""
+        u, values = ((self.ua, self.sa), (self.ug, self.sg))[j]
+        return Side(u, values, None if self.dropped is None else self.dropped[j])
 
     def inverse(self, damping: Damping) -> Block:
         if isinstance(damping, FactoredTikhonov):

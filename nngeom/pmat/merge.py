@@ -19,10 +19,11 @@ def merge(*matrices: M, weights: Sequence[float] | None = None) -> M:
     """The matrix of several data sets together, from ``matrices``, one of each, weighted by their examples.
 
     ``weights`` count in place of the examples, one a matrix, of any sum above zero: a weight below the others forgets.
-    Exact for Dense, Diag, BlockDiag, QuasiDiag, LowRank, Eye, and for KFAC, whose factors are averaged; the eigenvalues
-    of EKFACs only mean the same in equal bases. Raises :class:`StructureError` where the bases or the blocks differ,
-    :class:`CollectionError` for other parameters, :class:`ArgumentError` for weights that are negative, all zero or not
-    as many.
+    Exact for Dense, Diag, BlockDiag, QuasiDiag, LowRank, Eye, and for KFAC, whose factors are averaged; of those with
+    ``factor_form="low_rank"`` leading eigenvectors of the mean are kept, the exact trace, and ``dropped`` adds up what
+    is lost. The eigenvalues of EKFACs only mean the same in equal bases. Raises :class:`StructureError` where the bases
+    or the blocks differ, :class:`CollectionError` for other parameters, :class:`ArgumentError` for weights that are
+    negative, all zero or not as many.
     """
     first, *others = _checked(matrices)
     shares = _shares(matrices, weights)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ from nngeom.core.jacobian import LayerJacobian, pieces
 from nngeom.core.layout import Layout
 from nngeom.core.sandwich import sandwiched
 from nngeom.core.statistic import Named
+from nngeom.pmat.block import Block
 from nngeom.pmat.kronecker import KroneckerBlock
-from nngeom.pmat.recipe import Means, Statistic
+from nngeom.pmat.recipe import Means, Recipe, Selection, Statistic
+from nngeom.pmat.representation import Representation
 from nngeom.sweep.sweep import Chunk
 
 Blocks = dict[Layout, KroneckerBlock]
@@ -47,7 +50,7 @@ def require_fit(fit: str, steps: int, *, sua: bool) -> None:
 
 
 @dataclass
-class _Fit:
+class Fit:
     """One block: its factors, and the squared norm of its product so far ``[s]``."""
 
     block: KroneckerBlock
@@ -72,7 +75,7 @@ def nearest(blocks: Blocks, steps: int) -> Generator[Statistic, Means, Blocks]:
 
     Warns with :class:`FitWarning` where they were not enough.
     """
-    fits = {layout: _Fit(KroneckerBlock(block.a, block.g)) for layout, block in blocks.items()}
+    fits = {layout: Fit(KroneckerBlock(block.a, block.g)) for layout, block in blocks.items()}
     for step in range(steps):
         open_ = {layout: fit.block for layout, fit in fits.items() if not fit.done}
         if not open_:
@@ -81,15 +84,20 @@ def nearest(blocks: Blocks, steps: int) -> Generator[Statistic, Means, Blocks]:
         means = yield _statistic(open_, inputs=inputs)
         for layout, named in means.items():
             fits[layout].update(named["f"].to(fits[layout].block.a.dtype), inputs=inputs)
+    warn_of_open(fits, steps)
+    return {layout: fit.block for layout, fit in fits.items()}
+
+
+def warn_of_open(fits: dict[Layout, Fit], steps: int) -> None:
+    """Warn with :class:`FitWarning` of fits that are not done after so many ``steps``."""
     left = [name for layout, fit in fits.items() if not fit.done for name in layout.names]
     if left:
         warnings.warn(
             f"the nearest Kronecker products of {left[:4]} still move after fit_steps={steps} sweeps; they are nearer "
             "than those of fit='moments', raise fit_steps for the nearest",
             FitWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return {layout: fit.block for layout, fit in fits.items()}
 
 
 def _statistic(blocks: Blocks, *, inputs: bool) -> Statistic:
@@ -180,3 +188,29 @@ def _(j: LookupJacobian, a: Tensor) -> Tensor:
         rows = g.new_zeros(len(pairs), g.shape[-1]).index_add_(0, slot, g.reshape(n * t, -1))
         total[0] += rows.T @ rows
     return total
+
+
+@dataclass(frozen=True, eq=False)
+class Fitting(Representation[Any]):
+    """The nearest Kronecker products of other rows than those that the ``blocks`` to begin at came from."""
+
+    blocks: dict[Layout, Block] = field(default_factory=dict)
+    steps: int = 50
+
+    def recipe(self, selection: Selection) -> Recipe:
+        """The recipe for the parameters of a ``selection``."""
+        mine = set(selection.names)
+        begun = {k: b for k, b in self.blocks.items() if isinstance(b, KroneckerBlock) and mine.issuperset(k.names)}
+        return (yield from nearest(begun, self.steps))
+
+    @property
+    def passes(self) -> int:
+        return 2
+
+    @property
+    def layerwise(self) -> bool:
+        return False
+
+    @property
+    def centred(self) -> bool:
+        return True

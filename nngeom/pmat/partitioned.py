@@ -86,12 +86,12 @@ class Partitioned:
         """``(M + damping I)^-1 b``, ``[*b, d]``."""
         if self.rows is None:
             return self._each(b, lambda block, x: block.solve(x, damping))
-        bordered = self._bordered(damping)
+        bordered = self.bordered(damping)
         return self.whole().solve(b, damping) if bordered is None else bordered.solve(b)
 
     def logdet(self, damping: Tikhonov) -> Tensor:
         """``log det(M + damping I)``."""
-        bordered = None if self.rows is None else self._bordered(damping)
+        bordered = None if self.rows is None else self.bordered(damping)
         if self.rows is not None and bordered is None:
             return self.whole().logdet(damping)
         total = torch.stack([block.logdet(damping) for block in self.blocks.values()]).sum()
@@ -99,7 +99,7 @@ class Partitioned:
 
     def draw(self, noise: Noise, damping: Tikhonov) -> Tensor:
         """Of ``N(0, (M + damping I)^-1)``, ``[n, d]``."""
-        bordered = None if self.rows is None else self._bordered(damping)
+        bordered = None if self.rows is None else self.bordered(damping)
         if self.rows is not None and (bordered is None or bool((self.rows.signs < 0).any())):
             return self.whole().draw(noise, damping)
         x = self._drawn(noise, damping)
@@ -156,8 +156,10 @@ class Partitioned:
             return total.sqrt()
         return torch.stack([b.squared_norm() for b in self.whole().blocks.values()]).sum().sqrt()
 
-    def _bordered(self, damping: Damping) -> Bordered | None:
-        """Where Woodbury's identity is cheaper than the dense matrix, and its base is definite."""
+    def bordered(self, damping: Damping) -> Bordered | None:
+        """The sum under a ``damping`` by Woodbury's identity, where that is cheaper than the dense matrix and its base
+        is definite.
+        """
         d, rows = self.collection.numel, self.rows
         small = d <= min(ITERATED, self.limit) or (rows is not None and len(rows.r) >= d and d <= self.limit)
         if rows is None or small or by_eigenvalues(damping):

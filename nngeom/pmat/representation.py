@@ -82,7 +82,7 @@ class Representation(Generic[M_co]):
         """What the last sweep alone measures, with what the others gave taken from ``matrix``; itself where there is
         only one.
         """
-        return self if self.passes == 1 else self.kind.in_basis(matrix)
+        return self if self.passes == 1 else self.kind.in_basis_with(matrix, **self.settings)
 
     @property
     def blocks_in_layers(self) -> bool:
@@ -184,6 +184,11 @@ class Measured(ABC):
             f"{cls.__name__} takes several sweeps and keeps no basis (it has no in_basis), so it is not estimated from "
             "random probes, nor measured of centred rows; use PMatEKFAC, or a representation of a single sweep"
         )
+
+    @classmethod
+    def in_basis_with(cls, matrix: PMat, **options: Any) -> Representation[Self]:
+        """:meth:`in_basis` with the ``options`` that ``matrix`` was measured with."""
+        return cls.in_basis(matrix)
 
 
 def as_representation(r: Any, **settings: Any) -> Representation[Any]:

@@ -29,6 +29,10 @@ from nngeom.solve.norm import spectral_norm
 
 BLOCK_LIMIT = 10_000  # a block with a longer side is not made dense
 ITERATED = 384  # a block with a longer side is solved with by iteration, which then is faster
+INSTEAD = {  # what takes products alone
+    "the log-determinant": '; logdet(x, estimator="slq") estimates it',
+    "the spectrum": "; lanczos(k) has the eigenvalues at its ends",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +95,13 @@ class SumBlock(Block):
     def grouped(self, what: str) -> GroupBlock:
         """Made dense; raises :class:`SizeError` above the limit."""
         if self.side > self.limit:
+            instead = INSTEAD.get(what, "")
             kinds = ", ".join(sorted({type(part).__name__.removesuffix("Block") for part in self.parts}))
             raise SizeError(
                 f"{what} of a sum of {len(self.parts)} unlike matrices ({kinds}) needs a dense block of side "
                 f"{self.side}; the limit is {self.limit}: pass limit={self.side} to have it anyway, or make one matrix "
-                "of them first, with nng.merge of one representation, or of PMatDiag or PMatEKFAC in one basis"
+                f"of them first, with nng.merge of one representation, or of PMatDiag or PMatEKFAC in one basis"
+                f"{instead}"
             )
         few = min(map(groups, self.parts))
         return GroupBlock(sum_of(w * coarser(by_group(part), few) for w, part in self.terms), *self.sizes)

@@ -1,25 +1,28 @@
 """Log-determinants of sums that have no closed form and are too large to be made dense: estimated, block by block.
 
 With a matrix ``P`` near a block, that has the same diagonal in a Kronecker eigenbasis, ``log det M`` is ``log det P``
-and the trace of ``log(P^-1/2 M P^-1/2)``, which is zero where both are the same: stochastic Lanczos quadrature of that
-has much less to tell than of ``M`` itself.
+and the trace of the logarithm of ``B = P^-1/2 M P^-1/2``, whose diagonal is one in that basis. Its square has a known
+trace where the sum is of Kronecker products, so that very little is left to estimate.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nngeom.core.damping import Tikhonov
-from nngeom.core.errors import ArgumentError, UnsupportedError
-from nngeom.pmat.block import Block
+from nngeom.core.errors import ArgumentError
+from nngeom.core.linear import differentiated
+from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.eigenvalues import log_sum
-from nngeom.pmat.near import near
+from nngeom.pmat.kronecker import EigenBlock
+from nngeom.pmat.near import near, sum_of
 from nngeom.pmat.sum_block import ITERATED, SumBlock, number
+from nngeom.pmat.turned import turned, weighted_trace
 from nngeom.solve.hutchinson import Estimate
+from nngeom.solve.log_trace import NearIdentity, Quadrature, log_trace
 from nngeom.solve.slq import slq_logdet
 
 if TYPE_CHECKING:
@@ -27,32 +30,26 @@ if TYPE_CHECKING:
     from nngeom.pmat.partitioned import Partitioned
 
 
-@dataclass(frozen=True)
-class Quadrature:
-    """How many Lanczos ``steps`` from how many random ``samples``, drawn by a ``generator``."""
-
-    steps: int = 16
-    samples: int = 16
-    generator: torch.Generator | None = None
-
-
 def estimated_logdet(
     matrix: ParameterOperator, blocks: Partitioned | None, damping: Tikhonov, how: Quadrature
 ) -> Estimate:
     """``log det(M + damping I)`` of a sum with its ``blocks``, ``None`` where a part is not stored, with a standard
-    error, zero where all blocks have a closed form or are small.
+    error, zero where all blocks have a closed form or are small; ``how``: when to stop. Rows of low rank beside
+    the blocks have a closed form.
     """
+    if differentiated(damping.value):
+        raise ArgumentError("an estimated logdet has no gradient in the damping; expected a number, or no estimator=")
     if blocks is None:
         like, options = torch.empty(0, dtype=matrix.dtype, device=matrix.device), {"samples": how.samples}
         x = number(damping.value)
         return slq_logdet(matrix.product, matrix.shape[0], like, x, how.steps, generator=how.generator, **options)
-    if blocks.rows is not None:
-        raise UnsupportedError(
-            "rows of a PMatLowRank reach over all blocks of the sum, whose log-determinant is not estimated; expected "
-            "no estimator="
-        )
+    bordered = None if blocks.rows is None else blocks.bordered(damping)
+    if blocks.rows is not None and bordered is None:
+        value = blocks.logdet(damping)
+        return Estimate(value, torch.zeros_like(value))
     found = [_of_block(block, damping, how) for block in blocks.blocks.values()]
     value = torch.stack([e.value for e in found]).sum()
+    value = value if bordered is None else value + bordered.logdet()
     error = torch.stack([e.standard_error for e in found]).square().sum().sqrt()
     return Estimate(value, error)
 
@@ -61,7 +58,7 @@ def require_quadrature(estimator: str, how: Quadrature) -> Quadrature:
     """``how``; raises :class:`ArgumentError` for another estimator than ``"slq"``."""
     if estimator != "slq":
         raise ArgumentError(f"estimator is {estimator!r}; expected 'slq'")
-    return how
+    return how.checked()
 
 
 @torch.no_grad()
@@ -71,15 +68,39 @@ def _of_block(block: Block, damping: Tikhonov, how: Quadrature) -> Estimate:
         value = block.logdet(damping)
         return Estimate(value, torch.zeros_like(value))
     x = number(damping.value)
-    values, basis = near([(number(w), part) for w, part in block.terms]).eigh()
+    like = next(block.tensors())
+    wide = block if like.device.type == "mps" else block.to(torch.float64)
+    matrix, logdet = near_identity(wide, x)
+    found = log_trace(matrix, how, definite=x > 0 and wide.is_positive(damping))
+    value = logdet + found.value
+    rounding = torch.finfo(like.dtype).eps * value.abs() + torch.finfo(value.dtype).eps * matrix.d
+    return Estimate(value.to(like), torch.hypot(found.standard_error, rounding).to(like))
+
+
+def near_identity(block: SumBlock, x: float) -> tuple[NearIdentity, Tensor]:
+    """``B`` with ``M + x I = P^1/2 B P^1/2`` in the eigenbasis of ``P``, and ``log det P``."""
+    terms = [(number(w), part) for w, part in block.terms]
+    nearby = near(terms)
+    ua, ug = (nearby.ua, nearby.ug) if isinstance(nearby, EigenBlock) else (None, None)
+    values, basis = nearby.eigh()
     least = torch.finfo(values.dtype).eps * values.abs().max()
     shifted = (values.clamp_min(0) + x).clamp_min(least)
-    root = shifted.rsqrt()
+    root, zero = shifted.rsqrt(), values.new_zeros(())
+    seen = [(w, turned(part, ua, ug), part) for w, part in terms]  # type: ignore[arg-type]
 
     def product(v: Tensor) -> Tensor:
-        inner = basis.mv(root * v.view(-1, *block.sizes))
-        return (root * basis.tmv(block.mv(inner) + x * inner)).view(v.shape)
+        inner = root * v.reshape(-1, *block.sizes)
+        parts = (
+            w * (basis.tmv(part.mv(basis.mv(inner))) if inside is None else inside.mv(inner))
+            for w, inside, part in seen
+        )
+        return (root * (sum_of(parts) + x * inner)).reshape(v.shape)
 
-    size = block.sizes.numel()
-    estimate = slq_logdet(product, size, values, 0.0, how.steps, samples=how.samples, generator=how.generator)
-    return Estimate(log_sum(shifted) + estimate.value, estimate.standard_error)
+    first = ((values + x) / shifted - 1).sum()
+    identity = EyeBlock(zero + x, *block.sizes)
+    inside = [(w, part) for w, part, _ in seen if part is not None]
+    second = weighted_trace([*inside, (1.0, identity)], 1 / shifted) if len(inside) == len(seen) else None
+    d = block.sizes.numel()
+    if second is not None:
+        second = second - 2 * first - d  # tr (B - I)^2
+    return NearIdentity(product, d, first, second), log_sum(shifted)

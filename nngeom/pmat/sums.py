@@ -26,9 +26,10 @@ from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.partitioned import Partitioned
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.sum_block import BLOCK_LIMIT
-from nngeom.pmat.sum_logdet import Quadrature, estimated_logdet, require_quadrature
+from nngeom.pmat.sum_logdet import estimated_logdet, require_quadrature
 from nngeom.pmat.sum_parts import SumParts
 from nngeom.solve.hutchinson import Estimate
+from nngeom.solve.log_trace import Quadrature
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
@@ -173,21 +174,22 @@ class PMatSum(SumParts):
         limit: int = BLOCK_LIMIT,
         *,
         estimator: str | None = None,
-        steps: int = 16,
-        samples: int = 16,
+        steps: int = 32,
+        samples: int = 64,
+        tol: float = 1e-5,
         generator: torch.Generator | None = None,
     ) -> Tensor | Estimate:
         """``log det(M + damping I)``, ``-inf`` where that is singular; ``damping``: what :meth:`solve` adds to the
         diagonal; ``limit`` as for :meth:`inverse`.
 
-        ``estimator``: ``"slq"``, an :class:`Estimate` by Lanczos ``steps`` from so many ``samples`` of random signs,
-        drawn by the ``generator`` (torch's global one by default), of large blocks without a closed form: they are not
-        made dense.
+        ``estimator``: ``"slq"``, an :class:`Estimate` of large blocks without a closed form, which are not made dense,
+        by Lanczos steps from random signs that the ``generator`` draws (torch's global one by default): until the
+        standard error is ``tol`` a parameter, after at most so many ``steps`` of at most so many ``samples``.
         """
         m, d = self.with_damping(damping, limit)
         t, blocks = require_added(d, "logdet"), m.partitioned(limit)
         if estimator is not None:
-            how = require_quadrature(estimator, Quadrature(steps, samples, generator))
+            how = require_quadrature(estimator, Quadrature(steps, samples, generator, tol))
             return estimated_logdet(m, blocks, t, how)
         return super(PMatSum, m).logdet(t.value) if blocks is None else blocks.logdet(t)
 

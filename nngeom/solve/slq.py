@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,16 @@ def tridiagonal(
 
 
 def _tridiagonal(matrix: Callable[[Tensor], Tensor], start: Tensor, m: int) -> Tensor:
-    """Where a Krylov space is exhausted its matrix goes on with zeros, which the first vector has no part in."""
+    *_, t = growing(matrix, start, m)
+    return t
+
+
+def growing(matrix: Callable[[Tensor], Tensor], start: Tensor, m: int) -> Iterator[Tensor]:
+    """``[samples, j, j]``, float64, after every step ``j`` up to ``m``, of Lanczos from unit vectors ``start [samples,
+    d]``.
+
+    Where a Krylov space is exhausted its matrix goes on with zeros, which the first vector has no part in.
+    """
     samples, d = start.shape
     q = start.new_zeros(samples, m, d)
     t = torch.zeros(samples, m, m, dtype=torch.float64)
@@ -131,6 +140,9 @@ def _tridiagonal(matrix: Callable[[Tensor], Tensor], start: Tensor, m: int) -> T
             raise NonFiniteError("a product of Lanczos steps is not finite; check the inputs and the parameters")
         alpha = (w * q[:, j]).sum(-1)
         t[:, j, j] = alpha.cpu().double()
+        yield t[:, : j + 1, : j + 1]
+        if j + 1 == m:
+            return
         basis = q[:, : j + 1]
         for _ in range(2):  # twice is enough
             w = w - ((basis @ w.unsqueeze(-1)).mT @ basis).squeeze(1)
@@ -139,6 +151,4 @@ def _tridiagonal(matrix: Callable[[Tensor], Tensor], start: Tensor, m: int) -> T
         going = beta > 10 * torch.finfo(w.dtype).eps * largest
         beta = torch.where(going, beta, 0.0)
         w = torch.where(going.unsqueeze(-1), w / beta.clamp_min(torch.finfo(w.dtype).tiny).unsqueeze(-1), 0.0)
-        if j + 1 < m:
-            t[:, j, j + 1] = t[:, j + 1, j] = beta.cpu().double()
-    return t
+        t[:, j, j + 1] = t[:, j + 1, j] = beta.cpu().double()
