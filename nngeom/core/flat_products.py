@@ -20,10 +20,10 @@ def times(layout: Layout, j: LayerJacobian, v: Tensor) -> Tensor:
     """``J v`` for the rows ``j`` of a block: ``[*b, d] -> [*b, k, n]``."""
     if not (isinstance(j, FactoredJacobian) and _reads_in_place(layout, j, v)):
         return j.jvp(layout.gather(v).to(j.dtype)).to(v.dtype)
-    y: Tensor | None = None  # [b n o]
-    for piece, a in _inputs(layout, j):
-        a, m = a.expand(len(v), -1, -1), _matrices(v, piece).mT
-        y = a @ m if y is None else y.baddbmm_(a, m)
+    (first, a), *others = _inputs(layout, j)
+    y = a.expand(len(v), -1, -1) @ _matrices(v, first).mT  # [b n o]
+    for piece, a in others:
+        y.baddbmm_(a.expand(len(v), -1, -1), _matrices(v, piece).mT)
     return (j.g[:, :, 0, 0].transpose(0, 1) @ y.permute(1, 2, 0)).permute(2, 1, 0)
 
 
@@ -51,4 +51,4 @@ def _inputs(layout: Layout, j: FactoredJacobian) -> Iterator[tuple[Piece, Tensor
 
 def _matrices(flat: Tensor, piece: Piece) -> Tensor:
     """``[b, d] -> [b, o, i]``, a view."""
-    return flat[:, piece.offset : piece.stop].unflatten(1, piece.arrangement.sizes[1:])
+    return flat[:, piece.offset : piece.stop].view(len(flat), *piece.arrangement.sizes[1:])

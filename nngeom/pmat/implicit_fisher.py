@@ -23,7 +23,7 @@ from nngeom.sweep.sweep import Chunk, Sweep
 
 # Columns for every vector up to which products by rows are preferred to a graph of the backward pass. Dense nets with
 # as many as vectors took 0.7 to 1.0 of the time, with a quarter 0.8 to 1.0. With positions a quarter took 0.1 to 0.6,
-# half as many 0.5 to 0.9, as many 0.5 (convolutions) to 1.2 (a transformer). Nets of benchmarks/implicit.py and
+# half as many 0.5 to 0.9, as many 0.5 (of images) to 1.2 (a transformer). Nets of benchmarks/implicit.py and
 # workloads.py, 4 to 32 vectors, one thread of a CPU, torch 2.13, November 2026.
 ROWS_A_VECTOR = 1.5
 Summed = tuple[Tensor, int]  # over the examples of this process, and how many these are
