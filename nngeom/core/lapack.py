@@ -21,7 +21,8 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     p = x.shape[-1]
     if p < SIDE or x.requires_grad or x.device.type != "cpu" or torch.get_num_threads() > 1:
-        return torch.linalg.eigh(x)
+        values, vectors = torch.linalg.eigh(x)
+        return values, vectors
     from scipy.linalg import lapack
 
     values, vectors = x.new_empty(x.shape[:-1]), x.new_empty(x.shape)
