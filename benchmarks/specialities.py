@@ -76,13 +76,12 @@ def largest(w: Workload) -> Job:
     from hessian_eigenthings import lanczos
 
     ours, theirs = _hessians(w)
-    steps = next(
-        n for n in range(20, 400, 10) if bool(lanczos(theirs, k=5, max_iter=n, tol=1e-3, seed=0).converged.all())
-    )
+    options: dict[str, Any] = {"k": 5, "tol": 1e-3, "which": "LA", "seed": 0}
+    steps = next(n for n in range(20, 400, 10) if bool(lanczos(theirs, max_iter=n, **options).converged.all()))
     generator = torch.Generator()
     runs: dict[str, Run] = {
         "nngeom": lambda: ours.lanczos(5, tol=1e-3, generator=generator.manual_seed(0))[0],
-        "hessian-eigenthings": lambda: lanczos(theirs, k=5, max_iter=steps, tol=1e-3, which="LA", seed=0).eigenvalues,
+        "hessian-eigenthings": lambda: lanczos(theirs, max_iter=steps, **options).eigenvalues,
     }
     return "hessian-eigenthings: the five largest eigenvalues", runs, lambda y: y.sort().values, {}
 
@@ -122,10 +121,9 @@ JOBS: dict[str, tuple[tuple[str, ...], Callable[[Workload], Job]]] = {
 }
 
 
-def measured(name: str, where: str, repeats: int) -> dict[str, Any]:
+def measured(name: str, w: Workload, repeats: int) -> dict[str, Any]:
     """One job on one workload: milliseconds and multiples of the floor."""
     torch.manual_seed(0)
-    w = workload(where)
     title, runs, numbers, floors = JOBS[name][1](w)
     kept, left, expected = {}, {}, None
     for contender, run in runs.items():
@@ -141,10 +139,10 @@ def measured(name: str, where: str, repeats: int) -> dict[str, Any]:
         else:
             kept[contender] = run
     if "nngeom" not in kept:
-        raise RuntimeError(f"{name} on {where}: {left['nngeom']}")
+        raise RuntimeError(f"{name} on {w.name}: {left['nngeom']}")
     series = interleaved(w.floor, kept | {f"floor of {k}": run for k, run in floors.items()}, repeats)
     timed = {contender: s.summary() for contender, s in series.items()}
-    return {"job": name, "workload": where, "title": title, "contenders": timed, "left": left}
+    return {"job": name, "workload": w.name, "title": title, "contenders": timed, "left": left}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -180,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     results = report.load(options.json)
     for name in [] if options.render else options.job:
         for where in JOBS[name][0]:
-            record = measured(name, where, options.repeats)
+            record = measured(name, workload(where), options.repeats)
             rows = report.replaced(results.get("specialities", []), record, ("job", "workload"))
             rows.sort(key=lambda r: (list(JOBS).index(r["job"]), r["workload"]))
             results = report.merge(options.json, environment=report.environment("cpu"), specialities=rows)
