@@ -145,6 +145,14 @@ class Layout:
             flat[..., p.offset : p.stop] = p.arrangement.write(m[..., lo : lo + i])
             lo += i
 
+    def add_(self, flat: Tensor, m: Tensor) -> None:
+        """Add ``m [*b, s, o, i]`` to ``flat [*b, d]``."""
+        lo = 0
+        for p in self.pieces:
+            i = p.arrangement.sizes[2]
+            flat[..., p.offset : p.stop] += p.arrangement.write(m[..., lo : lo + i])
+            lo += i
+
     def indices(self, device: torch.device | None = None) -> Tensor:
         """``[s, o, i]`` flat indices on a ``device``, for code that needs single coordinates."""
         stop = max(p.stop for p in self.pieces)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.core import lapack
 from nngeom.core.completed import CompletedBasis
 from nngeom.core.errors import NonFiniteError, SingularError, UnsupportedError
 from nngeom.core.low_rank_eigh import ROUNDINGS, low_rank_eigh
@@ -45,12 +46,12 @@ def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
         )
     x = m.double() if m.device.type != "mps" else m.cpu().double()
     try:
-        values, vectors = torch.linalg.eigh(x)
+        values, vectors = lapack.eigh(x)
     except RuntimeError:
         scale = x.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)
         jitter = scale * 1e-14 * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype, device=x.device)
         try:
-            values, vectors = torch.linalg.eigh(x + torch.diag_embed(jitter))
+            values, vectors = lapack.eigh(x + torch.diag_embed(jitter))
         except RuntimeError:
             vectors, _, _ = torch.linalg.svd(x)
             values = ((x @ vectors) * vectors).sum(-2)

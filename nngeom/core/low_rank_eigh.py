@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nngeom.core import lapack
+
 ROUNDINGS = 16  # of the largest eigenvalue, below which one of a sum over examples counts as zero
 LARGE = 256  # a side below which nothing is gained
 SHARE = (
@@ -36,7 +38,7 @@ def low_rank_eigh(m: Tensor) -> tuple[Tensor, Tensor] | None:
     q, _ = torch.linalg.qr(x @ root, mode="complete")
     range_ = q[:, :r]
     mapped = x @ range_
-    values, turn = torch.linalg.eigh(range_.T @ mapped)
+    values, turn = lapack.eigh(range_.T @ mapped)
     left_out = float(x.addmm_(mapped, range_.T, alpha=-1).norm())
     zero = ROUNDINGS * rounding * float(values[-1])
     if float(values[0]) < -zero or left_out > zero:
@@ -56,7 +58,7 @@ def _largest(x: Tensor) -> float:
 
 def _root(x: Tensor, least: float) -> Tensor | None:
     """``L [p, r]`` with ``L L^T = x`` but for pivots below ``least``; ``None`` for too many pivots."""
-    from scipy.linalg import lapack
+    from scipy.linalg.lapack import dpstrf
 
     most = len(x) // SHARE
     largest = x.diagonal().topk(most + 1)
@@ -66,7 +68,8 @@ def _root(x: Tensor, least: float) -> Tensor | None:
     pivots, failed = torch.linalg.cholesky_ex(part)
     if not failed and float(pivots.diagonal().amin()) ** 2 > least:  # of more than the most
         return None
-    factor, order, r, _ = lapack.dpstrf(x.numpy(), tol=least, lower=1)
+    with lapack.threads(torch.get_num_threads()):
+        factor, order, r, _ = dpstrf(x.numpy(), tol=least, lower=1)
     if r > most:
         return None
     root = torch.empty(len(x), r, dtype=x.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from nngeom.capture.network import Batch
 from nngeom.core import memory
+from nngeom.core.flat_products import add_transposed_
 from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.tangents import are_adjoint, at_once_or_not, each, tangents_or_rows, times_rows
+from nngeom.pullback.captured_pass import Pass
 from nngeom.pullback.linearization import Linearization
 from nngeom.pullback.many_tangents import ManyTangents
 from nngeom.ranks.totals import mean
@@ -19,23 +21,36 @@ from nngeom.sweep.agreement import first_look
 from nngeom.sweep.columns import Columns
 from nngeom.sweep.sweep import Chunk, Sweep
 
+# Columns for every vector up to which products by rows are preferred to a graph of the backward pass. Dense nets with
+# as many as vectors took 0.7 to 1.0 of the time, with a quarter 0.8 to 1.0. With positions a quarter took 0.1 to 0.6,
+# half as many 0.5 to 0.9, as many 0.5 (of images) to 1.2 (a transformer). Nets of benchmarks/implicit.py and
+# workloads.py, 4 to 32 vectors, one thread of a CPU, torch 2.13, November 2026.
+ROWS_A_VECTOR = 1.5
 Summed = tuple[Tensor, int]  # over the examples of this process, and how many these are
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImplicitFisher(PMatImplicit):
-    """``1/n sum_i J_i^T L_i J_i`` with the metric ``L_i`` of the outputs, by ``J v``, then ``L``, then ``J^T``."""
+    """``1/n sum_i J_i^T L_i J_i`` with the metric ``L_i`` of the outputs, by ``J v``, then ``L``, then ``J^T``.
+
+    ``columns``: how many a root of the metric has, at most, counted twice where positions share parameters; ``None``
+    where some use of a parameter is not known to be read by an adapter.
+    """
+
+    columns: int | None = None
 
     def _chunks(self) -> Iterator[Chunk]:
         """The rows, batch by batch."""
         return self.sweep.chunks()
 
     def products(self, x: Tensor) -> Summed:
-        """All vectors at once through one graph a batch; those of models that cannot be differentiated twice one by
-        one, in forward mode, or by rows.
+        """All vectors at once through one graph a batch, or by rows where these are few; those of models that cannot be
+        differentiated twice one by one, in forward mode, or by rows.
         """
         if len(x) == 1:
             return self._one_by_one(x)
+        if self.columns is not None and self.columns < ROWS_A_VECTOR * len(x):
+            return self._by_rows(x)
         return at_once_or_not(lambda: self._at_once(x), lambda: self._one_by_one(x))
 
     def _one_by_one(self, x: Tensor) -> Summed:
@@ -73,9 +88,7 @@ class ImplicitFisher(PMatImplicit):
         for chunk in self._chunks():
             inner = times_rows(chunk, x)
             for layout, j in chunk.jacobians.items():
-                part = torch.zeros_like(x)
-                layout.scatter_(part, j.vjp(inner.to(j.dtype)).to(x.dtype))
-                total += part
+                add_transposed_(total, layout, j, inner)
             count = chunk.start + chunk.examples
         return total, count
 
@@ -140,10 +153,17 @@ class ImplicitFisher(PMatImplicit):
 
 def implicit(sweep: Sweep) -> ImplicitFisher:
     """The implicit matrix of a sweep, after a look at every batch, checked."""
-    return ImplicitFisher(first_look(sweep.run, lambda: _looked(sweep)))
+    columns: list[int | None] = []
+
+    def seen(run: Pass, found: Columns) -> None:
+        columns.append(None if run.rest else found.count * (2 if run.has_positions else 1))
+
+    looked = first_look(sweep.run, lambda: _looked(sweep, seen))
+    known = [count for count in columns if count is not None]
+    return ImplicitFisher(looked, columns=max(known) if known and len(known) == len(columns) else None)
 
 
-def _looked(sweep: Sweep) -> Sweep:
+def _looked(sweep: Sweep, seen: Callable[[Pass, Columns], None]) -> Sweep:
     held = replace(sweep, run=sweep.run.held().silent())
-    held.look()
+    held.look(seen)
     return held

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from nngeom.core import flat_products
 from nngeom.core.draws import inner_products
 from nngeom.core.errors import NNGeomError, UnsupportedError
 from nngeom.pullback.many_tangents import AGREE
@@ -63,5 +64,5 @@ def are_adjoint(u: Tensor, tangent: Tensor, pulled: Tensor, v: Tensor) -> bool:
 
 def times_rows(chunk: Chunk, v: Tensor) -> Tensor:
     """``J v`` for the rows of a chunk: ``[*b, d] -> [*b, k, n]``; zero where it uses no parameter."""
-    parts = [j.jvp(layout.gather(v).to(j.dtype)).to(v.dtype) for layout, j in chunk.jacobians.items()]
-    return torch.stack(parts).sum(0) if parts else v.new_zeros(*v.shape[:-1], 1, 1)
+    parts = [flat_products.times(layout, j, v) for layout, j in chunk.jacobians.items()]
+    return sum(parts[1:], parts[0]) if parts else v.new_zeros(*v.shape[:-1], 1, 1)

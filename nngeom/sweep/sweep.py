@@ -195,14 +195,18 @@ class Sweep:
         self._resolve(run)
         return (run, columns.make(0, columns.count)) if run.most_bytes(columns.count) <= memory.budget() else None
 
-    def look(self) -> None:
+    def look(self, seen: Callable[[Pass, Columns], None] = lambda run, columns: None) -> None:
         """Raise now what products would only meet later: models that mix examples, outputs that are not finite, odd
-        batches. What is asked of a batch does not depend on cotangents.
+        batches. What is asked of a batch does not depend on cotangents. ``seen`` is told of every pass.
         """
+        start = 0
         for index, batch in enumerate(self.run.batches() if self.run.check else ()):
             capture = record(self.run.network, batch)
             require_finite(capture.values, "outputs", index)
-            self.proved(capture)
+            run, columns = self.begin(capture, start)
+            self._resolve(run)
+            seen(run, columns)
+            start += run.n
 
     def proved(self, capture: Capture) -> Proof:
         """What is known of a pass, checked now if no pass like it was."""

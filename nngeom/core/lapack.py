@@ -1,0 +1,52 @@
+"""SciPy's LAPACK where it is faster than torch's, on as many threads as torch has."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A side from which, on one thread, SciPy's divide and conquer takes less time than torch's: 0.83 of it at 256 and 301,
+# 0.76 at 577, 0.66 to 0.71 at 785, 0.66 to 0.74 at 1000 and 1153; 1.0 at 200 (AMD EPYC, torch 2.13 with MKL, SciPy's
+# OpenBLAS 0.3.30, processor seconds, November 2026). More threads were not measured.
+SIDE = 256
+
+
+def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``torch.linalg.eigh`` of float64 ``x [..., p, p]``, and by it where SciPy's is not known to be faster; raises
+    :class:`RuntimeError` where divide and conquer does not converge.
+    """
+    p = x.shape[-1]
+    if p < SIDE or x.requires_grad or x.device.type != "cpu" or torch.get_num_threads() > 1:
+        values, vectors = torch.linalg.eigh(x)
+        return values, vectors
+    from scipy.linalg import lapack
+
+    values, vectors = x.new_empty(x.shape[:-1]), x.new_empty(x.shape)
+    with threads(1):
+        for m, row, columns in zip(*(t.view(-1, *t.shape[x.ndim - 2 :]) for t in (x, values, vectors))):
+            found, turn, failed = lapack.dsyevd(m.numpy().T, lower=0)  # the lower half, in the order of LAPACK
+            if failed:
+                raise RuntimeError(f"an eigendecomposition of side {p} did not converge (dsyevd: {failed})")
+            row.copy_(torch.from_numpy(found))
+            columns.copy_(torch.from_numpy(turn))
+    return values, vectors
+
+
+def threads(most: int) -> Any:
+    """A context in which SciPy's libraries take so many threads: by themselves they take all cores, whatever torch's
+    setting, and wait for them where others are at work.
+    """
+    found = _libraries()
+    return found.limit(limits=most) if len(found) else contextlib.nullcontext()
+
+
+@functools.cache
+def _libraries() -> Any:
+    import scipy.linalg  # noqa: F401 - loads them
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(internal_api="openblas")
