@@ -1,5 +1,7 @@
 """Eigendecompositions by SciPy's LAPACK: those of torch's, on one thread, for large matrices."""
 
+import sys
+
 import pytest
 import torch
 
@@ -49,6 +51,17 @@ def test_what_is_left_to_torch(one_thread, monkeypatch):
     torch.set_num_threads(2)
     lapack.eigh(matrices(SIDE))
     assert taken == [SIDE, SIDE - 1, SIDE]
+
+
+def test_without_what_holds_scipy_to_its_threads(one_thread, monkeypatch):
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    lapack._libraries.cache_clear()
+    try:
+        m = matrices(SIDE)
+        monkeypatch.setattr("scipy.linalg.lapack.dsyevd", None)
+        torch.testing.assert_close(lapack.eigh(m)[0], torch.linalg.eigvalsh(m))
+    finally:
+        lapack._libraries.cache_clear()
 
 
 def test_no_convergence_is_tried_again(one_thread, monkeypatch):

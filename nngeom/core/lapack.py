@@ -1,4 +1,4 @@
-"""SciPy's LAPACK where it is faster than torch's, on as many threads as torch has."""
+"""SciPy's LAPACK where it is faster than torch's and can be held to torch's threads, by the package threadpoolctl."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     :class:`RuntimeError` where divide and conquer does not converge.
     """
     p = x.shape[-1]
-    if p < SIDE or x.requires_grad or x.device.type != "cpu" or torch.get_num_threads() > 1:
+    if p < SIDE or x.requires_grad or x.device.type != "cpu" or torch.get_num_threads() > 1 or not _libraries():
         values, vectors = torch.linalg.eigh(x)
         return values, vectors
     from scipy.linalg import lapack
@@ -38,15 +38,20 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def threads(most: int) -> Any:
     """A context in which SciPy's libraries take so many threads: by themselves they take all cores, whatever torch's
-    setting, and wait for them where others are at work.
+    setting, and wait for them where others are at work. Without threadpoolctl it changes nothing.
     """
     found = _libraries()
-    return found.limit(limits=most) if len(found) else contextlib.nullcontext()
+    return found.limit(limits=most) if found else contextlib.nullcontext()
 
 
 @functools.cache
 def _libraries() -> Any:
+    """What sets their threads; ``None`` where nothing does."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
     import scipy.linalg  # noqa: F401 - loads them
-    from threadpoolctl import ThreadpoolController
 
-    return ThreadpoolController().select(internal_api="openblas")
+    found = ThreadpoolController().select(internal_api="openblas")
+    return found if len(found) else None
