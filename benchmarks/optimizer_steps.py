@@ -3,7 +3,8 @@
     python -m benchmarks.optimizer_steps        # docs/data/steps.json, and the table on the screen
 
 A step of each kind (plain, one that takes in statistics, one that computes bases or inverses anew) is timed by itself,
-with periods of 2 and 6 steps; medians of each kind are weighted by the default periods. Single-threaded, one run.
+with periods of 2 and 6 steps, from the 25th on; medians of each kind are weighted by the default periods.
+Single-threaded, one run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 import nngeom as nng
 
-STEPS = 13
+WARM, STEPS = 24, 13  # the model is compared with the loss at the first 20 steps, and at every fifth later
 PERIODS = {"KFAC": (10, 10), "SOAP": (5, 10)}  # after how many steps statistics and bases come; others (10, 50)
 
 
@@ -101,6 +102,9 @@ def timed(make: Callable[[], nn.Module], x: Tensor, loss: Callable[[Tensor], Ten
         model = make()
         runs[method] = model, optimizer(model), []
     steps, turn = (STEPS, 6) if x.numel() > 1000 else (600, 120)
+    for model, opt, _ in runs.values():
+        for _ in range(WARM):
+            one_step(model, opt, x, loss)
     for done in range(0, steps, turn):
         for model, opt, spent in runs.values():
             spent += [one_step(model, opt, x, loss) for _ in range(min(turn, steps - done))]

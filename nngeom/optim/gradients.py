@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.core.whole import in_parts, local, part_of, whole
 
-SMALL = 2**16  # entries up to which one copy of all of them takes less time than products one by one
+SMALL = 2**16  # entries up to which a copy of all of them takes less time than products one by one
 
 
 class Gradients:
@@ -27,6 +26,7 @@ class Gradients:
         self._places = self.split(self.flat)
         self._pieces = list(self._places.values())
         self._in_parts = any(map(in_parts, self.parameters))  # and then gradients are
+        self._before: Tensor | None = None  # all that was read, where it is small
 
     def read(self) -> Tensor:
         """The gradients, zeros where there is none."""
@@ -35,6 +35,7 @@ class Gradients:
             self.flat.zero_()
         if grads:
             torch._foreach_copy_(pieces, self._wholes(grads))
+        self._before = self.flat.clone() if self.flat.numel() <= SMALL else None
         return self.flat
 
     def write(self, factor: float = 1.0) -> None:
@@ -52,13 +53,12 @@ class Gradients:
             torch._foreach_copy_([g for _, g in pairs], [x for x, _ in pairs])
 
     def dot(self, parameters: Sequence[Tensor]) -> float:
-        """The product of ``.grad`` of some ``parameters`` and their pieces of ``flat``."""
+        """The product of ``.grad`` of some ``parameters``, as it was read, and their pieces of ``flat``."""
         pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+        if self._before is not None and len(pairs) == len(self.parameters):
+            return float(torch.dot(self._before, self.flat))
         present = [p for p, _ in pairs]
         grads = [g.reshape(-1).to(self.flat.dtype) for g in self._wholes([g for _, g in pairs])]
-        alike = len(present) == len(self.parameters) and all(map(operator.is_, present, self.parameters))
-        if alike and self.flat.numel() <= SMALL:
-            return float(torch.dot(torch.cat(grads), self.flat))
         products = [torch.dot(x, self._places[p].reshape(-1)) for p, x in zip(present, grads)]
         return float(torch.stack(products).sum()) if products else 0.0
 

@@ -64,7 +64,7 @@ def read_axis(recorded: Recorded, place: ExampleAxis, n: int, device: torch.devi
     """The axis of ``lead`` where a use reads examples that lie at ``place`` in its output; ``None`` where there is
     none.
 
-    The numbers of the examples go the way that gradients go.
+    The numbers of the examples go the way that gradients go; along an axis of stride 0 all are the same.
     """
     use, shape = recorded.use, recorded.shape
     length, behind = shape[place.at], len(shape) - place.at - 1
@@ -73,10 +73,15 @@ def read_axis(recorded: Recorded, place: ExampleAxis, n: int, device: torch.devi
     ones = use.gradients(torch.ones((), device=device).expand(1, *shape))[0]
     same = [ExampleAxis(j, place.outer) for j, size in enumerate(use.lead) if size and size % (place.outer * n) == 0]
     for axis in [*same, *candidates(use.lead, n)]:
-        numbered, one = (axis.split(x, n, 0, len(use.lead)).reshape(n, -1) for x in (whole, ones))
-        if torch.equal(numbered, one * torch.arange(1, n + 1, device=device).unsqueeze(1)):
+        numbered, one = (_distinct(axis.split(x, n, 0, len(use.lead))) for x in (whole, ones))
+        if bool((numbered == one * torch.arange(1, n + 1, device=device).view(n, *[1] * (one.ndim - 1))).all()):
             return axis
     return None
+
+
+def _distinct(x: Tensor) -> Tensor:
+    """The first along every axis of stride 0."""
+    return x[tuple(slice(None) if step else slice(1) for step in x.stride())]
 
 
 def find_axes(outputs: Tensor, uses: Sequence[Recorded], asked: Sequence[int]) -> dict[int, ExampleAxis | None]:

@@ -90,9 +90,9 @@ class Pass:
         known = ((recorded.use, self.proof.place(recorded.place)) for recorded in self.capture.uses)
         return [likely(use) if isinstance(place, Unknown) else place for use, place in known]
 
-    def prove(self, *, separate: bool = True) -> None:
+    def prove(self, *, separate: bool = True, pulled: bool = False) -> None:
         """Ask what is not known of the graph yet: whether parts of the batch run as in the whole, and rows are
-        autograd's.
+        autograd's. ``pulled``: :meth:`pull` comes next.
         """
         if separate:
             self.require_separate()
@@ -112,7 +112,7 @@ class Pass:
                 )
             )
         require_whole_gradients(self.network, self.capture)
-        compared, wrong = compare(self.network, self.capture, self.groups)
+        compared, wrong = compare(self.network, self.capture, self.groups, keep_inputs=pulled and not self.keep_graph)
         self.proof.compared |= compared
         if wrong:
             self.proof.left |= wrong

@@ -26,8 +26,12 @@ COMPARED = {torch.float64: 1e-7, torch.float32: 2e-3}  # of one operation, in it
 
 
 @torch.no_grad()
-def compare(network: Network, capture: Capture, groups: list[UseGroup]) -> tuple[set[str], set[str]]:
+def compare(
+    network: Network, capture: Capture, groups: list[UseGroup], *, keep_inputs: bool
+) -> tuple[set[str], set[str]]:
     """Parameters of units that were compared with autograd's gradient, and those whose rows are not autograd's.
+
+    ``keep_inputs``: what was read of the groups is asked for again, of all of them at once.
 
     Random gradients are put in at the uses and pulled back to their parameters: an adapter is right when what it makes
     of gradients is what autograd makes of them. Parameters of one use are compared by themselves, where nothing else
@@ -35,8 +39,11 @@ def compare(network: Network, capture: Capture, groups: list[UseGroup]) -> tuple
     was not compared.
     """
     times = Counter(slot.name for recorded in capture.uses for slot in recorded.use.slots)
-    alone = [group for group in groups if len(group.uses) == 1 and all(times[name] == 1 for name in group.layout.names)]
-    together = [group for group in groups if group not in alone]
+    alone: list[UseGroup] = []
+    together: list[UseGroup] = []
+    for group in groups:
+        once = len(group.uses) == 1 and all(times[name] == 1 for name in group.layout.names)
+        (alone if once else together).append(group)
     compared, wrong = set[str](), set[str]()
     for some in [*([group] for group in alone), *([together] if together else [])]:
         gradients, expected = _pulled(network, capture, some)
@@ -51,7 +58,8 @@ def compare(network: Network, capture: Capture, groups: list[UseGroup]) -> tuple
                     wrong.add(name)
                 elif bool(length > noise):
                     compared.add(name)
-            group.inputs.clear()  # all at once would take more than what is made of them
+            if not keep_inputs or dtype != capture.outputs.dtype:
+                group.inputs.clear()
     return compared, wrong
 
 
@@ -88,14 +96,14 @@ PERIOD = 65_521  # a prime: random numbers repeat behind so many, with a period 
 
 
 @functools.cache
-def _pool() -> Tensor:
-    return torch.randn(PERIOD + 1024, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def _pool(dtype: torch.dtype) -> Tensor:
+    return torch.randn(PERIOD + 1024, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
 def _random(seed: int, sizes: torch.Size, edge: Any) -> Tensor:
     """Random numbers in the dtype of an edge, others for another ``seed``."""
     start, period = 37 * seed % 1024, min(sizes.numel(), PERIOD)
-    drawn = _pool()[start : start + period].to(edge.node._input_metadata[edge.output_nr].dtype)
+    drawn = _pool(edge.node._input_metadata[edge.output_nr].dtype)[start : start + period]
     return (drawn.repeat(-(-sizes.numel() // period)) if period else drawn)[: sizes.numel()].view(sizes)
 
 

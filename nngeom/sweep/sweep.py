@@ -149,7 +149,7 @@ class Sweep:
         each = bytes_each_cotangent(capture, keep_graph=self.policy.keep_graph)
         run, columns = self.begin(capture, start, working)
         size = memory.step(columns.count, each, "output of one batch", memory.budget() // self.policy.shares)
-        self._resolve(run)
+        self._resolve(run, pulled=True)
         if self.policy.any_columns and (narrow := narrowed(run, self.cotangents, columns)) is not None:
             yield from narrow.chunks(run, start)
             return
@@ -168,14 +168,14 @@ class Sweep:
         run = Pass(network, capture, left, policy.part_of, working=working, **options)
         return run, self.cotangents.columns(capture.values, capture.batch, start)
 
-    def _resolve(self, run: Pass) -> None:
+    def _resolve(self, run: Pass, *, pulled: bool = False) -> None:
         """Find the blocks of a pass, and prove what is not known of its graph, where that is wanted and numbers can
-        answer.
+        answer. ``pulled``: the rows of all blocks are asked for next.
         """
         check = self.run.check
         run.resolve(check=check)
         if check and not run.proof.covers(run.capture) and math.isfinite(run.capture.values.sum().item()):
-            run.prove()
+            run.prove(pulled=pulled)
 
     def one_batch(self) -> tuple[Pass, Tensor] | None:
         """The pass of the only batch and all its cotangents, to be pulled back layer by layer; ``None`` where there is
