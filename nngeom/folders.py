@@ -24,7 +24,8 @@ from nngeom.core.errors import ArgumentError, FileError, LoaderError, MemoryWarn
 from nngeom.core.registry import qualified
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.io import load, save
-from nngeom.opened_folder import FORMAT, INDEX, file_of, index_of, opened
+from nngeom.opened_folder import FORMAT, file_of, index_of, opened
+from nngeom.parts_folder import INDEX
 from nngeom.pmat.in_files import PMatInFiles, require_stored
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.recipe import Selection
@@ -172,8 +173,7 @@ class _Job:
             "the representation": digest_of(described(self.chosen)),
             "layer_collection": digest_of((network.collection.names, network.collection.shapes)),
         }
-        options = {name: x for name, x in self.options.items() if name not in NO_NUMBERS}
-        found |= {f"{name}=": digest_of(described(x)) for name, x in options.items()}
+        found |= {f"{name}=": digest_of(described(x)) for name, x in self.options.items() if name not in NO_NUMBERS}
         if self.draws and generator is not None:
             found["generator="] = digest_of(bits([generator.get_state()]))
         return found | dict(zip(named, bits(named.values())))

@@ -22,9 +22,11 @@ from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.sharded import FMatSharded
 from nngeom.kernel_folder import holds_kernel, load_parts, load_whole, save_parts
 from nngeom.maps.jacobian_map import JacobianMap
+from nngeom.matrix_folder import is_saved, load_layers, save_layers
 from nngeom.opened_folder import opened
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.pmat import PMat
+from nngeom.pmat.sharded import PMatSharded
 from nngeom.ranks.team import Team
 from nngeom.tree import WHOLE, believed, decode, encode, holds_model, is_whole
 
@@ -36,16 +38,17 @@ def save(M: Any, path: str | os.PathLike[str], *, process_group: Any = None) -> 
 
     Takes every PMat, FMat and Jacobian but the implicit ones, their sums and products, PVectors and FVectors, with
     real floating-point entries. With a ``process_group`` all its processes call it with the same matrix, rank 0 writes,
-    and all return when it is written or raise when it is not. An :class:`FMatSharded` is saved by all of its processes,
-    each its own rows, to a folder ``path`` that all see. Raises :class:`FileError` where the path cannot be
-    written, :class:`UnsupportedError` for what holds a model, :class:`ArgumentError` for other entries, and for an
-    ``M`` whose class was defined anew.
+    and all return when it is written or raise when it is not. An :class:`FMatSharded` or :class:`PMatSharded` is saved
+    by all of its processes, each its own rows or layers, to a folder ``path`` that all see. Raises :class:`FileError`
+    where the path cannot be written, :class:`UnsupportedError` for what holds a model, :class:`ArgumentError` for other
+    entries, and for an ``M`` whose class was defined anew.
     """
     team = Team.of(process_group)
-    if isinstance(M, FMatSharded):
+    if isinstance(M, (FMatSharded, PMatSharded)):
         if process_group is not None and team is not M.team:
-            raise ArgumentError("the kernel is sharded over other processes than process_group; leave it out")
-        return save_parts(M, path)
+            what = "kernel" if isinstance(M, FMatSharded) else "matrix"
+            raise ArgumentError(f"the {what} is sharded over other processes than process_group; leave it out")
+        return save_parts(M, path) if isinstance(M, FMatSharded) else save_layers(M, path, _write)
     with team.together("save"):
         if team.rank == 0:
             _write(M, path)
@@ -76,7 +79,8 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu", *, process_gro
 
     Of the folder of a sharded kernel it gives the whole, an ``FMatDense``; with a ``process_group``, whose processes
     all call it, an ``FMatSharded`` over these, as many as they are: each reads its own rows, those it had where as many
-    saved it, else neighbours as by :func:`shard`. Other files are read by each.
+    saved it, else neighbours as by :func:`shard`. Of the folder of a sharded matrix it gives one that reads layers when
+    it uses them; with a ``process_group`` a :class:`PMatSharded` over its processes. Other files are read by each.
 
     Everything the file says is checked against what it holds before memory is taken for it; the tensors do not follow
     the file when it changes. Of a folder of :func:`to_folder` the matrix reads its parts when it uses them. Raises
@@ -94,8 +98,13 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu", *, process_gro
     if note.all[0] == "kernel":
         out = load_whole(name) if process_group is None else load_parts(name, team)
     elif note.all[0] == "matrix":
+        folder = os.path.abspath(name)
+        with team.together("load") as note:
+            note.mine = is_saved(folder)
+        if process_group is not None and note.all[0]:
+            return load_layers(folder, load, team, device)
         with team.together("load"):
-            return opened(os.path.abspath(name), load, device)
+            return opened(folder, load, device)
     else:
         with team.together("load"), believed(name):
             out = decode(*_read(name))

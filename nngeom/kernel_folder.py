@@ -1,31 +1,27 @@
-"""Results in parts, as folders: a safetensors file for every process, and an index, written last, which names them.
+"""Kernels in parts, as folders: a safetensors file of the rows of every process, and an index, which names them.
 
-Parts are the rows of a process. Their names differ from one ``save`` to the next, so that those of an older result stay
-until the index is replaced; then they are removed. The index is the tree of the whole (:mod:`nngeom.tree`), its shape,
+The index is the tree of the whole (:mod:`nngeom.tree`), its shape,
 how many examples each process had, and a checksum of every part's header, which holds one of every row.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from nngeom.core import container, files
-from nngeom.core.errors import ArgumentError, FileError
+from nngeom.core.errors import FileError
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.places import Places
 from nngeom.fmat.sharded import FMatSharded
-from nngeom.kernel_index import INDEX, PART, Index, crc
+from nngeom.kernel_index import Index, crc
+from nngeom.parts_folder import INDEX, part_of, require_same_index, write_parts
 from nngeom.ranks.team import Team
 from nngeom.tree import believed, decode, encode
 
@@ -37,81 +33,21 @@ def save_parts(K: FMatSharded, path: str | os.PathLike[str]) -> None:
 
     Raises :class:`FileError` where one of them cannot, as for :func:`nngeom.save`; what was there is there then.
     """
-    folder, team = os.path.abspath(os.fsdecode(path)), K.team
-    with contextlib.ExitStack() as held:
-        with team.together("save") as note, _writing(folder):
-            note.mine = _begin(folder, held) if team.rank == 0 else None
-        token = note.all[0]
-        name = f"part-{team.rank:05d}-of-{team.size:05d}.{token}.safetensors"
-        part = os.path.join(folder, name)
-        try:
-            with team.together("save") as note, _writing(folder):
-                _require_shared(folder, token, team)
-                tensors: dict[str, Tensor] = {}
-                tree = encode(FMatDense(K.strip), "", tensors)
-                note.mine = name, _write_part(part, tensors[KEY], token)
-            with team.together("save"), _writing(folder):
-                if team.rank == 0:
-                    _finish(folder, Index.of(K, tree, note.all))
-        except BaseException:
-            if not _is_named(folder, name):
-                _remove(part, part + ".part")
-            raise
+    team = K.team
+    trees = []
+
+    def write(paths: Sequence[str], token: str) -> tuple[str, str]:
+        tensors: dict[str, Tensor] = {}
+        trees.append(encode(FMatDense(K.strip), "", tensors))
+        return os.path.basename(paths[0]), _write_part(paths[0], tensors[KEY], token)
+
+    names = lambda token: [part_of(team.rank, team.size, token)]
+    write_parts(path, team, names, write, lambda said: Index.of(K, trees[0], said).text(), _named)
 
 
-def _begin(folder: str, held: contextlib.ExitStack) -> str:
-    """Make the folder, and be the only one who writes there; a word that no other call has, which it shows there."""
-    made = not os.path.isdir(folder)
-    if made:
-        os.mkdir(folder)
-        held.callback(_remove_if_empty, folder)
-    if os.path.exists(os.path.join(folder, INDEX)):
-        Index.read(folder)  # what is none of ours is not written over
-    token = secrets.token_hex(6)
-    try:
-        lock = files.Lock(os.path.join(folder, "lock"))
-    except BlockingIOError:
-        raise FileError(f"another call is saving to {folder!r} now; wait for it, or choose another folder") from None
-    held.callback(lock.release)
-    os.write(lock.fd, token.encode())
-    return token
-
-
-def _remove(*paths: str) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError):
-            os.remove(path)
-
-
-def _remove_if_empty(folder: str) -> None:
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
-
-
-def _require_shared(folder: str, token: str, team: Team) -> None:
-    try:
-        with open(os.path.join(folder, "lock")) as file:
-            seen = file.read(64)
-    except OSError:
-        seen = ""
-    if seen != token:
-        raise FileError(
-            f"rank {team.rank} does not see the folder {folder!r} that rank 0 made; parts need a file system that all "
-            "processes share, or gather(rank=0) and one file"
-        )
-
-
-@contextlib.contextmanager
-def _writing(folder: str) -> Any:
-    try:
-        yield
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        if isinstance(error, (FileError, ArgumentError)):
-            raise
-        raise FileError(
-            f"cannot write the folder {folder!r}: {error}; expected a path in an existing folder that can be written, "
-            "on a disk with room for it"
-        ) from error
+def _named(folder: str) -> list[str]:
+    """The files of a kernel in parts."""
+    return [name for name, _ in Index.read(folder).parts]
 
 
 def _write_part(path: str, rows: Tensor, token: str) -> str:
@@ -126,28 +62,6 @@ def _write_part(path: str, rows: Tensor, token: str) -> str:
 
 def _checksum(row: Tensor) -> int:
     return zlib.crc32(row.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _finish(folder: str, index: Index) -> None:
-    """The index in its place, and what it does not name, gone."""
-    missing = [name for name, _ in index.parts if not os.path.isfile(os.path.join(folder, name))]
-    if missing:
-        raise FileError(
-            f"rank 0 does not see {missing[0]!r} in {folder!r}; expected a file system that all processes share"
-        )
-    with files.replaced(os.path.join(folder, INDEX)) as part, open(part, "w") as file:
-        file.write(index.text())
-    named = {name for name, _ in index.parts}
-    left = (name for name in os.listdir(folder) if PART.fullmatch(name.removesuffix(".part")) and name not in named)
-    _remove(*(os.path.join(folder, name) for name in left))
-
-
-def _is_named(folder: str, name: str) -> bool:
-    """Whether the index is about this part: then it is a result, whatever happened after."""
-    try:
-        return name in {other for other, _ in Index.read(folder).parts}
-    except FileError:
-        return False
 
 
 # -- read --------------------------------------------------------------------------------------------------------------
@@ -176,12 +90,7 @@ def load_parts(folder: str, team: Team) -> FMatSharded:
     with team.together("load") as note:
         index = Index.read(folder)
         note.mine = index.checksum
-    odd = [rank for rank, said in enumerate(note.all) if said != note.all[0]]
-    if odd:
-        raise FileError(
-            f"rank {odd[0]} finds another result in {folder!r} than rank 0; expected a file system that all processes "
-            "share, to which nothing is saved meanwhile"
-        )
+    require_same_index(folder, note.all)
     own, across = (Places(team, _split(counts, team.size), index.outputs) for counts in (index.counts, index.across))
     with team.together("load"), believed(folder):
         strip = _kernel(index, _rows(folder, index, range(index.rows)[own.mine])).tensor

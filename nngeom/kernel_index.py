@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from typing import Any
 from nngeom.core import container
 from nngeom.core.errors import FileError
 from nngeom.fmat.sharded import FMatSharded
+from nngeom.parts_folder import INDEX, PART
 
-INDEX, FORMAT = "index.json", 1
+FORMAT = 1
 LONGEST = 2**26  # bytes
-PART = re.compile(r"part-\d{5}-of-\d{5}\.[0-9a-f]{12}\.safetensors")
 
 
 def crc(text: str) -> str:

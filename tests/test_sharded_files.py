@@ -12,6 +12,7 @@ from teams import ranks
 
 import nngeom as nng
 from nngeom import kernel_folder as folders
+from nngeom import parts_folder
 from nngeom.core import files
 from nngeom.fmat.places import Places
 from nngeom.fmat.sharded import FMatSharded
@@ -102,12 +103,12 @@ def test_the_older_result_stays_until_the_index_is_replaced(tmp_path, monkeypatc
     assert sorted(os.listdir(path)) == before and torch.equal(nng.load(path).tensor, old)
     monkeypatch.undo()
 
-    def dies(folder, index):
+    def dies(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folders, "_finish", dies)
+    monkeypatch.setattr(parts_folder, "finish", dies)
     monkeypatch.setattr(files.Lock, "release", lambda self: os.close(self.fd))  # as when a process is killed
-    monkeypatch.setattr(folders, "_remove", lambda *paths: None)
+    monkeypatch.setattr(parts_folder, "_remove", lambda *paths: None)
     with pytest.raises(KeyboardInterrupt):
         nng.save(part(ALONE, new, (9,)), path)
     assert len(os.listdir(path)) == len(before) + 2 and torch.equal(nng.load(path).tensor, old)
@@ -118,7 +119,7 @@ def test_the_older_result_stays_until_the_index_is_replaced(tmp_path, monkeypatc
 
 
 def test_nothing_is_left_where_nothing_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_finish", lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(parts_folder, "finish", lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     assert "Input/output" in str(save(kernel(), tmp_path / "k", (4, 5))[0])
     assert os.listdir(tmp_path) == []
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nngeom.attribution.found import Influence
 from nngeom.attribution.over_parts import over_parts
 from nngeom.attribution.over_processes import over_processes
+from nngeom.attribution.over_products import over_products, require_team
 from nngeom.attribution.queries import QueryFunction
 from nngeom.attribution.scoring import Question
 from nngeom.core.damping import Damping
@@ -22,6 +23,7 @@ from nngeom.fmat.store import FileStore
 from nngeom.pmat.in_files import PMatInFiles
 from nngeom.pmat.metric import Metric, require_matrix
 from nngeom.pmat.operator import ParameterOperator
+from nngeom.pmat.pmat import PMat
 from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Run
 
@@ -70,8 +72,8 @@ def influence(
     Raises :class:`SingularError` where the damped matrix is singular or indefinite, :class:`ArgumentTypeError`,
     :class:`CollectionError`, :class:`DeviceError` for what is no matrix of this model, :class:`ArgumentError` for
     options that do not go together, and what any measure raises. Over the processes of ``process_group`` both sets are
-    split, in rank order: each scores its own training examples for the queries of all, and all have the result; under a
-    matrix known by its products alone that is :class:`UnsupportedError`.
+    split, in rank order: each scores its own training examples for the queries of all, and all have the result. Where
+    products of the matrix are collective they are so over the same processes.
 
     Source: Koh & Liang 2017, eq. 2; Grosse et al. 2023.
     """
@@ -101,20 +103,25 @@ def influence(
         process_group=process_group,
     )
     network = run.network
+    if not isinstance(matrix, PMat):
+        with run.team.together("arguments"):
+            require_team(matrix, run.team)
     inverse = matrix.inverse(0.0 if damping is None else damping)
     metric = Metric(inverse, network.collection, accumulation_dtype(network.dtype), network.device)
     cotangents = EmpiricalFisher(as_loss(loss, model))
     asked = cotangents if query_function is None else QueryFunction(_callable(query_function))
     question = Question(metric, cotangents, asked, top, by_layer=by_layer, by_position=by_position)
     if run.team.size > 1:
-        agree(run, "influence", matrix=matrix, damping=damping, out=out is not None, question=question.told())
+        said = matrix if isinstance(matrix, PMat) else (type(matrix), matrix.shape, matrix.dtype)
+        agree(run, "influence", matrix=said, damping=damping, out=out is not None, question=question.told())
     with run.within():
         if run.team.size > 1:
-            return over_processes(run, queries, question, out)
+            over_all = over_processes if isinstance(metric.matrix, PMat) else over_products
+            return over_all(run, queries, question, out)
         if out is None:
-            return question.scores(run, queries).influence()
+            return question.scores(run, question.side(run, queries)).influence()
         with FileStore(out) as store:
-            computed = question.scores(run, queries, store)
+            computed = question.scores(run, question.side(run, queries), store)
             return computed.in_file(store, computed.fingerprint())
 
 

@@ -12,42 +12,39 @@ from torch import Tensor
 
 from nngeom.attribution.found import Influence
 from nngeom.attribution.scoring import Question, Scores
-from nngeom.core.errors import UnsupportedError
 from nngeom.fmat.fingerprint import Fingerprint
 from nngeom.fmat.places import Places
 from nngeom.fmat.side import Side
 from nngeom.fmat.store import Place, Store
 from nngeom.fmat.team_store import TeamStore
 from nngeom.fmat.visits import visiting
-from nngeom.pmat.pmat import PMat
 from nngeom.ranks.team import ALONE, Team
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import require_examples
 
 
 def over_processes(run: Run, queries: Any, question: Question, out: Any) -> Influence:
-    """The influence of the training examples of all processes on the queries of all, whole on each.
-
-    Raises :class:`UnsupportedError` for a matrix that is known by its products alone.
-    """
-    if not isinstance(question.metric.matrix, PMat):
-        raise UnsupportedError(
-            f"influence over {run.team.size} processes takes a matrix that holds its entries, as PMatKFAC; "
-            f"got {type(question.metric.matrix).__name__}, whose products all processes would have to make together"
-        )
+    """The influence of the training examples of all processes on the queries of all, whole on each."""
     team = run.team
     with contextlib.nullcontext() if out is None else TeamStore(out, team) as store:
         with team.together("batches"):
             run = run.held()
             side = question.side(run, queries)
         every = queries_of_all(team, side)
-        counts = team.exchange("examples", (sum(run.sizes), run.memory_budget))
-        places = Places(team, tuple(n for n, _ in counts), 1)
-        require_examples(places.total)
-        alone = replace(run, team=ALONE, memory_budget=min(budget for _, budget in counts))
+        alone, places = divided(run)
         if store is None:
             return _whole(question, alone, every, places)
         return _in_file(question, alone, every, (places, store))
+
+
+def divided(run: Run) -> tuple[Run, Places]:
+    """A ``run`` that is held as one of this process alone, under the smallest memory budget, and where its training
+    examples lie among those of all.
+    """
+    counts = run.team.exchange("examples", (sum(run.sizes), run.memory_budget))
+    places = Places(run.team, tuple(n for n, _ in counts), 1)
+    require_examples(places.total)
+    return replace(run, team=ALONE, memory_budget=min(budget for _, budget in counts)), places
 
 
 def queries_of_all(team: Team, side: Side) -> list[Any]:
@@ -62,8 +59,19 @@ def queries_of_all(team: Team, side: Side) -> list[Any]:
 
 def _whole(question: Question, run: Run, every: list[Any], places: Places) -> Influence:
     """All that is kept, put together from what each process has."""
+    return joined(question, places, run.network.device, lambda: _own(question, run, every))
+
+
+def _own(question: Question, run: Run, every: list[Any]) -> Influence | None:
+    return question.scores(run, question.side(run, every)).influence() if run.loader else None
+
+
+def joined(
+    question: Question, places: Places, device: torch.device, found: Callable[[], Influence | None]
+) -> Influence:
+    """What every process ``found`` for its own training examples, ``None`` without any, put together on all."""
     with places.team.together("influence") as note:
-        own = question.scores(run, every).influence() if run.loader else None
+        own = found()
         note.mine = None if own is None else {name: _kind(t) for name, t in _tensors(own).items()}
     kinds: Mapping[str, Any] = next(said for said in note.all if said is not None)
     mine = {} if own is None else _tensors(own)
@@ -71,7 +79,6 @@ def _whole(question: Question, run: Run, every: list[Any], places: Places) -> In
         places, kept = replace(places, counts=tuple(min(question.top, n) for n in places.counts)), places
         if "indices" in mine:
             mine["indices"] = mine["indices"] + kept.mine.start
-    device = run.network.device
     whole = {name: places.whole(mine.get(name, _none(kind, device))) for name, kind in kinds.items() if name != "own"}
     if question.top is not None:
         values, at = whole["values"].topk(min(question.top, whole["values"].shape[1]), 1)
@@ -107,7 +114,7 @@ def _in_file(question: Question, run: Run, every: list[Any], where: tuple[Places
     places, store = where
     team = places.team
     with team.together("fingerprint") as note:
-        scores = question.scores(run, every, Columns(store, places.mine.start))
+        scores = question.scores(run, question.side(run, every), Columns(store, places.mine.start))
         own = Fingerprint.of(scores.side, Side(scores.sweep), centered=False, metric=scores.metric.stored)
         note.mine = own, scores.side.examples
     split = {"processes": team.size, "examples of each": places.counts}

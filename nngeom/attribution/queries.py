@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,25 @@ class QueryFunction:
         return value
 
 
+class Queries(Protocol):
+    """Some queries, their gradients times the matrix."""
+
+    @property
+    def place(self) -> slice:
+        """Which queries."""
+
+    @property
+    def examples(self) -> int:
+        """How many."""
+
+    def pairs(
+        self, theirs: ByBlock, rights: dict[Layout, LayerJacobian]
+    ) -> Iterator[tuple[Layout, LayerJacobian, LayerJacobian]]:
+        """``(layout, left, right)`` whose products sum to the scores of a chunk of training examples, given as its
+        rows by block and the right halves of those.
+        """
+
+
 @dataclass
 class Part:
     """Some queries: their rows by block of the matrix, and the left halves of the products with others."""
@@ -71,6 +90,11 @@ class Part:
         """Which queries."""
         return slice(self.chunk.start, self.chunk.start + self.chunk.examples)
 
+    @property
+    def examples(self) -> int:
+        """How many."""
+        return self.chunk.examples
+
     def whole(self, b: int) -> LayerJacobian:
         """The left half over all parameters of block ``b``."""
         if b not in self.wholes:
@@ -80,9 +104,7 @@ class Part:
     def pairs(
         self, theirs: ByBlock, rights: dict[Layout, LayerJacobian]
     ) -> Iterator[tuple[Layout, LayerJacobian, LayerJacobian]]:
-        """``(layout, left, right)`` whose products sum to the scores of a chunk of training examples, given as its
-        rows by block and the right halves of those.
-        """
+        """As :meth:`Queries.pairs`, in the structure that both sides have."""
         for b in self.rows.keys() & theirs.keys():
             if self.metric.meet(self.rows[b], theirs[b]):
                 common = [layout for layout in self.rows[b] if layout in theirs[b]]
@@ -117,7 +139,7 @@ def loads(side: Side, metric: Metric, most: int) -> Iterator[list[Part]]:
             at = 0
             while at < chunk.examples:
                 count = min(left, chunk.examples - at)
-                load.append(Part.of(_cut(chunk, at, at + count), metric))
+                load.append(Part.of(cut(chunk, at, at + count), metric))
                 at, left = at + count, left - count
                 if not left:
                     yield load
@@ -126,6 +148,7 @@ def loads(side: Side, metric: Metric, most: int) -> Iterator[list[Part]]:
         yield load
 
 
-def _cut(chunk: Chunk, lo: int, hi: int) -> Chunk:
+def cut(chunk: Chunk, lo: int, hi: int) -> Chunk:
+    """The examples ``lo`` to ``hi`` of a chunk."""
     jacobians = {layout: j.examples(lo, hi) for layout, j in chunk.jacobians.items()}
     return replace(chunk, jacobians=jacobians, examples=hi - lo, start=chunk.start + lo)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeom.attribution.found import Influence
-from nngeom.attribution.queries import Part, loads
+from nngeom.attribution.queries import Part, Queries, loads
 from nngeom.attribution.scores import Everything, InFile, Keeper, Largest, add_scores
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
@@ -50,11 +50,10 @@ class Question:
         policy = Policy("influence", part_of=self.metric.part_of, watch=False)
         return Side.of(run.silent().on(queries), self.asked, policy)
 
-    def scores(self, run: Run, queries: Any, store: Store | None = None) -> Scores:
-        """Of the training examples of a ``run`` for these ``queries``, to be computed; in a ``store`` if there is
-        one.
+    def scores(self, run: Run, side: Side, store: Store | None = None) -> Scores:
+        """Of the training examples of a ``run`` for the queries of a ``side``, to be computed; in a ``store`` if there
+        is one.
         """
-        side = self.side(run, queries)
         policy = replace(side.sweep.policy, divide=True, reuse=True, shares=4, apart=self.by_position)
         sweep = Sweep(run, self.loss, policy).held()
         layers = run.network.layer_of if self.by_layer else None
@@ -77,7 +76,10 @@ class Scores:
 
     def influence(self) -> Influence:
         """What is kept of the scores."""
-        own = self.over_all()
+        return self.kept(self.over_all())
+
+    def kept(self, own: Tensor | None) -> Influence:
+        """What is kept of the scores that are computed; ``own``: those of training examples for themselves."""
         by_layer = {name: self._by_position(kept.result()) for name, kept in self.layers.items()}
         if isinstance(self.keeper, Largest):
             return Influence(None, own, *self.keeper.result(), by_layer)
@@ -104,20 +106,28 @@ class Scores:
         own: list[Tensor] = []
         wanted = isinstance(self.metric.matrix, PMat)
         for load in self._loads():
-            if sum(part.chunk.examples for part in load) < self.side.examples and not self.known:
-                self.sweep = self.sweep.but(reread=False).held()  # a loader that shuffles must not do so between loads
-            for chunk in self.sweep.chunks():
-                rows = self.metric.by_block(chunk.jacobians)
-                halves = self._halves(rows)
-                if wanted:
-                    own.append(self._own(rows, halves, chunk.examples))
-                if self.apart is not None:
-                    chunk = self.apart.taken_apart(chunk)
-                    rows = self.metric.by_block(chunk.jacobians)
-                    halves = self._halves(rows)
-                self._add(load, chunk, rows, {layout: right for layout, (_, right) in halves.items()})
+            own += self.against(load, own=wanted)
             wanted = False
         return torch.cat(own) if own else None
+
+    def against(self, load: Sequence[Queries], *, own: bool = False) -> list[Tensor]:
+        """One load of queries against all training examples; the scores of these for themselves, where ``own`` ones are
+        wanted.
+        """
+        found: list[Tensor] = []
+        if sum(part.examples for part in load) < self.side.examples and not self.known:
+            self.sweep = self.sweep.but(reread=False).held()  # a loader that shuffles must not do so between loads
+        for chunk in self.sweep.chunks():
+            rows = self.metric.by_block(chunk.jacobians)
+            halves = self._halves(rows)
+            if own:
+                found.append(self._own(rows, halves, chunk.examples))
+            if self.apart is not None:
+                chunk = self.apart.taken_apart(chunk)
+                rows = self.metric.by_block(chunk.jacobians)
+                halves = self._halves(rows)
+            self._add(load, chunk, rows, {layout: right for layout, (_, right) in halves.items()})
+        return found
 
     def _loads(self) -> Iterator[list[Part]]:
         if self.known:
@@ -130,7 +140,7 @@ class Scores:
         every = {layout: j for some in rows.values() for layout, j in some.items()}
         return {lay: self.metric.both(lay, j) for lay, j in every.items() if self.metric.own(lay) is not None}
 
-    def _add(self, load: list[Part], chunk: Chunk, rows: ByBlock, rights: dict[Layout, LayerJacobian]) -> None:
+    def _add(self, load: Sequence[Queries], chunk: Chunk, rows: ByBlock, rights: dict[Layout, LayerJacobian]) -> None:
         """The scores of a chunk of training examples for a load of queries."""
         i = slice(chunk.start, chunk.start + chunk.examples)
         for part in load:
@@ -143,10 +153,10 @@ class Scores:
             for name, scores in shares.items() if self.layer_of is not None else ():
                 self.layers.setdefault(name, Everything()).keep(part.place, i, scores)
 
-    def _shares(self, part: Part, rows: ByBlock, rights: dict[Layout, LayerJacobian], n: int) -> dict[str, Tensor]:
+    def _shares(self, part: Queries, rows: ByBlock, rights: dict[Layout, LayerJacobian], n: int) -> dict[str, Tensor]:
         """``{layer: (q, n)}``, or ``{"": (q, n)}`` of all."""
         names = [""] if self.layer_of is None else list(self.metric.collection.by_layer())
-        out = {name: self._zeros(part.chunk.examples, n) for name in names}
+        out = {name: self._zeros(part.examples, n) for name in names}
         for layout, left, right in part.pairs(rows, rights):
             add_scores(out["" if self.layer_of is None else self.layer_of(layout.names[0])], left, right)
         return out

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError
+from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.fmat.dense import FMatDense
+from nngeom.fmat.kernels import kernels
 from nngeom.fmat.positions import Positions
-from nngeom.fmat.products import EVERYTHING, build
+from nngeom.fmat.products import EVERYTHING
 from nngeom.fmat.side import Side
 from nngeom.pmat.metric import Metric
 
@@ -31,10 +32,24 @@ class PositionKernel:
 
 
 def positioned(rows: Side, columns: Side, metric: Metric | None, *, progress: bool = False) -> PositionKernel:
-    """The kernel of ``rows`` and every position of the examples of ``columns``."""
+    """The kernel of ``rows`` and every position of the examples of ``columns``, of those of all processes."""
     apart = replace(columns, apart=Positions(), sweep=columns.sweep.but(apart=True))
-    kernel = build(FMatDense, rows, apart, EVERYTHING, metric=metric, progress=progress)[""]
-    return PositionKernel(kernel.tensor.unflatten(-1, (columns.examples, -1)))
+    count = _agreed(apart)
+    kernel = kernels(FMatDense, rows, apart, EVERYTHING, metric=metric, progress=progress)[""]
+    return PositionKernel(kernel.tensor.unflatten(-1, (-1, count)))
+
+
+def _agreed(columns: Side) -> int:
+    """How many positions the examples of all processes have; raises :class:`OutputError` where these differ."""
+    with columns.run.team.together("positions") as note:
+        note.mine = columns.apart.count if columns.apart and columns.examples else None
+    known = sorted({count for count in note.all if count is not None})
+    if len(known) > 1:
+        raise OutputError(
+            f"examples have {known[0]} and {known[1]} positions on different processes; expected as many in all: pad "
+            "them to one length"
+        )
+    return known[0] if known else 1
 
 
 def require_alone(*others: object) -> None:

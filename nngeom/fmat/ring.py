@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import SizeError
+from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.places import Places, nbytes
 from nngeom.fmat.products import Grouping, Mean, products, squared_norms
 from nngeom.fmat.side import Side
@@ -39,7 +40,7 @@ def gathered_kernels(
     """
     places = Places.of(rows)
     across = places if columns is None else Places.of(columns)
-    _require_room(kind, rows, places, across)
+    require_room(kind, rows, columns, (places, across))
     tiles = strips(kind, rows, columns, grouping, (places, across), centered=centered, metric=metric)
     return {name: kind(places.whole(t)) for name, t in tiles.items()}
 
@@ -168,13 +169,17 @@ def _norms(rows: Side, places: Places, grouping: Grouping, mean: Mean | None, me
     return dict.fromkeys(grouping.names, none)
 
 
-def _require_room(kind: Any, rows: Side, own: Places, across: Places) -> None:
+def require_room(kind: Any, rows: Side, columns: Side | None, places: tuple[Places, Places]) -> None:
+    """Raise :class:`SizeError` where a whole kernel takes more than the smallest memory budget."""
     if kind.diagonal:
         return
+    own, across = places
     shape = kind.sizes(own.outputs, own.total, across.total)
     size, budget = nbytes(shape, rows.kept), min(own.team.exchange("memory budget", rows.run.memory_budget))
     if size > budget:
+        plain = (columns is None or columns.apart is None) and not rows.sweep.policy.keep_graph
+        parts = "sharded=True, which keeps each process's rows, or " if plain and kind is FMatDense else ""
         raise SizeError(
-            f"the kernel {shape} takes {size} bytes on every process and memory_budget is {budget}; pass "
-            f"sharded=True, which keeps each process's rows, or memory_budget={size} to have it whole"
+            f"the kernel {shape} takes {size} bytes on every process and memory_budget is {budget}; pass {parts}"
+            f"memory_budget={size} to have it whole"
         )

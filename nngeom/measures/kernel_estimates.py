@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from nngeom.core.stream import seed_of
 from nngeom.fmat.dense import FMatBlockDiag, FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.estimate import KernelEstimate, RandomSigns, TraceEstimate, kernel_estimate
-from nngeom.fmat.products import EVERYTHING, build
+from nngeom.fmat.kernels import kernels
+from nngeom.fmat.products import EVERYTHING
 from nngeom.fmat.side import Side
 from nngeom.measures.probed import require_samples
+from nngeom.sweep.agreement import numbered
 
 
 def signs(kind: Any, estimator: str, samples: int, generator: torch.Generator | None, *, plain: bool) -> RandomSigns:
@@ -29,7 +32,10 @@ def signs(kind: Any, estimator: str, samples: int, generator: torch.Generator | 
 
 
 def estimated(kind: Any, rows: Side, columns: Side | None, *, progress: bool) -> TraceEstimate | KernelEstimate:
-    """The trace, or the kernel summed over outputs."""
+    """The trace, or the kernel summed over outputs; over several processes draws are those of one."""
+    rows = replace(rows, sweep=numbered(rows.sweep))
     if kind is FMatDiag:
-        return TraceEstimate(build(FMatDiag, rows, None, EVERYTHING)[""].tensor)
-    return kernel_estimate(build(FMatBlockDiag, rows, columns, EVERYTHING, progress=progress)[""].tensor)
+        return TraceEstimate(kernels(FMatDiag, rows, None, EVERYTHING)[""].tensor)
+    if columns is not None:
+        columns = replace(columns, sweep=replace(columns.sweep, cotangents=rows.sweep.cotangents))
+    return kernel_estimate(kernels(FMatBlockDiag, rows, columns, EVERYTHING, progress=progress)[""].tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -15,13 +16,13 @@ from nngeom.cotangents.loss import EmpiricalFisher, EveryOutput, Loss, as_loss
 from nngeom.fmat.by_position import PositionKernel, positioned, require_alone
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.diag import FMatDiag
-from nngeom.fmat.estimate import KernelEstimate, TraceEstimate
+from nngeom.fmat.estimate import KernelEstimate, RandomSigns, TraceEstimate
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.implicit import FMatImplicit
 from nngeom.fmat.jacobian_products import first_look
+from nngeom.fmat.kernels import kernels
 from nngeom.fmat.operator import FunctionOperator
-from nngeom.fmat.products import EVERYTHING, build
-from nngeom.fmat.ring import gathered_kernels
+from nngeom.fmat.products import EVERYTHING
 from nngeom.fmat.sharded import FMatSharded
 from nngeom.fmat.side import Side
 from nngeom.measures.kernel_estimates import estimated, signs
@@ -139,7 +140,8 @@ def GramMatrix(
 
     Over the processes of ``process_group`` examples are in rank order, and the kernel is whole on all of them
     (:class:`SizeError` where it does not fit ``memory_budget``, but in a file); with ``sharded`` each keeps the rows of
-    its own, an :class:`FMatSharded`.
+    its own, an :class:`FMatSharded`. The gradient of a ``differentiable`` one is that of one process, the same on all,
+    which run the backward pass together.
 
     Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`,
     :class:`NonFiniteError`, :class:`StructureError`, :class:`ArgumentError`, :class:`FileError`. Source: Jacot et al.
@@ -157,14 +159,12 @@ def GramMatrix(
         parts=not differentiable,
     )
     kind = kernel_kind(representation)
-    alone = {"differentiable": differentiable, "estimator": estimator, "out": out, "by_position": by_position}
-    if sharded and (kind is not FMatDense or any(x is not None and x is not False for x in alone.values())):
+    whole = (differentiable, estimator, out, by_position)
+    if sharded and (kind is not FMatDense or any(x is not None and x is not False for x in whole)):
         raise ArgumentError(
             "sharded=True is of FMatDense, without differentiable=, estimator=, out= and by_position=; leave one of "
             "them out"
         )
-    for name in [name for name, x in alone.items() if name != "out" and x is not None and x is not False]:
-        run.require_alone(f"GramMatrix({name}=)", ALONE[name])
     cotangents: Cotangents = EveryOutput() if loss is None else EmpiricalFisher(as_loss(loss, model))
     within = in_metric(run, metric, wide=centered)
     policy = Policy(
@@ -196,8 +196,8 @@ def GramMatrix(
     side = lambda data: Side.of(run.silent().on(data), cotangents, policy)
     with run.within(), torch.set_grad_enabled(differentiable):
         if run.team.size > 1:
-            between = other is not None
-            require_same_kernel(run, "GramMatrix", kind, cotangents, metric, centered=centered, between=between)
+            how = {"centered": centered, "other": other is not None, "by_position": by_position}
+            require_same_kernel(run, "GramMatrix", kind, cotangents, metric, differentiable=differentiable, **how)
         if out is not None:
             if run.team.size > 1:
                 return in_file_of_all(out, side, loader, other, run.team, centered=centered, metric=within)
@@ -216,26 +216,15 @@ def GramMatrix(
             return FMatImplicit(rows, columns or rows, centered)
         if sharded:
             return sharded_kernels(rows, columns, EVERYTHING, centered=centered, metric=within)[""]
-        if run.team.size > 1:
-            return gathered_kernels(kind, rows, columns, EVERYTHING, centered=centered, metric=within)[""]
-        return build(kind, rows, columns, EVERYTHING, centered=centered, metric=within, progress=progress)[""]
+        return kernels(kind, rows, columns, EVERYTHING, centered=centered, metric=within, progress=progress)[""]
 
 
-ALONE = {  # what is of one process, and what several have instead
-    "differentiable": "mgs.trace_penalty in the loss of a DistributedDataParallel model has the right gradient, or ",
-    "estimator": "take the exact FMatDiag or FMatImplicit, whose trace() and diag() are of all processes, or ",
-    "by_position": "take nng.influence(by_position=True) with a metric, or ",
-}
-
-
-def require_same_kernel(
-    run: Run, what: str, kind: Any, cotangents: Cotangents, metric: Any, *, centered: bool, between: bool
-) -> None:
-    """Raise :class:`RankMismatchError` unless all processes are to compute the same kernel; ``between``: of two
-    loaders.
+def require_same_kernel(run: Run, what: str, kind: Any, cotangents: Cotangents, metric: Any, **how: bool) -> None:
+    """Raise :class:`RankMismatchError` unless all processes are to compute the same kernel; ``how``: other arguments of
+    the call.
     """
-    how = {"centered": centered, "other": between}
-    agree(run, what, representation=kind, rows=cotangents, metric=metric, **how)
+    rows = replace(cotangents, seed=0) if isinstance(cotangents, RandomSigns) else cotangents
+    agree(run, what, representation=kind, rows=rows, metric=metric, **how)
 
 
 def kernel_kind(representation: Any) -> Any:

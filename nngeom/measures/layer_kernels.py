@@ -13,12 +13,12 @@ from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.cotangents.loss import EmpiricalFisher, EveryOutput, Loss, as_loss
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.implicit import FMatImplicit
+from nngeom.fmat.kernels import kernels
 from nngeom.fmat.operator import FunctionOperator
-from nngeom.fmat.products import Grouping, build
-from nngeom.fmat.ring import gathered_kernels
+from nngeom.fmat.products import Grouping
 from nngeom.fmat.sharded import FMatSharded
 from nngeom.fmat.side import Side
-from nngeom.measures.kernels import ALONE, kernel_kind, require_same_kernel
+from nngeom.measures.kernels import kernel_kind, require_same_kernel
 from nngeom.measures.sharded_kernels import sharded_kernels
 from nngeom.measures.within import collection_of, in_metric
 from nngeom.pmat.operator import ParameterOperator
@@ -82,8 +82,6 @@ def GramMatrices(
         process_group=process_group,
         parts=not differentiable,
     )
-    if differentiable:
-        run.require_alone("GramMatrices(differentiable=True)", ALONE["differentiable"])
     kind = kernel_kind(representation)
     if kind is FMatImplicit:
         raise ArgumentError(
@@ -108,11 +106,8 @@ def GramMatrices(
         with run.team.together("batches"):
             rows, columns = side(loader), None if other is None else side(other)
         if run.team.size > 1:
-            require_same_kernel(
-                run, "GramMatrices", kind, cotangents, metric, centered=centered, between=other is not None
-            )
+            how = {"centered": centered, "other": other is not None, "differentiable": differentiable}
+            require_same_kernel(run, "GramMatrices", kind, cotangents, metric, **how)
         if sharded:
             return sharded_kernels(rows, columns, grouping, centered=centered, metric=within)
-        if run.team.size > 1:
-            return gathered_kernels(kind, rows, columns, grouping, centered=centered, metric=within)
-        return build(kind, rows, columns, grouping, centered=centered, metric=within, progress=progress)
+        return kernels(kind, rows, columns, grouping, centered=centered, metric=within, progress=progress)

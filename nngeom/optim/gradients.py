@@ -25,6 +25,7 @@ class Gradients:
         )
         self._places = self.split(self.flat)
         self._pieces = list(self._places.values())
+        self._in_parts = any(map(in_parts, self.parameters))  # and then gradients are
         self._before: Tensor | None = None  # all that was read, where it is small
 
     def read(self) -> Tensor:
@@ -33,7 +34,7 @@ class Gradients:
         if len(grads) < len(self.parameters):
             self.flat.zero_()
         if grads:
-            torch._foreach_copy_(pieces, [whole(g) for g in grads])
+            torch._foreach_copy_(pieces, self._wholes(grads))
         self._before = self.flat.clone() if self.flat.numel() <= SMALL else None
         return self.flat
 
@@ -41,17 +42,23 @@ class Gradients:
         """Into every ``.grad`` that there is, times a ``factor``."""
         pieces, grads = self._present()
         if factor != 1:
-            pieces = [torch.mul(x, factor, out=g) if _alike(x, g) else x * factor for x, g in zip(pieces, grads)]
+            pieces = [
+                x * factor if self._in_parts or x.dtype != g.dtype else torch.mul(x, factor, out=g)
+                for x, g in zip(pieces, grads)
+            ]
         pairs = [(x, g) for x, g in zip(pieces, grads) if x is not g]
+        if pairs and self._in_parts:
+            pairs = [(part_of(x, g), local(g)) for x, g in pairs]
         if pairs:
-            torch._foreach_copy_([local(g) for _, g in pairs], [part_of(x, g) for x, g in pairs])
+            torch._foreach_copy_([g for _, g in pairs], [x for x, _ in pairs])
 
     def dot(self, parameters: Sequence[Tensor]) -> float:
         """The product of ``.grad`` of some ``parameters``, as it was read, and their pieces of ``flat``."""
-        present = [p for p in parameters if p.grad is not None]
-        if self._before is not None and len(present) == len(self.parameters):
+        pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+        if self._before is not None and len(pairs) == len(self.parameters):
             return float(torch.dot(self._before, self.flat))
-        grads = [whole(p.grad).reshape(-1).to(self.flat.dtype) for p in present]  # type: ignore[arg-type]
+        present = [p for p, _ in pairs]
+        grads = [g.reshape(-1).to(self.flat.dtype) for g in self._wholes([g for _, g in pairs])]
         products = [torch.dot(x, self._places[p].reshape(-1)) for p, x in zip(present, grads)]
         return float(torch.stack(products).sum()) if products else 0.0
 
@@ -59,13 +66,12 @@ class Gradients:
         """The pieces of a vector ``[d]``, in the shapes of the parameters."""
         return {p: x.view(p.shape) for p, x in zip(self.parameters, flat.split([p.numel() for p in self.parameters]))}
 
+    def _wholes(self, grads: list[Tensor]) -> list[Tensor]:
+        return [whole(g) for g in grads] if self._in_parts else grads
+
     def _present(self) -> tuple[list[Tensor], list[Tensor]]:
         for p in self.parameters:
             if p.grad is not None and p.grad.is_sparse:  # of an embedding: preconditioned it is dense
                 p.grad = p.grad.to_dense()
         pairs = [(x, p.grad) for x, p in zip(self._pieces, self.parameters) if p.grad is not None]
         return [x for x, _ in pairs], [g for _, g in pairs]
-
-
-def _alike(x: Tensor, y: Tensor) -> bool:
-    return not in_parts(y) and x.dtype == y.dtype

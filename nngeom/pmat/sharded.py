@@ -217,7 +217,7 @@ class PMatSharded(ParameterOperator):
 
     def __reduce__(self) -> Any:
         raise UnsupportedError(
-            "a sharded matrix belongs to its processes and is not pickled; gather() it first, or save M.parts of each"
+            "a sharded matrix belongs to its processes and is not pickled; gather() it first, or nngeom.save(M, folder)"
         )
 
     def __repr__(self) -> str:

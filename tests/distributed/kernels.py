@@ -111,9 +111,6 @@ def kernels_refused(here: Here) -> None:
     error = (nng.UnsupportedError, nng.PeerError)
     with pytest.raises(error, match="cannot be sent"):
         measure(unsent, function=lambda x, y, z: case.model(x))
-    for options in ({"differentiable": True}, {"estimator": "rademacher"}, {"by_position": True}):
-        with pytest.raises(nng.UnsupportedError, match="not offered with process_group"):
-            measure(**options)
     compare(here, "mlp", "dense")
 
 

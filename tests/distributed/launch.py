@@ -1,15 +1,18 @@
 """Checks run by several processes: started once for many checks, each of which is reported by itself.
 
-``python launch.py THEME RANK SIZE FOLDER`` is one process: it runs the checks of a theme (a module beside this one, its
-functions marked by :func:`check`) in order and writes what they said to ``FOLDER``.
+A server, ``python launch.py``, imports what is needed once; for every launch it forks processes, which run the checks
+of a theme (a module beside this one, its functions marked by :func:`check`) in order and write what they said to a
+folder.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 HERE = Path(__file__).parent
-LIMIT = 150  # seconds a launch of two processes; more of them on a few cores take as much longer
+LIMIT = 250  # seconds a launch of two processes; more of them on a few cores take as much longer
 PATIENCE = 20  # seconds a collective of two
 
 
@@ -95,8 +98,6 @@ def store_of(rank: int, size: int, folder: Path) -> Any:
 
 def run(theme: str, rank: int, size: int, folder: Path) -> None:
     """All checks of a theme, as one of its processes."""
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
-    torch.set_num_threads(1)
     listed = importlib.import_module(theme)
     checks: dict[str, Check] = listed.CHECKS
     patience = timedelta(seconds=getattr(listed, "PATIENCE", scaled(PATIENCE, size)))
@@ -136,30 +137,84 @@ class Said:
 
 def launch(theme: str, size: int, folder: Path, limit: float | None = None) -> Said:
     """Start the processes of a theme, wait for them, and end those that are left."""
-    paths = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    logs = [open(folder / f"log-{rank}", "w") for rank in range(size)]
-    command = [sys.executable, __file__, theme]
-    started = [
-        subprocess.Popen([*command, str(rank), str(size), str(folder)], env=env, stdout=log, stderr=subprocess.STDOUT)
-        for rank, log in enumerate(logs)
-    ]
-    end = time.monotonic() + (scaled(LIMIT, size) if limit is None else limit)
-    try:
-        for process in started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.1, end - time.monotonic()))
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        for log in logs:
-            log.close()
+    SERVER.launch(theme, size, folder, scaled(LIMIT, size) if limit is None else limit)
     files = [folder / f"said-{rank}.json" for rank in range(size)]
     answers = [json.loads(f.read_text()) if f.exists() else {} for f in files]
     return Said(answers, "\n".join((folder / f"log-{rank}").read_text() for rank in range(size)))
 
 
+class Server:
+    """The process that forks others, begun when first needed."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def launch(self, theme: str, size: int, folder: Path, limit: float) -> None:
+        """Fork so many processes, and wait until they have ended."""
+        process = self.process = self.process or self._begin()
+        assert process.stdin is not None and process.stdout is not None
+        asked = {"theme": theme, "size": size, "folder": str(folder), "limit": limit, "environment": dict(os.environ)}
+        print(json.dumps(asked), file=process.stdin, flush=True)
+        if not process.stdout.readline():
+            self.process = None
+            raise RuntimeError(f"the process that forks others ended, {process.wait()}")
+
+    def _begin(self) -> subprocess.Popen[str]:
+        paths = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        command = [sys.executable, __file__]
+        process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        atexit.register(process.communicate)
+        return process
+
+
+SERVER = Server()
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Fork the processes of launches as they are asked for, one launch after the other."""
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        forked(**json.loads(line))
+        print("ended", flush=True)
+
+
+def forked(theme: str, size: int, folder: str, limit: float, environment: dict[str, str]) -> None:
+    """The processes of a launch, from their start to their end."""
+    with contextlib.suppress(Exception):  # which each of them says
+        importlib.import_module(theme)
+    left = [begun(theme, rank, size, Path(folder), environment) for rank in range(size)]
+    end = time.monotonic() + limit
+    while left and time.monotonic() < end:
+        left = [process for process in left if not os.waitpid(process, os.WNOHANG)[0]]
+        time.sleep(0.02)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+def begun(theme: str, rank: int, size: int, folder: Path, environment: dict[str, str]) -> int:
+    """One process, which prints to a file of the folder."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        os.dup2(os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.environ |= {name: x for name, x in environment.items() if name != "OMP_NUM_THREADS"}
+        run(theme, rank, size, folder)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 if __name__ == "__main__":
-    run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    serve()

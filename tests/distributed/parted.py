@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import cuts
@@ -193,6 +194,93 @@ def each_keeps_its_own(here: Here) -> None:
     assert (found is None) == (here.rank != here.size - 1)
     if found is not None:
         close(found.to_dense(), whole.to_dense())
+
+
+def folder_of(here: Here, kind: str, name: str) -> None:
+    """Saved by all; read by one, by all, by each alone: the whole matrix to the bit."""
+    _, parted = pair(KINDS[kind], name, here.group)
+    path, whole = here.folder / f"{kind} {name}", parted.gather()
+    nng.save(parted, path)
+    v = nng.PVector.randn(whole.layer_collection, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    read = nng.load(path)
+    assert torch.equal(read.in_memory().to_dense(), whole.to_dense()) and read.examples == whole.examples
+    close(read.solve(v, 10.0).flat(), whole.solve(v, 10.0).flat())
+    again = nng.load(path, process_group=here.group)
+    assert again.owners == parted.owners and torch.equal(again.gather().to_dense(), whole.to_dense())
+    close(again.solve(v, 10.0).flat(), whole.solve(v, 10.0).flat())
+    alone = dist.new_group([here.rank], use_local_synchronization=True)
+    one = nng.load(path, process_group=alone)
+    assert isinstance(one, nng.PMatSharded) and torch.equal(one.gather().to_dense(), whole.to_dense())
+    nng.save(again.inverse(10.0), path, process_group=here.group)  # in the place of the older one
+    close(nng.load(path).mv(v).flat(), whole.solve(v, 10.0).flat())
+    dist.barrier()
+    assert len(os.listdir(path)) == len(whole.layer_collection.by_layer()) + 1
+
+
+for kind, name in (("kfac", "mlp"), ("ekfac", "transformer"), ("layers", "tied"), ("quasi-diagonal", "gru")):
+    CHECKS[f"folder, {kind}, {name}"] = lambda here, k=kind, n=name: folder_of(here, k, n)
+
+
+@check(CHECKS)
+def folders_at_another_size(here: Here) -> None:
+    """Saved by one of the processes, read by all."""
+    if here.rank == 0:
+        _, alone = pair(nng.PMatKFAC, "transformer")
+        nng.save(alone, here.folder / "few")
+    case = build("transformer", sizes=cuts.SIZES)
+    whole = nng.FIM(case.model, case.loader, nng.PMatKFAC)
+    dist.barrier()
+    many = nng.load(here.folder / "few", process_group=here.group)
+    close(many.gather().to_dense(), whole.to_dense())
+    kept = torch.tensor([many.nbytes()])
+    dist.all_reduce(kept)
+    assert int(kept) == whole.nbytes() > many.nbytes()
+    assert sorted(name for names in many.owners for name in names) == sorted(whole.layer_collection.names)
+
+
+@check(CHECKS)
+def folders_that_are_bad(here: Here) -> None:
+    _, parted = pair(nng.PMatKFAC, "mlp", here.group)
+    path, read = here.folder / "bad", lambda: nng.load(path, process_group=here.group)
+    errors = (nng.FileError, nng.PeerError)
+    nng.save(parted, path)
+    alone = dist.new_group([here.rank], use_local_synchronization=True)
+    with pytest.raises(nng.ArgumentError, match="the matrix is sharded over other processes"):
+        nng.save(parted, path, process_group=alone)
+    text = (path / "index.json").read_text()
+    for odd, said in (
+        (text.replace('"examples": ', '"examples": 1'), "has not the checksum"),
+        (text[:-3], "is damaged, or no index"),
+    ):
+        dist.barrier()
+        if here.rank == 0:
+            (path / "index.json").write_text(odd)
+        dist.barrier()
+        with pytest.raises(errors, match=said):
+            read()
+    dist.barrier()
+    if here.rank == 0:
+        (path / "index.json").write_text(text)
+        name = next(name for name in os.listdir(path) if name.startswith("part-00000"))
+        os.rename(path / name, path / "away")
+    dist.barrier()
+    with pytest.raises(errors, match=r"lacks 1 of \d parts; save it again"):
+        read()
+    with pytest.raises(errors, match="does not see the folder"):
+        nng.save(parted, here.folder / f"seen by {here.rank}")
+    kernel = here.folder / "kernel of another"
+    case = build("mlp", sizes=cuts.SIZES)
+    own = cuts.mine(case.loader, here.rank, here.size)
+    nng.save(nng.GramMatrix(case.model, own, process_group=here.group, sharded=True), kernel)
+    with pytest.raises(errors, match="expected a folder that"):
+        nng.save(parted, kernel)
+    if here.rank == 0:
+        nng.to_folder(here.folder / "measured", nng.FIM, case.model, case.loader)
+    dist.barrier()
+    with pytest.raises(errors, match="to_folder measured"):
+        nng.save(parted, here.folder / "measured")
+    nng.save(parted, path)
+    close(read().trace(), parted.trace())
 
 
 @check(CHECKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import cuts
 import numpy as np
@@ -103,9 +104,79 @@ def influence_refused(here: Here) -> None:
     for train, asked in (([], mine), (own, [])):
         with pytest.raises(nng.LoaderError, match="no example"):
             measure(train, asked, fisher, damping=0.1)
-    with pytest.raises(nng.UnsupportedError, match="holds its entries"):
-        measure(own, mine, nng.FIM(case.model, case.loader, nng.PMatImplicit), damping=0.1)
     compare(here, "")
+
+
+def by_products(here: Here, matrix, tolerance: float, **options) -> nng.Influence:
+    """Under a matrix known by its products, against the dense one of one process."""
+    case = cuts.data("mlp")
+    own, (every, mine) = cuts.mine(case.loader, here.rank, here.size), queries(here)
+    dense = nng.FIM(case.model, case.loader, nng.PMatDense)
+    options = {"loss": "cross_entropy", "damping": 0.1, **options}
+    one = nng.influence(case.model, case.loader, every, dense, **options)
+    many = nng.influence(case.model, own, mine, matrix, **options, process_group=here.group)
+    assert many.self_scores is None
+    for field in ("scores", "values"):
+        x, y = getattr(many, field), getattr(one, field)
+        assert (x is None) == (y is None)
+        if x is not None:
+            cuts.close(x, y, tolerance)
+            here.same(x)
+    if many.indices is not None:
+        assert torch.equal(many.indices, one.indices)
+    for layer, scores in many.by_layer.items():
+        cuts.close(scores, one.by_layer[layer], tolerance)
+    return many
+
+
+@check(CHECKS)
+def influence_by_products(here: Here) -> None:
+    """Solved together by conjugate gradients; alone, each with all data; of parts; of sums."""
+    case = cuts.data("mlp")
+    own = cuts.mine(case.loader, here.rank, here.size)
+    together = nng.FIM(case.model, own, nng.PMatImplicit, process_group=here.group)
+    for options in ({}, {"top": 3}, {"top": 99}, {"by_layer": True}, {"query_function": lambda f, y: f[:, 0]}):
+        by_products(here, together, 1e-5, **options)
+    few = 2 * 3 * 8 * sum(p.numel() for p in case.model.parameters())  # three queries a load
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nng.MemoryWarning)
+        by_products(here, together, 1e-5, memory_budget=few + here.rank)
+    by_products(here, nng.FIM(case.model, case.loader, nng.PMatImplicit), 1e-5)
+    every, mine = queries(here)
+    parted = nng.FIM(case.model, own, nng.PMatSharded.of(nng.PMatBlockDiag), process_group=here.group)
+    whole = nng.FIM(case.model, case.loader, nng.PMatBlockDiag)
+    options = {"loss": "cross_entropy", "damping": 0.1}
+    one = nng.influence(case.model, case.loader, every, whole, **options)
+    many = nng.influence(case.model, own, mine, parted, **options, process_group=here.group)
+    cuts.close(many.scores, one.scores, 1e-9)
+
+
+@check(CHECKS)
+def influence_by_products_refused(here: Here) -> None:
+    case = cuts.data("mlp")
+    own, (_, mine) = cuts.mine(case.loader, here.rank, here.size), queries(here)
+    together = nng.FIM(case.model, own, nng.PMatImplicit, process_group=here.group)
+    options = {"loss": "cross_entropy", "damping": 0.1, "process_group": here.group}
+    measure = lambda train, asked, matrix=together, **o: nng.influence(case.model, train, asked, matrix, **options, **o)
+    with pytest.raises(nng.ArgumentError, match="holds nothing"):
+        measure(own, mine, out=here.folder / "implicit.npy")
+    for train, asked in (([], mine), (own, [])):
+        with pytest.raises(nng.LoaderError, match="no example"):
+            measure(train, asked)
+    alone = nng.FIM(case.model, case.loader, nng.PMatImplicit)
+    with pytest.raises((nng.RankMismatchError, nng.PeerError), match="other products than that of rank 0"):
+        measure(own, mine, alone if here.rank != 1 else 2.0 * alone)
+    bad = [(torch.full_like(x, torch.nan), y) for x, y in mine] if here.rank == 1 else mine
+    with pytest.raises((nng.NonFiniteError, nng.PeerError), match="contain NaN or infinity"):
+        measure(own, bad)
+    with pytest.raises(nng.SingularError):
+        measure(own, mine, -1.0 * together)
+    if here.size > 2:
+        pair = dist.new_group([0, 1])
+        odd = nng.FIM(case.model, own, nng.PMatImplicit, process_group=pair) if here.rank < 2 else alone
+        with pytest.raises((nng.ArgumentError, nng.PeerError), match="whose products these make together"):
+            measure(own, mine, odd)
+    by_products(here, together, 1e-5)
 
 
 @check(CHECKS)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import faults
 import gone
+import graphs
 import in_files
 import kernels
 import killed
@@ -19,7 +20,6 @@ import owned
 import parted
 import products
 import quantities
-import some
 import training
 from launch import launch
 
@@ -44,16 +44,11 @@ def asked(*themes, sizes, slow):
     return lambda f: pytest.mark.parametrize("size", marked)(pytest.mark.parametrize("theme, name", listed)(f))
 
 
-THEMES = (moments, products, quantities, kernels, in_files, faults, training, owned, parted)
+THEMES = (moments, products, quantities, kernels, graphs, in_files, faults, training, owned, parted)
 
 
-@asked(*THEMES, sizes=(2,), slow=(3, 4))
+@asked(*THEMES, sizes=(2, 3), slow=(4,))
 def test_over_processes(said, theme, name, size):
-    said(theme, size).require(name)
-
-
-@asked(some, sizes=(3,), slow=())
-def test_over_three_processes(said, theme, name, size):
     said(theme, size).require(name)
 
 
