@@ -50,6 +50,7 @@ class InTurn:
 
     def __init__(self, places: list[StandIn], team: Team) -> None:
         self.places, self.team = places, team
+        self.room = memory.budget() // SHARE  # backward passes may run in threads that know no budget
         self.numbers = {id(place.parameter): j for j, place in enumerate(places)}
         self.whole: dict[int, Tensor] = {}
         self.running = threading.local()  # whether a pass of the model is watched, in this thread
@@ -92,7 +93,7 @@ class InTurn:
         left = [j for j in self.whole if j not in self._wanted]
         nbytes += sum(self.places[j].nbytes for j in self.whole)
         for j in left:
-            if nbytes <= memory.budget() // SHARE:
+            if nbytes <= self.room:
                 break
             nbytes -= self.places[j].nbytes
             self.part(j)
