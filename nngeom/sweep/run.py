@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nngeom.capture.batch import tensors
+from nngeom.capture.current import require_current
 from nngeom.capture.gathered import gathered, sharded_modules
 from nngeom.capture.network import Batch, Network, as_batches, leading_size, targets
 from nngeom.core import memory
@@ -118,8 +119,13 @@ class Run:
 
     @contextlib.contextmanager
     def within(self) -> Iterator[int]:
-        """Work under this run's memory budget, on whole parameters."""
-        with memory.limit(self.memory_budget) as budget, gathered(self.network.model):
+        """Work under this run's memory budget, on whole parameters; raises :class:`CollectionError` where the model has
+        other ones by now.
+        """
+        model = self.network.model
+        with memory.limit(self.memory_budget) as budget, gathered(model):
+            if not sharded_modules(model):
+                require_current(model, self.network.parameters)
             yield budget
 
     def batches(self) -> Iterator[Batch]:
