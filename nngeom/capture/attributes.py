@@ -1,7 +1,7 @@
 """Plain attributes of modules, put back after every pass: what a model carries on from one call to the next.
 
-A hidden state, a counter, a weight that is computed once and kept: with these put back every pass starts from the same
-model. Whether the next call would have depended on them is asked once, by one that finds them as the last left them.
+A hidden state, a weight that is computed once and kept: with these put back every pass starts from the same model.
+Whether the next call would have depended on them is asked once, by one that finds them as the last left them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Values = dict[str, Any]
 class Attributes:
     """What the ``modules`` hold beside parameters, buffers and modules, around the passes of a model.
 
-    ``left``: what the last pass left, by the number of the module; ``idle``: that the next call does not depend on such
-    things was seen.
+    ``left``: what the last pass found and left, by the number of the module; ``idle``: that the next call does not
+    depend on such things was seen.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._places: list[Values] = [m.__dict__ for m in modules]
-        self.left: dict[int, Values] = {}
+        self.left: dict[int, tuple[Values, Values]] = {}
         self.idle = False
 
     def hold(self) -> list[Values]:
@@ -35,37 +35,38 @@ class Attributes:
         return [place.copy() for place in self._places]
 
     def put_back(self, held: list[Values]) -> None:
-        """Make all values those ``held`` before, and keep what they had become."""
-        changed = [
-            j
+        """Make all values those ``held`` before, but for numbers, as who counts calls wants to see them counted."""
+        self.left = {
+            j: (before, now.copy())
             for j, (now, before) in enumerate(zip(self._places, held))
             if len(now) != len(before) or not all(map(is_, now.values(), before.values()))
-        ]
-        self.left = {j: self._places[j].copy() for j in changed}
-        for j in changed:
-            _write(self._places[j], held[j])
+        }
+        for j, (before, after) in self.left.items():
+            _write(self._places[j], {**before, **{key: x for key, x in after.items() if type(x) in (int, float)}})
 
     def require_idle(self, run: Callable[[], Tensor], outputs: Tensor, name: Callable[[int, str], str]) -> None:
         """Raise :class:`ModeError` where ``run``, from what the last pass left, gives other ``outputs``.
 
         ``name``: of an attribute, from the number of its module and its key.
         """
-        left, held = self.left, self.hold()
-        if self.idle or not left:
+        if self.idle or not self.left:
             return
+        left, now = self.left, self.hold()
         try:
-            for j, values in left.items():
-                _write(self._places[j], values)
+            for j, (_, after) in left.items():
+                _write(self._places[j], after)
             again = run().detach()
         finally:
             for j in left:
-                _write(self._places[j], held[j])
+                _write(self._places[j], now[j])
         if not _same(again, outputs):
-            names = [name(j, key) for j, now in left.items() for key in _changed(now, held[j])]
+            for j, (before, _) in left.items():
+                _write(self._places[j], before)
+            names = [name(j, key) for j, (before, after) in left.items() for key in _changed(after, before)]
             raise ModeError(
-                f"the forward pass leaves the attributes {names[:4]} behind, and the next one depends on them (a hidden "
-                "state that is carried on, a counter, a memory), so that it is of another model: set them anew in every "
-                "call, or pass function= that does. They were put back"
+                f"the forward pass leaves the attributes {names[:4]} behind, and the next one depends on them (a "
+                "hidden state that is carried on, a counter, a memory), so that it is of another model: set them anew "
+                "in every call, or pass function= that does. They were put back"
             )
         self.idle = True
 

@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nngeom.capture.arguments import tensors
+from nngeom.layers.writing import WRITERS
 
-_RENORMALISING = {F.embedding: 3, F.embedding_bag: 3}  # where max_norm stands among their arguments
 _DATA = "data"
 
 
 @functools.cache
 def may_write(func: Any) -> bool:
     """Whether a call may write into its first argument, or gives a tensor away that can be written unseen."""
-    if func in _RENORMALISING:
+    if func in WRITERS:
         return True
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__"):
@@ -50,13 +49,8 @@ class Overwritten:
 
     def keep(self, func: Any, args: Any, kwargs: Any) -> None:
         """Copies of parameters that the call ``func(*args, **kwargs)`` may write."""
-        at = _RENORMALISING.get(func)
-        if at is None:
-            written = tensors(args[:1], {"out": kwargs.get("out")})
-        elif kwargs.get("max_norm", args[at] if len(args) > at else None) is not None:
-            written = tensors(args[:2], kwargs)
-        else:
-            return
+        writer = WRITERS.get(func)
+        written = tensors(args[:1] if writer is None else (writer(*args, **kwargs),), {"out": kwargs.get("out")})
         for x in written:
             for name in self._storages.get(_address(x), ()):
                 p = self._every[name]

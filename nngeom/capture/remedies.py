@@ -87,9 +87,9 @@ def gradients(outputs: Any, inputs: Any, v: Any, **options: Any) -> tuple[Tensor
         if "backward through the graph a second time" in text:
             raise UnsupportedError(
                 "a part of the model's graph is kept from one call to the next (a weight computed once and cached: "
-                "torch.nn.utils.parametrize.cached(), functools.lru_cache, a tensor held outside) and was used up by an "
-                "earlier pass; expected everything that has a gradient to be computed in every call: measure outside of "
-                "the cache"
+                "torch.nn.utils.parametrize.cached(), functools.lru_cache, a tensor held outside) and was used up by "
+                "an earlier pass; expected everything that has a gradient to be computed in every call: measure "
+                "outside of the cache"
             ) from error
         if type(error).__name__ == "CheckpointError":
             raise UnsupportedError(CHECKPOINTED) from error

@@ -44,7 +44,7 @@ class Watch:
         self.device = device
         self.harmless = False  # numbers that are drawn were seen to be unused
         self.overwritten = Overwritten(parameters)
-        self._model, self._modules = model, modules
+        self._model, self._holders = model, modules
         self._attributes, self._own = Attributes(modules), OwnGenerators(modules)
         self._places = [(m, key) for m in modules for key in (*_names(m), *_plain(m))]
         self._held: list[tuple[Tensor | None, int, Tensor | None]] = [(None, -1, None)] * len(self._places)
@@ -76,16 +76,16 @@ class Watch:
             return
         if written:
             raise ModeError(
-                f"the forward pass changes the parameters {written[:4]} of the model in place (weights that are clipped, "
-                "normalised or averaged there, a table with max_norm), so that it is of another model the next time: do "
-                "it before measuring, or as a parametrization (torch.nn.utils.parametrize). They were put back"
+                f"the forward pass changes the parameters {written[:4]} of the model in place (weights that are "
+                "clipped, normalised or averaged there, a table with max_norm), so that it is of another model the "
+                "next time: do it before measuring, or as a parametrization (torch.nn.utils.parametrize). They were put back"
             )
         if other:
             raise ModeError(f"the model draws random numbers of {other} in its forward pass, {_HINT}")
         if changed:
             raise ModeError(
-                f"the forward pass changes the buffers or tensors {changed[:4]} of the model, so that it is another one the "
-                "next time (a "
+                f"the forward pass changes the buffers or tensors {changed[:4]} of the model, so that it is another "
+                "one the next time (a "
                 "counter, a moving average, spectral normalisation in training mode?); call model.eval(), or "
                 "keep them fixed "
                 "while it is measured (of a table made on the first call: call the model once before). They were "
@@ -108,10 +108,10 @@ class Watch:
             raise Drew(f"the model draws random numbers in its forward pass, {_HINT}")
 
     def require_idle(self, run: Callable[[], Tensor], outputs: Tensor) -> None:
-        """Raise :class:`ModeError` where ``run`` gives other ``outputs`` when it finds the attributes that the last pass
-        left.
+        """Raise :class:`ModeError` where ``run`` gives other ``outputs`` when it finds the attributes that the last
+        pass left.
         """
-        self._attributes.require_idle(run, outputs, lambda j, key: self._name(self._modules[j], key))
+        self._attributes.require_idle(run, outputs, lambda j, key: self._name(self._holders[j], key))
 
     def _generators(self) -> list[torch.Generator]:
         found = [torch.default_generator]

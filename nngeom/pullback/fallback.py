@@ -26,10 +26,9 @@ from nngeom.core.linalg import accumulation_dtype, flat_rows
 from nngeom.pullback.backward import dense, pull_back
 from nngeom.pullback.separate import ADDED_UP, MIXES, require_separate, same_outputs
 
-
 HOOKED = (
-    "functions that are registered on gradients (register_hook) change them in a way that is not linear in each example "
-    "by itself (clipping, normalising, a batch mean), so that there is no Jacobian; remove them to measure"
+    "functions that are registered on gradients (register_hook) change them in a way that is not linear in each "
+    "example by itself (clipping, normalising, a batch mean), so that there is no Jacobian; remove them to measure"
 )
 
 

@@ -37,8 +37,8 @@ def require_separate(network: Network, batch: Batch, outputs: Tensor, parts: Seq
     in it.
 
     Other outputs alone are no proof: a table with as many rows as the batch has examples was cut too. Where the inputs
-    are real numbers, gradients of outputs in the inputs of other examples are. Of a model that does not run on a half is
-    asked only that it gives the same on the whole again.
+    are real numbers, gradients of outputs in the inputs of other examples are. Of a model that does not run on a half
+    is asked only that it gives the same on the whole again.
     """
     outputs, n = outputs.detach(), outputs.shape[0]
     for lo, hi in parts or ([(0, n)] if n == 1 else [(0, n // 2), (n // 2, n)]):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from nngeom.capture.batch import tensors
 from nngeom.capture.current import require_current
 from nngeom.capture.gathered import gathered, sharded_modules
-from nngeom.capture.network import Batch, Network, as_batches, leading_size, targets
+from nngeom.capture.network import RUNNING, Batch, Network, as_batches, leading_size, targets
 from nngeom.core import memory
 from nngeom.core.errors import UnsupportedError
 from nngeom.ranks.data import warn_of_repeats
@@ -125,7 +125,8 @@ class Run:
         model = self.network.model
         with memory.limit(self.memory_budget) as budget, gathered(model):
             if not sharded_modules(model):
-                require_current(model, self.network.parameters)
+                with RUNNING:
+                    require_current(model, self.network.parameters)
             yield budget
 
     def batches(self) -> Iterator[Batch]:

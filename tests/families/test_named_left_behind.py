@@ -229,7 +229,7 @@ def test_writing_what_is_there_is_no_change():
 def test_a_table_that_is_renormalised_by_a_pass():
     model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.5, dtype=f64), nn.Flatten(), nn.Linear(8, 3, dtype=f64))
     x, before = torch.arange(6).view(3, 2), model[0].weight.detach().clone()
-    with pytest.raises(nng.ModeError, match="0.weight"):
+    with pytest.raises(nng.ModeError, match="weight"):
         nng.FIM(model, [x], nng.PMatDense)
     assert torch.equal(model[0].weight, before)
     model(x)
