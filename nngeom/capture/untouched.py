@@ -44,9 +44,10 @@ class Watch:
         self.device = device
         self.harmless = False  # numbers that are drawn were seen to be unused
         self.overwritten = Overwritten(parameters)
-        self._model, self._holders = model, modules
-        self._attributes, self._own = Attributes(modules), OwnGenerators(modules)
-        self._places = [(m, key) for m in modules for key in (*_names(m), *_plain(m))]
+        self._model, self._attributes = model, Attributes(modules)
+        self._own = OwnGenerators(self._attributes.modules)
+        self._places = [(m, key) for m in modules for key in _names(m)]
+        self._places += [(m, key) for m in self._attributes.modules for key in _plain(m)]
         self._held: list[tuple[Tensor | None, int, Tensor | None]] = [(None, -1, None)] * len(self._places)
         self._looked = (
             False  # whether values of buffers were compared, not versions only, and states of other libraries
@@ -78,7 +79,8 @@ class Watch:
             raise ModeError(
                 f"the forward pass changes the parameters {written[:4]} of the model in place (weights that are "
                 "clipped, normalised or averaged there, a table with max_norm), so that it is of another model the "
-                "next time: do it before measuring, or as a parametrization (torch.nn.utils.parametrize). They were put back"
+                "next time: do it before measuring, or as a parametrization (torch.nn.utils.parametrize). They were "
+                "put back"
             )
         if other:
             raise ModeError(f"the model draws random numbers of {other} in its forward pass, {_HINT}")
@@ -111,7 +113,7 @@ class Watch:
         """Raise :class:`ModeError` where ``run`` gives other ``outputs`` when it finds the attributes that the last
         pass left.
         """
-        self._attributes.require_idle(run, outputs, lambda j, key: self._name(self._holders[j], key))
+        self._attributes.require_idle(run, outputs, self._name)
 
     def _generators(self) -> list[torch.Generator]:
         found = [torch.default_generator]
