@@ -13,7 +13,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # other libraries, which pages and tests run beside this one
 PEERS := laplace-torch asdfghjkl==0.1a4 backpack-for-pytorch curvlinops-for-pytorch nngeometry kronfluence
 
-.PHONY: setup demo test test-slow check docs bench bench-large gpu reproduce reproduce-quick clean
+# a Python and a torch each, for `make test-versions`
+PAIRS ?= python3.10:2.6.0 python3.11:2.13.0 python3.12:2.14.1 python3.13:2.14.1
+
+.PHONY: setup demo test test-slow test-versions check docs bench bench-large gpu reproduce reproduce-quick clean
 
 setup: $(STAMP)
 
@@ -32,6 +35,13 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -o timeout=7200
+
+# every pair in an environment of its own (some GB each); all are run, and those that failed are named at the end
+test-versions:
+	@failed=; for pair in $(PAIRS); do python=$${pair%%:*}; \
+	$$python -c '' 2> /dev/null || { echo "$$pair left out: $$python is not installed"; continue; }; \
+	$(MAKE) test PYTHON=$$python TORCH=$${pair##*:} || failed="$$failed $$pair"; done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 check: setup
 	$(BIN)/ruff check .

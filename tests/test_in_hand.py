@@ -3,8 +3,11 @@
 import io
 import json
 import re
+import subprocess
+import sys
 import types
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ from torch import nn
 import nngeom as nng
 from nngeom import track
 from nngeom.core.optional import optional
+
+ROOT = Path(__file__).parent.parent
 
 
 def held(name: str) -> dict[str, object]:
@@ -231,6 +236,23 @@ def test_progress_fits_the_terminal():
     from nngeom.sweep import run
 
     assert run.tqdm is tqdm.auto.tqdm
+
+
+def test_a_notebook_without_widgets_is_told_of_nothing():
+    """In a process of its own, which looks to tqdm like such a notebook."""
+    code = (
+        "import sys, types\n"
+        "shell = types.SimpleNamespace(config={'IPKernelApp': 1})\n"
+        "sys.modules['IPython'] = types.SimpleNamespace(get_ipython=lambda: shell, display=None)\n"
+        "sys.modules |= {'ipywidgets': None, 'ipykernel.zmqshell': sys}\n"
+        "import nngeom.core.bars"
+    )
+    said = []
+    for imported in (code, code.replace("nngeom.core.bars", "tqdm.auto")):
+        command = [sys.executable, "-W", "default", "-c", imported]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        said.append("IProgress" in done.stderr)
+    assert said == [False, True]
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

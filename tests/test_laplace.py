@@ -310,6 +310,11 @@ def test_drawn_targets(likelihood):
     assert (draws[0] - draws[1]).norm() > 1e-3 * draws[0].norm()
     assert one.kron(x, y, N=7, mc_samples=50)[1].to_matrix().isfinite().all()
     torch.manual_seed(3)
+    for method, shape in ((one.full, expected.shape), (one.diag, (len(expected),))):
+        many = method(x, y, N=7, mc_samples=1000)[1]
+        exact = expected if many.ndim == 2 else expected.diag()
+        assert many.shape == shape and (many - exact).norm() < 0.2 * exact.norm() < (method(x, y)[1] - exact).norm()
+    torch.manual_seed(3)
     again = one.diag(x, y)[1]
     torch.manual_seed(3)
     torch.testing.assert_close(one.diag(x, y)[1], again, rtol=0, atol=0)
@@ -343,11 +348,16 @@ def test_refusals():
     backend = NNGeomGGN(model, "classification")
     with pytest.raises(nng.ArgumentError, match="no options"):
         backend.kron(x, y, N=7, kfac_aprox="reduce")
+    for method in (backend.full, backend.diag):
+        with pytest.raises(nng.ArgumentError, match=f"{method.__name__} has no options.*expected mc_samples"):
+            method(x, y, N=7, samples=5)
     with pytest.raises(nng.ArgumentError, match="chosen for 2 examples"):
         backend.selected_output_jacobians(x, torch.zeros(2).long())
     backend.subnetwork_indices = torch.tensor([1])
     with pytest.raises(nng.ArgumentError, match="subnetwork"):
         backend.kron(x, y, N=7)
+    with pytest.raises(nng.ArgumentError, match="num_samples"):
+        backend.full(x, y, mc_samples=2)
     backend.subnetwork_indices = None
     factors = backend.kron(x, y, N=7)[1]
     with pytest.raises(nng.ArgumentError, match="cannot be added"):

@@ -67,6 +67,15 @@ def test_versions_and_names_agree():
     assert min(pythons) == oldest and pythons == sorted(pythons)
 
 
+def test_outside_of_the_repository_no_link_leads_nowhere():
+    """What a package index shows says what the README says, and has links to whole addresses alone, or none."""
+    shown, readme = ((ROOT / name).read_text() for name in ("DESCRIPTION.md", "README.md"))
+    link = re.compile(r"\]\((?!https://)[^)]*\)")
+    assert link.search(readme) and not link.search(shown)
+    said, code = shown.split("\n\n")[1], re.search(r"```python.*?```", shown, re.S)[0]
+    assert said in readme and code in readme
+
+
 def test_dependencies_are_those_that_are_imported():
     """Every library that is imported when ``nngeom`` is imported is asked for, and no other."""
     tomllib = pytest.importorskip("tomllib")
@@ -154,6 +163,7 @@ def test_the_wheel_holds_the_library_alone(unpacked, wheel):
         told = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("METADATA"))
     library = {f for f in files(unpacked) if f.startswith("nngeom/")}
     assert names == library and {"nngeom/py.typed", "nngeom/page/assets/page.js"} <= names
+    assert (unpacked / "DESCRIPTION.md").read_text().strip() in told
     assert "Name: nngeom-torch" in told and "Requires-Python: >=3.10" in told and "License-Expression: MIT" in told
 
 

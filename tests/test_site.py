@@ -68,6 +68,7 @@ def test_every_page_is_in_the_navigation():
     index = (ROOT / "docs" / "index.md").read_text()
     named = set(re.findall(r"^[\w/]+$", index, re.M))
     pages = {str(p.relative_to(ROOT / "docs").with_suffix("")) for p in PAGES if p.parent != ROOT} - {"index"}
+    pages |= {f"notebooks/{p.stem}" for p in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
     pages = {p for p in pages if not p.startswith("coming_from/") or p.endswith("index")}
     assert named - pages <= {"how_to/index"}, "these are named and not there"
     assert "@more@" in index or pages <= named

@@ -1,6 +1,7 @@
 """Other versions of Python and torch: what they would trip over is looked for in the text, and run where it can be."""
 
 import ast
+import re
 import subprocess
 import sys
 import warnings
@@ -60,6 +61,20 @@ def test_other_versions_have_environments_of_their_own(given, venv, pinned):
     told = subprocess.run([*MAKE, "-B", *given], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"{venv}/bin/python -m pip" in told and ("-c constraints.txt" in told) == pinned
     assert all(x.partition("=")[2] in told for x in given)
+
+
+def test_all_versions_by_one_command():
+    """Oldest to newest, a pair of Python and torch each; all are tried, whatever becomes of the first."""
+    pytest.importorskip("shutil").which("make") or pytest.skip("make is not installed")
+    makefile, project = ((ROOT / name).read_text() for name in ("Makefile", "pyproject.toml"))
+    pairs = dict(re.findall(r"python(3\.\d+):([\d.]+)", makefile.partition("PAIRS ?=")[2].splitlines()[0]))
+    assert list(pairs) == re.findall(r"Python :: (3\.\d+)", project)
+    oldest = re.search(r'"torch>=([\d.]+)"', project)[1]
+    assert pairs["3.10"].startswith(oldest) and f"TORCH ?= {pairs['3.11']}" in makefile
+    command = ["make", "test-versions", "MAKE=./made", "PAIRS=python0.1:2.0 sh:2.6.0 bash:2.14.1"]
+    done = subprocess.run([*command, "-f", str(ROOT / "Makefile")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "python0.1:2.0 left out: python0.1 is not installed" in done.stdout
+    assert "failed: sh:2.6.0 bash:2.14.1" in done.stdout
 
 
 def test_torch_is_one_that_is_asked_for():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from nngeom.capture.in_turn import saves_for_us
 from nngeom.capture.written_out import COMPOSED, WRITTEN_OUT
 from nngeom.core.errors import UnsupportedError
 
@@ -50,7 +52,7 @@ def recomputed() -> bool:
         with torch.autograd.graph.disable_saved_tensors_hooks("nngeom asks whether there are any"):
             return False
     except RuntimeError:
-        return True
+        return not saves_for_us()
 
 
 def composed(func: Any) -> Any:
@@ -113,3 +115,9 @@ class DenseGradients(TorchFunctionMode):
             elif "sparse" in kwargs:
                 kwargs = {**kwargs, "sparse": False}
         return func(*args, **kwargs)
+
+
+def dense_gradients(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+    """Within: :class:`DenseGradients`, where one of the modules may be an embedding with sparse ones."""
+    sparse = any(m.__dict__.get("sparse") or hasattr(type(m), "sparse") for m in modules)
+    return DenseGradients() if sparse else contextlib.nullcontext()

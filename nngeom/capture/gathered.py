@@ -68,14 +68,25 @@ def _gathered(module: Any) -> Iterator[None]:
     with torch.inference_mode(mode=False):
         module.unshard()
     parted = before != list(map(id, module.parameters()))
+    try:
+        with as_whole(module):
+            yield
+    finally:
+        if parted:
+            module.reshard()
+
+
+@contextlib.contextmanager
+def as_whole(module: nn.Module) -> Iterator[None]:
+    """Within: a module is run as if it had never been given to ``fully_shard``, on parameters that who enters this
+    looks after.
+    """
     with _without_hooks(module):
         _WHOLE.add(module)
         try:
             yield
         finally:
             _WHOLE.discard(module)
-            if parted:
-                module.reshard()
 
 
 @contextlib.contextmanager

@@ -21,9 +21,10 @@ from nngeom.capture.batch import leading_size as leading_size
 from nngeom.capture.batch import move
 from nngeom.capture.batch import take as take
 from nngeom.capture.compiled import as_written
-from nngeom.capture.fused import DenseGradients
+from nngeom.capture.fused import dense_gradients
 from nngeom.capture.gathered import require_gathered, sharded_modules
 from nngeom.capture.in_step import in_step, require_same_batch
+from nngeom.capture.in_turn import used, value
 from nngeom.capture.measuring import measuring
 from nngeom.capture.outputs import called, checked
 from nngeom.capture.untouched import Watch
@@ -155,6 +156,10 @@ class Network:
         self._require_gathered()
         return outputs if self.distributed is None else in_step(outputs, self.distributed)
 
+    def value(self, parameter: Tensor) -> Tensor:
+        """The numbers of a ``parameter`` of the model, whole, to be read now."""
+        return value(self.model, parameter)
+
     def require_whole(self, what: str) -> None:
         """Raise :class:`UnsupportedError`, which calls it ``what``, where parameters are distributed tensors while the
         model runs.
@@ -176,8 +181,7 @@ class Network:
         return bool(sharded_modules(self.model))
 
     def _outputs(self, batch: Batch, mode: AbstractContextManager[Any]) -> Tensor:
-        sparse = any(_sparse(m) for m in self.modules)
-        with as_written(), measuring(), mode, DenseGradients() if sparse else contextlib.nullcontext():
+        with as_written(), measuring(), used(self.model), mode, dense_gradients(self.modules):
             try:
                 outputs = self.function(*_unpack(batch)) if self.function is not None else called(self.model, batch)
             except (RuntimeError, TypeError) as error:
@@ -186,11 +190,6 @@ class Network:
                     raise
                 raise remedy from error
         return checked(outputs, batch, "model" if self.function is None else "function")
-
-
-def _sparse(module: nn.Module) -> bool:
-    """Whether it may be an embedding with sparse gradients."""
-    return bool(module.__dict__.get("sparse")) or hasattr(type(module), "sparse")
 
 
 def _unpack(batch: Batch) -> tuple[Any, ...]:

@@ -79,8 +79,7 @@ class Watch:
             raise ModeError(
                 f"the forward pass changes the parameters {written[:4]} of the model in place (weights that are "
                 "clipped, normalised or averaged there, a table with max_norm), so that it is of another model the "
-                "next time: do it before measuring, or as a parametrization (torch.nn.utils.parametrize). They were "
-                "put back"
+                "next time: do it before, or as a parametrization (torch.nn.utils.parametrize). They were put back"
             )
         if other:
             raise ModeError(f"the model draws random numbers of {other} in its forward pass, {_HINT}")

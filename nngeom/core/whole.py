@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -49,3 +50,11 @@ def _on_mesh(x: Tensor, other: Any, kind: str, *options: str) -> Tensor:
     placements = [getattr(distributed, kind)(*options)] * other.device_mesh.ndim
     result: Tensor = distributed.DTensor.from_local(x, other.device_mesh, placements, run_check=False)
     return result
+
+
+def gathered_from(x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What all processes of its mesh hold of ``x`` put together, cast before it is sent; alone in its memory."""
+    part = x.detach().to_local().to(device, dtype)
+    options: dict[str, Any] = {"run_check": False, "shape": x.shape, "stride": x.stride()}
+    full: Tensor = type(x).from_local(part, x.device_mesh, x.placements, **options).full_tensor().detach().contiguous()
+    return full if full.untyped_storage().nbytes() == full.numel() * full.element_size() else full.clone()

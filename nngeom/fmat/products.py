@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from nngeom.core.bars import tqdm
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.paired import paired

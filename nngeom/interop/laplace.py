@@ -109,17 +109,22 @@ class NNGeomInterface(CurvatureInterface):
         return self._selected(rows) / self.factor, self.lossfunc(*self._flat(f, y)).detach()
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The loss and the matrix ``(d, d)``, summed over the examples ``x``, ``y``; ``kwargs`` are laplace's own
-        (``N``).
+        """The loss and the matrix ``(d, d)``, summed over the examples ``x``, ``y``.
+
+        ``kwargs``: ``mc_samples`` in place of ``num_samples``, and laplace's ``N``, which sums do not need. Raises
+        :class:`ArgumentError` for others, and for ``mc_samples`` of a subnetwork.
         """
+        samples = _samples("full", kwargs)
         if self.subnetwork_indices is not None:
+            if samples is not None:
+                raise ArgumentError("a subnetwork takes no mc_samples; set num_samples in backend_kwargs")
             return super().full(x, y)  # of the selected columns of the Jacobian
-        f, matrix = self._measured(x, y, PMatDense)
+        f, matrix = self._measured(x, y, PMatDense, samples)
         return self._batch_loss(f, y), self._sum_of(f) * matrix.to_dense()
 
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The loss and the diagonal ``(d,)``, summed over the examples ``x``, ``y``; ``kwargs`` as in :meth:`full`."""
-        f, matrix = self._measured(x, y, PMatDiag)
+        f, matrix = self._measured(x, y, PMatDiag, _samples("diag", kwargs))
         return self._batch_loss(f, y), self._selected(self._sum_of(f) * matrix.diag().flat())
 
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Factorization]:
@@ -132,9 +137,8 @@ class NNGeomInterface(CurvatureInterface):
         """
         if self.subnetwork_indices is not None:
             raise ArgumentError("a subnetwork has no Kronecker factors; expected hessian_structure 'full' or 'diag'")
-        sharing, samples = kwargs.pop("kfac_approx", self.sharing), kwargs.pop("mc_samples", None)
-        if kwargs:
-            raise ArgumentError(f"kron has no options {sorted(kwargs)}; expected kfac_approx or mc_samples")
+        sharing = kwargs.pop("kfac_approx", self.sharing)
+        samples = _samples("kron", kwargs, "kfac_approx or mc_samples")
         f, matrix = self._measured(x, y, self._kronecker(sharing), samples)
         if found := unpaired(matrix):
             require_room(self._collection, found, self.block_limit)
@@ -190,6 +194,13 @@ class NNGeomInterface(CurvatureInterface):
     @property
     def _loss(self) -> Any:
         return "mse" if self.likelihood == "regression" else nn.CrossEntropyLoss(reduction="sum")
+
+
+def _samples(method: str, kwargs: dict[str, Any], known: str = "mc_samples") -> int | None:
+    """How many targets are drawn an example, where that is said; nothing else is taken but the size of the data."""
+    if others := sorted(set(kwargs) - {"N", "mc_samples"}):
+        raise ArgumentError(f"{method} has no options {others}; expected {known}")
+    return kwargs.get("mc_samples")
 
 
 class _Admitted(type):

@@ -63,6 +63,7 @@ def GradientCovariance(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        sums=representation is not PMatImplicit,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
     if chosen is not None:

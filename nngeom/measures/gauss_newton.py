@@ -16,6 +16,7 @@ from nngeom.measures.centred import centred_moments
 from nngeom.measures.measured import measured
 from nngeom.measures.probed import probed
 from nngeom.pmat.estimate import MatrixEstimate
+from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import Representation
@@ -92,6 +93,7 @@ def GGN(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        sums=representation is not PMatImplicit,
     )
     if centered:
         return centred_moments(run, as_loss(loss, model), representation, options, estimator, index, asked=asked)

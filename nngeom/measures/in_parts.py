@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,8 +26,8 @@ def in_parts(sweep: Sweep, whole: Representation[PMat], measure: Callable[[Run],
     """
     sweep = sweep.held()
     run, collection = sweep.run, sweep.run.network.collection
-    sizes = _sizes(sweep, whole)
-    owners = assigned({layer: float(size) ** 1.5 for layer, size in sizes.items()}, run.team.size)
+    sizes = sizes_of(sweep, whole)
+    owners = owners_of(sizes, run.team.size)
     dtype = accumulation_dtype(run.network.dtype)
     layers, parts, examples = collection.by_layer(), list[PMat](), 0
     for group in grouped(sizes, run.memory_budget // (2 * dtype.itemsize)):
@@ -37,11 +37,19 @@ def in_parts(sweep: Sweep, whole: Representation[PMat], measure: Callable[[Run],
         own = {name for layer in group if owners[layer] == run.team.rank for name in layers[layer]}
         parts += [matrix[own.__contains__]] if own else []
         examples = matrix.examples
+    return of_parts(run, owners, parts, examples, matrix.dtype)
+
+
+def of_parts(
+    run: Run, owners: Mapping[str, int], parts: Sequence[PMat], examples: int, dtype: torch.dtype
+) -> PMatSharded:
+    """The matrix of a run, a mean over ``examples``, of which this process keeps the ``parts`` and each its own."""
+    collection = run.network.collection
     owned = [
         tuple(name for name, layer in zip(collection.names, collection.layers) if owners[layer] == rank)
         for rank in range(run.team.size)
     ]
-    like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
+    like = torch.empty(0, dtype=dtype, device=run.network.device)
     return PMatSharded(collection, tuple(parts), tuple(owned), examples, run.team, like)
 
 
@@ -58,7 +66,12 @@ def grouped(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return groups
 
 
-def _sizes(sweep: Sweep, whole: Representation[PMat]) -> dict[str, int]:
+def owners_of(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Which process keeps the blocks of which layer."""
+    return assigned({layer: float(size) ** 1.5 for layer, size in sizes.items()}, ranks)
+
+
+def sizes_of(sweep: Sweep, whole: Representation[PMat]) -> dict[str, int]:
     """How many numbers are held for every layer while it is measured, read off the first rows, the same on all
     processes.
     """

@@ -9,6 +9,7 @@ from nngeom.core.errors import UnsupportedError
 from nngeom.cotangents.probes import Probes
 from nngeom.measures.in_parts import in_parts
 from nngeom.measures.probed import estimate, implicit_estimate
+from nngeom.measures.streamed import streamed
 from nngeom.pmat.drive import Repeated, Resumable, built
 from nngeom.pmat.estimate import MatrixEstimate
 from nngeom.pmat.implicit import PMatImplicit
@@ -42,6 +43,8 @@ def measured(
     if isinstance(representation, InParts) and not isinstance(cotangents, Probes):
         as_representation(representation, **options)  # raises for options beside those of the whole
         whole = representation.whole
+        if representation.streamed:
+            return _streamed(Sweep(run, cotangents, policy), representation, index)
         part = lambda some: cast(PMat, measured(some, cotangents, whole, {}, policy, index=index))
         return in_parts(Sweep(run, cotangents, policy), whole, part)
     with run.within():
@@ -55,6 +58,16 @@ def measured(
         if isinstance(cotangents, Probes):
             return estimate(chosen, sweep)
         return built(chosen, run.network.collection, Repeated(sweep, chosen.passes))
+
+
+def _streamed(sweep: Sweep, representation: InParts[Any], index: Any) -> ParameterOperator:
+    """The matrix of which every process keeps a part, in one sweep."""
+    cotangents: Any = sweep.cotangents
+    fixed = replace(cotangents, seed=0) if hasattr(cotangents, "seed") else cotangents
+    with sweep.run.within():
+        sweep = numbered(sweep, index)
+        agree(sweep.run, sweep.policy.label, representation=representation, metric=fixed)
+        return streamed(sweep, representation.whole)
 
 
 def _kept(

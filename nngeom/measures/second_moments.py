@@ -19,6 +19,7 @@ from nngeom.measures.centred import centred_moments
 from nngeom.measures.measured import measured
 from nngeom.measures.probed import probed, require_samples
 from nngeom.pmat.estimate import MatrixEstimate
+from nngeom.pmat.implicit import PMatImplicit
 from nngeom.pmat.kfac import PMatKFAC
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.representation import Representation
@@ -108,6 +109,7 @@ def FIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        sums=representation is not PMatImplicit,
     )
     if centered:
         return centred_moments(
@@ -157,6 +159,7 @@ def FIM_MonteCarlo(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        sums=representation is not PMatImplicit,
     )
     policy = Policy("FIM_MonteCarlo", reread=False)
     return cast(M, measured(run, cotangents, representation, options, policy, index=index, asked=asked))
@@ -206,6 +209,7 @@ def EmpiricalFIM(
         memory_budget=memory_budget,
         check=check,
         process_group=process_group,
+        sums=representation is not PMatImplicit,
     )
     cotangents = EmpiricalFisher(as_loss(loss, model))
     policy = Policy("EmpiricalFIM", reread=True)

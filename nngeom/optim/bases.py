@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg
-from nngeom.core.damping import Damping, Relative
+from nngeom.core.damping import Damping, FactoredTikhonov, Relative
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import Basis
 from nngeom.core.low_rank_eigh import ROUNDINGS
-from nngeom.optim.heads import Head, Leading, iterated
+from nngeom.optim.heads import Head, Leading, iterated, turned
 from nngeom.pmat.eigenbases import cost
 from nngeom.pmat.kfac import kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
@@ -33,11 +33,14 @@ class Bases:
             from the last basis, where there is one (Vyas et al. 2024, Algorithm 4).
         drowned: of what damping adds to a factor, up to which eigenvalues count as their mean; 0: none does.
         team: the processes that each make some of them.
+        values: whether eigenvalues are needed under every damping: else, where it is a number, those along the last
+            basis do.
     """
 
     refresh: str
     drowned: float
     team: Team = ALONE
+    values: bool = True
 
     def of(
         self, means: dict[Layout, dict[str, Tensor]], damping: Damping | Relative, last: Mapping[Layout, Kept]
@@ -57,27 +60,32 @@ class Bases:
             if leading is not None:
                 return leading
         whole = old if isinstance(old, EigenBlock) else None
-        sa, ua = _eigen(block.a, None if whole is None else whole.ua)
-        sg, ug = _eigen(block.g, None if whole is None else whole.ug)
+        values = self.values or isinstance(damping, (FactoredTikhonov, Relative))
+        sa, ua = _eigen(block.a, None if whole is None else whole.ua, values=values)
+        sg, ug = _eigen(block.g, None if whole is None else whole.ug, values=values)
         return EigenBlock(ua, ug, sg.unsqueeze(-1) * sa.unsqueeze(-2), sa, sg)
 
 
-def _eigen(factor: Tensor, u: Basis | None) -> tuple[Tensor, Basis | None]:
+def _eigen(factor: Tensor, u: Basis | None, *, values: bool) -> tuple[Tensor, Basis | None]:
     if linalg.is_diagonal(factor) or not isinstance(u, Tensor) or factor.shape != u.shape or factor.shape[-1] <= SMALL:
         return linalg.factor_eigh(factor)
-    values, u = iterated(factor, u)
-    floor = ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
-    return torch.where(values > floor, values, torch.zeros_like(values)), u.contiguous()
+    u, found = iterated(factor, u) if values else turned(factor, u)
+    floor = ROUNDINGS * torch.finfo(found.dtype).eps * found.abs().amax(-1, keepdim=True)
+    return torch.where(found > floor, found, torch.zeros_like(found)), u.contiguous()
 
 
-def moved(x: Tensor, old: Kept, new: Kept, *, squared: bool) -> Tensor:
-    """Coordinates ``x [s, o, i]`` of the ``old`` basis in the ``new`` one; ``squared``: of mean squares of coordinates,
-    taken to be uncorrelated.
+def turns(old: Kept, new: Kept) -> tuple[Tensor | None, Tensor | None]:
+    """From ``old`` bases to ``new`` ones, on the sides of outputs and of inputs; ``None`` where none turns."""
+    found = []
+    for mine, theirs in ((old.ug, new.ug), (old.ua, new.ua)):
+        found.append(theirs.mT @ mine if isinstance(mine, Tensor) and isinstance(theirs, Tensor) else None)
+    return found[0], found[1]
+
+
+def moved(x: Tensor, turns: tuple[Tensor | None, Tensor | None], *, squared: bool) -> Tensor:
+    """Coordinates ``x [s, o, i]`` in new bases, to which the ``turns`` lead; ``squared``: of mean squares of
+    coordinates, taken to be uncorrelated.
     """
-    for side, (mine, theirs) in enumerate(((old.ug, new.ug), (old.ua, new.ua))):
-        if not (isinstance(mine, Tensor) and isinstance(theirs, Tensor)):
-            continue
-        turn = theirs.mT @ mine
-        turn = turn.square() if squared else turn
-        x = x @ turn.mT if side else turn @ x
-    return x
+    on_g, on_a = (turn if turn is None or not squared else turn.square() for turn in turns)
+    x = x if on_g is None else on_g @ x
+    return x if on_a is None else x @ on_a.mT

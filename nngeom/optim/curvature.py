@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,9 +18,10 @@ from nngeom.optim.drowned import Drowned
 from nngeom.optim.inverses import inverses
 from nngeom.optim.manner import Manner
 from nngeom.optim.packed import Packed
-from nngeom.optim.pending import Seen
+from nngeom.optim.pending import Seen, copied
 from nngeom.optim.rank import BatchRank
 from nngeom.optim.schedule import Schedule
+from nngeom.optim.stacks import Stacks, arranged
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Selection, Statistic
@@ -202,7 +202,8 @@ class Averaged(Curvature):
             self._refresh(schedule.damping, seen)
         if self.blocks:
             packed = self.packed(gradient)
-            for x, (layout, inverse) in zip(packed.blocks, self.blocks.items()):
+            self.stacks.product(packed.blocks, packed.blocks)
+            for (layout, inverse), x in self.stacks.others(self.blocks.items(), packed.blocks):
                 if isinstance(inverse, KroneckerBlock):
                     x.copy_(self.rank.product(layout, inverse.g, x, inverse.a))
                 elif isinstance(inverse, Drowned):
@@ -219,8 +220,13 @@ class Averaged(Curvature):
             while True:
                 means = self._later(recipe.send(means), seen)
         except StopIteration as end:
-            self.blocks = inverses(self.manner, end.value, damping)
+            self.blocks = arranged(inverses(self.manner, end.value, damping))
+        self._stack()
         self.sources = set(self.averages.entries)
+
+    def _stack(self) -> None:
+        sides = {lay: (x.g, x.a) if isinstance(x, KroneckerBlock) else (None, None) for lay, x in self.blocks.items()}
+        self.stacks = Stacks(sides)
 
     def _later(self, statistic: Statistic, seen: Seen) -> Means:
         """What a later sweep is sent: means over the examples that are held."""
@@ -240,9 +246,5 @@ class Averaged(Curvature):
 
     def load(self, state):
         super().load(state)
+        self._stack()
         self.sources = set(self.averages.entries)
-
-
-def copied(chunk: Chunk) -> Chunk:
-    """A chunk to be held until the step: what a model or a loader computed may be overwritten before."""
-    return replace(chunk, jacobians=copy.deepcopy(chunk.jacobians))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nngeom.core import linalg
 from nngeom.core.damping import Damping, FactoredTikhonov, Relative
-from nngeom.optim.heads import Rows, iterated, random_columns
+from nngeom.optim.heads import Rows, random_columns, turned
 from nngeom.pmat.block import Block, TensorObject
 from nngeom.pmat.kronecker import KroneckerBlock
 
@@ -98,7 +98,7 @@ def _leading(factor: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor] 
     while count <= most:
         u = torch.cat([u, random_columns(u, count)], -1)
         for _ in range(ROUNDS):
-            values, u = iterated(factor, u)
+            u, _ = turned(factor, u)
         values, turn = linalg.eigh(u.mT @ factor @ u)
         values, u = values.flip(-1), u @ turn.flip(-1)
         if bool((values[..., -1:] <= floor).all()):

@@ -5,6 +5,7 @@ that follows every step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -15,16 +16,17 @@ from nngeom.core.errors import UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
 from nngeom.optim.averages import all_finite, scaled_means
-from nngeom.optim.bases import Bases, Kept, moved
-from nngeom.optim.curvature import Curvature, copied, keeps
+from nngeom.optim.bases import Bases, Kept, moved, turns
+from nngeom.optim.curvature import Curvature, keeps
 from nngeom.optim.gradient_factors import GradientFactors
 from nngeom.optim.heads import Head, Parts
 from nngeom.optim.manner import Manner
 from nngeom.optim.packed import Packed
-from nngeom.optim.pending import Seen
+from nngeom.optim.pending import Seen, copied
 from nngeom.optim.schedule import Schedule
-from nngeom.optim.shifts import Shifts, views
+from nngeom.optim.shifts import Shifts, Tail, views
 from nngeom.optim.spectra import spectrum_of
+from nngeom.optim.stacks import Stacks, arranged
 from nngeom.optim.variance_damping import Signal
 from nngeom.pmat.ekfac import PMatEKFAC, scaling_statistic
 from nngeom.pmat.recipe import Selection
@@ -51,7 +53,12 @@ class Eigenbasis(Curvature):
         self.statistic: Callable = next(representation.recipe(selection))
         self.spectrum, self.worker, self.shifts = spectrum_of(manner), manner.worker, Shifts()
         self.signal = Signal()
-        self.bases = Bases(manner.refresh, manner.drowned if self.spectrum.factored else 0.0, manner.makers)
+        self.bases = Bases(
+            manner.refresh,
+            manner.drowned if self.spectrum.factored else 0.0,
+            manner.makers,
+            values=self.spectrum.starts_anew,
+        )
         self.of_gradients = GradientFactors() if manner.factors == "gradients" else None
         self.sources: set[Layout] = set()  # layers that have a basis
         self.future: Future | None = None
@@ -113,7 +120,7 @@ class Eigenbasis(Curvature):
             return
         task = self.averages.read(), schedule.damping, dict(self.blocks)
         if self.worker is None or fresh:
-            self._install(self.bases.of(*task))
+            self._install(arranged(self.bases.of(*task)))
             self.sources = set(self.averages.entries)
         elif self.future is None:
             self.future = self.worker.submit(self.bases.of, *task)
@@ -121,16 +128,16 @@ class Eigenbasis(Curvature):
     def _adopt(self) -> None:
         """Take over bases that a background thread has finished, before anything is projected on them."""
         if self.future is not None and self.future.done():
-            self._install(self.future.result())
+            self._install(arranged(self.future.result()))
             self.future = None
 
     def _install(self, blocks: dict[Layout, Kept]) -> None:
         """New bases; the spectra of all blocks are views of one vector, which the steps to come change in place."""
         old, layouts = self.blocks, tuple(blocks)
+        turn = functools.cache(lambda layout: turns(old[layout], blocks[layout]))
 
         def along(x: Tensor, *, squared: bool = False) -> Tensor:
-            parts = views(x, old)
-            new = [moved(p, old[lay], blocks[lay], squared=squared).reshape(-1) for p, lay in zip(parts, layouts)]
+            new = [moved(p, turn(lay), squared=squared).reshape(-1) for p, lay in zip(views(x, old), layouts)]
             return torch.cat(new)
 
         start = torch.cat([block.d.reshape(-1) for block in blocks.values()])
@@ -142,6 +149,8 @@ class Eigenbasis(Curvature):
         self.blocks = {layout: dataclasses.replace(block, d=d) for (layout, block), d in zip(blocks.items(), spectra)}
         self.coordinates = torch.empty_like(self.spectrum.d)
         self.places = views(self.coordinates, blocks)
+        sides = {layout: (None, None) if isinstance(b, Head) else (b.ug, b.ua) for layout, b in blocks.items()}
+        self.stacks = Stacks(sides)
         self.shifts.forget()
         self.signal.forget()
 
@@ -173,32 +182,37 @@ class Eigenbasis(Curvature):
             self.squares = seen.joined(self.squares)
         if self.blocks:
             packed = self.packed(gradient)
-            parts = self._down(packed)
+            tails = self.shifts.tails(self.blocks, schedule.damping, self.manner.power)
+            parts = self._down(packed, tails)
             v = self.spectrum.follow(self.coordinates, seen, schedule.scalings_decay, self._squares(seen))
             w = self.spectrum.divided(v, self.shifts.of(self.blocks, self.spectrum.d, schedule.damping))
             if schedule.variance is not None:
                 self.signal.follow(v * seen.mean, self.spectrum.d, seen.examples, schedule.variance.decay)
                 w = w * self.signal.share(schedule.variance.least)
-            for x, block, y, part in zip(packed.blocks, self.blocks.values(), views(w, self.blocks), parts):
-                if part is None:
-                    x.copy_(block.basis.mv(y))
-                else:
-                    x.copy_(block.up(part, y, block.inverse(schedule.damping, self.manner.power)))
+            self._up(packed, views(w, self.blocks), parts, tails)
             packed.write()
         self.forget()
 
-    def _down(self, packed: Packed) -> list[Parts | None]:
+    def _down(self, packed: Packed, tails: dict[Layout, Tail]) -> dict[Layout, Parts]:
         """The gradient in the bases, into ``coordinates``; of leading parts, what :meth:`Head.up` takes too."""
-        parts: list[Parts | None] = []
-        for (layout, block), x, y in zip(self.blocks.items(), packed.blocks, self.places):
-            part = None
+        parts = {}
+        self.stacks.product(packed.blocks, self.places)
+        for (layout, block), x, y in self.stacks.others(self.blocks.items(), packed.blocks, self.places):
             if isinstance(block, Head):
-                part = block.down(x, self.rank.of(layout, x, block.costs))
-                y.copy_(part.inside)
+                parts[layout] = block.down(x, self.rank.of(layout, x, block.costs), tails[layout][1])
+                y.copy_(parts[layout].inside)
             else:
                 y.copy_(self.rank.product(layout, block.ug, x, block.ua))
-            parts.append(part)
         return parts
+
+    def _up(self, packed: Packed, w: list[Tensor], parts: dict[Layout, Parts], tails: dict[Layout, Tail]) -> None:
+        """The way back, of what was divided in the bases, ``w``."""
+        self.stacks.back(w, packed.blocks)
+        for (layout, block), x, y in self.stacks.others(self.blocks.items(), packed.blocks, w):
+            if isinstance(block, Head):
+                block.up(parts[layout], y, tails[layout][0], x)
+            else:
+                x.copy_(block.basis.mv(y))
 
     def _average(self, gradient: Tensor, seen: Seen, schedule: Schedule) -> None:
         """Factors take in what was observed, or the gradient."""

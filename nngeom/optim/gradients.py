@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.core.whole import in_parts, local, part_of, whole
 
-SMALL = 2**16  # entries up to which one copy of all of them takes less time than products one by one
+SMALL = 2**16  # entries up to which a copy of all of them takes less time than products one by one
 
 
 class Gradients:
@@ -26,6 +25,7 @@ class Gradients:
         )
         self._places = self.split(self.flat)
         self._pieces = list(self._places.values())
+        self._before: Tensor | None = None  # all that was read, where it is small
 
     def read(self) -> Tensor:
         """The gradients, zeros where there is none."""
@@ -34,6 +34,7 @@ class Gradients:
             self.flat.zero_()
         if grads:
             torch._foreach_copy_(pieces, [whole(g) for g in grads])
+        self._before = self.flat.clone() if self.flat.numel() <= SMALL else None
         return self.flat
 
     def write(self, factor: float = 1.0) -> None:
@@ -46,12 +47,11 @@ class Gradients:
             torch._foreach_copy_([local(g) for _, g in pairs], [part_of(x, g) for x, g in pairs])
 
     def dot(self, parameters: Sequence[Tensor]) -> float:
-        """The product of ``.grad`` of some ``parameters`` and their pieces of ``flat``."""
+        """The product of ``.grad`` of some ``parameters``, as it was read, and their pieces of ``flat``."""
         present = [p for p in parameters if p.grad is not None]
+        if self._before is not None and len(present) == len(self.parameters):
+            return float(torch.dot(self._before, self.flat))
         grads = [whole(p.grad).reshape(-1).to(self.flat.dtype) for p in present]  # type: ignore[arg-type]
-        alike = len(present) == len(self.parameters) and all(map(operator.is_, present, self.parameters))
-        if alike and self.flat.numel() <= SMALL:
-            return float(torch.dot(torch.cat(grads), self.flat))
         products = [torch.dot(x, self._places[p].reshape(-1)) for p, x in zip(present, grads)]
         return float(torch.stack(products).sum()) if products else 0.0
 

@@ -8,8 +8,8 @@ of both tails,
 
     (1 - P_G) [z V (1 - P_A) + V U_A b U_A^T] + U_G [c U_G^T V (1 - P_A) + w U_A^T],  P = U U^T
 
-for a gradient ``V`` that is ``w`` inside. Projections are made twice: what the first leaves of large eigenvectors by
-rounding would be multiplied by ``z`` in place of their own, much smaller inverse.
+for a gradient ``V`` that is ``w`` inside. Eigenvectors whose own inverse is much smaller than ``z`` are projected off
+twice: what the first leaves of them by rounding would be multiplied by ``z``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from nngeom.pmat.kronecker import KroneckerBlock
 Rows = tuple[Tensor, Tensor] | None  # ``D [r, o]``, ``A [r, i]`` with ``V = D^T A``
 MOST = 0.7  # of the eigenvectors of a side, above which all of them are cheaper
 START = 3  # steps of orthogonal iteration from random vectors
+LEFT = 1e-4  # of an eigenvector, what rounding may leave of it once it is divided as the tail is
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +64,9 @@ class Head(TensorObject):
 
     @property
     def costs(self) -> tuple[int, int]:
-        """Multiplications of one row's projections on either side; those outside are projected twice."""
+        """Multiplications of one row's projections on either side, and on that of inputs of the way back."""
         (o, q), (i, p) = self.ug.shape[1:], self.ua.shape[1:]
-        return o * q * (1 if q == o else 4), i * p * (1 if p == i else 4)
+        return o * q * (1 if q == o else 2), i * p * (2 if p == i else 3)
 
     def floors(self, damping: Damping | Relative) -> tuple[Tensor, Tensor]:
         """``r_A``, ``r_G [s]`` of a damping of factors."""
@@ -79,24 +80,38 @@ class Head(TensorObject):
         ra, rg = (r[:, None, None] for r in self.floors(damping))
         return ra * rg + rg * self.sa.unsqueeze(-2) + ra * self.sg.unsqueeze(-1)
 
-    def down(self, v: Tensor, rows: Rows) -> Parts:
-        """The four parts of a gradient ``v [s, o, i]``, by its ``rows`` where these are cheaper."""
+    def down(self, v: Tensor, rows: Rows, large: tuple[int, int]) -> Parts:
+        """The four parts of a gradient ``v [s, o, i]``, by its ``rows`` where these are cheaper; ``large``: of the
+        eigenvectors of either side, those that are projected off twice.
+        """
+        on_a, on_g = large
         if rows is None:
-            p, tail = _split(v.mT, self.ug)  # on the side of G: [s i q] and [s i o]
-            inside, edge = _split(p.mT, self.ua)
-            side, rest = _split(tail.mT, self.ua)
+            p, tail = _split(v.mT, self.ug, on_g)  # on the side of G: [s i q] and [s i o]
+            inside, edge = _split(p.mT, self.ua, on_a)
+            side, rest = _split(tail.mT, self.ua, on_a)
             return Parts(inside, edge, side, rest)
         d, a = rows
-        left, d = _split(d[None], self.ug)
-        right, a = _split(a[None], self.ua)
+        left, d = _split(d[None], self.ug, on_g)
+        right, a = _split(a[None], self.ua, on_a)
         return Parts(left.mT @ right, left.mT @ a, right, a, d)
 
-    def up(self, parts: Parts, w: Tensor, inverse: Inverse) -> Tensor:
-        """The preconditioned gradient of which ``parts`` are given: ``w [s, q, p]`` inside, by ``inverse`` outside."""
+    def large(self, damping: Damping | Relative, power: float) -> tuple[int, int]:
+        """How many eigenvectors of either side stand out so far that rounding would show."""
+        limit = (LEFT / torch.finfo(self.sa.dtype).eps) ** (1 / power)
+        pairs = zip(self.floors(damping), (self.sa, self.sg), (self.ta, self.tg))
+        on_a, on_g = (int((s + r[:, None] > limit * (t + r)[:, None]).sum(-1).max()) for r, s, t in pairs)
+        return on_a, on_g
+
+    def up(self, parts: Parts, w: Tensor, inverse: Inverse, out: Tensor) -> None:
+        """The preconditioned gradient of which ``parts`` are given, into ``out``: ``w [s, q, p]`` inside, by
+        ``inverse`` outside.
+        """
         b, c, z = inverse
-        rest = (parts.rest * z).baddbmm_(parts.side * b, self.ua.mT)
-        rest = rest if parts.left is None else parts.left.mT @ rest
-        return rest.baddbmm_(self.ug, (parts.edge * c).baddbmm_(w, self.ua.mT))
+        rest = torch.mul(parts.rest, z, out=out if parts.left is None else None)
+        rest.baddbmm_(parts.side * b, self.ua.mT)
+        if parts.left is not None:
+            torch.bmm(parts.left.mT, rest, out=out)
+        out.baddbmm_(self.ug, (parts.edge * c).baddbmm_(w, self.ua.mT))
 
     def inverse(self, damping: Damping | Relative, power: float) -> Inverse:
         """``b [s, 1, p]``, ``c [s, q, 1]`` and ``z [s, 1, 1]`` under a ``damping``, to the ``-power``."""
@@ -162,7 +177,7 @@ class Leading:
                 [u, random_columns(u, min(side, max(side // 3, u.shape[-1] + u.shape[-1] // 8 + 8)))], -1
             )
             for _ in range(rounds):
-                values, vectors = iterated(factor, vectors)
+                vectors, _ = turned(factor, vectors)
             values, turn = linalg.eigh(vectors.mT @ factor @ vectors)  # Ritz vectors: neighbours mix for long
             values, vectors = values.flip(-1), vectors @ turn.flip(-1)
             if bool((values[..., -1:] <= floor).all()):
@@ -171,30 +186,41 @@ class Leading:
         return all_values.flip(-1), all_vectors.flip(-1)  # type: ignore[union-attr]
 
 
-def _split(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """``x u`` and ``x (1 - u u^T)`` of rows ``x [s, r, p]``; nothing is left of all eigenvectors."""
+def _split(x: Tensor, u: Tensor, twice: int) -> tuple[Tensor, Tensor]:
+    """``x u`` and ``x (1 - u u^T)`` of rows ``x [s, r, p]``, of the first columns ``twice``; nothing is left of all
+    eigenvectors.
+    """
     inside = x @ u
     if u.shape[-1] == u.shape[-2]:
         return inside, torch.zeros_like(x)
     rest = torch.baddbmm(x, inside, u.mT, alpha=-1)
-    return inside, torch.baddbmm(rest, rest @ u, u.mT, alpha=-1)
+    if twice:
+        first = u[..., :twice]
+        rest.baddbmm_(rest @ first, first.mT, alpha=-1)
+    return inside, rest
+
+
+def turned(factor: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of orthogonal iteration, ``QR(F U)``, and the Rayleigh quotients of ``U``, descending."""
+    product = factor @ u
+    values, order = (product * u).sum(-2).sort(-1, descending=True)  # for later ones are made orthogonal to the largest
+    u, _ = torch.linalg.qr(product.gather(-1, order.unsqueeze(-2).expand_as(product)))
+    return u, values
 
 
 def iterated(factor: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of orthogonal iteration: ``QR(F U)`` and its Rayleigh quotients, descending."""
-    turned = factor @ u
-    order = (turned * u).sum(-2).argsort(-1, descending=True)  # the largest first, for the others are made orthogonal
-    u, _ = torch.linalg.qr(turned.gather(-1, order.unsqueeze(-2).expand_as(turned)))
-    values = ((factor @ u) * u).sum(-2)
-    values, order = values.sort(-1, descending=True)
-    return values, u.gather(-1, order.unsqueeze(-2).expand_as(u))
+    """The same, with the Rayleigh quotients of what it leads to, descending."""
+    u, _ = turned(factor, u)
+    values, order = ((factor @ u) * u).sum(-2).sort(-1, descending=True)
+    return u.gather(-1, order.unsqueeze(-2).expand_as(u)), values
 
 
 def random_columns(u: Tensor, count: int) -> Tensor:
     """So many random vectors as ``u [s, p, k]`` has less than ``count``, the same every time."""
     s, side, k = u.shape
-    new = torch.randn(s, side, max(0, count - k), generator=torch.Generator().manual_seed(count), dtype=torch.float64)
-    return new.to(u) / side**0.5
+    generator = torch.Generator().manual_seed(count)
+    new = torch.randn(s, side, max(0, count - k), generator=generator, dtype=u.dtype)
+    return new.to(u.device).div_(side**0.5)
 
 
 def _mean(values: Tensor, tail: Tensor, side: int) -> Tensor:

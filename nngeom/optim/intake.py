@@ -30,7 +30,7 @@ class Intake:
 
     def wants_rows(self) -> bool:
         """Whether statistics are due."""
-        return self.clock.now().statistics or self.partition.wants_every_batch
+        return self.clock.due() or self.partition.wants_every_batch
 
     def wants_positions(self) -> bool:
         """Whether the loss is averaged over them."""

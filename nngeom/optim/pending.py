@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nngeom.core.statistic import Sums
 from nngeom.sweep.observe import Observation
+from nngeom.sweep.sweep import Chunk
 
 
 class SkippedStepWarning(UserWarning):
@@ -102,3 +104,8 @@ class Pending:
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state`."""
         self.skipped, self.reduction = state["skipped"], state["reduction"]
+
+
+def copied(chunk: Chunk) -> Chunk:
+    """A chunk to be held until the step: what a model or a loader computed may be overwritten before."""
+    return replace(chunk, jacobians=copy.deepcopy(chunk.jacobians))

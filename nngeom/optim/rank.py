@@ -105,8 +105,8 @@ class BatchRank:
         if not held or not self.pays(layout, costs or (o * o, i * i)):
             return None
         d, a = _joined([j.g.flatten(0, 3) for j in held], x), _joined([j.a.flatten(0, 2) for j in held], x)
-        z = _probes(i, x.dtype, x.device)
-        expected, found = x[0] @ z, d.mT @ (a @ z)
+        probes = _probes(i, x.dtype, x.device)  # one by one: products with thin matrices are slow
+        expected, found = torch.cat([x[0] @ z for z in probes]), torch.cat([d.mT @ (a @ z) for z in probes])
         scale = (expected * found).sum() / found.square().sum()
         error = (expected - scale * found).norm() / expected.norm()
         if not bool(error <= ROUNDINGS * torch.finfo(x.dtype).eps):  # NaN of zeros too
@@ -123,7 +123,7 @@ def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
 
 
 @functools.lru_cache(64)
-def _probes(i: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _probes(i: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two random vectors, the same in every step."""
-    z = torch.randn(i, 2, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-    return z.to(device, dtype)
+    z = torch.randn(2, i, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+    return z[0].to(device, dtype), z[1].to(device, dtype)

@@ -43,11 +43,14 @@ class Clock:
         self.damping, self.variances, self.numbers = damping, variances, numbers
         self.steps, self.refreshed = 0, -1
 
+    def due(self) -> bool:
+        """Whether statistics are due at the coming step."""
+        return self._due(self._numbers("every", "statistics_decay", "statistics_every"))[0]
+
     def now(self) -> Schedule:
         """The schedule of the coming step; raises :class:`ArgumentError` for a number out of range."""
-        now = {name: number(name, x, self.steps) for name, x in self.numbers.items()}
-        refresh = self.refreshed < 0 or self.steps - self.refreshed >= now["every"]
-        statistics = refresh or (now["statistics_decay"] > 0 and self.steps % int(now["statistics_every"]) == 0)
+        now = self._numbers(*self.numbers)
+        statistics, refresh = self._due(now)
         return Schedule(
             statistics=statistics,
             refresh=refresh,
@@ -57,6 +60,14 @@ class Clock:
             kl_clip=now["kl_clip"],
             variance=self.damping if isinstance(self.damping, VarianceDamping) else None,
         )
+
+    def _numbers(self, *names: str) -> dict[str, Any]:
+        return {name: number(name, self.numbers[name], self.steps) for name in names}
+
+    def _due(self, now: dict[str, Any]) -> tuple[bool, bool]:
+        """Statistics, and a refresh."""
+        refresh = self.refreshed < 0 or self.steps - self.refreshed >= now["every"]
+        return refresh or (now["statistics_decay"] > 0 and self.steps % int(now["statistics_every"]) == 0), refresh
 
     def _damping(self) -> Damping | Relative:
         if isinstance(self.damping, LevenbergMarquardt):

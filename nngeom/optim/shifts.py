@@ -11,8 +11,10 @@ from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov, Relative
 from nngeom.core.errors import SingularError
 from nngeom.core.layout import Layout
 from nngeom.optim.bases import Kept
-from nngeom.optim.heads import Head
+from nngeom.optim.heads import Head, Inverse
 from nngeom.pmat.shifted import spectrum_shift
+
+Tail = tuple[Inverse, tuple[int, int]]
 
 
 class Shifts:
@@ -20,10 +22,21 @@ class Shifts:
 
     def __init__(self) -> None:
         self._kept: tuple[Damping | Relative, Tensor | float] | None = None
+        self._tails: tuple[Damping | Relative, dict[Layout, Tail]] | None = None
 
     def forget(self) -> None:
         """There are new bases."""
-        self._kept = None
+        self._kept = self._tails = None
+
+    def tails(self, blocks: dict[Layout, Kept], damping: Damping | Relative, power: float) -> dict[Layout, Tail]:
+        """What heads among the ``blocks`` do outside of themselves: their inverse to the ``-power``, and how many
+        eigenvectors of either side stand out.
+        """
+        if self._tails is None or self._tails[0] != damping:
+            heads = {layout: block for layout, block in blocks.items() if isinstance(block, Head)}
+            made = {lay: (head.inverse(damping, power), head.large(damping, power)) for lay, head in heads.items()}
+            self._tails = (damping, made)
+        return self._tails[1]
 
     def of(self, blocks: dict[Layout, Kept], d: Tensor, damping: Damping | Relative) -> Tensor | float:
         """What is added to the spectrum ``d [p]`` of the ``blocks``; infinity where a cutoff makes it count as zero."""
@@ -64,7 +77,8 @@ class Shifts:
 
 def views(flat: Tensor, blocks: dict[Layout, Kept]) -> list[Tensor]:
     """``flat [p]`` in the shapes of the spectra of the ``blocks``."""
-    return [x.view(b.d.shape) for x, b in zip(flat.split([b.d.numel() for b in blocks.values()]), blocks.values())]
+    shapes = [block.d.shape for block in blocks.values()]
+    return [x.view(shape) for x, shape in zip(flat.split_with_sizes([shape.numel() for shape in shapes]), shapes)]
 
 
 def _shift(block: Kept, d: Tensor, damping: FactoredTikhonov | Relative) -> Tensor | float:

@@ -30,6 +30,7 @@ class Spectrum(ABC):
     """
 
     factored: ClassVar[bool] = True  # whether damping may be that of factors, and the spectrum that of a leading part
+    starts_anew: ClassVar[bool] = True  # from the factors' eigenvalues, in every new basis
     reads_rows: ClassVar[bool] = False  # whether the examples of every batch are squared in the bases
 
     def __init__(self, manner: Manner):
@@ -145,7 +146,7 @@ class AdamMoments(Spectrum):
     ``past`` is that of the squares ``d``; that of ``m`` is ``first_decay`` of the manner.
     """
 
-    factored = False
+    factored = starts_anew = False
 
     def __init__(self, manner: Manner):
         super().__init__(manner)

@@ -182,13 +182,26 @@ def one_dtype(means: Means) -> Means:
 
 def require_finite(means: Means, source: Source, count: int) -> Means:
     """The means, or :class:`NonFiniteError` that says what is not finite."""
+    odd = not_finite(means)
+    if odd is not None:
+        with team_of(source).together("sweep"):
+            source.raise_where_not_finite()
+        raise overflowed(odd, count)
+    return means
+
+
+def not_finite(means: Means) -> str | None:
+    """The first statistic that is not finite, in words."""
     for block, tensors in means.items():
         for name, t in tensors.items():
             if not is_finite(t):
-                with team_of(source).together("sweep"):
-                    source.raise_where_not_finite()
-                raise NonFiniteError(
-                    f"the statistic {name!r} of {names_of(block)[:4]} overflowed to NaN or infinity over {count} "
-                    "examples; scale the inputs or use a wider dtype, model.double()"
-                )
-    return means
+                return f"{name!r} of {names_of(block)[:4]}"
+    return None
+
+
+def overflowed(statistic: str, count: int) -> NonFiniteError:
+    """What is raised of one that is not finite, of rows that are."""
+    return NonFiniteError(
+        f"the statistic {statistic} overflowed to NaN or infinity over {count} examples; scale the inputs or use a "
+        "wider dtype, model.double()"
+    )

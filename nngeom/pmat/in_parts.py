@@ -15,9 +15,12 @@ from nngeom.space.collection import LayerCollection
 
 @dataclass(frozen=True, eq=False)
 class InParts(Representation[M_co]):
-    """``whole`` as a representation of which every process keeps a part; measured some layers a sweep."""
+    """``whole`` as a representation of which every process keeps a part; measured some layers a sweep, or ``streamed``
+    to who keeps them.
+    """
 
     whole: Representation[PMat]
+    streamed: bool = False
 
     def within(self, collection: LayerCollection) -> InParts[M_co]:
         return replace(self, whole=self.whole.within(collection))

@@ -51,12 +51,13 @@ class PMatSharded(ParameterOperator):
     like: Tensor
 
     @staticmethod
-    def of(representation: Any, **options: Any) -> InParts[PMatSharded]:
+    def of(representation: Any, *, streamed: bool = False, **options: Any) -> InParts[PMatSharded]:
         """What is passed as ``representation``: one with a block a layer (``PMatKFAC``, ``PMatEKFAC``,
         ``PMatBlockDiag``, ``PMatQuasiDiag``) and its ``options``, in parts.
 
-        As many layers are measured in one sweep over the data as ``memory_budget`` has room for twice. Raises
-        :class:`UnsupportedError` for others, whose blocks reach over layers.
+        As many layers are measured in one sweep over the data as ``memory_budget`` has room for twice. ``streamed``:
+        all of them in one sweep, in which every process sends what it sees of a layer to the one that keeps it: fewer
+        passes, more that is sent. Raises :class:`UnsupportedError` for others, whose blocks reach over layers.
         """
         whole = as_representation(representation, **options)
         if not whole.blocks_in_layers:
@@ -65,7 +66,7 @@ class PMatSharded(ParameterOperator):
                 "PMatKFAC, PMatEKFAC, PMatBlockDiag or PMatQuasiDiag"
             )
         kind: Any = PMatSharded
-        return InParts(kind, {}, whole)
+        return InParts(kind, {}, whole, streamed)
 
     @property
     def dtype(self) -> torch.dtype:

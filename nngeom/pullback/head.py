@@ -83,7 +83,7 @@ def head_of(run: Pass, wanted: Callable[[int], bool]) -> Head | None:
     fits = arrangement.sizes[:2] == (1, outputs.shape[-1]) and not (use.weight.row or use.weight.column)
     if not (whole and plain and fits) or any(run.network.parameters[s.name]._backward_hooks for s in use.slots):
         return None
-    parameter = run.network.parameters[use.weight.name].detach()
+    parameter = run.network.parameters[use.weight.name]
     if parameter.dtype != outputs.dtype or in_parts(parameter) or run.network.distributed is not None:
         return None
-    return Head(index, recorded, group, recorded.entry, arrangement.read(parameter.flatten())[0])
+    return Head(index, recorded, group, recorded.entry, arrangement.read(run.network.value(parameter).flatten())[0])

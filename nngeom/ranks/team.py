@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, PeerError, RankMismatchError
+from nngeom.core.errors import DeviceError, PeerError, RankMismatchError
 from nngeom.ranks import buckets, messages
+from nngeom.ranks.answers import Answer, Answers
 from nngeom.ranks.fingerprint import difference, digest_of
+from nngeom.ranks.groups import checked
 from nngeom.ranks.note import Failure, Note, require_none
 from nngeom.ranks.presence import Presence, Stopped
 
@@ -37,6 +39,7 @@ class Team:
         store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
         store = None if store is None else dist.PrefixStore(f"nngeom/{getattr(group, 'group_name', 0)}", store)
         self._presence, self._calls, self._working = Presence(store, self.rank, self.size), 0, False
+        self._answers = Answers(self.exchange)
 
     @staticmethod
     def of(process_group: Any) -> Team:
@@ -47,7 +50,7 @@ class Team:
         """
         if process_group is None:
             return ALONE
-        group = _checked(process_group)
+        group = checked(process_group, dist)
         if group not in TEAMS:
             TEAMS[group] = ALONE if dist.get_world_size(group) == 1 else Team(group)
         return TEAMS[group]
@@ -68,6 +71,7 @@ class Team:
             self._presence.fail(self._calls)
         self._working = False
         try:
+            self._answers.give()
             said = self.exchange(what, (Failure.of(error), note.mine))
         except PeerError:
             if error is None or isinstance(error, Stopped):
@@ -84,6 +88,16 @@ class Team:
         """
         if self._working:
             self._presence.poll(self._calls)
+
+    def answering(self, what: str, answer: Answer) -> AbstractContextManager[None]:
+        """Within: what processes :meth:`ask` for as ``what`` gets this ``answer`` on all; they enter together."""
+        return self._answers.given(what, answer)
+
+    def ask(self, what: str, content: Any) -> None:
+        """Ask all processes for ``what``, in the middle of work that is done :meth:`together`."""
+        if not self._working:
+            raise RuntimeError(f"{what} is asked for outside of work that the processes do together")
+        self._answers.ask(what, content)
 
     # -- small objects -------------------------------------------------------------------------------------------------
 
@@ -188,7 +202,7 @@ class Alone(Team):
     """This process by itself: what is done together is what it does."""
 
     def __init__(self) -> None:
-        self.rank, self.size, self.ranks = 0, 1, []
+        self.rank, self.size, self.ranks, self._answers = 0, 1, [], Answers(self.exchange)
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[Note]:
@@ -197,6 +211,9 @@ class Alone(Team):
 
     def poll(self) -> None:
         pass
+
+    def ask(self, what: str, content: Any) -> None:
+        self._answers.ask(what, content)
 
     def exchange(self, what: str, x: Any) -> list[Any]:
         return [x]
@@ -225,26 +242,3 @@ TEAMS: weakref.WeakKeyDictionary[Any, Team] = weakref.WeakKeyDictionary()  # one
 def world() -> Team:
     """The team of all processes; of this one alone where torch.distributed does not run."""
     return Team.of(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else ALONE
-
-
-def _checked(process_group: Any) -> Any:
-    """The group that is meant, checked."""
-    mesh = hasattr(process_group, "get_group") and hasattr(process_group, "mesh_dim_names")
-    outside = process_group == dist.GroupMember.NON_GROUP_MEMBER if isinstance(process_group, int) else False
-    if isinstance(process_group, bool) or not (mesh or outside or isinstance(process_group, dist.ProcessGroup)):
-        raise ArgumentTypeError(f"process_group is {process_group!r}; {_EXPECTED}")
-    if not dist.is_initialized():
-        raise ArgumentError(
-            "process_group is given and torch.distributed does not run; call torch.distributed.init_process_group "
-            "first, in every process (torchrun --nproc-per-node N script.py)"
-        )
-    if outside:
-        raise ArgumentError(f"rank {dist.get_rank()} is not in the process group; call it on its ranks only")
-    if not mesh:
-        return process_group
-    if process_group.ndim != 1:
-        raise ArgumentTypeError(f"process_group is a mesh of {process_group.ndim} axes; {_EXPECTED}")
-    return process_group.get_group()
-
-
-_EXPECTED = "expected a torch.distributed ProcessGroup, a 1-D DeviceMesh such as mesh['dp'], or None"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nngeom.capture.gathered import gathered
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.core.stream import Numbers
 from nngeom.ranks.data import warn_of_same
@@ -24,7 +24,7 @@ def agree(run: Run, what: str, **settings: Any) -> None:
     team = run.team
     if team.size == 1:
         return
-    with gathered(run.network.model), team.together(what):
+    with run.whole(), team.together(what):
         values = values_of(run) | {name: described(x) for name, x in settings.items()}
     team.same(what, values)
 
@@ -38,9 +38,14 @@ def values_of(run: Run) -> dict[str, str]:
     values["selected parameters"] = ", ".join(sorted(selected))
     values["torch"] = str(torch.__version__)
     if run.check:
-        tensors = {**named, **held}
-        values |= {f"the digest of {name}": text for name, text in zip(tensors, bits(tensors.values()))}
+        values |= digests(run, {**named, **held})
     return values
+
+
+def digests(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What tells the numbers of parameters and buffers apart, by name."""
+    texts = bits(map(run.network.value, tensors.values()))
+    return {f"the digest of {name}": text for name, text in zip(tensors, texts)}
 
 
 def numbered(sweep: Sweep, index: Any = None) -> Sweep:

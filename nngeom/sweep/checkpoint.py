@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nngeom.core import container, files
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, FileError
-from nngeom.ranks.fingerprint import bits, described, digest_of
-from nngeom.sweep.agreement import values_of
+from nngeom.ranks.fingerprint import described, digest_of
+from nngeom.sweep.agreement import digests, values_of
 from nngeom.sweep.run import Run
 
 INDEX = "measure.json"
@@ -133,5 +133,5 @@ def _values(run: Run) -> dict[str, str]:
     tensors: dict[str, Tensor] = {f"parameter {n!r}": p for n, p in model.named_parameters(remove_duplicate=False)}
     tensors |= {f"buffer {n!r}": b for n, b in model.named_buffers(remove_duplicate=False)}
     values = {name: text for name, text in values_of(run).items() if name != "torch"}
-    values |= {f"the digest of {name}": text for name, text in zip(tensors, bits(tensors.values()))}
+    values |= digests(run, tensors)
     return {**values, "function": described(run.network.function)}

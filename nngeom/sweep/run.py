@@ -5,24 +5,27 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nngeom.capture.batch import tensors
 from nngeom.capture.current import require_current
 from nngeom.capture.gathered import gathered, sharded_modules
+from nngeom.capture.in_turn import in_turn
 from nngeom.capture.network import RUNNING, Batch, Network, as_batches, leading_size, targets
+from nngeom.capture.stand_in import can_stand_in
 from nngeom.core import memory
+from nngeom.core.bars import tqdm
 from nngeom.core.errors import UnsupportedError
 from nngeom.ranks.data import warn_of_repeats
 from nngeom.ranks.fingerprint import bits, digest_of
 from nngeom.ranks.team import ALONE, Team
 from nngeom.space.collection import LayerCollection
-from nngeom.sweep.shards import require_ranks
+from nngeom.sweep.shards import fits, require_ranks, warn_of_room
 
 Function = Callable[..., Tensor] | None
 
@@ -38,6 +41,7 @@ class Run:
     bytes; ``check`` and ``progress`` as for :meth:`of`. ``left_to_fallback``: parameters whose rows come from the
     per-example fallback, as sweeps find out. ``team``: the processes over which the examples are split; ``met``: what
     this one's first batch was, a digest. ``before``: how many batches came before those of the loader.
+    ``in_turn``: of a model under ``fully_shard`` a process has those parameters whole that it uses, else all of them.
     """
 
     network: Network
@@ -49,6 +53,7 @@ class Run:
     team: Team = ALONE
     met: dict[int, str] = field(default_factory=dict, repr=False)
     before: int = 0
+    in_turn: bool = False
 
     @staticmethod
     def of(
@@ -62,6 +67,7 @@ class Run:
         check: bool = True,
         process_group: Any = None,
         parts: bool = False,
+        sums: bool = False,
     ) -> Run:
         """The run of the arguments that all measures take.
 
@@ -80,17 +86,26 @@ class Run:
                 result, that of one process on all parts in rank order. By default this process alone.
             parts: whether the measure looks after parameters of which every process holds a part; else it raises
                 :class:`UnsupportedError` for them.
+            sums: whether it is of sums over examples, made by first derivatives in work that processes do together:
+                then those parameters of a model under ``fully_shard`` are whole that are in use, where all do not fit.
 
         Raises :class:`ArgumentTypeError`, :class:`DeviceError`, :class:`CollectionError` for what is no model or not
         its collection, :class:`ArgumentError` for a budget that is not positive. With a process group it raises
         :class:`PeerError` for what another process raises, :class:`RankMismatchError` where models or settings differ.
         """
         team = Team.of(process_group)
+        in_turns = False
         if parts and sharded_modules(model):
-            with team.together("arguments"):
+            with team.together("arguments") as note, memory.limit(memory_budget):
                 require_ranks(model, team)
+                note.mine = fits(model, asked=memory_budget is not None), sums and can_stand_in(model)
+            room, can = map(all, zip(*note.all))
+            in_turns = can and not room
+            if not room and not can:
+                warn_of_room(model, memory_budget)
+        whole = in_turn(model, team) if in_turns else gathered(model)
         with (
-            gathered(model) if parts else contextlib.nullcontext(),
+            whole if parts else contextlib.nullcontext(),
             team.together("arguments"),
             memory.limit(memory_budget) as budget,
         ):
@@ -98,7 +113,7 @@ class Run:
             team.require_device(network.device)
             if team.size > 1:
                 warn_of_repeats(loader)
-            return Run(network, loader, budget, check, progress, team=team)
+            return Run(network, loader, budget, check, progress, team=team, in_turn=in_turns)
 
     @staticmethod
     def gathering(model: nn.Module, loader: Any, **options: Any) -> Run:
@@ -122,12 +137,16 @@ class Run:
         """Work under this run's memory budget, on whole parameters; raises :class:`CollectionError` where the model has
         other ones by now.
         """
-        model = self.network.model
-        with memory.limit(self.memory_budget) as budget, gathered(model):
-            if not sharded_modules(model):
+        with memory.limit(self.memory_budget) as budget, self.whole():
+            if not (self.in_turn or sharded_modules(self.network.model)):
                 with RUNNING:
-                    require_current(model, self.network.parameters)
+                    require_current(self.network.model, self.network.parameters)
             yield budget
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within: parameters are whole, where they are used at least."""
+        model = self.network.model
+        return in_turn(model, self.team) if self.in_turn else gathered(model)
 
     def batches(self) -> Iterator[Batch]:
         """The batches on the model's device; raises :class:`LoaderError` when no process has one."""

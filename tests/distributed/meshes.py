@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any
 
 import cuts
 import torch
@@ -43,6 +45,12 @@ def crossed(kind: str) -> None:
         cuts.close(many, one, 1e-10 if kind == "ekfac" else 1e-12)
         here.same(many)
         assert hooks(other) == before and all(p.grad is None for p in other.parameters())
+        if kind == "diag":  # what is cut in two ways is gathered, also where it does not fit
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                options = {"process_group": mesh["dp"], "memory_budget": 100}
+                cuts.close(nng.FIM(other, mine, representation(kind, other), **options).to_dense(), one)
+            assert any("is gathered for this measure" in str(w.message) for w in said)
 
     CHECKS[f"fully_shard and tensor-parallel {kind}"] = f
 
@@ -62,7 +70,7 @@ def examples_are_split_over_one_axis_only(here: Here) -> None:
     raises(nng.RankMismatchError, text, lambda: nng.FIM(other, PARTS[here.rank % 2], process_group=mesh["dp"]))
 
 
-def hybrid(kind: str) -> None:
+def hybrid(kind: str, **options: Any) -> None:
     def f(here: Here) -> None:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         model = whole()
@@ -70,16 +78,17 @@ def hybrid(kind: str) -> None:
         mine = [(TOKENS[here.rank :: 4], LABELS[here.rank :: 4])]
         order = torch.cat([torch.arange(9)[rank::4] for rank in range(4)])
         one = nng.FIM(model, (TOKENS[order], LABELS[order]), representation(kind, model)).to_dense()
-        many = nng.FIM(other, mine, representation(kind, other), process_group=here.group).to_dense()
+        many = nng.FIM(other, mine, representation(kind, other), process_group=here.group, **options).to_dense()
         cuts.close(many, one, 1e-10 if kind == "ekfac" else 1e-12)
         here.same(many)
         assert all(hasattr(p, "placements") for p in other.parameters())
 
-    CHECKS[f"hybrid {kind}"] = f
+    CHECKS[f"hybrid {kind}{' in turn' if options else ''}"] = f
 
 
 for kind in ("dense", "kfac", "ekfac"):
     hybrid(kind)
+    hybrid(kind, memory_budget=100)
 
 
 @check(CHECKS)

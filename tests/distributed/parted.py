@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import build
+from faults import OddOnce, coded
 from launch import Check, Here, check
 
 import nngeom as nng
@@ -25,14 +26,15 @@ MODELS = ("mlp", "transformer", "tied", "gru")
 ROOM = 2**10  # bytes, in which few layers have room at once, and few outputs
 
 
-def pair(kind, name: str, group=None, measure=nng.FIM, **options):
+def pair(kind, name: str, group=None, measure=nng.FIM, *, streamed=False, room=ROOM, **options):
     """The matrix of a case as a whole in one process, and in parts over all."""
     case = build(name, sizes=cuts.SIZES)
     mine = case.loader if group is None else cuts.mine(case.loader, dist.get_rank(group), dist.get_world_size(group))
     whole = measure(case.model, case.loader, kind, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nng.MemoryWarning)
-        parted = measure(case.model, mine, nng.PMatSharded.of(kind), process_group=group, memory_budget=ROOM, **options)
+        chosen = nng.PMatSharded.of(kind, streamed=streamed)
+        parted = measure(case.model, mine, chosen, process_group=group, memory_budget=room, **options)
     return whole, parted
 
 
@@ -40,8 +42,8 @@ def close(x, y) -> None:
     cuts.close(x.reshape(-1), y.reshape(-1), 1e-9)
 
 
-def as_the_whole(kind: str, name: str, group=None) -> None:
-    whole, parted = pair(KINDS[kind], name, group)
+def as_the_whole(kind: str, name: str, group=None, **options) -> None:
+    whole, parted = pair(KINDS[kind], name, group, **options)
     lc = whole.layer_collection
     v = nng.PVector.randn(lc, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert parted.shape == whole.shape and parted.examples == whole.examples and parted.dtype == whole.dtype
@@ -58,7 +60,7 @@ def as_the_whole(kind: str, name: str, group=None) -> None:
     close(parted.norm(), whole.norm())
     close(parted.norm(2), whole.norm(2))
     close((2 * parted + parted).trace(), 3 * whole.trace())
-    close(parted.to(torch.float32).trace().double(), whole.to(torch.float32).trace().double())
+    cuts.close(parted.to(torch.float32).trace(), whole.to(torch.float32).trace(), 1e-6)
     gathered = parted.gather()
     assert type(gathered) is type(whole)
     close(gathered.to_dense(), whole.to_dense())
@@ -68,6 +70,96 @@ for kind in KINDS:
     CHECKS[f"parts, {kind}"] = lambda here, k=kind: as_the_whole(k, "mlp", here.group)
 for name in MODELS[1:]:
     CHECKS[f"parts, {name}"] = lambda here, n=name: as_the_whole("ekfac", n, here.group)
+STREAMED = [("ekfac", name, ROOM) for name in MODELS[:3]] + [(kind, "mlp", ROOM) for kind in KINDS if kind != "ekfac"]
+STREAMED += [("ekfac", "transformer", 2**14), ("kfac", "mlp", 2**14)]  # sums stay until the end of the sweep
+for kind, name, room in STREAMED:
+    options = {"streamed": True, "room": room}
+    CHECKS[f"streamed, {kind} {name} {room}"] = lambda here, k=kind, n=name, o=options: as_the_whole(
+        k, n, here.group, **o
+    )
+
+
+@check(CHECKS)
+def streamed_draws(here: Here) -> None:
+    case = build("mlp", sizes=cuts.SIZES)
+    options = {"generator": torch.Generator().manual_seed(3)}
+    whole = nng.FIM_MonteCarlo(case.model, case.loader, nng.PMatKFAC, **options)
+    options = {"generator": torch.Generator().manual_seed(3), "process_group": here.group}
+    chosen = nng.PMatSharded.of(nng.PMatKFAC, streamed=True)
+    parted = nng.FIM_MonteCarlo(case.model, cuts.mine(case.loader, here.rank, here.size), chosen, **options)
+    close(parted.gather().to_dense(), whole.to_dense())
+    centred = lambda kind, data, **o: nng.FIM(case.model, data, kind, centered=True, **o)
+    with pytest.raises(nng.UnsupportedError, match="not centred"):
+        centred(nng.PMatSharded.of(nng.PMatEKFAC, streamed=True), case.loader)
+
+
+@check(CHECKS)
+def streamed_layers_that_are_used_in_unlike_ways(here: Here) -> None:
+    """What is used oddly on the last rank is kept whole on all; a layer that is not used there counts as zero."""
+    torch.manual_seed(0)
+    model, options = OddOnce().double(), {"process_group": here.group}
+    for code in (7, 8, 9):
+        data = [coded(code if rank == here.size - 1 else 0) for rank in range(here.size)]
+        mine = data[here.rank : here.rank + 1]
+        for kind in (nng.PMatKFAC, nng.PMatEKFAC):
+            many = nng.FIM(model, mine, nng.PMatSharded.of(kind, streamed=True), **options).gather().to_dense()
+            close(many, nng.FIM(model, mine, kind, **options).to_dense())
+
+
+@check(CHECKS)
+def one_raises_while_layers_are_streamed(here: Here) -> None:
+    case = build("transformer", sizes=cuts.SIZES)
+    last, mine = here.rank == here.size - 1, list(case.loader)
+    chosen = nng.PMatSharded.of(nng.PMatEKFAC, streamed=True)
+    options = {"process_group": here.group, "memory_budget": ROOM}
+
+    def loader():
+        yield mine[0]
+        if last:
+            raise ValueError("broken loader")
+        yield from mine[1:]
+
+    with pytest.raises(ValueError if last else nng.PeerError, match="broken loader"):
+        nng.FIM(case.model, loader(), chosen, **options)
+    case = build("mlp", sizes=cuts.SIZES)
+    x, y = case.loader[-1]
+    x = x.clone()
+    x[1] = torch.nan
+    data = [*case.loader[:-1], (x, y)] if last else case.loader
+    with pytest.raises(nng.NonFiniteError if last else nng.PeerError, match=r"for examples \[1\]"):
+        nng.FIM(case.model, data, chosen, **options)
+    as_the_whole("kfac", "mlp", here.group, streamed=True)
+
+
+@check(CHECKS)
+def what_cannot_be_used_of_a_parcel_all_raise(here: Here) -> None:
+    """A recipe that breaks where rows of others arrive, on the process that keeps them."""
+
+    class Broken(nng.PMatEKFAC):
+        blocks_in_layers = True
+
+        @classmethod
+        def recipe(cls, selection, **options):
+            recipe = super().recipe(selection, **options)
+            second = recipe.send((yield next(recipe)))
+
+            def statistic(chunk):
+                if here.rank == 0 and chunk.examples == 3:
+                    raise ValueError("broken statistic")
+                return second(chunk)
+
+            means = yield statistic
+            try:
+                recipe.send(means)
+            except StopIteration as end:
+                return end.value
+
+    case = build("transformer", sizes=cuts.SIZES)
+    mine = [batch for batch in case.loader if (len(batch[0]) == 3) == (here.rank == here.size - 1)]
+    options = {"process_group": here.group, "memory_budget": ROOM}
+    with pytest.raises(ValueError if here.rank == 0 else nng.PeerError, match="broken statistic"):
+        nng.FIM(case.model, mine, nng.PMatSharded.of(Broken, streamed=True), **options)
+    as_the_whole("kfac", "mlp", here.group, streamed=True)
 
 
 @check(CHECKS)
