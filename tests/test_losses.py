@@ -323,3 +323,42 @@ def test_columns_of_many_classes_are_made_a_few_at_a_time():
         size = (p[j] * q[j + 1] / q[j]).sqrt()
         expected[j], expected[j + 1 :] = size, -size * p[j + 1 :] / q[j + 1]
         close(column, expected, 1e-10)
+
+
+# -- of one example each -----------------------------------------------------------------------------------------------
+
+MIXING = {
+    "contrastive": lambda f, y: F.cross_entropy(f @ f.T, torch.arange(len(f)), reduction="none"),
+    "batch mean": lambda f, y: (f - f.mean(0)).square().sum(1),
+    "largest of the batch": lambda f, y: F.cross_entropy(f, y, reduction="none") * f.abs().max(),
+}
+SEPARATE = {
+    "focal": lambda f, y: (1 - f.softmax(1).gather(1, y[:, None])[:, 0]) * F.cross_entropy(f, y, reduction="none"),
+    "weighted by a constant of the batch": lambda f, y: F.cross_entropy(f, y, reduction="none") / y.sum(),
+}
+TAKERS = {
+    "EmpiricalFIM": lambda m, b, loss: nng.EmpiricalFIM(m, b, nng.PMatDiag, loss=loss),
+    "Hessian": lambda m, b, loss: nng.Hessian(m, b, nng.PMatDiag, loss=loss),
+    "Hessian v": lambda m, b, loss: nng.Hessian(m, b, loss=loss).mv(nng.PVector.from_model(m)),
+    "kernel": lambda m, b, loss: nng.GramMatrix(m, b, loss=loss),
+    "coherence": lambda m, b, loss: nng.analysis.coherence(m, b, loss=loss),
+}
+CONVEX = {
+    "GGN": lambda m, b, loss: nng.GGN(m, b, nng.PMatDiag, loss=loss),
+    "GGN v": lambda m, b, loss: nng.GGN(m, b, nng.PMatImplicit, loss=loss).mv(nng.PVector.from_model(m)),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS | CONVEX)
+@pytest.mark.parametrize("name", MIXING)
+def test_losses_that_mix_examples_are_refused(name, taker):
+    model, x = problem()
+    with pytest.raises(nng.ArgumentError, match="mixes examples"):
+        (TAKERS | CONVEX)[taker](model, [(x, labels().clamp_min(0))], MIXING[name])
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.parametrize("name", SEPARATE)
+def test_losses_of_one_example_each_are_taken(name, taker):
+    model, x = problem()
+    TAKERS[taker](model, [(x, labels().clamp_min(0))], SEPARATE[name])

@@ -84,9 +84,11 @@ class ReverseConventions(TorchFunctionMode):
     def __init__(self, *, composed: bool = False) -> None:
         super().__init__()
         self._composed: dict[Any, Any] = COMPOSED if composed else {}
+        self.hooked = False  # some tensor was asked to run a function on its gradient, which forward mode does not
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.hooked |= func is torch.Tensor.register_hook
         written = WRITTEN_OUT.get(func)
         if written is not None and torch.is_grad_enabled() and args and args[0].requires_grad and args[0].numel():
             return written(*args, **kwargs)

@@ -37,6 +37,11 @@ class Graph:
         """The selected parameters that some path leads to, but for those without elements."""
         return {name for node, name in self.names.items() if self.leaves[node].numel()}
 
+    @property
+    def module_hooks(self) -> bool:
+        """Whether some module runs functions on the gradients of its inputs or outputs."""
+        return any(node.name() == "BackwardHookFunctionBackward" for node in self.nodes)
+
     def consumers_first(self) -> Iterator[Any]:
         """All nodes, each after those that use its outputs."""
         waiting: dict[Any, int] = dict.fromkeys(self.nodes, 0)

@@ -33,7 +33,7 @@ class Leaves:
     def name(self, x: Tensor) -> str | None:
         """The name of the selected parameter that ``x`` stands for."""
         known = self.names.get(id(x))
-        if known is not None or not x.requires_grad or not x.is_leaf or not isinstance(x, nn.Parameter):
+        if known is not None or not x.requires_grad or not _is_leaf(x) or not isinstance(x, nn.Parameter):
             return known
         if id(x) in self._registered or id(x) in self._others:
             return None
@@ -81,6 +81,13 @@ class Leaves:
         with _Watched(watched):
             outputs = self._network.run(batch)
         return outputs, list(watched.tensors.values())
+
+
+def _is_leaf(x: Tensor) -> bool:
+    try:
+        return x.is_leaf
+    except RuntimeError:  # a view that was written in place where gradients are not recorded
+        return False
 
 
 class _Watched(TorchFunctionMode):

@@ -110,7 +110,7 @@ class Network:
     @functools.cached_property
     def watch(self) -> Watch:
         """Of what forward passes leave behind."""
-        return Watch(self.model, self.modules, self.device)
+        return Watch(self.model, self.modules, self.every, self.device)
 
     @property
     def hooked(self) -> set[str]:

@@ -6,12 +6,15 @@ for every state that it gives (65 microseconds), which may be read from its memo
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 WORDS = 624  # of a Mersenne twister, each of four bytes, and a place among them
 
@@ -74,3 +77,34 @@ def _as_state(x: Any) -> Any:
         return x
     words = np.frombuffer(x, np.uint32)
     return "MT19937", words[:WORDS], int(words[WORDS])
+
+
+class OwnGenerators:
+    """The generators of Python and NumPy that ``modules`` hold as attributes."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        kinds = random.Random, np.random.Generator, np.random.RandomState
+        held = {id(x): x for m in modules for x in m.__dict__.values() if isinstance(x, kinds)}
+        self._held: list[Any] = [*held.values()]
+
+    def states(self) -> list[Any]:
+        """One each."""
+        return [copy.deepcopy(_state(x)) for x in self._held]
+
+    def put_back(self, states: list[Any]) -> str:
+        """The library of one whose state is not what it was, all of which are put back; empty where there is none."""
+        moved = [(x, state) for x, state in zip(self._held, states) if repr(_state(x)) != repr(state)]
+        for x, state in moved:
+            if isinstance(x, random.Random):
+                x.setstate(state)
+            else:
+                _bits(x).state = state
+        return next(("Python" if isinstance(x, random.Random) else "NumPy" for x, _ in moved), "")
+
+
+def _bits(x: Any) -> Any:
+    return x.bit_generator if isinstance(x, np.random.Generator) else x._bit_generator
+
+
+def _state(x: Any) -> Any:
+    return x.getstate() if isinstance(x, random.Random) else _bits(x).state

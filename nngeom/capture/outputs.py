@@ -39,6 +39,8 @@ def checked(outputs: Any, batch: Batch, source: str) -> Tensor:
         raise OutputError(f"the outputs have dtype {outputs.dtype}; expected real floating-point numbers")
     if outputs.shape[0] == 0:
         raise LoaderError("a batch has no examples; expected at least one")
+    if outputs.numel() == 0:
+        raise OutputError(f"the outputs have shape {tuple(outputs.shape)}, no number an example; expected at least one")
     size = leading_size(batch)
     if size is not None and outputs.shape[0] != size:
         raise OutputError(

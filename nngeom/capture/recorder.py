@@ -27,6 +27,7 @@ from nngeom.capture.fused import composed, recomputed, unfused
 from nngeom.capture.graph import Graph, read, sequence_number
 from nngeom.capture.leaves import Leaves
 from nngeom.capture.network import Batch, Network, gradients_on
+from nngeom.capture.overwritten import may_write
 from nngeom.capture.recorded import Recorded
 from nngeom.capture.sorted_sequences import SortedSequences
 from nngeom.capture.untouched import Drew, require_unused
@@ -63,18 +64,19 @@ def record(network: Network, batch: Batch, *, keep_graph: bool = False, exchange
     """Run the model on a batch and record how it uses the selected parameters.
 
     ``exchange``: whether other tensors may stand for these while the model runs: the caller differentiates in
-    :attr:`Capture.leaves`. Raises :class:`ModeError` where the model is random, mixes examples or changes buffers,
+    :attr:`Capture.leaves`. Raises :class:`ModeError` where the model is random, keeps a state or mixes examples,
     :class:`CoverageError` where it exchanges parameters and must not.
     """
     network.watch.harmless = False
     if keep_graph:
         network.require_whole("derivatives of the rows")
+    again = gradients_on()(functools.partial(network.run, batch))
     try:
         capture = _recorded(network, batch, keep_graph=keep_graph)
     except Drew:
-        with gradients_on():
-            require_unused(lambda: network.run(batch), network.watch)
+        require_unused(again, network.watch)
         capture = _recorded(network, batch, keep_graph=keep_graph)
+    network.watch.require_idle(again, capture.values)
     if not exchange:
         capture.leaves.require_own()
     return capture
@@ -82,9 +84,8 @@ def record(network: Network, batch: Batch, *, keep_graph: bool = False, exchange
 
 def _recorded(network: Network, batch: Batch, *, keep_graph: bool) -> Capture:
     recorder = Recorder(network, keep_graph=keep_graph)
-    with gradients_on(), unfused() if keep_graph else contextlib.nullcontext():
-        with network.watch.own(recorder.generators):
-            outputs = network.run(batch, recorder)
+    with gradients_on(), unfused() if keep_graph else contextlib.nullcontext(), network.watch.own(recorder.generators):
+        outputs = network.run(batch, recorder)
     return recorder.captured(outputs, batch)
 
 
@@ -96,6 +97,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, network: Network, *, keep_graph: bool = False, refuse: bool = True) -> None:
         super().__init__()
         self.refuse = refuse
+        self.overwritten = network.watch.overwritten if refuse else None
         self.mixing = False  # batch normalisation in training mode was seen
         self.leaves = Leaves(network)
         self.keep_graph = keep_graph
@@ -135,6 +137,8 @@ class Recorder(TorchFunctionMode):
         own = kwargs.get("generator")
         if isinstance(own, torch.Generator) and own not in self.generators:
             self.generators[own] = own.get_state()
+        if self.overwritten is not None and may_write(func):
+            self.overwritten.keep(func, args, kwargs)
         refusal = REFUSALS.get(func)
         if refusal is not None:
             self._consider(refusal, func, args, kwargs)

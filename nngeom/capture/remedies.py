@@ -84,6 +84,13 @@ def gradients(outputs: Any, inputs: Any, v: Any, **options: Any) -> tuple[Tensor
                 "expected use_reentrant=False, or no checkpointing, as in model.eval(); in transformers: "
                 'model.gradient_checkpointing_enable({"use_reentrant": False})'
             ) from error
+        if "backward through the graph a second time" in text:
+            raise UnsupportedError(
+                "a part of the model's graph is kept from one call to the next (a weight computed once and cached: "
+                "torch.nn.utils.parametrize.cached(), functools.lru_cache, a tensor held outside) and was used up by "
+                "an earlier pass; expected everything that has a gradient to be computed in every call: measure "
+                "outside of the cache"
+            ) from error
         if type(error).__name__ == "CheckpointError":
             raise UnsupportedError(CHECKPOINTED) from error
         if "NestedTensor" in text or (options.get("create_graph") and "returns multiple views" in text):

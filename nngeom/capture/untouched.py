@@ -1,14 +1,15 @@
-"""Measuring changes nothing: what a forward pass does to buffers and random numbers is undone, and refused where it
+"""Measuring changes nothing: what a forward pass does to a model and to random numbers is undone, and refused where it
 matters.
 
-A pass that draws random numbers, or that changes a buffer, would be another one the next time. What it left is put
-back, also when it raised. Numbers that are drawn and never used are let pass.
+A pass that draws random numbers, or that changes a buffer or a parameter, would be another one the next time; so would
+one that carries a state on in other attributes (:mod:`~nngeom.capture.attributes`). What it left is put back, also when
+it raised. Numbers that are drawn and never used are let pass.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from nngeom.capture.arguments import tensors
-from nngeom.capture.other_states import OtherStates
+from nngeom.capture.attributes import Attributes
+from nngeom.capture.other_states import OtherStates, OwnGenerators
+from nngeom.capture.overwritten import Overwritten
 from nngeom.core.errors import ModeError
 
 _HINT = "so a measure of it would be random: call model.eval(), or fix what it draws"
@@ -27,13 +30,24 @@ class Drew(ModeError):
 
 
 class Watch:
-    """The buffers and the random state of one model, around its forward passes."""
+    """The state of one model, with its ``modules`` and ``parameters``, and of random numbers, around its forward
+    passes.
+    """
 
-    def __init__(self, model: nn.Module, modules: Iterable[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[nn.Module],
+        parameters: Mapping[str, nn.Parameter],
+        device: torch.device,
+    ) -> None:
         self.device = device
         self.harmless = False  # numbers that are drawn were seen to be unused
-        self._model = model
+        self.overwritten = Overwritten(parameters)
+        self._model, self._attributes = model, Attributes(modules)
+        self._own = OwnGenerators(self._attributes.modules)
         self._places = [(m, key) for m in modules for key in _names(m)]
+        self._places += [(m, key) for m in self._attributes.modules for key in _plain(m)]
         self._held: list[tuple[Tensor | None, int, Tensor | None]] = [(None, -1, None)] * len(self._places)
         self._looked = (
             False  # whether values of buffers were compared, not versions only, and states of other libraries
@@ -44,7 +58,8 @@ class Watch:
         """Within: what happens to buffers and random numbers is put back, and raises :class:`ModeError`."""
         generators = self._generators()
         before = [g.get_state() for g in generators]
-        others = None if self._looked else OtherStates()
+        others, own = None if self._looked else OtherStates(), self._own.states()
+        attributes = self._attributes.hold()
         self._hold()
         finished = False
         try:
@@ -55,16 +70,23 @@ class Watch:
             for g, state in zip(generators, before):
                 if any(drew):
                     g.set_state(state)
-            other = "" if others is None else others.put_back()
-            changed = self._restore()
+            other = self._own.put_back(own) or ("" if others is None else others.put_back())
+            self._attributes.put_back(attributes)
+            written, changed = self.overwritten.put_back(), self._restore()
         if not finished:
             return
+        if written:
+            raise ModeError(
+                f"the forward pass changes the parameters {written[:4]} of the model in place (weights that are "
+                "clipped, normalised or averaged there, a table with max_norm), so that it is of another model the "
+                "next time: do it before, or as a parametrization (torch.nn.utils.parametrize). They were put back"
+            )
         if other:
             raise ModeError(f"the model draws random numbers of {other} in its forward pass, {_HINT}")
         if changed:
             raise ModeError(
-                f"the forward pass changes the buffers {changed[:4]} of the model, so that it is another one the "
-                "next time (a "
+                f"the forward pass changes the buffers or tensors {changed[:4]} of the model, so that it is another "
+                "one the next time (a "
                 "counter, a moving average, spectral normalisation in training mode?); call model.eval(), or "
                 "keep them fixed "
                 "while it is measured (of a table made on the first call: call the model once before). They were "
@@ -85,6 +107,12 @@ class Watch:
                 generator.set_state(state)
         if drew and not self.harmless:
             raise Drew(f"the model draws random numbers in its forward pass, {_HINT}")
+
+    def require_idle(self, run: Callable[[], Tensor], outputs: Tensor) -> None:
+        """Raise :class:`ModeError` where ``run`` gives other ``outputs`` when it finds the attributes that the last
+        pass left.
+        """
+        self._attributes.require_idle(run, outputs, self._name)
 
     def _generators(self) -> list[torch.Generator]:
         found = [torch.default_generator]
@@ -129,6 +157,11 @@ def _names(module: nn.Module) -> list[str]:
     """The buffers of a module itself."""
     own = module._buffers
     return list(own) if isinstance(own, dict) else [key for key, _ in module.named_buffers(recurse=False)]  # of scripts
+
+
+def _plain(module: nn.Module) -> list[str]:
+    """Attributes of a module that are tensors of numbers."""
+    return [key for key, x in module.__dict__.items() if isinstance(x, Tensor) and not x.requires_grad]
 
 
 def _differ(state: Tensor, other: Tensor) -> bool:

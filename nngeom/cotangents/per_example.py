@@ -38,7 +38,14 @@ class Loss(Reading):
         """``d loss / d outputs``, ``(n, *shape)``, at the ``targets`` of the batch."""
         with torch.enable_grad():
             f = outputs.detach().requires_grad_()
-            return torch.autograd.grad(self.precisely(f, targets).sum(), f)[0]
+            return _gradient(self.precisely(f, targets), f)
+
+    def require_separate(self, outputs: Tensor, targets: Any) -> None:
+        """Raise :class:`ArgumentError` where the loss of an example changes with the ``outputs`` of others, at the
+        ``targets`` of the batch; one with a gradient of its own says of each that it is its example's.
+        """
+        if type(self).gradient is Loss.gradient:
+            self.gradient(outputs, targets)
 
     def square_root(self, outputs: Tensor, targets: Any) -> Columns:
         """Cotangents ``v [k, n, *shape]``, ``sum_k v v^T`` the Hessian of the loss in ``outputs``, at ``targets``."""
@@ -48,7 +55,7 @@ class Loss(Reading):
         """The Hessian of the loss in ``outputs``, at ``targets``, times ``tangent (n, *shape)``."""
         with torch.enable_grad():
             f = outputs.detach().requires_grad_()
-            gradient = torch.autograd.grad(self.precisely(f, targets).sum(), f, create_graph=True)[0]
+            gradient = _gradient(self.precisely(f, targets), f, create_graph=True)
             return torch.autograd.grad(gradient, f, tangent)[0] if gradient.requires_grad else torch.zeros_like(tangent)
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any) -> Tensor:
@@ -124,7 +131,7 @@ def _output_hessian(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     """``[n, c, c]`` over the flattened outputs of every example."""
     with torch.enable_grad():
         f = outputs.detach().requires_grad_()
-        gradient = torch.autograd.grad(loss.precisely(f, targets).sum(), f, create_graph=True)[0].flatten(1)
+        gradient = _gradient(loss.precisely(f, targets), f, create_graph=True).flatten(1)
         if not gradient.requires_grad:
             return torch.zeros(len(f), gradient.shape[1], gradient.shape[1], dtype=f.dtype, device=f.device)
         rows = [
@@ -132,3 +139,24 @@ def _output_hessian(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
             for j in range(gradient.shape[1])
         ]
     return torch.stack(rows, 1)
+
+
+def _gradient(values: Tensor, f: Tensor, *, create_graph: bool = False) -> Tensor:
+    """``d values[i] / d f[i]`` of a loss ``(n,)``, each example's in its own outputs.
+
+    Raises :class:`ArgumentError` where outputs of other examples have a part in it: with every value multiplied by a
+    number of its own, every gradient must be.
+    """
+    n, several = len(f), len(f) > 1
+    gradient = torch.autograd.grad(values.sum(), f, retain_graph=several or create_graph, create_graph=create_graph)[0]
+    if several:
+        own = torch.rand(n, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(f) + 0.5
+        weighted = torch.autograd.grad(values, f, own.to(values), retain_graph=create_graph)[0]
+        expected = gradient.detach() * own.view(-1, *[1] * (f.ndim - 1))
+        room = torch.finfo(f.dtype).eps ** 0.75 * expected.abs().max()
+        if bool(((weighted - expected).abs() > room).any()):
+            raise ArgumentError(
+                "the loss mixes examples: the value of some changes with the outputs of others (a batch mean, a "
+                "contrastive loss); expected one number an example, of its own outputs and targets"
+            )
+    return gradient

@@ -111,6 +111,7 @@ def differentiated(network: Network, loss: Loss, batch: Batch, index: int, width
         outputs = network.run(batch)
         require_finite(outputs.detach(), "outputs", index)
         loss, y = judged(loss, outputs, batch)
+        loss.require_separate(outputs, y)
         value = loss.precisely(outputs, y).sum()
         if not value.requires_grad:
             raise CoverageError(

@@ -19,11 +19,17 @@ from nngeom.capture.network import Network, gradients_on, take
 from nngeom.capture.recorder import Capture
 from nngeom.capture.remedies import gradients
 from nngeom.core import memory
+from nngeom.core.draws import factors, outer
 from nngeom.core.errors import CoverageError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.linalg import accumulation_dtype, flat_rows
 from nngeom.pullback.backward import dense, pull_back
 from nngeom.pullback.separate import ADDED_UP, MIXES, require_separate, same_outputs
+
+HOOKED = (
+    "functions that are registered on gradients (register_hook) change them in a way that is not linear in each "
+    "example by itself (clipping, normalising, a batch mean), so that there is no Jacobian; remove them to measure"
+)
 
 
 def full_jacobians(
@@ -43,6 +49,8 @@ def full_jacobians(
     where a factor is zero have other derivatives.
     """
     several = capture.outputs.shape[0] > 1 and (apart or not create_graph)
+    if check and network.hooked.intersection(names):
+        _require_linear(capture, [capture.leaves.tensors[name] for name in names if name in network.hooked])
     rows = _alone(network, capture, names, v, create_graph=create_graph, check=check) if several else None
     parameters = [capture.leaves.tensors[name] for name in names]
     rows = rows or _masked(capture.outputs, parameters, v, create_graph=create_graph)
@@ -76,7 +84,7 @@ def _alone(
     rows = [torch.stack(r, 1) for r in pieces]
     if not check or _add_up(outputs, parameters, v, rows):
         return rows
-    raise CoverageError(MIXES)
+    raise CoverageError(HOOKED if capture.hooked or capture.graph().module_hooks else MIXES)
 
 
 def _add_up(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, rows: list[Tensor]) -> bool:
@@ -96,6 +104,20 @@ def _add_up(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, rows: list
             if not bool(difference <= tolerance * _usual(outputs, p, together)):
                 return False
     return True
+
+
+def _require_linear(capture: Capture, parameters: Sequence[Tensor]) -> None:
+    """Raise :class:`CoverageError` where functions registered on gradients of parameters are not linear: rows would not
+    be those of any matrix.
+    """
+    outputs, generator = capture.outputs, torch.Generator().manual_seed(10)
+    u = [outer(factors(outputs.shape, generator, outputs.detach())) for _ in range(2)]
+    pulled = [gradients(outputs, parameters, x, retain_graph=True) for x in (*u, u[0] + u[1])]
+    for x, y, both in zip(*(map(dense, some) for some in pulled)):
+        if both is not None and x is not None and y is not None:
+            size = x.norm() + y.norm()
+            if not bool((x + y - both).norm() <= ADDED_UP.get(outputs.dtype, 0.1) * size):
+                raise CoverageError(HOOKED)
 
 
 def _usual(outputs: Tensor, parameter: Tensor, v: Tensor) -> Tensor:

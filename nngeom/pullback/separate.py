@@ -37,8 +37,8 @@ def require_separate(network: Network, batch: Batch, outputs: Tensor, parts: Seq
     in it.
 
     Other outputs alone are no proof: a table with as many rows as the batch has examples was cut too. Where the inputs
-    are real numbers, gradients of outputs in the inputs of other examples are. A model that does not run on a half says
-    nothing.
+    are real numbers, gradients of outputs in the inputs of other examples are. Of a model that does not run on a half
+    is asked only that it gives the same on the whole again.
     """
     outputs, n = outputs.detach(), outputs.shape[0]
     for lo, hi in parts or ([(0, n)] if n == 1 else [(0, n // 2), (n // 2, n)]):
@@ -47,14 +47,20 @@ def require_separate(network: Network, batch: Batch, outputs: Tensor, parts: Seq
                 alone = network.run(take(batch, slice(lo, hi), n) if n > 1 else batch).detach()
         except Exception:
             _require_axis(batch, outputs)
+            _require_same(network, batch, outputs)
             return
         if alone.shape == outputs[lo:hi].shape and not same_outputs(alone, outputs[lo:hi], outputs):
-            with gradients_on():
-                again = network.run(batch).detach()
-            if not same_outputs(again, outputs, outputs):
-                raise ModeError(CHANGES)
+            _require_same(network, batch, outputs)
             if n > 1 and not inputs_are_separate(network, batch, n):
                 raise CoverageError(MIXES)
+
+
+def _require_same(network: Network, batch: Batch, outputs: Tensor) -> None:
+    """Raise :class:`ModeError` where the batch has other outputs now."""
+    with gradients_on():
+        again = network.run(batch).detach()
+    if not same_outputs(again, outputs, outputs):
+        raise ModeError(CHANGES)
 
 
 def answers(outputs: Tensor) -> bool:

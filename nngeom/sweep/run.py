@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.capture.batch import tensors
+from nngeom.capture.current import require_current
 from nngeom.capture.gathered import gathered, sharded_modules
 from nngeom.capture.in_turn import in_turn
-from nngeom.capture.network import Batch, Network, as_batches, leading_size, targets
+from nngeom.capture.network import RUNNING, Batch, Network, as_batches, leading_size, targets
 from nngeom.capture.stand_in import can_stand_in
 from nngeom.core import memory
 from nngeom.core.bars import tqdm
@@ -133,8 +134,13 @@ class Run:
 
     @contextlib.contextmanager
     def within(self) -> Iterator[int]:
-        """Work under this run's memory budget, on whole parameters."""
+        """Work under this run's memory budget, on whole parameters; raises :class:`CollectionError` where the model has
+        other ones by now.
+        """
         with memory.limit(self.memory_budget) as budget, self.whole():
+            if not (self.in_turn or sharded_modules(self.network.model)):
+                with RUNNING:
+                    require_current(self.network.model, self.network.parameters)
             yield budget
 
     def whole(self) -> AbstractContextManager[None]:

@@ -1,0 +1,26 @@
+"""Whether a model still has the parameters that an object was built for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from nngeom.core.errors import CollectionError
+from nngeom.space.walk import named_parameters
+
+
+def require_current(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise :class:`CollectionError` where some of the ``parameters`` of a ``model`` are frozen, or no longer its own.
+
+    Products with a matrix that holds the model would leave them out.
+    """
+    now = named_parameters(model)
+    exchanged = [name for name, p in parameters.items() if now.get(name) is not p]
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    if exchanged or frozen:
+        what = f"other parameters {exchanged[:4]}" if exchanged else f"frozen parameters {frozen[:4]}"
+        raise CollectionError(
+            f"the model has {what} since this was built; expected those that it had then (their values may change): "
+            "build it again"
+        )
