@@ -133,15 +133,15 @@ class Eigenbasis(Curvature):
 
     def _install(self, blocks: dict[Layout, Kept]) -> None:
         """New bases; the spectra of all blocks are views of one vector, which the steps to come change in place."""
-        old, layouts = self.blocks, tuple(blocks)
+        old = self.blocks
         turn = functools.cache(lambda layout: turns(old[layout], blocks[layout]))
 
         def along(x: Tensor, *, squared: bool = False) -> Tensor:
-            new = [moved(p, turn(lay), squared=squared).reshape(-1) for p, lay in zip(views(x, old), layouts)]
-            return torch.cat(new)
+            parts = dict(zip(old, views(x, old)))  # in the order of a state that was joined, perhaps
+            return torch.cat([moved(parts[lay], turn(lay), squared=squared).reshape(-1) for lay in blocks])
 
         start = torch.cat([block.d.reshape(-1) for block in blocks.values()])
-        self.spectrum.start(start, along if tuple(old) == layouts else None)
+        self.spectrum.start(start, along if old.keys() == blocks.keys() else None)
         self._share(blocks)
 
     def _share(self, blocks: dict[Layout, Kept]) -> None:
