@@ -228,7 +228,7 @@ def parameters_that_are_parted_in_the_middle_are_refused(here: Here) -> None:
         return out
 
     call = lambda: nng.FIM(model, data, nng.PMatDiag, function=function, process_group=here.group)
-    raises(nng.UnsupportedError, "reshard nothing", call)
+    raises((nng.UnsupportedError, nng.PeerError), "reshard nothing", call)  # the other process may be the first
     assert in_parts(model)
 
 
