@@ -89,7 +89,16 @@ def test_dependencies_are_those_that_are_imported():
             elif isinstance(node, ast.Import):
                 used |= {alias.name.partition(".")[0] for alias in node.names}
     outer = used - set(sys.stdlib_module_names) - {"nngeom"}
-    optional = {"matplotlib", "lightning", "transformers", "tensorboard", "pytorch_lightning", "accelerate", "laplace"}
+    optional = {
+        "matplotlib",
+        "threadpoolctl",
+        "lightning",
+        "transformers",
+        "tensorboard",
+        "pytorch_lightning",
+        "accelerate",
+        "laplace",
+    }
     assert names <= outer and outer - names <= optional, outer - names
 
 

@@ -312,7 +312,6 @@ def test_hooked_parameters_are_named():
 
 HOOKS = {
     "twice": lambda g: 2 * g,
-    "clipped": lambda g: g.clamp(-0.05, 0.05),
     "masked": lambda g: g * (torch.arange(g.numel()).view(g.shape) % 2),
     "watched": lambda g: None,
 }
@@ -326,3 +325,12 @@ def test_rows_are_those_that_the_hook_leaves(hook, name):
     rows = reference.jacobian(model, x)
     close(nng.Jacobian(model, x).tensor, rows)
     close(nng.GramMatrix(model, x).tensor, torch.einsum("cnd,emd->cnem", rows, rows))
+
+
+@pytest.mark.parametrize("name", ["a.weight", "norm.weight", "t", "e", "b.bias"])
+def test_hooks_that_are_not_linear_leave_no_jacobian(name):
+    model, x = Mixed().double(), torch.randn(5, 4, dtype=f64)
+    dict(model.named_parameters())[name].register_hook(lambda g: g.clamp(-0.05, 0.05))
+    for measure in (nng.Jacobian, nng.GramMatrix):
+        with pytest.raises(nng.CoverageError, match="not linear"):
+            measure(model, x)

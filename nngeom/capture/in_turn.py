@@ -31,6 +31,7 @@ from nngeom.space.walk import modules
 
 SHARE = 4  # parameters stay whole within such a part of the memory budget
 PARAMETER = "a parameter"
+WHILE_TRACED = False  # torch's hooks are not asked for of what is traced
 _NAMES = ("shape", "dtype", "device", "requires_grad", "is_leaf", "grad_fn", "ndim", "layout", "is_cuda", "is_sparse")
 _METHODS = ("size", "dim", "numel", "ndimension", "stride", "is_floating_point", "is_complex", "element_size")
 OUTSIDE = {getattr(Tensor, name).__get__ for name in _NAMES} | {getattr(Tensor, name) for name in _METHODS}
@@ -131,7 +132,6 @@ class InTurn:
 
     def pack(self, t: Tensor) -> Any:
         """What is kept of a saved tensor: of a parameter nothing but where it is."""
-        _SAVING.count = getattr(_SAVING, "count", 0) + 1
         plain = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_nested
         j = self._storages.get(t.untyped_storage().data_ptr()) if plain and t.numel() else None
         if j is None or t.dtype != self.places[j].dtype or t.is_neg():
@@ -167,7 +167,6 @@ class _Used(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_SAVING = threading.local()  # how often something was kept, in this thread
 _NOW: WeakKeyDictionary[nn.Module, InTurn] = WeakKeyDictionary()  # of models that run so now
 
 
@@ -179,10 +178,10 @@ def used(model: nn.Module) -> AbstractContextManager[None]:
 
 def saves_for_us() -> bool:
     """Whether what autograd saves now goes to :meth:`InTurn.pack`, and no other hooks stand before."""
-    before = getattr(_SAVING, "count", 0)
-    with torch.enable_grad():
-        torch.ones((), requires_grad=True).exp()
-    return getattr(_SAVING, "count", 0) > before
+    if not _NOW:
+        return False
+    top = torch._C._autograd._top_saved_tensors_default_hooks(WHILE_TRACED)
+    return top is not None and isinstance(getattr(top[0], "__self__", None), InTurn)
 
 
 def value(model: nn.Module, parameter: Tensor) -> Tensor:

@@ -222,18 +222,14 @@ class Recorder(TorchFunctionMode):
                 if self.refuse:
                     raise
                 return None
-            except (
-                Exception
-            ):  # NotStructured, or what an adapter did not expect of this call: the fallback knows better
+            except Exception:  # NotStructured, or an unexpected call: the fallback knows better
                 return None
 
     def _open(self, func: Any) -> Callable[..., Any]:
         """A Python function of ``torch.nn.functional`` run with this mode switched on inside."""
         if func not in self._opened:
-            scope = {
-                **func.__globals__,
-                **{name: _never for name in func.__globals__ if name.startswith("has_torch_function")},
-            }
+            asks = (name for name in func.__globals__ if name.startswith("has_torch_function"))
+            scope = {**func.__globals__, **dict.fromkeys(asks, _never)}
             opened = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
             opened.__kwdefaults__ = func.__kwdefaults__
             self._opened[func] = opened

@@ -9,11 +9,11 @@ from weakref import finalize
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from nngeom.capture.kept_whole import kept_whole
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.replicas import require_team_now
+from nngeom.sweep.around_compiled import remove
 from nngeom.sweep.follow import Follower
 from nngeom.sweep.observe import Observation, Observer
 from nngeom.sweep.weakly import weakly
@@ -51,7 +51,7 @@ class Automatic:
         self.follower = Follower(observer, *wanted, self._before, self._drop_what_was_dropped, training=on)
         if on:
             handles = self.follower.install(Hook(self.follower.enter), Hook(self.follower.leave))
-            finalize(self.follower, _remove, handles).atexit = False
+            finalize(self.follower, remove, handles).atexit = False
 
     def _before(self) -> None:
         require_team_now(self.follower.observer.team)
@@ -115,8 +115,3 @@ def _inert() -> Callable[..., None]:
 
 def _nothing(*_: Any) -> None:
     pass
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

@@ -14,7 +14,6 @@ from nngeom.capture.exchanged import exchanged
 from nngeom.capture.fused import ReverseConventions, twice_differentiable, unfused
 from nngeom.capture.graph import read
 from nngeom.capture.network import RUNNING, Batch, Network, gradients_on
-from nngeom.capture.remedies import gradients as gradients_of
 from nngeom.core.draws import dot, factors, outer
 from nngeom.core.errors import NNGeomError
 from nngeom.core.forward_mode import forward_mode
@@ -86,7 +85,9 @@ class Linearization:
         with gradients_on(), twice_differentiable():
             outputs = self.network.run(batch)
             u = torch.zeros_like(outputs, requires_grad=True)
-            pulled = gradients_of(outputs, list(self.network.parameters.values()), u, create_graph=True)
+            pulled = torch.autograd.grad(
+                outputs, list(self.network.parameters.values()), u, create_graph=True, allow_unused=True
+            )
             parts = [(g * v[name]).sum() for name, g in zip(self.network.parameters, pulled) if g is not None]
             if not parts or not any(part.requires_grad for part in parts):
                 return outputs, torch.zeros_like(outputs)
@@ -133,7 +134,7 @@ class Linearization:
         generator = torch.Generator().manual_seed(6)
         u = factors(outputs.shape, generator, outputs.detach())
         parameters = self.network.parameters
-        pulled = gradients_of(outputs, list(parameters.values()), outer(u), retain_graph=True)
+        pulled = torch.autograd.grad(outputs, list(parameters.values()), outer(u), retain_graph=True, allow_unused=True)
         gradients = {name: dense(g) for name, g in zip(parameters, pulled) if g is not None}
         del pulled
         lengths = {name: dot(g, g)[0] ** 0.5 for name, g in gradients.items()}
@@ -154,7 +155,7 @@ class Linearization:
     def vjp(self, outputs: Tensor, u: Tensor) -> Tensor:
         """``J^T u`` as a flat vector."""
         params = list(self.network.parameters.values())
-        grads = gradients_of(outputs, params, u)
+        grads = torch.autograd.grad(outputs, params, u, allow_unused=True)
         whole = [torch.zeros_like(p) if g is None else dense(g) for g, p in zip(grads, params)]
         return torch.cat([g.flatten() for g in whole])
 

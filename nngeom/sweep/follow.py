@@ -10,12 +10,12 @@ from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from nngeom.capture.measuring import is_measuring
 from nngeom.capture.recorder import Recorder
 from nngeom.core.errors import ArgumentError, OutputError
 from nngeom.pullback.captured_pass import Pass
+from nngeom.sweep.around_compiled import AroundCompiled, Handle, is_compiled, remove
 from nngeom.sweep.call import Call
 from nngeom.sweep.observe import Observation, Observer
 from nngeom.sweep.passage import Passage, measured
@@ -61,12 +61,15 @@ class Follower:
             self._end()
             for call in list(self.calls):
                 call.close()
-            _remove(handles)
+            remove(handles)
 
-    def install(self, enter: Callable[..., None], leave: Callable[..., None]) -> list[RemovableHandle]:
+    def install(self, enter: Callable[..., None], leave: Callable[..., None]) -> list[Handle]:
         """Hooks ``enter`` and ``leave`` on the model: others' run inside of them."""
-        handles: list[RemovableHandle] = []
+        handles: list[Handle] = []
         for door in self.observer.doors:
+            if is_compiled(door):
+                handles.append(AroundCompiled(door, enter, leave))
+                continue
             handles.append(door.register_forward_pre_hook(enter, prepend=True))
             handles.append(door.register_forward_hook(leave, always_call=True))
         return handles
@@ -149,7 +152,7 @@ class Follower:
             call.passage = Passage(observer.network, run, weakly(call.arrives))
             leaves = run.capture.leaves.tensors
             handles = [leaves[x].register_hook(partial(weakly(self.keep), x)) for x in run.rest]
-            finalize(call.passage, _remove, handles).atexit = False
+            finalize(call.passage, remove, handles).atexit = False
         else:
             numbers = observer.team.exchange("draws", call.n)
             start = observer.drawn + sum(numbers[: observer.team.rank])
@@ -201,11 +204,6 @@ class Follower:
             for name, g in self.rest.pop(task, {}).items():
                 rows[name] = rows[name] + g if name in rows else g
         return rows
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 @contextlib.contextmanager
