@@ -204,7 +204,7 @@ class Wrong(torch.autograd.Function):
 
 def test_refusals():
     c = build("mlp")
-    with pytest.raises(nng.UnsupportedError, match="fit=.nearest."):
+    with pytest.raises(nng.UnsupportedError, match="fit="):
         nng.Hessian(c.model, c.loader, nng.PMatKFAC, loss="cross_entropy")
     with pytest.raises(nng.ArgumentTypeError, match="expected PMatImplicit"):
         nng.Hessian(c.model, c.loader, "dense", loss="cross_entropy")
