@@ -1,5 +1,4 @@
-"""Model Gradient Similarity as a regulariser, on digits with flipped labels: accuracy tables, metrics, attacks,
-circles.
+"""Model Gradient Similarity as a regulariser, on digits with flipped labels: accuracy tables, metrics, attacks.
 
     python examples/mgs_digits.py [--data FOLDER] [--seeds 5] [--epochs 60] [--nets FCN,LeNet]
 
@@ -9,8 +8,8 @@ MGS trace penalty (one random sign vector a step): each strength is tuned at 50 
 seeds), then fixed. Writes
 
     out/mgs_digits.csv      final (mean of the last five evaluations) and best test accuracy, mean and deviation over
-    seeds out/mgs_digits.png      accuracy and metrics along training at 60 % noise;  out/mgs_circles.png  decision
-    boundaries out/mgs_attacks.csv     AUROC of the two adversarial scores
+    seeds out/mgs_digits.png      accuracy and metrics along training at 60 % noise;  out/mgs_attacks.csv     AUROC of
+    the two adversarial scores
 
 Protocol: Szolnoky et al. 2022, section 5 and appendices A and C, on nets and data that fit minutes on one core.
 """
@@ -39,7 +38,6 @@ from geometry_common import (
     motion_blur,
     save,
 )
-from sklearn.datasets import make_circles
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -224,45 +222,6 @@ def attacks(args: Any, clean: Data) -> None:
         print(f"{row[0]:20s} AUROC trace {row[1]:.2f}  Fisher {row[2]:.2f}", flush=True)
 
 
-def circles(args: Any) -> None:
-    """Decision boundaries on two circles with flipped labels: nothing, weight decay, trace and log-determinant
-    penalties.
-    """
-    x, y = make_circles(150, noise=0.2, factor=0.4, random_state=0)
-    xt, yt = make_circles(500, noise=0.2, factor=0.4, random_state=1)
-    flip = np.random.default_rng(0).random(len(y)) < 0.15
-    inputs, labels = torch.tensor(x, dtype=torch.float32), torch.tensor(np.where(flip, 1 - y, y), dtype=torch.float32)
-    tests = torch.tensor(xt, dtype=torch.float32)
-    grid = torch.cartesian_prod(torch.linspace(-1.8, 1.8, 120), torch.linspace(-1.8, 1.8, 120))
-    methods = {"none": 0.0, "weight decay": 3e-3, "MGS trace": 3e-3, "MGS log det": 0.03}
-    fig, axes = figure(1, len(methods), 12, 3.3)
-    for ax, (method, strength) in zip(axes[0], methods.items()):
-        torch.manual_seed(0)
-        model = mlp(2, 64, 3, outputs=1)
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.1, momentum=0.9, weight_decay=strength if method == "weight decay" else 0.0
-        )
-        for step in range(300 if args.quick else 1500):
-            optimizer.zero_grad()
-            loss = F.binary_cross_entropy_with_logits(model(inputs)[:, 0], labels)
-            if method == "MGS trace":
-                loss = loss + strength * mgs.trace_penalty(model, inputs, reduction="mean")
-            if method == "MGS log det":
-                batch = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(step))[:32]
-                loss = loss + strength * mgs.logdet_penalty(model, inputs[batch], jitter=0.1, reduction="mean")
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            z = model(grid)[:, 0].sigmoid().view(120, 120)
-            score = float(((model(tests)[:, 0] > 0).numpy() == yt).mean())
-        trace = float(mgs.metrics(model, [inputs]).mean_trace[0])
-        ax.contourf(*grid.T.reshape(2, 120, 120), z, levels=np.linspace(0, 1, 11), cmap="RdBu_r", alpha=0.8)
-        ax.scatter(*x.T, c=labels, cmap="RdBu_r", edgecolors=np.where(flip, "black", "white"), s=16, linewidths=0.7)
-        ax.set(title=f"{method}\nclean test {score:.3f}, tr K/n = {trace:.3g}", xticks=[], yticks=[])
-        print(f"circles {method:14s} clean test {score:.3f} tr K / n {trace:.3g}", flush=True)
-    save(fig, args.out / "mgs_circles.png")
-
-
 def main() -> None:
     """Everything."""
     args = arguments(__doc__, seeds=5, epochs=60, nets="FCN,LeNet")
@@ -271,7 +230,6 @@ def main() -> None:
         args.epochs = max(5, args.epochs // 5)
     clean = load(args.data, 600, 500)
     data = Data(motion_blur(clean.x), clean.y, clean.x_test, clean.y_test)
-    circles(args)
     attacks(args, clean)
     tables(args, data)
 
