@@ -178,9 +178,10 @@ def used(model: nn.Module) -> AbstractContextManager[None]:
 
 def saves_for_us() -> bool:
     """Whether what autograd saves now goes to :meth:`InTurn.pack`, and no other hooks stand before."""
-    if not _NOW:
+    asked = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.6
+    if not _NOW or asked is None:
         return False
-    top = torch._C._autograd._top_saved_tensors_default_hooks(WHILE_TRACED)
+    top = asked(WHILE_TRACED)
     return top is not None and isinstance(getattr(top[0], "__self__", None), InTurn)
 
 
