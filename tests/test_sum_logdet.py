@@ -13,6 +13,12 @@ from nngeom.solve.hutchinson import Estimate
 f64 = torch.float64
 
 
+@pytest.fixture(autouse=True)
+def estimated(monkeypatch):
+    """Blocks as small as those here are estimated too."""
+    monkeypatch.setattr("nngeom.pmat.sum_logdet.FACTORED", 384)
+
+
 @functools.cache
 def matrices():
     torch.manual_seed(0)
@@ -94,7 +100,7 @@ def test_no_more_products_than_asked_for(monkeypatch):
 @pytest.mark.parametrize("kind", ["grouped", "long", "tied", "identity"])
 def test_blocks_of_other_shapes(kind, monkeypatch):
     """Groups, factors by eigenvectors, diagonal factors, and the identity beside."""
-    monkeypatch.setattr("nngeom.pmat.sum_logdet.ITERATED", 1)
+    monkeypatch.setattr("nngeom.pmat.sum_logdet.FACTORED", 1)
     case = build({"grouped": "conv2d", "tied": "language-model"}.get(kind, "mlp"), sizes=(3, 4))
     low = {"factor_limit": 4, "factor_form": "low_rank"} if kind == "long" else {}
     f = nng.FIM(case.model, case.loader, nng.PMatKFAC, **low)
