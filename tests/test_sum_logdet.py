@@ -16,7 +16,7 @@ f64 = torch.float64
 @pytest.fixture(autouse=True)
 def estimated(monkeypatch):
     """Blocks as small as those here are estimated too."""
-    monkeypatch.setattr("nngeom.pmat.sum_logdet.FACTORED", 384)
+    monkeypatch.setattr("nngeom.pmat.sum_logdet.FACTORED", 0)
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def test_no_more_products_than_asked_for(monkeypatch):
 @pytest.mark.parametrize("kind", ["grouped", "long", "tied", "identity"])
 def test_blocks_of_other_shapes(kind, monkeypatch):
     """Groups, factors by eigenvectors, diagonal factors, and the identity beside."""
-    monkeypatch.setattr("nngeom.pmat.sum_logdet.FACTORED", 1)
+    monkeypatch.setattr("nngeom.pmat.sum_logdet.ITERATED", 1)
     case = build({"grouped": "conv2d", "tied": "language-model"}.get(kind, "mlp"), sizes=(3, 4))
     low = {"factor_limit": 4, "factor_form": "low_rank"} if kind == "long" else {}
     f = nng.FIM(case.model, case.loader, nng.PMatKFAC, **low)
@@ -111,6 +111,15 @@ def test_blocks_of_other_shapes(kind, monkeypatch):
         x = 0.05
         found = m.logdet(x, estimator="slq", generator=torch.Generator().manual_seed(0))
         assert abs(float(found) - float(exact(m, x))) <= 5 * float(found.standard_error) + 1e-9
+
+
+def test_small_blocks_are_factorised_where_few_signs_do_not_do(monkeypatch):
+    monkeypatch.setattr("nngeom.pmat.sum_logdet.FACTORED", 768)
+    m = matrices()["with diagonal"]
+    exactly, roughly = (m.logdet(1e-3, estimator="slq", tol=tol) for tol in (0.0, 1.0))
+    assert float(exactly.standard_error) == 0 < float(roughly.standard_error)
+    torch.testing.assert_close(exactly.value, exact(m, 1e-3))
+    assert abs(float(roughly) - float(exact(m, 1e-3))) <= 5 * float(roughly.standard_error)
 
 
 def test_single_precision():

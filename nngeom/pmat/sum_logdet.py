@@ -22,13 +22,13 @@ from nngeom.pmat.eigenvalues import log_sum
 from nngeom.pmat.kronecker import EigenBlock
 from nngeom.pmat.near import near, sum_of
 from nngeom.pmat.set_apart import set_apart, without_column
-from nngeom.pmat.sum_block import SumBlock, number
+from nngeom.pmat.sum_block import ITERATED, SumBlock, number
 from nngeom.pmat.turned import turned, weighted_trace
 from nngeom.solve.hutchinson import Estimate
-from nngeom.solve.log_trace import NearIdentity, Quadrature, log_trace
+from nngeom.solve.log_trace import FIRST, NearIdentity, Quadrature, log_trace
 from nngeom.solve.slq import slq_logdet
 
-FACTORED = 768  # a block up to this side is factorised, which takes no longer than an estimate
+FACTORED = 768  # a block up to this side is factorised where a few random signs do not do: it takes less than many
 
 if TYPE_CHECKING:
     from nngeom.pmat.operator import ParameterOperator
@@ -74,7 +74,7 @@ def _shared(how: Quadrature, d: int, block: Block) -> Quadrature:
 
 @torch.no_grad()
 def _of_block(block: Block, damping: Tikhonov, how: Quadrature) -> Estimate:
-    closed = not isinstance(block, SumBlock) or block.side <= FACTORED or block.pencil(damping) is not None
+    closed = not isinstance(block, SumBlock) or block.side <= ITERATED or block.pencil(damping) is not None
     if closed or not isinstance(block, SumBlock):
         value = block.logdet(damping)
         return Estimate(value, torch.zeros_like(value))
@@ -82,7 +82,12 @@ def _of_block(block: Block, damping: Tikhonov, how: Quadrature) -> Estimate:
     like = next(block.tensors())
     wide = block if like.device.type == "mps" else block.to(torch.float64)
     matrix, logdet = near_identity(wide, x)
-    found = log_trace(matrix, how, definite=x > 0 and wide.is_positive(damping))
+    small = block.side <= min(FACTORED, block.limit)
+    few = replace(how, samples=min(how.samples, FIRST)) if small else how
+    found = log_trace(matrix, few, definite=x > 0 and wide.is_positive(damping))
+    if small and float(found.standard_error) > how.tol * matrix.d:
+        value = block.logdet(damping)
+        return Estimate(value, torch.zeros_like(value))
     value = logdet + found.value
     rounding = torch.finfo(like.dtype).eps * value.abs() + torch.finfo(value.dtype).eps * matrix.d
     return Estimate(value.to(like), torch.hypot(found.standard_error, rounding).to(like))
