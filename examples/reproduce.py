@@ -58,6 +58,7 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, argumen
     "autoencoder_full_size": ([], ["--steps", "3", "--out", "out"]),
     "optimizer_damping": ([], ["--steps", "10", "--out", "out"]),
     "optimizer_at_size": ([], ["--only", "vgg", "--seconds", "0.2", "--seeds", "1", "--out", "out"]),
+    "optimizer_batches": ([], ["--seconds", "0.5", "--seeds", "1", "--out", "out"]),
     "optimizer_decorrelation": ([], ["--out", "out"]),
 }
 
