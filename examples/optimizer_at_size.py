@@ -18,6 +18,7 @@ import json
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,19 @@ def at_size(folder: Path | None) -> dict[str, Task]:
     return {name: made[name] for name in METHODS if name in made}
 
 
-def train(task: Task, make: Make, seed: int, seconds: float, every: int) -> dict[str, list]:
-    """Losses of data that is held out and seconds of processor time, every so many steps; an evaluation at the end."""
+def train(
+    task: Task, make: Make, seed: int, seconds: float, every: int, rate: Callable[[float], float] = lambda part: 1.0
+) -> dict[str, list]:
+    """Losses of data that is held out and seconds of processor time, every so many steps; an evaluation at the end.
+
+    ``rate``: the learning rate over its own at first, by the part of the time that has passed.
+    """
     model = task.model(seed, False)
     opt, spent, losses, times, steps = make(model), 0.0, [], [], []
+    first = [group["lr"] for group in opt.param_groups]
     for step, (x, y) in enumerate(task.batches(seed), 1):
+        for group, lr in zip(opt.param_groups, first):
+            group["lr"] = lr * rate(spent / seconds)
         start = time.process_time()
         opt.zero_grad()
         if isinstance(opt, nng.optim.NaturalGradient):
