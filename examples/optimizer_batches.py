@@ -2,8 +2,8 @@
 
 The network, data and weights of ``autoencoder_full_size`` (``sparse``), KFAC with labels drawn and Adam with batch
 normalisation at their settings there. Batches of 50, 200 and 800 at constant rates; at 200, rates that fall to zero as
-half a cosine, and as ``1 / (1 + 9 t)``, over the part ``t`` of the time that has passed. Losses of 1000 digits that are
-not trained on. Runs that the file holds are kept.
+half a cosine, and as ``1 / (1 + 9 t)``, over the part ``t`` of the time that has passed; the latter at 800 too. Losses
+of 1000 digits that are not trained on. Runs that the file holds are kept.
 
     python examples/optimizer_batches.py            # docs/data/batches.json, docs/images/batches.png
     python examples/optimizer_batches.py --seconds 1 --seeds 1 --out out
@@ -34,13 +34,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "half a cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t)),
     "1 / (1 + 9 t)": lambda t: 1.0 / (1.0 + 9.0 * t),
 }
-CELLS = [(batch, "constant") for batch in (50, 200, 800)] + [(200, name) for name in list(SCHEDULES)[1:]]
+FALLING = list(SCHEDULES)[1:]
+CELLS = [(batch, "constant") for batch in (50, 200, 800)] + [(200, name) for name in FALLING] + [(800, FALLING[-1])]
 Runs = dict[str, dict[str, dict[str, list]]]  # of a method and a cell, by seed
 
 
 def cell_name(batch: int, schedule: str) -> str:
-    """What is varied: the batch, or at batches of 200 the schedule."""
-    return f"batches of {batch}" if schedule == "constant" else schedule
+    """What is varied: the batch, or at batches of 200 the schedule, or both."""
+    of = f"batches of {batch}"
+    return of if schedule == "constant" else schedule if batch == 200 else f"{schedule}, {of}"
 
 
 def plot(path: Path, image: Path) -> None:
