@@ -193,7 +193,7 @@ def test_contents_of_batches_of_any_kind(tmp_path):
 
 
 def test_heads_that_numpy_cannot_read(tmp_path):
-    """Whatever a byte of the head becomes: the kernel, or a :class:`FileError`; nothing is allocated, and no file grows."""
+    """Whatever a byte of the head becomes: the kernel, or a :class:`FileError`; no file grows."""
     (model, data), path = scaled(), tmp_path / "k.npy"
     truth = nng.GramMatrix(model, data, out=path, **OPTIONS).tensor.clone()
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Losses that are not of each example's own outputs and targets are refused; so is what only looks like one of torch's."""
+"""Losses that are not of each example's own outputs and targets are refused; changed ones of torch are seen."""
 
 import functools
 

@@ -40,7 +40,7 @@ class Fingerprint:
 
     @staticmethod
     def of(rows: Side, columns: Side | None, *, centered: bool, metric: PMat | None = None) -> Fingerprint:
-        """Of a kernel between ``rows`` and ``columns`` in a ``metric``: runs the model on all batches, back on the first."""
+        """Of a kernel of ``rows`` and ``columns`` in a ``metric``: runs the model on all batches, back on the first."""
         network = rows.run.network
         hashes = {
             "centered": repr(centered),
