@@ -1,8 +1,10 @@
-# One command each: `make demo` runs the main job, `make test` the tests. Both set everything up themselves.
+# One command each: `make demo` runs the main job, `make test` the tests, in PROCESSES processes. Both set everything up
+# themselves.
 # Other versions, each in an environment of its own: `make test TORCH=2.6.0 PYTHON=python3.12 WITH="transformers==4.57.6"`.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 WITH ?=
+PROCESSES ?= 2
 CHOSEN := $(filter command,$(origin TORCH) $(origin PYTHON) $(origin WITH))
 VENV := .venv$(if $(CHOSEN),-$(shell echo $(notdir $(PYTHON)) $(TORCH) $(WITH) | tr -cs 'A-Za-z0-9.\n' '-'))
 BIN := $(VENV)/bin
@@ -31,10 +33,10 @@ demo: setup
 	$(BIN)/python examples/fisher_of_digits.py
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(PROCESSES)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow -o timeout=7200
+	$(BIN)/python -m pytest -m slow -n $(PROCESSES) -o timeout=7200
 
 # every pair in an environment of its own (some GB each); all are run, and those that failed are named at the end
 test-versions:

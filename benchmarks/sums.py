@@ -83,10 +83,14 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
     return min(found)
 
 
-def measured(damping: float, repeats: int, chosen: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Seconds of every operation of every sum."""
+def measured(
+    damping: float, repeats: int, chosen: tuple[str, ...], names: list[str] | None = None
+) -> dict[str, dict[str, float]]:
+    """Seconds of every operation of every sum, or of those of these names, and of one KFAC matrix."""
     found: dict[str, dict[str, float]] = {}
     for name, m in matrices().items():
+        if names is not None and name not in ("KFAC", *names):
+            continue
         runs = operations(m, 0.0 if name == UNDAMPED else damping)
         found[name] = {operation: seconds(runs[operation], repeats) for operation in chosen}
         print(name, {k: f"{1e3 * s:.2f} ms" for k, s in found[name].items()}, flush=True)
@@ -113,10 +117,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--damping", type=float, default=1e-3)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--operation", nargs="*", default=list(OPERATIONS), choices=OPERATIONS)
+    parser.add_argument("--only", nargs="*", help="names of sums, beside KFAC")
     parser.add_argument("--docs", help="write the table into this Markdown file, between its marks")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    text = table(measured(options.damping, options.repeats, tuple(options.operation)))
+    text = table(measured(options.damping, options.repeats, tuple(options.operation), options.only))
     print(text)
     if options.docs:
         report.into(options.docs, "sums", text)

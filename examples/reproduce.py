@@ -31,9 +31,9 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, argumen
     "winsorized_sgd": ([], QUICK),
     "complexity_of_depth": ([], QUICK),
     "sgd_plane": ([], QUICK),
-    "mgs_digits": ([], QUICK),
     "mgs_bench": (["--model", "FCN", "LeNet"], QUICK),
     "mgs_regression": (["--model", "FCN", "LeNet"], QUICK),
+    "mgs_robustness": ([], QUICK),
     "mgs_circles": ([], QUICK),
     "mgs_residual": ([], QUICK),
     "mgs_dropout": ([], QUICK),
@@ -58,6 +58,7 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, argumen
     "autoencoder_full_size": ([], ["--steps", "3", "--out", "out"]),
     "optimizer_damping": ([], ["--steps", "10", "--out", "out"]),
     "optimizer_at_size": ([], ["--only", "vgg", "--seconds", "0.2", "--seeds", "1", "--out", "out"]),
+    "optimizer_batches": ([], ["--seconds", "0.5", "--seeds", "1", "--out", "out"]),
     "optimizer_decorrelation": ([], ["--out", "out"]),
 }
 

@@ -9,6 +9,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file a process, so that what a module keeps is made once; all that starts processes itself in one of them."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "tests/distributed" if file.startswith("tests/distributed/") else file
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

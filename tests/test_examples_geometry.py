@@ -1,6 +1,4 @@
-"""What the examples of training geometry are built from: readers of data files, corruptions, one step of every
-method.
-"""
+"""What the examples of training geometry are built from: readers of data files, corruptions, small problems."""
 
 import gzip
 import sys
@@ -14,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import fourier_bias
 import geometry_common as common
-import mgs_digits
 import supernat
 import which_norm
 
@@ -51,19 +48,6 @@ def test_corruptions():
     x = torch.zeros(1, 1, 3, 5)
     x[0, 0, 1, 2] = 1
     assert torch.allclose(common.motion_blur(x)[0, 0, 1], torch.tensor([0, 1 / 3, 1 / 3, 1 / 3, 0]))
-
-
-@pytest.mark.parametrize("kind", ["FCN", "LeNet"])
-@pytest.mark.parametrize("method", list(mgs_digits.GRIDS))
-def test_one_step_of_every_method(kind, method):
-    model = mgs_digits.build(kind, (1, 8, 8), 0.2 if method == "dropout" else 0.0)
-    x, y = torch.rand(6, 1, 8, 8), torch.randint(0, 10, (6,))
-    strength = mgs_digits.GRIDS[method][0]
-    loss = mgs_digits.step_loss(model, x, y, method, strength, torch.Generator().manual_seed(0))
-    loss.backward()
-    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
-    if method in ("MGS", "loss-gradient"):
-        assert loss > torch.nn.functional.cross_entropy(model(x), y)
 
 
 def test_supernat_wins_on_its_problem():

@@ -13,6 +13,12 @@ from nngeom.solve.hutchinson import Estimate
 f64 = torch.float64
 
 
+@pytest.fixture(autouse=True)
+def estimated(monkeypatch):
+    """Blocks as small as those here are estimated too."""
+    monkeypatch.setattr("nngeom.pmat.sum_logdet.FACTORED", 0)
+
+
 @functools.cache
 def matrices():
     torch.manual_seed(0)
@@ -105,6 +111,15 @@ def test_blocks_of_other_shapes(kind, monkeypatch):
         x = 0.05
         found = m.logdet(x, estimator="slq", generator=torch.Generator().manual_seed(0))
         assert abs(float(found) - float(exact(m, x))) <= 5 * float(found.standard_error) + 1e-9
+
+
+def test_small_blocks_are_factorised_where_few_signs_do_not_do(monkeypatch):
+    monkeypatch.setattr("nngeom.pmat.sum_logdet.FACTORED", 768)
+    m = matrices()["with diagonal"]
+    exactly, roughly = (m.logdet(1e-3, estimator="slq", tol=tol) for tol in (0.0, 1.0))
+    assert float(exactly.standard_error) == 0 < float(roughly.standard_error)
+    torch.testing.assert_close(exactly.value, exact(m, 1e-3))
+    assert abs(float(roughly) - float(exact(m, 1e-3))) <= 5 * float(roughly.standard_error)
 
 
 def test_single_precision():

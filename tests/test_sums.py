@@ -183,6 +183,17 @@ def test_nothing_of_the_square_of_a_block():
         assert largest.entries < 1056**2 / 4, m
 
 
+@pytest.mark.parametrize("kind", [nng.PMatDiag, nng.PMatQuasiDiag])
+def test_estimates_of_nothing_of_the_square(kind):
+    model, data, like = wide()
+    m = like + nng.FIM(model, data, kind)
+    expected = torch.linalg.slogdet(m.to_dense() + torch.eye(m.shape[0], dtype=f64))[1]
+    with Largest() as largest:
+        found = m.logdet(1.0, estimator="slq", steps=8, generator=torch.Generator().manual_seed(0))
+    assert largest.entries < 1056**2 / 4
+    assert abs(float(found) - float(expected)) <= 5 * float(found.standard_error)
+
+
 def test_only_blocks_are_made_dense():
     _, _, like = wide()
     m = like + of_random_factors(like, 2)

@@ -17,6 +17,7 @@ from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.core.statistic import Inputs, Moment
 from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.core.tile import Tile
+from nngeom.core.totals import totals
 from nngeom.core.weighted import WeightedJacobian
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.factors import factors, structure_of
@@ -101,6 +102,7 @@ def test_every_member_agrees_with_its_rows(name):
         v, u = torch.randn(*lead, s, o, i).double(), torch.randn(*lead, *j.shape[:2]).double()
         close(j.jvp(v), full.jvp(v))
         close(j.vjp(u), full.vjp(u))
+    close(totals(j), full.m.sum(1))
     close(j.square(), full.square())
     close(j.squared_norms(), full.squared_norms())
     ua, ug = torch.randn(s, i, i).double(), torch.randn(s, o, o).double()

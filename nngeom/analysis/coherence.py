@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nngeom.analysis.rows import require_finite_gradients
 from nngeom.core.errors import ArgumentError
+from nngeom.core.totals import totals
 from nngeom.cotangents.loss import EmpiricalFisher, as_loss
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.agreement import agree
@@ -92,7 +93,7 @@ def _summed(sweep: Sweep, layers: dict[str, float]) -> tuple[Tensor, list[Tensor
         sum_g = torch.zeros(collection.numel, dtype=some.dtype, device=some.device)
         batch_squares = 0.0
         for layout, j in chunk.jacobians.items():
-            layout.scatter_(sum_g, j.vjp(torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)))
+            layout.scatter_(sum_g, totals(j)[0])
             squares = float(j.squared_norms().double().sum())
             layers[network.layer_of(layout.names[0])] += squares
             batch_squares += squares

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 # A side from which, on one thread, SciPy's divide and conquer takes less time than torch's: 0.83 of it at 256 and 301,
-# 0.76 at 577, 0.66 to 0.71 at 785, 0.66 to 0.74 at 1000 and 1153; 1.0 at 200 (AMD EPYC, torch 2.13 with MKL, SciPy's
-# OpenBLAS 0.3.30, processor seconds, November 2026). More threads were not measured.
+# 0.76 at 577, 0.66 to 0.71 at 785, 0.66 to 0.74 at 1000 and 1153; 1.0 at 200; on two threads 0.47 at 256, 0.39 at 401,
+# 0.78 to 0.88 from 577 to 1001 (AMD EPYC, torch 2.13 with MKL, SciPy's OpenBLAS 0.3.30, November 2026).
 SIDE = 256
+ROWS = 64  # rows from which half of their products takes less time than all: 0.5 to 0.6 of it at 270 by 8970
+THREADS = 2  # more were not measured
 
 
 def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,13 +22,14 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     :class:`RuntimeError` where divide and conquer does not converge.
     """
     p = x.shape[-1]
-    if p < SIDE or x.requires_grad or x.device.type != "cpu" or torch.get_num_threads() > 1 or not _libraries():
+    count = torch.get_num_threads()
+    if p < SIDE or x.requires_grad or x.device.type != "cpu" or count > THREADS or not _libraries():
         values, vectors = torch.linalg.eigh(x)
         return values, vectors
     from scipy.linalg import lapack
 
     values, vectors = x.new_empty(x.shape[:-1]), x.new_empty(x.shape)
-    with threads(1):
+    with threads(count):
         for m, row, columns in zip(*(t.view(-1, *t.shape[x.ndim - 2 :]) for t in (x, values, vectors))):
             found, turn, failed = lapack.dsyevd(m.numpy().T, lower=0)  # the lower half, in the order of LAPACK
             if failed:
@@ -34,6 +37,19 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
             row.copy_(torch.from_numpy(found))
             columns.copy_(torch.from_numpy(turn))
     return values, vectors
+
+
+def gram_of_rows(x: Tensor) -> Tensor:
+    """``x x^T`` of ``x [m, p]``: half of it is computed where SciPy's BLAS is at hand on one thread."""
+    simple = len(x) < ROWS or x.requires_grad or x.device.type != "cpu" or torch.get_num_threads() > 1
+    if simple or x.dtype not in (torch.float32, torch.float64) or not _libraries():
+        return x @ x.T
+    from scipy.linalg import blas
+
+    product = blas.dsyrk if x.dtype == torch.float64 else blas.ssyrk
+    with threads(1):
+        half = torch.from_numpy(product(1.0, x.detach().numpy().T, trans=1)).to(x)
+    return half + half.T.tril(-1)
 
 
 def threads(most: int) -> Any:

@@ -18,6 +18,7 @@ from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.paired import paired
 from nngeom.core.parts import has_positions
+from nngeom.core.totals import totals
 from nngeom.fmat.chunks import span
 from nngeom.fmat.side import OneBatch, Side
 from nngeom.fmat.store import Store
@@ -122,10 +123,7 @@ class Mean:
                     total = torch.zeros(chunk.cotangents[1], d, dtype=side.dtype, device=side.device)
                 part = torch.zeros(k.stop - k.start, d, dtype=side.dtype, device=side.device)
                 for layout, j in chunk.jacobians.items():
-                    ones = torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)
-                    layout.scatter_(
-                        part, torch.stack([j.cotangents(i, i + 1).vjp(ones) for i in range(j.shape[0])]).to(part)
-                    )
+                    layout.scatter_(part, totals(j).to(part))
                 total[k] += part
         none = torch.zeros(0, d, dtype=side.dtype, device=side.device)
         flat = (none if total is None else total) / side.examples

@@ -11,6 +11,7 @@ from nngeom.core.errors import OutputError
 from nngeom.core.jacobian import FullJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
+from nngeom.core.totals import totals
 from nngeom.fmat.chunks import span
 from nngeom.sweep.sweep import Chunk, Sweep, require_examples
 
@@ -64,9 +65,7 @@ def _summed_rows(sweep: Sweep) -> tuple[torch.Tensor, int, tuple[Layout, ...]]:
         _require_one(sorted({len(total), columns}))
         part = total.new_zeros(k.stop - k.start, d)
         for layout, j in chunk.jacobians.items():
-            ones = torch.ones(1, chunk.examples, dtype=j.dtype, device=j.device)
-            rows = [j.cotangents(i, i + 1).vjp(ones) for i in range(j.shape[0])]
-            layout.scatter_(part, torch.stack(rows).to(part.dtype))
+            layout.scatter_(part, totals(j).to(part.dtype))
             layouts[layout] = None
         total[k] += part
         count += chunk.examples if chunk.first else 0

@@ -15,19 +15,27 @@ from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.closed import Weighted
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
+from nngeom.pmat.quasi_diag import ArrowBlock
 
 EMBEDDED = 4096  # a longer diagonal is not made a square for a preconditioner
 
 
 def near(terms: Sequence[Weighted]) -> Block:
     """Eigenvectors of the partial traces of the sum, and its diagonal along them; else its diagonal."""
+    basis = near_basis(terms)
+    if basis is None:
+        return DiagBlock(sum_of(w * block.diag() for w, block in terms))
+    return EigenBlock(*basis, sum_of(w * along(block, *basis) for w, block in terms))
+
+
+def near_basis(terms: Sequence[Weighted]) -> tuple[Basis | None, Basis | None] | None:
+    """The eigenvectors ``ua``, ``ug`` of the partial traces of a sum; ``None`` where one of them is unknown."""
     sides = [partial_traces(block) for _, block in terms]
     if any(side is None for side in sides):
-        return DiagBlock(sum_of(w * block.diag() for w, block in terms))
+        return None
     weights = [w for w, _ in terms]
     a, g = (_total([w * side[q] for w, side in zip(weights, sides) if side is not None]) for q in (0, 1))
-    (_, ua), (_, ug) = linalg.factor_eigh(a), linalg.factor_eigh(g)
-    return EigenBlock(ua, ug, sum_of(w * along(block, ua, ug) for w, block in terms))
+    return linalg.factor_eigh(a)[1], linalg.factor_eigh(g)[1]
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:
@@ -58,6 +66,13 @@ def _(block: Block) -> tuple[Tensor, Tensor]:
 
 
 @partial_traces.register
+def _(block: ArrowBlock) -> tuple[Tensor, Tensor]:
+    a, c = torch.diag_embed(block.d.sum(-2)), block.c.sum(-2)
+    a[:, :-1, -1] = a[:, -1, :-1] = c
+    return a, block.d.sum(-1)
+
+
+@partial_traces.register
 def _(block: KroneckerBlock) -> tuple[Tensor, Tensor]:
     ta, tg = (linalg.factor_diag(f).sum(-1) for f in (block.a, block.g))
     return block.a * tg.view(-1, *[1] * (block.a.ndim - 1)), block.g * ta.view(-1, *[1] * (block.g.ndim - 1))
@@ -82,6 +97,17 @@ def along(block: Block, ua: Basis | None, ug: Basis | None) -> Tensor:
 def _(block: KroneckerBlock, ua: Basis | None, ug: Basis | None) -> Tensor:
     a, g = (bases.diagonal_along(u, f) for f, u in ((block.a, ua), (block.g, ug)))
     return g.unsqueeze(-1) * a.unsqueeze(-2)
+
+
+@along.register
+def _(block: ArrowBlock, ua: Basis | None, ug: Basis | None) -> Tensor:
+    diagonal = bases.squares_transposed_times(ua, bases.squares_transposed_times(ug, block.d).mT).mT
+    if ua is None:
+        return diagonal
+    if isinstance(ua, CompletedBasis):
+        ua = linalg.left(ua, torch.eye(ua.shape[-1], dtype=block.d.dtype, device=block.d.device).expand(ua.shape))
+    beside = bases.squares_transposed_times(ug, block.c) @ ua[:, :-1]
+    return diagonal + 2 * beside * ua[:, -1:]
 
 
 @along.register

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from nngeom.core.layout import Layout
 from nngeom.core.linear import differentiated
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.block import Block, EyeBlock
-from nngeom.pmat.border import Bordered
+from nngeom.pmat.border import Bordered, by_eigenvectors
 from nngeom.pmat.closed import Weighted
 from nngeom.pmat.eigenvalues import by_eigenvalues
 from nngeom.pmat.inner import CANCELLED
@@ -87,24 +87,27 @@ class Partitioned:
         if self.rows is None:
             return self._each(b, lambda block, x: block.solve(x, damping))
         bordered = self.bordered(damping)
-        return self.whole().solve(b, damping) if bordered is None else bordered.solve(b)
+        if bordered is None:
+            return self.whole().solve(b, damping)
+        return bordered.solve(self.base(bordered).solve(b, damping))
 
     def logdet(self, damping: Tikhonov) -> Tensor:
         """``log det(M + damping I)``."""
-        bordered = None if self.rows is None else self.bordered(damping)
-        if self.rows is not None and bordered is None:
+        if self.rows is None:
+            return torch.stack([block.logdet(damping) for block in self.blocks.values()]).sum()
+        bordered = self.bordered(damping)
+        if bordered is None:
             return self.whole().logdet(damping)
-        total = torch.stack([block.logdet(damping) for block in self.blocks.values()]).sum()
-        return total if bordered is None else total + bordered.logdet()
+        return self.base(bordered).logdet(damping) + bordered.logdet()
 
     def draw(self, noise: Noise, damping: Tikhonov) -> Tensor:
         """Of ``N(0, (M + damping I)^-1)``, ``[n, d]``."""
-        bordered = None if self.rows is None else self.bordered(damping)
-        if self.rows is not None and (bordered is None or bool((self.rows.signs < 0).any())):
+        if self.rows is None:
+            return self._drawn(noise, damping)
+        bordered = None if bool((self.rows.signs < 0).any()) else self.bordered(damping)
+        if bordered is None:
             return self.whole().draw(noise, damping)
-        x = self._drawn(noise, damping)
-        if bordered is None or self.rows is None:
-            return x
+        x = self.base(bordered).draw(noise, damping)
         more = [noise() for _ in range(-(-len(self.rows.signs) // self.collection.numel))]
         return bordered.draw(x, torch.cat(more, -1)[..., : len(self.rows.signs)])
 
@@ -157,20 +160,23 @@ class Partitioned:
         return torch.stack([b.squared_norm() for b in self.whole().blocks.values()]).sum().sqrt()
 
     def bordered(self, damping: Damping) -> Bordered | None:
-        """The sum under a ``damping`` by Woodbury's identity, where that is cheaper than the dense matrix and its base
-        is definite.
+        """The rows beside the blocks under a ``damping``, by Woodbury's identity, where that is cheaper than the dense
+        matrix and the blocks are definite.
         """
         d, rows = self.collection.numel, self.rows
         small = d <= min(ITERATED, self.limit) or (rows is not None and len(rows.r) >= d and d <= self.limit)
         if rows is None or small or by_eigenvalues(damping):
             return None
         try:
-            base = lambda x: self._each(x, lambda block, y: block.solve(y, damping))
-            return Bordered.of(base, rows)
+            return Bordered.of({k: by_eigenvectors(b) for k, b in self.blocks.items()}, rows, damping)
         except SingularError:
             if d > self.limit:
                 raise
             return None
+
+    def base(self, bordered: Bordered) -> Partitioned:
+        """The blocks without rows."""
+        return replace(self, blocks=bordered.blocks, rows=None)
 
     def _each(self, x: Tensor, f: Callable[[Block, Tensor], Tensor]) -> Tensor:
         out = torch.empty_like(x)

@@ -195,9 +195,11 @@ def _rows(collection: LayerCollection, low: Sequence[tuple[float | Tensor, Layou
         return None
     rows, signs = [], []
     for w, layout, block in low:
-        scaled = block.by_rows(w)
-        flat = scaled.r.new_zeros(len(scaled.r), collection.numel)
-        layout.scatter_(flat, scaled.r[:, None, None])
+        scaled = block if isinstance(w, float) and w == 1 else block.by_rows(w)
+        flat = scaled.r
+        if layout != collection.span():
+            flat = scaled.r.new_zeros(len(scaled.r), collection.numel)
+            layout.scatter_(flat, scaled.r[:, None, None])
         rows.append(flat)
         signs.append(torch.full((len(flat),), scaled.sign, dtype=flat.dtype, device=flat.device))
-    return Rows(torch.cat(rows), torch.cat(signs))
+    return Rows(torch.cat(rows) if len(rows) > 1 else rows[0], torch.cat(signs))

@@ -13,6 +13,8 @@ from typing_extensions import Self
 from nngeom.core.damping import Cutoff, Damping, Tikhonov
 from nngeom.core.errors import ConvergenceError, SingularError, SizeError
 from nngeom.core.linear import differentiated, identity, solution
+from nngeom.pmat.arrow_root import split_arrow
+from nngeom.pmat.balanced import balanced
 from nngeom.pmat.block import Block, BlockBasis, EyeBlock
 from nngeom.pmat.block_algebra import Remake
 from nngeom.pmat.closed import Weighted, reduced
@@ -161,10 +163,12 @@ class SumBlock(Block):
     def _has_graph(self) -> bool:
         return any(differentiated(t) for part in self.parts if not isinstance(part, EyeBlock) for t in part.tensors())
 
-    def spectra(self) -> list[tuple[Tensor, BlockBasis, float]]:
-        """Weighted eigenvalues of every part, their basis, and how far the least of them is below zero."""
+    def spectra(self, terms: Sequence[Weighted] | None = None) -> list[tuple[Tensor, BlockBasis, float]]:
+        """Weighted eigenvalues of every part, or of some ``terms``, their basis, and how far the least of them is below
+        zero.
+        """
         found = []
-        for w, part in self.terms:
+        for w, part in self.terms if terms is None else terms:
             values, basis = part.eigh()
             values = number(w) * values
             known = values.detach()
@@ -174,6 +178,9 @@ class SumBlock(Block):
 
     def is_positive(self, damping: Damping) -> bool:
         """Whether the least eigenvalues of the parts prove that the damped sum is positive (Weyl's inequality)."""
+        split = split_arrow(self.terms, damping.value)
+        if split is not None and not any(below for _, _, below in self.spectra(split[1])):
+            return True
         least = sum(below for _, _, below in self.spectra())
         return least == 0 or least + number(damping.value) > 0
 
@@ -196,7 +203,9 @@ class SumBlock(Block):
 
     def _nearby(self, damping: Damping) -> Block:
         with torch.no_grad():
-            return _inverse(near([(number(w), part) for w, part in self.terms]), Tikhonov(number(damping.value)))
+            terms, x = [(number(w), part) for w, part in self.terms], number(damping.value)
+            found = balanced(terms, x)
+            return _inverse(near(terms), Tikhonov(x)) if found is None else found.inverse
 
     def draw(self, noise: Callable[[], Tensor], damping: Tikhonov) -> Tensor:
         """Of ``N(0, (M + damping I)^-1)``, from as many draws of white ``noise`` as are needed.
@@ -206,11 +215,14 @@ class SumBlock(Block):
         """
         if self.side <= min(ITERATED, self.limit) or self._has_graph():
             return self.root_times(noise(), damping)
-        found, spectra = self.pencil(damping), self.spectra()
+        found, split = self.pencil(damping), split_arrow(self.terms, damping.value)
+        spectra = self.spectra(None if split is None else split[1])
+        if split is not None and any(below for _, _, below in spectra):
+            split, spectra = None, self.spectra()
         rest = damping.value + sum(below for _, _, below in spectra)
         if found is not None or rest < 0:
             return self.root_times(noise(), damping)
-        total = rest**0.5 * noise()
+        total = rest**0.5 * noise() if split is None else split[0].times(noise())
         for values, basis, below in spectra:
             total = total + basis.mv((values - below).clamp_min(0).sqrt() * basis.tmv(noise()))
         return self.solve(total, damping)

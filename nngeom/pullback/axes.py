@@ -64,17 +64,23 @@ def read_axis(recorded: Recorded, place: ExampleAxis, n: int, device: torch.devi
     """The axis of ``lead`` where a use reads examples that lie at ``place`` in its output; ``None`` where there is
     none.
 
-    The numbers of the examples go the way that gradients go; along an axis of stride 0 all are the same.
+    The numbers of the examples go the way that gradients go; along an axis of stride 0 all are the same. What comes out
+    is compared with what comes out of ones: those themselves where it is a view.
     """
     use, shape = recorded.use, recorded.shape
     length, behind = shape[place.at], len(shape) - place.at - 1
     number = (torch.arange(length, device=device) // (length // (place.outer * n))) % n + 1.0
     whole = use.gradients(number.view(1, -1, *[1] * behind).expand(1, *shape))[0]
-    ones = use.gradients(torch.ones((), device=device).expand(1, *shape))[0]
+    is_view = whole.untyped_storage().data_ptr() == number.untyped_storage().data_ptr()
+    ones = None if is_view else use.gradients(number.new_ones(()).expand(1, *shape))[0]
+    numbers = torch.arange(1, n + 1, device=device)
     same = [ExampleAxis(j, place.outer) for j, size in enumerate(use.lead) if size and size % (place.outer * n) == 0]
     for axis in [*same, *candidates(use.lead, n)]:
-        numbered, one = (_distinct(axis.split(x, n, 0, len(use.lead))) for x in (whole, ones))
-        if bool((numbered == one * torch.arange(1, n + 1, device=device).view(n, *[1] * (one.ndim - 1))).all()):
+        numbered = _distinct(axis.split(whole, n, 0, len(use.lead)))
+        expected = numbers.view(n, *[1] * (numbered.ndim - 1))
+        if ones is not None:
+            expected = expected * _distinct(axis.split(ones, n, 0, len(use.lead)))
+        if bool((numbered == expected).all()):
             return axis
     return None
 
