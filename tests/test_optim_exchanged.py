@@ -1,4 +1,4 @@
-"""Optimizers of a model whose parameters were exchanged, reparametrised or frozen since: said, never trained in part."""
+"""Optimizers of a model whose parameters were exchanged or frozen since: said, never trained in part."""
 
 import pytest
 import torch

@@ -20,6 +20,6 @@ def outline(t: Tensor) -> Sketch:
 
 def alike(then: Sketch, now: Sketch, eps: float, size: float) -> bool:
     """Whether two outlines are the same but for ``eps**(2/3)`` of a ``size``, rounding of another machine."""
-    room = eps ** (2 / 3) * size
+    room: float = eps ** (2 / 3) * size
     rows, weighted, sizes = (abs(a - b) for a, b in zip(then, now))
     return rows <= room and weighted <= 2 * room and sizes <= room
