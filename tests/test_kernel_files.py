@@ -1,5 +1,6 @@
 """Kernels in files: never wrong numbers, whatever was there before, whoever else writes, wherever a run was killed."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -110,7 +111,7 @@ def test_the_same_inputs_open_a_finished_file(tmp_path, monkeypatch, way, dtype)
     passes = []
     model.register_forward_hook(lambda *args: passes.append(1))
     again = nng.GramMatrix(model, data, out=str(path), **{**options, "memory_budget": 10**6})
-    assert len(passes) == 1  # of the first batch, whose outputs are compared
+    assert len(passes) == len(data) + len(options.get("other", []))  # whose outputs are compared
     assert torch.equal(again.tensor, first.tensor) and again.tensor.dtype == dtype
     np.testing.assert_array_equal(np.load(path), first.tensor.numpy())
     np.testing.assert_array_equal(np.load(path, mmap_mode="r"), first.tensor.numpy())
@@ -129,6 +130,8 @@ CHANGES = {
     "batch of other= 0": {"other": [torch.ones(2, 3, dtype=torch.float64)]},
     "layer_collection": {"include": "last"},
     "outputs of the first": {"function": lambda m: lambda x: 2 * m(x)},
+    "outputs of later batches": {"function": lambda m: lambda x: m(x) * (2.0 if len(x) == 2 else 1.0)},
+    "gradients of the first batch": {"function": lambda m: lambda x: 0.5 * m(x) + 0.5 * m(x).detach()},
 }
 
 
@@ -187,6 +190,28 @@ def test_contents_of_batches_of_any_kind(tmp_path):
             call(odd[0], **{"text": "a", "graph": sparse, "kinds": {1}, **odd[1]})
     with pytest.raises(nng.ArgumentError, match="batch holds a function"):
         call(x, text=lambda: 0)
+
+
+def test_heads_that_numpy_cannot_read(tmp_path):
+    """Whatever a byte of the head becomes: the kernel, or a :class:`FileError`; no file grows."""
+    (model, data), path = scaled(), tmp_path / "k.npy"
+    truth = nng.GramMatrix(model, data, out=path, **OPTIONS).tensor.clone()
+    whole = path.read_bytes()
+    for j in range(0, 128, 3):
+        for flip in (0x41, 0x08):
+            path.write_bytes(whole[:j] + bytes([whole[j] ^ flip]) + whole[j + 1 :])
+            with contextlib.suppress(nng.FileError):
+                torch.testing.assert_close(nng.GramMatrix(model, data, out=path, **OPTIONS).tensor, truth)
+            assert path.stat().st_size == len(whole)
+
+
+def test_a_begun_file_that_claims_more_is_begun_anew(tmp_path):
+    (model, data), path = scaled(), tmp_path / "k.npy"
+    interrupted(model, data, path)
+    head = {"descr": "<f8", "fortran_order": False, "shape": (2, 9, 2, 2**40)}
+    with open(tmp_path / "k.npy.part", "rb+") as file:
+        np.lib.format.write_array_header_1_0(file, head)
+    equal(nng.GramMatrix(model, data, out=path, **OPTIONS), nng.GramMatrix(model, data))
 
 
 # -- live kernels ------------------------------------------------------------------------------------------------------

@@ -372,6 +372,26 @@ def test_wrapped_models_are_seen_through():
     )
 
 
+class Held(nn.Module):
+    """A module of one's own around a model, as of a training framework."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch):
+        return self.inner(**batch)
+
+
+def test_a_model_that_holds_one_is_asked_about():
+    model, data = Held(make("gpt2")), batch()
+    for measure, how in ((nng.GGN, {"loss": "cross_entropy"}), (nng.FIM, {}), (nng.Hessian, {"loss": "cross_entropy"})):
+        with pytest.raises(nng.OutputError, match="holds a causal language model"):
+            measure(model, [data], nng.PMatDense, **how)
+    expected = nng.GGN(model.inner, [data], nng.PMatDense, loss="cross_entropy").to_dense()
+    close(nng.GGN(model, [data], nng.PMatDense, loss=nng.CausalLM()).to_dense(), expected, 1e-12)
+
+
 REFUSED = {
     "outputs": (
         lambda: nng.CausalLM()(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)),

@@ -209,7 +209,7 @@ class CausalByName(CausalLM):
             return CausalLM()
         kind = type(self.plain).__name__
         raise OutputError(
-            f"the model is a {type(self.model).__name__}, a causal language model, and its outputs "
+            f"the model is a {type(self.model).__name__}, which is or holds a causal language model, and its outputs "
             f"{tuple(outputs.shape)} may be compared with the label of "
             "the same token or of the next: say CausalLM() for the next, CausalLM(logits_are_shifted=True) for "
             f"labels shifted before, or {kind}(dim=-1) for "

@@ -15,11 +15,17 @@ _NAMES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 def is_causal_lm(model: nn.Module | None) -> bool:
     """Whether a name for a loss may mean the shifted one for this model: a decoder of ``transformers`` (or ``peft``
-    around one) that predicts tokens."""
-    hugging = _of_transformers(model)
-    if hugging is None or not type(hugging).__name__.endswith(_NAMES):
+    around one) that predicts tokens, or a module that holds one."""
+    if model is None:
         return False
-    return not getattr(getattr(hugging, "config", None), "is_encoder_decoder", False)
+    hugging = _of_transformers(model)
+    return any(map(_predicts_tokens, model.modules() if hugging is None else [hugging]))
+
+
+def _predicts_tokens(module: nn.Module) -> bool:
+    if not type(module).__name__.endswith(_NAMES) or _of_transformers(module) is None:
+        return False
+    return not getattr(getattr(module, "config", None), "is_encoder_decoder", False)
 
 
 def shifts_labels(model: nn.Module | None) -> bool:

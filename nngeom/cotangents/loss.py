@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +52,23 @@ def as_loss(loss: Any, model: nn.Module | None = None) -> Loss:
     if of_torch is not None:
         return of_torch
     if callable(loss) and not isinstance(loss, type):
+        _require_two_arguments(loss, expected)
         return CallableLoss(loss)
     raise ArgumentTypeError(f"loss is {loss.__name__ if isinstance(loss, type) else type(loss).__name__}; {expected}")
+
+
+def _require_two_arguments(loss: Callable[..., Any], expected: str) -> None:
+    try:
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError):  # of compiled code, which does not tell
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise ArgumentTypeError(
+            f"the loss {name}{signature} cannot be called with (outputs, targets): {error}; {expected}"
+        ) from None
 
 
 def judged(loss: Loss, outputs: Tensor, batch: Any) -> tuple[Loss, Any]:

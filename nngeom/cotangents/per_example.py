@@ -13,6 +13,7 @@ from torch import Tensor
 from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, OutputError, SizeError
 from nngeom.cotangents.likelihood import columns_times
+from nngeom.cotangents.own_examples import gradient, require_own
 from nngeom.cotangents.precise import Precise
 from nngeom.cotangents.reading import Reading
 from nngeom.sweep.columns import Columns
@@ -36,9 +37,10 @@ class Loss(Reading):
 
     def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
         """``d loss / d outputs``, ``(n, *shape)``, at the ``targets`` of the batch."""
+        require_own(self, outputs, targets)
         with torch.enable_grad():
             f = outputs.detach().requires_grad_()
-            return _gradient(self.precisely(f, targets), f)
+            return gradient(self.precisely(f, targets), f)
 
     def require_separate(self, outputs: Tensor, targets: Any) -> None:
         """Raise :class:`ArgumentError` where the loss of an example changes with the ``outputs`` of others, at the
@@ -53,10 +55,11 @@ class Loss(Reading):
 
     def times(self, outputs: Tensor, tangent: Tensor, targets: Any) -> Tensor:
         """The Hessian of the loss in ``outputs``, at ``targets``, times ``tangent (n, *shape)``."""
+        require_own(self, outputs, targets)
         with torch.enable_grad():
             f = outputs.detach().requires_grad_()
-            gradient = _gradient(self.precisely(f, targets), f, create_graph=True)
-            return torch.autograd.grad(gradient, f, tangent)[0] if gradient.requires_grad else torch.zeros_like(tangent)
+            slope = gradient(self.precisely(f, targets), f, create_graph=True)
+            return torch.autograd.grad(slope, f, tangent)[0] if slope.requires_grad else torch.zeros_like(tangent)
 
     def root_times(self, outputs: Tensor, noise: Callable[..., Tensor], targets: Any) -> Tensor:
         """``L r (k, n, *shape)`` for the square root ``L`` of the Hessian of the loss in ``outputs``, at ``targets``,
@@ -94,6 +97,7 @@ def _hessian_root(loss: Loss, outputs: Tensor, targets: Any) -> Columns:
             f"is {OUTPUT_LIMIT}: use 'cross_entropy', 'mse' or CrossEntropy(...), whose curvature is known, or a "
             "Loss with a square_root of its own"
         )
+    require_own(loss, outputs, targets)
     h, eps = _in_float64(loss, outputs, targets)
     values, vectors = linalg.eigh((h + h.mT) / 2)
     least, most = values.min(), values.abs().max()
@@ -131,32 +135,10 @@ def _output_hessian(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     """``[n, c, c]`` over the flattened outputs of every example."""
     with torch.enable_grad():
         f = outputs.detach().requires_grad_()
-        gradient = _gradient(loss.precisely(f, targets), f, create_graph=True).flatten(1)
-        if not gradient.requires_grad:
-            return torch.zeros(len(f), gradient.shape[1], gradient.shape[1], dtype=f.dtype, device=f.device)
+        slope = gradient(loss.precisely(f, targets), f, create_graph=True).flatten(1)
+        if not slope.requires_grad:
+            return torch.zeros(len(f), slope.shape[1], slope.shape[1], dtype=f.dtype, device=f.device)
         rows = [
-            torch.autograd.grad(gradient[:, j].sum(), f, retain_graph=True)[0].flatten(1)
-            for j in range(gradient.shape[1])
+            torch.autograd.grad(slope[:, j].sum(), f, retain_graph=True)[0].flatten(1) for j in range(slope.shape[1])
         ]
     return torch.stack(rows, 1)
-
-
-def _gradient(values: Tensor, f: Tensor, *, create_graph: bool = False) -> Tensor:
-    """``d values[i] / d f[i]`` of a loss ``(n,)``, each example's in its own outputs.
-
-    Raises :class:`ArgumentError` where outputs of other examples have a part in it: with every value multiplied by a
-    number of its own, every gradient must be.
-    """
-    n, several = len(f), len(f) > 1
-    gradient = torch.autograd.grad(values.sum(), f, retain_graph=several or create_graph, create_graph=create_graph)[0]
-    if several:
-        own = torch.rand(n, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(f) + 0.5
-        weighted = torch.autograd.grad(values, f, own.to(values), retain_graph=create_graph)[0]
-        expected = gradient.detach() * own.view(-1, *[1] * (f.ndim - 1))
-        room = torch.finfo(f.dtype).eps ** 0.75 * expected.abs().max()
-        if bool(((weighted - expected).abs() > room).any()):
-            raise ArgumentError(
-                "the loss mixes examples: the value of some changes with the outputs of others (a batch mean, a "
-                "contrastive loss); expected one number an example, of its own outputs and targets"
-            )
-    return gradient

@@ -80,7 +80,8 @@ class Labels:
             return in_rows(like, lambda part: self.rows(part, wide(like[part])).sum(-1).to(like.dtype))
         counted = self.y != self.ignore_index
         if self.weight is None:
-            return None if bool(counted.all()) else counted.to(like.dtype)
+            mapped = torch._C._functorch.is_batchedtensor(counted)  # of which nothing can be asked
+            return None if not mapped and bool(counted.all()) else counted.to(like.dtype)
         weight = self.weight.to(like)
         own = weight[self.y.where(counted, torch.zeros_like(self.y))]
         return ((1 - self.smoothing) * own + self.smoothing * weight.mean()) * counted

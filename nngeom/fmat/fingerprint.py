@@ -1,16 +1,22 @@
-"""What the numbers of a kernel depend on, by name: so that a file is known again, or said to be of other inputs."""
+"""What the numbers of a kernel depend on, by name: so that a file is known again, or said to be of other inputs.
+
+Parameters, buffers and batches have hashes. What has none (attributes, functions, modes, hooks) shows in the outputs of
+all batches and in a gradient on the first.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nngeom.core.contents import digest
+from nngeom.core.outline import Sketch, alike, outline
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.side import Side
 from nngeom.pmat.pmat import PMat
@@ -20,19 +26,21 @@ NUMBERS = 4096  # of the first outputs that are kept
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Hashes of the inputs by name, and the first outputs, which see what has none: attributes, functions, modes.
+    """Hashes of the inputs by name; the first outputs; outlines of later ones, and of a gradient of the first.
 
-    Outputs are compared to rounding, which differs between machines: ``eps**(2/3)`` of the largest.
+    They are compared to rounding, which differs between machines: ``eps**(2/3)`` of the largest.
     """
 
     hashes: dict[str, str]
     outputs: list[float]
     largest: float
     eps: float
+    later: list[Sketch] = field(default_factory=list)
+    gradients: list[Sketch] = field(default_factory=list)
 
     @staticmethod
     def of(rows: Side, columns: Side | None, *, centered: bool, metric: PMat | None = None) -> Fingerprint:
-        """Of a kernel between ``rows`` and ``columns`` in a ``metric``; runs the model on the first batch."""
+        """Of a kernel of ``rows`` and ``columns`` in a ``metric``: runs the model on all batches, back on the first."""
         network = rows.run.network
         hashes = {
             "centered": repr(centered),
@@ -53,13 +61,15 @@ class Fingerprint:
             )
         if not rows.sizes:  # those of another process
             return Fingerprint(hashes, [], 0.0, torch.finfo(rows.dtype).eps)
-        outputs = rows.first_outputs()
+        outputs, pulled = rows.first_outputs()
         hashes["dtype and shape of the outputs"] = f"{outputs.dtype} {tuple(outputs.shape)}"
         gradients = [g for side in (rows, columns) if side is not None and side.sizes for g in _loss_gradients(side)]
         if gradients:
             hashes["rows"] = "of a loss"
         seen = torch.cat([outputs.flatten(), *gradients])
-        return Fingerprint(hashes, _sketch(seen), max(_sketch(seen.abs()), default=0.0), torch.finfo(seen.dtype).eps)
+        later = [outline(x) for j, side in enumerate((rows, columns)) if side is not None for x in _others(side, 1 - j)]
+        largest, eps = max(_sketch(seen.abs()), default=0.0), torch.finfo(seen.dtype).eps
+        return Fingerprint(hashes, _sketch(seen), largest, eps, later, [outline(g) for g in pulled])
 
     @staticmethod
     def over(parts: Sequence[Fingerprint], **split: Any) -> Fingerprint:
@@ -69,8 +79,11 @@ class Fingerprint:
             for name, x in part.hashes.items():
                 of_all = not name.startswith("batch") and all(other.hashes.get(name, x) == x for other in parts)
                 hashes[name if of_all else f"{name} of rank {rank}"] = x
-        outputs = [x for part in parts for x in part.outputs]
-        return Fingerprint(hashes, outputs, max(p.largest for p in parts), max(p.eps for p in parts))
+        outputs, later, pulled = (
+            [x for part in parts for x in each(part)]
+            for each in (attrgetter("outputs"), attrgetter("later"), attrgetter("gradients"))
+        )
+        return Fingerprint(hashes, outputs, max(p.largest for p in parts), max(p.eps for p in parts), later, pulled)
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -88,7 +101,27 @@ class Fingerprint:
                 "outputs of the first batch (where nothing else differs: an attribute, the function, the loss, or a "
                 "mode)"
             )
+        if not _alike(plain.get("later", []), self.later, self.eps):
+            odd.append("outputs of later batches")
+        if not _alike(plain.get("gradients", []), self.gradients, self.eps):
+            odd.append("gradients of the first batch (where nothing else differs: a hook, a detached part)")
         return odd
+
+
+def _alike(then: Sequence[Sequence[float]], now: Sequence[Sketch], eps: float) -> bool:
+    size = max((x[2] for x in now), default=0.0)
+    return len(then) == len(now) and all(alike((a, b, c), x, eps, size) for (a, b, c), x in zip(then, now))
+
+
+def _others(side: Side, first: int) -> Iterator[Tensor]:
+    """The outputs of batches from ``first`` on, and where rows are those of a loss its gradients."""
+    cotangents = side.sweep.cotangents
+    for batch in side.run.loader[first:]:
+        with torch.no_grad(), side.within():
+            outputs = side.run.network.run(batch)
+        yield outputs
+        if not isinstance(cotangents, EveryOutput):
+            yield cotangents.columns(outputs, batch, 0).make(0, 1)
 
 
 def _loss_gradients(side: Side) -> list[Tensor]:
@@ -96,7 +129,7 @@ def _loss_gradients(side: Side) -> list[Tensor]:
     cotangents = side.sweep.cotangents
     if isinstance(cotangents, EveryOutput):
         return []
-    return [cotangents.columns(side.first_outputs(), side.run.loader[0], 0).make(0, 1).flatten()]
+    return [cotangents.columns(side.first_outputs()[0], side.run.loader[0], 0).make(0, 1).flatten()]
 
 
 def _kind(x: Tensor) -> str:

@@ -44,14 +44,27 @@ def create(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.memmap:
     return np.lib.format.open_memmap(path, mode="r+")
 
 
+def _opened(path: str) -> np.memmap:
+    """The numbers of a file, for reading: nothing is allocated that it does not hold; raises :class:`ValueError` for
+    another one, whatever its head makes NumPy say.
+    """
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"it does not begin as a .npy file: {type(error).__name__}: {error}") from error
+
+
 def begun(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.memmap | None:
     """A file made by :func:`create`, mapped; ``None`` where there is none or it is cut off."""
     try:
-        numbers = np.lib.format.open_memmap(path, mode="r+")
+        found = _opened(path)
     except (FileNotFoundError, ValueError):
         return None
-    if numbers.shape != tuple(shape) or numbers.dtype != _numpy(dtype):
+    if found.shape != tuple(shape) or found.dtype != _numpy(dtype):
         return None
+    numbers = np.lib.format.open_memmap(path, mode="r+")
     with open(path, "rb+") as file:
         files.reserve(file.fileno(), numbers.offset, numbers.offset + numbers.nbytes, new=False)
     return numbers
@@ -59,7 +72,7 @@ def begun(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.memmap | 
 
 def start(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Where the numbers of a file made by :func:`create` begin; raises :class:`ValueError` for another one."""
-    numbers = np.lib.format.open_memmap(path, mode="r")
+    numbers = _opened(path)
     if numbers.shape != tuple(shape) or numbers.dtype != _numpy(dtype):
         raise ValueError(f"it has {numbers.dtype} numbers of shape {numbers.shape}; expected {_numpy(dtype)}, {shape}")
     return int(numbers.offset)
@@ -104,7 +117,7 @@ def description(path: str) -> dict[str, Any]:
 def require_whole(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise :class:`ValueError` unless the numbers of a finished file are those that were written; reads all of it."""
     foot, start = _foot(path)
-    numbers = np.lib.format.open_memmap(path, mode="r")
+    numbers = _opened(path)
     if numbers.shape != tuple(shape) or numbers.dtype != _numpy(dtype) or numbers.offset + numbers.nbytes != start:
         raise ValueError(
             f"it has {numbers.dtype} numbers of shape {numbers.shape}; expected {_numpy(dtype)}, {tuple(shape)}"

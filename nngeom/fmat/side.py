@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from nngeom.capture.recorder import record
+from nngeom.capture.remedies import gradients
 from nngeom.core import memory
+from nngeom.core.draws import factors, outer
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.fmat.chunks import Group, Key, joined, key
 from nngeom.fmat.places import Places
 from nngeom.fmat.positions import Positions
+from nngeom.pullback.backward import dense
 from nngeom.sweep.columns import Cotangents
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import START, Chunk, Policy, Sweep
@@ -97,11 +100,18 @@ class Side:
         with torch.no_grad(), self.within():
             return self._rows(self.run.network.run(self.run.loader[0]))
 
-    def first_outputs(self) -> torch.Tensor:
-        """The outputs ``(n, ...)`` of the first batch, without graph; raises what a first look at the data raises."""
-        outputs = record(self.run.network, self.run.loader[0]).outputs.detach()
+    def first_outputs(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The outputs ``(n, ...)`` of the first batch, without graph, and for a random cotangent of them the gradients
+        of all parameters that they reach; raises what a first look at the data raises.
+        """
+        capture = record(self.run.network, self.run.loader[0], exchange=True)
+        outputs = capture.outputs.detach()
         self.outputs = self._rows(outputs)
-        return outputs
+        if not capture.outputs.requires_grad:
+            return outputs, []
+        v = outer(factors(outputs.shape, torch.Generator().manual_seed(11), outputs))
+        pulled = map(dense, gradients(capture.outputs, list(capture.leaves.tensors.values()), v))
+        return outputs, [outputs.new_zeros(0) if g is None else g for g in pulled]
 
     def _rows(self, outputs: torch.Tensor) -> int:
         return self.sweep.cotangents.columns(outputs, self.run.loader[0], 0).count

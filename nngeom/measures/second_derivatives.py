@@ -111,13 +111,13 @@ def differentiated(network: Network, loss: Loss, batch: Batch, index: int, width
         outputs = network.run(batch)
         require_finite(outputs.detach(), "outputs", index)
         loss, y = judged(loss, outputs, batch)
+        loss.require_separate(outputs, y)
         value = loss.precisely(outputs, y).sum()
         if not value.requires_grad:
             raise CoverageError(
                 "the loss does not depend on any selected parameter by differentiable operations (torch.no_grad or "
                 ".detach() inside?)"
             )
-        loss.require_separate(outputs, y)
         pulled = gradients(value, list(network.parameters.values()), None, create_graph=True)
     n = outputs.shape[0]
     return SecondDerivatives(network, dict(zip(network.parameters, pulled)), n, n * width)

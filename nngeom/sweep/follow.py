@@ -85,6 +85,7 @@ class Follower:
             return
         self._end()  # of a call that was interrupted
         if self._is_training(module):
+            self.observer.require_current()
             self.before()
             recorder = Recorder(self.observer.network, refuse=False) if self.record() else None
             self.underway = Underway.enter(recorder)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nngeom.capture.current import require_current
 from nngeom.capture.gathered import sharded_modules
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture
@@ -68,6 +69,13 @@ class Observer:
         self.part_of, self._left_to_fallback = part_of, set[str]()
         self.team = team
         self.watching = False  # by a block that the user opened
+
+    def require_current(self) -> None:
+        """Raise :class:`CollectionError` where parameters of the model were exchanged or frozen: they would be missing
+        from its steps, or a block divided.
+        """
+        if not self._exchanges:
+            require_current(self.network.model, self.network.parameters)
 
     def leaves(self) -> Iterable[Tensor]:
         """What stands for the parameters while the model is watched."""

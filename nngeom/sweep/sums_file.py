@@ -18,6 +18,7 @@ from nngeom.core import container, files
 from nngeom.core.block_names import block_of, plain
 from nngeom.core.errors import FileError
 from nngeom.core.kept import Kept, Key
+from nngeom.core.outline import Sketch, alike, outline
 from nngeom.core.statistic import Sums
 
 FORMAT = 1
@@ -36,7 +37,7 @@ class Progress:
     digest: str = ""
     finished: bool = False
     left: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    first: tuple[tuple[float, float, float], ...] = ()
+    first: tuple[Sketch, ...] = ()
     met: str | None = None
 
     @staticmethod
@@ -121,30 +122,18 @@ def numbers(sums: Sums) -> list[Tensor]:
     return [*sums.addends(), *(torch.cat(stack.parts) for stack in sums.stacks())]
 
 
-def sketch(sums: Sums) -> tuple[tuple[float, float, float], ...]:
-    """Three numbers of each: two sums of its entries, so weighted that little cancels, and that of their sizes."""
-    return tuple(map(_sketch, numbers(sums)))
+def sketch(sums: Sums) -> tuple[Sketch, ...]:
+    """Of every sum, what :func:`nngeom.core.outline.outline` says."""
+    return tuple(map(outline, numbers(sums)))
 
 
-def _sketch(t: Tensor) -> tuple[float, float, float]:
-    if t.numel() == 0:
-        return 0.0, 0.0, 0.0
-    rows = t.reshape(-1, t.shape[-1] if t.ndim else 1).sum(-1, dtype=torch.float64)
-    weights = (torch.arange(len(rows), dtype=torch.float64) * 0.6180339887498949).frac().add(0.5).to(rows.device)
-    size = torch.linalg.vector_norm(t, 1, dtype=torch.float64)
-    return float(rows.sum()), float(rows @ weights), float(size)
-
-
-def differs(sums: Sums, first: tuple[tuple[float, float, float], ...]) -> str | None:
-    """The first statistic whose sketch is not that of ``first``, but for rounding (``eps**(2/3)``), where there is
-    one.
-    """
+def differs(sums: Sums, first: tuple[Sketch, ...]) -> str | None:
+    """The first statistic whose sketch is not that of ``first``, but for rounding, where there is one."""
     found, mine = sketch(sums), numbers(sums)
     if len(found) != len(first):
         return f"{len(found)} sums instead of {len(first)}"
-    for t, (a, b, size), (x, y, other) in zip(mine, found, first):
-        tolerance = torch.finfo(t.dtype).eps ** (2 / 3) * max(size, other)
-        if not (abs(a - x) <= tolerance and abs(b - y) <= 2 * tolerance and abs(size - other) <= tolerance):
+    for t, then, now in zip(mine, first, found):
+        if not alike(then, now, torch.finfo(t.dtype).eps, max(then[2], now[2])):
             return f"a sum of shape {tuple(t.shape)}"
     return None
 
