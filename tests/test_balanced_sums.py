@@ -180,13 +180,21 @@ def test_rows_beside_blocks(name, base, monkeypatch):
         torch.testing.assert_close(found.c, torch.eye(len(r), dtype=f64) + r @ torch.linalg.solve(base_dense, r.T))
 
 
-def test_gradients_pass_through_turned_rows(monkeypatch):
+def test_derivatives_pass_through_turned_rows(monkeypatch):
+    """In reverse and in forward mode, of as many rows as half of the products are formed of."""
     monkeypatch.setattr("nngeom.pmat.partitioned.ITERATED", 1)
-    m = measured("mlp")[nng.PMatEKFAC] + measured("mlp")[nng.PMatLowRank]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    data = [(torch.randn(40, 12, generator=generator(0), dtype=f64),)]
+    m = nng.FIM(model, data, nng.PMatEKFAC) + nng.FIM(model, data, nng.PMatLowRank)
+    assert len(m.partitioned().rows.r) >= lapack.ROWS
     damping = torch.tensor(0.05, dtype=f64, requires_grad=True)
     m.logdet(damping).backward()
-    whole = m.to_dense() + 0.05 * torch.eye(m.shape[0], dtype=f64)
-    torch.testing.assert_close(damping.grad, torch.linalg.inv(whole).trace())
+    expected = torch.linalg.inv(m.to_dense() + 0.05 * torch.eye(m.shape[0], dtype=f64)).trace()
+    torch.testing.assert_close(damping.grad, expected)
+    x = damping.detach()
+    torch.testing.assert_close(torch.func.grad(m.logdet)(x), expected)
+    torch.testing.assert_close(torch.func.jvp(m.logdet, (x,), (torch.ones_like(x),))[1], expected)
 
 
 def test_singular_blocks_beside_rows(monkeypatch):
