@@ -1,6 +1,7 @@
 """Kronecker products beside a diagonal, an arrow or rows: by scaling, a column apart, roots, turned rows."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nngeom.pmat.arrow_root import ArrowRoot
 from nngeom.pmat.balanced import balanced
 from nngeom.pmat.block import EyeBlock
 from nngeom.pmat.border import Bordered, by_eigenvectors
+from nngeom.pmat.dense import DenseBlock
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.near import along, partial_traces
@@ -49,6 +51,10 @@ def terms(kind):
     products = [(2.0, KroneckerBlock(spd(I, 1), spd(O, 2, rank=3)))]
     if "two" in kind:
         products.append((0.5, KroneckerBlock(spd(I, 3), torch.rand(1, O, generator=generator(4), dtype=f64))))
+    if "spectrum" in kind:
+        eigen = products[0][1].eigen()
+        eigen = replace(eigen, d=eigen.d * torch.rand(eigen.d.shape, generator=generator(6), dtype=f64))
+        products = [(1.5, replace(eigen, ug=None) if "own" in kind else eigen), *products[1:]]
     d = diagonal(5, "column" in kind)
     beside = (0.7, DiagBlock(d))
     if "arrow" in kind:
@@ -63,6 +69,7 @@ def dense(parts):
 
 
 KINDS = ["plain", "column", "two", "two column eye", "arrow", "arrow column", "arrow two"]
+KINDS += ["spectrum", "spectrum column", "spectrum two", "spectrum own", "spectrum arrow"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +118,8 @@ def test_what_is_not_scaled():
     product = terms("plain")[0]
     assert balanced([product, eye], 0.1) is None
     assert balanced([terms("plain")[1], eye], 0.1) is None
-    assert balanced([product, (1.0, product[1].eigen()), terms("plain")[1]], 0.1) is None
+    dense_block = DenseBlock(torch.eye(O * I, dtype=f64))
+    assert balanced([product, (1.0, dense_block), terms("plain")[1]], 0.1) is None
     assert balanced([product, (-1.0, DiagBlock(diagonal(1, False)))], 0.0) is None
 
 
@@ -180,13 +188,21 @@ def test_rows_beside_blocks(name, base, monkeypatch):
         torch.testing.assert_close(found.c, torch.eye(len(r), dtype=f64) + r @ torch.linalg.solve(base_dense, r.T))
 
 
-def test_gradients_pass_through_turned_rows(monkeypatch):
+def test_derivatives_pass_through_turned_rows(monkeypatch):
+    """In reverse and in forward mode, of as many rows as half of the products are formed of."""
     monkeypatch.setattr("nngeom.pmat.partitioned.ITERATED", 1)
-    m = measured("mlp")[nng.PMatEKFAC] + measured("mlp")[nng.PMatLowRank]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    data = [(torch.randn(40, 12, generator=generator(0), dtype=f64),)]
+    m = nng.FIM(model, data, nng.PMatEKFAC) + nng.FIM(model, data, nng.PMatLowRank)
+    assert len(m.partitioned().rows.r) >= lapack.ROWS
     damping = torch.tensor(0.05, dtype=f64, requires_grad=True)
     m.logdet(damping).backward()
-    whole = m.to_dense() + 0.05 * torch.eye(m.shape[0], dtype=f64)
-    torch.testing.assert_close(damping.grad, torch.linalg.inv(whole).trace())
+    expected = torch.linalg.inv(m.to_dense() + 0.05 * torch.eye(m.shape[0], dtype=f64)).trace()
+    torch.testing.assert_close(damping.grad, expected)
+    x = damping.detach()
+    torch.testing.assert_close(torch.func.grad(m.logdet)(x), expected)
+    torch.testing.assert_close(torch.func.jvp(m.logdet, (x,), (torch.ones_like(x),))[1], expected)
 
 
 def test_singular_blocks_beside_rows(monkeypatch):

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeom.core.linear import differentiated
+
 # A side from which, on one thread, SciPy's divide and conquer takes less time than torch's: 0.83 of it at 256 and 301,
 # 0.76 at 577, 0.66 to 0.71 at 785, 0.66 to 0.74 at 1000 and 1153; 1.0 at 200; on two threads 0.47 at 256, 0.39 at 401,
 # 0.78 to 0.88 from 577 to 1001 (AMD EPYC, torch 2.13 with MKL, SciPy's OpenBLAS 0.3.30, November 2026).
 SIDE = 256
-ROWS = 64  # rows from which half of their products takes less time than all: 0.5 to 0.6 of it at 270 by 8970
+ROWS = 64  # at 64 rows half of their products take 0.8 to 1.1 of the time of all, 0.6 at 270, 0.5 at 1000 (one thread)
 THREADS = 2  # more were not measured
 
 
@@ -41,7 +43,9 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def gram_of_rows(x: Tensor) -> Tensor:
     """``x x^T`` of ``x [m, p]``: half of it is computed where SciPy's BLAS is at hand on one thread."""
-    simple = len(x) < ROWS or x.requires_grad or x.device.type != "cpu" or torch.get_num_threads() > 1
+    simple = (
+        len(x) < ROWS or x.requires_grad or differentiated(x) or x.device.type != "cpu" or torch.get_num_threads() > 1
+    )
     if simple or x.dtype not in (torch.float32, torch.float64) or not _libraries():
         return x @ x.T
     from scipy.linalg import blas

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core import linalg
+from nngeom.core.completed import CompletedBasis
 from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.kronecker import EigenBlock, KroneckerBlock
@@ -53,20 +54,19 @@ class Balanced:
     @property
     def inverse(self) -> CongruentBlock:
         """That of a matrix near ``M + x I``."""
-        sides: list[Any] = [(self.nearby.ua, self.columns), (self.nearby.ug, self.rows)]
-        va, vg = (x.rsqrt() if u is None else x.rsqrt().unsqueeze(-1) * u for u, x in sides)
-        return CongruentBlock(va, vg, 1 / self.nearby.d)
+        return _congruent(self.nearby, 1 / self.nearby.d, self.rows, self.columns)
 
 
 def balanced(terms: Sequence[tuple[float, Block]], x: float) -> Balanced | None:
-    """Of Kronecker products beside a diagonal or arrow, ``x`` added to it; ``None`` where there is another term, or the
-    diagonal is none to scale by: a multiple of the identity, or with an entry that is not positive.
+    """Of Kronecker products, or spectra in Kronecker eigenbases, beside a diagonal or arrow, ``x`` added to it;
+    ``None`` where there is another term, or the diagonal is none to scale by: a multiple of the identity, or with an
+    entry that is not positive.
     """
-    products = [(w, part) for w, part in terms if isinstance(part, KroneckerBlock)]
+    products = [(w, part) for w, part in terms if isinstance(part, (KroneckerBlock, EigenBlock))]
     beside = [(w, part) for w, part in terms if isinstance(part, (DiagBlock, ArrowBlock, EyeBlock))]
     if not products or len(products) + len(beside) < len(terms):
         return None
-    if all(isinstance(part, EyeBlock) for _, part in beside):
+    if all(isinstance(part, EyeBlock) for _, part in beside) or any(_is_completed(part) for _, part in products):
         return None
     d = sum_of(w * part.diag() for w, part in beside) + x
     if not bool((d > 0).all()):
@@ -99,12 +99,25 @@ def _means(some: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
     return rows.exp(), (logs - rows.unsqueeze(-1)).mean(-2).exp()
 
 
-def _scaled(part: KroneckerBlock, rows: Tensor, columns: Tensor) -> KroneckerBlock:
+def _is_completed(part: KroneckerBlock | EigenBlock) -> bool:
+    return isinstance(part, EigenBlock) and any(isinstance(u, CompletedBasis) for u in (part.ua, part.ug))
+
+
+def _scaled(part: KroneckerBlock | EigenBlock, rows: Tensor, columns: Tensor) -> KroneckerBlock | CongruentBlock:
+    if isinstance(part, EigenBlock):
+        return _congruent(part, part.d, rows, columns)
     a, g = (
         f / x if linalg.is_diagonal(f) else f * x.rsqrt().unsqueeze(-1) * x.rsqrt().unsqueeze(-2)
         for f, x in ((part.a, columns), (part.g, rows))
     )
     return KroneckerBlock(a, g)
+
+
+def _congruent(basis: EigenBlock, d: Tensor, rows: Tensor, columns: Tensor) -> CongruentBlock:
+    """``S^-1 U diag(d) U^T S^-1`` in a ``basis``."""
+    sides: list[Any] = [(basis.ua, columns), (basis.ug, rows)]
+    va, vg = (x.rsqrt() if u is None else x.rsqrt().unsqueeze(-1) * u for u, x in sides)
+    return CongruentBlock(va, vg, d)
 
 
 def _arrow(d: Tensor, c: Tensor, rows: Tensor, columns: Tensor) -> ArrowBlock:
@@ -113,7 +126,7 @@ def _arrow(d: Tensor, c: Tensor, rows: Tensor, columns: Tensor) -> ArrowBlock:
 
 
 def _of(
-    products: Sequence[tuple[float, KroneckerBlock]],
+    products: Sequence[tuple[float, KroneckerBlock | CongruentBlock]],
     rest: Block,
     scales: tuple[Tensor, Tensor],
     apart: tuple[int, Tensor] | None,
@@ -121,8 +134,8 @@ def _of(
     inside: list[Seen]
     ua: Any
     ug: Any
-    if len(products) == 1:
-        w, part = products[0]
+    w, part = products[0]
+    if len(products) == 1 and isinstance(part, KroneckerBlock):
         own = part.eigen()
         ua, ug, inside = own.ua, own.ug, [(w, DiagBlock(own.d), part)]
     else:

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nngeom.core import linalg
+from nngeom.core import bases, linalg
 from nngeom.core.damping import Damping
 from nngeom.core.errors import SingularError
+from nngeom.core.linalg import Basis
 from nngeom.pmat.block import Block, BlockBasis
 from nngeom.pmat.block_algebra import Remake
 from nngeom.pmat.eigenvalues import log_sum, rounding
 from nngeom.pmat.group import GroupBlock, by_group
 from nngeom.pmat.kronecker import KroneckerBlock
+from nngeom.pmat.near import along, partial_traces
+from nngeom.pmat.turned import turned
 
 CONDITION = 1e-6  # of pivots of a definite factor: below, too few digits are left
 
@@ -76,6 +79,41 @@ class CongruentBlock(Block):
 @by_group.register
 def _(block: CongruentBlock) -> Tensor:
     return block.grouped().m
+
+
+@partial_traces.register
+def _(block: CongruentBlock) -> tuple[Tensor, Tensor]:
+    na, ng = (v.square() if linalg.is_diagonal(v) else v.square().sum(-2) for v in (block.va, block.vg))
+    return (
+        _spanned(block.va, (ng.unsqueeze(-1) * block.d).sum(-2)),
+        _spanned(block.vg, (na.unsqueeze(-2) * block.d).sum(-1)),
+    )
+
+
+def _spanned(v: Tensor, values: Tensor) -> Tensor:
+    return v.square() * values if linalg.is_diagonal(v) else bases.spanned(v, values)
+
+
+@along.register
+def _(block: CongruentBlock, ua: Basis | None, ug: Basis | None) -> Tensor:
+    return _squares_along(ua, block.va, _squares_along(ug, block.vg, block.d).mT).mT
+
+
+def _squares_along(u: Basis | None, v: Tensor, d: Tensor) -> Tensor:
+    if linalg.is_diagonal(v):
+        return bases.squares_transposed_times(u, v.square().unsqueeze(-1) * d)
+    return bases.overlaps_times(u, v, d)
+
+
+@turned.register
+def _(block: CongruentBlock, ua: Tensor | None, ug: Tensor | None) -> CongruentBlock:
+    return CongruentBlock(_turned_side(ua, block.va), _turned_side(ug, block.vg), block.d)
+
+
+def _turned_side(u: Tensor | None, v: Tensor) -> Tensor:
+    if u is None:
+        return v
+    return u.mT * v.unsqueeze(-2) if linalg.is_diagonal(v) else u.mT @ v
 
 
 @dataclass(frozen=True)
