@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from lacking import shards_on_cpu
 
 from benchmarks import in_parts, report
 
@@ -18,6 +19,7 @@ def alone():
     torch.set_num_threads(threads)
 
 
+@shards_on_cpu
 @pytest.mark.filterwarnings("ignore:memory_budget")
 def test_a_run_in_one_process(alone, monkeypatch, tmp_path, capsys):
     found = in_parts.process(6, 2, 8)

@@ -191,7 +191,8 @@ def test_the_trainer_of_transformers(kind, accumulate, tmp_path):
 def test_the_trainer_with_gradient_checkpointing_clipping_and_a_schedule(tmp_path):
     model, batches = language_model()
     other = copy.deepcopy(model)
-    for net, options in ((model, {"gradient_checkpointing": True}), (other, {})):
+    recomputed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    for net, options in ((model, recomputed), (other, {})):
         opt = MAKE["kfac"](net, automatic=True)
         options |= {"max_grad_norm": 0.5, "lr_scheduler_type": "linear"}
         trainer_of(net, batches, opt, tmp_path, **options).train()

@@ -280,6 +280,11 @@ def measured(name):
     return f(*inputs), inputs
 
 
+def underived(y):
+    """Whether torch has no derivative of the operation that made ``y``."""
+    return y.grad_fn is not None and y.grad_fn.name() == "torch::autograd::NotImplemented"
+
+
 def placed(y, inputs):
     """Where the graph says that the examples lie in the inputs, the first axis of ``y`` holding them."""
     graph = read(y, {}, ())
@@ -294,6 +299,8 @@ def test_no_example_depends_on_the_input_of_another(name):
     for seed in range(3):
         torch.manual_seed(seed)
         y, inputs = measured(name)
+        if underived(y):
+            pytest.skip(f"torch {torch.__version__} has no derivative of it")
         for dim in (d for d in range(y.ndim) if y.shape[d] == N):
             z = y.movedim(dim, 0)
             for x, place in zip(inputs, placed(z, inputs)):
@@ -324,5 +331,7 @@ def test_every_rule_is_tested():
     for name in OPERATIONS:
         y, _ = measured(name)
         names |= {operation(node) for node in read(y, {}, ()).nodes}
-    assert not set(RULES) - names - ELSEWHERE, sorted(set(RULES) - names - ELSEWHERE)
+    lacking = {"Aminmax"} if underived(measured("aminmax")[0]) else set()  # torch 2.6
+    untested = set(RULES) - names - ELSEWHERE - lacking
+    assert not untested, sorted(untested)
     assert not (names & ELSEWHERE), sorted(names & ELSEWHERE)

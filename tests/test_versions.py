@@ -37,6 +37,25 @@ def test_forward_mode_says_nothing_of_torch():
     assert done.returncode == 0, done.stderr
 
 
+EVERYTHING = """
+import importlib, pkgutil, nngeom
+for module in pkgutil.walk_packages(nngeom.__path__, "nngeom."):
+    try:
+        module.name.endswith("__main__") or importlib.import_module(module.name)
+    except ImportError:  # an extra that is missing
+        pass
+"""
+
+
+def test_imports_say_nothing_of_others():
+    """Of torch, or of what other libraries do with it."""
+    kinds = [f"-Werror::{kind}" for kind in ("FutureWarning", "DeprecationWarning", "UserWarning")]
+    done = subprocess.run(
+        [sys.executable, *kinds, "-c", EVERYTHING], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_users_keep_their_own_warnings():
     forward_mode._load_rules.cache_clear()
     with warnings.catch_warnings(record=True) as seen:

@@ -83,7 +83,7 @@ def compiled_in_place(model):
 
 
 def exported(model):
-    sizes = ({0: torch.export.Dim("n")},)
+    sizes = ({0: torch.export.Dim("n", max=1024)},)
     return torch.export.export(model, (torch.randn(5, 4, dtype=f64),), dynamic_shapes=sizes).module()
 
 
@@ -224,6 +224,7 @@ SPREAD = """
     parallelize_module(parallel, mesh, {"0": ColwiseParallel()})
     replicated = lambda _, args, mesh: tuple(DTensor.from_local(x, mesh, [Replicate()]) for x in args)
     distribute_module(distributed, mesh, input_fn=replicated)
+    SHARDED = hasattr(torch.cpu.Stream, "record_event")  # torch 2.6 does not run fully_shard on a CPU
 """
 
 
@@ -270,7 +271,7 @@ def test_measures_of_parameters_that_may_be_spread_over_processes():
             lambda m: nng.PVector.from_model(m).tensor,
         ]
         second = lambda m: nng.Hessian(m, (x, y), nng.PMatDense, loss="cross_entropy").to_dense()
-        for m in (sharded, parallel, distributed):
+        for m in (sharded, parallel, distributed) if SHARDED else (parallel, distributed):
             for measure in measures + [second] * (m is sharded):
                 one, other = measure(model), measure(m)
                 assert torch.allclose(one, other, atol=1e-6 * float(one.abs().max())), (one - other).abs().max()

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from laplace.utils import Kron
 from torch import Tensor
 from typing_extensions import Self
 
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.layout import Layout, Piece
+from nngeom.interop.laplace_torch import Kron
 from nngeom.pmat.block import Block
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.pmat import PMat

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from nngeom.core.errors import ArgumentError, MissingExtraError
 
 try:
-    from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
-    from laplace.curvature.curvlinops import CurvlinopsGGN
+    from nngeom.interop.laplace_torch import CurvatureInterface, CurvlinopsGGN, EFInterface, GGNInterface
 except ImportError as e:
     raise MissingExtraError(
         f"laplace-torch is not installed ({e}); pip install --no-deps laplace-torch (it asks for torchvision, which "

@@ -1,5 +1,6 @@
 """Architectures of ``transformers``: a few of the list against autograd, and the page that shows all of them."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,26 @@ from examples.architectures import DOCS, main, markdown, trial
 SOME = ("BERT", "GPT-2", "Llama", "Mixtral", "Mamba", "T5", "ResNet", "SegFormer", "wav2vec 2.0", "CLIP")
 
 
+def tried(name, seed):
+    """What became of an architecture, where ``transformers`` runs it in float64 by itself."""
+    try:
+        return trial(name, seed)
+    except RuntimeError as error:
+        if "without overflow" not in str(error):  # of masks made in float32, in transformers 4.57
+            raise
+        pytest.skip(f"transformers {version('transformers')} does not run it in float64: {error}")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SOME)
 def test_usual_architectures_are_exact(name):
-    found = trial(name, seed=1)
+    found = tried(name, seed=1)
     assert found["outcome"] == "exact", found["reason"]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_similarities_within_a_batch_are_exact_or_refused():
-    found = trial("CLIP, similarities", seed=1)
+    found = tried("CLIP, similarities", seed=1)
     assert found["outcome"] == "exact" or "mixes" in found["reason"], found
 
 
@@ -31,7 +42,7 @@ def test_similarities_within_a_batch_are_exact_or_refused():
 @pytest.mark.parametrize("seed", range(2, 5))
 @pytest.mark.parametrize("name", ZOO)
 def test_every_architecture_is_exact_or_refused(name, seed):
-    found = trial(name, seed)
+    found = tried(name, seed)
     assert found["outcome"] in ("exact", "refused"), found["reason"]
 
 

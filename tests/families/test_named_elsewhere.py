@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lacking import shards_on_cpu
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -132,6 +133,7 @@ def test_kernels_and_penalties_that_reach_no_parameter_are_an_error(unreached):
             measure(model, [X], function=unreached(model))
 
 
+@shards_on_cpu
 def test_a_sharded_model_is_right_or_refused(tmp_path):
     """``fully_shard`` puts other parameter objects in the modules while they run."""
     import torch.distributed as dist
