@@ -81,12 +81,12 @@ def draw(cells: dict[str, Any], path: Any) -> None:
             x, y = ([r[key] for r in runs] for key in ("sharpness", "non-uniformity"))
             ax.scatter(x, y, color=colour, marker=marker, s=26, label=f"batch {batch}")
             if s is not None:
-                ax.plot([0.1, a, a], [s, s, 0.1], color=colour, lw=1, ls="--")
+                ax.plot([0, a, a], [s, s, 0], color=colour, lw=1, ls="--")
             else:
                 ax.axvline(a, color=colour, lw=1, ls="--")
-        ax.set(title=f"learning rate {lr:g}", xlabel="sharpness", xscale="log", yscale="log")
+        ax.set(title=f"learning rate {lr:g}", xlabel="sharpness", xlim=(0, None), ylim=(0, None))
     axes[0, 0].set(ylabel="non-uniformity")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8, loc="lower left")
     save(fig, path)
 
 
