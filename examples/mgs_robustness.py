@@ -1,6 +1,6 @@
 """Model Gradient Similarity against what is not tuned: batch size, learning rate and length of training.
 
-    python examples/mgs_robustness.py [--data FOLDER] [--seeds 3] [--quick]
+    python examples/mgs_robustness.py [--data FOLDER] [--seeds 2] [--quick]
 
 A fully connected net on 500 motion-blurred MNIST digits, 60 % of the labels flipped; the methods that keep plain SGD,
 at the strengths that ``mgs_bench.py`` tuned at batches of 32, a learning rate of 0.05 and 30 epochs. From there one of
@@ -71,7 +71,7 @@ def draw(cells: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """All settings, one table, one figure."""
-    args = options(__doc__, argv, images=500)
+    args = options(__doc__, argv, seeds=2, images=500)
     strengths = chosen(stored("mgs_bench"), "FCN")
     kept = {method: strengths[method] for method in METHODS}
     cells = Cells(args, "mgs_robustness", images=60 if args.quick else args.images, strengths=kept)

@@ -32,7 +32,7 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, argumen
     "complexity_of_depth": ([], QUICK),
     "sgd_plane": ([], QUICK),
     "mgs_bench": (["--model", "FCN", "LeNet"], QUICK),
-    "mgs_regression": (["--model", "FCN", "LeNet"], QUICK),
+    "mgs_regression": (["--model", "FCN"], QUICK),
     "mgs_robustness": ([], QUICK),
     "mgs_circles": ([], QUICK),
     "mgs_residual": ([], QUICK),
