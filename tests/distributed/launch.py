@@ -165,7 +165,7 @@ class Server:
             raise RuntimeError(f"the process that forks others ended, {process.wait()}")
 
     def _begin(self) -> subprocess.Popen[str]:
-        paths = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+        paths = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         command = [sys.executable, __file__]
         process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
