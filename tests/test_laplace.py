@@ -336,6 +336,7 @@ def test_positions_of_an_example_are_summed():
 
 def test_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "laplace.curvature", None)
+    monkeypatch.delitem(sys.modules, "nngeom.interop.laplace_torch")
     with pytest.raises(nng.MissingExtraError, match="pip install --no-deps laplace-torch"):
         runpy.run_path(nng.interop.laplace.__file__)
 
