@@ -15,7 +15,6 @@ file holds are kept, so that it may be stopped and started again.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import time
@@ -154,7 +153,7 @@ def main() -> None:
                 path.write_text(json.dumps(table))
                 print(f"{name:10s} {method:26s} {setting:20s} {seed} {runs[str(seed)]['loss'][-1]}", flush=True)
 
-        for settings in itertools.zip_longest(*METHODS[name].values()):
+        for settings in zip(*METHODS[name].values(), strict=True):
             for method, setting in zip(METHODS[name], settings):
                 run(method, setting, 0)
         for seed in range(1, options.seeds):

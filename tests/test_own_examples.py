@@ -1,7 +1,10 @@
 """Losses that are not of each example's own outputs and targets are refused; changed ones of torch are seen."""
 
+import contextlib
 import functools
+import random
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -58,6 +61,24 @@ def test_random_losses_are_refused_and_random_numbers_stay(taker, fixed):
     with pytest.raises(nng.ArgumentError, match="changes from one call to the next"):
         TAKERS[taker](model, [(x, torch.arange(6) % 4)], lambda f, y: factor(f) * ce(f, y))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.parametrize(
+    "draw", [torch.rand, np.random.rand, lambda n: random.random()], ids=["torch", "numpy", "python"]
+)
+@pytest.mark.parametrize("part", [0.0, 1.0])
+def test_what_losses_draw_leaves_random_states_as_they_were(draw, part, taker):
+    model, x = problem(6)
+    loss = lambda f, y: ce(f, y) * (1 + part * float(torch.as_tensor(draw(1)).sum()) * torch.arange(1, len(f) + 1))
+    states = lambda: (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1:3])
+    before = states()
+    refused = pytest.raises(nng.ArgumentError) if part else contextlib.nullcontext()
+    with refused:
+        TAKERS[taker](model, [(x, torch.arange(6) % 4)], loss)
+    torch_state, python_state, (words, place) = states()
+    assert (torch_state, python_state) == before[:2]
+    assert place == before[2][1] and (words == before[2][0]).all()
 
 
 @pytest.mark.parametrize("taker", TAKERS)

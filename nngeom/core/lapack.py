@@ -12,11 +12,11 @@ from torch import Tensor
 from nngeom.core.linear import differentiated
 
 # A side from which, on one thread, SciPy's divide and conquer takes less time than torch's: 0.83 of it at 256 and 301,
-# 0.76 at 577, 0.66 to 0.71 at 785, 0.66 to 0.74 at 1000 and 1153; 1.0 at 200; on two threads 0.47 at 256, 0.39 at 401,
-# 0.78 to 0.88 from 577 to 1001 (AMD EPYC, torch 2.13 with MKL, SciPy's OpenBLAS 0.3.30, November 2026).
+# 0.76 at 577, 0.66 to 0.71 at 785, 0.66 to 0.74 at 1000 and 1153; 1.0 at 200 (AMD EPYC, torch 2.13 with MKL, SciPy's
+# OpenBLAS 0.3.30, processor seconds, November 2026). On two threads it takes 0.39 to 0.88 of that by itself, but
+# EKFAC of four nets 1.1 to 1.7 of what it takes with torch's, whose threads wait for work on the same cores.
 SIDE = 256
 ROWS = 64  # at 64 rows half of their products take 0.8 to 1.1 of the time of all, 0.6 at 270, 0.5 at 1000 (one thread)
-THREADS = 2  # more were not measured
 
 
 def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,14 +24,13 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     :class:`RuntimeError` where divide and conquer does not converge.
     """
     p = x.shape[-1]
-    count = torch.get_num_threads()
-    if p < SIDE or x.requires_grad or x.device.type != "cpu" or count > THREADS or not _libraries():
+    if p < SIDE or x.requires_grad or x.device.type != "cpu" or torch.get_num_threads() > 1 or not _libraries():
         values, vectors = torch.linalg.eigh(x)
         return values, vectors
     from scipy.linalg import lapack
 
     values, vectors = x.new_empty(x.shape[:-1]), x.new_empty(x.shape)
-    with threads(count):
+    with threads(1):
         for m, row, columns in zip(*(t.view(-1, *t.shape[x.ndim - 2 :]) for t in (x, values, vectors))):
             found, turn, failed = lapack.dsyevd(m.numpy().T, lower=0)  # the lower half, in the order of LAPACK
             if failed:

@@ -7,16 +7,18 @@ factor for all examples of a batch, such as one over the sum of all weights, is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nngeom.capture.batch import take
+from nngeom.capture.other_states import OtherStates
 from nngeom.core.errors import ArgumentError, CoverageError
 
-LARGE = 2**22  # outputs of a batch above which they are not made wider to be asked
+LARGE = 2**22  # outputs of a batch, 32 MiB in float64, above which they are not made wider to be asked
 _MIXES = (
     "the loss mixes examples: the value of some changes with the outputs or targets of others (a batch mean, a "
     "contrastive loss, shapes that broadcast such as outputs (n, 1) with targets (n,)); expected one number an "
@@ -58,23 +60,33 @@ def _grad(values: Tensor, f: Tensor, weights: Tensor, **options: bool) -> Tensor
     return g
 
 
+@contextlib.contextmanager
+def undrawn(outputs: Tensor) -> Iterator[None]:
+    """Within: random numbers that a loss draws, by torch, Python or NumPy, leave their states as they were."""
+    others = OtherStates()
+    try:
+        with torch.random.fork_rng([outputs.device] if outputs.is_cuda else []):
+            yield
+    finally:
+        others.put_back()
+
+
 def require_own(loss: PerExample, outputs: Tensor, targets: Any) -> None:
     """Raise :class:`ArgumentError` where some examples of a batch have another gradient of ``loss`` by themselves (but
     for a factor that all have), or all have another one when they are asked again.
 
-    Of a loss for one size of batch only the latter is asked. No random state is left changed.
+    Of a loss for one size of batch only the latter is asked.
     """
     f = outputs.detach()
+    wide = f.double() if f.numel() <= LARGE and f.device.type != "mps" else f
     try:
-        with torch.random.fork_rng([f.device] if f.is_cuda else []):
-            wide = f.double() if f.numel() <= LARGE and f.device.type != "mps" else f
-            try:
-                ask = _asked(loss, wide, targets)
-                whole = ask(None)
-            except RuntimeError:  # a function with tensors of its own, in the dtype of the outputs
-                ask = _asked(loss, f, targets)
-                whole = ask(None)
-            _require_same(ask, whole)
+        try:
+            ask = _asked(loss, wide, targets)
+            whole = ask(None)
+        except RuntimeError:  # a function with tensors of its own, in the dtype of the outputs
+            ask = _asked(loss, f, targets)
+            whole = ask(None)
+        _require_same(ask, whole)
     except CoverageError:  # said where the gradient is taken
         return
 

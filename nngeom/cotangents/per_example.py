@@ -13,7 +13,7 @@ from torch import Tensor
 from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, OutputError, SizeError
 from nngeom.cotangents.likelihood import columns_times
-from nngeom.cotangents.own_examples import gradient, require_own
+from nngeom.cotangents.own_examples import gradient, require_own, undrawn
 from nngeom.cotangents.precise import Precise
 from nngeom.cotangents.reading import Reading
 from nngeom.sweep.columns import Columns
@@ -37,8 +37,8 @@ class Loss(Reading):
 
     def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
         """``d loss / d outputs``, ``(n, *shape)``, at the ``targets`` of the batch."""
-        require_own(self, outputs, targets)
-        with torch.enable_grad():
+        with undrawn(outputs), torch.enable_grad():
+            require_own(self, outputs, targets)
             f = outputs.detach().requires_grad_()
             return gradient(self.precisely(f, targets), f)
 
@@ -51,12 +51,13 @@ class Loss(Reading):
 
     def square_root(self, outputs: Tensor, targets: Any) -> Columns:
         """Cotangents ``v [k, n, *shape]``, ``sum_k v v^T`` the Hessian of the loss in ``outputs``, at ``targets``."""
-        return _hessian_root(self, outputs, targets)
+        with undrawn(outputs):
+            return _hessian_root(self, outputs, targets)
 
     def times(self, outputs: Tensor, tangent: Tensor, targets: Any) -> Tensor:
         """The Hessian of the loss in ``outputs``, at ``targets``, times ``tangent (n, *shape)``."""
-        require_own(self, outputs, targets)
-        with torch.enable_grad():
+        with undrawn(outputs), torch.enable_grad():
+            require_own(self, outputs, targets)
             f = outputs.detach().requires_grad_()
             slope = gradient(self.precisely(f, targets), f, create_graph=True)
             return torch.autograd.grad(slope, f, tangent)[0] if slope.requires_grad else torch.zeros_like(tangent)

@@ -18,6 +18,7 @@ from nngeom.core import memory
 from nngeom.core.errors import CoverageError, NonFiniteError
 from nngeom.core.linalg import flat_rows
 from nngeom.cotangents.loss import judged
+from nngeom.cotangents.own_examples import undrawn
 from nngeom.cotangents.per_example import Loss
 from nngeom.cotangents.separable import SquaredError
 from nngeom.pullback.backward import pull_back
@@ -111,8 +112,9 @@ def differentiated(network: Network, loss: Loss, batch: Batch, index: int, width
         outputs = network.run(batch)
         require_finite(outputs.detach(), "outputs", index)
         loss, y = judged(loss, outputs, batch)
-        loss.require_separate(outputs, y)
-        value = loss.precisely(outputs, y).sum()
+        with undrawn(outputs):
+            loss.require_separate(outputs, y)
+            value = loss.precisely(outputs, y).sum()
         if not value.requires_grad:
             raise CoverageError(
                 "the loss does not depend on any selected parameter by differentiable operations (torch.no_grad or "

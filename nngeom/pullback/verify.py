@@ -111,7 +111,8 @@ def _agrees(got: Tensor, expected: Tensor | None, dtype: torch.dtype, rounding: 
     """Whether a sum of rows, which is overwritten, is autograd's gradient; ``None`` where that is below the
     ``rounding`` of the sum.
 
-    Where both agree in most digits of float32 or float64, what they are cannot be rounding, which is not asked for.
+    Where both agree in most digits of float32 or float64 they are not rounding, whose digits are random: how large that
+    may be is not asked for then.
     """
     length, off = 0.0, got
     if expected is not None:
