@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import nngeom as nng
 
 pytest.importorskip("nngeometry", reason="nngeometry is not installed")
-from nngeometry import metrics, object as theirs  # noqa: E402
-from nngeometry.backend import TorchHooksJacobianBackend  # noqa: E402
-from nngeometry.layercollection import LayerCollection  # noqa: E402
+from nngeometry import metrics
+from nngeometry import object as theirs
+from nngeometry.backend import TorchHooksJacobianBackend
+from nngeometry.layercollection import LayerCollection
 
 PAIRS = {}
 
