@@ -173,7 +173,7 @@ def test_rows_are_followed_until_the_factors_of_gradients_are_known(factors, mon
     monkeypatch.setattr(
         opt.partition, "observe", lambda *args, real=opt.partition.observe: (taken.append(1), real(*args))
     )
-    for step in range(4):
+    for _ in range(4):
         one_step(opt, *case.loader[0])
     assert bool(taken[1:]) == (factors == "rows")
 
