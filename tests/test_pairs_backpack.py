@@ -4,28 +4,18 @@ import copy
 
 import pytest
 import torch
-from test_coming_from import rows_of
+from pairs import Pairs
 from torch import nn
 from torch.testing import assert_close
 
 import nngeom as nng
 
 pytest.importorskip("backpack", reason="backpack is not installed")
-from backpack import backpack, extend, extensions  # noqa: E402
+from backpack import backpack, extend, extensions
 
-PAIRS = {}
+PAIRS = Pairs("backpack")
 N = 10
 X, Y = torch.randn(N, 4, dtype=torch.float64), torch.randint(0, 3, (N,))
-
-
-def pair(row):
-    """A check of the row whose first column begins so."""
-
-    def kept(f):
-        PAIRS[row] = f
-        return f
-
-    return kept
 
 
 class Model:
@@ -49,7 +39,7 @@ def agree(here, there, **tolerances):
         assert_close(here[name], x, **tolerances)
 
 
-@pair("`extend(model)`")
+@PAIRS.of("`extend(model)`")
 def nothing_is_left(m):
     before = {name: set(vars(p)) for name, p in m.net.named_parameters()}
     nng.GGN(m.net, (X, Y), nng.PMatDiag, loss="cross_entropy")
@@ -57,13 +47,13 @@ def nothing_is_left(m):
     assert not any(module._forward_hooks or module._backward_hooks for module in m.net.modules())
 
 
-@pair("`DiagGGNExact`")
+@PAIRS.of("`DiagGGNExact`")
 def diagonal(m):
     there = m.there(extensions.DiagGGNExact(), "diag_ggn_exact")
     agree(nng.GGN(m.net, (X, Y), nng.PMatDiag, loss="cross_entropy").diag(), there)
 
 
-@pair("`DiagGGNMC`")
+@PAIRS.of("`DiagGGNMC`")
 def drawn_diagonal(m):
     """Both are random: each is near the exact one, nearer with more draws."""
     exact = nng.FIM(m.net, (X, Y), nng.PMatDiag).diag().flat()
@@ -87,14 +77,14 @@ def diagonal_blocks(F):
         ends += p
 
 
-@pair("`KFLR`")
+@PAIRS.of("`KFLR`")
 def factors(m):
     there = blocks(m.there(extensions.KFLR(), "kflr"))
     for name, block in diagonal_blocks(nng.FIM(m.net, (X, Y), nng.PMatKFAC)):
         assert_close(block, there[name])
 
 
-@pair("`KFAC`")
+@PAIRS.of("`KFAC`")
 def drawn_factors(m):
     exact = dict(diagonal_blocks(nng.FIM(m.net, (X, Y), nng.PMatKFAC)))
     for samples, limit in ((20, 0.7), (2000, 0.07)):
@@ -105,21 +95,21 @@ def drawn_factors(m):
                 assert 0 < (x - exact[name]).norm() < limit * exact[name].norm()
 
 
-@pair("`SumGradSquared`")
+@PAIRS.of("`SumGradSquared`")
 def squares(m):
     there = m.there(extensions.SumGradSquared(), "sum_grad_squared")
     here = nng.EmpiricalFIM(m.net, (X, Y), nng.PMatDiag, loss="cross_entropy").diag()
     agree(here, {name: x * N for name, x in there.items()})  # of gradients over n there
 
 
-@pair("`Variance`")
+@PAIRS.of("`Variance`")
 def variance(m):
     there = m.there(extensions.Variance(), "variance")
     here = nng.GradientCovariance(m.net, (X, Y), nng.PMatDiag, loss="cross_entropy").diag()
     agree(here, {name: x * N**2 for name, x in there.items()})
 
 
-@pair("`BatchGrad`")
+@PAIRS.of("`BatchGrad`")
 def rows(m):
     there = m.there(extensions.BatchGrad(), "grad_batch")
     (chunk,) = nng.rows(m.net, (X, Y), loss="cross_entropy")
@@ -130,13 +120,13 @@ def rows(m):
         assert_close(rows[..., -1], there[bias] * N)
 
 
-@pair("`DiagHessian`")
+@PAIRS.of("`DiagHessian`")
 def hessian(m):
     there = m.there(extensions.DiagHessian(), "diag_h")
     agree(nng.Hessian(m.net, (X, Y), nng.PMatDiag, loss="cross_entropy").diag(), there)
 
 
-@pair("gradients of a mean loss")
+@PAIRS.of("gradients of a mean loss")
 def means(m):
     """The loss of an example is that of the example alone: of one example both are the same."""
     there = m.there(extensions.BatchGrad(), "grad_batch")
@@ -153,6 +143,4 @@ def test_numbers_are_those_of_backpack(row):
 
 
 def test_every_row_is_compared():
-    rows = rows_of("backpack")
-    assert [row for row in rows if not any(row.startswith(begin) for begin in PAIRS)] == []
-    assert [begin for begin in PAIRS if not any(row.startswith(begin) for row in rows)] == []
+    PAIRS.require_all()
