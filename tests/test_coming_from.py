@@ -28,13 +28,6 @@ def test_pairs_agree(page: Path, tmp_path, monkeypatch):
         torch.set_default_dtype(torch.float32)
 
 
-def rows_of(name: str) -> list[str]:
-    """The first column of the table of a page."""
-    page = next(p for p in PEERS if p.stem == name)
-    cells = [line.split("|")[1].strip() for line in page.read_text().splitlines() if line.startswith("|")]
-    return [x for x in cells if x not in ("there", "---")]
-
-
 def test_every_page_compares():
     """A page that asserts nothing compares nothing."""
     for page in PEERS:

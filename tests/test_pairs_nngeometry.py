@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_coming_from import rows_of
+from pairs import Pairs
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,17 +17,7 @@ from nngeometry import object as theirs
 from nngeometry.backend import TorchHooksJacobianBackend
 from nngeometry.layercollection import LayerCollection
 
-PAIRS = {}
-
-
-def pair(row):
-    """A check of the row whose first column begins so."""
-
-    def kept(f):
-        PAIRS[row] = f
-        return f
-
-    return kept
+PAIRS = Pairs("nngeometry")
 
 
 class Model:
@@ -49,7 +39,7 @@ class Model:
         return getattr(metrics, measure)(self.net, self.loader, getattr(theirs, kind), **options)
 
 
-@pair("`PVector.from_model(model)`")
+@PAIRS.of("`PVector.from_model(model)`")
 def from_model(m):
     there, here, live = theirs.PVector.from_model(m.net), nng.PVector.from_model(m.net), None
     before = m.flat()
@@ -61,7 +51,7 @@ def from_model(m):
     assert live.flat().requires_grad and there.to_torch().requires_grad and not here.flat().requires_grad
 
 
-@pair("`PMatKFAC.solve(v, regul=x)`")
+@PAIRS.of("`PMatKFAC.solve(v, regul=x)`")
 def solve(m):
     there = m.there("PMatKFAC").solve(theirs.PVector.from_model_grad(m.net), regul=1e-2).to_torch()
     F = nng.FIM(m.net, m.loader, nng.PMatKFAC)
@@ -70,7 +60,7 @@ def solve(m):
     assert_close(F.solve(m.gradient, damping=1e-2).flat(), exact)
 
 
-@pair('`FIM(..., variant="classif_logits")`')
+@PAIRS.of('`FIM(..., variant="classif_logits")`')
 def logits(m):
     for kind in ("PMatDense", "PMatDiag", "PMatBlockDiag", "PMatKFAC", "PMatEKFAC", "PMatQuasiDiag", "PMatLowRank"):
         there = m.there(kind, variant="classif_logits")
@@ -81,39 +71,39 @@ def logits(m):
             assert_close(here.vTMv(m.gradient), there.vTMv(theirs.PVector.from_model_grad(m.net)))
 
 
-@pair('`variant="regression"`')
+@PAIRS.of('`variant="regression"`')
 def regression(m):
     there = m.there(variant="regression").to_torch()
     assert_close(nng.FIM(m.net, m.loader, nng.PMatDense, likelihood="gaussian").to_dense(), there)
 
 
-@pair("`n_output`, `device`")
+@PAIRS.of("`n_output`, `device`")
 def no_shapes(m):
     here = nng.FIM(copy.deepcopy(m.net).float(), [m.x.float()], nng.PMatDense)
     assert (here.dtype, here.device) == (torch.float32, torch.device("cpu"))
 
 
-@pair("`get_dense_tensor()`, `to_torch()`")
+@PAIRS.of("`get_dense_tensor()`, `to_torch()`")
 def dense(m):
     there, v = m.there("PMatDiag").to_torch(), theirs.PVector.from_model_grad(m.net)
     assert_close(nng.FIM(m.net, m.loader, nng.PMatDiag).to_dense(), there)
     assert_close(m.gradient.flat(), v.to_torch())
 
 
-@pair("`frobenius_norm()`")
+@PAIRS.of("`frobenius_norm()`")
 def norm(m):
     for kind in ("PMatDense", "PMatKFAC"):
         assert_close(nng.FIM(m.net, m.loader, getattr(nng, kind)).norm(), m.there(kind).frobenius_norm())
 
 
-@pair("`get_diag()`")
+@PAIRS.of("`get_diag()`")
 def diagonal(m):
     here = nng.FIM(m.net, m.loader, nng.PMatDense).diag()
     assert isinstance(here, nng.PVector)
     assert_close(here.flat(), m.there().get_diag())
 
 
-@pair("`PVector.from_model_grad(model)`")
+@PAIRS.of("`PVector.from_model_grad(model)`")
 def in_and_out(m):
     there = theirs.PVector.from_model_grad(m.net)
     assert_close(m.gradient.flat(), there.to_torch())
@@ -127,7 +117,7 @@ def in_and_out(m):
     assert_close(m.flat(), m.gradient.flat())
 
 
-@pair("`PFMapDense`")
+@PAIRS.of("`PFMapDense`")
 def maps(m):
     layers = LayerCollection.from_model(m.net)
     backend = TorchHooksJacobianBackend(model=m.net, layer_collection=layers, function=lambda *batch: m.net(batch[0]))
@@ -141,13 +131,13 @@ def maps(m):
     assert_close(back.flat(), there.vjp(w).to_torch())
 
 
-@pair("`regul=`")
+@PAIRS.of("`regul=`")
 def damping(m):
     there = m.there().solve(theirs.PVector.from_model_grad(m.net), regul=1e-2).to_torch()
     assert_close(nng.FIM(m.net, m.loader, nng.PMatDense).solve(m.gradient, damping=1e-2).flat(), there)
 
 
-@pair("layers that are not on its list")
+@PAIRS.of("layers that are not on its list")
 def layers(m):
     class Scaled(nn.Module):
         def __init__(self):
@@ -178,6 +168,4 @@ def test_numbers_are_those_of_nngeometry(row, double):
 
 
 def test_every_row_is_compared():
-    rows = rows_of("nngeometry")
-    assert [row for row in rows if not any(row.startswith(begin) for begin in PAIRS)] == []
-    assert [begin for begin in PAIRS if not any(row.startswith(begin) for row in rows)] == []
+    PAIRS.require_all()
