@@ -78,6 +78,15 @@ def test_every_example_is_reproduced(monkeypatch, tmp_path, capsys):
     assert list(kept) == ["which_norm", "influence_of_digits:mnist"]  # in the order of the list
 
 
+def test_the_page_shows_how_long_the_quick_forms_take():
+    kept = json.loads((common.DOCS / "data" / "reproduce_quick.json").read_text())
+    page = common.placed((common.DOCS / "analysis.md").read_text())
+    assert page["reproduce_quick"] == reproduce.times(kept)
+    assert list(kept) == [name for name in reproduce.SCRIPTS if name in kept]
+    assert sum(kept.values()) / 2 < 20 * 60
+    assert "| **together** | **6** |" in reproduce.times({"a": 2.4, "b": 3.9})
+
+
 def test_results_of_other_settings_are_not_mixed(tmp_path):
     args = common.options("a", ["--out", str(tmp_path)])
     common.Cells(args, "a", steps=1).add("m/0", lambda: 1.23456789)
