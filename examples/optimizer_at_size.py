@@ -75,9 +75,7 @@ METHODS: dict[str, dict[str, dict[str, Make]]] = {
         "AdamW": by_rate(adam),
         "SOAP of pytorch_optimizer": by_rate(soap),
         "nng.optim.SOAP": by_rate(lambda x: of(nng.optim.SOAP, lr=x, **TOKENS)),
-        "nng.optim.SOAP, factors of gradients": by_rate(
-            lambda x: of(nng.optim.SOAP, lr=x, factors="gradients", **TOKENS)
-        ),
+        "nng.optim.SOAP, factors of rows": by_rate(lambda x: of(nng.optim.SOAP, lr=x, factors="rows", **TOKENS)),
         "Muon of pytorch_optimizer": by_rate(muon),
         "EKFAC": bounded(nng.optim.EKFAC, **TOKENS),
         "KFAC": bounded(nng.optim.KFAC, **TOKENS),

@@ -71,6 +71,11 @@ class Curvature(ABC):
         return False
 
     @property
+    def wants_statistics(self) -> bool:
+        """Whether those of batches are whose statistics are."""
+        return True
+
+    @property
     def mine(self) -> bool:
         """Whether this process keeps what there is."""
         return self.manner.owner in (None, self.manner.team.rank)

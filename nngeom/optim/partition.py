@@ -50,6 +50,11 @@ class Partition:
         """Whether some part follows the rows of every batch."""
         return any(part.wants_every_batch for part in self)
 
+    @property
+    def wants_statistics(self) -> bool:
+        """Whether some part takes in those of batches whose statistics are due."""
+        return not self.parts or any(part.wants_statistics for part in self)
+
     def observe(self, chunk: Chunk, schedule: Schedule) -> None:
         """Hand the rows of some examples to the parts they belong to."""
         self._assign(chunk)
