@@ -2,9 +2,9 @@
 
 The network, data and weights of ``autoencoder_full_size`` (``sparse``), KFAC with labels drawn, with given rates and
 with steps to the minimum of the quadratic model, which have none, and Adam with batch normalisation at their settings
-there. Batches of 50, 200 and 800 at constant rates; at 200, rates that fall to zero as
-half a cosine, and as ``1 / (1 + 9 t)``, over the part ``t`` of the time that has passed; the latter at 800 too. Losses
-of 1000 digits that are not trained on. Runs that the file holds are kept.
+there, and SGD with it at the best of three rates. Batches of 50, 200 and 800 at constant rates; at 200, rates that fall
+to zero as half a cosine, and as ``1 / (1 + 9 t)``, over the part ``t`` of the time that has passed; the latter at 800
+too. Losses of 1000 digits that are not trained on. Runs that the file holds are kept.
 
     python examples/optimizer_batches.py            # docs/data/batches.json, docs/images/batches.png
     python examples/optimizer_batches.py --seconds 1 --seeds 1 --out out
@@ -26,11 +26,12 @@ from optimizer_at_size import train
 from optimizer_held_out import mnist_digits, shuffled, tasks
 from optimizer_race import DOCS
 
-MODEL = "KFAC, steps of the model"
+MODEL, SGD = "KFAC, steps of the model", "SGD + batch norm"
 METHODS = {
     MODEL: adaptive,
     "KFAC, labels drawn": kfac(0.5),
     "Adam + batch norm": ADAM["Adam + batch norm, lr 0.003"],
+    SGD: lambda m: torch.optim.SGD(m.parameters(), 0.01, momentum=0.9),
 }
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
@@ -59,7 +60,7 @@ def plot(path: Path, image: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     panels = ([c for c in CELLS if c[1] == "constant"], [c for c in CELLS if c[0] == 200])
     for axis, cells, title in zip(axes, panels, ("batch size", "schedule, batches of 200")):
-        for method, style in zip(METHODS, ("-.", "-", "--")):
+        for method, style in zip(METHODS, ("-.", "-", "--", ":")):
             runs = methods[method]
             for k, (batch, schedule) in enumerate(c for c in cells if cell_name(*c) in runs):
                 found = list(runs[cell_name(batch, schedule)].values())
@@ -92,7 +93,7 @@ def main() -> None:
     for seed in range(options.seeds):
         for batch, schedule in CELLS:
             for method, make in METHODS.items():
-                if method == MODEL and schedule != "constant":
+                if method in (MODEL, SGD) and schedule != "constant":
                     continue
                 runs = table["methods"].setdefault(method, {}).setdefault(cell_name(batch, schedule), {})
                 if str(seed) in runs:
