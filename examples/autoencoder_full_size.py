@@ -118,7 +118,7 @@ def plot_map(path: Path, image: Path) -> None:
         shown = axis.imshow(torch.tensor(grid).log10(), vmin=math.log10(8), vmax=2, cmap="viridis_r", origin="lower")
         for (j, line), k in itertools.product(enumerate(grid), range(len(grid[0]))):
             text = f"{line[k]:.0f}" if math.isfinite(line[k]) and line[k] < 1e4 else "-"
-            axis.text(k, j, text, ha="center", va="center", color="white" if line[k] < 25 else "black", fontsize=9)
+            axis.text(k, j, text, ha="center", va="center", color="black" if line[k] < 25 else "white", fontsize=9)
         axis.set_yticks(range(len(DAMPINGS)), [f"{x:g}" for x in DAMPINGS])
         axis.set_xticks(range(len(grid[0])), [f"{x:g}" for x in RATES] if len(grid[0]) > 1 else ["none"])
         axis.set_title(title, fontsize=10)
