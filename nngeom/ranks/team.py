@@ -136,6 +136,7 @@ class Team:
         parts = [torch.empty_like(m) for _ in range(self.size)]
         with self._reached():
             dist.all_gather(parts, m, group=self._control())
+        _SENT[:] = [m, *parts]
         return parts
 
     # -- tensors -------------------------------------------------------------------------------------------------------
@@ -236,6 +237,7 @@ class Alone(Team):
 
 
 ALONE = Alone()
+_SENT: list[Tensor] = []  # the last: torch 2.6 hangs in destroy_process_group where it is the last to let go of them
 TEAMS: weakref.WeakKeyDictionary[Any, Team] = weakref.WeakKeyDictionary()  # one a group
 
 

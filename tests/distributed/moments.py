@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import cuts
 import torch
+import torch.distributed as dist
 from cases import STORED, representation
-from launch import Check, Here
+from launch import Check, Here, check
 
 import nngeom as nng
 
@@ -61,3 +62,14 @@ for measure, asked in ASKED.items():
     for name, kinds in asked.items():
         for kind in kinds:
             CHECKS[f"{measure} {name} {kind}"] = lambda here, a=(measure, name, kind): compare(here, *a)
+
+
+@check(CHECKS)
+def groups_come_and_go(here: Here) -> None:
+    """One is destroyed as soon as a measure is done, with nothing of it under way."""
+    case = cuts.data("mlp")
+    mine = cuts.mine(case.loader, here.rank, here.size)
+    for _ in range(20):
+        group = dist.new_group(backend="gloo")
+        assert nng.FIM(case.model, mine, nng.PMatDiag, process_group=group).examples == sum(cuts.SIZES)
+        dist.destroy_process_group(group)
