@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from autoencoder_of_digits import MNIST_WIDTHS, autoencoder
-from optimizer_held_out import Task, evaluated, tasks
+from optimizer_held_out import Task, evaluated, stepped, tasks
 from optimizer_race import DOCS
 from torch import Tensor, nn
 
@@ -47,20 +47,24 @@ def dense(seed: int, batch_norm: bool) -> nn.Sequential:
     return autoencoder(seed, batch_norm, MNIST_WIDTHS)
 
 
+SQUARED_ERROR = dict(
+    fisher="monte_carlo",
+    likelihood="gaussian",
+    outputs=torch.sigmoid,
+    inverse_every=lambda t: max(1, min(10, t // 3)),
+    statistics_every=lambda t: 1 if t < 10 else 5,
+)
+
+
 def kfac(momentum: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """The Fisher matrix of the squared error, inverses often at first."""
-    return lambda m: nng.optim.KFAC(
-        m,
-        lr=0.3,
-        momentum=momentum,
-        damping=nng.FactoredTikhonov(1e-3, balanced=False),
-        kl_clip=0.3,
-        fisher="monte_carlo",
-        likelihood="gaussian",
-        outputs=torch.sigmoid,
-        inverse_every=lambda t: max(1, min(10, t // 3)),
-        statistics_every=lambda t: 1 if t < 10 else 5,
-    )
+    damping = nng.FactoredTikhonov(1e-3, balanced=False)
+    return lambda m: nng.optim.KFAC(m, lr=0.3, momentum=momentum, damping=damping, kl_clip=0.3, **SQUARED_ERROR)
+
+
+def adaptive(model: nn.Module) -> torch.optim.Optimizer:
+    """The same with steps to the minimum of the quadratic model, see ``stepped``."""
+    return nng.optim.KFAC(model, damping=nng.optim.LevenbergMarquardt(initial=1e-4), **SQUARED_ERROR)
 
 
 ADAM = {f"Adam + batch norm, lr {lr:g}": (lambda m, lr=lr: torch.optim.Adam(m.parameters(), lr)) for lr in (3e-3, 1e-3)}
@@ -74,6 +78,8 @@ RUNS: list[tuple[str, str, Callable[[nn.Module], torch.optim.Optimizer], int, in
     ("dense", "Adam + batch norm, lr 0.001", ADAM["Adam + batch norm, lr 0.001"], 1, 100),
     ("sparse", "KFAC, labels drawn, momentum 0.5", kfac(0.5), 3, 50),
     ("sparse", "Adam + batch norm, lr 0.003", ADAM["Adam + batch norm, lr 0.003"], 3, 100),
+    ("sparse", "KFAC, steps of the model", adaptive, 3, 50),
+    ("dense", "KFAC, steps of the model", adaptive, 1, 50),
 ]
 
 
@@ -95,13 +101,7 @@ def train(
     opt, spent, losses, seconds = make(model), 0.0, [], []
     for step, (x, y) in enumerate(itertools.islice(task.batches(seed), steps), 1):
         start = time.process_time()
-        opt.zero_grad()
-        if isinstance(opt, nng.optim.NaturalGradient):
-            with opt.observe():
-                task.loss(model(x), y).backward()
-        else:
-            task.loss(model(x), y).backward()
-        opt.step()
+        stepped(opt, task, model, x, y)
         spent += time.process_time() - start
         if step % EVERY == 0 or step == steps:
             losses.append(float(f"{evaluated(task, model):.4g}"))

@@ -14,8 +14,8 @@ from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
 from nngeom.optim.automatic import Automatic
+from nngeom.optim.averaged import keeper
 from nngeom.optim.bound import Bound
-from nngeom.optim.curvature import keeper
 from nngeom.optim.fallback import Fallback, outside
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import as_groups, require_groups

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from nngeom.core.errors import ArgumentError, UnsupportedError
-from nngeom.optim.curvature import Curvature, keeper
+from nngeom.optim.averaged import keeper
+from nngeom.optim.curvature import Curvature
 from nngeom.optim.manner import Manner
 from nngeom.optim.owners import Owners
 from nngeom.optim.schedule import Schedule
