@@ -64,7 +64,7 @@ def kfac(momentum: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
 
 def adaptive(model: nn.Module) -> torch.optim.Optimizer:
     """The same with steps to the minimum of the quadratic model, see ``stepped``."""
-    return nng.optim.KFAC(model, damping=nng.optim.LevenbergMarquardt(initial=1e-4), **SQUARED_ERROR)
+    return nng.optim.KFAC(model, damping=nng.optim.LevenbergMarquardt(initial=1e-4), kl_clip=None, **SQUARED_ERROR)
 
 
 ADAM = {f"Adam + batch norm, lr {lr:g}": (lambda m, lr=lr: torch.optim.Adam(m.parameters(), lr)) for lr in (3e-3, 1e-3)}

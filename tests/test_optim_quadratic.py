@@ -13,7 +13,7 @@ import nngeom as nng
 from nngeom.optim import EKFAC, KFAC, LevenbergMarquardt, NaturalGradient
 
 f64 = torch.float64
-EXACT = dict(fisher="exact", likelihood="categorical", statistics_decay=0.0, lr=7.0, momentum=0.3)
+EXACT = dict(fisher="exact", likelihood="categorical", statistics_decay=0.0, lr=7.0, momentum=0.3, kl_clip=None)
 MAKERS = {
     "kfac": (lambda m, **k: KFAC(m, damping=1e-2, inverse_every=1, statistics_every=1, **EXACT, **k), nng.PMatKFAC),
     "ekfac": (lambda m, **k: EKFAC(m, damping=1e-2, basis_every=1, scalings="batch", **EXACT, **k), nng.PMatEKFAC),
@@ -56,7 +56,7 @@ def test_in_a_dense_matrix_the_step_is_that_of_newton():
     torch.manual_seed(0)
     model, x = nn.Linear(4, 3).double(), torch.randn(20, 4, dtype=f64)
     y = torch.randn(20, 3, dtype=f64)
-    options = dict(fisher="exact", likelihood="gaussian", statistics_decay=0.0, damping=1e-12)
+    options = dict(fisher="exact", likelihood="gaussian", statistics_decay=0.0, damping=1e-12, kl_clip=None)
     opt = NaturalGradient(model, nng.PMatDense, **options)
     with opt.observe():
         (0.5 * (model(x) - y).square().sum(1).mean()).backward()
@@ -87,7 +87,7 @@ def test_damping_follows_the_prediction():
     """Every step goes where the model is lowest; its damping falls where the model is right, and the loss falls."""
     case = build("mlp")
     rule = LevenbergMarquardt(initial=1.0, every=1, decay=0.5)
-    opt = KFAC(case.model, damping=rule, fisher="monte_carlo", likelihood="categorical", inverse_every=1)
+    opt = KFAC(case.model, damping=rule, fisher="exact", likelihood="categorical", inverse_every=1, kl_clip=None)
     x, y = case.loader[0]
     losses = []
     for _ in range(12):
@@ -95,6 +95,36 @@ def test_damping_follows_the_prediction():
         evaluate = lambda: F.cross_entropy(case.model(x), y)
         opt.step(evaluate=evaluate, outputs=lambda: case.model(x))
     assert losses[-1] < 0.5 * losses[0] and rule.value < 1.0
+
+
+@pytest.mark.parametrize("bound", [1e-3, 1e3])
+def test_a_bound_makes_the_step_shorter(bound):
+    steps, case = [], build("mlp")
+    x, y = case.loader[0]
+    exact = nng.FIM(case.model, [(x,)], nng.PMatDense)
+    for kl_clip in (None, bound):
+        model = copy.deepcopy(case.model)
+        opt = KFAC(model, damping=1e-2, inverse_every=1, **{**EXACT, "kl_clip": kl_clip})
+        passes(opt, model, x, y)
+        opt.step(outputs=lambda model=model: model(x))
+        steps.append(nng.PVector.from_model(model) - nng.PVector.from_model(case.model))
+    divergences = [float(0.5 * (exact.vTMv(d) + 1e-2 * d.dot(d))) for d in steps]
+    assert divergences[1] == pytest.approx(min(bound, divergences[0]))
+    assert close(steps[1] / steps[1].norm(), steps[0] / steps[0].norm())
+
+
+def test_a_model_that_is_wrong_says_so_once():
+    """Of one example of forty the curvature is far too small: the loss rises, and a warning says it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5)).double()
+    x, y = 3 * torch.randn(40, 20, dtype=f64), torch.randint(0, 5, (40,))
+    rule = LevenbergMarquardt(initial=1e-6, every=1)
+    opt = KFAC(model, damping=rule, fisher="exact", likelihood="categorical", inverse_every=1, kl_clip=None)
+    with pytest.warns(nng.optim.QuadraticModelWarning, match="rose along 3 steps") as said:
+        for _ in range(6):
+            passes(opt, model, x, y)
+            opt.step(outputs=lambda: model(x[:1]), evaluate=lambda: F.cross_entropy(model(x), y))
+    assert len(said) == 1
 
 
 def test_resuming_is_bitwise():

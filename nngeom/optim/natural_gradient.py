@@ -205,9 +205,10 @@ class NaturalGradient(Preconditioned):
         ``evaluate`` returns the loss of the batch at the current parameters, for :class:`LevenbergMarquardt`.
         ``outputs`` returns what the model does for the batch, or a part of it: then the step is the combination of the
         preconditioned gradient and the last step that is lowest in the quadratic model of the loss, with the exact
-        Fisher matrix of these outputs, and ``lr``, ``momentum`` and ``kl_clip`` are not used (Martens & Grosse 2015,
-        sections 6.4 and 7). It takes two products with the Jacobian, ``fisher="monte_carlo"`` or ``"exact"``, a loss
-        averaged over examples, a number or :class:`FactoredTikhonov` as damping, and no ``weight_decay``.
+        Fisher matrix of these outputs, and ``lr`` and ``momentum`` are not used (Martens & Grosse 2015, sections 6.4
+        and 7); ``kl_clip`` bounds its divergence in this model. It takes two products with the Jacobian,
+        ``fisher="monte_carlo"`` or ``"exact"``, a loss averaged over examples, a number or :class:`FactoredTikhonov`
+        as damping, and no ``weight_decay``.
         """
         loss = None
         if closure is not None:
@@ -244,5 +245,5 @@ class NaturalGradient(Preconditioned):
             return loss
         self.fallback.step(self.param_groups, self.state, self.clock.steps - 1)
         if rule is not None and compare and evaluate is not None:
-            rule.update(self.joint.mean(float(evaluate())) - before, predicted)
+            self.check.compared(rule.update(self.joint.mean(float(evaluate())) - before, predicted))
         return loss

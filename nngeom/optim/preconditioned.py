@@ -192,7 +192,8 @@ class Preconditioned(torch.optim.Optimizer):
         """That of the batch, checked."""
         groups = natural(self.param_groups)
         require_quadratic(self.observer, groups, self.clock.steps, self.reduction, sharded=self.sharded)
-        return QuadraticModel(self.observer, outputs, added(self.clock.now().damping), self.joint.mean)
+        now = self.clock.now()
+        return QuadraticModel(self.observer, outputs, added(now.damping), now.kl_clip, self.joint.mean)
 
     def _move_lowest(self, model: QuadraticModel, gradient: Tensor) -> float | None:
         """To the minimum of a ``model``; ``None`` when the step is skipped."""

@@ -28,12 +28,14 @@ LAST = "last_step"  # what a parameter's state calls where it went
 @dataclass(frozen=True)
 class QuadraticModel:
     """``g^T d + d^T (F + damping I) d / 2`` of the mean loss, with the exact Fisher matrix ``F`` of the examples whose
-    ``outputs()`` the model gives; ``mean``: of a number, over processes.
+    ``outputs()`` the model gives; ``bound``: on the divergence ``d^T (F + damping I) d / 2`` of a step, if there is
+    one; ``mean``: of a number, over processes.
     """
 
     observer: Observer
     outputs: Callable[[], Any]
     damping: float
+    bound: float | None
     mean: Callable[[float], float]
 
     def descend(self, gradients: Gradients, gradient: Tensor, groups: list[dict[str, Any]], state: Any) -> float | None:
@@ -54,7 +56,10 @@ class QuadraticModel:
         curvature = self._curvature(directions)
         if not bool(torch.isfinite(curvature).all()):
             return None
-        c, predicted = lowest(curvature, slopes, self.observer.network.dtype)
+        c = lowest(curvature, slopes, self.observer.network.dtype)
+        divergence = 0.5 * float(c @ curvature @ c)
+        if self.bound is not None and divergence > self.bound:
+            c = c * (self.bound / divergence) ** 0.5
         step = float(c[0]) * directions[0]
         for x, d in zip(c[1:].tolist(), directions[1:]):
             step.add_(d, alpha=x)
@@ -62,7 +67,7 @@ class QuadraticModel:
         torch._foreach_add_(moved, [places[p].to(p.dtype) for p in moved])
         for p in moved:
             state[p][LAST] = places[p]
-        return predicted
+        return float(slopes @ c + 0.5 * c @ curvature @ c)
 
     def _curvature(self, directions: list[Tensor]) -> Tensor:
         """``d_i^T (F + damping I) d_j``, ``[k, k]`` in float64, by one product with the Jacobian each."""
@@ -85,14 +90,13 @@ def _products(x: Tensor, others: list[Tensor]) -> Tensor:
     return torch.cat([inner_products(x.unsqueeze(0), y.unsqueeze(0)) for y in others]).double().cpu()
 
 
-def lowest(curvature: Tensor, slopes: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Where ``slopes^T c + c^T curvature c / 2`` is lowest, and its value there; directions that rounding in ``dtype``
-    cannot tell apart share a coefficient.
+def lowest(curvature: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where ``slopes^T c + c^T curvature c / 2`` is lowest; directions that rounding in ``dtype`` cannot tell apart
+    share a coefficient.
     """
     size = curvature.diagonal().clamp_min(torch.finfo(curvature.dtype).tiny).rsqrt()
     scaled = torch.linalg.pinv(size[:, None] * curvature * size, rtol=100 * torch.finfo(dtype).eps, hermitian=True)
-    c = -size * (scaled @ (size * slopes))
-    return c, float(slopes @ c + 0.5 * c @ curvature @ c)
+    return -size * (scaled @ (size * slopes))
 
 
 def require_quadratic(
