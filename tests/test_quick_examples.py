@@ -1,7 +1,5 @@
 """The examples that do not keep results by cell: each runs in the form that `make reproduce-quick` gives it."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,14 +19,14 @@ NEEDED = {"architectures": "transformers"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
-def test_quick_forms_run_and_leave_the_docs_alone(name, tmp_path):
+def test_quick_forms_run_and_leave_the_docs_alone(name, tmp_path, monkeypatch, capfd):
     pytest.importorskip(NEEDED.get(name, "torch"))
     folders = [ROOT / "docs" / folder for folder in ("data", "images")]
     docs = lambda: {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
     before = docs()
-    command = [sys.executable, str(ROOT / "examples" / f"{name.partition(':')[0]}.py"), *reproduce.SCRIPTS[name][1]]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() and docs() == before
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    failed = reproduce.main(["--quick", "--out", str(tmp_path), "--only", name])
+    printed = capfd.readouterr()
+    assert failed == 0, printed.err[-2000:]
+    assert f"== {name}: done in " in printed.out and docs() == before
