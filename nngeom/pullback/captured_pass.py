@@ -96,8 +96,6 @@ class Pass:
         """
         if separate:
             self.require_separate()
-        else:
-            self.proof.separate = True
         if self.keep_graph:
             v = torch.ones_like(self.capture.outputs).unsqueeze(0)
             edges = [use.edge for use in self.capture.uses]
