@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nngeom.capture.gathered import sharded_modules
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_callable
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
 from nngeom.optim.automatic import Automatic
 from nngeom.optim.bound import Bound
@@ -148,6 +149,8 @@ class NaturalGradient(Preconditioned):
         self.pending = Pending("mean" if reduction is None else as_reduction(reduction), reduction is not None)
         require_trainable(model, self.collection, team, automatic=automatic, fallback=fallback, damping=damping)
         self.sharded = bool(sharded_modules(model))
+        if outputs is not None:
+            require_callable(outputs, "outputs")
         self.observer = Observer(
             model,
             self.collection,
