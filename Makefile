@@ -65,10 +65,10 @@ gpu: setup
 	$(BIN)/python -m benchmarks.device --docs docs/benchmarks.md $(ARGS)
 
 reproduce: setup
-	$(BIN)/python -m examples.reproduce
+	$(BIN)/python examples/reproduce.py
 
 reproduce-quick: setup
-	$(BIN)/python -m examples.reproduce --quick
+	$(BIN)/python examples/reproduce.py --quick
 
 clean:
 	rm -rf $(VENV) docs/_build docs/how_to docs/objects docs/sg_execution_times.rst out

@@ -106,7 +106,7 @@ def draw(cells: dict[str, Any], model: str, path: Any) -> None:
     import matplotlib
 
     there = [name for name in SETTINGS if runs_of(cells, model, name)]
-    fig, axes = figure(len(there), 6, 17, 2.7 * len(there) + 0.3)
+    fig, axes = figure(len(there), 6, 15, 2.5 * len(there) + 0.3)
     for row, name in zip(axes, there):
         runs, (noise, lr) = runs_of(cells, model, name), SETTINGS[name]
         steps = [max(step, 0.7) for step in runs[0]["step"]]
@@ -128,12 +128,12 @@ def draw(cells: dict[str, Any], model: str, path: Any) -> None:
         titles = ("accuracy", "eigenvalues", "effective rank", "trace ratio", "alignment", "CKA by layer, test")
         for ax, title in zip(row, titles):
             ax.set(title=title, xscale="log", xlim=(0.65, None))
-            if ax.get_legend_handles_labels()[1]:
-                ax.legend(fontsize=7)
         row[1].set(yscale="log")
         row[0].set(ylabel=f"{100 * noise:.0f} % flipped labels, rate {lr:g}", ylim=(0, 1.02))
         if not layers:
             row[5].remove()
+    for ax in axes[0]:
+        ax.legend(fontsize=7.5)
     for ax in axes[-1]:
         ax.set(xlabel="step (the first: before training)")
     save(fig, path)

@@ -22,7 +22,7 @@ import torch
 from geometry_common import COLOURS, Data, band, batches, corrupt, figure
 from lazy_common import save
 from optimizer_tables import table
-from papers_common import Cells, options, place, seeds_of, spread
+from papers_common import Cells, mean, options, place, seeds_of, spread
 from papers_nets import images
 from scipy.stats import spearmanr
 from torch import nn
@@ -139,21 +139,25 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 
 def draw(cells: dict[str, Any], path: Any) -> None:
-    """A row a sweep, a column a measure."""
-    fig, axes = figure(len(SWEEPS), len(MEASURES), 18, 6.4)
-    for row, (sweep, values) in zip(axes, SWEEPS.items()):
-        for ax, colour, (key, title) in zip(row, COLOURS * 2, MEASURES.items()):
-            runs = [seeds_of(cells, f"{sweep}/{value}") for value in values]
-            if any(r.get(key) is None for line in runs for r in line):
-                ax.remove()
+    """A panel a sweep: the gap and the measures of the trained net, divided by what they are at the first value."""
+    fig, axes = figure(1, len(SWEEPS), 11, 4.4)
+    colours = dict(zip(MEASURES, [COLOURS[-1], *COLOURS[:-1], "#999999", "#8B4513"]))
+    for ax, (sweep, values) in zip(axes[0], SWEEPS.items()):
+        runs = [seeds_of(cells, f"{sweep}/{value}") for value in values]
+        for key, title in MEASURES.items():
+            if key == "parameters" or any(r.get(key) is None for line in runs for r in line):
                 continue
-            found = correlation(cells, sweep, key)
-            band(ax, values, list(zip(*[[r[key] for r in line] for line in runs])), title, colour, marker="o", ms=3)
-            label = title if key == "gap" or np.isnan(found) else f"{title}: {found:+.2f}"
-            ax.set(xlabel=sweep, ylim=(0, None))
-            ax.set_title(label, fontsize=8)
-            if sweep != "label noise":
-                ax.set_xscale("log", base=2)
+            first = mean([r[key] for r in runs[0]])
+            relative = [[r[key] / first for r in line] for line in runs]
+            style = {"ls": "--", "zorder": 3} if key == "gap" else {}
+            band(ax, values, list(zip(*relative)), title, colours[key], marker="o", ms=3, **style)
+        ax.set(xlabel=sweep, yscale="log")
+        ax.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"], minor=False)
+        ax.minorticks_off()
+        if sweep != "label noise":
+            ax.set_xscale("log", base=2)
+    axes[0, 0].set(ylabel="divided by that at the first value")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8.5)
     save(fig, path)
 
 

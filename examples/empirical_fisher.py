@@ -163,13 +163,13 @@ def draw(cells: dict[str, Any], path: Any) -> None:
     line = torch.tensor(fields_["line"])
     grid = torch.cartesian_prod(line, line)
     for ax, (name, found) in zip(axes[0], fields_["data"].items()):
-        for colour, (method, steps) in zip(COLOURS, found["steps"].items()):
+        for colour, width, (method, steps) in zip(COLOURS, (0.009, 0.006, 0.003), found["steps"].items()):
             v = torch.tensor(steps)
             v = v / v.norm(dim=1).clamp_min(1e-9).amax()
-            ax.quiver(*grid.T, *v.T, color=colour, label=method, scale=14, width=0.004, alpha=0.85)
+            ax.quiver(*grid.T, *v.T, color=colour, label=method, scale=14, width=width)
         ax.plot(0, 0, "k+")
         ax.set(title=f"regression: {name}", xlabel="slope less the best", ylabel="offset less the best")
-    axes[0, 0].legend(fontsize=8, loc="lower left", frameon=True)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8.5)
     for j, labels in enumerate(LABELS):
         runs = seeds_of(cells, labels)
         x = [max(int(step), 1) for step in runs[0]]

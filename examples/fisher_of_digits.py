@@ -293,12 +293,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("out"), help="folder for the CSV file and the figure (default: out)"
     )
-    out = parser.parse_args(arguments).out
+    parser.add_argument("--quick", action="store_true", help="a narrower net: a look at what there will be")
+    args = parser.parse_args(arguments)
+    out = args.out
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     torch.manual_seed(SEED)
     images, labels, test_images, test_labels = digits()
-    model = ConvNet().double()
+    model = (ConvNet((3, 4, 6)) if args.quick else ConvNet()).double()
     loader = [(images[lo : lo + 128], labels[lo : lo + 128]) for lo in range(0, FISHER_EXAMPLES, 128)]
     print(
         f"{sum(p.numel() for p in model.parameters())} parameters; exact Fisher over {FISHER_EXAMPLES} of "

@@ -1,6 +1,6 @@
 """Lazy and hasty fine-tuning of a net with batch normalisation in evaluation mode, on digits with spurious backgrounds.
 
-    python examples/lazy_background.py [--data FOLDER] [--seeds 1] [--quick]
+    python examples/lazy_background.py [--data FOLDER] [--seeds 3] [--quick]
 
 MNIST digits of 14 x 14 on patches of two photographs (scikit-learn's, a flower and a temple). A residual net of 8 to 32
 channels learns the ten digits on patches of either, 2000 images, 300 steps with batch normalisation in training mode.
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from geometry_common import Data, figure
+from geometry_common import Data, band, figure
 from lazy_common import COLOURS, save
-from lazy_minibatches import ALPHAS, at, descend, right
+from lazy_minibatches import ALPHAS, at, descend, right, together
 from optimizer_tables import table
 from papers_common import Cells, mean, options, place, seeds_of, spread
 from papers_nets import descend as pretrain
@@ -107,9 +107,9 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
     ends = []
     for alpha in ALPHAS:
         runs = seeds_of(cells, f"{alpha:g}")
-        row = [f"{alpha:g}", *(f"{mean([r[key][-1] for r in runs]):.3g}" for key in ("step", "loss"))]
+        row = [f"{alpha:g}", f"{mean([r['step'][-1] for r in runs]):.0f}", spread([r["loss"][-1] for r in runs])]
         row += [spread([max(r["test"]) for r in runs])]
-        ends.append([*row, *(f"{mean([r[key][-1] for r in runs]):.3g}" for key in ("kernel", "signs"))])
+        ends.append([*row, *(spread([r[key][-1] for r in runs]) for key in ("kernel", "signs"))])
     last = ["alpha", "steps", "training loss", "highest accuracy, balanced test", "kernel alignment", "signs kept"]
     return {
         "lazy_background": table(["training loss", "alpha", *groups], rows),
@@ -118,29 +118,31 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 
 def draw(cells: dict[str, Any], path: Path, shown: Tensor) -> None:
-    """Examples; the balanced test, both groups of the training set and of the test against training loss."""
+    """Examples; at equal training loss the balanced test, and between groups the gaps of training and of test."""
     fig, axes = figure(1, 4, 14, 3.6)
     pictures = shown[:16].unflatten(0, (4, 4)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     axes[0, 0].imshow(pictures)
     axes[0, 0].set(title="training images", xticks=[], yticks=[])
     for alpha in ALPHAS:
-        for seed, run in enumerate(seeds_of(cells, f"{alpha:g}")):
-            label = "" if seed else f"alpha {alpha:g}"
-            axes[0, 1].plot(run["loss"], run["test"], color=COLOURS[alpha], label=label)
-            for ax, part in zip(axes[0, 2:], ("train", "test")):
-                ax.plot(run[f"{part} with"], run[f"{part} without"], color=COLOURS[alpha], label=label)
-    axes[0, 1].set(title="balanced test accuracy", xlabel="training loss", xscale="log")
-    axes[0, 1].invert_xaxis()
-    for ax, part in zip(axes[0, 2:], ("training", "test")):
-        ax.set(title=f"{part} accuracy", xlabel="background as usual", ylabel="background unusual")
-        ax.plot([0.5, 1], [0.5, 1], color="#999999", lw=0.8, ls="--")
+        levels, curves = together(seeds_of(cells, f"{alpha:g}"), "loss")
+        band(axes[0, 1], levels, curves["test"], f"alpha {alpha:g}", COLOURS[alpha])
+        for ax, part in zip(axes[0, 2:], ("train", "test")):
+            band(ax, levels, curves[f"{part} with"] - curves[f"{part} without"], "", COLOURS[alpha])
+    axes[0, 1].set(title="balanced test accuracy")
+    axes[0, 2].set(ylabel="usual less unusual background")
     axes[0, 1].legend(fontsize=8)
+    for ax, part in zip(axes[0, 2:], ("training", "test")):
+        ax.set(title=f"gap in {part} accuracy")
+        ax.axhline(0, color="#999999", lw=0.8, ls="--")
+    for ax in axes[0, 1:]:
+        ax.set(xlabel="training loss", xscale="log")
+        ax.invert_xaxis()
     save(fig, path)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Pretraining and all runs, two tables, one figure."""
-    args = options(__doc__, argv, seeds=1, pretraining=300, steps=600, images=1000)
+    args = options(__doc__, argv, pretraining=300, steps=600, images=1000)
     if args.quick:
         args.pretraining, args.steps, args.images = 3, 4, 120
     found = images(args.data, 3 * args.images, 60 if args.quick else 600)

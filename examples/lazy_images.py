@@ -1,6 +1,6 @@
 """Lazy and hasty training of a VGG-like net by minibatches: wrong labels on MNIST, and the learning rate as a control.
 
-    python examples/lazy_images.py [--data FOLDER] [--seeds 1] [--quick]
+    python examples/lazy_images.py [--data FOLDER] [--seeds 3] [--quick]
 
 500 MNIST digits of 14 x 14, 15 % of the labels wrong; six convolutions of 8 to 32 channels and two linear layers, no
 normalisation, He's initialisation, float64; SGD with momentum 0.9, batches of 50, learning rate 0.01 / alpha^2, from
@@ -13,16 +13,16 @@ Protocol: George 2023, thesis, section 5.3.2, appendices C.5 and C.6 (there ResN
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from geometry_common import Data, figure
+from geometry_common import Data, band, figure
 from lazy_common import COLOURS, save
-from lazy_minibatches import ALPHAS, at, descend, right
+from lazy_minibatches import ALPHAS, at, descend, right, together
 from optimizer_tables import table
-from papers_common import Cells, mean, options, place, seeds_of
+from papers_common import Cells, mean, options, place, seeds_of, spread
 from papers_nets import images, vgg
 from torch import nn
 from torch.nn import functional as F
@@ -67,9 +67,8 @@ def run(data: Data, alpha: float, lr: float, args: argparse.Namespace, seed: int
 
 
 def number(values: list[float]) -> str:
-    """The mean of what was reached."""
-    there = [v for v in values if not np.isnan(v)]
-    return f"{mean(there):.2f}" if len(there) == len(values) else "-"
+    """Mean and deviation, where all runs got there."""
+    return "-" if any(math.isnan(v) for v in values) else spread(values, ".2f")
 
 
 def tables(cells: dict[str, Any]) -> dict[str, str]:
@@ -77,19 +76,16 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
     names = [name for name in RUNS if seeds_of(cells, name)]
     found = {name: [at(r, "clean", LEVELS) for r in seeds_of(cells, name)] for name in names}
     rows = []
-    for j, level in enumerate(LEVELS):
-        row = [f"{level:g}"]
-        for key in ("noisy", "test"):
-            row += [number([float(f[key][j]) for f in found[name]]) for name in names]
-        rows.append(row)
-    head = ["loss of clean", *(f"{key}, {name}" for key in ("noisy", "test") for name in names)]
+    for key, shown in {"noisy": "wrong labels", "test": "test"}.items():
+        for name in names:
+            rows.append([shown, name, *(number([float(f[key][j]) for f in found[name]]) for j in range(len(LEVELS)))])
+    head = ["loss of", "run", *(f"clean {level:g}" for level in LEVELS)]
     ends = []
     for name in names:
         runs = seeds_of(cells, name)
-        row = [name, *(f"{mean([r[key][-1] for r in runs]):.3g}" for key in ("step", "loss"))]
-        row += [f"{mean([min(r['test']) for r in runs]):.3g}", f"{mean([max(r['test_right']) for r in runs]):.3g}"]
-        row += [f"{mean([r['noisy_right'][-1] for r in runs]):.3g}"]
-        ends.append([*row, *(f"{mean([r[key][-1] for r in runs]):.3g}" for key in ("kernel", "signs"))])
+        row = [name, f"{mean([r['step'][-1] for r in runs]):.0f}", spread([r["loss"][-1] for r in runs])]
+        row += [spread([min(r["test"]) for r in runs]), spread([max(r["test_right"]) for r in runs])]
+        ends.append([*row, *(spread([r[key][-1] for r in runs]) for key in ("noisy_right", "kernel", "signs"))])
     last = ["run", "steps", "training loss", "lowest test loss", "highest test accuracy", "wrong labels learned"]
     return {
         "lazy_images": table(head, rows),
@@ -104,9 +100,9 @@ def draw(cells: dict[str, Any], path: Path) -> None:
     titles["kernel"] = "kernel alignment with the start"
     for row, names in zip(axes, (list(RUNS)[:3], [list(RUNS)[1], *list(RUNS)[3:]])):
         for name in names:
-            for seed, curves in enumerate(seeds_of(cells, name)):
-                for ax, key in zip(row, titles):
-                    ax.plot(curves["clean"], curves[key], color=SHADES[name], label="" if seed else name)
+            levels, curves = together(seeds_of(cells, name), "clean")
+            for ax, key in zip(row, titles):
+                band(ax, levels, curves[key], name, SHADES[name])
         for ax, title in zip(row, titles.values()):
             ax.set(title=title, xlabel="loss of the clean examples", xscale="log")
             ax.invert_xaxis()
@@ -116,7 +112,7 @@ def draw(cells: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """All runs, two tables, one figure."""
-    args = options(__doc__, argv, seeds=1, steps=1500, images=500, width=8, probe=40)
+    args = options(__doc__, argv, steps=1500, images=500, width=8, probe=40)
     if args.quick:
         args.steps, args.images, args.width, args.probe = 5, 50, 4, 10
     found = images(args.data, args.images, 50 if args.quick else 500)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,17 @@ def descend(
             step += 1
 
 
-def at(run: dict[str, list[float]], progress: str, levels: tuple[float, ...]) -> dict[str, Tensor]:
+def at(run: dict[str, list[float]], progress: str, levels: Any) -> dict[str, Tensor]:
     """Every curve where ``progress`` first falls to each level, NaN where it never does."""
     curves = {name: [float("nan") if v is None else v for v in column] for name, column in run.items()}
     return equal_progress(curves, curves, levels, progress=progress).a
+
+
+def together(runs: list[dict[str, list[float]]], progress: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Levels of ``progress`` that all runs pass, evenly spaced by ratio, and every curve there ``(runs, levels)``."""
+    known = [[v for v in run[progress] if v is not None] for run in runs]
+    start, end = min(values[0] for values in known), max(min(values) for values in known)
+    levels = torch.logspace(math.log10(start), math.log10(end), 40, dtype=torch.float64)
+    levels[-1] = end
+    there = [at(run, progress, levels) for run in runs]
+    return levels, {name: torch.stack([curves[name] for curves in there]) for name in there[0]}

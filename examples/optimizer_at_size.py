@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from character_gpt import GPT, Sizes, text
-from optimizer_held_out import Make, Task, adam, evaluated, muon, sgd, soap, tasks
+from optimizer_held_out import Make, Task, adam, evaluated, muon, sgd, soap, stepped, tasks
 from optimizer_race import DOCS
 from optimizer_tables import at_size as markdown
 from optimizer_tables import last
@@ -75,9 +75,7 @@ METHODS: dict[str, dict[str, dict[str, Make]]] = {
         "AdamW": by_rate(adam),
         "SOAP of pytorch_optimizer": by_rate(soap),
         "nng.optim.SOAP": by_rate(lambda x: of(nng.optim.SOAP, lr=x, **TOKENS)),
-        "nng.optim.SOAP, factors of gradients": by_rate(
-            lambda x: of(nng.optim.SOAP, lr=x, factors="gradients", **TOKENS)
-        ),
+        "nng.optim.SOAP, factors of rows": by_rate(lambda x: of(nng.optim.SOAP, lr=x, factors="rows", **TOKENS)),
         "Muon of pytorch_optimizer": by_rate(muon),
         "EKFAC": bounded(nng.optim.EKFAC, **TOKENS),
         "KFAC": bounded(nng.optim.KFAC, **TOKENS),
@@ -110,13 +108,7 @@ def train(
         for group, lr in zip(opt.param_groups, first):
             group["lr"] = lr * rate(spent / seconds)
         start = time.process_time()
-        opt.zero_grad()
-        if isinstance(opt, nng.optim.NaturalGradient):
-            with opt.observe():
-                task.loss(model(x), y).backward()
-        else:
-            task.loss(model(x), y).backward()
-        opt.step()
+        stepped(opt, task, model, x, y)
         spent += time.process_time() - start
         if step % every == 0 or spent >= seconds:
             value = evaluated(task, model)

@@ -219,8 +219,9 @@ def batches() -> str:
         found = list(runs.values())
         return f"{mean([last(r) for r in found]):.3g} ({mean([r['steps'][-1] for r in found]):.0f})"
 
-    head = ["loss (steps)", *next(iter(methods.values()))]
-    return table(head, [[name, *map(cell, cells.values())] for name, cells in methods.items()])
+    columns = max(methods.values(), key=len)
+    rows = [[name, *(cell(cells[c]) if c in cells else "" for c in columns)] for name, cells in methods.items()]
+    return table(["loss (steps)", *columns], rows)
 
 
 def main() -> None:

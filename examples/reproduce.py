@@ -1,21 +1,26 @@
 """Run every example, one after the other: the figures and tables of the docs. ``make reproduce``; hours on two cores.
 
 ``--quick``, ``make reproduce-quick``, takes few seeds and steps, to see that everything runs. Each script takes the
-same arguments by itself. Scripts that keep results (``papers_common.Cells``) go on where they stopped.
+same arguments by itself. Scripts that keep results (``papers_common.Cells``) go on where they stopped. How long each
+took goes to ``--out``; with ``--quick --out docs`` into a page too.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+from optimizer_tables import table
+from papers_common import place
+
 HERE = Path(__file__).parent
 QUICK = ["--quick"]
 SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, arguments of --quick)
-    "fisher_of_digits": ([], []),
+    "fisher_of_digits": ([], QUICK),
     "thesis_representations": (["--model", "resnet"], QUICK),
     "thesis_kernels": (["--model", "resnet"], QUICK),
     "disk_eigenfunctions": ([], QUICK),
@@ -39,12 +44,14 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, argumen
     "mgs_dropout": ([], QUICK),
     "mgs_attacks": ([], QUICK),
     "lazy_yin_yang": (["--seeds", "100", "--workers", "2"], ["--seeds", "2"]),
-    "lazy_digits": (["--seeds", "3", "--workers", "2"], ["--seeds", "1", "--only", "spurious"]),
+    "lazy_digits": (["--seeds", "3", "--workers", "2"], QUICK),
     "lazy_quadratic": ([], ["--seeds", "1"]),
     "lazy_images": ([], QUICK),
     "lazy_background": ([], QUICK),
     "empirical_fisher": ([], QUICK),
     "spectra_of_classes": ([], QUICK),
+    "influence_of_digits": (["--docs"], QUICK),
+    "influence_of_digits:mnist": (["--docs", "--data", "mnist"], ["--quick", "--data", "mnist"]),
     "mislabelled_images": (["--model", "resnet-gn"], QUICK),
     "fourier_of_transformers": (["--seeds", "5"], QUICK),
     "trained_minilm": ([], QUICK),
@@ -56,10 +63,12 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {  # name: (arguments, argumen
     "optimizer_defaults": ([], ["--quick", "--out", "out"]),
     "optimizer_cost": ([], ["--quick", "--out", "out"]),
     "autoencoder_full_size": ([], ["--steps", "3", "--out", "out"]),
+    "optimizer_held_out": ([], ["--only", "residual", "--methods", "EKFAC", "--seconds", "0.2", "--out", "out"]),
     "optimizer_damping": ([], ["--steps", "10", "--out", "out"]),
     "optimizer_at_size": ([], ["--only", "vgg", "--seconds", "0.2", "--seeds", "1", "--out", "out"]),
     "optimizer_batches": ([], ["--seconds", "0.5", "--seeds", "1", "--out", "out"]),
     "optimizer_decorrelation": ([], ["--out", "out"]),
+    "architectures": ([], QUICK),
 }
 
 
@@ -69,24 +78,44 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def main() -> int:
-    """Run the scripts; the exit status is the number that failed."""
+def run(name: str, arguments: list[str]) -> float | None:
+    """Run an example; its seconds of processor time, or nothing where it failed."""
+    print(f"== {name}", flush=True)
+    start, file = processor_seconds(), HERE / f"{name.partition(':')[0]}.py"
+    code = subprocess.run([sys.executable, str(file), *arguments], check=False).returncode
+    took = processor_seconds() - start
+    print(f"== {name}: {f'failed with {code}' if code else 'done'} in {took:.0f} s of processor time", flush=True)
+    return None if code else took
+
+
+def times(seconds: dict[str, float]) -> str:
+    """Three scripts a row, and their sum."""
+    shown = [(f"`{name.replace(':', ' ')}`", f"{took:.0f}") for name, took in seconds.items()]
+    shown.append(("**together**", f"**{sum(seconds.values()):.0f}**"))
+    shown += [("", "")] * (-len(shown) % 3)
+    return table(["example", "seconds"] * 3, [[*a, *b, *c] for a, b, c in zip(*[iter(shown)] * 3)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the scripts, keep how long each took; the exit status is the number that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few seeds and steps")
     parser.add_argument("--only", nargs="*", choices=SCRIPTS, default=list(SCRIPTS), help="some of them")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where data/reproduce*.json goes (default: out)")
+    args = parser.parse_args(argv)
+    path = args.out / "data" / f"reproduce{'_quick' if args.quick else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(path.read_text()) if path.exists() else {}
     failed = []
-    for name in arguments.only:
-        print(f"== {name}", flush=True)
-        start = processor_seconds()
-        code = subprocess.run(
-            [sys.executable, str(HERE / f"{name}.py"), *SCRIPTS[name][arguments.quick]], check=False
-        ).returncode
-        ended = "done" if code == 0 else f"failed with {code}"
-        print(f"== {name}: {ended} in {processor_seconds() - start:.0f} s of processor time", flush=True)
-        if code:
+    for name in args.only:
+        seconds = run(name, SCRIPTS[name][args.quick])
+        if seconds is None:
             failed.append(name)
-    print(f"{processor_seconds():.0f} s of processor time in all")
+            continue
+        kept = {each: round(seconds, 1) if each == name else kept[each] for each in SCRIPTS if each in {*kept, name}}
+        path.write_text(json.dumps(kept, indent=1) + "\n")
+    if args.quick:
+        place(args, "analysis.md", {"reproduce_quick": times(kept)})
     print("all done" if not failed else f"failed: {', '.join(failed)}")
     return len(failed)
 

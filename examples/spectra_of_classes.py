@@ -5,7 +5,7 @@
 Nets of two hidden layers of 100 (89 610 parameters with ten outputs) learn MNIST digits of 2, 4 or all 10 classes; the
 20 largest eigenvalues of the Hessian by Lanczos, of the Gauss-Newton matrix and of the covariance of gradients at
 their last step, the share of the gradient in the leading eigenvectors of the Hessian. The number of outliers is where
-the largest ratio between neighbours lies.
+the largest ratio between neighbours lies; it means something where that ratio is large.
 
 Protocol: Sagun et al. 2016, 2018; Papyan 2018; Gur-Ari et al. 2018.
 """
@@ -36,10 +36,14 @@ def leading(matrix: Any, seed: int) -> tuple[Tensor, nng.PVector]:
     return matrix.lanczos(LEADING, tol=1e-3, max_steps=120, strict=False, generator=generator)
 
 
-def outliers(values: list[float]) -> int:
-    """How many eigenvalues stand before the largest ratio of neighbours."""
-    v = torch.tensor(values).clamp_min(1e-12)
-    return int((v[:-1] / v[1:]).argmax()) + 1
+def outliers(spectra: list[list[float]]) -> str:
+    """How many eigenvalues stand before the largest ratio of neighbours, and that ratio, a seed after the other."""
+    found = []
+    for values in spectra:
+        v = torch.tensor(values).clamp_min(1e-12)
+        ratio, at = (v[:-1] / v[1:]).max(0)
+        found.append(f"{int(at) + 1} ({ratio:.1f})")
+    return ", ".join(found)
 
 
 def look(model: nn.Module, x: Tensor, y: Tensor, classes: int, seed: int) -> dict[str, Any]:
@@ -82,9 +86,8 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
     for classes in CLASSES:
         runs = seeds_of(cells, f"{classes}")
         steps = [step for step in runs[0] if step.isdigit()]
-        row = [str(classes), *(str([outliers(run[step]["hessian"]) for run in runs])[1:-1] for step in steps)]
-        for name in ("Gauss-Newton", "covariance"):
-            row.append(str([outliers(run["at the end"][name]) for run in runs])[1:-1])
+        row = [str(classes), *(outliers([run[step]["hessian"] for run in runs]) for step in steps)]
+        row += [outliers([run["at the end"][name] for run in runs]) for name in ("Gauss-Newton", "covariance")]
         shares = [spread([run[step]["gradient"] for run in runs], ".2g") for step in (steps[0], steps[-2], steps[-1])]
         rows.append([*row, *shares])
     head = ["classes", *(f"outliers at {step}" for step in steps), "Gauss-Newton, end", "covariance, end"]

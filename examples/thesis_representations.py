@@ -152,6 +152,8 @@ def draw(cells: dict[str, Any], model: str, path: Any) -> None:
         ax.set(title=title, xticks=range(len(steps)), xticklabels=steps, xlabel="step")
     for ax in axes[0, [0, 1, 3]]:
         ax.set(yscale="log")
+    axes[0, 1].minorticks_off()
+    axes[0, 1].set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"])
     for ax, step in zip(axes[1], steps):
         share = mean([run[step]["accuracy"] for run in runs])
         ax.set(title=f"solve, step {step} (accuracy {share:.2f})", xscale="log", xlabel="damping", ylim=(-0.02, 1.02))

@@ -54,6 +54,13 @@ PRESETS = {
         1e-2,
         lambda m, **k: KFAC(m, damping=1e-2, sua=True, inverse_every=1, **EXACT, **k),
     ),
+    "kfac-blocks": (
+        nng.PMatKFAC.options(factor_limit=5, factor_form="block"),
+        1e-2,
+        lambda m, **k: NaturalGradient(
+            m, nng.PMatKFAC.options(factor_limit=5, factor_form="block"), damping=1e-2, **EXACT, **k
+        ),
+    ),
 }
 
 TRAINED = [kind for kind in STORED if kind != "low-rank"]  # rows have no running average

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lacking import SHARDS_ON_CPU, UNSHARDED
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 import public
@@ -36,6 +37,8 @@ def shown(page: Path) -> list[Path]:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p) and p not in PEERS], ids=lambda p: p.stem)
 def test_examples_run(page, tmp_path, monkeypatch):
     """Files that are shown can be imported, as if they lay beside."""
+    if "fully_shard(" in page.read_text() and not SHARDS_ON_CPU:
+        pytest.skip(UNSHARDED)
     for folder in {file.parent for file in shown(page)}:
         monkeypatch.syspath_prepend(str(folder))
     monkeypatch.chdir(tmp_path)

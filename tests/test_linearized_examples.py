@@ -83,3 +83,6 @@ def test_digits(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "out/lazy_digits.png").stat().st_size > 10_000
     example.main()  # everything is on file
     assert "steps" not in capsys.readouterr().out.split("\nnoise")[0]
+    arguments(monkeypatch, "--quick")
+    example.main()  # kept apart
+    assert "spurious seed 0 alpha 1: 8 steps" in capsys.readouterr().out

@@ -17,12 +17,36 @@ f64 = torch.float64
 LIMIT = 12
 
 
+class Conv1D(nn.Module):
+    """A linear layer with its weight transposed, as GPT-2 has it."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
 @functools.cache
 def setting(kind):
     torch.manual_seed(0)
     if kind == "positions":
         model = nn.Sequential(nn.Linear(5, 24), nn.Tanh(), nn.Linear(24, 16), nn.Flatten(1), nn.Linear(48, 4))
         batches = [(torch.randn(n, 3, 5, dtype=f64), torch.randint(0, 4, (n,))) for n in (5, 4)]
+    elif kind == "wide head":
+        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 16, bias=False), nn.Tanh(), nn.Linear(16, 36))
+        batches = [(torch.randn(n, 5, dtype=f64), torch.randint(0, 36, (n,))) for n in (6, 3)]
+    elif kind == "head at positions":
+        model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 36))
+        batches = [(torch.randn(n, 2, 5, dtype=f64), torch.randint(0, 36, (n, 2))) for n in (5, 4)]
+    elif kind == "convolution":
+        head = nn.Sequential(nn.Flatten(1), nn.Linear(32, 3))
+        model = nn.Sequential(nn.Conv2d(4, 16, 2), nn.Tanh(), nn.Conv2d(16, 8, 2, bias=False), head)
+        batches = [(torch.randn(n, 4, 4, 4, dtype=f64), torch.randint(0, 3, (n,))) for n in (6, 3)]
+    elif kind == "transposed":
+        model = nn.Sequential(Conv1D(20, 6), nn.Tanh(), Conv1D(14, 20), nn.Tanh(), nn.Linear(14, 4))
+        batches = [(torch.randn(n, 6, dtype=f64), torch.randint(0, 4, (n,))) for n in (6, 3)]
     else:
         model = nn.Sequential(nn.Linear(5, 24), nn.Tanh(), nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 4))
         batches = [(torch.randn(n, 5, dtype=f64), torch.randint(0, 4, (n,))) for n in (6, 3)]
@@ -49,28 +73,46 @@ def dense(block):
     return a, g
 
 
+def cut_inputs(a, form, *, bias):
+    """Of inputs, the one of a bias last, which is a block of its own."""
+    if form == "diagonal" or not bias or len(a) <= LIMIT:
+        return cut(a, form)
+    return torch.block_diag(cut(a[:-1, :-1], form), a[-1:, -1:])
+
+
+def block_of(a, g, *, bias, transposed):
+    """``g (x) a`` in the order of the parameters: the weight ``[o, i]``, or ``[i, o]``, and behind it the bias."""
+    o, i = len(g), len(a) - bias
+    at = torch.arange(o * len(a)).view(o, len(a))
+    weight = at[:, :i].T if transposed else at[:, :i]
+    order = torch.cat([weight.flatten(), at[:, i:].flatten()])
+    return torch.kron(g, a)[order][:, order]
+
+
+KINDS = ["plain", "positions", "wide head", "head at positions", "convolution", "transposed"]
+
+
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("form", ["diagonal", "block"])
-@pytest.mark.parametrize("kind", ["plain", "positions"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_kept(kind, form, sharing):
     model, loader = setting(kind)
     whole = nng.FIM(model, loader, nng.PMatKFAC, sharing=sharing)
     m = nng.FIM(model, loader, nng.PMatKFAC, sharing=sharing, factor_limit=LIMIT, factor_form=form)
-    by_name = {block_layout.names[0]: block for block_layout, block in m.blocks.items()}
     said = {(d.parameters[0], d.factor): d for d in m.dropped}
     for layout, block in whole.blocks.items():
-        name = layout.names[0]
+        name, bias = layout.names[0], len(layout.names) > 1
         a, g = (x[0] for x in dense(block))
-        kept_a, kept_g = (f for f in dense(by_name[name]))
-        close(kept_a[0], cut(a, "diagonal"))  # blocks are of outputs
-        close(torch.block_diag(*kept_g), cut(g, form))
-        for side, exact, kept in (("A", a, cut(a, "diagonal")), ("G", g, cut(g, form))):
-            assert ((name, side) in said) == (len(exact) > LIMIT)
+        kept = {"A": cut_inputs(a, form, bias=bias), "G": cut(g, form)}
+        exact = block_of(kept["A"], kept["G"], bias=bias, transposed=not layout.pieces[0].arrangement.is_plain())
+        close(m[name.rpartition(".")[0]].to_dense(), exact)
+        for side, factor in (("A", a), ("G", g)):
+            assert ((name, side) in said) == (len(factor) > LIMIT)
             if (name, side) in said:
-                d, share = said[name, side], float((exact - kept).norm() / exact.norm())
-                assert d.side == len(exact) and d.form == (form if side == "G" else "diagonal")
+                d, share = said[name, side], float((factor - kept[side]).norm() / factor.norm())
+                assert d.side == len(factor) and d.form == form
                 assert abs(d.share - share) <= 4 * d.standard_error + 1e-9 and d.standard_error < 0.5
-                assert f"of {side} ({len(exact)}) of {name}" in repr(m)
+                assert f"of {side} ({len(factor)}) of {name}" in repr(m)
     assert not whole.dropped and "kept" not in repr(whole)
 
 
@@ -78,7 +120,7 @@ FORMS = ["diagonal", "block", "low_rank", ("low_rank", 3)]
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["plain", "positions"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_algebra(kind, form, tmp_path):
     model, loader = setting(kind)
     options = {"factor_limit": LIMIT, "factor_form": form}
@@ -123,8 +165,9 @@ def test_explain_and_count():
         report = nng.explain(model, loader[0], representations={"cut": chosen})
         assert f"of the factor G (24) of 0.weight {kept} is kept: above factor_limit=12" in str(report)
         held = nng.FIM(model, loader, chosen)
-        numbers = {report[layout.names[0]].numbers["cut"]: block for layout, block in held.blocks.items()}
-        assert all(n == block.a.numel() + block.g.numel() for n, block in numbers.items())
+        for names in held.layer_collection.by_layer().values():
+            blocks = [block for layout, block in held.blocks.items() if set(layout.names) <= set(names)]
+            assert report[names[0]].numbers["cut"] == sum(block.a.numel() + block.g.numel() for block in blocks)
     assert not nng.explain(model, loader[0]).notes
 
 

@@ -142,6 +142,42 @@ def test_adam_in_the_eigenbasis(factors):
             torch.testing.assert_close((was - torch.cat([m.weight, m.bias[:, None]], 1)) / 0.1, d, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["transformer", "language-model", "gru", "tied", "reused", "conv2d"])
+def test_parameters_without_factors_take_the_steps_of_adam(name):
+    """Norms and a table of positions, beside layers of any kind in eigenbases."""
+    case = build(name)
+    norms = {at for at, m in case.model.named_modules() if isinstance(m, nn.LayerNorm)}
+    named = dict(case.model.named_parameters())
+    plain = {n: p for n, p in named.items() if n == "position" or n.rpartition(".")[0] in norms}
+    assert bool(plain) == (name in ("transformer", "language-model"))
+    opt, kept = SOAP(case.model, lr=0.1, basis_every=2), {n: [torch.zeros_like(p)] * 2 for n, p in plain.items()}
+    for step in range(1, 6):
+        batch, before = case.loader[step % len(case.loader)], copy.deepcopy(case.model.state_dict())
+        opt.zero_grad()
+        with opt.observe():
+            F.cross_entropy(case.model(batch[0]), batch[1]).backward()
+        grads = {n: p.grad.clone() for n, p in plain.items()}
+        opt.step()
+        for n, p in plain.items():
+            m, v = kept[n] = [0.9 * kept[n][0] + 0.1 * grads[n], 0.95 * kept[n][1] + 0.05 * grads[n] ** 2]
+            expected = 0.1 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+            torch.testing.assert_close(before[n] - p.detach(), expected, rtol=1e-6, atol=1e-8)
+        assert any(not torch.equal(before[n], p) for n, p in case.model.named_parameters() if n not in plain)
+    assert all(bool(p.isfinite().all()) for p in case.model.parameters())
+
+
+@pytest.mark.parametrize("factors", ["rows", "gradients"])
+def test_rows_are_followed_until_the_factors_of_gradients_are_known(factors, monkeypatch):
+    case, taken = build("mlp"), []
+    opt = SOAP(case.model, factors=factors, statistics_every=1)
+    monkeypatch.setattr(
+        opt.partition, "observe", lambda *args, real=opt.partition.observe: (taken.append(1), real(*args))
+    )
+    for _ in range(4):
+        one_step(opt, *case.loader[0])
+    assert bool(taken[1:]) == (factors == "rows")
+
+
 def output_moments(model, x, y, layer):
     """Second moments of the gradients of single examples' losses in the outputs of a layer."""
     rows = []
@@ -273,12 +309,12 @@ def test_products_go_through_the_rank_of_the_batch_where_rows_are_the_gradient(m
 @pytest.mark.parametrize(
     "make",
     [
-        lambda m: SOAP(m, basis_every=2),
-        lambda m: SOAP(m, factors="gradients", basis_every=2, statistics_every=1),
+        lambda m: SOAP(m, factors="rows", basis_every=2),
+        lambda m: SOAP(m, basis_every=2, statistics_every=1),
         lambda m: EKFAC(m, basis_every=2, damping=nng.Relative(0.1, factored=True)),
         lambda m: EKFAC(m, basis_every=2, scalings="factors", factors="gradients", power=0.5),
     ],
-    ids=["soap", "soap of gradients", "heads", "shampoo"],
+    ids=["soap of rows", "soap", "heads", "shampoo"],
 )
 def test_resuming_is_bitwise(make):
     model, x, y = wide()

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import nngeom as nng
 from nngeom.optim import EKFAC, NaturalGradient
-from nngeom.optim.curvature import Averaged, Curvature, keeps
+from nngeom.optim.averaged import Averaged
+from nngeom.optim.curvature import Curvature, keeps
 from nngeom.optim.eigenbasis import Eigenbasis
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.kfac import factor_statistic, kronecker_blocks

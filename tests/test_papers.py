@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import papers_common as common
 import papers_nets as nets
+import reproduce
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytest.importorskip("sklearn")
@@ -54,6 +56,35 @@ def test_pages_show_what_the_files_hold(name):
         return
     for mark, made in example.tables(common.stored(name)).items():
         assert page[mark] == made
+
+
+def test_every_example_is_reproduced(monkeypatch, tmp_path, capsys):
+    """Those with a page are in the list; times are kept by script, and those of scripts that fail are not."""
+    files = {name.partition(":")[0] for name in reproduce.SCRIPTS}
+    assert set(SCRIPTS) <= files and all((EXAMPLES / f"{name}.py").exists() for name in files)
+    ran = []
+    monkeypatch.setattr(
+        reproduce.subprocess,
+        "run",
+        lambda command, **_: ran.append(command[1:]) or SimpleNamespace(returncode=int("supernat" in command[1])),
+    )
+    given = ["--quick", "--out", str(tmp_path), "--only", "influence_of_digits:mnist", "supernat"]
+    assert reproduce.main(given) == 1 and "failed: supernat" in capsys.readouterr().out
+    assert ran[0] == [str(EXAMPLES / "influence_of_digits.py"), "--quick", "--data", "mnist"]
+    kept = json.loads((tmp_path / "data" / "reproduce_quick.json").read_text())
+    assert list(kept) == ["influence_of_digits:mnist"]
+    assert reproduce.main([*given[:-1], "which_norm"]) == 0
+    kept = json.loads((tmp_path / "data" / "reproduce_quick.json").read_text())
+    assert list(kept) == ["which_norm", "influence_of_digits:mnist"]  # in the order of the list
+
+
+def test_the_page_shows_how_long_the_quick_forms_take():
+    kept = json.loads((common.DOCS / "data" / "reproduce_quick.json").read_text())
+    page = common.placed((common.DOCS / "analysis.md").read_text())
+    assert page["reproduce_quick"] == reproduce.times(kept)
+    assert list(kept) == [name for name in reproduce.SCRIPTS if name in kept]
+    assert sum(kept.values()) / 2 < 20 * 60
+    assert "| **together** | **6** |" in reproduce.times({"a": 2.4, "b": 3.9})
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path):

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+import alignment_difficult
 import lazy_background
 import lazy_minibatches
 import mgs_circles
@@ -177,3 +178,29 @@ def test_penalties_of_the_tasks_before(form):
         value, grad = value + 0.5 * moved @ dense @ moved, grad + dense @ moved
     torch.testing.assert_close(found.detach(), value)
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), grad)
+
+
+def test_characters_are_permuted_blocks_in_turns():
+    """By slices: every block of an image is a block of the digit, and two images are in one form every eighth time."""
+    x = torch.rand(17, 1, 8, 8)
+    one, eight = (alignment_difficult.characters(x, forms) for forms in (1, 8))
+    blocks = lambda v: [v[0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] for i in range(4) for j in range(4)]
+    orders = []
+    for digit, image in zip(x, eight):
+        places = [[torch.equal(a, b) for b in blocks(digit)].index(True) for a in blocks(image)]
+        assert sorted(places) == list(range(16))
+        orders.append(places)
+    assert orders[:8] == orders[8:16] and len({tuple(o) for o in orders}) == 8
+    assert torch.equal(one[::8], eight[::8]) and not torch.equal(one[1], eight[1])
+
+
+def test_runs_together_at_equal_progress():
+    """Two runs that fall linearly: what is read at a level of the loss is what a line through the records says."""
+    steep = {"loss": [8.0, 4.0, 1.0, 2.0], "a": [0.0, 4.0, 7.0, 9.0]}  # a = 8 - loss until it turns
+    slow = {"loss": [6.0, 5.0, None, 2.0], "a": [0.0, 1.0, None, 4.0]}  # a = 6 - loss
+    levels, curves = lazy_minibatches.together([steep, slow], "loss")
+    assert float(levels[0]) == pytest.approx(6) and float(levels[-1]) == 2 and len(levels) == 40
+    torch.testing.assert_close(curves["a"][0], 8 - levels)
+    between = levels > 5
+    torch.testing.assert_close(curves["a"][1, between], 6 - levels[between])
+    assert curves["a"][:, -1].tolist() == [6, 4]

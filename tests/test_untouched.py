@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeom as nng
+from nngeom.capture.overwritten import Overwritten
 
 f64 = torch.float64
 
@@ -154,3 +155,17 @@ def test_draws_of_labels_go_on():
     model, x = Net(lambda net, h: h), torch.randn(6, 4, dtype=f64)
     one, other = (nng.FIM_MonteCarlo(model, [x], nng.PMatDiag).diag().flat() for _ in range(2))
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("now", [torch.zeros(9), torch.full((), torch.nan).expand(9)], ids=["elsewhere", "in parts"])
+def test_memory_that_a_parameter_had_before_is_none_of_its_own(now):
+    """What is written there later is no parameter, which has moved since calls were first watched."""
+    p = nn.Parameter(torch.ones(9))
+    before, watched = p.data, Overwritten({"p": p})
+    watched.keep(torch.Tensor.add_, (torch.zeros(9), 1.0), {})
+    p.data = now
+    watched.keep(torch.Tensor.add_, (before, 1.0), {})
+    before.add_(1.0)
+    assert watched.put_back() == [] and p.data_ptr() == now.data_ptr()
+    watched.keep(torch.Tensor.add_, (p.data, 1.0), {})
+    assert watched.put_back() == []

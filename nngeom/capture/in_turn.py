@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from nngeom.capture.arguments import tensors
 from nngeom.capture.gathered import as_whole, sharded_modules
-from nngeom.capture.stand_in import StandIn, stand_ins
+from nngeom.capture.stand_in import StandIn, can_stand_in, stand_ins
 from nngeom.core import memory
 from nngeom.ranks.team import Team
 from nngeom.space.collection import unwrap
@@ -32,6 +32,7 @@ from nngeom.space.walk import modules
 SHARE = 4  # parameters stay whole within such a part of the memory budget
 PARAMETER = "a parameter"
 WHILE_TRACED = False  # torch's hooks are not asked for of what is traced
+_TOP = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.6
 _NAMES = ("shape", "dtype", "device", "requires_grad", "is_leaf", "grad_fn", "ndim", "layout", "is_cuda", "is_sparse")
 _METHODS = ("size", "dim", "numel", "ndimension", "stride", "is_floating_point", "is_complex", "element_size")
 OUTSIDE = {getattr(Tensor, name).__get__ for name in _NAMES} | {getattr(Tensor, name) for name in _METHODS}
@@ -105,6 +106,11 @@ class InTurn:
         self._storages.pop(t.untyped_storage().data_ptr(), None)
         self.places[j].clear()
 
+    def number(self, x: Tensor) -> int | None:
+        """That of the parameter which is whole in the memory of ``x``."""
+        plain = type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided and not x.is_nested
+        return self._storages.get(x.untyped_storage().data_ptr()) if plain and x.numel() else None
+
     # -- passes --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -132,8 +138,7 @@ class InTurn:
 
     def pack(self, t: Tensor) -> Any:
         """What is kept of a saved tensor: of a parameter nothing but where it is."""
-        plain = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_nested
-        j = self._storages.get(t.untyped_storage().data_ptr()) if plain and t.numel() else None
+        j = self.number(t)
         if j is None or t.dtype != self.places[j].dtype or t.is_neg():
             kept = t.detach()
             return kept, kept._version
@@ -176,12 +181,30 @@ def used(model: nn.Module) -> AbstractContextManager[None]:
     return contextlib.nullcontext() if now is None else now.used()
 
 
+def whole_of(x: Tensor) -> Tensor | None:
+    """The parameter that ``x`` is, or shares its memory with, made whole; ``None`` for what is none in turn."""
+    for now in list(_NOW.values()):
+        now.need([x])
+        j = now.number(x)
+        if j is not None:
+            return now.places[j].parameter
+    return None
+
+
+def can_be_in_turn(model: nn.Module) -> bool:
+    """Whether its parameters may be whole in turn, with the numbers that they have together: recurrent layers are
+    written out, step by step, where it is known that nothing is computed again behind it.
+    """
+    recurrent = (nn.RNNBase, nn.RNNCellBase)
+    known = _TOP is not None or not any(isinstance(m, recurrent) for m in modules(unwrap(model)))
+    return known and can_stand_in(model)
+
+
 def saves_for_us() -> bool:
     """Whether what autograd saves now goes to :meth:`InTurn.pack`, and no other hooks stand before."""
-    asked = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.6
-    if not _NOW or asked is None:
+    if not _NOW or _TOP is None:
         return False
-    top = asked(WHILE_TRACED)
+    top = _TOP(WHILE_TRACED)
     return top is not None and isinstance(getattr(top[0], "__self__", None), InTurn)
 
 

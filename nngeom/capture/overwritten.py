@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.capture.arguments import tensors
+from nngeom.capture.in_turn import whole_of
 from nngeom.layers.writing import WRITERS
 
 _DATA = "data"
@@ -32,11 +33,16 @@ def may_write(func: Any) -> bool:
 
 
 class Overwritten:
-    """Copies of the parameters of a model, ``every`` one by its name, that calls may write."""
+    """Copies of the parameters of a model, ``every`` one by its name, that calls may write.
+
+    One that is whole in turn has other memory each time, which is kept until the pass is over and then not put back: it
+    is a copy of what processes hold in parts.
+    """
 
     def __init__(self, every: Mapping[str, nn.Parameter]) -> None:
         self._every = every
         self._kept: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
+        self._in_turn: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
     @functools.cached_property
     def _storages(self) -> dict[int, list[str]]:
@@ -51,16 +57,29 @@ class Overwritten:
         """Copies of parameters that the call ``func(*args, **kwargs)`` may write."""
         writer = WRITERS.get(func)
         written = tensors(args[:1] if writer is None else (writer(*args, **kwargs),), {"out": kwargs.get("out")})
-        for x in written:
-            for name in self._storages.get(_address(x), ()):
-                p = self._every[name]
-                if name not in self._kept:
-                    with torch._C.DisableTorchFunction():
-                        self._kept[name] = p, p.data, p.detach().clone()
+        with torch._C.DisableTorchFunction():
+            for x in written:
+                whole = whole_of(x)
+                if whole is None:
+                    self._keep_at(_address(x))
+                else:
+                    self._keep_whole(whole)
+
+    def _keep_whole(self, whole: Tensor) -> None:
+        for name in [name for name, p in self._every.items() if p is whole]:
+            if (name, _address(whole)) not in self._in_turn:
+                self._in_turn[name, _address(whole)] = whole.data, whole.detach().clone()
+
+    def _keep_at(self, address: int) -> None:
+        for name in self._storages.get(address, ()):
+            p = self._every[name]
+            if name not in self._kept and _address(p) == address:  # and not somewhere else by now
+                self._kept[name] = p, p.data, p.detach().clone()
 
     def put_back(self) -> list[str]:
         """Names of the parameters that are not what they were; they are put back."""
-        changed = []
+        changed = [name for (name, _), (data, values) in self._in_turn.items() if not torch.equal(data, values)]
+        self._in_turn.clear()
         for name, (p, data, values) in self._kept.items():
             moved = p.data_ptr() != data.data_ptr() or p.shape != values.shape
             if moved:

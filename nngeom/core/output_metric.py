@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,38 @@ class DiagonalMetric(OutputMetric):
 
     def spread(self, w: Tensor, part: slice) -> Tensor:
         return self.d[part].sqrt().unsqueeze(-1) * w
+
+
+@dataclass(frozen=True, eq=False)
+class PartMetric(OutputMetric):
+    """That of the outputs ``lo`` to ``hi`` alone: a principal block of every matrix of another ``metric``."""
+
+    metric: OutputMetric
+    lo: int
+    hi: int
+
+    def diagonal(self) -> Tensor:
+        return self.metric.diagonal()[:, self.lo : self.hi]
+
+    def total(self) -> Tensor:
+        return self.total_times(torch.eye(self.hi - self.lo).to(self.metric.diagonal()))
+
+    def total_times(self, x: Tensor) -> Tensor:
+        return torch.cat([self.metric.total_times(u)[self.lo : self.hi] for u in self._among_all(x)], 1)
+
+    def along(self, u: Tensor) -> Tensor:
+        return torch.cat([self.metric.along(x) for x in self._among_all(u)], 1)
+
+    def spread(self, w: Tensor, part: slice) -> Tensor:
+        return self.metric.spread(torch.cat(list(self._among_all(w)), 1), part)
+
+    def _among_all(self, x: Tensor) -> Iterator[Tensor]:
+        """``x [hi - lo, m]`` with zeros for all other outputs, ``[c, m]``, some columns at a time."""
+        c = self.metric.diagonal().shape[1]
+        for first, last in memory.pieces(x.shape[1], c * x.element_size(), most=memory.CACHE_BYTES):
+            whole = x.new_zeros(c, last - first)
+            whole[self.lo : self.hi] = x[:, first:last]
+            yield whole
 
 
 def _lower(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ConvergenceError, UnsupportedError
 from nngeom.fmat.operator import FunctionOperator
+from nngeom.fmat.passes import kept_passes
 from nngeom.pmat.arguments import is_spectral
 from nngeom.ranks.team import ALONE, Team
 from nngeom.ranks.totals import generator_of
@@ -67,7 +68,8 @@ class EstimatedKernel(FunctionOperator):
     def _estimate(
         self, estimator: Callable[..., Estimate], samples: int, generator: torch.Generator | None
     ) -> Estimate:
-        return estimator(self.flat_product(), self.shape[0], samples, self._like, self._draws(generator))
+        with kept_passes():
+            return estimator(self.flat_product(), self.shape[0], samples, self._like, self._draws(generator))
 
     def diag(self, estimator: str | None = None, samples: int = 32, generator: torch.Generator | None = None) -> Any:
         """The diagonal, an FVector: exact without products by default, or an :class:`Estimate` of two FVectors.
@@ -107,11 +109,14 @@ class EstimatedKernel(FunctionOperator):
         act = self.flat_product()
         if is_spectral(kind):
             back = self.T.flat_product()
-            return lanczos(lambda z: back(act(z)), self._start(self.shape[1], generator), 1)[0][0].clamp_min(0).sqrt()
+            with kept_passes():
+                largest, _ = lanczos(lambda z: back(act(z)), self._start(self.shape[1], generator), 1)
+            return largest[0].clamp_min(0).sqrt()
         if samples is None:
             return self.materialize().norm(kind)
         self._require_square("an estimated norm")
-        square = hutchinson(lambda z: act(act(z)), self.shape[0], samples, self._like, self._draws(generator))
+        with kept_passes():
+            square = hutchinson(lambda z: act(act(z)), self.shape[0], samples, self._like, self._draws(generator))
         root = square.value.clamp_min(0).sqrt()
         return Estimate(root, square.standard_error / (2 * root))
 
@@ -139,10 +144,10 @@ class EstimatedKernel(FunctionOperator):
         """
         self.require_symmetric("lanczos")
         shaped = lambda vectors: FVector(vectors.view(-1, self.outputs, self.rows))
+        product, start = self.flat_product(), self._start(self.shape[0], generator)
         try:
-            values, vectors = lanczos(
-                self.flat_product(), self._start(self.shape[0], generator), k, which, tol, max_steps, strict=strict
-            )
+            with kept_passes():
+                values, vectors = lanczos(product, start, k, which, tol, max_steps, strict=strict)
         except ConvergenceError as error:
             error.iterate = error.iterate[0], shaped(error.iterate[1])
             raise
@@ -167,7 +172,8 @@ class EstimatedKernel(FunctionOperator):
         self.require_symmetric("logdet")
         number = require_slq(estimator, damping)
         draws, product = self._draws(generator), self.flat_product()
-        return slq_logdet(product, self.shape[0], self._like, number, steps, samples=samples, generator=draws)
+        with kept_passes():
+            return slq_logdet(product, self.shape[0], self._like, number, steps, samples=samples, generator=draws)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered; raises :class:`UnsupportedError`."""

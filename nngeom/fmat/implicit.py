@@ -17,6 +17,7 @@ from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.diag import FMatDiag
 from nngeom.fmat.estimated import EstimatedKernel, told_of
 from nngeom.fmat.jacobian_products import pull, push
+from nngeom.fmat.passes import kept_passes
 from nngeom.fmat.products import EVERYTHING, Mean, build, squared_norms
 from nngeom.fmat.ring import gathered_kernels
 from nngeom.fmat.side import Side
@@ -158,7 +159,8 @@ class FMatImplicit(EstimatedKernel):
         guess = None if x0 is None else self.operand(x0, self.columns).flatten(-2)
         solver = iterative(tol, max_steps, None, guess, strict=strict, indefinite=indefinite)
         try:
-            x = solution(solver, terms, given.flatten(-2), self.left.parameters)
+            with kept_passes():
+                x = solution(solver, terms, given.flatten(-2), self.left.parameters)
         except ConvergenceError as error:
             error.iterate = FVector(error.iterate.view(given.shape))
             raise

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nngeom.capture.network import gradients_on
 from nngeom.core import memory
 from nngeom.core.linalg import flat_rows
 from nngeom.core.linear import linear
 from nngeom.fmat.chunks import span
+from nngeom.fmat.passes import passed
 from nngeom.fmat.side import Side
 from nngeom.pmat.tangents import at_once_or_not, tangents_or_rows, times_rows
 from nngeom.pullback.backward import pull_back
@@ -28,7 +28,8 @@ def push(side: Side, v: Tensor) -> Tensor:
 def pull(side: Side, u: Tensor) -> Tensor:
     """``J^T u``: ``[*b, c, n] -> [*b, d]``, differentiable in ``u``.
 
-    One forward pass a batch, and one backward pass for all vectors that fit the budget.
+    One forward pass a batch, unless it was kept (:func:`kept_passes`), and one backward pass for all vectors that fit
+    the budget.
     """
     return linear(lambda x: _pulled(side, x), lambda v: _pushed(side, v), u, side.parameters)
 
@@ -105,11 +106,10 @@ def _pull(side: Side, u: Tensor) -> Tensor:
     shapes, at = [p.shape for p in parameters], 0
     with side.within():
         for batch, n in zip(side.run.loader, side.sizes):
-            with gradients_on():
-                outputs = network.run(batch)
+            outputs, kept = passed(network, batch)
             cotangents = flat[..., at : at + n].transpose(1, 2).reshape(-1, *outputs.shape).to(outputs.dtype)
             for lo, hi in memory.pieces(len(flat), 2 * network.collection.numel * u.element_size()):
-                grads = pull_back(outputs, parameters, shapes, cotangents[lo:hi], retain=hi < len(flat))
+                grads = pull_back(outputs, parameters, shapes, cotangents[lo:hi], retain=kept or hi < len(flat))
                 total[lo:hi] += torch.cat([flat_rows(g) for g in grads], 1).to(u.dtype)
             at += n
     return total.view(*u.shape[:-2], -1)

@@ -89,6 +89,10 @@ class Eigenbasis(Curvature):
     def wants_every_batch(self):
         return self.spectrum.reads_rows or self.rank.wanted
 
+    @property
+    def wants_statistics(self):
+        return self.of_gradients is None or not self.of_gradients.knows(self.selection.names)
+
     def observe(self, chunk, schedule):
         if self.spectrum.reads_rows and not self.squares.sums:
             self._adopt()
@@ -162,6 +166,8 @@ class Eigenbasis(Curvature):
     def load(self, state):
         super().load(state)
         self.sources = set(self.averages.entries)
+        if self.of_gradients is not None:
+            self.of_gradients.recall(self.averages)
         if self.blocks:
             self.spectrum.d = torch.cat([block.d.reshape(-1) for block in self.blocks.values()])
             self.spectrum.load(state.get("spectrum", {}))

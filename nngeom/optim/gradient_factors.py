@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import StructureError
+from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.optim.averages import Averages
 from nngeom.optim.pending import Seen
-from nngeom.pmat.factors import factor_shapes
-from nngeom.pmat.kfac import has_room
+from nngeom.pmat.factors import factor_shapes, is_kronecker, structure_of
 from nngeom.pmat.long_factors import FACTOR_LIMIT
 from nngeom.sweep.sweep import Chunk
 
@@ -19,7 +20,8 @@ class GradientFactors:
     """``G = n V V^T`` and ``A = V^T V / |V|^2`` of gradients ``V`` of the mean loss over ``n`` examples, so that the
     trace of ``A (x) G`` is that of EKFAC-ra's second moments, ``n |V|^2``.
 
-    Which factors are diagonal is read off the rows of the first batch: those of lookups, and those above the limit.
+    Which are whole is read off the rows of the first batch: of parameters without Kronecker structure (norms, scales, a
+    recurrent cell) neither is, as in the paper's experiments, of lookups that of outputs, and none above a limit.
     """
 
     def __init__(self) -> None:
@@ -29,13 +31,15 @@ class GradientFactors:
         """Learn the structure of the rows."""
         for layout, j in chunk.jacobians.items():
             if layout not in self.dense:
-                shapes = factor_shapes(j, FACTOR_LIMIT)
-                if len(shapes) != 1 or not has_room(j, FACTOR_LIMIT):
-                    raise StructureError(
-                        f"parameters {list(layout.names)[:4]} have no single Kronecker structure; use factors='rows'"
-                    )
-                a, g = shapes[0]
-                self.dense[layout] = (len(a) == 3, len(g) == 3)
+                self.dense[layout] = _whole(j)
+
+    def recall(self, averages: Averages) -> None:
+        """Take the structure from ``averages`` of factors."""
+        self.dense = {lay: (t["a"].ndim == 3, t["g"].ndim == 3) for lay, (_, t) in averages.entries.items()}
+
+    def knows(self, names: Sequence[str]) -> bool:
+        """Whether the structure of all parameters of these names is learnt."""
+        return {name for layout in self.dense for name in layout.names}.issuperset(names)
 
     def take(self, averages: Averages, gradient: Tensor, seen: Seen, decay: float) -> None:
         """Those of the ``gradient [d]`` into the running averages."""
@@ -47,3 +51,10 @@ class GradientFactors:
             g = v @ v.mT if dense_g else v.square().sum(-1)
             means[layout] = {"a": a / (size if dense_a else size.squeeze(-1)), "g": seen.examples * g}
         averages.update(means, decay)
+
+
+def _whole(j: LayerJacobian) -> tuple[bool, bool]:
+    """Whether the factors of inputs and of outputs are, for the rows ``j``: in all their uses."""
+    shapes = factor_shapes(j, FACTOR_LIMIT) if is_kronecker(structure_of(j)) else []
+    a, g = (bool(shapes) and all(len(pair[side]) == 3 for pair in shapes) for side in (0, 1))
+    return a, g

@@ -29,8 +29,8 @@ class Intake:
         return self.pending.examples
 
     def wants_rows(self) -> bool:
-        """Whether statistics are due."""
-        return self.clock.due() or self.partition.wants_every_batch
+        """Whether statistics of them are due."""
+        return self.partition.wants_every_batch or (self.clock.due() and self.partition.wants_statistics)
 
     def wants_positions(self) -> bool:
         """Whether the loss is averaged over them."""

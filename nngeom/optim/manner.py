@@ -66,6 +66,6 @@ def as_manner(**options: Any) -> Manner:
     if manner.factors == "gradients" and (manner.own_rows or manner.scalings == "batch"):
         raise ArgumentError(
             "factors='gradients' are of the gradient of the batch, not of rows; expected fisher='empirical' and "
-            "scalings='running', 'adam' or 'factors'"
+            "scalings='running', 'adam' or 'factors', or factors='rows'"
         )
     return manner

@@ -37,6 +37,7 @@ class ModelCheck:
     slope: float = 0.0  # of the slope down which the step went,
     bounded: float = 0.0  # and of whether it was bounded
     seen: int = 0
+    risen: int = 0  # comparisons running in which the loss rose
     warned: bool = False
     step: Tensor | None = None  # d [d], while the next gradient is waited for
 
@@ -73,6 +74,21 @@ class ModelCheck:
         ):
             setattr(self, name, DECAY * getattr(self, name) + (1 - DECAY) * new)
         return True
+
+    def compared(self, ratio: float) -> None:
+        """The change of the loss of a batch over that predicted, which is one down; warns once where the loss rose
+        :data:`LEAST` times running.
+        """
+        self.risen = self.risen + 1 if ratio < 0 else 0
+        if self.risen >= LEAST and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"the loss of the batch rose along {self.risen} steps that were to lower it in the quadratic model. "
+                "Use a larger damping to start from, a bound (kl_clip=), a smaller lr, or with outputs= those of the "
+                "whole batch: of few examples the curvature is too small",
+                QuadraticModelWarning,
+                stacklevel=5,
+            )
 
     def _warn(self) -> None:
         ratio = (self.after + self.slope) / self.curvature if self.curvature > 0 else math.inf

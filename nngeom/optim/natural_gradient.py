@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from nngeom.capture.gathered import sharded_modules
 from nngeom.core.damping import FactoredTikhonov
 from nngeom.core.errors import ArgumentError
-from nngeom.core.given_plainly import require_callable
 from nngeom.optim.arguments import as_metric, as_reduction, as_rest
 from nngeom.optim.automatic import Automatic
+from nngeom.optim.averaged import keeper
 from nngeom.optim.bound import Bound
-from nngeom.optim.curvature import keeper
 from nngeom.optim.fallback import Fallback, outside
 from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import as_groups, require_groups
@@ -149,8 +148,6 @@ class NaturalGradient(Preconditioned):
         self.pending = Pending("mean" if reduction is None else as_reduction(reduction), reduction is not None)
         require_trainable(model, self.collection, team, automatic=automatic, fallback=fallback, damping=damping)
         self.sharded = bool(sharded_modules(model))
-        if outputs is not None:
-            require_callable(outputs, "outputs")
         self.observer = Observer(
             model,
             self.collection,
@@ -195,11 +192,23 @@ class NaturalGradient(Preconditioned):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, evaluate: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        evaluate: Callable[[], Any] | None = None,
+        outputs: Callable[[], Any] | None = None,
+    ) -> Any:
         """Precondition ``.grad`` and move. ``closure`` makes the passes itself, inside :meth:`observe`, and returns the
         loss.
 
         ``evaluate`` returns the loss of the batch at the current parameters, for :class:`LevenbergMarquardt`.
+        ``outputs`` returns what the model does for the batch, or a part of it: then the step is the combination of the
+        preconditioned gradient and the last step that is lowest in the quadratic model of the loss, with the exact
+        Fisher matrix of these outputs, and ``lr`` and ``momentum`` are not used (Martens & Grosse 2015, sections 6.4
+        and 7); ``kl_clip`` bounds its divergence in this model. It takes two products with the Jacobian,
+        ``fisher="monte_carlo"`` or ``"exact"``, a loss averaged over examples, a number or :class:`FactoredTikhonov`
+        as damping, and no ``weight_decay``.
         """
         loss = None
         if closure is not None:
@@ -218,18 +227,23 @@ class NaturalGradient(Preconditioned):
                 "damping is LevenbergMarquardt: pass the loss of the batch as a function, step(evaluate=lambda: "
                 "criterion(model(x), y))"
             )
+        model = None if outputs is None else self._quadratic(outputs)
         broken = self.fallback.broken(self.param_groups)
         if broken is not None:
             self._skip("gradient", broken)
             return loss
-        gradient = None if rule is None else self.gradients.split(self.gradients.read().clone())
+        gradient = None if rule is None and model is None else self.gradients.read().clone()
         before = self.joint.mean(float(evaluate())) if compare and evaluate is not None else 0.0
         clip = self._precondition()
         if clip is None:
             return loss
-        curved = None if gradient is None else {p: clip * g for p, g in gradient.items()}
-        predicted = self._move(curved, gradient)
+        if model is None or gradient is None:
+            predicted: float | None = self._move(gradient, clip)
+        else:
+            predicted = self._move_lowest(model, gradient)
+        if predicted is None:
+            return loss
         self.fallback.step(self.param_groups, self.state, self.clock.steps - 1)
         if rule is not None and compare and evaluate is not None:
-            rule.update(self.joint.mean(float(evaluate())) - before, predicted)
+            self.check.compared(rule.update(self.joint.mean(float(evaluate())) - before, predicted))
         return loss

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from nngeom.core.errors import ArgumentError, UnsupportedError
-from nngeom.optim.curvature import Curvature, keeper
+from nngeom.optim.averaged import keeper
+from nngeom.optim.curvature import Curvature
 from nngeom.optim.manner import Manner
 from nngeom.optim.owners import Owners
 from nngeom.optim.schedule import Schedule
@@ -49,6 +50,11 @@ class Partition:
     def wants_every_batch(self) -> bool:
         """Whether some part follows the rows of every batch."""
         return any(part.wants_every_batch for part in self)
+
+    @property
+    def wants_statistics(self) -> bool:
+        """Whether some part takes in those of batches whose statistics are due."""
+        return not self.parts or any(part.wants_statistics for part in self)
 
     def observe(self, chunk: Chunk, schedule: Schedule) -> None:
         """Hand the rows of some examples to the parts they belong to."""

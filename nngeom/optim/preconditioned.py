@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from nngeom.optim.joint import Joint, is_curvature
 from nngeom.optim.model_check import ModelCheck
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending, Seen
+from nngeom.optim.quadratic import QuadraticModel, added, require_quadratic
 from nngeom.optim.replicas import require_team_now
 from nngeom.optim.schedule import Clock
 from nngeom.sweep.follow import watch
@@ -172,16 +173,32 @@ class Preconditioned(torch.optim.Optimizer):
         self.pending.forget()
         return clip
 
-    def _move(self, curved: Mapping[Tensor, Tensor] | None, gradient: Mapping[Tensor, Tensor] | None) -> float:
-        """:func:`descend`; of some steps, where they led is kept for the check of the model."""
+    def _move(self, gradient: Tensor | None, clip: float) -> float:
+        """:func:`descend`, of directions that were made shorter by ``clip``; of some steps, where they led is kept for
+        the check of the model.
+        """
+        slope = None if gradient is None else self.gradients.split(gradient)
+        curved = None if slope is None else {p: clip * g for p, g in slope.items()}
         groups, step = natural(self.param_groups), self.clock.steps - 1
         if not self.check.stepped(self.bound):
-            return descend(groups, self.state, step, curved, gradient)
+            return descend(groups, self.state, step, curved, slope)
         before = [p.detach().clone() for p in self.gradients.parameters]
-        predicted = descend(groups, self.state, step, curved, gradient)
+        predicted = descend(groups, self.state, step, curved, slope)
         moved = [whole(p.detach() - q) for p, q in zip(self.gradients.parameters, before)]
         self.check.step = torch.cat([x.flatten() for x in moved]).to(self.gradients.flat)
         return predicted
+
+    def _quadratic(self, outputs: Callable[[], Any]) -> QuadraticModel:
+        """That of the batch, checked."""
+        groups = natural(self.param_groups)
+        require_quadratic(self.observer, groups, self.clock.steps, self.reduction, sharded=self.sharded)
+        now = self.clock.now()
+        return QuadraticModel(self.observer, outputs, added(now.damping), now.kl_clip, self.joint.mean)
+
+    def _move_lowest(self, model: QuadraticModel, gradient: Tensor) -> float | None:
+        """To the minimum of a ``model``; ``None`` when the step is skipped."""
+        predicted = model.descend(self.gradients, gradient, natural(self.param_groups), self.state)
+        return self._skip("curvature", "the quadratic model is not finite") if predicted is None else predicted
 
     def _skip(self, kind: str, why: str) -> float | None:
         self._forget()

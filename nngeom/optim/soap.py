@@ -19,8 +19,8 @@ class SOAP(NaturalGradient):
         lr: the learning rate, at least 0.
         betas: in [0, 1), the weights of the past in the first moment and in the squares.
         eps: added to the root of the squares.
-        factors: whose eigenvectors: of the ``"rows"`` of examples, of every ``statistics_every``-th batch, or of the
-            ``"gradients"`` of batches, as in the paper.
+        factors: whose eigenvectors: of the ``"gradients"`` of batches, as in the paper, or of the ``"rows"`` of
+            examples; of every ``statistics_every``-th batch.
         basis_every: steps, or a callable of the step, after which the bases take one step of orthogonal iteration.
         statistics_every: averages of factors take in every so-many-th batch.
         weight_decay: decoupled.
@@ -38,7 +38,7 @@ class SOAP(NaturalGradient):
         eps: float = 1e-8,
         weight_decay: Any = 0.0,
         *,
-        factors: str = "rows",
+        factors: str = "gradients",
         basis_every: Any = 10,
         statistics_every: Any = 5,
         **options: Any,

@@ -6,7 +6,7 @@ Of a factor ``G = mean g g^T`` and random signs ``w``, ``|G w|**2`` is ``|G|_F**
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from nngeom.core.factored import FactoredJacobian
 from nngeom.core.head import HeadJacobian
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
+from nngeom.core.linalg import Basis
 from nngeom.core.sketch import is_sketched, normal_vectors
 from nngeom.core.statistic import Inputs
 from nngeom.core.tied import TiedJacobian
@@ -64,11 +65,13 @@ def sketched(means: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def dropped(factor: Tensor, products: Tensor) -> Tensor:
-    """``(share, standard error)`` of the Frobenius norm that is not kept, of a whole factor's ``products`` with probes.
+def dropped(factors: Sequence[Tensor], products: Tensor) -> Tensor:
+    """``(share, standard error, side)``: of the Frobenius norm that is not kept, of a whole factor's ``products`` with
+    probes.
 
-    ``factor``: its diagonal ``[s, p]``, its sketch, or diagonal blocks ``[b, q, q]`` with ``b q = p``.
+    ``factors``: its diagonal ``[s, p]``, its sketch, or diagonal blocks ``[b, q, q]``, of all that together make ``p``.
     """
+    factor = factors[0]
     products = products[..., :PROBES]
     w = signs(products.shape[1], products)
     if is_sketched(factor):
@@ -77,30 +80,34 @@ def dropped(factor: Tensor, products: Tensor) -> Tensor:
     elif linalg.is_diagonal(factor):
         kept = factor.unsqueeze(-1) * w
     else:
-        kept = (factor @ w.unflatten(0, factor.shape[:2])).flatten(0, 1).unsqueeze(0)
+        sides = [f.shape[0] * f.shape[1] for f in factors]
+        parts = (f @ x.unflatten(0, f.shape[:2]) for f, x in zip(factors, w.split(sides)))
+        kept = torch.cat([x.flatten(0, 1) for x in parts]).unsqueeze(0)
     lost, total = ((x.square().sum((0, 1))) for x in (products - kept, products))  # [m]
     if not bool(total.sum() > 0):
-        return torch.zeros(2, dtype=factor.dtype, device=factor.device)
+        return factor.new_tensor([0, 0, len(w)])
     ratio = lost.sum() / total.sum()
     spread = (lost - ratio * total).square().mean().sqrt() / total.mean() / (PROBES - 1) ** 0.5
     share = ratio.sqrt()
-    return torch.stack([share, spread / (2 * share).clamp_min(torch.finfo(share.dtype).tiny)])
+    error = spread / (2 * share).clamp_min(torch.finfo(share.dtype).tiny)
+    return torch.stack([share, error, share.new_tensor(len(w))])
 
 
 WHOLE = -1.0  # in place of a share: the factor is whole
 
 
 def shares(means: dict[str, Tensor]) -> Tensor | None:
-    """``[2, 2]``: of the factors ``a`` and ``g`` the share that was dropped and its standard error; ``None`` where both
-    are whole. Of unlike uses that of the first that is not.
+    """``[2, 3]``: of the factors ``a`` and ``g`` the share that was dropped, its standard error, and the side; ``None``
+    where both are whole. Of unlike uses that of the first that is not.
     """
     found = {name.removeprefix("probes "): t for name, t in means.items() if name.startswith("probes ")}
     if not found:
         return None
     like = next(iter(found.values()))
-    rows, means = {"a": like.new_full((2,), WHOLE), "g": like.new_full((2,), WHOLE)}, sketched(means)
+    rows, means = {side: like.new_full((3,), WHOLE) for side in "ag"}, sketched(means)
     for name, products in reversed(found.items()):
-        rows[name[0]] = dropped(means[name], products)
+        rest = [t for part, t in means.items() if part.startswith("rest")] if name[0] == "a" else []
+        rows[name[0]] = dropped([means[name], *rest], products)
     return torch.stack([rows["a"], rows["g"]])
 
 
@@ -156,9 +163,14 @@ def all_dropped(blocks: dict[Layout, Block]) -> Iterator[Dropped]:
     """What was dropped of the factors of all blocks."""
     for layout, block in blocks.items():
         found = getattr(block, "dropped", None)
-        for row, name, width in zip(() if found is None else found.tolist(), "AG", (layout.sizes[2], layout.sizes[1])):
-            if row[0] != WHOLE:
-                form = "block" if name == "G" and layout.sizes[0] > 1 else "diagonal"
-                form = "low_rank" if isinstance(getattr(block, f"u{name.lower()}", None), CompletedBasis) else form
-                side = width * layout.sizes[0] if form == "block" else width
-                yield Dropped(layout.names, name, side, form, *row)
+        for (share, error, side), name in zip(() if found is None else found.tolist(), "ag"):
+            if share != WHOLE:
+                form = _form(getattr(block, name if hasattr(block, name) else f"u{name}"))
+                yield Dropped(layout.names, name.upper(), int(side), form, share, error)
+
+
+def _form(basis: Basis | Tensor | None) -> str:
+    """Of a factor of these eigenvectors, or of the factor itself."""
+    if isinstance(basis, CompletedBasis):
+        return "low_rank"
+    return "diagonal" if basis is None or linalg.is_diagonal(basis) else "block"

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import DeviceError, StructureError
-from nngeom.core.factored import FactoredJacobian
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Named
 from nngeom.pmat.block import Block
 from nngeom.pmat.dropped import Dropped, all_dropped
 from nngeom.pmat.eigenbases import eigenbases
+from nngeom.pmat.in_groups import parts_among, squares_in_groups
 from nngeom.pmat.kfac import block_shapes, factor_statistic, has_room, kronecker_blocks
 from nngeom.pmat.kronecker import EigenBlock
-from nngeom.pmat.long_factors import FACTOR_LIMIT, FORMS, Cut, Form, grouped, rows_in_groups, spectrum_entries
+from nngeom.pmat.long_factors import FACTOR_LIMIT, FORMS, Cut, Form, spectrum_entries
 from nngeom.pmat.nearest import nearest, require_fit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, Statistic
@@ -33,18 +33,19 @@ from nngeom.sweep.sweep import Chunk
 
 def scaling_statistic(bases: dict[Layout, EigenBlock]) -> Statistic:
     """``chunk -> {layout: {"d"}}``: squares of the rows in the kept eigenbases."""
-    cut = [layout for layout, basis in bases.items() if basis.dropped is not None]
-    parted = {layout.names: layout.sizes[0] for layout in cut}  # outputs in groups
+    parted = {name: layout for layout in bases for name in layout.names}
 
     def statistic(chunk: Chunk) -> Named:
         named = {}
         for layout, j in chunk.jacobians.items():
-            if (groups := parted.get(layout.names, 1)) > 1 and type(j) is FactoredJacobian:
-                layout, j = grouped(layout, groups), rows_in_groups(j, groups)
             if layout in bases:
                 named[layout] = {"d": j.rotate(bases[layout].ua, bases[layout].ug).square()}
             elif has_window(layout, j) and parts(layout)[0] in bases:
                 named |= sua_squares(layout, j, bases)
+            elif among := parts_among(layout, j, dict.fromkeys(parted[n] for n in layout.names if n in parted)):
+                for part in among:
+                    b = bases[part]
+                    named[part] = {"d": squares_in_groups(layout, part, j, b.ua, b.ug)}  # type: ignore[arg-type]
             else:
                 raise StructureError(
                     f"parameters {list(layout.names)[:4]} have no eigenbasis of this structure: they are used "

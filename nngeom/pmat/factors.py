@@ -68,14 +68,12 @@ def factors(j: LayerJacobian, sharing: str, limit: int) -> Factors:
 
 @factors.register
 def _(j: FactoredJacobian, sharing: str, limit: int) -> Factors:
-    return {"g": of_gradients(j.g, sharing, limit), "a": Inputs(lambda: _of_inputs(j.a, sharing, limit))}
+    return {"g": of_gradients(j.g, sharing, limit), "a": Inputs(lambda: of_inputs(j.a, sharing, limit))}
 
 
 @factors.register
 def _(j: HeadJacobian, sharing: str, limit: int) -> Factors:
-    share = 1 / max(1, j.positions) if sharing == "expand" else 1.0
-    g = j.squared_columns() if j.shape[3] > limit else j.second_moment()
-    return {"g": share * g, "a": Inputs(lambda: _of_inputs(j.a, sharing, limit))}
+    return {"g": of_columns(j, sharing, limit), "a": Inputs(lambda: of_inputs(j.a, sharing, limit))}
 
 
 @factors.register
@@ -138,7 +136,14 @@ def of_gradients(g: Tensor, sharing: str, limit: int) -> Tensor | Moment:
     return contract.second_moment(g, 1 / max(1, g.shape[2]))
 
 
-def _of_inputs(a: Tensor, sharing: str, limit: int) -> Tensor | Moment:
+def of_columns(j: HeadJacobian, sharing: str, limit: int) -> Tensor:
+    """The same of the rows of a head."""
+    share = 1 / max(1, j.positions) if sharing == "expand" else 1.0
+    return share * (j.squared_columns() if j.shape[3] > limit else j.second_moment())
+
+
+def of_inputs(a: Tensor, sharing: str, limit: int) -> Tensor | Moment:
+    """``"a"`` of :func:`factors`, of ``a [n, t, s, i]``."""
     a = a if sharing == "expand" else a.sum(1, keepdim=True) / max(1, a.shape[1])
     return a.square().sum((0, 1)) if a.shape[-1] > limit else contract.second_moment(a)
 

@@ -138,8 +138,7 @@ def _pair(collection: LayerCollection, layout: Layout, block: Block) -> Factors:
     if not same or (a.shape[0] > 1 and a.ndim == g.ndim == 2):
         raise StructureError(
             f"the factors of {key!r} do not say how its {layout.sizes} (groups, outputs, inputs) lie in the parameters "
-            "(an einsum, a window with sua=True, a square table or transposed kernel), so that from_factors would "
-            "misread them; "
-            "leave it out with M[...], or keep the matrix with nng.save"
+            "(an einsum, a window with sua=True, inputs in groups, a square table or transposed kernel), so that "
+            "from_factors would misread them; leave it out with M[...], or keep the matrix with nng.save"
         )
     return (a, g) if a.shape[0] > 1 else (a[0], g[0])

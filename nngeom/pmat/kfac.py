@@ -19,9 +19,10 @@ from nngeom.pmat.dropped import Dropped, Probes, all_dropped, probes_of, shares,
 from nngeom.pmat.factors import Shape, factor_shapes, factors, is_kronecker, structure_of
 from nngeom.pmat.given import require_count
 from nngeom.pmat.given_factors import blocks_of, factors_of
+from nngeom.pmat.in_groups import factors_in_groups
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.kronecker_spectrum import KroneckerSpectrumBlock
-from nngeom.pmat.long_factors import FACTOR_LIMIT, FORMS, Cut, Form, grouped, rows_in_groups
+from nngeom.pmat.long_factors import FACTOR_LIMIT, FORMS, Cut, Form
 from nngeom.pmat.nearest import Fitting, nearest, require_fit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, Statistic
@@ -54,11 +55,14 @@ def factor_statistic(sharing: str, block_limit: int, cut: Cut = Cut(), *, sua: b
 
 def _sums(layout: Layout, j: LayerJacobian, sharing: str, probes: Probes) -> Named:
     """:func:`factors`, those that are too long cut."""
-    cut, groups = probes.cut, probes.cut.groups(j)
-    sums = dict(factors(j if groups == 1 else rows_in_groups(j, groups), sharing, cut.limit))  # type: ignore[arg-type]
-    if groups > 1:
-        sums["a"] = factors(j, sharing, cut.limit)["a"]  # the same in all groups
-    return {grouped(layout, groups) if groups > 1 else layout: sums | probes_of(j, sharing, probes)}
+    cut, parts = probes.cut, probes.cut.parts(layout, j)
+    if parts == (layout,):
+        return {layout: factors(j, sharing, cut.limit) | probes_of(j, sharing, probes)}
+    named = {part: factors_in_groups(layout, part, j, sharing, cut.limit) for part in parts}  # type: ignore[arg-type]
+    named[parts[0]] |= probes_of(j, sharing, probes)
+    for q, part in enumerate(parts[1:]):
+        named[parts[0]][f"rest{q}"] = named[part]["a"]
+    return named
 
 
 def has_room(j: LayerJacobian, block_limit: int | None) -> bool:
@@ -83,15 +87,19 @@ def require_room(j: LayerJacobian, names: tuple[str, ...], block_limit: int) -> 
         )
 
 
-def kronecker_block(means: dict[str, Tensor]) -> KroneckerBlock:
-    """From the means of :func:`factor_statistic`: a missing gradient factor is trivial, unlike uses are joined."""
+def kronecker_block(means: dict[str, Tensor], groups: int = 1) -> KroneckerBlock:
+    """From the means of :func:`factor_statistic`: a missing gradient factor is trivial, unlike uses are joined.
+
+    ``groups`` of outputs and inputs: there are less factors of either than of both.
+    """
     lost, means = shares(means), sketched(means)
     if "a0" in means:
         uses = sum(name.startswith("a") for name in means)
         return replace(KroneckerBlock.of(*(means[f"{side}{q}"] for q in range(uses) for side in "ag")), dropped=lost)
     a = means["a"]
     g = means["g"] if "g" in means else a.new_ones(a.shape[0], 1, 1)
-    a = a if len(a) == len(g) else a.repeat(len(g), *[1] * (a.ndim - 1))  # outputs in groups
+    if len(a) < groups or len(g) < groups:
+        a, g = a.repeat(groups // len(a), *[1] * (a.ndim - 1)), g.repeat_interleave(groups // len(g), 0)
     return KroneckerBlock(a, g, (), lost)
 
 
@@ -99,7 +107,7 @@ def kronecker_blocks(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, Kro
     """Every block; a layer whose places are taken to be uncorrelated has one for its weight and one for its bias."""
     blocks: dict[Layout, KroneckerBlock] = {}
     for layout, t in means.items():
-        blocks |= sua_blocks(layout, t) if "c" in t else {layout: kronecker_block(t)}
+        blocks |= sua_blocks(layout, t) if "c" in t else {layout: kronecker_block(t, layout.sizes[0])}
     return blocks
 
 
@@ -111,8 +119,9 @@ def block_shapes(layout: Layout, rows: LayerJacobian | None, cut: Cut, *, sua: b
         return []
     if sua and has_window(layout, rows):
         return list(sua_shapes(layout, rows, cut.limit))
-    if (groups := cut.groups(rows)) > 1:
-        rows = rows_in_groups(rows, groups)  # type: ignore[arg-type]
+    parts = cut.parts(layout, rows)
+    if parts != (layout,):
+        return [((s, i, i), (s, o, o)) for s, o, i in (part.sizes for part in parts)]
     uses = factor_shapes(rows, cut.limit)
     if len(uses) < 2:
         return list(uses)
@@ -129,7 +138,7 @@ class PMatKFAC(PMat):
     and above raises :class:`StructureError`. ``fit``: the second moments of inputs and of gradients (``"moments"``), or
     from these on the Kronecker product nearest to the exact block in Frobenius norm (``"nearest"``), in at most
     ``fit_steps`` more sweeps. Of a factor with a side above ``factor_limit`` the diagonal is kept, or (``factor_form=
-    "block"``) of one of gradients diagonal blocks of equal sides up to that, or (``"low_rank"``, or ``("low_rank",
+    "block"``) diagonal blocks of equal sides up to that, or (``"low_rank"``, or ``("low_rank",
     rank)``) leading eigenvectors, by default as many as take the memory of a dense factor of that side, and a diagonal
     in place of the others; :attr:`dropped` says what is lost.
     """

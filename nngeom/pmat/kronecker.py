@@ -30,7 +30,7 @@ class KroneckerBlock(Block):
     a: Tensor  # [s i i] or [s i]
     g: Tensor  # [s o o] or [s o]
     uses: tuple[Tensor, ...] = ()
-    dropped: Tensor | None = None  # [2 2], of a and g: the share of the norm not kept, -1 of a whole one; its error
+    dropped: Tensor | None = None  # [2 3], of a and g: the share of the norm not kept, -1: none; its error; the side
 
     @property
     def sizes(self) -> torch.Size:

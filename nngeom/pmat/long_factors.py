@@ -1,21 +1,21 @@
 """Factors above a side limit: their diagonal is kept, diagonal blocks, or leading eigenvectors and a diagonal.
 
-Diagonal blocks of a factor of gradients are groups of outputs, each with a factor of its own: a block ``[b, o / b, i]``
-with the same input factor in every group. Leading eigenvectors come from products with test vectors, see
-:mod:`nngeom.core.sketch`. What is lost is told by :mod:`nngeom.pmat.dropped`.
+Diagonal blocks are groups, see :mod:`nngeom.pmat.in_groups`. Leading eigenvectors come from products with test vectors,
+see :mod:`nngeom.core.sketch`. What is lost is told by :mod:`nngeom.pmat.dropped`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from nngeom.core.errors import ArgumentError, StructureError
 from nngeom.core.factored import FactoredJacobian
 from nngeom.core.head import HeadJacobian
 from nngeom.core.jacobian import LayerJacobian
-from nngeom.core.layout import Layout, Piece
+from nngeom.core.layout import Layout
 from nngeom.core.tied import TiedJacobian
+from nngeom.pmat.in_groups import groups_of, in_groups
 
 FACTOR_LIMIT = 10_000  # a factor with a longer side is cut
 FORMS = ("diagonal", "block", "low_rank")
@@ -50,16 +50,27 @@ class Cut:
             return 0
         return max(0, min(self.rank or max(1, self.limit**2 // side), side - 2))
 
-    def groups(self, j: LayerJacobian) -> int:
-        """Into how many groups the outputs of the rows ``j`` fall; raises :class:`StructureError` where none fit."""
-        _, _, s, o, _ = j.shape
-        if self.form != "block" or type(j) is not FactoredJacobian or s != 1 or o <= self.limit:
+    def parts(self, layout: Layout, j: LayerJacobian) -> tuple[Layout, ...]:
+        """Where the blocks of the rows ``j`` of a ``layout`` lie; raises :class:`StructureError` where sides do not
+        fall into blocks.
+        """
+        _, _, s, o, i = j.shape
+        if self.form != "block" or type(j) not in (FactoredJacobian, HeadJacobian) or s != 1 or max(o, i) <= self.limit:
+            return (layout,)
+        outputs = self._groups(o, "outputs")
+        if i <= self.limit:
+            return (in_groups(layout, outputs),)
+        groups = [(piece, self._groups(piece.arrangement.sizes[2], "inputs")) for piece in layout.pieces]
+        return tuple(in_groups(Layout((piece,)), outputs, inputs) for piece, inputs in groups)
+
+    def _groups(self, side: int, what: str) -> int:
+        """Into how many groups of equal size the rows of a factor fall."""
+        if side <= self.limit:
             return 1
-        least = -(-o // self.limit)
-        found = next(b for b in range(least, o + 1) if o % b == 0)
-        if o // found < max(2, self.limit // LEAST):
+        found = next(b for b in range(-(-side // self.limit), side + 1) if side % b == 0)
+        if side // found < max(2, self.limit // LEAST):
             raise StructureError(
-                f"{o} outputs do not fall into blocks of equal sides near to factor_limit={self.limit}; "
+                f"{side} {what} do not fall into blocks of equal sides near to factor_limit={self.limit}; "
                 "raise factor_limit, or use factor_form='diagonal'"
             )
         return found
@@ -69,10 +80,11 @@ class Cut:
         terms = [term for _, term in j.terms] if isinstance(j, TiedJacobian) else [j]
         found = []
         for term in (term for term in terms if term is not None and long_sides(term, self.limit)):
-            sides = (("A", term.shape[-1], 1), ("G", term.shape[-2], self.groups(term)))
-            for factor, side, groups in (x for x in sides if x[0].lower() in long_sides(term, self.limit)):
+            groups = [groups_of(part, term.shape[3]) for part in self.parts(layout, term)]
+            sides = (("A", term.shape[-1], sum(c for _, c in groups)), ("G", term.shape[-2], groups[0][0]))
+            for factor, side, blocks in (x for x in sides if x[0].lower() in long_sides(term, self.limit)):
                 rank = self.vectors(side)
-                kept = "its diagonal" if groups == 1 else f"{groups} diagonal blocks"
+                kept = "its diagonal" if blocks == 1 else f"{blocks} diagonal blocks"
                 kept = f"{rank} leading eigenvectors and a diagonal" if rank else kept
                 above = f"above factor_limit={self.limit}"
                 found.append(f"of the factor {factor} ({side}) of {layout.names[0]} {kept} is kept: {above}")
@@ -91,21 +103,6 @@ class Cut:
 def spectrum_entries(shape: tuple[int, ...]) -> int:
     """How many numbers the eigenvalues and eigenvectors of a factor of this ``shape`` are, dense or diagonal."""
     return math.prod(shape) * (len(shape) == 3) + math.prod(shape[:2])
-
-
-def grouped(layout: Layout, groups: int) -> Layout:
-    """The layout with its outputs in groups, ``[b, o / b, i]``: the same entries in the same order."""
-    pieces = []
-    for p in layout.pieces:
-        _, o, i = p.arrangement.sizes
-        pieces.append(Piece(p.names, p.offset, replace(p.arrangement, sizes=(groups, o // groups, i))))
-    return Layout(tuple(pieces))
-
-
-def rows_in_groups(j: FactoredJacobian, groups: int) -> FactoredJacobian:
-    """The same rows, of a :func:`grouped` layout."""
-    n, t, _, i = j.a.shape
-    return FactoredJacobian(j.a.expand(n, t, groups, i), j.g[:, :, :, 0].unflatten(-1, (groups, -1)))
 
 
 def long_sides(j: LayerJacobian, limit: int) -> set[str]:

@@ -16,8 +16,8 @@ from nngeom.pmat.dropped import WHOLE, dropped, signs
 
 @dataclass(frozen=True)
 class Side:
-    """``F`` in the orthonormal basis ``u``, of these ``values [s, p]``; ``lost [2]``: the share of what it stands for
-    that is not kept, and its standard error.
+    """``F`` in the orthonormal basis ``u``, of these ``values [s, p]``; ``lost``: the share of what it stands for that
+    is not kept, its standard error, and the side.
     """
 
     u: Basis | None
@@ -38,8 +38,7 @@ class Side:
         """
         if self.lost is None or bool(self.lost[0] == WHOLE):
             return self.values.new_zeros(()), self.values.new_zeros(())
-        share, error = self.lost.unbind()
-        share = share.clamp(0, 0.999)
+        share, error = self.lost[0].clamp(0, 0.999), self.lost[1]
         whole = self.values.norm() / (1 - share.square()).sqrt()
         return share * whole, error * whole
 
@@ -60,18 +59,19 @@ def merged_side(x: Side, y: Side, mine: float, theirs: float) -> tuple[Tensor, T
     count = products.shape[-1] - rank
     diagonal = mine * x.diagonal() + theirs * y.diagonal()
     sketch = torch.cat([diagonal.unsqueeze(-1), products[..., count:]], -1)
-    return sketch, _lost(x, y, mine, theirs, dropped(sketch, products), products[..., :count])
+    return sketch, _lost(x, y, mine, theirs, dropped([sketch], products), products[..., :count])
 
 
 def _whole(x: Side) -> Tensor:
-    return torch.stack([x.values.new_full((), WHOLE), x.values.new_zeros(())])
+    return x.values.new_full((3,), WHOLE)
 
 
 def _lost(x: Side, y: Side, mine: float, theirs: float, again: Tensor, products: Tensor) -> Tensor:
-    """The share of all that is lost, of the norm of the mean with it, and its standard error."""
+    """The share of all that is lost, of the norm of the mean with it, its standard error, and the side."""
     kept = products.square().sum((0, 1)).mean().sqrt()
     (a, error_a), (b, error_b) = x.rest(), y.rest()
     parts = torch.stack([mine * a, theirs * b, again[0] * kept])
     errors = torch.stack([mine * error_a, theirs * error_b, again[1] * kept])
     whole = (kept.square() + parts.sum().square()).sqrt()
-    return torch.stack([parts.sum(), errors.square().sum().sqrt()]) / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    found = torch.stack([parts.sum(), errors.square().sum().sqrt()]) / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    return torch.cat([found, again[2:]])

@@ -7,19 +7,18 @@ backward pass gives ``J v`` for all ``v``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nngeom.capture.fused import twice_differentiable
-from nngeom.capture.graph import shape
 from nngeom.capture.network import Batch, Network, gradients_on
 from nngeom.core import memory
 from nngeom.core.draws import inner_products
 from nngeom.pullback.backward import Pile, dense, pull_back
 from nngeom.pullback.linearization import Linearization
+from nngeom.pullback.sizes import numbers
 
 AGREE = 1e-6  # relative; parts of a float64 model may compute in float32
 
@@ -54,8 +53,8 @@ class ManyTangents:
 
     def pieces(self, count: int) -> list[tuple[int, int]]:
         """``(lo, hi)`` of the vectors that the budget has room for at once."""
-        numbers = self.pulled.numel() + _numbers(self.outputs)
-        return list(memory.pieces(count, 4 * numbers * self.outputs.element_size()))
+        made = self.pulled.numel() + numbers(self.outputs)
+        return list(memory.pieces(count, 4 * made * self.outputs.element_size()))
 
     def push(self, v: Tensor) -> Tensor:
         """``J v``: ``[b, d] -> [b, *outputs.shape]``."""
@@ -97,15 +96,3 @@ class ManyTangents:
         """Raise :class:`RuntimeError` unless ``J`` is known to be the transpose of ``J^T``, or found to be."""
         if not Linearization(self.network).twice_is_right(self.batch, self.outputs):
             raise RuntimeError("derivatives of the model are not differentiated rightly")
-
-
-def _numbers(outputs: Tensor) -> int:
-    """Of all that the operations behind ``outputs`` made."""
-    waiting, met, total = [(outputs.grad_fn, 0)], set(), 0
-    while waiting:
-        edge = waiting.pop()
-        if edge[0] is not None and edge not in met:
-            met.add(edge)
-            total += math.prod(shape(edge))
-            waiting.extend(edge[0].next_functions)
-    return total

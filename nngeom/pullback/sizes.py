@@ -1,7 +1,12 @@
-"""How much memory the gradients of a captured pass take, and what follows from it."""
+"""How much memory a pass and its gradients take, and what follows from it."""
 
 from __future__ import annotations
 
+import math
+
+from torch import Tensor
+
+from nngeom.capture.graph import shape
 from nngeom.capture.recorder import Capture
 from nngeom.pullback.backward import gains_from_batching, one_by_one_pays
 
@@ -20,3 +25,15 @@ def looped(capture: Capture, *, keep_graph: bool) -> bool:
 
 def _gradient_bytes(capture: Capture) -> int:
     return sum(use.shape.numel() for use in capture.uses) * capture.outputs.element_size()
+
+
+def numbers(outputs: Tensor) -> int:
+    """Of all that the operations behind ``outputs`` made."""
+    waiting, met, total = [(outputs.grad_fn, 0)], set(), 0
+    while waiting:
+        edge = waiting.pop()
+        if edge[0] is not None and edge not in met:
+            met.add(edge)
+            total += math.prod(shape(edge))
+            waiting.extend(edge[0].next_functions)
+    return total

@@ -198,7 +198,7 @@ def _iterate(basis: Basis, k: int, order: Callable[[Tensor], Tensor], tol: float
     Those that have are kept beside a random direction, until it shows a value that belongs among them, or none.
     """
     pairs, asked = None, 0  # products since the random direction
-    stride = max(8, (basis.m - k) // LOOKS)
+    stride = 8 if basis.m**2 < basis.d else max(8, (basis.m - k) // LOOKS)  # a look costs a product or less
     while True:
         before = basis.products
         ahead = LEAST_ASKED if pairs is not None and asked == 0 else stride

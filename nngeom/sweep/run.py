@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from nngeom.capture.batch import tensors
 from nngeom.capture.current import require_current
 from nngeom.capture.gathered import gathered, sharded_modules
-from nngeom.capture.in_turn import in_turn
+from nngeom.capture.in_turn import can_be_in_turn, in_turn
 from nngeom.capture.network import RUNNING, Batch, Network, as_batches, leading_size, targets
-from nngeom.capture.stand_in import can_stand_in
 from nngeom.core import memory
 from nngeom.core.bars import tqdm
 from nngeom.core.errors import UnsupportedError
@@ -98,7 +97,7 @@ class Run:
         if parts and sharded_modules(model):
             with team.together("arguments") as note, memory.limit(memory_budget):
                 require_ranks(model, team)
-                note.mine = fits(model, asked=memory_budget is not None), sums and can_stand_in(model)
+                note.mine = fits(model, asked=memory_budget is not None), sums and can_be_in_turn(model)
             room, can = map(all, zip(*note.all))
             in_turns = can and not room
             if not room and not can:

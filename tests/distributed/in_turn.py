@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import cuts
+import pytest
 import torch
 import torch.distributed as dist
 from cases import STORED, Case, build, representation
 from fully_sharded import Named, hooks, in_parts, sharded
+from lacking import TELLS_WHOSE_HOOKS
 from launch import Check, Here, check, raises
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -44,7 +46,8 @@ def in_turn(
     one = measure(case.model, case.loader, process_group=None)
     mine = cuts.mine(case.loader, here.rank, here.size)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", nng.MemoryWarning)  # of a model that is gathered after all
+        if TELLS_WHOSE_HOOKS or not any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            warnings.simplefilter("error", nng.MemoryWarning)  # of a model that is gathered after all
         warnings.filterwarnings("ignore", "memory_budget is")
         many = measure(model, mine, process_group=here.group, memory_budget=short_of(case.model))
     assert float(one.abs().max()) > 1e-6
@@ -197,6 +200,64 @@ def saved_numbers_that_are_overwritten_are_found(here: Here) -> None:
     options = {"function": function, "process_group": here.group, "memory_budget": short_of(case.model)}
     kinds = (RuntimeError, nng.NNGeomError)
     raises(kinds, "place", lambda: nng.FIM(model, mine, nng.PMatDiag, **options))
+    assert in_parts(model)
+
+
+WRITERS: dict[str, Callable[[nn.Module], object]] = {
+    "by data": lambda model: model[0].weight.data.clamp_(-0.1, 0.1),
+    "itself": lambda model: model[2].weight.mul_(0.5),
+    "a view": lambda model: model[2].weight[0].zero_(),
+}
+
+
+def written(how: str) -> None:
+    def f(here: Here) -> None:
+        case = cuts.data("mlp")
+        model, mine = sharded(case, here), cuts.mine(case.loader, here.rank, here.size)
+
+        def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            h = model[0](x)
+            with torch.no_grad():
+                WRITERS[how](model)
+            return model[2](h)
+
+        options = {"process_group": here.group, "memory_budget": short_of(case.model)}
+        kinds = (nng.ModeError, nng.PeerError)
+        raises(
+            kinds, "changes the parameters", lambda: nng.FIM(model, mine, nng.PMatDiag, function=function, **options)
+        )
+        in_turn(here, case, model, functools.partial(DENSE["FIM"], "diag"))  # nothing is left of it
+
+    CHECKS[f"parameters that are written, {how}"] = f
+
+
+for how in WRITERS:
+    written(how)
+
+
+@check(CHECKS)
+def what_is_no_parameter_is_written(here: Here) -> None:
+    case = cuts.data("mlp")
+
+    def measure(model: nn.Module, data: Any, **options: Any) -> torch.Tensor:
+        def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return model[2](model[0](x.clone().mul_(0.5)).relu_()).add_(1.0)
+
+        return nng.FIM(model, data, nng.PMatKFAC, function=function, **options).to_dense()
+
+    in_turn(here, case, sharded(case, here), measure)
+
+
+@check(CHECKS)
+def recurrent_layers_of_a_torch_that_does_not_tell(here: Here) -> None:
+    """Whose hooks on saved tensors come first: their parameters are gathered, and the numbers are the same."""
+    case = cuts.data("gru")
+    model, mine = sharded(case, here), cuts.mine(case.loader, here.rank, here.size)
+    options = {"process_group": here.group, "memory_budget": short_of(case.model)}
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(nng.MemoryWarning, match="is gathered for this measure"):
+        patch.setattr("nngeom.capture.in_turn._TOP", None)
+        many = nng.FIM(model, mine, nng.PMatKFAC, **options).to_dense()
+    cuts.close(many, nng.FIM(case.model, case.loader, nng.PMatKFAC).to_dense(), 1e-9)
     assert in_parts(model)
 
 

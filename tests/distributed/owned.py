@@ -23,8 +23,8 @@ CHECKS: dict[str, Check] = {}
 ALL = {name: make for name, make in MAKERS.items() if name not in ("ekfac batch", "ekfac monte carlo", "mixed")}
 ALL |= {
     "ekfac factors": lambda m, **k: EKFAC(m, lr=0.05, basis_every=2, scalings="factors", drowned=0.0, **k),
-    "soap": lambda m, **k: SOAP(m, lr=0.01, basis_every=2, statistics_every=1, **k),
-    "soap of gradients": lambda m, **k: SOAP(m, lr=0.01, factors="gradients", basis_every=2, **k),
+    "soap of rows": lambda m, **k: SOAP(m, lr=0.01, factors="rows", basis_every=2, statistics_every=1, **k),
+    "soap": lambda m, **k: SOAP(m, lr=0.01, basis_every=2, **k),
     "block diagonal": lambda m, **k: NaturalGradient(m, nng.PMatBlockDiag, lr=0.05, damping=0.1, every=2, **k),
     "quasi-diagonal": lambda m, **k: NaturalGradient(m, nng.PMatQuasiDiag, lr=0.05, damping=1.0, **k),
     "eye": lambda m, **k: NaturalGradient(m, nng.PMatEye, lr=0.05, damping=0.1, **k),

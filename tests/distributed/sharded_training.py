@@ -132,6 +132,8 @@ def what_is_not_offered_of_sharded_models(here: Here) -> None:
     raises(nng.UnsupportedError, "fallback=", lambda: KFAC(other, fallback=True, process_group=group))
     rule = LevenbergMarquardt()
     raises(nng.UnsupportedError, "damping=", lambda: KFAC(other, damping=rule, process_group=group))
+    opt = KFAC(other, process_group=group, fisher="exact", likelihood="categorical")
+    raises(nng.UnsupportedError, "under fully_shard", lambda: opt.step(outputs=lambda: other(case.loader[0][0])))
     raises(nng.UnsupportedError, "spread over processes", lambda: WinsorizedSGD(other))
     mesh = init_device_mesh("cpu", (here.size,))
     cut = parallelize_module(copy.deepcopy(model), mesh, {"0": ColwiseParallel()})

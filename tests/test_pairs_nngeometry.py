@@ -1,0 +1,171 @@
+"""The table of the page for those who come from NNGeometry: every row of it, the numbers of both beside each other."""
+
+import copy
+
+import pytest
+import torch
+from pairs import Pairs
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import nngeom as nng
+
+pytest.importorskip("nngeometry", reason="nngeometry is not installed")
+from nngeometry import metrics
+from nngeometry import object as theirs
+from nngeometry.backend import TorchHooksJacobianBackend
+from nngeometry.layercollection import LayerCollection
+
+PAIRS = Pairs("nngeometry")
+
+
+class Model:
+    """A net with a gradient, and its data as both take them."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.x, self.y = torch.randn(12, 4), torch.randint(0, 3, (12,))
+        self.loader = DataLoader(TensorDataset(self.x, self.y), batch_size=5)
+        nn.functional.cross_entropy(self.net(self.x), self.y).backward()
+        self.gradient = nng.PVector.from_grad(self.net)
+
+    def flat(self):
+        return nn.utils.parameters_to_vector(self.net.parameters()).detach().clone()
+
+    def there(self, kind="PMatDense", measure="FIM", **options):
+        """A matrix of theirs."""
+        return getattr(metrics, measure)(self.net, self.loader, getattr(theirs, kind), **options)
+
+
+@PAIRS.of("`PVector.from_model(model)`")
+def from_model(m):
+    there, here, live = theirs.PVector.from_model(m.net), nng.PVector.from_model(m.net), None
+    before = m.flat()
+    with torch.no_grad():
+        m.net[0].weight.add_(1.0)
+    assert_close(there.to_torch().detach(), m.flat())
+    assert_close(here.flat(), before)
+    live = nng.PVector.from_model(m.net, live=True)
+    assert live.flat().requires_grad and there.to_torch().requires_grad and not here.flat().requires_grad
+
+
+@PAIRS.of("`PMatKFAC.solve(v, regul=x)`")
+def solve(m):
+    there = m.there("PMatKFAC").solve(theirs.PVector.from_model_grad(m.net), regul=1e-2).to_torch()
+    F = nng.FIM(m.net, m.loader, nng.PMatKFAC)
+    assert_close(F.solve(m.gradient, nng.FactoredTikhonov(1e-2)).flat(), there)
+    exact = torch.linalg.solve(F.to_dense() + 1e-2 * torch.eye(F.shape[0]), m.gradient.flat())
+    assert_close(F.solve(m.gradient, damping=1e-2).flat(), exact)
+
+
+@PAIRS.of('`FIM(..., variant="classif_logits")`')
+def logits(m):
+    for kind in ("PMatDense", "PMatDiag", "PMatBlockDiag", "PMatKFAC", "PMatEKFAC", "PMatQuasiDiag", "PMatLowRank"):
+        there = m.there(kind, variant="classif_logits")
+        if kind == "PMatEKFAC":
+            there.update_diag(m.loader)
+        for options in ({}, {"likelihood": "categorical"}):
+            here = nng.FIM(m.net, m.loader, getattr(nng, kind), **options)
+            assert_close(here.vTMv(m.gradient), there.vTMv(theirs.PVector.from_model_grad(m.net)))
+
+
+@PAIRS.of('`variant="regression"`')
+def regression(m):
+    there = m.there(variant="regression").to_torch()
+    assert_close(nng.FIM(m.net, m.loader, nng.PMatDense, likelihood="gaussian").to_dense(), there)
+
+
+@PAIRS.of("`n_output`, `device`")
+def no_shapes(m):
+    here = nng.FIM(copy.deepcopy(m.net).float(), [m.x.float()], nng.PMatDense)
+    assert (here.dtype, here.device) == (torch.float32, torch.device("cpu"))
+
+
+@PAIRS.of("`get_dense_tensor()`, `to_torch()`")
+def dense(m):
+    there, v = m.there("PMatDiag").to_torch(), theirs.PVector.from_model_grad(m.net)
+    assert_close(nng.FIM(m.net, m.loader, nng.PMatDiag).to_dense(), there)
+    assert_close(m.gradient.flat(), v.to_torch())
+
+
+@PAIRS.of("`frobenius_norm()`")
+def norm(m):
+    for kind in ("PMatDense", "PMatKFAC"):
+        assert_close(nng.FIM(m.net, m.loader, getattr(nng, kind)).norm(), m.there(kind).frobenius_norm())
+
+
+@PAIRS.of("`get_diag()`")
+def diagonal(m):
+    here = nng.FIM(m.net, m.loader, nng.PMatDense).diag()
+    assert isinstance(here, nng.PVector)
+    assert_close(here.flat(), m.there().get_diag())
+
+
+@PAIRS.of("`PVector.from_model_grad(model)`")
+def in_and_out(m):
+    there = theirs.PVector.from_model_grad(m.net)
+    assert_close(m.gradient.flat(), there.to_torch())
+    other = copy.deepcopy(m)
+    there.add_to_model(m.net)
+    m.gradient.add_to(other.net)
+    assert_close(other.flat(), m.flat())
+    there.copy_to_model(m.net)
+    m.gradient.copy_to(other.net)
+    assert_close(other.flat(), m.flat())
+    assert_close(m.flat(), m.gradient.flat())
+
+
+@PAIRS.of("`PFMapDense`")
+def maps(m):
+    layers = LayerCollection.from_model(m.net)
+    backend = TorchHooksJacobianBackend(model=m.net, layer_collection=layers, function=lambda *batch: m.net(batch[0]))
+    there = theirs.PFMapDense(backend, examples=m.loader)
+    J = nng.Jacobian(m.net, m.loader, nng.PushForwardDense)
+    assert_close(J.tensor, there.to_torch())  # (outputs, examples, parameters) in both
+    v = theirs.PVector(layers, vector_repr=m.gradient.flat())
+    w = there.jvp(v)
+    assert_close((J @ m.gradient).tensor, w.to_torch())
+    back = nng.Jacobian(m.net, m.loader, nng.PullBackDense) @ nng.FVector(w.to_torch())
+    assert_close(back.flat(), there.vjp(w).to_torch())
+
+
+@PAIRS.of("`regul=`")
+def damping(m):
+    there = m.there().solve(theirs.PVector.from_model_grad(m.net), regul=1e-2).to_torch()
+    assert_close(nng.FIM(m.net, m.loader, nng.PMatDense).solve(m.gradient, damping=1e-2).flat(), there)
+
+
+@PAIRS.of("layers that are not on its list")
+def layers(m):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return self.own.exp() * x
+
+    net = nn.Sequential(m.net, Scaled())
+    with pytest.raises(Exception, match="I do not know what to do with layer"):
+        LayerCollection.from_model(net)
+    assert nng.FIM(net, m.loader, nng.PMatDense).shape[0] == len(m.flat()) + 3
+
+
+@pytest.fixture
+def double():
+    """What theirs makes inside is of the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", PAIRS)
+def test_numbers_are_those_of_nngeometry(row, double):
+    PAIRS[row](Model())
+
+
+def test_every_row_is_compared():
+    PAIRS.require_all()
