@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nngeom.core import container, files
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, FileError
+from nngeom.core.given_plainly import as_path
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.sharded import FMatSharded
@@ -63,7 +64,7 @@ def _write(M: Any, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     header = json.dumps({"format": FORMAT, "object": encode(M, "", tensors)})
     metadata = {"nngeom": header, "checksum": container.checksum(header, tensors)}
-    target = os.path.abspath(os.fsdecode(path))
+    target = os.path.abspath(as_path(path))
     try:
         with files.replaced(target) as part:
             safetensors.torch.save_file(tensors, part, metadata)
@@ -91,7 +92,7 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu", *, process_gro
         device = torch.device(map_location)
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"map_location is {map_location!r}; expected a device: {error}") from None
-    name = os.fsdecode(path)
+    name = as_path(path)
     team = Team.of(process_group)
     with team.together("load") as note:
         note.mine = None if not os.path.isdir(name) else "kernel" if holds_kernel(name) else "matrix"

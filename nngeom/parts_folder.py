@@ -17,6 +17,7 @@ import safetensors
 
 from nngeom.core import files
 from nngeom.core.errors import ArgumentError, FileError
+from nngeom.core.given_plainly import as_path
 from nngeom.ranks.team import Team
 
 INDEX = "index.json"
@@ -43,7 +44,7 @@ def write_parts(
     where that is of something else. Raises :class:`FileError` where one process cannot write; what was there is there
     then.
     """
-    folder = os.path.abspath(os.fsdecode(path))
+    folder = os.path.abspath(as_path(path))
     with contextlib.ExitStack() as held:
         with team.together("save") as note, _writing(folder):
             note.mine = _begin(folder, held, named) if team.rank == 0 else None

@@ -60,6 +60,61 @@ def test_mixing_models_are_reported():
     assert d["first.weight"].rows == "fallback"
 
 
+class Scaled(torch.autograd.Function):
+    """A product whose gradient in the weight depends on how many examples there are."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, len(g) * g.T @ x
+
+
+MIXING = {
+    "centred": lambda net, x, h: h - h.mean(0),
+    "flipped": lambda net, x, h: h.flip(0),
+    "as a graph": lambda net, x, h: (h @ h.mT).softmax(1) @ h,
+}
+FINE = {
+    "plain": lambda net, x, h: h.tanh(),
+    "sorted and back": lambda net, x, h: h[x[:, 0].argsort()].tanh()[x[:, 0].argsort().argsort()],
+    "unseen": lambda net, x, h: h + Unseen.apply(x, net.first.weight),
+}
+MEASURES = {
+    "jacobian": lambda model: nng.Jacobian(model, [X]),
+    "kernel": lambda model: nng.GramMatrix(model, [X]),
+    "fisher": lambda model: nng.FIM(model, [X], nng.PMatDense),
+    "implicit": lambda model: nng.FIM(model, [X], nng.PMatImplicit),
+    "hessian": lambda model: nng.Hessian(model, [(X, X[:, :3])], nng.PMatDense, loss="mse"),
+}
+
+
+@pytest.mark.parametrize("name", MIXING | FINE)
+def test_measures_do_afterwards_what_is_said_of_them(name):
+    """A diagnosis proves nothing for them that it has not asked."""
+    model = Net((MIXING | FINE)[name])
+    d = nng.diagnose(model, X)
+    assert bool(d.refused) == (name in MIXING)
+    for measure in MEASURES.values():
+        if name in MIXING:
+            assert d["number of examples"].change > 1e-3 and d.refused in str(d)
+            with pytest.raises(nng.CoverageError):
+                measure(model)
+        else:
+            measure(model)
+
+
+def test_refusals_of_rows_are_told():
+    d = nng.diagnose(Net(lambda net, x, h: Scaled.apply(x, net.first.weight).tanh()), X)
+    assert "mixes" in d.refused
+    d = nng.diagnose(Net(lambda net, x, h: h / 0), X)
+    assert "NaN or infinity" in d.refused
+
+
 def test_padding_that_matters():
     class Pooled(nn.Module):
         def __init__(self, masked):

@@ -15,6 +15,7 @@ from nngeom.analysis.labels import signs
 from nngeom.analysis.rows import layer_kernel, row_products
 from nngeom.capture.network import Network
 from nngeom.core.errors import ArgumentError, OutputError
+from nngeom.core.given_plainly import require_real_tensor, require_whole
 from nngeom.cotangents.categorical import Categorical
 from nngeom.fmat.dense import FMatDense
 from nngeom.fmat.side import Side
@@ -68,6 +69,10 @@ def label_vector(y: Tensor, c: int, dtype: torch.dtype | None = None, shape: Seq
     :class:`OutputError` for labels that do not fit, as integers other than 0 and 1, or -1 and 1, with one output.
     """
     dtype = dtype if dtype is not None else torch.get_default_dtype()
+    require_real_tensor(y, "y")
+    if y.ndim == 0:
+        raise OutputError("y is a single number; expected one label an example, (n,)")
+    require_whole(c, "c")
     n = y.shape[0]
     if y.is_floating_point():
         flat = y.reshape(n, -1)

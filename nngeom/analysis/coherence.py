@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nngeom.analysis.rows import require_finite_gradients
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import described, require_real_tensor, require_whole
 from nngeom.core.totals import totals
 from nngeom.cotangents.loss import EmpiricalFisher, as_loss
 from nngeom.space.collection import LayerCollection
@@ -129,10 +130,13 @@ def coherence_from_batch_gradients(
     """
     if scheme not in ("partition", "iid"):
         raise ArgumentError(f"scheme is {scheme!r}; expected 'partition' or 'iid'")
-    g = gradients if isinstance(gradients, Tensor) else torch.stack([x.flatten() for x in gradients])
-    if batch_size < 1 or g.ndim != 2 or len(g) == 0:
+    require_whole(batch_size, "batch_size")
+    for x in gradients if isinstance(gradients, (tuple, list)) else [gradients]:
+        require_real_tensor(x, "a gradient")
+    g = gradients if isinstance(gradients, Tensor) or not gradients else torch.stack([x.flatten() for x in gradients])
+    if not isinstance(g, Tensor) or g.ndim != 2 or len(g) == 0:
         raise ArgumentError(
-            f"got gradients {tuple(g.shape)} and batch_size {batch_size}; expected (batches, d) and at least one "
+            f"got gradients {described(g)} and batch_size {batch_size}; expected (batches, d) and at least one "
             "example a batch"
         )
     k, m = batch_size, examples if examples is not None else batch_size * len(g)

@@ -14,6 +14,7 @@ from nngeom.analysis.spectrum import THRESHOLD
 from nngeom.capture.network import gradients_on
 from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError, SingularError
+from nngeom.core.given_plainly import require_whole
 from nngeom.cotangents.loss import as_loss
 from nngeom.measures.kernels import GramMatrix
 from nngeom.ranks.made import made
@@ -198,7 +199,8 @@ def linear_dynamics(K: Any, start: Tensor, targets: Tensor, lr: float, steps: in
 
 
 def _leading(m: Tensor, k: int, team: Team) -> tuple[Tensor, Tensor]:
-    if not 1 <= k <= len(m):
+    require_whole(k, "k")
+    if k > len(m):
         raise ArgumentError(f"k is {k}; expected between 1 and {len(m)}, the size of the kernel")
     values, vectors = made(team, "eigenvectors", {"kernel": 1.0}, lambda _: linalg.eigh(m), m.device)["kernel"]
     return values[-k:].flip(0).clamp_min(0), fix_signs(vectors[:, -k:].flip(1)).contiguous()

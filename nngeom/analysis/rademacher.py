@@ -16,6 +16,7 @@ from nngeom.analysis.labels import require_class_labels, signs
 from nngeom.analysis.spectrum import THRESHOLD
 from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError, OutputError
+from nngeom.core.given_plainly import require_real, require_real_tensor
 from nngeom.solve.hutchinson import Estimate, rademacher
 
 EXACT_LIMIT = 16
@@ -28,6 +29,7 @@ def rademacher_bound(K: Any, norm: float | Tensor) -> Tensor:
     ``1 / sqrt(2)`` of it. Source: Baratin et al. 2021, eq. 9; Bartlett and Mendelson 2002.
     """
     t = kernel_tensor(K)
+    require_real(norm, "norm")
     return (
         torch.as_tensor(norm)
         * t.diagonal(dim1=1, dim2=3).diagonal(dim1=0, dim2=1).sum().clamp_min(0).sqrt()
@@ -169,7 +171,8 @@ def _modes(K: Any, y: Tensor) -> tuple[Tensor, Tensor]:
     """Positive eigenvalues and the coefficients ``u_j^T y`` of labels ``(n,)``, ``(c, n)`` or an FVector."""
     m = require_symmetric(K)
     c, n = kernel_tensor(K).shape[:2]
-    t = y if isinstance(y, Tensor) else y.tensor
+    t = getattr(y, "tensor", y)
+    require_real_tensor(t, "y")
     if tuple(t.shape) not in {(c, n), (c * n,), *([(n, 1)] if c == 1 else [])}:
         raise ArgumentError(
             f"y has shape {tuple(t.shape)}; the kernel has {c} outputs of {n} points: expected labels ({c}, {n})"

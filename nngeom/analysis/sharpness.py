@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nngeom.capture.network import leading_size, take
 from nngeom.core.errors import ArgumentError, NonFiniteError
+from nngeom.core.given_plainly import require_real, require_whole
 from nngeom.measures.hessian import Hessian
 from nngeom.ranks.totals import generator_of, mean
 from nngeom.solve.lanczos import lanczos
@@ -121,6 +122,8 @@ def sgd_stability(a: float | Tensor, s: float | Tensor, lr: float, batch_size: i
     _require(lr, batch_size, n)
     largest_a = 2 / lr
     largest_s = math.inf if batch_size == n else math.sqrt(batch_size * (n - 1) / (n - batch_size)) / lr
+    require_real(a, "the sharpness", finite=False)
+    require_real(s, "the non-uniformity", finite=False)
     a, s = float(a), float(s)
     if math.isnan(a) or math.isnan(s):
         raise NonFiniteError(f"sharpness is {a} and non-uniformity {s}; NaN is neither stable nor unstable")
@@ -145,6 +148,9 @@ def stability_eigenvalue(hessians: Tensor, lr: float, batch_size: int) -> Tensor
 
 
 def _require(lr: float, batch_size: int, n: int) -> None:
+    require_real(lr, "lr")
+    require_whole(batch_size, "batch_size")
+    require_whole(n, "n")
     if lr <= 0 or not 1 <= batch_size <= n:
         raise ArgumentError(
             f"got lr={lr}, batch_size={batch_size}, n={n}; expected a positive rate and 1 <= batch_size <= n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,9 @@ def spectrum(K: Any) -> Tensor:
         raise ArgumentError(
             f"got {type(K).__name__}; expected an FMat, a PMat, a kernel tensor or a tensor of eigenvalues"
         )
-    values = values.flatten()
+    if values.is_complex():
+        raise ArgumentError(f"eigenvalues are {values.dtype}; expected real numbers")
+    values = values.flatten() if values.is_floating_point() else values.flatten().to(torch.get_default_dtype())
     if values.numel() == 0:
         raise ArgumentError("there are no eigenvalues; expected at least one")
     if not bool(torch.isfinite(values).all()):
@@ -62,7 +65,7 @@ def trace_ratios(K: Any, ks: int | Iterable[int]) -> Tensor:
     """
     values = spectrum(K)
     asked = [ks] if isinstance(ks, int) else list(ks) if isinstance(ks, Iterable) else [-1]
-    if not all(k == int(k) and k >= 0 for k in asked):
+    if not all(isinstance(k, numbers.Real) and k == k // 1 and k >= 0 for k in asked):
         raise ArgumentError(f"ks is {ks}; expected whole numbers of at least 0")
     index = torch.as_tensor(asked, dtype=torch.long, device=values.device)
     cumulative = torch.cat([values.new_zeros(1), values.cumsum(0)])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_real, require_real_tensor
 
 
 class SuperNat:
@@ -22,6 +23,9 @@ class SuperNat:
     """
 
     def __init__(self, features: Tensor, y: Tensor, lr: float, kappa: str | float | None = "max"):
+        for name, x in (("features", features), ("y", y)):
+            require_real_tensor(x, name)
+        require_real(lr, "lr")
         if features.ndim != 2 or y.shape != features.shape[:1]:
             raise ArgumentError(
                 f"features have shape {tuple(features.shape)} and y {tuple(y.shape)}; expected (n, d) and (n,)"

@@ -120,6 +120,8 @@ def move(batch: Batch, device: torch.device) -> Batch:
             x = _tensor(x)
         if not isinstance(x, Tensor):
             return x.to(device) if isinstance(x, PackedSequence) else x  # type: ignore[arg-type]
+        if x.is_meta and device.type != "meta":
+            raise LoaderError(f"a batch holds a tensor {tuple(x.shape)} on the meta device; expected one with numbers")
         if not (x.is_inference() or torch.is_inference_mode_enabled()):
             return x.detach().to(device)
         with torch.inference_mode(mode=False):

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, MemoryWarning
+from nngeom.core.given_plainly import require_real
 
 DEFAULT_BUDGET = 2**30
 CACHE_BYTES = 2**23  # temporaries that are squared or summed at once are kept about as large as a processor cache
@@ -26,6 +27,8 @@ def budget() -> int:
 @contextlib.contextmanager
 def limit(memory_budget: int | None) -> Iterator[int]:
     """Set the budget for the enclosed work; ``None`` keeps the one in force (1 GiB at first)."""
+    if memory_budget is not None:
+        require_real(memory_budget, "memory_budget")
     if memory_budget is not None and memory_budget <= 0:
         raise ArgumentError(
             f"memory_budget is {memory_budget}; expected a positive number of bytes, or None for {DEFAULT_BUDGET}"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
+from nngeom.core.errors import ArgumentTypeError
+from nngeom.core.given_plainly import described
 from nngeom.core.linalg import accumulation_dtype
 
 PIECE = (
@@ -14,6 +19,8 @@ PIECE = (
 
 def vector_norm(x: Tensor, p: float = 2) -> Tensor:
     """The ``p``-norm over the last axis, as ``torch.linalg.vector_norm``: the norm of the norms of short pieces."""
+    if not isinstance(p, numbers.Real) or math.isnan(p):
+        raise ArgumentTypeError(f"the norm asked for is {described(p)}; expected a number p, or infinity")
     wide = accumulation_dtype(x.dtype)
     if p == 0:
         return x.count_nonzero(-1).to(x.dtype)

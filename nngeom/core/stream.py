@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.given_plainly import described
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Stream:
 
 def seed_of(generator: torch.Generator | None) -> int:
     """One integer from a generator (the global one when ``None``)."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentTypeError(f"generator is {described(generator)}; expected a torch.Generator")
     device = generator.device if generator is not None else torch.device("cpu")
     return int(torch.randint(2**62, (1,), generator=generator, device=device))
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import OutputError
+from nngeom.core.errors import ArgumentTypeError, OutputError
+from nngeom.core.given_plainly import described
 from nngeom.core.output_metric import OutputMetric
 from nngeom.cotangents import softmax
 from nngeom.cotangents.likelihood import Likelihood
@@ -26,6 +27,8 @@ class Categorical(Likelihood):
     """
 
     def __init__(self, dim: int | None = None, ignore_index: int = -100) -> None:
+        if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
+            raise ArgumentTypeError(f"dim is {described(dim)}; expected the axis of the classes, or None")
         self.dim, self.ignore_index = dim, ignore_index
 
     def fit(self, outputs: Tensor, targets: Any = None) -> Categorical:

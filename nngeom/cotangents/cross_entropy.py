@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError, OutputError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, OutputError
+from nngeom.core.given_plainly import described, require_real
 from nngeom.core.output_metric import OutputMetric
 from nngeom.cotangents import softmax
 from nngeom.cotangents.categorical import Categorical
@@ -37,8 +38,11 @@ class CrossEntropy(Loss):
         ignore_index: int = -100,
         dim: int | None = None,
     ):
+        require_real(label_smoothing, "label_smoothing")
         if not 0 <= label_smoothing <= 1:
             raise ArgumentError(f"label_smoothing is {label_smoothing}; expected a number in [0, 1]")
+        if weight is not None and not isinstance(weight, Tensor):
+            raise ArgumentTypeError(f"the class weight is {described(weight)}; expected a tensor, one number a class")
         if weight is not None and not bool((weight >= 0).all()):
             raise ArgumentError(
                 "the class weight has entries that are negative or NaN; expected non-negative numbers, one a class"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nngeom.core import memory
-from nngeom.core.errors import ArgumentError, OutputError, UnsupportedError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, OutputError, UnsupportedError
+from nngeom.core.given_plainly import described
 from nngeom.core.output_metric import DiagonalMetric, OutputMetric
 from nngeom.cotangents import logistic
 from nngeom.cotangents.precise import Precise
@@ -171,7 +172,10 @@ class Gaussian(Independent):
     """
 
     def __init__(self, variance: float | Tensor = 1.0) -> None:
-        self.variance = torch.as_tensor(variance, dtype=torch.float64)
+        try:
+            self.variance = torch.as_tensor(variance, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise ArgumentTypeError(f"variance is {described(variance)}; expected positive numbers") from None
         if not bool((self.variance > 0).all()) or not bool(torch.isfinite(self.variance).all()):
             raise ArgumentError(f"variance is {variance}; expected positive finite numbers")
 

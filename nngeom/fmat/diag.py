@@ -12,6 +12,7 @@ from nngeom.core.damping import Cutoff, Damping, Tikhonov, as_damping
 from nngeom.fmat.columns import C, HasColumns, by_columns, has_columns
 from nngeom.fmat.dense import FMatBlockDiag, require_ndim
 from nngeom.fmat.fmat import FMat
+from nngeom.pmat.arguments import is_spectral
 from nngeom.pmat.eigenvalues import reciprocal, shifted_logdet
 from nngeom.space.fvector import FVector
 
@@ -60,7 +61,7 @@ class FMatDiag(FMat):
         return self.tensor.flatten()[:, None, None]
 
     def norm(self, kind: str | int = "fro") -> Tensor:
-        return self.tensor.abs().max() if kind == 2 else super().norm(kind)
+        return self.tensor.abs().max() if is_spectral(kind) else super().norm(kind)
 
     def solve(self, f: HasColumns[C], damping: float | Tensor | Damping = 0.0) -> C:
         if has_columns(f):

@@ -12,6 +12,7 @@ from torch import Tensor
 from nngeom.core.errors import ArgumentError, ConvergenceError, UnsupportedError
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.fmat.passes import kept_passes
+from nngeom.pmat.arguments import is_spectral
 from nngeom.ranks.team import ALONE, Team
 from nngeom.ranks.totals import generator_of
 from nngeom.solve.hutchinson import Estimate, hutchinson
@@ -106,7 +107,7 @@ class EstimatedKernel(FunctionOperator):
         ``generator``: of the random vectors (torch's global one by default).
         """
         act = self.flat_product()
-        if kind == 2:
+        if is_spectral(kind):
             back = self.T.flat_product()
             with kept_passes():
                 largest, _ = lanczos(lambda z: back(act(z)), self._start(self.shape[1], generator), 1)

@@ -17,6 +17,7 @@ from nngeom.core.errors import ArgumentError, SingularError
 from nngeom.core.registry import Registry
 from nngeom.fmat.columns import C, HasColumns, by_columns, has_columns
 from nngeom.fmat.operator import FunctionOperator
+from nngeom.pmat.arguments import is_spectral
 from nngeom.pmat.block import TensorObject
 from nngeom.pmat.eigenvalues import log_sum, reciprocal, zero_small
 from nngeom.solve.norm import largest_singular_value
@@ -70,9 +71,9 @@ class FMat(TensorObject, FunctionOperator):
         """The Frobenius norm, ``kind="fro"``, or the largest singular value, ``kind=2``, of one set of examples the
         largest absolute eigenvalue; others raise :class:`ArgumentError`.
         """
-        if kind == 2:
+        if is_spectral(kind):
             return torch.stack([largest_singular_value(m) for m in self._symmetric_parts()]).max()
-        if kind not in ("fro", None):
+        if not (kind is None or (isinstance(kind, str) and kind == "fro")):
             raise ArgumentError(f"norm({kind!r}) is not offered; expected 'fro' or 2 (K.eigh()[0]: all eigenvalues)")
         return self.tensor.norm()
 

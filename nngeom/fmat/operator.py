@@ -18,8 +18,10 @@ from typing_extensions import Self
 from nngeom.core import linalg
 from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, DeviceError, SizeError, not_added
+from nngeom.core.given_plainly import require_real
 from nngeom.core.hand import InHand
 from nngeom.fmat.columns import C, HasColumns, by_columns, has_columns
+from nngeom.pmat.arguments import as_divisor
 from nngeom.space.fvector import FVector
 
 if TYPE_CHECKING:
@@ -214,12 +216,13 @@ class FunctionOperator(InHand, ABC):
     def __mul__(self, c: float | Tensor) -> Self:
         if not isinstance(c, numbers.Real) and not (isinstance(c, Tensor) and c.ndim == 0):
             raise ArgumentTypeError(f"cannot scale a kernel by {type(c).__name__}; expected a number")
+        require_real(c, "the factor")
         return self.scaled(c if isinstance(c, Tensor) else float(c))
 
     __rmul__ = __mul__
 
     def __truediv__(self, c: float | Tensor) -> Self:
-        return self * (1 / c)
+        return self * as_divisor(c)
 
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` on flat numpy vectors."""

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from nngeom.core import files
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, FileError, NNGeomError
+from nngeom.core.given_plainly import as_path
 from nngeom.fmat import npy
 from nngeom.fmat.fingerprint import Fingerprint
 
@@ -75,7 +76,7 @@ class FileStore(Store):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(("",))
         try:
-            self.path = os.path.realpath(os.fsdecode(path))
+            self.path = os.path.realpath(as_path(path))
         except TypeError:
             raise ArgumentTypeError(f"out is {path!r}; expected the path of a file") from None
         except ValueError as error:

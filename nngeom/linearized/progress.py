@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.given_plainly import described
 
 _USUAL = ("loss", "train_loss", "progress")
 
@@ -89,6 +90,8 @@ def equal_progress(
     """
     if not 0 <= smoothing < 1:
         raise ArgumentError(f"smoothing is {smoothing!r}; expected the weight of the past, in [0, 1)")
+    if not isinstance(thresholds, (Tensor, Iterable)) or isinstance(thresholds, str):
+        raise ArgumentTypeError(f"thresholds is {described(thresholds)}; expected a list of numbers")
     levels = torch.as_tensor(
         thresholds if isinstance(thresholds, Tensor) else list(thresholds), dtype=torch.float64
     ).reshape(-1)

@@ -8,11 +8,13 @@ forms.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_real_tensor
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def quadratic_modes(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str
     the linear regime as its own dynamics give it.
     """
     _require_regime(regime)
-    X, y, w0, times = (torch.as_tensor(a) for a in (X, y, w0, times))
+    X, y, w0, times = (_numbers(a, name) for a, name in ((X, "X"), (y, "y"), (w0, "w0"), (times, "times")))
     modes = singular_modes(X.double(), y.double())
     if w0.shape != modes.mu.shape:
         raise ArgumentError(
@@ -111,6 +113,15 @@ def quadratic_modes(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str
         limit = torch.where(mu > 0, modes.limit, theta0)
         theta = limit + torch.exp(-2 * mu * theta0 * t) * (theta0 - limit)
     return theta.to(X.dtype)
+
+
+def _numbers(x: Any, what: str) -> Tensor:
+    try:
+        given = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        given = x
+    require_real_tensor(given, what)
+    return given
 
 
 def gradient_flow(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str = "linear") -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, CollectionError, DeviceError, UnsupportedError
 from nngeom.core.hand import InHand
-from nngeom.pmat.arguments import as_factor
+from nngeom.pmat.arguments import as_divisor, as_factor
 from nngeom.pmat.drive import Source
 from nngeom.space.collection import LayerCollection
 from nngeom.space.fvector import FVector
@@ -145,14 +145,14 @@ class JacobianMap(InHand, ABC):
     __rmul__ = __mul__
 
     def __truediv__(self, c: Any) -> Any:
-        return self.scaled(1 / as_factor(c))
+        return self.scaled(as_divisor(c))
 
     # -- operands ------------------------------------------------------------------------------------------------------
 
     def place(self, name: str) -> tuple[slice, tuple[int, ...]]:
         """Where the parameter ``name`` lies in a row, and its shape."""
         table = self.layer_collection.offsets()
-        if name not in table:
+        if not isinstance(name, str) or name not in table:
             raise CollectionError(f"no parameter {name!r} in this map; it has {list(table)[:8]}")
         lo, shape = table[name]
         return slice(lo, lo + math.prod(shape)), shape

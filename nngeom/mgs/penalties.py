@@ -17,6 +17,7 @@ from nngeom.capture.remedies import gradients
 from nngeom.core.contract import squared_lengths
 from nngeom.core.draws import factors, outer
 from nngeom.core.errors import ArgumentError, CoverageError
+from nngeom.core.given_plainly import require_real
 from nngeom.cotangents.loss import EveryOutput, as_loss, judged
 from nngeom.fmat.estimate import RandomSigns
 from nngeom.measures.kernels import GramMatrix
@@ -96,6 +97,7 @@ def logdet_penalty(
     positive. Source: Szolnoky et al. 2022, section on the determinant.
     """
     require_reduction(reduction)
+    require_real(jitter, "jitter")
     if not jitter > 0:
         raise ArgumentError(f"jitter is {jitter}; expected a positive number: the kernel may be singular")
     kernel = GramMatrix(model, [inputs], function=function, layer_collection=layer_collection, differentiable=True)

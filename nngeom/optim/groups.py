@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.given_plainly import described
 from nngeom.optim.arguments import number
 
 Group = dict[str, Any]
@@ -15,7 +16,12 @@ Group = dict[str, Any]
 
 def as_groups(params: Iterable[Any]) -> list[Any]:
     """Groups with lists of parameters, of parameters too that are given without any."""
+    if not isinstance(params, Iterable) or isinstance(params, (str, Tensor)):
+        raise ArgumentTypeError(f"params is {described(params)}; expected parameters, or groups of them as dicts")
     listed = list(params)
+    odd = [x for x in listed if not isinstance(x, (Tensor, dict, tuple))]
+    if odd:
+        raise ArgumentTypeError(f"params holds {described(odd[0])}; expected parameters, or groups of them as dicts")
     if not any(isinstance(x, dict) for x in listed):
         return [{"params": listed}]
     return [{**g, "params": [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])} for g in listed]

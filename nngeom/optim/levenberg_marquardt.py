@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from nngeom.core.damping import Damping, FactoredTikhonov, Tikhonov
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_real
 
 
 @dataclass
@@ -30,7 +31,9 @@ class LevenbergMarquardt:
     factored: bool = True
 
     def __post_init__(self):
-        if not (math.isfinite(self.initial) and self.initial > 0):
+        for name in ("initial", "decay", "least", "most"):
+            require_real(getattr(self, name), name)
+        if not self.initial > 0:
             raise ArgumentError(f"initial is {self.initial}; expected a positive finite damping")
         if not (isinstance(self.every, int) and self.every >= 1 and 0 < self.decay < 1):
             raise ArgumentError(

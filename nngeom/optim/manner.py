@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_real
 from nngeom.ranks.team import ALONE, Team
 
 
@@ -57,9 +57,11 @@ def as_manner(**options: Any) -> Manner:
         raise ArgumentError(
             f"power is {manner.power!r}; expected a number in (0, 1]: 1 divides by the spectrum, 1/2 by its root"
         )
-    if not math.isfinite(manner.first_decay) or not 0 <= manner.first_decay < 1:
+    require_real(manner.first_decay, "first_decay")
+    require_real(manner.drowned, "drowned")
+    if not 0 <= manner.first_decay < 1:
         raise ArgumentError(f"first_decay is {manner.first_decay}; expected a number in [0, 1)")
-    if not math.isfinite(manner.drowned) or manner.drowned < 0:
+    if manner.drowned < 0:
         raise ArgumentError(f"drowned is {manner.drowned}; expected a number of at least 0, a part of the damping")
     if manner.factors == "gradients" and (manner.own_rows or manner.scalings == "batch"):
         raise ArgumentError(

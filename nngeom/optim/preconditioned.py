@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -223,7 +223,7 @@ class Preconditioned(torch.optim.Optimizer):
         """Resume from a ``state_dict``: the steps that follow are the same, bit by bit. Callables stay those of this
         optimizer.
         """
-        if "curvature" not in state_dict:
+        if not isinstance(state_dict, Mapping) or "curvature" not in state_dict:
             raise ArgumentError("the state holds no curvature; expected the state_dict() of the same kind of optimizer")
         state = {key: value for key, value in state_dict.items() if key != "curvature"}
         super().load_state_dict({**state, "param_groups": resumed(self.param_groups, state["param_groups"])})

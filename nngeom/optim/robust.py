@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from nngeom.capture.network import Network
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_real
 from nngeom.core.memory import DEFAULT_BUDGET
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
+from nngeom.optim.arguments import number
 from nngeom.optim.automatic import Automatic
 from nngeom.optim.examples import Examples
 from nngeom.optim.replicas import require_model, require_team_now
@@ -79,6 +81,7 @@ def median_of_means_gradient(
 
 def winsorized(rows: Tensor, level: float) -> Tensor:
     """``rows [n, d]`` clipped to their percentiles, column by column."""
+    require_real(level, "level")
     if not 0 <= level <= 50:
         raise ArgumentError(f"level is {level}; expected percent in each tail, from 0 to 50")
     ordered = rows.sort(0).values
@@ -119,6 +122,7 @@ class WinsorizedSGD(torch.optim.SGD):
         require_model(model, team)
         collection = layer_collection if layer_collection is not None else LayerCollection.from_model(model)
         winsorized(torch.zeros(1, 1), level)  # checks the level
+        number("lr", lr, 0)
         self.observer, self.level = Observer(model, collection, team=team), level
         self._examples = Examples(collection, self.observer)
         parameters = list(self.observer.network.parameters.values())

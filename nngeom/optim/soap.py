@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from nngeom.core.errors import ArgumentTypeError
+from nngeom.core.given_plainly import described
 from nngeom.optim.natural_gradient import NaturalGradient
 from nngeom.pmat.ekfac import PMatEKFAC
 
@@ -41,6 +43,8 @@ class SOAP(NaturalGradient):
         statistics_every: Any = 5,
         **options: Any,
     ):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ArgumentTypeError(f"betas is {described(betas)}; expected two numbers in [0, 1)")
         first, second = betas
         super().__init__(
             model,

@@ -79,7 +79,7 @@ def spectrum(name: str) -> Callable[[type[Kind]], type[Kind]]:
 
 def require_spectrum(name: str) -> None:
     """Raise :class:`ArgumentError` for a ``name`` that nothing is registered under."""
-    if name not in SPECTRA:
+    if not isinstance(name, str) or name not in SPECTRA:
         raise ArgumentError(
             f"scalings is {name!r}; expected one of {sorted(SPECTRA)}, or the name of one of your own "
             "(nng.optim.spectrum)"

@@ -22,7 +22,6 @@ from nngeom.pmat.eigenvalues import by_eigenvalues, definite_factor, log_sum, re
 from nngeom.pmat.given import (
     foreign,
     require_alike,
-    require_collection,
     require_count,
     require_cover,
     require_mapping,
@@ -32,6 +31,7 @@ from nngeom.pmat.kept import kept_factor
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, join_rows
 from nngeom.space.collection import LayerCollection
+from nngeom.space.joined import require_collection
 from nngeom.sweep.sweep import Chunk
 
 

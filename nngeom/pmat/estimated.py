@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import UnsupportedError
-from nngeom.pmat.arguments import require_frobenius
+from nngeom.pmat.arguments import is_spectral, require_frobenius
 from nngeom.pmat.spectra import Spectra
 from nngeom.solve.hutchinson import Estimate, hutchinson
 from nngeom.solve.leave_one_out import DIAGONALS, TRACES, estimator_of
@@ -62,7 +62,7 @@ class EstimatedOperator(Spectra):
 
         ``generator``: of the random vectors (torch's global one by default).
         """
-        if kind == 2:
+        if is_spectral(kind):
             return spectral_norm(self.product, self._start(generator), self._like)
         require_frobenius(kind)
         if samples is None:

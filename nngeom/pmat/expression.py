@@ -18,7 +18,7 @@ from nngeom.core.errors import ArgumentError, SingularError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.linear import identity, solution
 from nngeom.core.lu import lu
-from nngeom.pmat.arguments import require_frobenius, require_tikhonov
+from nngeom.pmat.arguments import is_spectral, require_frobenius, require_tikhonov
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.dense import DenseBlock, PMatDense
 from nngeom.pmat.operands import V
@@ -52,7 +52,7 @@ class PMatExpression(ParameterOperator):
         """The Frobenius norm (``kind="fro"``), or the largest singular value (``kind=2``), of the dense matrix; that of
         a large symmetric one by Lanczos' method.
         """
-        if kind == 2:
+        if is_spectral(kind):
             if self.symmetric and self.shape[0] > NORM_LIMIT:
                 return spectral_norm(
                     self.product, None, torch.empty(self.shape[0], dtype=self.dtype, device=self.device)

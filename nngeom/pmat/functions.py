@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nngeom.core.damping import Tikhonov
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularError
+from nngeom.core.given_plainly import require_callable, require_real
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block
 from nngeom.pmat.block_algebra import largest
@@ -32,6 +33,7 @@ def applied(matrix: PMat, f: Callable[[Tensor], Tensor]) -> dict[Layout, Block]:
 
 
 def _values(f: Any, values: Tensor) -> Tensor:
+    require_callable(f, "the function of the eigenvalues")
     new = f(values)
     if not isinstance(new, Tensor) or new.shape != values.shape or not new.is_floating_point():
         given = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
@@ -49,6 +51,7 @@ def powered(matrix: PMat, p: Any, damping: Any) -> dict[Layout, Block]:
     """The blocks of ``(M + damping I)^p``."""
     if isinstance(p, bool) or not isinstance(p, numbers.Real):
         raise ArgumentTypeError(f"the power is {p!r}; expected a number")
+    require_real(p, "the power")
     out = {}
     for layout, (block, d) in damped(matrix, damping).items():
         out[layout] = _power(block, float(p), require_added(d, "a power"))

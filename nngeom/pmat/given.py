@@ -60,16 +60,6 @@ def require_count(examples: Any) -> int:
     return examples
 
 
-def require_collection(collection: Any) -> LayerCollection:
-    """The parameters a matrix is over."""
-    if not isinstance(collection, LayerCollection):
-        raise ArgumentTypeError(
-            f"the collection is {type(collection).__name__}; expected LayerCollection.from_model(model), or the "
-            "layer_collection of a matrix"
-        )
-    return collection
-
-
 def require_mapping(given: Any, value: str) -> Mapping[Any, Any]:
     """``{layer: value}``."""
     if not isinstance(given, Mapping):

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from nngeom.capture.network import Network
 from nngeom.core.damping import Damping, Tikhonov, as_damping
-from nngeom.core.errors import ArgumentError, ConvergenceError, UnsupportedError
+from nngeom.core.errors import ArgumentError, CollectionError, ConvergenceError, UnsupportedError
 from nngeom.core.linalg import accumulation_dtype
 from nngeom.core.linear import identity, solution, symmetric
 from nngeom.pmat.estimated import EstimatedOperator
@@ -110,6 +110,8 @@ class PMatImplicit(EstimatedOperator):
 
     def of_parameters(self, names: tuple[str, ...]) -> PMatImplicit:
         """The diagonal block of some parameters, ``names``."""
+        if not names:
+            raise CollectionError("no parameter is asked for; expected a pattern that some match")
         network = self.network.only(names)
         run = replace(self.run, network=network, left_to_fallback=set(self.run.left_to_fallback))
         return replace(self, sweep=replace(self.sweep, run=run))

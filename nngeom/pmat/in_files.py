@@ -12,7 +12,7 @@ from torch import Tensor
 from nngeom.core.damping import Cutoff
 from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.layout import Layout
-from nngeom.pmat.arguments import require_frobenius
+from nngeom.pmat.arguments import is_spectral, require_frobenius
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.block import Block
 from nngeom.pmat.damped import chosen_numbers, damped, entries_of, require_added, top_cutoff
@@ -146,7 +146,7 @@ class PMatInFiles(ParameterOperator):
 
     def norm(self, kind: str | int = "fro") -> Tensor:
         """The Frobenius norm, or the largest absolute eigenvalue, ``kind=2``."""
-        if kind == 2:
+        if is_spectral(kind):
             return torch.stack([part.norm(2) for _, part in self.read()]).max()
         require_frobenius(kind)
         return torch.stack([part.norm().square() for _, part in self.read()]).sum().sqrt()

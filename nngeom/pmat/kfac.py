@@ -11,12 +11,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from nngeom.core.errors import ArgumentError, StructureError
+from nngeom.core.given_plainly import require_real
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Named
 from nngeom.pmat.dropped import Dropped, Probes, all_dropped, probes_of, shares, sketched
 from nngeom.pmat.factors import Shape, factor_shapes, factors, is_kronecker, structure_of
-from nngeom.pmat.given import require_collection, require_count
+from nngeom.pmat.given import require_count
 from nngeom.pmat.given_factors import blocks_of, factors_of
 from nngeom.pmat.in_groups import factors_in_groups
 from nngeom.pmat.kronecker import KroneckerBlock
@@ -27,6 +28,7 @@ from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, Statistic
 from nngeom.pmat.sua import has_window, sua_blocks, sua_shapes, sua_sums
 from nngeom.space.collection import LayerCollection
+from nngeom.space.joined import require_collection
 from nngeom.sweep.sweep import Chunk
 
 
@@ -65,6 +67,8 @@ def _sums(layout: Layout, j: LayerJacobian, sharing: str, probes: Probes) -> Nam
 
 def has_room(j: LayerJacobian, block_limit: int | None) -> bool:
     """Whether rows have factors, or an exact block that is not above the limit, if there is one."""
+    if block_limit is not None:
+        require_real(block_limit, "block_limit")
     return block_limit is None or j.shape[-1] <= block_limit or is_kronecker(structure_of(j))
 
 

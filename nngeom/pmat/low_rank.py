@@ -17,12 +17,13 @@ from nngeom.core.statistic import Named, Stacked
 from nngeom.pmat.block import Block
 from nngeom.pmat.block_algebra import Remake
 from nngeom.pmat.eigenvalues import log_sum, reciprocal, shifted_logdet
-from nngeom.pmat.given import require_collection, require_count, require_entries
+from nngeom.pmat.given import require_count, require_entries
 from nngeom.pmat.householder import HouseholderBasis
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, join_rows
 from nngeom.pmat.spanned import SpannedBlock
 from nngeom.space.collection import LayerCollection
+from nngeom.space.joined import require_collection
 from nngeom.sweep.sweep import Chunk
 
 

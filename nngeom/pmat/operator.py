@@ -14,7 +14,7 @@ from nngeom.core import linalg
 from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentTypeError, DeviceError, SizeError, not_added
 from nngeom.core.hand import InHand
-from nngeom.pmat.arguments import as_factor
+from nngeom.pmat.arguments import as_divisor, as_factor
 from nngeom.pmat.operands import HasForms, V
 from nngeom.pmat.unoffered import Unoffered
 from nngeom.space.collection import LayerCollection
@@ -216,7 +216,7 @@ class ParameterOperator(InHand, Unoffered, ABC):
     __rmul__ = __mul__
 
     def __truediv__(self, c: float | Tensor) -> Self:
-        return self.scaled(1 / as_factor(c))
+        return self.scaled(as_divisor(c))
 
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` on flat numpy vectors."""

@@ -17,7 +17,7 @@ from typing_extensions import Self
 from nngeom.core.errors import ArgumentTypeError, StructureError
 from nngeom.core.layout import Layout
 from nngeom.pmat.algebra import StoredAlgebra
-from nngeom.pmat.arguments import require_frobenius
+from nngeom.pmat.arguments import is_spectral, require_frobenius
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.block import Block, EyeBlock
 from nngeom.pmat.damped import damped, require_added, worst_block
@@ -128,7 +128,7 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
         """The Frobenius norm, ``kind="fro"``, or the largest absolute eigenvalue, ``kind=2``; others raise
         :class:`ArgumentError`.
         """
-        if kind == 2:
+        if is_spectral(kind):
             return torch.stack([b.spectral_norm() for b in self.blocks.values()]).max()
         require_frobenius(kind)
         return torch.stack([b.squared_norm() for b in self.blocks.values()]).sum().sqrt()

@@ -14,7 +14,7 @@ from nngeom.core.damping import Cutoff
 from nngeom.core.errors import ArgumentError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.linear import symmetric
-from nngeom.pmat.arguments import require_frobenius
+from nngeom.pmat.arguments import is_spectral, require_frobenius
 from nngeom.pmat.block import Block
 from nngeom.pmat.damped import damped, require_added
 from nngeom.pmat.in_parts import InParts
@@ -151,7 +151,7 @@ class PMatSharded(ParameterOperator):
 
     def norm(self, kind: str | int = "fro") -> Tensor:
         """The Frobenius norm, or the largest absolute eigenvalue, ``kind=2``; others raise :class:`ArgumentError`."""
-        if kind == 2:
+        if is_spectral(kind):
             with self.team.together("norm") as note:
                 note.mine = max([0.0, *(float(part.norm(2)) for part in self.parts)])
             return self.like.new_tensor(max(note.all))

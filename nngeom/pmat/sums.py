@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentError
-from nngeom.pmat.arguments import require_frobenius
+from nngeom.pmat.arguments import is_spectral, require_frobenius
 from nngeom.pmat.basis import Basis
 from nngeom.pmat.damped import require_added
 from nngeom.pmat.damped_sum import added
@@ -122,7 +122,7 @@ class PMatSum(SumParts):
         blocks = self.partitioned()
         if blocks is None:
             return super().norm(kind)
-        if kind == 2:
+        if is_spectral(kind):
             return blocks.whole().matrix.norm(2)
         require_frobenius(kind)
         return blocks.norm()

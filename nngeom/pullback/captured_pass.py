@@ -24,7 +24,12 @@ from nngeom.pullback.layer_by_layer import Descent, Jacobians
 from nngeom.pullback.partial import require_whole_gradients
 from nngeom.pullback.proofs import proof_of
 from nngeom.pullback.safe import ASK, Unknown
-from nngeom.pullback.separate import answers, require_separate, require_separate_gradients
+from nngeom.pullback.separate import (
+    answers,
+    require_separate,
+    require_separate_gradients,
+    require_separate_inputs,
+)
 from nngeom.pullback.use_groups import UseGroup, build_units
 from nngeom.pullback.verify import compare
 
@@ -96,8 +101,6 @@ class Pass:
         """
         if separate:
             self.require_separate()
-        else:
-            self.proof.separate = True
         if self.keep_graph:
             v = torch.ones_like(self.capture.outputs).unsqueeze(0)
             edges = [use.edge for use in self.capture.uses]
@@ -123,10 +126,18 @@ class Pass:
     def require_separate(self) -> None:
         """Raise where parts of the batch do not run as in the whole, unless that was seen of a pass like it."""
         if not self.proof.separate:
-            require_separate(self.network, self.capture.batch, self.capture.outputs)
+            parts_run = require_separate(self.network, self.capture.batch, self.capture.outputs)
+            if parts_run and not self._keeps_apart:
+                require_separate_inputs(self.network, self.capture.batch, self.n)
             self.proof.separate = answers(self.capture.outputs)
             if not self.proof.separate:
                 require_separate_gradients(self.network, self.capture)
+
+    @property
+    def _keeps_apart(self) -> bool:
+        """Whether the graph tells that no example has a part in the rows of another."""
+        placed = all(isinstance(self.proof.place(use.place), ExampleAxis) for use in self.capture.uses)
+        return placed and not (self.proof.left | self.capture.unstructured | self.network.hooked)
 
     def _bar(self) -> None:
         """Forget the uses of parameters that are left to the fallback."""

@@ -58,8 +58,8 @@ class Proof:
         return self.places.get(j, ASK)
 
     def covers(self, capture: Capture) -> bool:
-        """Whether nothing is left to ask that could be remembered."""
-        return self.separate and self.compared.issuperset(
+        """Whether nothing is left to ask that could be remembered; examples need not be apart in training."""
+        return (self.separate or capture.training) and self.compared.issuperset(
             slot.name for recorded in capture.uses for slot in recorded.use.slots
         )
 

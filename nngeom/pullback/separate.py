@@ -32,9 +32,9 @@ MIXES = (
 )
 
 
-def require_separate(network: Network, batch: Batch, outputs: Tensor, parts: Sequence[tuple[int, int]] = ()) -> None:
+def require_separate(network: Network, batch: Batch, outputs: Tensor, parts: Sequence[tuple[int, int]] = ()) -> bool:
     """Raise :class:`CoverageError` where a part of the batch (default: each half) run by itself has other outputs than
-    in it.
+    in it; whether the parts do run.
 
     Other outputs alone are no proof: a table with as many rows as the batch has examples was cut too. Where the inputs
     are real numbers, gradients of outputs in the inputs of other examples are. Of a model that does not run on a half
@@ -48,11 +48,20 @@ def require_separate(network: Network, batch: Batch, outputs: Tensor, parts: Seq
         except Exception:
             _require_axis(batch, outputs)
             _require_same(network, batch, outputs)
-            return
+            return False
         if alone.shape == outputs[lo:hi].shape and not same_outputs(alone, outputs[lo:hi], outputs):
             _require_same(network, batch, outputs)
             if n > 1 and not inputs_are_separate(network, batch, n):
                 raise CoverageError(MIXES)
+    return True
+
+
+def require_separate_inputs(network: Network, batch: Batch, n: int) -> None:
+    """Raise :class:`CoverageError` where an output has a gradient in the inputs of another of ``n`` examples: mixed
+    within a half, they are there in a run of it too.
+    """
+    if n > 1 and inputs_are_separate(network, batch, n) is False:
+        raise CoverageError(MIXES)
 
 
 def _require_same(network: Network, batch: Batch, outputs: Tensor) -> None:
@@ -148,9 +157,9 @@ def _first_tensor(batch: Batch) -> Tensor | None:
     return next((x for x in map(_first_tensor, items) if x is not None), None)
 
 
-def inputs_are_separate(network: Network, batch: Batch, n: int) -> bool:
-    """Whether no output has a gradient in the inputs of another example; ``False`` where inputs are not real
-    numbers.
+def inputs_are_separate(network: Network, batch: Batch, n: int) -> bool | None:
+    """Whether no output has a gradient in the inputs of another example; ``None`` where inputs are not real numbers,
+    or cannot be differentiated by.
     """
     inputs: list[Tensor] = []
 
@@ -166,18 +175,23 @@ def inputs_are_separate(network: Network, batch: Batch, n: int) -> bool:
 
     with gradients_on():
         watched = watch(batch)
-        if not inputs:
-            return False
-        outputs = network.run(watched)
-        generator = torch.Generator().manual_seed(5)
-        v = outer(factors(outputs.shape, generator, outputs.detach()))
-        plain = _in_inputs(outputs, inputs, v)
-        for weight in weights(n, outputs, generator):
-            across = (-1, *[1] * (v.ndim - 1))
-            for g, h in zip(plain, _in_inputs(outputs, inputs, v * weight.view(across))):
-                expected = g * weight.to(g).view(-1, *[1] * (g.ndim - 1))
-                if not torch.allclose(h, expected, rtol=_TOLERANCE.get(h.dtype, 0.1), atol=0.0):
-                    return False
+        try:
+            return _pulled_apart(network.run(watched), inputs, n) if inputs else None
+        except Exception:  # inputs that are written in place or read as arrays, operations without a derivative, ...
+            return None
+
+
+def _pulled_apart(outputs: Tensor, inputs: list[Tensor], n: int) -> bool:
+    """Whether the gradient of every example is multiplied by the weight of its outputs, drawn for each by itself."""
+    generator = torch.Generator().manual_seed(5)
+    v = outer(factors(outputs.shape, generator, outputs.detach()))
+    plain = _in_inputs(outputs, inputs, v)
+    for weight in weights(n, outputs, generator):
+        across = (-1, *[1] * (v.ndim - 1))
+        for g, h in zip(plain, _in_inputs(outputs, inputs, v * weight.view(across))):
+            expected = g * weight.to(g).view(-1, *[1] * (g.ndim - 1))
+            if not torch.allclose(h, expected, rtol=_TOLERANCE.get(h.dtype, 0.1), atol=0.0):
+                return False
     return True
 
 

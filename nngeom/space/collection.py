@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from nngeom.core.errors import CollectionError
+from nngeom.core.errors import ArgumentTypeError, CollectionError
+from nngeom.core.given_plainly import described
 from nngeom.core.layout import Layout
 from nngeom.space.patterns import Named, Pattern, select
 from nngeom.space.walk import named_parameters
@@ -216,6 +217,8 @@ _WHOLE: weakref.WeakKeyDictionary[nn.Module, tuple[Any, LayerCollection]] = weak
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``."""
     while True:
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"model is {described(model)}; expected a torch.nn.Module")
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif "_orig_mod" in vars(model).get("_modules", ()):

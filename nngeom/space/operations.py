@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.given_plainly import require_callable
 from nngeom.core.hand import InHand
 
 V = TypeVar("V", bound="Elementwise")
@@ -30,6 +31,7 @@ class Elementwise(InHand, ABC):
 
     def apply(self: V, f: Callable[[Tensor], Tensor]) -> V:
         """``f`` of the entries, a function of the tensor ``(*batch, ...)`` that returns one of the same shape."""
+        require_callable(f, "the function of the entries")
         out = f(self.tensor)
         if not isinstance(out, Tensor) or out.shape != self.tensor.shape:
             given = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"

@@ -15,6 +15,7 @@ from nngeom.core.errors import ArgumentError, ArgumentTypeError, CollectionError
 from nngeom.core.norms import vector_norm
 from nngeom.core.whole import whole
 from nngeom.space.collection import LayerCollection, unwrap
+from nngeom.space.joined import joined, require_collection, sizes
 from nngeom.space.operations import Batched
 
 
@@ -73,23 +74,7 @@ class PVector(Batched):
     @staticmethod
     def from_dict(layer_collection: LayerCollection, tensors: Mapping[str, Tensor]) -> PVector:
         """From one tensor ``(*batch, *shape)`` a parameter of ``layer_collection``, ``tensors`` by name; copied."""
-        parts = []
-        for name, shape in zip(layer_collection.names, layer_collection.shapes):
-            if name not in tensors:
-                raise CollectionError(f"no tensor for parameter {name!r}; got {list(tensors)[:6]}")
-            t = tensors[name]
-            batch = t.shape[: t.ndim - len(shape)]
-            if tuple(t.shape[len(batch) :]) != shape:
-                raise ArgumentError(
-                    f"the tensor for {name!r} has shape {tuple(t.shape)}; expected (*batch, "
-                    f"{', '.join(map(str, shape))})"
-                )
-            parts.append(t.reshape((*batch, math.prod(shape))))
-        extra = [n for n in tensors if n not in layer_collection]
-        if extra:
-            raise CollectionError(f"{extra[:6]} are not in the collection")
-        flat = torch.cat(parts, -1)
-        return PVector(layer_collection, flat.clone() if len(parts) == 1 else flat)
+        return PVector(layer_collection, joined(require_collection(layer_collection), tensors))
 
     @staticmethod
     def zeros(
@@ -98,7 +83,7 @@ class PVector(Batched):
         """All zeros, ``(*batch, d)``, over ``layer_collection``; ``dtype`` and ``device`` are torch's defaults unless
         given.
         """
-        return PVector(layer_collection, torch.zeros(*batch, layer_collection.numel, dtype=dtype, device=device))
+        return PVector(layer_collection, torch.zeros(sizes(layer_collection, batch), dtype=dtype, device=device))
 
     @staticmethod
     def randn(
@@ -116,7 +101,7 @@ class PVector(Batched):
         device = device if device is not None else (generator.device if generator is not None else None)
         return PVector(
             layer_collection,
-            torch.randn(*batch, layer_collection.numel, generator=generator, dtype=dtype, device=device),
+            torch.randn(sizes(layer_collection, batch), generator=generator, dtype=dtype, device=device),
         )
 
     # -- reading -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nngeom.core import container, files
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, FileError
+from nngeom.core.given_plainly import as_path
 from nngeom.ranks.fingerprint import described, digest_of
 from nngeom.sweep.agreement import digests, values_of
 from nngeom.sweep.run import Run
@@ -36,7 +37,7 @@ class Asked:
         if checkpoint is None:
             return None
         try:
-            folder = os.path.abspath(os.fsdecode(checkpoint))
+            folder = os.path.abspath(as_path(checkpoint))
         except TypeError:
             raise ArgumentTypeError(f"checkpoint is {checkpoint!r}; expected the path of a folder") from None
         if isinstance(every, bool) or not isinstance(every, (int, float)) or not 0 <= every < math.inf:

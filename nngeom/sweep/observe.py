@@ -18,6 +18,7 @@ from nngeom.capture.current import require_current
 from nngeom.capture.gathered import sharded_modules
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture
+from nngeom.core.given_plainly import require_callable
 from nngeom.pullback.captured_pass import Pass
 from nngeom.ranks.team import ALONE, Team
 from nngeom.space.collection import LayerCollection, doors
@@ -65,6 +66,8 @@ class Observer:
         network = Network.build(model, None, collection, parts=self._exchanges)
         self.network, self.doors = replace(network, distributed=None), doors(model)
         self.network.registered  # noqa: B018  # now, before others are put into their place
+        if outputs is not None:
+            require_callable(outputs, "outputs")
         self.cotangents, self.pick, self.drawn = cotangents, outputs or default_outputs, 0
         self.part_of, self._left_to_fallback = part_of, set[str]()
         self.team = team

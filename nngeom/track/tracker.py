@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from nngeom.analysis.complexity import evaluating
-from nngeom.core.errors import ArgumentError, FileError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, FileError
+from nngeom.core.given_plainly import described
 from nngeom.core.html import card
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Function, Run
@@ -77,7 +78,12 @@ class Tracker:
         tensorboard: str | os.PathLike[str] | None = None,
         writers: Iterable[Writer] = (),
     ):
+        if isinstance(metrics, str) or not isinstance(metrics, Iterable):
+            raise ArgumentTypeError(f"metrics is {described(metrics)}; expected a list of names and functions")
         metrics = tuple(metrics)
+        odd = [m for m in metrics if not isinstance(m, str) and not callable(m)]
+        if odd:
+            raise ArgumentTypeError(f"metrics holds {described(odd[0])}; expected names and functions")
         unknown = [m for m in metrics if isinstance(m, str) and m not in QUANTITIES]
         if unknown:
             raise ArgumentError(

@@ -98,7 +98,7 @@ def approximation_report(
     Source: George 2023, thesis, section 3.4.1.
     """
     matrices = dict(M) if isinstance(M, Mapping) else {type(M).__name__: M}
-    for name, m in (*matrices.items(), ("reference", reference)):
+    for name, m in (("reference", reference), *matrices.items()):
         if not isinstance(m, ParameterOperator):
             raise ArgumentTypeError(f"{name} is {type(m).__name__}; expected a parameter-space matrix")
         reference.layer_collection.require(m.layer_collection, f"the matrix {name!r}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nngeom.capture.graph import unexplained
-from nngeom.capture.network import Batch, Network, gradients_on, take
+from nngeom.capture.network import Batch, Network, gradients_on, require_finite, take
 from nngeom.capture.recorder import Capture, record
 from nngeom.core.errors import NNGeomError
 from nngeom.pullback.axes import ExampleAxis
@@ -53,17 +53,20 @@ class Effect:
 @dataclass(frozen=True, repr=False)
 class Diagnosis(Shown):
     """Two tables, ``findings`` and ``effects``; print them. ``diagnosis[name]`` is the :class:`Finding` of a parameter,
-    or the :class:`Effect` of that name.
+    or the :class:`Effect` of that name. ``refused``: why measures refuse the model on this batch; ``""`` where they
+    take it.
     """
 
     findings: tuple[Finding, ...]
     effects: tuple[Effect, ...]
+    refused: str = ""
 
     def frames(self) -> Iterator[Frame]:
         """Two tables: of the parameters, and of what the outputs depend on."""
         head = ["parameter", "used in", "rows", "complete", "placed", "right"]
         body = [[f.name, ", ".join(f.operations) or "-", f.rows, f.complete, f.placed, f.right] for f in self.findings]
         told = [[e.name, "-" if e.change is None else f"{e.change:.1e}", e.note] for e in self.effects]
+        told += [["refused by measures", "-", self.refused]] if self.refused else []
         yield Frame(head, body)
         yield Frame(["outputs against", "change", ""], told)
 
@@ -91,9 +94,10 @@ def diagnose(
     *placed* and *right* by the graph alone, by numbers, or by numbers in every batch (see "The check" in the page on
     concepts), or come from the per-example fallback, and why. Of the outputs: how much they change with the number of
     examples in the batch, their order, a repeated call, padding (batches with an ``attention_mask``), and the dtype.
+    ``refused`` says what a measure of rows raises on this batch.
 
     Raises what :func:`FIM` raises for models that are random or keep a state, :class:`OutputError` and
-    :class:`ArgumentTypeError`; a model that mixes examples is reported.
+    :class:`ArgumentTypeError`; a model that mixes examples, or has outputs that are not finite, is reported.
     """
     network = Network.build(model, function, layer_collection)
     moved = next(iter(network.batches([batch])))
@@ -107,7 +111,20 @@ def diagnose(
     run.resolve(check=True)
     run.prove(separate=False)
     told = lambda name: _finding(name, tuple(operations.get(name, ())), run, unknown)
-    return Diagnosis(tuple(told(name) for name in network.collection.names), tuple(_effects(network, capture)))
+    findings = tuple(told(name) for name in network.collection.names)
+    return Diagnosis(findings, tuple(_effects(network, capture)), _refusal(run))
+
+
+def _refusal(run: Pass) -> str:
+    """What a measure says instead of giving rows."""
+    outputs = run.capture.values
+    try:
+        require_finite(outputs, "outputs", 0)
+        run.require_separate()
+        run.pull(torch.ones_like(outputs).unsqueeze(0))
+    except NNGeomError as error:
+        return str(error)
+    return ""
 
 
 def _finding(name: str, operations: tuple[str, ...], run: Pass, unknown: set[str]) -> Finding:
@@ -115,7 +132,7 @@ def _finding(name: str, operations: tuple[str, ...], run: Pass, unknown: set[str
     if name in captured:
         uses = [r for r in run.capture.uses if any(slot.name == name for slot in r.use.slots)]
         by_graph = all(isinstance(run.proof.place(use.place), ExampleAxis) for use in uses)
-        right = "compared" if name in run.proof.compared else "not compared: its gradient is zero here"
+        right = "compared" if name in run.proof.compared else "not compared: its gradient is zero here, or rounding"
         return Finding(name, operations, "captured", "graph", "graph" if by_graph else "numbers, every batch", right)
     if name not in run.rest:
         return Finding(name, operations, "unused", "graph", "-", "-")

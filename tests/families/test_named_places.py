@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import nngeom as nng
+
 from .named import Model, inputs, jacobian_holds
 from .placings import Permuted
 from .pools import POOLS
@@ -86,6 +88,38 @@ def test_the_mixing_of_later_examples_is_seen():
         return m.b(torch.cat([h[:4], h[4:] + 0.1 * h[4:].roll(1, 0)]))
 
     jacobian_holds(Model(mixed), inputs(8))
+
+
+GROUPS = {
+    "means of pairs": lambda g: g - g.mean(1, keepdim=True),
+    "statistics of pairs": lambda g: (g - g.mean(1, keepdim=True)) / (1 + g.var(1, keepdim=True)).sqrt(),
+    "swapped": lambda g: g.flip(1),
+    "attention in pairs": lambda g: (g @ g.mT).softmax(-1) @ g,
+}
+MEASURES = {
+    "jacobian": lambda m, x: nng.Jacobian(m, [x]),
+    "products": lambda m, x: nng.Jacobian(m, [x], nng.PushForwardImplicit),
+    "kernel": lambda m, x: nng.GramMatrix(m, [x]),
+    "fisher": lambda m, x: nng.FIM(m, [x], nng.PMatDense),
+    "kfac": lambda m, x: nng.FIM(m, [x]),
+    "implicit": lambda m, x: nng.FIM(m, [x], nng.PMatImplicit),
+    "hessian": lambda m, x: nng.Hessian(m, [(x, torch.zeros(len(x), 3).to(x))], nng.PMatDense, loss="mse"),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_examples_mixed_within_halves_are_seen_in_their_inputs(group, measure):
+    """Pairs, of which each half of the batch holds whole ones, are the same in a run of a half."""
+
+    def mixed(m, x):
+        h = m.a(x)
+        pairs = GROUPS[group](h[: len(h) // 2 * 2].unflatten(0, (-1, 2))).flatten(0, 1)
+        return m.b(torch.cat([pairs, h[len(pairs) :]]).tanh())
+
+    for n in (4, 8):
+        with pytest.raises(nng.CoverageError, match="mixes"):
+            MEASURES[measure](Model(mixed), inputs(n))
 
 
 def test_a_readout_of_many_small_graphs():
