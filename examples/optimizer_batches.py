@@ -57,7 +57,7 @@ def plot(path: Path, image: Path) -> None:
     import matplotlib.pyplot as plt
 
     methods = json.loads(path.read_text())["methods"]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 5), sharey=True)
     panels = ([c for c in CELLS if c[1] == "constant"], [c for c in CELLS if c[0] == 200])
     for axis, cells, title in zip(axes, panels, ("batch size", "schedule, batches of 200")):
         for method, style in zip(METHODS, ("-.", "-", "--", ":")):
@@ -71,11 +71,11 @@ def plot(path: Path, image: Path) -> None:
                 axis.plot(seconds, losses.mean(0), style, color=f"C{k}", label=f"{method}: {what}", lw=1.2)
                 axis.fill_between(seconds, losses.amin(0), losses.amax(0), alpha=0.15, color=f"C{k}", lw=0)
         axis.set(title=title, xlabel="seconds of processor time", yscale="log")
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=7, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     axes[0].set_ylabel("loss of digits held out")
     figure.tight_layout()
     image.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(image, dpi=90)
+    figure.savefig(image, dpi=90, bbox_inches="tight")
 
 
 def main() -> None:
