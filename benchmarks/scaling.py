@@ -125,6 +125,7 @@ def exponent(x: list[int], y: list[float]) -> float:
 def plot(found: dict[str, Any], path: str) -> None:
     """One panel a study, time and memory on logarithmic axes."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(2, 4, figsize=(13, 6))
     for axis, (title, s) in zip(axes.flat, found.items()):
@@ -132,12 +133,16 @@ def plot(found: dict[str, Any], path: str) -> None:
         if s["memory_exponent"] is not None:
             axis.loglog(
                 s["values"],
-                [b / 2**30 for b in s["peak_bytes"]],
+                [b / 2**30 or float("nan") for b in s["peak_bytes"]],  # nothing beyond the result: no point
                 "s--",
                 label=f"peak GiB, exponent {s['memory_exponent']:.2f}",
             )
-        axis.set_title(title, fontsize=9)
-        axis.legend(fontsize=7)
+        axis.set_title(title, fontsize=10)
+        axis.legend(fontsize=8.5)
+        axis.margins(y=0.3)
+        axis.set_xticks(s["values"], [f"{value:,}".replace(",", " ") for value in s["values"]])
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_minor_formatter(NullFormatter())
     for axis in list(axes.flat)[len(found) :]:
         axis.axis("off")
     figure.tight_layout()

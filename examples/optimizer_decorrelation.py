@@ -129,7 +129,7 @@ def plot_sensitivity(folder: Path) -> None:
 
     results = json.loads((DOCS / "data" / "autoencoder.json").read_text())["grid"]
     damped = {method: cells for method, cells in results.items() if cells[0]["damping"] is not None}
-    figure, axes = plt.subplots(2, len(damped), figsize=(2.1 * len(damped), 4.6), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, len(damped), figsize=(2.2 * len(damped), 5), sharex=True, sharey=True)
     for column, (method, cells) in zip(axes.T, damped.items()):
         rates, dampings = (sorted({cell[key] for cell in cells}) for key in ("lr", "damping"))
         for axis, momentum in zip(column, (0.0, 0.9)):
@@ -139,11 +139,11 @@ def plot_sensitivity(folder: Path) -> None:
                     grid[dampings.index(cell["damping"]), rates.index(cell["lr"])] = math.log10(cell["final"])
             shown = axis.imshow(grid, origin="lower", vmin=math.log10(0.4), vmax=math.log10(4), cmap="viridis_r")
             axis.set(xticks=range(len(rates)), yticks=range(len(dampings)))
-            axis.set_xticklabels([f"{x:g}" for x in rates], fontsize=6, rotation=60)
-            axis.set_yticklabels([f"{x:g}" for x in dampings], fontsize=6)
-            axis.set_title(f"{method}\nmomentum {momentum:g}", fontsize=7)
-    figure.supxlabel("learning rate", fontsize=8)
-    figure.supylabel("damping", fontsize=8)
+            axis.set_xticklabels([f"{x:g}" for x in rates], fontsize=9, rotation=60)
+            axis.set_yticklabels([f"{x:g}" for x in dampings], fontsize=9)
+            axis.set_title(f"{method}\nmomentum {momentum:g}".replace(" balanced", "\nbalanced"), fontsize=9)
+    figure.supxlabel("learning rate", fontsize=10)
+    figure.supylabel("damping", fontsize=10)
     bar = figure.colorbar(shown, ax=axes, shrink=0.8, ticks=[math.log10(x) for x in (0.5, 1, 2, 4)], label="loss")
     bar.ax.set_yticklabels(["0.5", "1", "2", "4"])
     _save(figure, folder / "images" / "sensitivity.png")
