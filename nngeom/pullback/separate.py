@@ -4,7 +4,7 @@ whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -176,19 +176,22 @@ def inputs_are_separate(network: Network, batch: Batch, n: int) -> bool | None:
     with gradients_on():
         watched = watch(batch)
         try:
-            return _pulled_apart(network.run(watched), inputs, n) if inputs else None
+            return _pulled_apart(lambda: network.run(watched), inputs, n) if inputs else None
         except Exception:  # inputs that are written in place or read as arrays, operations without a derivative, ...
             return None
 
 
-def _pulled_apart(outputs: Tensor, inputs: list[Tensor], n: int) -> bool:
-    """Whether the gradient of every example is multiplied by the weight of its outputs, drawn for each by itself."""
-    generator = torch.Generator().manual_seed(5)
+def _pulled_apart(run: Callable[[], Tensor], inputs: list[Tensor], n: int) -> bool:
+    """Whether the gradient of every example is multiplied by the weight of its outputs, drawn for each by itself.
+
+    Each gradient is of a ``run`` of its own: functions that users wrote may change what they saved.
+    """
+    outputs, generator = run(), torch.Generator().manual_seed(5)
     v = outer(factors(outputs.shape, generator, outputs.detach()))
     plain = _in_inputs(outputs, inputs, v)
     for weight in weights(n, outputs, generator):
         across = (-1, *[1] * (v.ndim - 1))
-        for g, h in zip(plain, _in_inputs(outputs, inputs, v * weight.view(across))):
+        for g, h in zip(plain, _in_inputs(run(), inputs, v * weight.view(across))):
             expected = g * weight.to(g).view(-1, *[1] * (g.ndim - 1))
             if not torch.allclose(h, expected, rtol=_TOLERANCE.get(h.dtype, 0.1), atol=0.0):
                 return False
@@ -196,5 +199,5 @@ def _pulled_apart(outputs: Tensor, inputs: list[Tensor], n: int) -> bool:
 
 
 def _in_inputs(outputs: Tensor, inputs: list[Tensor], v: Tensor) -> list[Tensor]:
-    grads = torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(outputs, inputs, v, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)]
