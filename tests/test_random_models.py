@@ -190,7 +190,7 @@ def test_random_models(problem):
 
 @pytest.mark.slow
 @given(problems())
-@settings(max_examples=80_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
 def test_many_random_models(problem):
     agree(problem)
 

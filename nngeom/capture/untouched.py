@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nngeom.capture.arguments import tensors
 from nngeom.capture.attributes import Attributes
@@ -196,7 +197,7 @@ def _watched(run: Callable[[], Tensor], watch: Watch) -> tuple[Tensor, _Draws]:
     draws = _Draws(watch._generators())
     watch.harmless = True
     try:
-        with watch.own(draws.private), draws:
+        with watch.own(draws.private), _Uses(draws), draws:
             return run(), draws
     finally:
         watch.harmless = False
@@ -229,11 +230,15 @@ class _Draws(TorchFunctionMode):
         self.drawn: dict[int, tuple[Tensor, str]] = {}
         self.after: list[Tensor] = []  # the states of the generators after the last draw from one of them
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def see(self, args: Any, kwargs: Any) -> None:
+        """What an operation takes."""
         for x in tensors(args, kwargs):
             if self.used is None and id(x) in self.drawn:
                 self.used = self.drawn[id(x)][1]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.see(args, kwargs)
         private = kwargs.get("generator")
         if isinstance(private, torch.Generator):
             self.private.setdefault(private, private.get_state())
@@ -248,3 +253,17 @@ class _Draws(TorchFunctionMode):
             for x in tensors((out,)):
                 self.drawn[id(x)] = (x, name)
         return out
+
+
+class _Uses(TorchDispatchMode):
+    """Sees what is done with numbers that were drawn where functions do not tell: in scripts, in functions with a
+    backward pass of their own.
+    """
+
+    def __init__(self, draws: _Draws) -> None:
+        super().__init__()
+        self.draws = draws
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.draws.see(args, kwargs or {})
+        return func(*args, **(kwargs or {}))

@@ -78,6 +78,19 @@ def test_random_or_stateful_passes_are_a_mode_error(noise):
     assert not wrong, "\n".join(wrong)
 
 
+MENDED = [  # drawn once, wrong once
+    "placing=topk moment=trained wrapper=parameter_hooks n=5 seed=1",
+    "body=recurrent placing=topk moment=trained wrapper=parameter_hooks n=8",
+    *(f"wrapper=scripted noise={noise} n=3" for noise in ("gumbel_softmax", "randn_like", "rand", "bernoulli")),
+]
+
+
+@pytest.mark.parametrize("recipe", MENDED)
+def test_what_was_wrong_once(recipe):
+    outcome = run(Recipe.parse(recipe))
+    assert outcome.kind not in FAILURES, outcome
+
+
 def test_a_recipe_is_what_its_text_says():
     rng = random.Random(0)
     for seed in rng.sample(range(MANY), 200):

@@ -46,7 +46,24 @@ def drop_path(m, x):
     return m.b(h * torch.empty(len(x), 1, dtype=x.dtype).bernoulli_(0.8))
 
 
+class Product(torch.autograd.Function):
+    """An operation that those who watch torch's functions are not told of; nor are they of what a script does."""
+
+    @staticmethod
+    def forward(ctx, x, z):
+        ctx.save_for_backward(z)
+        return x * z
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0], None
+
+
+SCRIPT = torch.jit.script(nn.Linear(5, 5).double())
+
 RANDOM = {
+    "in a script": lambda m, x: m.b(m.a(x) * SCRIPT(torch.randn(5, dtype=f64))),
+    "in a function of one's own": lambda m, x: m.b(Product.apply(m.a(x), torch.randn(5, dtype=f64))),
     "drop path": drop_path,
     "gumbel softmax": lambda m, x: m.b(F.gumbel_softmax(m.a(x))),
     "randn_like": lambda m, x: m.b(m.a(x) + torch.randn_like(m.a(x))),
