@@ -51,7 +51,7 @@ class QuadraticModel:
         if any(LAST in state[p] for p in moved):
             pieces = gradients.split(gradient).items()
             last = [state[p][LAST] if LAST in state[p] else torch.zeros_like(x) for p, x in pieces]
-            directions.append(torch.cat([x.flatten() for x in last]))
+            directions.append(torch.cat([x.flatten() for x in last]).to(gradient.dtype))
         slopes = _products(gradient, directions)
         curvature = self._curvature(directions)
         if not bool(torch.isfinite(curvature).all()):
@@ -64,9 +64,10 @@ class QuadraticModel:
         for x, d in zip(c[1:].tolist(), directions[1:]):
             step.add_(d, alpha=x)
         places = gradients.split(step)
-        torch._foreach_add_(moved, [places[p].to(p.dtype) for p in moved])
-        for p in moved:
-            state[p][LAST] = places[p]
+        steps = [places[p].to(p.dtype) for p in moved]
+        torch._foreach_add_(moved, steps)
+        for p, x in zip(moved, steps):
+            state[p][LAST] = x
         return float(slopes @ c + 0.5 * c @ curvature @ c)
 
     def _curvature(self, directions: list[Tensor]) -> Tensor:
