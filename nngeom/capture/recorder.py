@@ -30,7 +30,8 @@ from nngeom.capture.network import Batch, Network, gradients_on
 from nngeom.capture.overwritten import may_write
 from nngeom.capture.recorded import Recorded
 from nngeom.capture.sorted_sequences import SortedSequences
-from nngeom.capture.untouched import Drew, require_unused
+from nngeom.capture.untouched import Drew
+from nngeom.capture.unused import require_unused
 from nngeom.core.errors import ModeError
 from nngeom.layers.adapter import ADAPTERS, Call
 from nngeom.layers.elementwise import ADDITIONS

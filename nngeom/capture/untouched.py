@@ -3,27 +3,23 @@ matters.
 
 A pass that draws random numbers, or that changes a buffer or a parameter, would be another one the next time; so would
 one that carries a state on in other attributes (:mod:`~nngeom.capture.attributes`). What it left is put back, also when
-it raised. Numbers that are drawn and never used are let pass.
+it raised. Numbers that are drawn and never used are let pass (:mod:`~nngeom.capture.unused`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from nngeom.capture.arguments import tensors
 from nngeom.capture.attributes import Attributes
 from nngeom.capture.other_states import OtherStates, OwnGenerators
 from nngeom.capture.overwritten import Overwritten
 from nngeom.core.errors import ModeError
 
-_HINT = "so a measure of it would be random: call model.eval(), or fix what it draws"
+HINT = "so a measure of it would be random: call model.eval(), or fix what it draws"
 
 
 class Drew(ModeError):
@@ -57,7 +53,7 @@ class Watch:
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
         """Within: what happens to buffers and random numbers is put back, and raises :class:`ModeError`."""
-        generators = self._generators()
+        generators = self.generators()
         before = [g.get_state() for g in generators]
         others, own = None if self._looked else OtherStates(), self._own.states()
         attributes = self._attributes.hold()
@@ -67,7 +63,7 @@ class Watch:
             yield
             finished = True
         finally:
-            drew = [_differ(g.get_state(), state) for g, state in zip(generators, before)]
+            drew = [differ(g.get_state(), state) for g, state in zip(generators, before)]
             for g, state in zip(generators, before):
                 if any(drew):
                     g.set_state(state)
@@ -83,7 +79,7 @@ class Watch:
                 "next time: do it before, or as a parametrization (torch.nn.utils.parametrize). They were put back"
             )
         if other:
-            raise ModeError(f"the model draws random numbers of {other} in its forward pass, {_HINT}")
+            raise ModeError(f"the model draws random numbers of {other} in its forward pass, {HINT}")
         if changed:
             raise ModeError(
                 f"the forward pass changes the buffers or tensors {changed[:4]} of the model, so that it is another "
@@ -94,7 +90,7 @@ class Watch:
                 "put back"
             )
         if any(drew) and not self.harmless:
-            raise Drew(f"the model draws random numbers in its forward pass, {_HINT}")
+            raise Drew(f"the model draws random numbers in its forward pass, {HINT}")
 
     @contextlib.contextmanager
     def own(self, states: dict[torch.Generator, Tensor]) -> Iterator[None]:
@@ -104,10 +100,10 @@ class Watch:
         finally:
             drew = False
             for generator, state in states.items():
-                drew |= _differ(generator.get_state(), state)
+                drew |= differ(generator.get_state(), state)
                 generator.set_state(state)
         if drew and not self.harmless:
-            raise Drew(f"the model draws random numbers in its forward pass, {_HINT}")
+            raise Drew(f"the model draws random numbers in its forward pass, {HINT}")
 
     def require_idle(self, run: Callable[[], Tensor], outputs: Tensor) -> None:
         """Raise :class:`ModeError` where ``run`` gives other ``outputs`` when it finds the attributes that the last
@@ -115,7 +111,8 @@ class Watch:
         """
         self._attributes.require_idle(run, outputs, self._name)
 
-    def _generators(self) -> list[torch.Generator]:
+    def generators(self) -> list[torch.Generator]:
+        """Torch's own, of the host and of the model's device."""
         found = [torch.default_generator]
         if self.device.type == "cuda":
             found.append(torch.cuda.default_generators[self.device.index or 0])
@@ -165,7 +162,7 @@ def _plain(module: nn.Module) -> list[str]:
     return [key for key, x in module.__dict__.items() if isinstance(x, Tensor) and not x.requires_grad]
 
 
-def _differ(state: Tensor, other: Tensor) -> bool:
+def differ(state: Tensor, other: Tensor) -> bool:
     """Whether two states of a generator, which lie in the memory of the host, are not the same."""
     return bytes(state.numpy()) != bytes(other.numpy())
 
@@ -176,94 +173,3 @@ def _equal(x: Tensor | None, y: Tensor | None) -> bool:
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     return torch.equal(x, y) or bool((x.isnan() == y.isnan()).all() and torch.equal(x.nan_to_num(), y.nan_to_num()))
-
-
-def require_unused(run: Callable[[], Tensor], watch: Watch) -> None:
-    """Raise :class:`ModeError` where random numbers that ``run`` draws go into another operation, or are its outputs.
-
-    Numbers that are the same whatever the state of the generators before, as those of one that the pass seeds itself,
-    are none.
-    """
-    outputs, draws = _watched(run, watch)
-    if id(outputs) in draws.drawn:
-        draws.used = draws.drawn[id(outputs)][1]
-    if (draws.used is not None or not draws.drawn) and not _constant(run, watch, outputs, draws):
-        where = f", by {draws.used}" if draws.used else ""
-        raise ModeError(f"the model draws random numbers in its forward pass{where}, {_HINT}")
-    watch.harmless = True
-
-
-def _watched(run: Callable[[], Tensor], watch: Watch) -> tuple[Tensor, _Draws]:
-    draws = _Draws(watch._generators())
-    watch.harmless = True
-    try:
-        with watch.own(draws.private), _Uses(draws), draws:
-            return run(), draws
-    finally:
-        watch.harmless = False
-
-
-def _constant(run: Callable[[], Tensor], watch: Watch, outputs: Tensor, first: _Draws) -> bool:
-    """Whether the same numbers are drawn from other states."""
-    generators = [*watch._generators(), *first.private]
-    states = [g.get_state() for g in generators]
-    try:
-        for g in generators:
-            g.manual_seed(20_240_229)
-        again, second = _watched(run, watch)
-    finally:
-        for g, state in zip(generators, states):
-            g.set_state(state)
-    told = lambda draws: [*draws.private.values(), *draws.after]
-    same = len(first.private) == len(second.private) and len(first.after) == len(second.after)
-    return same and not any(map(_differ, told(first), told(second))) and torch.equal(outputs, again)
-
-
-class _Draws(TorchFunctionMode):
-    """Sees which operation draws, and whether what it drew is used."""
-
-    def __init__(self, generators: list[torch.Generator]) -> None:
-        super().__init__()
-        self.generators = generators
-        self.private: dict[torch.Generator, Tensor] = {}  # generators given to calls, with their states before
-        self.used: str | None = None  # the operation that drew what is used
-        self.drawn: dict[int, tuple[Tensor, str]] = {}
-        self.after: list[Tensor] = []  # the states of the generators after the last draw from one of them
-
-    def see(self, args: Any, kwargs: Any) -> None:
-        """What an operation takes."""
-        for x in tensors(args, kwargs):
-            if self.used is None and id(x) in self.drawn:
-                self.used = self.drawn[id(x)][1]
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.see(args, kwargs)
-        private = kwargs.get("generator")
-        if isinstance(private, torch.Generator):
-            self.private.setdefault(private, private.get_state())
-        watched = [*self.generators, *self.private]
-        before = [g.get_state() for g in watched]
-        out = func(*args, **kwargs)
-        differ = [_differ(g.get_state(), state) for g, state in zip(watched, before)]
-        if any(differ[: len(self.generators)]):
-            self.after = [g.get_state() for g in self.generators]
-        if any(differ):
-            name = resolve_name(func) or getattr(func, "__name__", str(func))
-            for x in tensors((out,)):
-                self.drawn[id(x)] = (x, name)
-        return out
-
-
-class _Uses(TorchDispatchMode):
-    """Sees what is done with numbers that were drawn where functions do not tell: in scripts, in functions with a
-    backward pass of their own.
-    """
-
-    def __init__(self, draws: _Draws) -> None:
-        super().__init__()
-        self.draws = draws
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.draws.see(args, kwargs or {})
-        return func(*args, **(kwargs or {}))

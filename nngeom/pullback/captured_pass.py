@@ -135,7 +135,11 @@ class Pass:
 
     @property
     def _keeps_apart(self) -> bool:
-        """Whether the graph tells that no example has a part in the rows of another."""
+        """Whether the graph tells that no example has a part in the rows of another, or that each is asked by itself
+        for functions that are registered on gradients.
+        """
+        if self.capture.hooked or self.capture.graph().module_hooks:
+            return True
         placed = all(isinstance(self.proof.place(use.place), ExampleAxis) for use in self.capture.uses)
         return placed and not (self.proof.left | self.capture.unstructured | self.network.hooked)
 

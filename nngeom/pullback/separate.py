@@ -165,7 +165,7 @@ def inputs_are_separate(network: Network, batch: Batch, n: int) -> bool | None:
 
     def watch(x: Any) -> Any:
         if isinstance(x, Tensor):
-            if x.is_floating_point() and x.ndim and x.shape[0] == n:
+            if x.is_floating_point() and not x.is_nested and x.ndim and x.shape[0] == n:
                 inputs.append(x.detach().requires_grad_())
                 return inputs[-1]
             return x
