@@ -128,7 +128,7 @@ class Pass:
         if not self.proof.separate:
             parts_run = require_separate(self.network, self.capture.batch, self.capture.outputs)
             if parts_run and not self._keeps_apart:
-                require_separate_inputs(self.network, self.capture.batch, self.n)
+                require_separate_inputs(self.network, self.capture.batch, self.capture.outputs)
             self.proof.separate = answers(self.capture.outputs)
             if not self.proof.separate:
                 require_separate_gradients(self.network, self.capture)

@@ -56,12 +56,28 @@ def require_separate(network: Network, batch: Batch, outputs: Tensor, parts: Seq
     return True
 
 
-def require_separate_inputs(network: Network, batch: Batch, n: int) -> None:
-    """Raise :class:`CoverageError` where an output has a gradient in the inputs of another of ``n`` examples: mixed
-    within a half, they are there in a run of it too.
+def require_separate_inputs(network: Network, batch: Batch, outputs: Tensor) -> None:
+    """Raise :class:`CoverageError` where an output has a gradient in the inputs of another example: mixed within a
+    half, they are there in a run of it too. Where inputs have none, every second example is run without the others.
     """
-    if n > 1 and inputs_are_separate(network, batch, n) is False:
-        raise CoverageError(MIXES)
+    if len(outputs) > 1:
+        apart = inputs_are_separate(network, batch, len(outputs))
+        if apart is False or (apart is None and not _second_are_separate(network, batch, outputs.detach())):
+            raise CoverageError(MIXES)
+
+
+def _second_are_separate(network: Network, batch: Batch, outputs: Tensor) -> bool:
+    """Whether every second example has the same outputs without the others, or does not run without them."""
+    n = len(outputs)
+    for places in (list(range(first, n, 2)) for first in (0, 1)):
+        try:
+            with gradients_on():
+                alone = network.run(take(batch, places, n)).detach()
+        except Exception:
+            return True
+        if alone.shape == outputs[places].shape and not same_outputs(alone, outputs[places], outputs):
+            return False
+    return True
 
 
 def _require_same(network: Network, batch: Batch, outputs: Tensor) -> None:

@@ -122,6 +122,20 @@ def test_examples_mixed_within_halves_are_seen_in_their_inputs(group, measure):
             MEASURES[measure](Model(mixed), inputs(n))
 
 
+@pytest.mark.parametrize("measure", ["jacobian", "kernel", "fisher", "implicit"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_tokens_mixed_within_halves_are_seen_by_every_second_example(group, measure):
+    """Pairs again, of inputs that have no gradients."""
+
+    def mixed(m, x):
+        h = m.a(torch.nn.functional.one_hot(x, 4).to(m.a.weight.dtype).cumsum(1).sum(1))
+        return m.b(GROUPS[group](h.unflatten(0, (-1, 2))).flatten(0, 1).tanh())
+
+    tokens = torch.randint(0, 4, (8, 3), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(nng.CoverageError, match="mixes"):
+        MEASURES[measure](Model(mixed), tokens)
+
+
 def test_a_readout_of_many_small_graphs():
     """Nodes of eight graphs in one table, in no order."""
 
