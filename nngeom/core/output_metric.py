@@ -90,7 +90,8 @@ class PartMetric(OutputMetric):
         return self.metric.diagonal()[:, self.lo : self.hi]
 
     def total(self) -> Tensor:
-        return self.total_times(torch.eye(self.hi - self.lo).to(self.metric.diagonal()))
+        like = self.metric.diagonal()
+        return self.total_times(torch.eye(self.hi - self.lo, dtype=like.dtype, device=like.device))
 
     def total_times(self, x: Tensor) -> Tensor:
         return torch.cat([self.metric.total_times(u)[self.lo : self.hi] for u in self._among_all(x)], 1)
