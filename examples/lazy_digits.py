@@ -110,7 +110,8 @@ def run(name: str, alpha: float, seed: int, args: argparse.Namespace) -> dict[st
     x, y, outputs, measure = experiment(name, seed, args)
     torch.manual_seed(seed)
     model = Residual(x.shape[1], 64, outputs).double()
-    probe = [(x[:60], y[:60])]
+    count = 10 if args.quick else 60
+    probe = [(x[:count], y[:count])]
 
     def everything(scaled: nn.Module, each: Tensor) -> dict[str, Any]:
         now = linearity(scaled, None, probe)
