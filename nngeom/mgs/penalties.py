@@ -100,7 +100,8 @@ def logdet_penalty(
     require_real(jitter, "jitter")
     if not jitter > 0:
         raise ArgumentError(f"jitter is {jitter}; expected a positive number: the kernel may be singular")
-    kernel = GramMatrix(model, one_batch(inputs), function=function, layer_collection=layer_collection, differentiable=True)
+    batch = one_batch(inputs)
+    kernel = GramMatrix(model, batch, function=function, layer_collection=layer_collection, differentiable=True)
     value = kernel.logdet(jitter)
     return value if reduction == "sum" else value / kernel.shape[0]
 
