@@ -24,12 +24,7 @@ from nngeom.pullback.layer_by_layer import Descent, Jacobians
 from nngeom.pullback.partial import require_whole_gradients
 from nngeom.pullback.proofs import proof_of
 from nngeom.pullback.safe import ASK, Unknown
-from nngeom.pullback.separate import (
-    answers,
-    require_separate,
-    require_separate_gradients,
-    require_separate_inputs,
-)
+from nngeom.pullback.separate import answers, require_separate, require_separate_gradients
 from nngeom.pullback.use_groups import UseGroup, build_units
 from nngeom.pullback.verify import compare
 
@@ -126,9 +121,7 @@ class Pass:
     def require_separate(self) -> None:
         """Raise where parts of the batch do not run as in the whole, unless that was seen of a pass like it."""
         if not self.proof.separate:
-            parts_run = require_separate(self.network, self.capture.batch, self.capture.outputs)
-            if parts_run and not self._keeps_apart:
-                require_separate_inputs(self.network, self.capture.batch, self.capture.outputs)
+            require_separate(self.network, self.capture.batch, self.capture.outputs, placed=self._keeps_apart)
             self.proof.separate = answers(self.capture.outputs)
             if not self.proof.separate:
                 require_separate_gradients(self.network, self.capture)
