@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nngeom.capture.batch import rows
 from nngeom.capture.network import Batch, Network, gradients_on, take
 from nngeom.capture.recorder import Capture
 from nngeom.capture.remedies import gradients as gradients_of
@@ -51,7 +52,8 @@ def require_separate(
             _require_same(network, batch, outputs)
             _require_own(network, batch, outputs)
             return
-        if alone.shape == outputs[part].shape and not same_outputs(alone, outputs[part], outputs):
+        within = rows(outputs, part)
+        if alone.shape == within.shape and not same_outputs(alone, within, outputs):
             _require_same(network, batch, outputs)
             _require_own(network, batch, outputs, runs=True)
             return
