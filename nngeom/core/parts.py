@@ -38,7 +38,7 @@ def features(j: LayerJacobian, lo: int, hi: int) -> LayerJacobian:
 @features.register
 def _(j: FactoredJacobian, lo: int, hi: int) -> LayerJacobian:
     if j.g.shape[3] > 1:
-        return FactoredJacobian(j.a[:, :, lo:hi], j.g[:, :, :, lo:hi])
+        return FactoredJacobian(j.a[:, :, lo:hi], j.g[:, :, :, lo:hi], j.each)
     return replace(j, g=j.g[..., lo:hi])
 
 
@@ -66,7 +66,7 @@ def inputs(j: LayerJacobian, lo: int, hi: int) -> LayerJacobian:
 
 @inputs.register
 def _(j: FactoredJacobian, lo: int, hi: int) -> LayerJacobian:
-    return FactoredJacobian(j.a[..., lo:hi], j.g)
+    return FactoredJacobian(j.a[..., lo:hi], j.g, j.each)
 
 
 @inputs.register
