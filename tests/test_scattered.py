@@ -131,6 +131,45 @@ def test_the_step_of_an_optimizer_is_the_solve(preset):
     assert near(step, matrix.solve(g, damping))
 
 
+class Sorted(nn.Module):
+    """Two of three experts for every token, without biases: one parameter and products in groups, or a layer each."""
+
+    def __init__(self, grouped):
+        super().__init__()
+        torch.manual_seed(0)
+        matrices = torch.randn(3, 8, D)
+        self.experts = nn.Parameter(matrices) if grouped else nn.ParameterList([*matrices])
+        self.gate, self.head = nn.Linear(D, 3), nn.Linear(8, C)
+
+    def forward(self, x):
+        z = x.flatten(0, 1)
+        weights, chosen = self.gate(z).softmax(-1).topk(2, -1)
+        expert, order = chosen.flatten().sort(stable=True)
+        ends = expert.bincount(minlength=3).cumsum(0)
+        rows = z[order // 2]
+        if isinstance(self.experts, nn.Parameter):
+            out = F.grouped_mm(rows, self.experts.mT, offs=ends.int())
+        else:
+            out = torch.cat([F.linear(r, w) for r, w in zip(rows.tensor_split(ends[:-1]), self.experts)])
+        out = out.tanh() * weights.flatten()[order].unsqueeze(1)
+        return self.head(out.new_zeros(len(z), 8).index_add(0, order // 2, out).unflatten(0, x.shape[:2]).mean(1))
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no products in groups")
+@pytest.mark.parametrize("kind", ["dense", "diag", "kfac", "kfac-reduce", "ekfac", "implicit"])
+def test_products_in_groups_are_those_of_a_layer_each(kind):
+    """Rows, and the factors of every expert: its own rows count."""
+    x = X.float()
+    kind = nng.PMatKFAC.options(sharing="reduce") if kind == "kfac-reduce" else kind
+    one, each = (
+        nng.FIM(m, [(x[:4],), (x[4:],)], representation(kind, m) if isinstance(kind, str) else kind)
+        for m in (Sorted(grouped=True), Sorted(grouped=False))
+    )
+    v = nng.PVector.randn(one.layer_collection)
+    assert one.layer_collection.names[0] == "experts"
+    close(one.mv(v).flat(), each.mv(nng.PVector.from_flat(each.layer_collection, v.flat())).flat(), 1e-4)
+
+
 def test_positions_of_their_own_are_left_to_the_fallback():
     """Rows of an example have no order among positions."""
     model = Scattering(without_padding)

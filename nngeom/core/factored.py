@@ -21,12 +21,12 @@ Key = TypeVar("Key", bound=Hashable)
 class FactoredJacobian(LayerJacobian):
     """``J[k, n, s] = sum_t g[k, n, t, s] (x) a[n, t, s]``: every operation that is affine in its parameters.
 
-    ``each``: positions that an example has on average, ``t`` if 0; others are zero.
+    ``each``: positions that an example has on average, ``t`` if 0, or a number ``[s]`` a group; others are zero.
     """
 
     a: Tensor  # [n t s i]
     g: Tensor  # [k n t s o]
-    each: float = 0.0
+    each: float | Tensor = 0.0
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -47,8 +47,10 @@ class FactoredJacobian(LayerJacobian):
         return self.g.shape[2]
 
     @property
-    def share(self) -> float:
-        """Of a position in an example."""
+    def share(self) -> float | Tensor:
+        """Of a position in an example, ``[s, 1]`` where groups have different numbers of them."""
+        if isinstance(self.each, Tensor):
+            return (1 / self.each).nan_to_num(posinf=1.0).to(self.dtype).unsqueeze(1)
         return 1 / (self.each or max(1, self.positions))
 
     def examples(self, lo: int, hi: int) -> FactoredJacobian:

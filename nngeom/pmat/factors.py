@@ -128,12 +128,16 @@ def _factor_shape(s: int, p: int, limit: int) -> Shape:
     return (s, p) if p > limit else (s, p, p)
 
 
-def of_gradients(g: Tensor, sharing: str, limit: int, share: float) -> Tensor | Moment:
+def of_gradients(g: Tensor, sharing: str, limit: int, share: float | Tensor) -> Tensor | Moment:
     """``"g"`` of :func:`factors`, of ``g [k, n, t, s, o]``, times the ``share`` of a position where these are counted
     as examples.
     """
     g, share = (g, share) if sharing == "expand" else (g.sum(2, keepdim=True), 1.0)
-    return share * g.square().sum((0, 1, 2)) if g.shape[-1] > limit else contract.second_moment(g, share)
+    if g.shape[-1] > limit:
+        return share * g.square().sum((0, 1, 2))
+    if isinstance(share, Tensor):
+        return contract.second_moment(g * share.sqrt())
+    return contract.second_moment(g, share)
 
 
 def of_columns(j: HeadJacobian, sharing: str, limit: int) -> Tensor:
@@ -142,7 +146,7 @@ def of_columns(j: HeadJacobian, sharing: str, limit: int) -> Tensor:
     return share * (j.squared_columns() if j.shape[3] > limit else j.second_moment())
 
 
-def of_inputs(a: Tensor, sharing: str, limit: int, share: float) -> Tensor | Moment:
+def of_inputs(a: Tensor, sharing: str, limit: int, share: float | Tensor) -> Tensor | Moment:
     """``"a"`` of :func:`factors`, of ``a [n, t, s, i]``."""
     a = a if sharing == "expand" else share * a.sum(1, keepdim=True)
     return a.square().sum((0, 1)) if a.shape[-1] > limit else contract.second_moment(a)

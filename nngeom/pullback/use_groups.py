@@ -27,7 +27,7 @@ from nngeom.space.collection import LayerCollection
 Gradients = Sequence[Tensor] | Mapping[int, Tensor]  # of the outputs of uses, by index
 Empty = Callable[[Hashable, Sequence[int], Tensor], Tensor]  # as memory.fresh
 FEW = 2**12  # inputs whose copies are made anew: the calls take longer than the memory
-Part = tuple[Any, Tensor, Use, float]  # inputs of one use, None where a bias is alone, gradients, rows an example
+Part = tuple[Any, Tensor, Use, float | Tensor]  # inputs of one use, None: a bias alone; gradients; rows an example
 
 
 PlacedUse = tuple[int, Recorded, Where]  # index into the list of uses, and where its examples lie
@@ -84,7 +84,8 @@ class UseGroup:
         if j not in self.inputs:
             kept_in = functools.partial(empty, ("inputs", j))
             self.inputs[j] = self._read(recorded, axis, n, full.sizes[2], g.dtype, kept_in)
-        return self.inputs[j], g, use, axis.each if isinstance(axis, Scattered) else float(g.shape[2])
+        each = axis.each if isinstance(axis, Scattered) else float(g.shape[2])
+        return self.inputs[j], g, use, each if use.counts is None else use.counts().double() / n
 
     def _read(
         self,
