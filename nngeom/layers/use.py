@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ class Use:
     product: bool = False
     serial: bool = False
 
-    @property
+    @functools.cached_property
     def slots(self) -> tuple[Slot, ...]:
         """The parameters used."""
         return tuple(s for s in (self.weight, self.bias) if s is not None)

@@ -98,8 +98,9 @@ def kronecker_block(means: dict[str, Tensor], groups: int = 1) -> KroneckerBlock
         return replace(KroneckerBlock.of(*(means[f"{side}{q}"] for q in range(uses) for side in "ag")), dropped=lost)
     a = means["a"]
     g = means["g"] if "g" in means else a.new_ones(a.shape[0], 1, 1)
-    if len(a) < groups or len(g) < groups:
-        a, g = a.repeat(groups // len(a), *[1] * (a.ndim - 1)), g.repeat_interleave(groups // len(g), 0)
+    mine, theirs = a.shape[0], g.shape[0]
+    if mine < groups or theirs < groups:
+        a, g = a.repeat(groups // mine, *[1] * (a.ndim - 1)), g.repeat_interleave(groups // theirs, 0)
     return KroneckerBlock(a, g, (), lost)
 
 
