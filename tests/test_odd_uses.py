@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeom as nng
+from nngeom.capture.arguments import tensors
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import record
-from nngeom.capture.arguments import tensors
 from nngeom.layers.adapter import ADAPTERS, Call, Use
 from nngeom.pullback.backward import gains_from_batching
 from nngeom.pullback.captured_pass import Pass

@@ -91,7 +91,7 @@ class Network:
         dtype = functools.reduce(torch.promote_types, {p.dtype for p in parameters.values()})
         distributed = next((p for p in every.values() if in_parts(p)), None)
         (device,) = devices
-        return Network(model, lc, function, parameters, device, dtype, places, distributed)
+        return Network(model, lc, function, parameters, device, dtype, places=places, distributed=distributed)
 
     @functools.cached_property
     def ids(self) -> dict[int, str]:

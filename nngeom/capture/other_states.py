@@ -46,7 +46,7 @@ def _state_of_python() -> Any:
     """
     generator: Any = getattr(random.getstate, "__self__", None)
     if type(generator) is random.Random and _object_is_state():
-        return _of_object(generator), generator.gauss_next
+        return _of_object(generator), generator.__dict__["gauss_next"]
     return random.getstate()
 
 

@@ -56,11 +56,6 @@ class Capture:
         """The outputs without their graph."""
         return self.outputs.detach()
 
-    @functools.cached_property
-    def gradient_bytes(self) -> int:
-        """Of the gradients of all uses for one cotangent."""
-        return sum([use.shape.numel() for use in self.uses]) * self.outputs.element_size()
-
     def graph(self) -> Graph:
         """What autograd recorded of it."""
         return read(self.outputs, self.leaves.names, self.leaves.registered, self.hooked)
@@ -76,11 +71,7 @@ def record(network: Network, batch: Batch, *, keep_graph: bool = False, exchange
     network.watch.harmless = False
     if keep_graph:
         network.require_whole("derivatives of the rows")
-
-    def again() -> Tensor:
-        with gradients_on():
-            return network.run(batch)
-
+    again = gradients_on()(functools.partial(network.run, batch))
     try:
         capture = _recorded(network, batch, keep_graph=keep_graph)
     except Drew:

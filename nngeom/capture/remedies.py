@@ -18,9 +18,7 @@ _FLAT = "FullyShardedDataParallel"
 _WHOLE = r"\b(long|u?int|short|char|byte|bool)"  # dtypes of whole numbers, where real ones are wanted
 
 
-def require_whole(
-    modules: Iterable[tuple[str, nn.Module]], parameters: Mapping[str, Tensor], *, parts: bool
-) -> None:
+def require_whole(modules: Iterable[tuple[str, nn.Module]], parameters: Mapping[str, Tensor], *, parts: bool) -> None:
     """Raise :class:`UnsupportedError` where a process holds parts of the ``parameters`` of named ``modules``;
     ``parts``: distributed tensors are welcome.
     """

@@ -133,7 +133,7 @@ def mirror_(total: Tensor, *, corners: bool = False) -> Tensor:
 
 @functools.cache
 def strips(p: int) -> tuple[tuple[int, int], ...]:
-    """A symmetric product in strips, each from the diagonal on; of 80 rows at least, in multiples of 16, they run best."""
+    """A symmetric product in strips from the diagonal on; of 80 rows at least, in multiples of 16, they run best."""
     width = -(-p // max(1, min(8, round(p / 80))))
     width = -(-width // 16) * 16
     return tuple((lo, min(p, lo + width)) for lo in range(0, p, width))
