@@ -81,8 +81,27 @@ def test_what_left_its_place_is_seen(move):
     assert not places.are_current()
 
 
-def test_models_that_name_their_modules_are_walked_through_again():
+class Some(nn.Sequential):
+    """Has other parameters at another time."""
+
+    bare = False
+
+    def named_parameters(self, *args, **options):
+        return (
+            (name, p) for name, p in super().named_parameters(*args, **options) if "bias" not in name or not self.bare
+        )
+
+
+def test_models_that_name_modules_or_parameters_are_walked_through_again():
     assert not walk.Places(nn.Sequential(Renamed(nn.Linear(2, 2)))).are_current()
+    model, x = Some(nn.Linear(3, 2)).double(), torch.randn(4, 3, dtype=torch.float64)
+    assert not walk.Places(model).are_current()
+    m = nng.FIM(model, (x, None), nng.PMatImplicit)
+    v = nng.PVector.randn(m.layer_collection)
+    m.mv(v)
+    model.bare = True
+    with pytest.raises(nng.CollectionError, match="other parameters"):
+        m.mv(v)
 
 
 def test_a_policy_has_no_other_fields():

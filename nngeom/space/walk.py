@@ -37,7 +37,7 @@ class Places:
         self.named = named_modules(model)
         self.parameters = _named(model, self.named)
         self.modules = tuple({m: None for _, m in self.named})
-        self._plain = all([_is_plain(m) for m in self.modules])
+        self._plain = _names_plainly(model) and all([_is_plain(m) for m in self.modules])
         self._held = [_children(m) for m in self.modules]
 
     def are_current(self) -> bool:
@@ -60,7 +60,7 @@ def _children(module: nn.Module) -> tuple[list[str], list[Any]]:
 
 
 def _named(model: nn.Module, named: list[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
-    if _method(model, "named_parameters") is not nn.Module.named_parameters:
+    if not _names_plainly(model):
         return dict(model.named_parameters(remove_duplicate=False))
     return {prefix + name: p for prefix, m in named for name, p in m._parameters.items() if p is not None}
 
@@ -79,6 +79,10 @@ def _walk(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module]]) ->
 
 def _is_plain(module: nn.Module) -> bool:
     return _method(module, "named_modules") is _NAMED_MODULES
+
+
+def _names_plainly(model: nn.Module) -> bool:
+    return _method(model, "named_parameters") is nn.Module.named_parameters
 
 
 def _method(module: nn.Module, name: str) -> FunctionType | None:
