@@ -37,7 +37,10 @@ class Places:
         self.named = named_modules(model)
         self.parameters = _named(model, self.named)
         self.modules = tuple({m: None for _, m in self.named})
-        self._plain = _names_plainly(model) and all([_is_plain(m) for m in self.modules])
+        others = [
+            m for m in self.modules if type(m).named_modules is not _NAMED_MODULES or "named_modules" in m.__dict__
+        ]
+        self._plain = _names_plainly(model) and not others
         self._held = [_children(m) for m in self.modules]
 
     def are_current(self) -> bool:

@@ -185,7 +185,7 @@ class Run:
 
     def silent(self) -> Run:
         """The same without a progress bar."""
-        return replace(self, progress=False)
+        return replace(self, progress=False) if self.progress else self
 
     # -- of a run that is held -----------------------------------------------------------------------------------------
 
