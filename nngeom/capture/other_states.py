@@ -1,8 +1,7 @@
 """The random states of Python and NumPy: whether they moved, and putting them back.
 
 They are asked around the first pass of every measure, so that asking must be cheap: NumPy makes a copy of its generator
-for every state that it gives (65 microseconds) and Python 625 numbers (9, and 14 to compare them), which may be read
-from their memory instead (one).
+for every state that it gives (65 microseconds), which may be read from its memory instead (one).
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import copy
 import ctypes
 import functools
 import random
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,51 +23,19 @@ class OtherStates:
     """The states at the time when this was made."""
 
     def __init__(self) -> None:
-        self._python = _state_of_python()
+        self._python = random.getstate()
         self._generator, self._numpy = _generator_of_numpy(), _state_of_numpy()
 
     def put_back(self) -> str:
         """The libraries whose state is not what it was, which is put back; empty where there is none."""
         changed = []
-        if _state_of_python() != self._python:
-            random.setstate(_as_python_state(self._python))
+        if random.getstate() != self._python:
+            random.setstate(self._python)
             changed.append("Python")
         if _generator_of_numpy() is not self._generator or not _same(_state_of_numpy(), self._numpy):
             np.random.set_state(_as_state(self._numpy))
             changed.append("NumPy")
         return " and ".join(changed)
-
-
-def _state_of_python() -> Any:
-    """The state behind the functions of ``random``: as bytes of its memory, and the number that ``gauss`` has in
-    store, where that memory is known to hold it; else as Python gives it.
-    """
-    generator: Any = getattr(random.getstate, "__self__", None)
-    if type(generator) is random.Random and _object_is_state():
-        return _of_object(generator), generator.__dict__["gauss_next"]
-    return random.getstate()
-
-
-def _of_object(generator: random.Random) -> bytes:
-    return ctypes.string_at(id(generator) + object.__basicsize__, 4 + 4 * WORDS)
-
-
-@functools.cache
-def _object_is_state() -> bool:
-    """Whether the object of a generator of Python's holds a place and then the words, as it is read here."""
-    if sys.implementation.name != "cpython" or random.Random.__basicsize__ < object.__basicsize__ + 4 + 4 * WORDS:
-        return False
-    generator = random.Random(1)
-    generator.random()
-    return _as_python_state((_of_object(generator), None)) == generator.getstate()
-
-
-def _as_python_state(x: Any) -> Any:
-    """What ``random.setstate`` takes."""
-    if not isinstance(x[0], bytes):
-        return x
-    place, *words = np.frombuffer(x[0], np.uint32).tolist()
-    return random.Random.VERSION, (*words, place), x[1]
 
 
 def _generator_of_numpy() -> Any:
