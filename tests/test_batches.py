@@ -453,3 +453,14 @@ def test_reentrant_checkpoints_say_what_to_do(result, x, y):
 
 def test_other_checkpoints_are_exact(x):
     require_exact(Checkpointed(False).double(), x)
+
+
+@pytest.mark.parametrize("look", [nng.explain, nng.diagnose, nng.mgs.trace_penalty, nng.mgs.logdet_penalty])
+def test_what_takes_one_batch_says_so_of_a_loader(look):
+    model, pairs = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+    data = torch.utils.data.TensorDataset(*pairs)
+    for loader in (torch.utils.data.DataLoader(data, 2), data, [pairs, pairs], iter([pairs])):
+        with pytest.raises(nng.ArgumentTypeError, match="expected one batch"):
+            look(model, loader)
+    look(model, pairs)
+    look(model, [*pairs])

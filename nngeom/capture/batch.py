@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.data import DataLoader, Dataset
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, LoaderError
 
@@ -86,6 +87,18 @@ def _is_record(x: Any) -> bool:
 
 
 # -- one batch ---------------------------------------------------------------------------------------------------------
+
+
+def one_batch(batch: Batch) -> list[Batch]:
+    """``[batch]``; raises :class:`ArgumentTypeError` for what gives batches: a loader, a data set, a list of tuples."""
+    listed = isinstance(batch, list) and len(batch) > 0 and all(type(x) is tuple for x in batch)
+    if listed or isinstance(batch, (DataLoader, Dataset, Iterator)):
+        given = f"a list of {len(batch)} tuples" if listed else type(batch).__name__
+        raise ArgumentTypeError(
+            f"batch is {given}; expected one batch, as a loader gives it: pass next(iter(loader)), or tuple(batch) for "
+            "one whose parts are tuples"
+        )
+    return [batch]
 
 
 def each(batch: Batch, f: Callable[[Any], Any]) -> Batch:

@@ -1,12 +1,14 @@
 """Examples with a name: the data places examples, and there are more examples than weights that tell them apart."""
 
+import functools
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 import nngeom as nng
 
-from .named import Model, inputs, jacobian_holds
+from .named import Model, inputs, jacobian_holds, truth
 from .placings import Permuted
 from .pools import POOLS
 
@@ -146,3 +148,33 @@ def test_a_readout_of_many_small_graphs():
         return m.b(h.new_zeros(len(x), 5).index_add(0, owner[order], h))
 
     jacobian_holds(Model(readout), inputs(8, 3, 4))
+
+
+PROPAGATIONS = {
+    "a product with a dense adjacency": lambda adjacency, h: adjacency @ h,
+    "a product with a sparse adjacency": lambda adjacency, h: torch.sparse.mm(adjacency.to_sparse(), h),
+    "messages along edges": lambda adjacency, h: h.new_zeros(h.shape).index_add(
+        0, adjacency.nonzero().T[0], h[adjacency.nonzero().T[1]]
+    ),
+}
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_nodes_of_one_graph_are_examples_of_the_whole(propagation):
+    """A graph net does not run on a part of its nodes: each row is the derivative of a node's output in the graph."""
+    adjacency = (torch.rand(7, 7, generator=torch.Generator().manual_seed(3)) < 0.4).to(X.dtype) + torch.eye(7)
+
+    def graph_net(m, x):
+        spread = PROPAGATIONS[propagation]
+        return m.b(spread(adjacency, m.a(spread(adjacency, x)).tanh()))
+
+    model, nodes = Model(graph_net), inputs(7)
+    t = truth(model, nodes)
+    v = nng.PVector.from_model(model)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+    close(nng.Jacobian(model, [nodes]).tensor, t.rows)
+    fisher = nng.FIM(model, [nodes], nng.PMatDense)
+    close(fisher.to_dense(), t.fisher)
+    close(nng.FIM(model, [nodes], nng.PMatImplicit).mv(v).flat(), t.fisher @ v.flat())
+    close(nng.FIM(model, [nodes], nng.PMatEKFAC).trace(), t.fisher.trace())
+    close(nng.GramMatrix(model, [nodes]).trace(), t.trace)
