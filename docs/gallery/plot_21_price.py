@@ -42,9 +42,11 @@ for kind in kinds:
     print(f"{name:10s} width {fits[-1]}: {ratios[-1]:.0f} floors, {sizes[-1] / 1e6:.2f} MB")
     left.loglog(fits, ratios, "o-", label=name)
     right.loglog(fits, sizes, "o-")
-left.set_xlabel("width")
+for axis in (left, right):
+    axis.set_xlabel("width")
+    axis.set_xticks(widths, widths)
+    axis.minorticks_off()
 left.set_ylabel("time, in forward and backward passes")
-right.set_xlabel("width")
 right.set_ylabel("bytes kept")
 figure.legend(loc="outside right center")
 plt.show()
