@@ -18,7 +18,7 @@ import torch
 from geometry_common import COLOURS, Data, accuracy, band, corrupt, figure
 from lazy_common import save
 from optimizer_tables import table
-from papers_common import Cells, mean, options, place, seeds_of, spread
+from papers_common import Cells, options, place, seeds_of, spread
 from papers_nets import descend, images, network, settle
 from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
         top = curve("train", "max")
         low = int(rank.mean(0).argmin())
         row = [prefix.replace("/", ", "), *(spread(rank[:, at]) for at in (0, low, -1)), str(runs[0]["step"][low])]
-        row += [f"{mean(top.max(1) / top[:, 0]):.3g}", *(spread(cka[:, at], ".2g") for at in (0, -1))]
+        row += [spread(top.max(1) / top[:, 0]), *(spread(cka[:, at], ".2g") for at in (0, -1))]
         row += [spread(curve("test", "cka")[:, -1], ".2g"), spread(uncentred[:, -1], ".2g")]
         row += [spread([max(run["test accuracy"]) for run in runs]), spread([run["test accuracy"][-1] for run in runs])]
         rows.append(row)

@@ -197,8 +197,10 @@ def rows(x: Any, index: slice | list[int]) -> Any:
     if isinstance(x, PackedSequence):
         padded, lengths = pad_packed_sequence(x, batch_first=True)
         return pack_padded_sequence(padded[index], lengths[index], batch_first=True, enforce_sorted=False)
-    if not isinstance(x, Tensor) or (x.layout is torch.strided and not x.is_nested):
+    if not isinstance(x, Tensor):
         return x[index]
+    if x.layout is torch.strided and not x.is_nested:
+        return x[index] if isinstance(index, slice) else x.index_select(0, torch.tensor(index, device=x.device))
     places = list(range(x.size(0)))[index] if isinstance(index, slice) else list(index)
     if x.is_nested:
         parts: Sequence[Tensor] = x.unbind()

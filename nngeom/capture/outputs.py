@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from nngeom.capture.batch import Batch, leading_size
 from nngeom.core.errors import LoaderError, OutputError
@@ -63,7 +64,8 @@ def called(model: nn.Module, batch: Batch) -> Any:
                 "pass function=lambda *items: model(...) to say which are inputs"
             )
         x = batch[0]
-        out = model(**x) if isinstance(x, Mapping) else model(*x) if isinstance(x, (tuple, list)) else model(x)
+        several = isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence)
+        out = model(**x) if isinstance(x, Mapping) else model(*x) if several else model(x)
     else:
         out = model(batch)
     logits = None if isinstance(out, Tensor) else getattr(out, "logits", None)

@@ -160,8 +160,8 @@ PROPAGATIONS = {
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
-def test_nodes_of_one_graph_are_examples_of_the_whole(propagation):
-    """A graph net does not run on a part of its nodes: each row is the derivative of a node's output in the graph."""
+def test_nodes_of_one_graph_are_positions_of_one_example(propagation):
+    """A graph net mixes its nodes, and runs on all of them alone."""
     adjacency = (torch.rand(7, 7, generator=torch.Generator().manual_seed(3)) < 0.4).to(X.dtype) + torch.eye(7)
 
     def graph_net(m, x):
@@ -172,9 +172,13 @@ def test_nodes_of_one_graph_are_examples_of_the_whole(propagation):
     t = truth(model, nodes)
     v = nng.PVector.from_model(model)
     close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
-    close(nng.Jacobian(model, [nodes]).tensor, t.rows)
-    fisher = nng.FIM(model, [nodes], nng.PMatDense)
-    close(fisher.to_dense(), t.fisher)
-    close(nng.FIM(model, [nodes], nng.PMatImplicit).mv(v).flat(), t.fisher @ v.flat())
-    close(nng.FIM(model, [nodes], nng.PMatEKFAC).trace(), t.fisher.trace())
-    close(nng.GramMatrix(model, [nodes]).trace(), t.trace)
+    for kind in (nng.PMatDense, nng.PMatImplicit):
+        with pytest.raises(nng.CoverageError, match="nodes of a graph, is passed as one"):
+            nng.FIM(model, [nodes], kind)
+    graph, one = nodes.unsqueeze(0), {"function": lambda x: model(x[0]).unsqueeze(0)}
+    categorical = {"likelihood": nng.Categorical(dim=-1), **one}
+    close(nng.Jacobian(model, [graph], **one).tensor.sum(1), t.rows.transpose(0, 1).flatten(0, 1))
+    close(nng.FIM(model, [graph], nng.PMatDense, **categorical).to_dense(), 7 * t.fisher)
+    close(nng.FIM(model, [graph], nng.PMatImplicit, **categorical).mv(v).flat(), 7 * t.fisher @ v.flat())
+    close(nng.FIM(model, [graph], nng.PMatEKFAC, **categorical).trace(), 7 * t.fisher.trace())
+    close(nng.GramMatrix(model, [graph], **one).trace(), t.trace)
