@@ -356,11 +356,11 @@ def test_packed_sequences(budget):
         [reference.jacobian(model, torch.zeros(1), lambda _, t=t: model(pack_sequence([t]))) for t in parts], 1
     )
     out = torch.cat([model(pack_sequence([t])) for t in parts])
-    function = lambda packed: model(packed)
-    close(
-        fisher(model, [(packed,)], function=function, memory_budget=budget),
-        reference.sandwich(rows, reference.softmax_metric(out)),
-    )
+    for options in ({}, {"function": lambda packed: model(packed)}):
+        close(
+            fisher(model, [(packed,)], memory_budget=budget, **options),
+            reference.sandwich(rows, reference.softmax_metric(out)),
+        )
 
 
 # -- calls inside the model --------------------------------------------------------------------------------------------
