@@ -104,8 +104,8 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 def draw(cells: dict[str, Any], path: Path) -> None:
     """Noise and the spurious feature above, deciles and linearity below."""
-    fig, axes = figure(2, 4, 12.5, 6)
-    (noise, test, train, balanced), (hasty, lazy, ratio, likeness) = axes
+    fig, axes = figure(4, 2, 8.5, 11)
+    (noise, test, train, balanced), (hasty, lazy, ratio, likeness) = axes.reshape(2, 4)
     levels = {
         "noise": np.geomspace(2.2, 0.03, 60),
         "scores": np.geomspace(2.2, 0.045, 60),

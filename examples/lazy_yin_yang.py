@@ -129,7 +129,8 @@ def array(runs: list[Any], name: str) -> np.ndarray:
 
 def draw(cells: dict[str, Any], path: Path, steps: int) -> None:
     """Data, curves, linearity, regions above; the four maps below."""
-    fig, axes = figure(2, 4, 12, 6)
+    fig, axes = figure(4, 2, 8, 13)
+    axes = axes.reshape(2, 4)
     runs, box = seeds_of(cells, "seed"), [-1, 1, -1, 1]
     draw_data(axes[0, 0], box)
     draw_curves(axes[0, 1], array(runs, "curves"), shown_steps(steps))

@@ -139,9 +139,9 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 
 def draw_noise(cells: dict[str, Any], path: Path) -> None:
-    """Accuracy and kernels along training, without noise above, with it below."""
-    fig, axes = figure(2, 4, 12, 5.6)
-    for row, noise in zip(axes, NOISES):
+    """Accuracy and kernels along training, without noise to the left, with it to the right."""
+    fig, axes = figure(4, 2, 8.5, 9.6)
+    for row, noise in zip(axes.T, NOISES):
         runs = seeds_of(cells, f"noise {noise:g}")
         x = runs[0]["train"]["step"]
         band(row[0], x, [r["train_accuracy"] for r in runs], "training labels", COLOURS[0])
@@ -157,7 +157,8 @@ def draw_noise(cells: dict[str, Any], path: Path) -> None:
 
 def draw_depth(cells: dict[str, Any], path: Path) -> None:
     """Alignment with easy and difficult examples, and its ratio, by depth."""
-    fig, axes = figure(1, 4, 12, 3)
+    fig, axes = figure(2, 2, 8.5, 5.6)
+    axes = axes.reshape(1, 4)
     for j, depth in enumerate(DEPTHS):
         runs = seeds_of(cells, f"depth {depth}")
         x, (easy, hard) = runs[0]["step"], (np.array([r[key] for r in runs]) for key in ("easy", "difficult"))

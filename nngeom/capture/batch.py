@@ -116,7 +116,7 @@ def each(batch: Batch, f: Callable[[Any], Any]) -> Batch:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(each(value, f) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(each(value, f) for value in batch)
+        return type(batch)([each(value, f) for value in batch])
     if _is_record(batch):
         other = copy.copy(batch)
         for entry in dataclasses.fields(batch):

@@ -46,8 +46,9 @@ def checked(outputs: Any, batch: Batch, source: str) -> Tensor:
     if size is not None and outputs.shape[0] != size:
         raise OutputError(
             f"the outputs have shape {tuple(outputs.shape)} but the batch holds {size} examples; expected "
-            f"({size}, ...): "
-            "examples must stay along the first axis (positions of one example go behind it)"
+            f"({size}, ...): examples must stay along the first axis (positions of one example go behind it). Where "
+            "they lie in tables of other lengths, as nodes of graphs do, a batch holds their numbers, and function= "
+            "collates them"
         )
     return outputs
 

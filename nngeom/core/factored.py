@@ -149,8 +149,7 @@ class FactoredJacobian(LayerJacobian):
         if isinstance(other, LookupJacobian):
             return other.input_gram(self, s).permute(2, 3, 0, 1)
         x, y = self.a[:, :, s], other.a[:, :, s]
-        result: Tensor = (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
-        return result
+        return (x.flatten(0, 1) @ y.flatten(0, 1).T).view(*x.shape[:2], *y.shape[:2])
 
 
 def at_one_position(jacobians: dict[Key, LayerJacobian]) -> dict[Key, LayerJacobian]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ class Use:
     counts: Callable[[], Tensor] | None = None
     serial: bool = False
 
-    @property
+    @functools.cached_property
     def slots(self) -> tuple[Slot, ...]:
         """The parameters used."""
         return tuple(s for s in (self.weight, self.bias) if s is not None)
