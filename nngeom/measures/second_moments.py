@@ -94,9 +94,8 @@ def FIM(
     second moments of gradients (not EKFAC in a basis from the probes, but its trace; not the joined factors of KFAC for
     a parameter in unlike uses), its readings have standard errors, and ``samples`` matrices are kept for them.
 
-    ``model``, ``loader`` and the arguments from ``function`` on are those of every measure, see :class:`Run`. Raises
-    :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`, :class:`NonFiniteError` and
-    what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
+    Raises :class:`LoaderError`, :class:`OutputError`, :class:`ModeError`, :class:`CoverageError`,
+    :class:`NonFiniteError` and what the representation raises. Source: George 2023, thesis, sections 2.4, 3.2.2.
     """
     require_known(FIM, representation, options)
     asked = Asked.of(checkpoint, every)
