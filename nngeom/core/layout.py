@@ -138,7 +138,7 @@ class Layout:
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def gather_into(self, flat: Tensor, out: Tensor) -> None:
-        """:meth:`gather` into ``out [*b, s, o, i]``, of any strides."""
+        """:meth:`gather` of ``flat [*b, d]`` into ``out [*b, s, o, i]``, of any strides."""
         lo = 0
         for p in self.pieces:
             i = p.arrangement.sizes[2]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nngeom.core import linalg
 from nngeom.core.layout import Layout
@@ -30,10 +30,9 @@ def with_dropped(x: Blocks, y: Blocks, both: dict[Layout, Block], mine: float, t
     """
     found = dict(both)
     for layout, block in both.items():
-        shares = [getattr(m[layout], "dropped", None) for m in (x, y)]
-        if isinstance(block, KroneckerBlock) and any(s is not None for s in shares):
-            whole = block.a.new_full((2, 3), WHOLE)
-            shares = [whole if s is None else s for s in shares]
+        given: list[Tensor | None] = [getattr(m[layout], "dropped", None) for m in (x, y)]
+        if isinstance(block, KroneckerBlock) and any(s is not None for s in given):
+            shares = [block.a.new_full((2, 3), WHOLE) if s is None else s for s in given]
             norms = [_kept(m, layout, shares) for m in (x, y, both)]
             sides = [_added([s[j] for s in shares], [n[j] for n in norms], mine, theirs) for j in (0, 1)]
             found[layout] = replace(block, dropped=torch.stack(sides))
@@ -48,7 +47,8 @@ def _added(shares: Sequence[Tensor], norms: Sequence[Tensor | None], mine: float
     ratios, errors = zip(*(_ratio(s) for s in shares))
     one, other, kept = norms
     if one is None or other is None or kept is None or not bool(kept > 0):
-        weights = nn.functional.normalize(torch.stack(ratios), dim=0)
+        each = torch.stack(ratios)
+        weights = each / each.norm().clamp_min(torch.finfo(each.dtype).tiny)
     else:
         weights = torch.stack([mine * one, theirs * other]) / kept
     ratio, error = (weights * torch.stack(ratios)).sum(), (weights * torch.stack(errors)).norm()
