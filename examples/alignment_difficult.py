@@ -100,22 +100,23 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 
 def draw(cells: dict[str, Any], path: Any) -> None:
-    """A row a kind: CKA of both groups by depth, their ratio."""
-    fig, axes = figure(len(KINDS), len(DEPTHS) + 1, 12, 5.2)
-    for row, kind in zip(axes, KINDS):
-        for colour, ax, depth in zip(COLOURS, row, DEPTHS):
+    """A column a kind: CKA of both groups by depth, their ratio."""
+    fig, axes = figure(len(DEPTHS) + 1, len(KINDS), 8.5, 9.6)
+    for column, kind in zip(axes.T, KINDS):
+        for colour, ax, depth in zip(COLOURS, column, DEPTHS):
             runs = seeds_of(cells, f"{kind}/{depth}")
             steps = [max(step, 0.7) for step in runs[0]["step"]]
             easy, hard = (np.array([run[f"{part} cka"] for run in runs]) for part in ("easy", "difficult"))
             band(ax, steps, easy, "easy", COLOURS[2])
             band(ax, steps, hard, "difficult", COLOURS[3])
-            band(row[-1], steps, easy / hard, f"depth {depth}", colour)
+            band(column[-1], steps, easy / hard, f"depth {depth}", colour)
             ax.set(title=f"{kind}, depth {depth}", ylim=(0, None))
-        row[0].set(ylabel="CKA with the labels")
-        row[-1].set(title="easy / difficult")
-        for ax in row:
+        column[-1].set(title=f"{kind}: easy / difficult")
+        for ax in column:
             ax.set(xscale="log", xlabel="step")
             ax.legend(fontsize=8)
+    for ax in axes[:-1, 0]:
+        ax.set(ylabel="CKA with the labels")
     save(fig, path)
 
 

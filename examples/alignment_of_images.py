@@ -18,7 +18,7 @@ import torch
 from geometry_common import COLOURS, Data, accuracy, band, corrupt, figure
 from lazy_common import save
 from optimizer_tables import table
-from papers_common import Cells, mean, options, place, seeds_of, spread
+from papers_common import Cells, options, place, seeds_of, spread
 from papers_nets import descend, images, network, settle
 from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
         top = curve("train", "max")
         low = int(rank.mean(0).argmin())
         row = [prefix.replace("/", ", "), *(spread(rank[:, at]) for at in (0, low, -1)), str(runs[0]["step"][low])]
-        row += [f"{mean(top.max(1) / top[:, 0]):.3g}", *(spread(cka[:, at], ".2g") for at in (0, -1))]
+        row += [spread(top.max(1) / top[:, 0]), *(spread(cka[:, at], ".2g") for at in (0, -1))]
         row += [spread(curve("test", "cka")[:, -1], ".2g"), spread(uncentred[:, -1], ".2g")]
         row += [spread([max(run["test accuracy"]) for run in runs]), spread([run["test accuracy"][-1] for run in runs])]
         rows.append(row)
@@ -102,40 +102,41 @@ def curve(ax: Any, runs: list[Any], part: str, value: Any, *, label: str, colour
 
 
 def draw(cells: dict[str, Any], model: str, path: Any) -> None:
-    """A row a setting: accuracy, eigenvalues, effective rank, trace ratios, alignment, alignment by layer."""
+    """A column a setting: accuracy, eigenvalues, effective rank, trace ratios, alignment, alignment by layer."""
     import matplotlib
 
     there = [name for name in SETTINGS if runs_of(cells, model, name)]
-    fig, axes = figure(len(there), 6, 15, 2.5 * len(there) + 0.3)
-    for row, name in zip(axes, there):
+    fig, axes = figure(6, len(there), 3.1 * len(there), 12.5, sharex=True)
+    for column, name in zip(axes.T, there):
         runs, (noise, lr) = runs_of(cells, model, name), SETTINGS[name]
         steps = [max(step, 0.7) for step in runs[0]["step"]]
         for colour, part in zip(COLOURS, ("train", "test")):
-            band(row[0], steps, [run[f"{part} accuracy"] for run in runs], part, colour)
-            curve(row[2], runs, part, lambda r: r["rank"], label=part, colour=colour)
-            curve(row[4], runs, part, lambda r: r["cka"], label=f"{part}, centred", colour=colour)
-            curve(row[4], runs, part, lambda r: r["uncentred"], label=f"{part}, uncentred", colour=colour, style=":")
+            band(column[0], steps, [run[f"{part} accuracy"] for run in runs], part, colour)
+            curve(column[2], runs, part, lambda r: r["rank"], label=part, colour=colour)
+            curve(column[4], runs, part, lambda r: r["cka"], label=f"{part}, centred", colour=colour)
+            curve(column[4], runs, part, lambda r: r["uncentred"], label=f"{part}, uncentred", colour=colour, style=":")
         for colour, key in zip(COLOURS, ("max", "mean", "median")):
-            curve(row[1], runs, "train", lambda r, key=key: r[key], label=key, colour=colour)
-            curve(row[1], runs, "test", lambda r, key=key: r[key], label="", colour=colour, style="--")
+            curve(column[1], runs, "train", lambda r, key=key: r[key], label=key, colour=colour)
+            curve(column[1], runs, "test", lambda r, key=key: r[key], label="", colour=colour, style="--")
         for j, (colour, k) in enumerate(zip(COLOURS, TOP)):
-            curve(row[3], runs, "train", lambda r, j=j: r["trace ratios"][j], label=f"top {k}", colour=colour)
-            curve(row[3], runs, "test", lambda r, j=j: r["trace ratios"][j], label="", colour=colour, style="--")
+            curve(column[3], runs, "train", lambda r, j=j: r["trace ratios"][j], label=f"top {k}", colour=colour)
+            curve(column[3], runs, "test", lambda r, j=j: r["trace ratios"][j], label="", colour=colour, style="--")
         layers = len(runs[0]["test"][0].get("layers", ()))
         for j, colour in enumerate(matplotlib.colormaps["viridis"](np.linspace(0, 0.95, layers))):
             points = np.mean([[r["layers"][j] for r in run["test"]] for run in runs], 0)
-            row[5].plot(steps, points, color=colour, lw=1.2, label={0: "first", layers - 1: "last"}.get(j))
-        titles = ("accuracy", "eigenvalues", "effective rank", "trace ratio", "alignment", "CKA by layer, test")
-        for ax, title in zip(row, titles):
-            ax.set(title=title, xscale="log", xlim=(0.65, None))
-        row[1].set(yscale="log")
-        row[0].set(ylabel=f"{100 * noise:.0f} % flipped labels, rate {lr:g}", ylim=(0, 1.02))
+            column[5].plot(steps, points, color=colour, lw=1.2, label={0: "first", layers - 1: "last"}.get(j))
+        for ax in column:
+            ax.set(xscale="log", xlim=(0.65, None))
+        column[1].set(yscale="log")
+        column[0].set(title=f"{100 * noise:.0f} % flipped, rate {lr:g}", ylim=(0, 1.02))
+        column[5 if layers else 4].set(xlabel="step (the first: before training)")
+        column[4].tick_params(labelbottom=not layers)
         if not layers:
-            row[5].remove()
-    for ax in axes[0]:
+            column[5].remove()
+    titles = ("accuracy", "eigenvalues", "effective rank", "trace ratio", "alignment", "CKA by layer, test")
+    for ax, title in zip(axes[:, 0], titles):
+        ax.set(ylabel=title)
         ax.legend(fontsize=7.5)
-    for ax in axes[-1]:
-        ax.set(xlabel="step (the first: before training)")
     save(fig, path)
 
 

@@ -4,7 +4,6 @@ figures.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,23 +135,6 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return out
 
 
-def arguments(text: str | None, **extra: Any) -> argparse.Namespace:
-    """``--data folder --seeds k --out folder --quick`` and what else is given by name and default."""
-    parser = argparse.ArgumentParser(description=(text or "").strip().splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, default=None, help="a folder with MNIST or CIFAR-10 files; default: scikit-learn's digits"
-    )
-    parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--quick", action="store_true", help="one seed and a fifth of the steps")
-    for name, default in extra.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.quick and hasattr(args, "seeds"):
-        args.seeds = 1
-    return args
-
-
 def figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
     """A figure in the common style and its axes, always ``(rows, columns)``."""
     import matplotlib
@@ -170,15 +152,6 @@ def figure(rows: int, columns: int, width: float, height: float, **options: Any)
         }
     )
     return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, constrained_layout=True, **options)
-
-
-def save(fig: Any, path: Path) -> None:
-    """A PNG small enough for the docs."""
-    import matplotlib.pyplot as plt
-
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-    print(f"wrote {path}")
 
 
 def band(ax: Any, x: Any, runs: Any, label: str, colour: str, **options: Any) -> None:

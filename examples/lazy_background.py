@@ -119,7 +119,8 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 def draw(cells: dict[str, Any], path: Path, shown: Tensor) -> None:
     """Examples; at equal training loss the balanced test, and between groups the gaps of training and of test."""
-    fig, axes = figure(1, 4, 14, 3.6)
+    fig, axes = figure(2, 2, 8.5, 6.6)
+    axes = axes.reshape(1, 4)
     pictures = shown[:16].unflatten(0, (4, 4)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     axes[0, 0].imshow(pictures)
     axes[0, 0].set(title="training images", xticks=[], yticks=[])

@@ -1,10 +1,9 @@
-"""Easy groups first, and more so in feature learning: wrong labels, difficulty deciles and a spurious feature on
-digits.
+"""Lazy and hasty training of a residual network on digits: difficulty, wrong labels, a spurious feature.
 
-    python examples/lazy_digits.py [--seeds 3] [--workers 2] [--only scores]
+    python examples/lazy_digits.py [--data FOLDER] [--seeds 3] [--quick]
 
-A small residual network (64-64, two residual ReLU blocks, 10 outputs, 13 000 parameters, float64), full-batch gradient
-descent (learning rate 0.05, momentum 0.9), from one start with alpha = 0.5, 1 and 100:
+Scikit-learn's 8 x 8 digits, a residual network (64-64, two residual ReLU blocks, 10 outputs, 13 000 parameters,
+float64), full-batch gradient descent (learning rate 0.05, momentum 0.9), from one start with alpha = 0.5, 1 and 100:
 
     noise      500 digits, 15 % of the labels wrong; loss of clean and of noisy examples and of 1000 test digits,
                compared at equal loss of the clean examples; again at alpha = 1 with learning rates 0.01 and 0.003
@@ -13,25 +12,21 @@ descent (learning rate 0.05, momentum 0.9), from one start with alpha = 0.5, 1 a
     spurious   600 digits, class "5 or more", one more column +-0.1 + N(0, 0.3^2) that agrees with the label for 95 %;
                accuracy where it does and where it does not, in training and on a balanced test set
 
-Finished runs are kept in out/lazy_digits/. Writes out/lazy_digits.png. Protocol: George 2023, thesis, section
-5.3.2-5.3.3.
+Protocol: George 2023, thesis, section 5.3.2-5.3.3.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from itertools import product
-from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from geometry_common import load
 from lazy_common import descend
-from lazy_digits_figure import draw, report
-from sklearn.datasets import load_digits
-from torch import nn
+from lazy_digits_figure import ALPHAS, SLOW, draw, tables
+from lazy_minibatches import right
+from papers_common import Cells, options, place
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nngeom.linearized import (
@@ -44,8 +39,8 @@ from nngeom.linearized import (
     linearity,
 )
 
+PAGE = "linearized.md"
 LEARNING_RATE = 0.05
-SLOW = {"noise at 0.01": 0.01, "noise at 0.003": 0.003}  # controls at alpha = 1: is it the size of the steps?
 # Where a run may stop: a training loss, or a number of steps.
 LIMITS = {
     "noise": (0.03, 15000),
@@ -53,8 +48,6 @@ LIMITS = {
     "spurious": (0.03, 6000),
     **dict.fromkeys(SLOW, (0.03, 15000)),
 }
-ALPHAS = {name: (1.0,) if name in SLOW else (0.5, 1.0, 100.0) for name in LIMITS}
-OUT = Path("out/lazy_digits")
 
 
 class Residual(nn.Module):
@@ -73,26 +66,19 @@ class Residual(nn.Module):
         return self.last(h)
 
 
-def cross_entropy(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
     """``(n,)``."""
     return F.cross_entropy(outputs, y, reduction="none")
 
 
-def right(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``(n,)``: 1 where the prediction is ``y``."""
-    return (outputs.argmax(1) == y).double()
-
-
-def experiment(name: str, seed: int):
+def experiment(name: str, seed: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, int, Any]:
     """``(train inputs, train labels, number of outputs, measure)``; ``measure(scaled, example losses)`` gives the
     curves.
     """
     g = torch.Generator().manual_seed(seed)
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=g)
-    x, y = torch.tensor(digits.data)[order] / 16, torch.tensor(digits.target)[order]
     n = 500 if name.startswith("noise") else 600
-    x, test_x, y, test_y = x[:n], x[n : n + 1000], y[:n], y[n : n + 1000]
+    data = load(args.data, n, 1000, seed)
+    x, y, test_x, test_y = data.x.flatten(1).double(), data.y, data.x_test.flatten(1).double(), data.y_test
     outputs = 10
     if name.startswith("noise"):
         y, flag = flip_labels(y, 0.15, 10, g)
@@ -104,8 +90,8 @@ def experiment(name: str, seed: int):
             "test_right": right(scaled(test_x), test_y).mean(),
         }
     elif name == "scores":
-        scores = c_scores(x, y, [20, 40, 80, 160, 320], 40, seed=seed).score
-        groups = groups_by_score(scores, 10)
+        sizes, models = ([20, 40], 3) if args.quick else ([20, 40, 80, 160, 320], 40)
+        groups = groups_by_score(c_scores(x, y, sizes, models, seed=seed).score, 10)
         measure = lambda scaled, each: groups.means(each)
     else:
         outputs, y, test_y = 2, (y >= 5).long(), (test_y >= 5).long()
@@ -119,61 +105,41 @@ def experiment(name: str, seed: int):
     return x, y, outputs, measure
 
 
-def one_run(job: tuple[str, int, float], *, quick: bool) -> tuple[tuple[str, int, float], dict[str, np.ndarray]]:
-    """The curves of one run, from its file where it is finished."""
-    name, seed, alpha = job
-    path = OUT / f"{name}-{seed}-{alpha:g}{'-quick' if quick else ''}.npz".replace(" ", "_")
-    if not path.exists():
-        torch.set_num_threads(1)
-        x, y, outputs, measure = experiment(name, seed)
-        torch.manual_seed(seed)
-        model = Residual(x.shape[1], 64, outputs).double()
-        probe = [(x[:60], y[:60])]
+def run(name: str, alpha: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The curves of one run."""
+    x, y, outputs, measure = experiment(name, seed, args)
+    torch.manual_seed(seed)
+    model = Residual(x.shape[1], 64, outputs).double()
+    count = 10 if args.quick else 60
+    probe = [(x[:count], y[:count])]
 
-        def everything(scaled, each):
-            now = linearity(scaled, None, probe)
-            likeness = {
-                "signs": now.sign_similarity,
-                "kernel": now.kernel_alignment,
-                "representation": now.representation_alignment,
-            }
-            return {**measure(scaled, each), **likeness}
+    def everything(scaled: nn.Module, each: Tensor) -> dict[str, Any]:
+        now = linearity(scaled, None, probe)
+        likeness = {"signs": now.sign_similarity, "kernel": now.kernel_alignment}
+        return {**measure(scaled, each), **likeness, "representation": now.representation_alignment}
 
-        until, steps = LIMITS[name]
-        steps = min(steps, 200) if quick else steps
-        lr = SLOW.get(name, LEARNING_RATE)
-        run = descend(model, alpha, x, y, cross_entropy, everything, lr=lr, every=0.05, until=until, steps=steps)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **{k: v.numpy() for k, v in run.items()})
-        print(
-            f"{name} seed {seed} alpha {alpha:g}: {int(run['step'][-1])} steps, training loss "
-            f"{float(run['loss'][-1]):.3f}",
-            flush=True,
-        )
-    return job, dict(np.load(path))
+    until, steps = LIMITS[name]
+    steps = 30 if args.quick else steps
+    lr = SLOW.get(name, LEARNING_RATE)
+    return dict(descend(model, alpha, x, y, cross_entropy, everything, lr=lr, every=0.1, until=until, steps=steps))
 
 
-def main() -> None:
-    """All runs, the table, the figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--only", choices=list(LIMITS))
-    parser.add_argument("--quick", action="store_true", help="200 steps with the spurious feature, no figure")
-    parser.add_argument("--figure", type=Path, default=Path("out/lazy_digits.png"))
-    args = parser.parse_args()
-    args.only = "spurious" if args.quick else args.only
-    names = [args.only] if args.only else list(LIMITS)
-    run = partial(one_run, quick=args.quick)
-    jobs = [(name, seed, alpha) for name, seed in product(names, range(args.seeds)) for alpha in ALPHAS[name]]
-    if args.workers > 1:
-        with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            runs = dict(pool.map(run, jobs))
-    else:
-        runs = dict(map(run, jobs))
-    report(runs)
-    if not args.only:
-        draw(args.figure, runs)
+def fill(args: argparse.Namespace, cells: Cells) -> None:
+    """All runs, a seed after the other."""
+    for seed in range(args.seeds):
+        for name in LIMITS:
+            for alpha in (1.0,) if name in SLOW else ALPHAS:
+                compute = lambda n=name, a=alpha, s=seed: run(n, a, s, args)
+                cells.add(f"{name}/{alpha:g}/{seed}", compute)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """All runs, four tables, one figure."""
+    args = options(__doc__, argv)
+    cells = Cells(args, "lazy_digits")
+    fill(args, cells)
+    draw(cells.cells, args.out / "images" / "lazy_digits.png")
+    place(args, PAGE, tables(cells.cells))
 
 
 if __name__ == "__main__":

@@ -94,11 +94,11 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 
 def draw(cells: dict[str, Any], path: Path) -> None:
-    """Wrong labels and test against the clean loss, for alphas above and learning rates below; linearity."""
-    fig, axes = figure(2, 4, 13, 6)
+    """Wrong labels, test and linearity against the clean loss, for alphas to the left, learning rates to the right."""
+    fig, axes = figure(4, 2, 8.5, 10.5)
     titles = {"noisy": "loss of wrong labels", "test": "loss on the test", "test_right": "test accuracy"}
     titles["kernel"] = "kernel alignment with the start"
-    for row, names in zip(axes, (list(RUNS)[:3], [list(RUNS)[1], *list(RUNS)[3:]])):
+    for row, names in zip(axes.T, (list(RUNS)[:3], [list(RUNS)[1], *list(RUNS)[3:]])):
         for name in names:
             levels, curves = together(seeds_of(cells, name), "clean")
             for ax, key in zip(row, titles):

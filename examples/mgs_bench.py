@@ -193,7 +193,8 @@ def draw_bench(cells: dict[str, Any], path: Path) -> None:
 
 def draw_curves(cells: dict[str, Any], path: Path) -> None:
     """Accuracy and metrics along the runs that were looked at."""
-    fig, axes = figure(1, 4, 13, 3.4)
+    fig, axes = figure(2, 2, 8.5, 6.4)
+    axes = axes.reshape(1, 4)
     titles = {"trace": "mean eigenvalue", "log": "mean log eigenvalue", "rank": "effective rank"}
     net, size, noise = SEEN
     for method, colour in COLOUR.items():
@@ -206,7 +207,7 @@ def draw_curves(cells: dict[str, Any], path: Path) -> None:
     axes[0, 0].set(title="test accuracy", xlabel="epoch")
     for ax, (key, title) in zip(axes[0, 1:], titles.items()):
         ax.set(title=title, xlabel="epoch", yscale="log" if key == "trace" else "linear")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8.5)
     save(fig, path)
 
 

@@ -86,10 +86,11 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 def draw(cells: dict[str, Any], path: Path) -> None:
     """Boundaries of the first seed above, accuracy and metrics along training below."""
-    fig, axes = figure(3, 5, 13, 7.6)
+    fig, axes = figure(5, 3, 8.8, 13.5)
+    curves = axes[3:].flatten()
     x, y, flipped = circles(150, 0.15, 0)
     axis = np.linspace(-REACH, REACH, SIDE)
-    for ax, (method, found) in zip(axes[:2].flat, ((m, cells[f"{m}/0"]) for m in STRENGTHS)):
+    for ax, (method, found) in zip(axes[:3].flat, ((m, cells[f"{m}/0"]) for m in STRENGTHS)):
         values = np.array(found["grid"]).T / 100
         ax.contourf(axis, axis, values, levels=np.linspace(0, 1, 11), cmap="RdBu_r", alpha=0.8)
         edges = np.where(flipped, "black", "white")
@@ -97,13 +98,13 @@ def draw(cells: dict[str, Any], path: Path) -> None:
         ax.set(title=f"{method}: {found['accuracy'][-1]:.3f}", xticks=[], yticks=[])
     titles = {"accuracy": "accuracy, clean", "trace": "mean eigenvalue", "log": "mean log eigenvalue"}
     titles["rank"] = "effective rank"
-    for ax, (key, title) in zip(axes[2], titles.items()):
+    for ax, (key, title) in zip(curves, titles.items()):
         for method, colour in COLOURS.items():
             runs = seeds_of(cells, method)
             band(ax, runs[0]["step"], [r[key] for r in runs], method, colour)
         ax.set(title=title, xlabel="step", yscale="log" if key == "trace" else "linear")
-    axes[2, 4].legend(*axes[2, 0].get_legend_handles_labels(), fontsize=8, loc="center")
-    for ax in (axes[1, 4], axes[2, 4]):
+    curves[4].legend(*curves[0].get_legend_handles_labels(), fontsize=8.5, loc="center")
+    for ax in curves[4:]:
         ax.axis("off")
     save(fig, path)
 

@@ -93,7 +93,8 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 def draw(cells: dict[str, Any], path: Path) -> None:
     """Metrics along training; dotted: thinned."""
-    fig, axes = figure(1, 4, 13, 3.4)
+    fig, axes = figure(2, 2, 8.5, 6.6)
+    axes = axes.reshape(1, 4)
     keys = {"trace": "mean eigenvalue", "log": "mean log eigenvalue", "effective rank": "effective rank"}
     for colour, share in zip(COLOURS, SHARES):
         runs = seeds_of(cells, f"{share}")
@@ -105,7 +106,7 @@ def draw(cells: dict[str, Any], path: Path) -> None:
     axes[0, 0].set(title="test accuracy", xlabel="epoch")
     for ax, (key, title) in zip(axes[0, 1:], keys.items()):
         ax.set(title=title, xlabel="epoch", **({"yscale": "log", "ylim": (0.5, None)} if key == "trace" else {}))
-    fig.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
+    fig.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8.5)
     save(fig, path)
 
 

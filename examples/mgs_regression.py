@@ -94,25 +94,25 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 
 def draw(cells: dict[str, Any], path: Path) -> None:
-    """Error along training at the scale of tuning, and final errors against the scale, by net."""
+    """Error along training at the scale of tuning, and final errors against the scale, a net a row."""
     nets = [net for net in NETS if any(name.startswith(f"{net}/") for name in cells)]
-    fig, axes = figure(1, 2 * len(nets), 2 + 5 * len(nets), 3.8)
-    for j, net in enumerate(nets):
+    fig, axes = figure(len(nets), 2, 8.5, 3 * len(nets) + 0.7)
+    for (along, last), net in zip(axes, nets):
         for method, colour in COLOUR.items():
             seen = seeds_of(cells, f"{net}/{TUNED}/{method}")
             if seen:
-                band(axes[0, 2 * j], seen[0]["epoch"], [r["error"] for r in seen], method, colour)
+                band(along, seen[0]["epoch"], [r["error"] for r in seen], method, colour)
             runs = [(scale, seeds_of(cells, f"{net}/{scale}/{method}")) for scale in SCALES]
             runs = [(scale, found) for scale, found in runs if found]
             if len(runs) > 1:
-                last = np.array([[final(r) for r in found] for _, found in runs]).T
-                band(axes[0, 2 * j + 1], [scale for scale, _ in runs], last, "", colour, marker=".")
-        axes[0, 2 * j].set(title=f"{net}: error on the test, scale {TUNED:g}", xlabel="epoch", yscale="log")
-        axes[0, 2 * j + 1].set(title=f"{net}: final error", xlabel="scale of the noise on targets", yscale="log")
-        for ax in axes[0, 2 * j : 2 * j + 2]:
+                ends = np.array([[final(r) for r in found] for _, found in runs]).T
+                band(last, [scale for scale, _ in runs], ends, "", colour, marker=".")
+        along.set(title=f"{net}: error on the test, scale {TUNED:g}", xlabel="epoch", yscale="log")
+        last.set(title=f"{net}: final error", xlabel="scale of the noise on targets", yscale="log")
+        for ax in (along, last):
             ax.minorticks_off()
             ax.set_yticks([0.6, 0.8, 1, 1.5, 2, 3], ["0.6", "0.8", "1", "1.5", "2", "3"])
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4 * len(nets), fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8.5)
     save(fig, path)
 
 

@@ -68,7 +68,8 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 def draw(cells: dict[str, Any], path: Path) -> None:
     """Accuracy and metrics along training; darker is stronger."""
-    fig, axes = figure(1, 4, 13, 3.6)
+    fig, axes = figure(2, 2, 8.5, 6.6)
+    axes = axes.reshape(1, 4)
     for colour, (method, strengths) in zip(COLOURS, TRIED.items()):
         for style, strength in zip(("-", "--", ":"), strengths[::-1]):
             runs = seeds_of(cells, f"{method}/{strength}")
@@ -79,7 +80,7 @@ def draw(cells: dict[str, Any], path: Path) -> None:
                 band(ax, x, [[m[key] for m in r["metrics"]] for r in runs], "", colour, ls=style)
     for ax, title in zip(axes[0], ("test accuracy", "flipped labels memorised", "mean eigenvalue", "effective rank")):
         ax.set(title=title, xlabel="epoch", yscale="log" if title == "mean eigenvalue" else "linear")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5)
     save(fig, path)
 
 

@@ -101,9 +101,9 @@ def seeds_of(cells: dict[str, Any], prefix: str) -> list[Any]:
 
 
 def mean(values: Any) -> float:
-    """Over what is there; NaN for none."""
+    """Over what is there, by a sum that no version of Python rounds in its own way; NaN for none."""
     there = [v for v in values if v is not None]
-    return sum(there) / len(there) if there else math.nan
+    return math.fsum(there) / len(there) if there else math.nan
 
 
 def spread(values: Any, digits: str = ".3g") -> str:

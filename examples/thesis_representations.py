@@ -125,7 +125,8 @@ def draw(cells: dict[str, Any], model: str, path: Any) -> None:
     """Errors along training above, solves against damping below."""
     runs = seeds_of(cells, model)
     steps = list(runs[0])
-    fig, axes = figure(2, 4, 12.5, 5.8)
+    fig, axes = figure(4, 2, 8.5, 11)
+    axes = axes.reshape(2, 4)
     panels = {"trace": "relative error of the trace", "vTMv": "relative error of $v^T F v$", "Mv": "cos(Fv, Mv)"}
     panels["Mv residual"] = "|Mv - Fv| / |Fv|"
     for colour, name in zip(COLOURS, REPRESENTATIONS):
@@ -158,7 +159,7 @@ def draw(cells: dict[str, Any], model: str, path: Any) -> None:
         share = mean([run[step]["accuracy"] for run in runs])
         ax.set(title=f"solve, step {step} (accuracy {share:.2f})", xscale="log", xlabel="damping", ylim=(-0.02, 1.02))
     axes[1, 0].set(ylabel="cos(v, (M + x)⁻¹ (F + x) v)")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(REPRESENTATIONS))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save(fig, path)
 
 

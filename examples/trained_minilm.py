@@ -135,9 +135,9 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 
 def draw(cells: dict[str, Any], path: Any) -> None:
-    """Trace, effective rank and errors by layer, in the order of depth."""
-    fig, axes = figure(2, 3, 12, 6, sharex=True)
-    for row, net in zip(axes, ("trained", "random")):
+    """Trace, effective rank and errors by layer, in the order of depth, a net a column."""
+    fig, axes = figure(3, 2, 8.5, 8.5, sharex=True)
+    for row, net in zip(axes.T, ("trained", "random")):
         runs = seeds_of(cells, net)
         x = range(1, len(runs[0]) + 1)
         for j, (key, title) in enumerate({"trace": "trace of the block", "rank": "effective rank"}.items()):
@@ -149,9 +149,9 @@ def draw(cells: dict[str, Any], path: Any) -> None:
         for ax in row:
             for edge in range(0, len(runs[0]) + 1, len(PARTS)):
                 ax.axvline(edge + 0.5, color="#dddddd", lw=0.8, zorder=0)
-    for ax in axes[1]:
+    for ax in axes[-1]:
         ax.set(xlabel="linear map, in order; lines between blocks")
-    axes[0, 2].legend(fontsize=8)
+    axes[2, 0].legend(fontsize=8)
     save(fig, path)
 
 

@@ -90,7 +90,8 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
 
 def draw(cells: dict[str, Any], path: Path) -> None:
     """Solutions at three scales; error and bounds against the scale."""
-    fig, axes = figure(1, 4, 12, 3.2)
+    fig, axes = figure(2, 2, 8.5, 6)
+    axes = axes.reshape(1, 4)
     for order, (colour, c) in enumerate(zip(COLOURS, SHOWN)):
         points = np.array(cells[f"{c:g}"]["points"]).T
         axes[0, 0].scatter(*points, s=7, color=colour, label=f"c = {c:g}", zorder=3 - order / len(SHOWN))

@@ -48,7 +48,7 @@ def write_parts(
     with contextlib.ExitStack() as held:
         with team.together("save") as note, _writing(folder):
             note.mine = _begin(folder, held, named) if team.rank == 0 else None
-        token = note.all[0]
+        token, made = note.all[0]
         own = names(token)
         paths = [os.path.join(folder, name) for name in own]
         try:
@@ -62,11 +62,16 @@ def write_parts(
         except BaseException:
             if not _are_named(folder, own, named):
                 _remove(*paths, *(path + ".part" for path in paths))
+            if made:
+                _remove_if_empty(folder)  # by the last one
             raise
 
 
-def _begin(folder: str, held: contextlib.ExitStack, named: Callable[[str], Sequence[str]]) -> str:
-    """Make the folder, and be the only one who writes there; a word that no other call has, which it shows there."""
+def _begin(folder: str, held: contextlib.ExitStack, named: Callable[[str], Sequence[str]]) -> tuple[str, bool]:
+    """Make the folder, and be the only one who writes there.
+
+    A word that no other call has, which it shows there, and whether there was no folder.
+    """
     made = not os.path.isdir(folder)
     if made:
         os.mkdir(folder)
@@ -80,7 +85,7 @@ def _begin(folder: str, held: contextlib.ExitStack, named: Callable[[str], Seque
         raise FileError(f"another call is saving to {folder!r} now; wait for it, or choose another folder") from None
     held.callback(lock.release)
     os.write(lock.fd, token.encode())
-    return token
+    return token, made
 
 
 def _remove(*paths: str) -> None:

@@ -356,11 +356,11 @@ def test_packed_sequences(budget):
         [reference.jacobian(model, torch.zeros(1), lambda _, t=t: model(pack_sequence([t]))) for t in parts], 1
     )
     out = torch.cat([model(pack_sequence([t])) for t in parts])
-    function = lambda packed: model(packed)
-    close(
-        fisher(model, [(packed,)], function=function, memory_budget=budget),
-        reference.sandwich(rows, reference.softmax_metric(out)),
-    )
+    for options in ({}, {"function": lambda packed: model(packed)}):
+        close(
+            fisher(model, [(packed,)], memory_budget=budget, **options),
+            reference.sandwich(rows, reference.softmax_metric(out)),
+        )
 
 
 # -- calls inside the model --------------------------------------------------------------------------------------------
@@ -453,3 +453,14 @@ def test_reentrant_checkpoints_say_what_to_do(result, x, y):
 
 def test_other_checkpoints_are_exact(x):
     require_exact(Checkpointed(False).double(), x)
+
+
+@pytest.mark.parametrize("look", [nng.explain, nng.diagnose, nng.mgs.trace_penalty, nng.mgs.logdet_penalty])
+def test_what_takes_one_batch_says_so_of_a_loader(look):
+    model, pairs = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+    data = torch.utils.data.TensorDataset(*pairs)
+    for loader in (torch.utils.data.DataLoader(data, 2), data, [pairs, pairs], iter([pairs])):
+        with pytest.raises(nng.ArgumentTypeError, match="expected one batch"):
+            look(model, loader)
+    look(model, pairs)
+    look(model, [*pairs])

@@ -289,7 +289,7 @@ def test_tables_become_frames(tables):
     assert list(frame.index) == [r.name for r in explanation.rows]
     assert [*frame["KFAC"]] == [r.numbers["KFAC"] for r in explanation.rows]
     assert frame.loc["0.weight", "shape"] == (5, 4) and frame.loc["0.weight", "operations"] == ("linear",)
-    findings, effects = diagnosis.to_pandas()
+    findings, effects = diagnosis.to_pandas(), diagnosis.to_pandas("effects")
     assert [*findings["placed"]] == [f.placed for f in diagnosis.findings]
     assert effects.loc["order", "change"] == diagnosis["order"].change
 

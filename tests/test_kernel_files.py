@@ -428,7 +428,7 @@ def at_line(number, run, *names):
 
 def process(code, path, **options):
     program = PRELUDE + f"path = {str(path)!r}\n" + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=500, **options)
 
 
 @POSIX

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import nngeom as nng
+from nngeom.pmat.kronecker import KroneckerBlock
 
 laplace = pytest.importorskip("laplace", reason="laplace-torch is not installed")
 BackPackGGN, CurvlinopsGGN = laplace.curvature.BackPackGGN, laplace.curvature.CurvlinopsGGN
@@ -121,6 +122,25 @@ def test_factors_add_up_over_batches(name):
     total = parts[0] + parts[1] + parts[2]
     torch.testing.assert_close(total.to_matrix(), whole.to_matrix())
     torch.testing.assert_close((3.0 * total).to_matrix(), 3 * whole.to_matrix())
+
+
+@pytest.mark.parametrize("name", ["mlp", "gru", "transformer", "language-model"])
+def test_blocks_of_biases_are_read_off_their_factors(name, monkeypatch):
+    """Not by products with a unit vector of the whole layer for every bias."""
+    model, x, y = batch(name, "classification")
+    backend, whole = NNGeomGGN(model, "classification"), nng.FIM(model, (x, y), nng.PMatKFAC).to_dense()
+
+    def refuse(block, x):
+        raise AssertionError(f"a product with {tuple(x.shape)}")
+
+    monkeypatch.setattr(KroneckerBlock, "mv", refuse)
+    table, (_, kron) = nng.LayerCollection.from_model(model), backend.kron(x, y, N=len(x))
+    single = [j for j, f in enumerate(kron.kfacs) if len(f) == 1 and table.names[j] not in backend.exact]
+    assert single
+    for j in single:
+        lo, shape = table.offsets()[table.names[j]]
+        part = slice(lo, lo + torch.Size(shape).numel())
+        torch.testing.assert_close(kron.kfacs[j][0], len(x) * whole[part, part])
 
 
 @MIDDLE

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeom as nng
+from nngeom.cotangents import softmax
 
 
 def close(x, y, tol=1e-9):
@@ -114,6 +115,30 @@ def test_positive_ignore_index():
     categorical = nng.Categorical(-1, ignore_index=255)
     f = model(x).detach()
     close(categorical.log_prob(f, other), nng.Categorical(-1).log_prob(f, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size, dim", [((6, 3), None), ((4, 40), None), ((5, 3, 1), 1), ((5, 4, 3), -1)])
+def test_columns_of_a_softmax_are_the_same_some_at_a_time(size, dim, dtype, monkeypatch):
+    """All of a small batch at once, or a few of a position after the other: a root of ``diag(p) - p p^T`` either way,
+    with the same bits.
+    """
+    torch.manual_seed(0)
+    f, likelihood = (5 * torch.randn(size)).to(dtype), nng.Categorical(dim)
+    axis = 1 if dim is None else dim % f.ndim
+    y = torch.randint(0, size[axis], [s for j, s in enumerate(size) if j != axis])
+    y.view(-1)[0] = -100
+    columns = likelihood.square_root(f, y)
+    cuts = [(0, columns.count), (1, columns.count), (0, 1)]
+    whole = [columns.make(*cut) for cut in cuts]
+    monkeypatch.setattr(softmax, "NUMBERS", 1)
+    for cut, v in zip(cuts, whole):
+        torch.testing.assert_close(columns.make(*cut), v, rtol=0, atol=0)
+    rows = torch.stack([likelihood.rows(v) for v in whole[0].double()])  # [k r c]
+    p = likelihood.rows(f.double()).softmax(-1) * (y.flatten() != -100).unsqueeze(1)
+    expected = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    tol = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(torch.einsum("krc,krd->rcd", rows, rows), expected, rtol=tol, atol=tol)
 
 
 def test_likelihoods_that_do_not_fit():

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeom as nng
+from nngeom.capture.arguments import tensors
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import record
 from nngeom.layers.adapter import ADAPTERS, Call, Use
@@ -196,7 +197,8 @@ def test_each_parameter_of_a_call_is_explained_once(function, arguments, slots):
     args = arguments(p, x)
     find = lambda t: ("p", p) if t is p or t._base is p else None
     try:
-        use = ADAPTERS[function](Call(find, function(*args), keep_graph=False), *args)
+        parameters = [t for t in tensors(args) if find(t) is not None]
+        use = ADAPTERS[function](Call(find, function(*args), len(parameters), keep_graph=False), *args)
     except Exception:
         use = None
     assert (use and len(use.slots)) == slots

@@ -2,10 +2,11 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
-from nngeom.optim import EKFAC, KFAC, LevenbergMarquardt
+from nngeom.optim import EKFAC, KFAC, SOAP, LevenbergMarquardt
 
 KEYS = {"steps", "skipped", "refreshed", "drawn", "reduction", "damping", "batchwise", "parts"}
 
@@ -47,3 +48,24 @@ def test_every_part_takes_up_its_own_numbers():
     for each, net in ((opt, model), (again, other)):
         advance(each, net, x, y, 2)
     assert torch.equal(model.weight, other.weight)
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, SOAP])
+def test_who_resumes_and_who_goes_on_share_nothing(kind):
+    torch.manual_seed(0)
+    x, y, loss = torch.randn(20, 4), torch.randint(3, (20,)), nn.CrossEntropyLoss()
+    models = [nn.Linear(4, 3) for _ in range(2)]
+    opts = [kind(model, automatic=True) for model in models]
+
+    def advance(opt, model):
+        opt.zero_grad()
+        loss(model(x), y).backward()
+        opt.step()
+
+    advance(opts[0], models[0])
+    models[1].load_state_dict(models[0].state_dict())
+    opts[1].load_state_dict(opts[0].state_dict())
+    for opt, model in zip(opts, models):
+        for _ in range(3):
+            advance(opt, model)
+    assert torch.equal(models[0].weight, models[1].weight)

@@ -52,7 +52,7 @@ def test_pages_show_what_the_files_hold(name):
     example = importlib.import_module(name)
     page = common.placed((common.DOCS / example.PAGE).read_text())
     if not (common.DOCS / "data" / f"{name}.json").exists():
-        assert name not in page
+        assert page[name] == ""  # a place that a whole run fills
         return
     for mark, made in example.tables(common.stored(name)).items():
         assert page[mark] == made

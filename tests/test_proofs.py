@@ -117,8 +117,8 @@ def test_a_constant_decides_where_examples_lie():
 
 
 @pytest.mark.filterwarnings("ignore::nngeom.MemoryWarning")
-def test_a_batch_with_a_table_of_as_many_rows_as_examples_is_not_divided():
-    """Cut with the examples, the table would give other outputs of the right shape."""
+def test_a_table_of_as_many_rows_as_examples_is_taken_for_theirs():
+    """Nothing tells it from one input an example; what a function closes over is of all, and never cut."""
 
     class Table(nn.Module):
         def __init__(self):
@@ -129,9 +129,13 @@ def test_a_batch_with_a_table_of_as_many_rows_as_examples_is_not_divided():
             return (self.layer(x) + self.ids(table).mean(0)).tanh()
 
     model = Table()
-    batch = {"x": torch.randn(6, 3, dtype=f64), "table": torch.tensor([0, 1, 1, 2, 3, 4])}
-    whole = nng.GramMatrix(model, [batch]).tensor
-    torch.testing.assert_close(nng.GramMatrix(model, [batch], memory_budget=800).tensor, whole)
+    x, table = torch.randn(6, 3, dtype=f64), torch.tensor([0, 1, 1, 2, 3, 4])
+    with pytest.raises(nng.CoverageError, match="function= closes over"):
+        nng.GramMatrix(model, [{"x": x, "table": table}])
+    of_all = lambda x: model(x, table)
+    j = reference.jacobian(model, x, of_all)
+    kernel = nng.GramMatrix(model, [(x,)], function=of_all, memory_budget=800)
+    torch.testing.assert_close(kernel.tensor, torch.einsum("cnd,emd->cnem", j, j))
 
 
 @pytest.mark.parametrize("measure", ["FIM", "kernel", "map", "Hessian", "dense Hessian"])

@@ -12,6 +12,7 @@ from nngeom.pullback.backward import pull_back
 from nngeom.pullback.batched import batched_gradients
 from nngeom.space import walk
 from nngeom.space.collection import LayerCollection
+from nngeom.sweep.sweep import Policy
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -20,6 +21,22 @@ def test_a_walk_finds_what_torch_finds(name):
     assert walk.named_parameters(model) == dict(model.named_parameters(remove_duplicate=False))
     assert walk.modules(model) == tuple(model.modules())
     assert [m for _, m in walk.named_modules(model)] == [m for _, m in model.named_modules(remove_duplicate=False)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_in_its_place_needs_no_other_walk(name):
+    model = build(name).model
+    places = walk.Places(model)
+    assert places.are_current() and places.parameters == walk.named_parameters(model)
+    for p in model.parameters():
+        p.data = p.data.clone()
+    assert places.are_current()
+    holder = next(m for m in places.modules if m._parameters)
+    key, p = next((key, p) for key, p in holder._parameters.items() if p is not None)
+    setattr(holder, key, nn.Parameter(p.detach().clone()))
+    assert not places.are_current()
+    setattr(holder, key, p)
+    assert places.are_current()
 
 
 class Renamed(nn.Sequential):
@@ -40,6 +57,57 @@ def test_models_that_name_their_modules_themselves(model):
 def shared() -> nn.Module:
     layer = nn.Linear(3, 3)
     return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(3, 2)).double()
+
+
+MOVES = {
+    "another module": lambda m: setattr(m, "3", nn.Linear(3, 2).double()),
+    "a module more": lambda m: m.append(nn.Tanh()),
+    "a module less": lambda m: m.pop(-1),
+    "other names": lambda m: setattr(m, "_modules", {f"a{k}": x for k, x in m._modules.items()}),
+    "a parameter less": lambda m: setattr(m[3], "bias", None),
+    "one of equal number": lambda m: setattr(m[1], "scale", nn.Parameter(m[1].scale.detach().clone())),
+    "names exchanged": lambda m: m[3]._parameters.update(bias=m[3].weight, weight=m[3].bias),
+    "a parameter more": lambda m: m.register_parameter("more", nn.Parameter(torch.ones(1))),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_what_left_its_place_is_seen(move):
+    model = shared()
+    model[1].register_parameter("scale", nn.Parameter(torch.ones(1, dtype=torch.float64)))
+    places = walk.Places(model)
+    assert places.are_current()
+    MOVES[move](model)
+    assert not places.are_current()
+
+
+class Some(nn.Sequential):
+    """Has other parameters at another time."""
+
+    bare = False
+
+    def named_parameters(self, *args, **options):
+        return (
+            (name, p) for name, p in super().named_parameters(*args, **options) if "bias" not in name or not self.bare
+        )
+
+
+def test_models_that_name_modules_or_parameters_are_walked_through_again():
+    assert not walk.Places(nn.Sequential(Renamed(nn.Linear(2, 2)))).are_current()
+    model, x = Some(nn.Linear(3, 2)).double(), torch.randn(4, 3, dtype=torch.float64)
+    assert not walk.Places(model).are_current()
+    m = nng.FIM(model, (x, None), nng.PMatImplicit)
+    v = nng.PVector.randn(m.layer_collection)
+    m.mv(v)
+    model.bare = True
+    with pytest.raises(nng.CollectionError, match="other parameters"):
+        m.mv(v)
+
+
+def test_a_policy_has_no_other_fields():
+    assert Policy("a", watch=False).but(reuse=True) == Policy("a", watch=False, reuse=True)
+    with pytest.raises(TypeError, match="no fields \\['wacht'\\]"):
+        Policy().but(wacht=False)
 
 
 def dense(model: nn.Module, x: torch.Tensor) -> None:

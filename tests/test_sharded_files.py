@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import pytest
 import safetensors.torch
@@ -118,7 +119,16 @@ def test_the_older_result_stays_until_the_index_is_replaced(tmp_path, monkeypatc
     assert len(os.listdir(path)) == 3  # what was left over is gone
 
 
-def test_nothing_is_left_where_nothing_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", [0, 1])
+def test_nothing_is_left_where_nothing_was(tmp_path, monkeypatch, last):
+    """Whoever is the last to remove what it wrote."""
+    remove = parts_folder._remove
+
+    def waits(*paths):
+        time.sleep(0.3 * any(f"part-{last:05d}" in path for path in paths))
+        remove(*paths)
+
+    monkeypatch.setattr(parts_folder, "_remove", waits)
     monkeypatch.setattr(parts_folder, "finish", lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     assert "Input/output" in str(save(kernel(), tmp_path / "k", (4, 5))[0])
     assert os.listdir(tmp_path) == []

@@ -50,7 +50,7 @@ def factored(k=3, n=4, t=2, s=1, o=3, i=5):
 
 
 def lookup(k=3, n=4, t=2, o=3, size=5):
-    return LookupJacobian(torch.randint(size, (n, t)), torch.randn(k, n, t, 1, o).double(), size)
+    return LookupJacobian(torch.randint(size, (n, t)), torch.randn(k, n, t, 1, o).double(), size=size)
 
 
 def placed():

@@ -35,7 +35,7 @@ unsure = [1 - confidence(x_test), 1 - confidence(strange)]
 truth = [0] * len(seen) + [1] * len(new)
 for name, (a, b) in {"variance": (seen, new), "1 - confidence": unsure}.items():
     print(f"{name:15s} area under the ROC curve {roc_auc_score(truth, torch.cat([a, b])):.3f}")
-bins = torch.logspace(-2, 3, 40)
+bins = torch.logspace(1, 3, 40)
 plt.hist(seen, bins, alpha=0.7, label="digits, held out")
 plt.hist(new, bins, alpha=0.7, label="patches of a photograph")
 plt.xscale("log")

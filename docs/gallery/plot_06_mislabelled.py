@@ -30,7 +30,7 @@ for kind, damping in ((nng.PMatEye, 1.0), (nng.PMatEKFAC, 1e-2)):
 looked_at = torch.arange(1, len(y) + 1) / len(y)
 for name, score in found.items():
     share = wrong[score.argsort(descending=True)].cumsum(0) / wrong.sum()
-    print(f"{name:22s} {share[int(0.1 * len(y))]:.0%} of the {int(wrong.sum())} wrong labels in the first 10 %")
+    print(f"{name:22s} {share[int(0.1 * len(y))]:.0%} of the {int(wrong.sum())} wrong labels in the first tenth")
     plt.plot(looked_at, share, label=name)
 plt.plot([0, 1], [0, 1], "k:", lw=1)
 plt.xlim(0, 0.4)

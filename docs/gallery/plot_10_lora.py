@@ -4,7 +4,7 @@ Curvature of adapters alone: LoRA
 
 A net trained on digits is adapted to the same digits turned by half a turn, by low-rank adapters beside its frozen
 weights. Frozen parameters are left out by themselves: a KFAC matrix of the adapters is small, and natural-gradient
-steps in it are cheap.
+steps in it are cheap. The learning rates are the best of five for Adam and of three for KFAC.
 """
 
 import matplotlib.pyplot as plt
@@ -39,7 +39,7 @@ base, flipped, flipped_test = train(mlp(width=64), x, y), x.flip(-1), x_test.fli
 for name in ("Adam", "KFAC"):
     torch.manual_seed(0)
     model = nn.Sequential(*(Adapter(layer) if isinstance(layer, nn.Linear) else layer for layer in mlp(base)))
-    opt = torch.optim.Adam(model.parameters(), 1e-2) if name == "Adam" else nng.optim.KFAC(model, **natural)
+    opt = torch.optim.Adam(model.parameters(), 0.1) if name == "Adam" else nng.optim.KFAC(model, **natural)
     losses = []
     for _ in range(60):
         with opt.observe() if name == "KFAC" else torch.enable_grad():

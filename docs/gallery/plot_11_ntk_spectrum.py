@@ -3,7 +3,7 @@ What a net learns first: the spectrum of its tangent kernel
 ===========================================================
 
 The eigenvalues of the tangent kernel before and after training, and how well its leading eigenvectors say the
-labels. In training the kernel turns towards the labels.
+labels. In training the kernel turns a little towards the labels.
 """
 
 import matplotlib.pyplot as plt

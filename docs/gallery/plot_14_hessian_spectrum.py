@@ -20,7 +20,7 @@ for done, steps in ((0, 0), (30, 30), (400, 370)):
     density = H.spectral_density(steps=40, samples=2, generator=torch.Generator().manual_seed(0))
     values = H.lanczos(3)[0]
     print(f"step {done:3d}: largest eigenvalues {[round(v, 2) for v in values.tolist()]}")
-    grid = torch.linspace(-1.0, 2.5, 400)
+    grid = torch.linspace(-0.6, 2.1, 400)
     plt.semilogy(grid, density.on(grid, 0.05).clamp(min=1e-5), label=f"step {done}")
 plt.xlabel("eigenvalue")
 plt.ylabel("density")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.data import DataLoader, Dataset
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, LoaderError
 
@@ -88,6 +89,18 @@ def _is_record(x: Any) -> bool:
 # -- one batch ---------------------------------------------------------------------------------------------------------
 
 
+def one_batch(batch: Batch) -> list[Batch]:
+    """``[batch]``; raises :class:`ArgumentTypeError` for what gives batches: a loader, a data set, a list of tuples."""
+    listed = isinstance(batch, list) and len(batch) > 0 and all(type(x) is tuple for x in batch)
+    if listed or isinstance(batch, (DataLoader, Dataset, Iterator)):
+        given = f"a list of {len(batch)} tuples" if listed else type(batch).__name__
+        raise ArgumentTypeError(
+            f"batch is {given}; expected one batch, as a loader gives it: pass next(iter(loader)), or tuple(batch) for "
+            "one whose parts are tuples"
+        )
+    return [batch]
+
+
 def each(batch: Batch, f: Callable[[Any], Any]) -> Batch:
     """The batch with ``f`` of all its tensors, arrays and packed sequences, in the same containers."""
     if isinstance(batch, _LEAVES):
@@ -103,7 +116,7 @@ def each(batch: Batch, f: Callable[[Any], Any]) -> Batch:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(each(value, f) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(each(value, f) for value in batch)
+        return type(batch)([each(value, f) for value in batch])
     if _is_record(batch):
         other = copy.copy(batch)
         for entry in dataclasses.fields(batch):
@@ -184,8 +197,10 @@ def rows(x: Any, index: slice | list[int]) -> Any:
     if isinstance(x, PackedSequence):
         padded, lengths = pad_packed_sequence(x, batch_first=True)
         return pack_padded_sequence(padded[index], lengths[index], batch_first=True, enforce_sorted=False)
-    if not isinstance(x, Tensor) or (x.layout is torch.strided and not x.is_nested):
+    if not isinstance(x, Tensor):
         return x[index]
+    if x.layout is torch.strided and not x.is_nested:
+        return x[index] if isinstance(index, slice) else x.index_select(0, torch.tensor(index, device=x.device))
     places = list(range(x.size(0)))[index] if isinstance(index, slice) else list(index)
     if x.is_nested:
         parts: Sequence[Tensor] = x.unbind()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import nn
-
+from nngeom.capture.network import Network
 from nngeom.core.errors import CollectionError
 from nngeom.space.walk import named_parameters
 
 
-def require_current(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise :class:`CollectionError` where some of the ``parameters`` of a ``model`` are frozen, or no longer its own.
+def require_current(network: Network) -> None:
+    """Raise :class:`CollectionError` where some of the parameters of a ``network`` are frozen, or no longer those of
+    its model.
 
     Products with a matrix that holds the model would leave them out.
     """
-    now = named_parameters(model)
+    parameters = network.parameters
+    now = network.every if network.places.are_current() else named_parameters(network.model)
     exchanged = [name for name, p in parameters.items() if now.get(name) is not p]
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
     if exchanged or frozen:

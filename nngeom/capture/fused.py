@@ -119,5 +119,5 @@ class DenseGradients(TorchFunctionMode):
 
 def dense_gradients(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     """Within: :class:`DenseGradients`, where one of the modules may be an embedding with sparse ones."""
-    sparse = any(m.__dict__.get("sparse") or hasattr(type(m), "sparse") for m in modules)
+    sparse = any([m.__dict__.get("sparse") or hasattr(type(m), "sparse") for m in modules])
     return DenseGradients() if sparse else contextlib.nullcontext()

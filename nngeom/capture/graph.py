@@ -87,7 +87,8 @@ def read(outputs: Tensor, names: dict[int, str], registered: Collection[int], ho
             described.append((name if name is not None else id(leaf) in registered, tuple(leaf.shape)))
             continue
         name, sizes = node.name(), tuple(map(_sizes, node._input_metadata))
-        constants = tuple([_constant(getattr(node, c)) for c in _constants(node, name)])
+        held = [getattr(node, constant) for constant in _constants(node, name)]
+        constants = tuple([str(x) if isinstance(x, _SAYING) else None for x in held])
         described.append((type(node), name, constants, sizes, tuple(edges), node in hooked))
     return Graph(tuple(order), leaves, found, frozenset(hooked), hash(tuple(described)))
 
@@ -98,6 +99,7 @@ def _sizes(meta: Any) -> tuple[int, ...]:
 
 
 _CONSTANTS: dict[Any, tuple[str, ...]] = {}
+_SAYING = (bool, int, str, tuple, list)  # constants that say where numbers go; not by how much they are multiplied
 
 
 def _constants(node: Any, name: str) -> tuple[str, ...]:
@@ -107,11 +109,6 @@ def _constants(node: Any, name: str) -> tuple[str, ...]:
         names = dir(node)
         _CONSTANTS[kind] = tuple(a for a in names if a.startswith("_saved_") and f"_raw{a}" not in names)
     return _CONSTANTS[kind]
-
-
-def _constant(x: Any) -> Any:
-    """A hashable constant that says where numbers go; not by how much they are multiplied."""
-    return str(x) if isinstance(x, (bool, int, str, tuple, list)) else None
 
 
 def operation(node: Any) -> str | None:

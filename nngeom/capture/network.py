@@ -37,7 +37,7 @@ from nngeom.core.errors import (
 )
 from nngeom.core.whole import in_parts
 from nngeom.space.collection import LayerCollection, unwrap
-from nngeom.space.walk import modules, named_parameters
+from nngeom.space.walk import Places
 
 RUNNING = threading.RLock()  # models run one at a time: a forward-mode pass puts other tensors into them meanwhile
 
@@ -52,7 +52,7 @@ class Network:
     parameters: dict[str, nn.Parameter]
     device: torch.device
     dtype: torch.dtype
-    every: dict[str, nn.Parameter]  # all parameters of the model, by all their names
+    places: Places  # of all modules and parameters of the model, when this was built
     distributed: Tensor | None = None  # a parameter that is a distributed tensor while the model runs, if there is one
 
     @staticmethod
@@ -73,14 +73,15 @@ class Network:
                 f"function is {function!r}; expected a callable returning the outputs (n, c), or None"
             )
         model = unwrap(model)
-        every = named_parameters(model)
+        places = Places(model)
+        every = places.parameters
         lc = collection if collection is not None else LayerCollection.whole(model, every)
         if not isinstance(lc, LayerCollection):
             raise ArgumentTypeError(
                 f"layer_collection is {type(lc).__name__}; expected LayerCollection.from_model(model, ...)"
             )
         parameters = lc.live(every)
-        remedies.require_whole(model, parameters, parts=parts)
+        remedies.require_whole(places.named, parameters, parts=parts)
         devices = {p.device for p in parameters.values()}
         if len(devices) != 1:
             raise DeviceError(
@@ -90,17 +91,17 @@ class Network:
         dtype = functools.reduce(torch.promote_types, {p.dtype for p in parameters.values()})
         distributed = next((p for p in every.values() if in_parts(p)), None)
         (device,) = devices
-        return Network(model, lc, function, parameters, device, dtype, every=every, distributed=distributed)
+        return Network(model, lc, function, parameters, device, dtype, places=places, distributed=distributed)
 
     @functools.cached_property
     def ids(self) -> dict[int, str]:
         """Names of the selected parameters by the id of the object."""
         return {id(p): name for name, p in self.parameters.items()}
 
-    @functools.cached_property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """All modules of the model."""
-        return modules(self.model)
+    @property
+    def every(self) -> dict[str, nn.Parameter]:
+        """All parameters of the model, by all their names."""
+        return self.places.parameters
 
     @functools.cached_property
     def registered(self) -> frozenset[int]:
@@ -110,7 +111,7 @@ class Network:
     @functools.cached_property
     def watch(self) -> Watch:
         """Of what forward passes leave behind."""
-        return Watch(self.model, self.modules, self.every, self.device)
+        return Watch(self.model, self.places.modules, self.every, self.device)
 
     @property
     def hooked(self) -> set[str]:
@@ -181,7 +182,7 @@ class Network:
         return bool(sharded_modules(self.model))
 
     def _outputs(self, batch: Batch, mode: AbstractContextManager[Any]) -> Tensor:
-        with as_written(), measuring(), used(self.model), mode, dense_gradients(self.modules):
+        with as_written(), measuring(), used(self.model), mode, dense_gradients(self.places.modules):
             try:
                 outputs = self.function(*_unpack(batch)) if self.function is not None else called(self.model, batch)
             except (RuntimeError, TypeError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from nngeom.capture.batch import Batch, leading_size
 from nngeom.core.errors import LoaderError, OutputError
@@ -45,8 +46,9 @@ def checked(outputs: Any, batch: Batch, source: str) -> Tensor:
     if size is not None and outputs.shape[0] != size:
         raise OutputError(
             f"the outputs have shape {tuple(outputs.shape)} but the batch holds {size} examples; expected "
-            f"({size}, ...): "
-            "examples must stay along the first axis (positions of one example go behind it)"
+            f"({size}, ...): examples must stay along the first axis (positions of one example go behind it). Where "
+            "they lie in tables of other lengths, as nodes of graphs do, a batch holds their numbers, and function= "
+            "collates them"
         )
     return outputs
 
@@ -63,7 +65,8 @@ def called(model: nn.Module, batch: Batch) -> Any:
                 "pass function=lambda *items: model(...) to say which are inputs"
             )
         x = batch[0]
-        out = model(**x) if isinstance(x, Mapping) else model(*x) if isinstance(x, (tuple, list)) else model(x)
+        several = isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence)
+        out = model(**x) if isinstance(x, Mapping) else model(*x) if several else model(x)
     else:
         out = model(batch)
     logits = None if isinstance(out, Tensor) else getattr(out, "logits", None)

@@ -122,7 +122,7 @@ class Recorder(TorchFunctionMode):
 
     def find(self, x: Tensor) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` when ``x`` is a selected parameter or a view of one."""
-        name = self.leaves.name(x)
+        name = self.leaves.names.get(id(x)) or self.leaves.name(x)
         if name is not None:
             return name, x
         base = x._base
@@ -143,8 +143,8 @@ class Recorder(TorchFunctionMode):
         refusal = REFUSALS.get(func)
         if refusal is not None:
             self._consider(refusal, func, args, kwargs)
-        found = {f[0] for x in tensors(args, kwargs) if (f := self.find(x)) is not None}
-        if not found:
+        given = [f[0] for x in tensors(args, kwargs) if (f := self.find(x)) is not None]
+        if not given:
             out = self._call(func)(*args, **kwargs)
             self._sorted.see(func, args, out)
             if func in ADDITIONS:
@@ -165,9 +165,9 @@ class Recorder(TorchFunctionMode):
             if not (func in ADAPTERS and isinstance(out, Tensor) and out.numel() > args[0].numel()):
                 return out  # another view of the parameter, seen again where it is used
             self._copies[id(out)] = out  # copies along new axes: a use, and what is done with them is none
-        recorded = self._adapt(func, out, args, kwargs, since)
-        if recorded is None or {s.name for s in recorded.use.slots} != found:
-            self.unstructured |= found
+        recorded = self._adapt(func, out, args, kwargs, since, len(given))
+        if recorded is None or {s.name for s in recorded.use.slots} != set(given):
+            self.unstructured |= set(given)
         else:
             self.uses.append(recorded)
             self._tables[id(out)] = (weakref.ref(out), recorded)
@@ -208,11 +208,11 @@ class Recorder(TorchFunctionMode):
                 raise
             self.mixing |= func is F.batch_norm
 
-    def _adapt(self, func: Any, out: Any, args: Any, kwargs: Any, since: int) -> Recorded | None:
+    def _adapt(self, func: Any, out: Any, args: Any, kwargs: Any, since: int, given: int) -> Recorded | None:
         adapter = ADAPTERS.get(func)
         if adapter is None or not isinstance(out, Tensor):
             return None
-        call = Call(self.find, out, keep_graph=self.keep_graph)
+        call = Call(self.find, out, given, keep_graph=self.keep_graph)
         with torch.set_grad_enabled(self.keep_graph):
             try:
                 use = adapter(call, *args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,20 +13,19 @@ from nngeom.capture.batch import Batch, tensors
 from nngeom.capture.fused import CHECKPOINTED
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, LoaderError, NNGeomError, UnsupportedError
 from nngeom.core.whole import in_parts
-from nngeom.space.walk import named_modules
 
 _FLAT = "FullyShardedDataParallel"
 _WHOLE = r"\b(long|u?int|short|char|byte|bool)"  # dtypes of whole numbers, where real ones are wanted
 
 
-def require_whole(model: nn.Module, parameters: Mapping[str, Tensor], *, parts: bool) -> None:
-    """Raise :class:`UnsupportedError` where a process holds parts of the parameters; ``parts``: distributed tensors are
-    welcome.
+def require_whole(modules: Iterable[tuple[str, nn.Module]], parameters: Mapping[str, Tensor], *, parts: bool) -> None:
+    """Raise :class:`UnsupportedError` where a process holds parts of the ``parameters`` of named ``modules``;
+    ``parts``: distributed tensors are welcome.
     """
     names = [name for name, p in parameters.items() if hasattr(p, "ds_numel") and p.ds_numel != p.numel()]
     if not parts:
         names += [name for name, p in parameters.items() if in_parts(p)]
-    names += [name.rstrip(".") or "the model" for name, m in named_modules(model) if type(m).__name__ == _FLAT]
+    names += [name.rstrip(".") or "the model" for name, m in modules if type(m).__name__ == _FLAT]
     if names:
         raise UnsupportedError(
             f"parameters are spread over processes ({', '.join(names[:4])}: fully_shard, tensor parallelism, "

@@ -19,10 +19,14 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, eq=False)
 class FactoredJacobian(LayerJacobian):
-    """``J[k, n, s] = sum_t g[k, n, t, s] (x) a[n, t, s]``: every operation that is affine in its parameters."""
+    """``J[k, n, s] = sum_t g[k, n, t, s] (x) a[n, t, s]``: every operation that is affine in its parameters.
+
+    ``each``: positions that an example has on average, ``t`` if 0, or a number ``[s]`` a group; others are zero.
+    """
 
     a: Tensor  # [n t s i]
     g: Tensor  # [k n t s o]
+    each: float | Tensor = 0.0
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -42,11 +46,18 @@ class FactoredJacobian(LayerJacobian):
         """Number of positions ``t`` that share the parameters."""
         return self.g.shape[2]
 
+    @property
+    def share(self) -> float | Tensor:
+        """Of a position in an example, ``[s, 1]`` where groups have different numbers of them."""
+        if isinstance(self.each, Tensor):
+            return (1 / self.each).nan_to_num(posinf=1.0).to(self.dtype).unsqueeze(1)
+        return 1 / (self.each or max(1, self.positions))
+
     def examples(self, lo: int, hi: int) -> FactoredJacobian:
-        return FactoredJacobian(self.a[lo:hi], self.g[:, lo:hi])
+        return FactoredJacobian(self.a[lo:hi], self.g[:, lo:hi], self.each)
 
     def cotangents(self, lo: int, hi: int) -> FactoredJacobian:
-        return FactoredJacobian(self.a, self.g[lo:hi])
+        return FactoredJacobian(self.a, self.g[lo:hi], self.each)
 
     def matrix(self) -> Tensor:
         k, n, t, s, o = self.g.shape
@@ -121,7 +132,7 @@ class FactoredJacobian(LayerJacobian):
 
     def rotate(self, ua: Basis | None, ug: Basis | None) -> FactoredJacobian:
         a = self.a if ua is None else contract.times(self.a, ua)
-        return FactoredJacobian(a, self._rotated_gradients(ug))
+        return FactoredJacobian(a, self._rotated_gradients(ug), self.each)
 
     def _rotated_gradients(self, ug: Basis | None) -> Tensor:
         if ug is None:
@@ -138,8 +149,7 @@ class FactoredJacobian(LayerJacobian):
         if isinstance(other, LookupJacobian):
             return other.input_gram(self, s).permute(2, 3, 0, 1)
         x, y = self.a[:, :, s], other.a[:, :, s]
-        result: Tensor = (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
-        return result
+        return (x.flatten(0, 1) @ y.flatten(0, 1).T).view(*x.shape[:2], *y.shape[:2])
 
 
 def at_one_position(jacobians: dict[Key, LayerJacobian]) -> dict[Key, LayerJacobian]:
@@ -170,10 +180,10 @@ class LookupJacobian(FactoredJacobian):
         return k, n, s, o, self.size
 
     def examples(self, lo: int, hi: int) -> LookupJacobian:
-        return LookupJacobian(self.a[lo:hi], self.g[:, lo:hi], self.size)
+        return LookupJacobian(self.a[lo:hi], self.g[:, lo:hi], size=self.size)
 
     def cotangents(self, lo: int, hi: int) -> LookupJacobian:
-        return LookupJacobian(self.a, self.g[lo:hi], self.size)
+        return LookupJacobian(self.a, self.g[lo:hi], size=self.size)
 
     def matrix(self) -> Tensor:
         k, n, t, _, o = self.g.shape
@@ -212,7 +222,7 @@ class LookupJacobian(FactoredJacobian):
         if ua is not None:
             rows = ua.rows(self.a) if isinstance(ua, CompletedBasis) else ua[0][self.a]
             return FactoredJacobian(rows.unsqueeze(2), self._rotated_gradients(ug))
-        return LookupJacobian(self.a, self._rotated_gradients(ug), self.size)
+        return LookupJacobian(self.a, self._rotated_gradients(ug), size=self.size)
 
     @property
     def compared(self) -> int:

@@ -23,7 +23,11 @@ def times(layout: Layout, j: LayerJacobian, v: Tensor) -> Tensor:
     (first, a), *others = _inputs(layout, j)
     y = a.expand(len(v), -1, -1) @ _matrices(v, first).mT  # [b n o]
     for piece, a in others:
-        y.baddbmm_(a.expand(len(v), -1, -1), _matrices(v, piece).mT)
+        w = _matrices(v, piece).mT
+        if a.shape[-1] == 1:  # a product with one term took nine times as long
+            y.addcmul_(a, w)
+        else:
+            y.baddbmm_(a.expand(len(v), -1, -1), w)
     return (j.g[:, :, 0, 0].transpose(0, 1) @ y.permute(1, 2, 0)).permute(2, 1, 0)
 
 
@@ -32,9 +36,13 @@ def add_transposed_(flat: Tensor, layout: Layout, j: LayerJacobian, u: Tensor) -
     if not (isinstance(j, FactoredJacobian) and _reads_in_place(layout, j, flat)):
         layout.add_(flat, j.vjp(u.to(j.dtype)).to(flat.dtype))
         return
-    z = (u.permute(2, 0, 1) @ j.g[:, :, 0, 0].transpose(0, 1)).permute(1, 2, 0)  # [b o n]
+    z = u.permute(2, 0, 1) @ j.g[:, :, 0, 0].transpose(0, 1)  # [n b o]
     for piece, a in _inputs(layout, j):
-        _matrices(flat, piece).baddbmm_(z, a.expand(len(flat), -1, -1))
+        if a.shape[-1] == 1:
+            _matrices(flat, piece).add_((a.T @ z.flatten(1)).view(len(flat), -1, 1))
+        else:
+            rows = z.transpose(0, 1).contiguous()  # [b n o]: a tenth of the product, which is faster so by more
+            _matrices(flat, piece).baddbmm_(rows.mT, a.expand(len(flat), -1, -1))
 
 
 def _reads_in_place(layout: Layout, j: FactoredJacobian, v: Tensor) -> bool:

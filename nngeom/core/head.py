@@ -39,6 +39,11 @@ class HeadJacobian(LayerJacobian):
         """Number of positions ``t`` that share the parameters."""
         return self.a.shape[1]
 
+    @property
+    def share(self) -> float:
+        """Of a position in an example."""
+        return 1 / max(1, self.positions)
+
     def explicit(self) -> FactoredJacobian:
         """The same with its columns formed."""
         n, t = self.a.shape[:2]

@@ -92,8 +92,7 @@ class LayerJacobian(ABC):
     def gram(self, other: LayerJacobian) -> Tensor:
         """``[k, n, l, m]``: ``<J[k, n], J'[l, m]>`` with the rows ``J'`` of ``other``, of the same block."""
         x, y = rows(self), rows(other)
-        result: Tensor = (x.flatten(0, 1) @ y.flatten(0, 1).T).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
-        return result
+        return (x.flatten(0, 1) @ y.flatten(0, 1).T).view(*x.shape[:2], *y.shape[:2])
 
     def rotate(self, ua: Basis | None, ug: Basis | None) -> LayerJacobian:
         """Rows in the bases ``ua [s, i, i]`` and ``ug [s, o, o]``: ``ug^T J ua`` (``None``: the identity)."""

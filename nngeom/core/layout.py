@@ -29,6 +29,7 @@ class Arrangement:
     window: int = field(default=1, compare=False)  # i is (channel, place in a window) with so many places
 
     @staticmethod
+    @functools.lru_cache(2**12)
     def plain(s: int, o: int, i: int, window: int = 1) -> Arrangement:
         """The parameter's own order, read as ``[s, o, i]``; ``window`` as in the class."""
         return Arrangement((s, o, i), (0, 1, 2), (s, o, i), window)

@@ -7,6 +7,7 @@ eigenbasis of a diagonal factor is ``None``: the identity, that of a sketch a :c
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -130,13 +131,12 @@ def mirror_(total: Tensor, *, corners: bool = False) -> Tensor:
     return total
 
 
-def strips(p: int) -> list[tuple[int, int]]:
-    """A symmetric product cut so that each strip ends at the diagonal; of 80 rows at least, in multiples of 16,
-    products run best.
-    """
+@functools.cache
+def strips(p: int) -> tuple[tuple[int, int], ...]:
+    """A symmetric product in strips from the diagonal on; of 80 rows at least, in multiples of 16, they run best."""
     width = -(-p // max(1, min(8, round(p / 80))))
     width = -(-width // 16) * 16
-    return [(lo, min(p, lo + width)) for lo in range(0, p, width)]
+    return tuple((lo, min(p, lo + width)) for lo in range(0, p, width))
 
 
 def cholesky(m: Tensor, what: str, eps: float | None = None) -> Tensor:

@@ -40,15 +40,16 @@ class OutputMetric(ABC):
     def behind(self, w: Tensor, rows: range) -> Tensor:
         """``l [r, i, i]``, lower triangular, with ``l l^T = w^T H w`` for ``w [c, i]``, of some ``rows``.
 
-        Products are factorised by Cholesky; where that fails, as for singular ones, what they are made of by QR.
+        Products are factorised by Cholesky; where that fails, as for singular ones, what they are made of by QR. In
+        memory the columns come one after the other, as they are pulled back.
         """
-        roots, failed = [], []
+        like = torch.promote_types(w.dtype, self.diagonal().dtype)
+        root = torch.empty(len(rows), w.shape[1], w.shape[1], dtype=like, device=w.device).mT
+        failed = []
         for lo, hi in memory.pieces(len(rows), w.numel() * w.element_size(), most=memory.CACHE_BYTES):
             x = self.spread(w, _slice(rows[lo:hi]))
-            root, info = torch.linalg.cholesky_ex(_lower(x))
-            roots.append(root)
+            root[lo:hi], info = torch.linalg.cholesky_ex(_lower(x))
             failed.append(info)
-        root = torch.cat(roots)
         for r in torch.cat(failed).nonzero().flatten().tolist():  # a device is waited for once
             triangle = torch.linalg.qr(self.spread(w, _slice(rows[r : r + 1]))[0], mode="r")[1].T  # [i min(c i)]
             root[r] = 0

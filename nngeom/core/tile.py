@@ -54,15 +54,17 @@ class Tile:
         """``out[k, n, l, m] += scale[n, m] <x[k, n], y[l, m]>`` for rows ``x [k, n, p]``, ``y [l, m, p]``."""
         left, right = self.rows(x), self.rows(y)
         inner, across = (self.k, self.l) if self.by_examples else (self.n, self.m)
+        rows, columns = left.shape[0], right.shape[0]
         step = (
-            max(-(-len(left) // inner // 16), -(-costs.LEAST_ROWS // inner)) * inner
+            max(-(-rows // inner // 16), -(-costs.LEAST_ROWS // inner)) * inner
         )  # some outputs of all examples, or all of some
-        if len(left) * len(right) <= costs.SMALL_PRODUCT:
-            step = len(left)
-        for lo in range(0, len(left), step):
-            hi, first = min(len(left), lo + step), lo // inner * across if self.symmetric else 0
-            products = torch.mm(left[lo:hi], right[first:].T, out=self.working("products", hi - lo, len(right) - first))
-            part = self.flat[lo:hi, first:].unflatten(1, (-1, across)).unflatten(0, (-1, inner))
+        if rows * columns <= costs.SMALL_PRODUCT:
+            step = rows
+        for lo in range(0, rows, step):
+            hi, first = min(rows, lo + step), lo // inner * across if self.symmetric else 0
+            products = torch.mm(left[lo:hi], right[first:].T, out=self.working("products", hi - lo, columns - first))
+            sizes = (hi - lo) // inner, inner, (columns - first) // across, across
+            part = self.flat[lo:hi, first:].view(sizes)
             factor = scale[lo // inner : hi // inner, first // across :, None] if self.by_examples else scale
             part.addcmul_(products.view(part.shape), factor.unsqueeze(1))
 

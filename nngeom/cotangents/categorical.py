@@ -119,15 +119,22 @@ class Categorical(Likelihood):
         keep = None if counted is None else counted.view(n, positions)
         dtype = torch.float32 if outputs.dtype in (torch.float16, torch.bfloat16) else outputs.dtype
 
-        def at(position: int, lo: int, hi: int, v: Tensor) -> None:
-            p = softmax.probabilities(z[:, position])  # [n c]
+        def parts(position: int, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
+            """``p [n, c]``, and of some columns the entries on the diagonal ``[n, k]`` and what ``p`` is multiplied
+            by behind it ``[n, k, 1]``.
+            """
+            p = softmax.probabilities(z.select(1, position))
             smallest = 4 * torch.finfo(p.dtype).tiny  # whose inverse is finite
             q = p.flip(-1).cumsum(-1).flip(-1)
             inverse = q.reciprocal().masked_fill(q <= smallest, 0)  # below, the columns are zero to rounding
-            size = (p[:, lo:hi] * q[:, lo + 1 : hi + 1] * inverse[:, lo:hi]).sqrt()  # [n k]
+            own, behind = (lo, hi - lo), (lo + 1, hi - lo)
+            size = (p.narrow(1, *own) * q.narrow(1, *behind) * inverse.narrow(1, *own)).sqrt()
             if keep is not None:
                 size = size * keep[:, position, None]
-            slope = (size * inverse[:, lo + 1 : hi + 1]).neg().unsqueeze(-1)  # [n k 1]
+            return p, size, (size * inverse.narrow(1, *behind)).neg().unsqueeze(-1)
+
+        def at(position: int, lo: int, hi: int, v: Tensor) -> None:
+            p, size, slope = parts(position, lo, hi)
             group = max(1, softmax.NUMBERS // (n * c))
             for first in range(0, hi - lo, group):
                 last = min(first + group, hi - lo)
@@ -135,6 +142,12 @@ class Categorical(Likelihood):
             v.diagonal(lo, 0, 2).copy_(size)
 
         def make(lo: int, hi: int) -> Tensor:
+            if positions == 1 and (hi - lo) * n * c <= softmax.NUMBERS:
+                p, size, slope = parts(0, lo, hi)
+                v = (p.unsqueeze(1) * slope).triu_(lo + 1)
+                v.diagonal(lo, 1, 2).copy_(size)
+                v = z.new_empty(hi - lo, n, c, dtype=dtype).copy_(v.transpose(0, 1))
+                return self.unmove(v, outputs).to(outputs.dtype)
             v = z.new_zeros(hi - lo, n, positions, c, dtype=dtype)
             for position in range(lo // (c - 1), (hi - 1) // (c - 1) + 1):
                 first, last = max(lo, position * (c - 1)), min(hi, (position + 1) * (c - 1))

@@ -106,9 +106,12 @@ def _of_block(matrix: PMat, layout: Layout, block: Block) -> Iterator[tuple[str,
         if pair is not None:
             yield piece.names[0], pair
             continue
+        part = block if len(layout.pieces) == 1 else block.restricted(list(range(columns.start, columns.stop)))
+        whole = _whole(piece, part)
         for name in piece.names:
             offset, shape = table[name]
-            yield name, [_whole(layout, block, range(offset, offset + math.prod(shape)))]
+            mine = slice(offset - piece.offset, offset - piece.offset + math.prod(shape))
+            yield name, [whole[mine, mine]]
 
 
 def _pair(piece: Piece, block: Block, columns: slice, shape: tuple[int, ...]) -> Factors | None:
@@ -128,12 +131,13 @@ def _dense(factor: Tensor) -> Tensor:
     return torch.diag(factor) if factor.ndim == 1 else factor
 
 
-def _whole(layout: Layout, block: Block, place: range) -> Tensor:
-    """The block over the flat indices ``place`` of one parameter, in their order."""
-    index = layout.indices().flatten()
-    mine = ((index >= place.start) & (index < place.stop)).nonzero().flatten()
-    mine = mine[index[mine].argsort()]
-    diagonal = block.diag()
-    units = diagonal.new_zeros(len(mine), diagonal.numel())
-    units[torch.arange(len(mine)), mine] = 1
-    return block.mv(units.view(-1, *diagonal.shape)).flatten(1)[:, mine.to(units.device)]
+def _whole(piece: Piece, block: Block) -> Tensor:
+    """The matrix of a ``block`` over one ``piece`` alone, in the order of the flat vector."""
+    if isinstance(block, KroneckerBlock) and block.sizes[0] == 1:
+        m = torch.kron(_dense(block.g[0]), _dense(block.a[0]))
+    else:
+        m = block.dense()
+    if piece.arrangement.is_plain():
+        return m
+    order = (Layout((piece,)).indices(m.device).flatten() - piece.offset).argsort()
+    return m[order][:, order]

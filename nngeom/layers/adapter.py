@@ -31,8 +31,8 @@ def adapts(*functions: Any) -> Callable[[Adapter], Adapter]:
     def register(adapter: Adapter) -> Adapter:
         @functools.wraps(adapter)
         def explained(call: Call, *args: Any, **kwargs: Any) -> Use | None:
-            use, given = adapter(call, *args, **kwargs), call.parameters_in((*args, *kwargs.values()))
-            return use if use is None or given == len(use.slots) else None
+            use = adapter(call, *args, **kwargs)
+            return use if use is None or call.given == len(use.slots) else None
 
         for function in functions:
             ADAPTERS[function] = explained

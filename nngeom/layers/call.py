@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,27 +22,20 @@ class Call:
     """What an adapter may ask about the call it is looking at.
 
     ``find``: ``(name, parameter)`` of a tensor that is a selected parameter or a view of one, else ``None``; ``out``:
-    the output of the call; ``keep_graph``: inputs are to keep theirs.
+    the output of the call; ``given``: how many of its arguments, however deep, are such parameters or views;
+    ``keep_graph``: inputs are to keep theirs.
     """
 
-    def __init__(self, find: Callable[[Tensor], tuple[str, Tensor] | None], out: Tensor, *, keep_graph: bool) -> None:
-        self._find, self.out, self.keep_graph = find, out, keep_graph
+    def __init__(
+        self, find: Callable[[Tensor], tuple[str, Tensor] | None], out: Tensor, given: int, *, keep_graph: bool
+    ) -> None:
+        self._find, self.out, self.given, self.keep_graph = find, out, given, keep_graph
         self.sources: list[tuple[Tensor, int]] = []
         self.entry: GradientEdge | None = None  # of the input that was kept last
 
     def is_parameter(self, x: Any) -> bool:
         """Whether ``x`` is a selected parameter or a view of one."""
         return isinstance(x, Tensor) and self._find(x) is not None
-
-    def parameters_in(self, arguments: Iterable[Any]) -> int:
-        """How many of these ``arguments``, and of those in their lists, are selected parameters or views of one."""
-        count = 0
-        for x in arguments:
-            if isinstance(x, Tensor):
-                count += self._find(x) is not None
-            elif isinstance(x, (tuple, list)):
-                count += self.parameters_in(x)
-        return count
 
     def _parameter(self, x: Tensor | None) -> tuple[str, Tensor] | None:
         """``(name, parameter)`` of a parameter or view; empty ones and unusual outputs have no structure."""

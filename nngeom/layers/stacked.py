@@ -10,7 +10,7 @@ from nngeom.layers.adapter import Call, NotStructured, Use, adapts
 from nngeom.layers.use import Slot
 
 
-def _slot(call: Call, w: Tensor) -> Slot | None:
+def slot(call: Call, w: Tensor) -> Slot | None:
     """Of ``w [s, i, o]``: a parameter of these axes, or the transpose of one of ``[s, o, i]``."""
     s, i, o = w.shape
     turned = w.mT
@@ -23,10 +23,10 @@ def _on_the_right(call: Call, x: Tensor, w: Tensor) -> Use:
     """``x [s, m, i] @ w [s, i, o]``: one matrix a group, at ``m`` places."""
     if x.ndim != 3 or w.ndim != 3 or x.shape[0] != w.shape[0] or call.is_parameter(x):
         raise NotStructured
-    slot, kept = _slot(call, w), call.keep(x)
+    weight, kept = slot(call, w), call.keep(x)
     return Use(
         "bmm",
-        slot,
+        weight,
         None,
         (x.shape[1],),
         gradients=lambda g: g.transpose(1, 2),
@@ -38,10 +38,10 @@ def _on_the_left(call: Call, w: Tensor, x: Tensor) -> Use:
     """``w [s, o, i] @ x [s, i, m]``: the transpose of the same."""
     if x.ndim != 3 or w.ndim != 3 or x.shape[0] != w.shape[0] or call.is_parameter(x):
         raise NotStructured
-    slot, kept = _slot(call, w.mT), call.keep(x)
+    weight, kept = slot(call, w.mT), call.keep(x)
     return Use(
         "bmm",
-        slot,
+        weight,
         None,
         (x.shape[2],),
         gradients=lambda g: g.permute(0, 3, 1, 2),

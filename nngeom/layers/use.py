@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class Use:
         lookup: inputs are indices, one-hot rows.
         elementwise: ``o = 1`` by nature: rows are formed at once, blocks are exact.
         product: the output is the input times the matrix, both read as they are: derivatives of any order are products.
+        counts: ``() -> [s]``, how many rows are in every group, where each is in one and zero in the others.
         serial: several cotangents go back through it no faster together than one after the other.
     """
 
@@ -53,9 +55,10 @@ class Use:
     lookup: bool = False
     elementwise: bool = False
     product: bool = False
+    counts: Callable[[], Tensor] | None = None
     serial: bool = False
 
-    @property
+    @functools.cached_property
     def slots(self) -> tuple[Slot, ...]:
         """The parameters used."""
         return tuple(s for s in (self.weight, self.bias) if s is not None)

@@ -17,6 +17,7 @@ from nngeom.core.errors import ArgumentTypeError, ModeError, OutputError
 from nngeom.layers.refuse import REFUSALS
 from nngeom.space.collection import LayerCollection, unwrap
 from nngeom.space.pvector import PVector
+from nngeom.space.walk import named_modules
 
 
 class Expansion(nn.Module):
@@ -37,7 +38,7 @@ class Expansion(nn.Module):
             raise ArgumentTypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
         model = unwrap(model)
         self.layer_collection = LayerCollection.from_model(model)
-        require_whole(model, self.layer_collection.parameters(model), parts=False)
+        require_whole(named_modules(model), self.layer_collection.parameters(model), parts=False)
         _require_frozen_statistics(model, type(self).__name__)
         self.model = copy.deepcopy(model)
         self.training = model.training

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.capture.batch import with_input_gradients
+from nngeom.capture.batch import one_batch, with_input_gradients
 from nngeom.capture.fused import twice_differentiable
 from nngeom.capture.network import gradients_on
 from nngeom.capture.recorded import Recorded
@@ -63,7 +63,7 @@ def trace_penalty(
         raise ArgumentError(f"estimator is {estimator!r}; expected 'exact' or 'rademacher'")
     if samples < 1:
         raise ArgumentError(f"samples is {samples}; expected a whole number of at least 1")
-    run = Run.of(model, [inputs], function=function, layer_collection=layer_collection)
+    run = Run.of(model, one_batch(inputs), function=function, layer_collection=layer_collection)
     capture = record(run.network, next(run.batches()), keep_graph=True)
     f = capture.outputs
     if not f.requires_grad:
@@ -100,7 +100,8 @@ def logdet_penalty(
     require_real(jitter, "jitter")
     if not jitter > 0:
         raise ArgumentError(f"jitter is {jitter}; expected a positive number: the kernel may be singular")
-    kernel = GramMatrix(model, [inputs], function=function, layer_collection=layer_collection, differentiable=True)
+    batch = one_batch(inputs)
+    kernel = GramMatrix(model, batch, function=function, layer_collection=layer_collection, differentiable=True)
     value = kernel.logdet(jitter)
     return value if reduction == "sum" else value / kernel.shape[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -220,14 +221,14 @@ class Preconditioned(torch.optim.Optimizer):
         return {**state, "param_groups": plain(state["param_groups"]), "curvature": curvature}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a ``state_dict``: the steps that follow are the same, bit by bit. Callables stay those of this
-        optimizer.
+        """Resume from a copy of a ``state_dict``: the steps that follow are the same, bit by bit. Callables stay those
+        of this optimizer.
         """
         if not isinstance(state_dict, Mapping) or "curvature" not in state_dict:
             raise ArgumentError("the state holds no curvature; expected the state_dict() of the same kind of optimizer")
-        state = {key: value for key, value in state_dict.items() if key != "curvature"}
+        state = copy.deepcopy(dict(state_dict))
+        saved = state.pop("curvature")
         super().load_state_dict({**state, "param_groups": resumed(self.param_groups, state["param_groups"])})
-        saved = state_dict["curvature"]
         self.clock.load(saved)
         self.pending.load(saved)
         self.observer.load(saved)

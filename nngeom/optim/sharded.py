@@ -12,6 +12,7 @@ from nngeom.core.errors import RankMismatchError, UnsupportedError
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.ranks.team import Team
 from nngeom.space.collection import LayerCollection
+from nngeom.space.walk import named_modules
 from nngeom.sweep.shards import require_ranks
 
 
@@ -36,6 +37,6 @@ def require_trainable(model: nn.Module, collection: LayerCollection, team: Team,
                 "of observe() or a closure, and another optimizer for parameters outside of the collection"
             )
     with gathered(model):
-        require_whole(model, collection.parameters(model), parts=False)
+        require_whole(named_modules(model), collection.parameters(model), parts=False)
     for module in modules:
         module.reshard()

@@ -49,9 +49,10 @@ class Probes:
             self._drawn[key] = torch.cat([signs(p, like), normal_vectors(p, self.cut.vectors(p), like)], 1)
         return self._drawn[key]
 
-    def probed(self, x: Tensor, scale: float = 1.0) -> Tensor:
+    def probed(self, x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         """``[s, p, m]``: the sum of ``x x^T w`` over rows ``x [..., s, p]`` and probes ``w``."""
         rows = x.flatten(0, -3).transpose(0, 1).to(linalg.accumulation_dtype(x.dtype))  # [s r p]
+        scale = scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale  # [s 1 1]
         return scale * (rows.mT @ (rows @ self.of(x.shape[-1], rows)))
 
 
@@ -122,15 +123,16 @@ def probes_of(j: LayerJacobian, sharing: str, probes: Probes) -> dict[str, Tenso
     sums: dict[str, Tensor | Inputs] = {}
     long = long_sides(j, probes.cut.limit)
     if "a" in long:
-        a = j.a if sharing == "expand" else j.a.mean(1, keepdim=True)  # type: ignore[attr-defined]
+        a = j.a if sharing == "expand" else j.share * j.a.sum(1, keepdim=True)  # type: ignore[attr-defined]
         sums["probes a"] = Inputs(lambda: probes.probed(a))
     if "g" in long and isinstance(j, HeadJacobian):
-        share = 1 / max(1, j.positions) if sharing == "expand" else 1.0
         like = j.a.new_empty(0, dtype=linalg.accumulation_dtype(j.dtype))
-        sums["probes g"] = share * j.metric.total_times(probes.of(j.shape[3], like)).unsqueeze(0)
+        sums["probes g"] = (j.share if sharing == "expand" else 1.0) * j.metric.total_times(
+            probes.of(j.shape[3], like)
+        ).unsqueeze(0)
     elif "g" in long and isinstance(j, FactoredJacobian):
-        g = j.g if sharing == "expand" else j.g.sum(2, keepdim=True)
-        sums["probes g"] = probes.probed(g, 1 / max(1, g.shape[2]))
+        g, share = (j.g, j.share) if sharing == "expand" else (j.g.sum(2, keepdim=True), 1.0)
+        sums["probes g"] = probes.probed(g, share)
     return sums
 
 

@@ -68,17 +68,19 @@ def factors(j: LayerJacobian, sharing: str, limit: int) -> Factors:
 
 @factors.register
 def _(j: FactoredJacobian, sharing: str, limit: int) -> Factors:
-    return {"g": of_gradients(j.g, sharing, limit), "a": Inputs(lambda: of_inputs(j.a, sharing, limit))}
+    share = j.share
+    return {"g": of_gradients(j.g, sharing, limit, share), "a": Inputs(lambda: of_inputs(j.a, sharing, limit, share))}
 
 
 @factors.register
 def _(j: HeadJacobian, sharing: str, limit: int) -> Factors:
-    return {"g": of_columns(j, sharing, limit), "a": Inputs(lambda: of_inputs(j.a, sharing, limit))}
+    share = j.share
+    return {"g": of_columns(j, sharing, limit), "a": Inputs(lambda: of_inputs(j.a, sharing, limit, share))}
 
 
 @factors.register
 def _(j: LookupJacobian, sharing: str, limit: int) -> Factors:
-    return {"g": of_gradients(j.g, sharing, limit), "a": Inputs(lambda: _of_lookups(j, sharing))}
+    return {"g": of_gradients(j.g, sharing, limit, j.share), "a": Inputs(lambda: _of_lookups(j, sharing))}
 
 
 @factors.register
@@ -126,25 +128,27 @@ def _factor_shape(s: int, p: int, limit: int) -> Shape:
     return (s, p) if p > limit else (s, p, p)
 
 
-def of_gradients(g: Tensor, sharing: str, limit: int) -> Tensor | Moment:
-    """``"g"`` of :func:`factors`, of ``g [k, n, t, s, o]``: divided by the number of positions that are counted as
-    examples.
+def of_gradients(g: Tensor, sharing: str, limit: int, share: float | Tensor) -> Tensor | Moment:
+    """``"g"`` of :func:`factors`, of ``g [k, n, t, s, o]``, times the ``share`` of a position where these are counted
+    as examples.
     """
-    g = g if sharing == "expand" else g.sum(2, keepdim=True)
+    g, share = (g, share) if sharing == "expand" else (g.sum(2, keepdim=True), 1.0)
     if g.shape[-1] > limit:
-        return g.square().sum((0, 1, 2)) / max(1, g.shape[2])
-    return contract.second_moment(g, 1 / max(1, g.shape[2]))
+        return share * g.square().sum((0, 1, 2))
+    if isinstance(share, Tensor):
+        return contract.second_moment(g * share.sqrt())
+    return contract.second_moment(g, share)
 
 
 def of_columns(j: HeadJacobian, sharing: str, limit: int) -> Tensor:
     """The same of the rows of a head."""
-    share = 1 / max(1, j.positions) if sharing == "expand" else 1.0
+    share = j.share if sharing == "expand" else 1.0
     return share * (j.squared_columns() if j.shape[3] > limit else j.second_moment())
 
 
-def of_inputs(a: Tensor, sharing: str, limit: int) -> Tensor | Moment:
+def of_inputs(a: Tensor, sharing: str, limit: int, share: float | Tensor) -> Tensor | Moment:
     """``"a"`` of :func:`factors`, of ``a [n, t, s, i]``."""
-    a = a if sharing == "expand" else a.sum(1, keepdim=True) / max(1, a.shape[1])
+    a = a if sharing == "expand" else share * a.sum(1, keepdim=True)
     return a.square().sum((0, 1)) if a.shape[-1] > limit else contract.second_moment(a)
 
 

@@ -97,9 +97,10 @@ def inputs_of(layout: Layout, part: Layout) -> slice:
 def factors_in_groups(layout: Layout, part: Layout, j: Rows, sharing: str, limit: int) -> Factors:
     """``"a" [c, i / c, i / c]`` and ``"g" [b, o / b, o / b]`` of the rows of a layout, for a part of it."""
     (outputs, inputs), here = groups_of(part, j.shape[3]), inputs_of(layout, part)
-    a = Inputs(lambda: of_inputs(j.a[:, :, 0, here].unflatten(-1, (inputs, -1)), sharing, limit))
+    a = Inputs(lambda: of_inputs(j.a[:, :, 0, here].unflatten(-1, (inputs, -1)), sharing, limit, j.share))
     if isinstance(j, FactoredJacobian):
-        return {"a": a, "g": of_gradients(j.g[:, :, :, 0].unflatten(-1, (outputs, -1)), sharing, limit)}
+        g = j.g[:, :, :, 0].unflatten(-1, (outputs, -1))
+        return {"a": a, "g": of_gradients(g, sharing, limit, j.share)}
     heads = (_of_head(j, j.a, lo, hi) for lo, hi in _ranges(0, j.shape[3], outputs))
     return {"a": a, "g": torch.cat([of_columns(head, sharing, limit) for head in heads])}
 

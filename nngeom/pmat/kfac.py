@@ -22,7 +22,7 @@ from nngeom.pmat.given_factors import blocks_of, factors_of
 from nngeom.pmat.in_groups import factors_in_groups
 from nngeom.pmat.kronecker import KroneckerBlock
 from nngeom.pmat.kronecker_spectrum import KroneckerSpectrumBlock
-from nngeom.pmat.long_factors import FACTOR_LIMIT, FORMS, Cut, Form
+from nngeom.pmat.long_factors import FACTOR_LIMIT, FORMS, Cut, Form, long_sides
 from nngeom.pmat.nearest import Fitting, nearest, require_fit
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, Statistic
@@ -38,12 +38,14 @@ def factor_statistic(sharing: str, block_limit: int, cut: Cut = Cut(), *, sua: b
     """
     if sharing not in ("expand", "reduce"):
         raise ArgumentError(f"sharing is {sharing!r}; expected 'expand' or 'reduce'")
+    require_real(block_limit, "block_limit")
     probes = Probes(cut)
 
     def statistic(chunk: Chunk) -> Named:
         named = {}
         for layout, j in chunk.jacobians.items():
-            require_room(j, layout.names, block_limit)
+            if j.shape[-1] > block_limit:
+                require_room(j, layout.names, block_limit)
             if sua and has_window(layout, j):
                 named[layout] = sua_sums(layout, j, sharing, cut.limit)
             else:
@@ -55,7 +57,10 @@ def factor_statistic(sharing: str, block_limit: int, cut: Cut = Cut(), *, sua: b
 
 def _sums(layout: Layout, j: LayerJacobian, sharing: str, probes: Probes) -> Named:
     """:func:`factors`, those that are too long cut."""
-    cut, parts = probes.cut, probes.cut.parts(layout, j)
+    cut = probes.cut
+    if not long_sides(j, cut.limit):
+        return {layout: factors(j, sharing, cut.limit)}
+    parts = cut.parts(layout, j)
     if parts == (layout,):
         return {layout: factors(j, sharing, cut.limit) | probes_of(j, sharing, probes)}
     named = {part: factors_in_groups(layout, part, j, sharing, cut.limit) for part in parts}  # type: ignore[arg-type]
@@ -98,8 +103,9 @@ def kronecker_block(means: dict[str, Tensor], groups: int = 1) -> KroneckerBlock
         return replace(KroneckerBlock.of(*(means[f"{side}{q}"] for q in range(uses) for side in "ag")), dropped=lost)
     a = means["a"]
     g = means["g"] if "g" in means else a.new_ones(a.shape[0], 1, 1)
-    if len(a) < groups or len(g) < groups:
-        a, g = a.repeat(groups // len(a), *[1] * (a.ndim - 1)), g.repeat_interleave(groups // len(g), 0)
+    mine, theirs = a.shape[0], g.shape[0]
+    if mine < groups or theirs < groups:
+        a, g = a.repeat(groups // mine, *[1] * (a.ndim - 1)), g.repeat_interleave(groups // theirs, 0)
     return KroneckerBlock(a, g, (), lost)
 
 

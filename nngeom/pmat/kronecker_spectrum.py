@@ -37,7 +37,7 @@ class KroneckerSpectrumBlock(Block):
     @staticmethod
     def of(block: KroneckerBlock) -> Block:
         """A Kronecker product with sketched factors; itself where there are none."""
-        if not any(is_sketched(f) for f in (block.a, block.g)):
+        if not (is_sketched(block.a) or is_sketched(block.g)):
             return block
         (sa, ua), (sg, ug) = factor_eigh(block.a), factor_eigh(block.g)
         return KroneckerSpectrumBlock(ua, ug, sa, sg, block.dropped)

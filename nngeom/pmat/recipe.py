@@ -103,11 +103,11 @@ def write_rows(out: Tensor, j: LayerJacobian, layout: Layout, shift: dict[str, i
         target = out[..., piece.offset + move : piece.stop + move]
         plain = piece.arrangement.is_plain()
         if m is None and plain:
-            write_columns(j, target.unflatten(-1, piece.arrangement.sizes), column, column + i)
+            write_columns(j, target.view(*target.shape[:-1], *piece.arrangement.sizes), column, column + i)
         else:
             part = (j.matrix() if m is None else m)[..., column : column + i]
             if plain:
-                target.unflatten(-1, piece.arrangement.sizes).copy_(part)
+                target.view(*target.shape[:-1], *piece.arrangement.sizes).copy_(part)
             else:
                 target.copy_(piece.arrangement.write(part))
         column += i

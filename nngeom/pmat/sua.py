@@ -43,14 +43,14 @@ def sua_sums(layout: Layout, j: Any, sharing: str, limit: int) -> Factors:
     """The sums that :func:`sua_blocks` takes the means of: ``"c" [s, c, c]`` of inputs, averaged over places, ``"g"``,
     and ``"b"`` the bias's own.
     """
-    n, t, s, _ = j.a.shape
-    ones = j.a.new_full((s, 1, 1), float(n * t if sharing == "expand" else n))
-    channels = Inputs(lambda: _channels(j.a, _window(layout), sharing, limit, bias=len(layout.pieces) > 1))
-    return {"g": of_gradients(j.g, sharing, limit), "b": Inputs(ones), "c": channels}
+    n, _, s, _ = j.a.shape
+    ones = j.a.new_full((s, 1, 1), n / j.share if sharing == "expand" else float(n))
+    channels = Inputs(lambda: _channels(j, _window(layout), sharing, limit, bias=len(layout.pieces) > 1))
+    return {"g": of_gradients(j.g, sharing, limit, j.share), "b": Inputs(ones), "c": channels}
 
 
-def _channels(a: Tensor, window: int, sharing: str, limit: int, *, bias: bool) -> Tensor:
-    a = a if sharing == "expand" else a.mean(1, keepdim=True)
+def _channels(j: Any, window: int, sharing: str, limit: int, *, bias: bool) -> Tensor:
+    a = j.a if sharing == "expand" else j.share * j.a.sum(1, keepdim=True)
     rows = _windows(a, window, bias=bias).permute(2, 0, 1, 4, 3).flatten(1, 3)  # [s (n t w) c]
     narrow = rows.shape[-1] <= limit
     return (torch.stack([linalg.gram(r) for r in rows]) if narrow else rows.square().sum(1)) / window

@@ -20,6 +20,7 @@ from nngeom.capture.recorded import Recorded
 from nngeom.core.draws import factors, outer
 from nngeom.layers.use import Use
 from nngeom.pullback.backward import pull_back
+from nngeom.pullback.scattered import Scattered, Seen, scattered
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,14 @@ def _distinct(x: Tensor) -> Tensor:
     return x[tuple(slice(None) if step else slice(1) for step in x.stride())]
 
 
-def find_axes(outputs: Tensor, uses: Sequence[Recorded], asked: Sequence[int]) -> dict[int, ExampleAxis | None]:
-    """The example axis of every use ``asked`` for, ``None`` where there is none: examples share the use, or are mixed.
+Where = ExampleAxis | Scattered
+
+
+def find_axes(
+    outputs: Tensor, uses: Sequence[Recorded], asked: Sequence[int], *, scatter: bool = True
+) -> dict[int, Where | None]:
+    """The example axis of every use ``asked`` for, or with ``scatter`` the example of each of its rows; ``None`` where
+    examples share the use, or are mixed.
 
     A random cotangent of all outputs is pulled back once as it is, and once for every digit of the number of an
     example. Where a row is zero, any axis is right for this batch.
@@ -102,12 +109,17 @@ def find_axes(outputs: Tensor, uses: Sequence[Recorded], asked: Sequence[int]) -
     v = outer(factors(outputs.shape, generator, outputs.detach()))
     plain = pull_back(outputs, edges, shapes, v.unsqueeze(0), retain=True)
     left = {j: candidates(uses[j].use.lead, n) for j in asked}
+    seen: dict[int, list[Seen]] = {j: [] for j in asked}
     for weight in weights(n, outputs, generator):
         weighted = (v * weight.view(-1, *[1] * (v.ndim - 1))).unsqueeze(0)
         for j, g, h in zip(asked, plain, pull_back(outputs, edges, shapes, weighted, retain=True)):
             x, y, size = _rows(uses[j].use, g, h)
             left[j] = [axis for axis in left[j] if _agrees(axis, x, y, size, weight)]
-    return {j: next(iter(axes), None) for j, axes in left.items()}
+            seen[j].append((x, y, size, weight))
+    found: dict[int, Where | None] = {j: next(iter(axes), None) for j, axes in left.items()}
+    for j in (j for j in asked if found[j] is None and scatter and not uses[j].use.lookup):
+        found[j] = scattered(seen[j], _ROUNDING.get(seen[j][0][0].dtype, 0.05))
+    return found
 
 
 _DRAWS = itertools.count()

@@ -38,6 +38,7 @@ def batched_gradients(
             allow_unreachable=True,
             accumulate_grad=False,
         )
-        return tuple(None if g is None else torch._remove_batch_dim(g, level, len(v), 0) for g in pulled)
+        count = v.shape[0]
+        return tuple([None if g is None else torch._remove_batch_dim(g, level, count, 0) for g in pulled])
     finally:
         torch._C._vmapmode_decrement_nesting()

@@ -16,7 +16,7 @@ from nngeom.capture.recorder import Capture
 from nngeom.core import memory
 from nngeom.core.errors import CoverageError
 from nngeom.pullback import fallback
-from nngeom.pullback.axes import ExampleAxis, candidates, find_axes
+from nngeom.pullback.axes import ExampleAxis, Where, candidates, find_axes
 from nngeom.pullback.backward import pull_back
 from nngeom.pullback.halts import Stage
 from nngeom.pullback.known_groups import KnownGroups
@@ -24,12 +24,7 @@ from nngeom.pullback.layer_by_layer import Descent, Jacobians
 from nngeom.pullback.partial import require_whole_gradients
 from nngeom.pullback.proofs import proof_of
 from nngeom.pullback.safe import ASK, Unknown
-from nngeom.pullback.separate import (
-    answers,
-    require_separate,
-    require_separate_gradients,
-    require_separate_inputs,
-)
+from nngeom.pullback.separate import answers, require_separate, require_separate_gradients
 from nngeom.pullback.use_groups import UseGroup, build_units
 from nngeom.pullback.verify import compare
 
@@ -74,22 +69,23 @@ class Pass:
         """Find the blocks; with ``check`` every use whose examples the graph does not place is asked for them, in this
         batch.
 
-        Without, those only whose shape leaves a choice.
+        Without, those only whose shape leaves a choice, or none.
         """
         axes, asked = (
             self._placed(),
             [j for j, use in enumerate(self.capture.uses) if self.proof.place(use.place) is ASK],
         )
-        open_ = [j for j in asked if check or len(candidates(self.capture.uses[j].use.lead, self.n)) > 1]
+        open_ = [j for j in asked if check or len(candidates(self.capture.uses[j].use.lead, self.n)) != 1]
         if open_ and self.keep_graph and check:  # a row that is zero now tells nothing of its derivative
             axes = [None if j in asked else axis for j, axis in enumerate(axes)]
         elif open_:
-            for j, axis in find_axes(self.capture.outputs, self.capture.uses, open_).items():
+            found = find_axes(self.capture.outputs, self.capture.uses, open_, scatter=not self.apart)
+            for j, axis in found.items():
                 axes[j] = axis
         self.groups, self.rest = self._groups(axes, known=not open_)
         self.descent = Descent(self.capture, self.groups, keep_graph=self.keep_graph, explicit=self.explicit)
 
-    def _placed(self) -> list[ExampleAxis | None]:
+    def _placed(self) -> list[Where | None]:
         """The example axis of every use as the graph tells it, the likeliest by shape where it does not."""
         likely = lambda use: next(iter(candidates(use.lead, self.n)), None)
         known = ((recorded.use, self.proof.place(recorded.place)) for recorded in self.capture.uses)
@@ -126,9 +122,7 @@ class Pass:
     def require_separate(self) -> None:
         """Raise where parts of the batch do not run as in the whole, unless that was seen of a pass like it."""
         if not self.proof.separate:
-            parts_run = require_separate(self.network, self.capture.batch, self.capture.outputs)
-            if parts_run and not self._keeps_apart:
-                require_separate_inputs(self.network, self.capture.batch, self.capture.outputs)
+            require_separate(self.network, self.capture.batch, self.capture.outputs, placed=self._keeps_apart)
             self.proof.separate = answers(self.capture.outputs)
             if not self.proof.separate:
                 require_separate_gradients(self.network, self.capture)
@@ -151,7 +145,7 @@ class Pass:
         left = (recorded.without(barred) for recorded in self.capture.uses)
         self.capture = replace(self.capture, uses=[recorded for recorded in left if recorded.use.slots])
 
-    def _groups(self, axes: list[ExampleAxis | None], *, known: bool) -> tuple[list[UseGroup], list[str]]:
+    def _groups(self, axes: list[Where | None], *, known: bool) -> tuple[list[UseGroup], list[str]]:
         """``known``: where the examples of all uses lie is told by the graph."""
         collection, before, asked = self.network.collection, self.proof.groups, self.part_of is not None or self.apart
         known = known and not (asked or self.left_to_fallback or self.capture.unstructured)

@@ -75,7 +75,7 @@ def _alone(
             return None
         if not same_outputs(out.detach(), outputs[i : i + 1].detach(), outputs.detach()):
             if check and out.shape == outputs[i : i + 1].shape:
-                require_separate(network, capture.batch, outputs, [(i, i + 1)])
+                require_separate(network, capture.batch, outputs, [[i]])
             return None
         own = [leaves[j] for j in chosen]
         pulled = pull_back(out, own, shapes, v[:, i : i + 1], retain=False, create_graph=create_graph)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nngeom.capture.recorded import Recorded
 from nngeom.core.layout import Arrangement, Layout
-from nngeom.pullback.axes import ExampleAxis
+from nngeom.pullback.axes import Where
 from nngeom.pullback.use_groups import UseGroup
 from nngeom.space.collection import LayerCollection
 
@@ -17,7 +17,7 @@ class _Kept:
     """A block without the uses of one pass."""
 
     layout: Layout
-    places: tuple[tuple[int, ExampleAxis], ...]
+    places: tuple[tuple[int, Where], ...]
     with_weight: bool
     with_bias: bool
     arrangements: tuple[Arrangement, ...] | None
@@ -35,7 +35,7 @@ class KnownGroups:
     def of(
         collection: LayerCollection,
         uses: Sequence[Recorded],
-        axes: Sequence[ExampleAxis | None],
+        axes: Sequence[Where | None],
         groups: list[UseGroup],
     ) -> KnownGroups:
         """Those of one pass, found of its ``uses`` and where their examples lie, ``axes``."""
@@ -45,7 +45,7 @@ class KnownGroups:
         )
         return KnownGroups(collection, _asked(uses, axes), tuple(kept))
 
-    def are_of(self, collection: LayerCollection, uses: Sequence[Recorded], axes: Sequence[ExampleAxis | None]) -> bool:
+    def are_of(self, collection: LayerCollection, uses: Sequence[Recorded], axes: Sequence[Where | None]) -> bool:
         """Whether they are those of this ``collection``, of these ``uses`` and ``axes``."""
         mine = self.collection
         same = mine is collection or (mine == collection and mine.layers == collection.layers)
@@ -65,7 +65,7 @@ class KnownGroups:
         ]
 
 
-def _asked(uses: Sequence[Recorded], axes: Sequence[ExampleAxis | None]) -> tuple[object, ...]:
+def _asked(uses: Sequence[Recorded], axes: Sequence[Where | None]) -> tuple[object, ...]:
     """All of the uses that blocks follow from."""
     read = (recorded.use for recorded in uses)
     return tuple((use.weight, use.bias, use.lookup, use.elementwise, axis) for use, axis in zip(read, axes))

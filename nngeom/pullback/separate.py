@@ -4,18 +4,17 @@ whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from nngeom.capture.batch import rows
 from nngeom.capture.network import Batch, Network, gradients_on, take
 from nngeom.capture.recorder import Capture
 from nngeom.capture.remedies import gradients as gradients_of
 from nngeom.core.draws import factors, outer
 from nngeom.core.errors import CoverageError, ModeError, OutputError
-from nngeom.pullback.axes import weights
 from nngeom.pullback.backward import dense
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # parts of a float64 model may compute in float32
@@ -26,58 +25,70 @@ CHANGES = (
 )
 ADDED_UP = {torch.float64: 1e-5, torch.float32: 2e-3}  # of a model, parts of which may compute in float32
 MIXES = (
-    "the model mixes the examples of a batch: the outputs of some change when they are run without the "
-    "others; per-example "
-    "derivatives do not exist then, so expected a model that treats examples separately (check=False skips this test)"
+    "the model mixes the examples of a batch: the outputs of some change with the inputs of others, which leaves no "
+    "derivatives of their own; expected a model that treats examples separately. A batch that is one example, such as "
+    "the nodes of a graph, is passed as one: x.unsqueeze(0) with function=lambda x: model(x[0]).unsqueeze(0). Tensors "
+    "with a row for each example are taken for theirs, but for what function= closes over. check=False skips this test"
 )
 
 
-def require_separate(network: Network, batch: Batch, outputs: Tensor, parts: Sequence[tuple[int, int]] = ()) -> bool:
-    """Raise :class:`CoverageError` where a part of the batch (default: each half) run by itself has other outputs than
-    in it; whether the parts do run.
+def require_separate(
+    network: Network, batch: Batch, outputs: Tensor, parts: Sequence[list[int]] = (), *, placed: bool = True
+) -> None:
+    """Raise :class:`CoverageError` where outputs depend on the inputs of other examples.
 
-    Other outputs alone are no proof: a table with as many rows as the batch has examples was cut too. Where the inputs
-    are real numbers, gradients of outputs in the inputs of other examples are. Of a model that does not run on a half
-    is asked only that it gives the same on the whole again.
+    A part of the batch (default: each of two interleaved halves) run by itself must have the outputs that it has in the
+    batch. Other outputs alone are no proof, as constants may depend on an example's place or on their number: then all
+    are asked with the inputs of others in their places. So are they where the graph does not tell where examples lie
+    (``placed``), or the model does not run on parts; then it must give the same on the whole again, too.
     """
     outputs, n = outputs.detach(), outputs.shape[0]
-    for lo, hi in parts or ([(0, n)] if n == 1 else [(0, n // 2), (n // 2, n)]):
+    for part in parts or interleaved(n):
         try:
             with gradients_on():
-                alone = network.run(take(batch, slice(lo, hi), n) if n > 1 else batch).detach()
+                alone = network.run(take(batch, part, n) if n > 1 else batch).detach()
         except Exception:
             _require_axis(batch, outputs)
             _require_same(network, batch, outputs)
-            return False
-        if alone.shape == outputs[lo:hi].shape and not same_outputs(alone, outputs[lo:hi], outputs):
+            _require_own(network, batch, outputs)
+            return
+        within = rows(outputs, part)
+        if alone.shape == within.shape and not same_outputs(alone, within, outputs):
             _require_same(network, batch, outputs)
-            if n > 1 and not inputs_are_separate(network, batch, n):
-                raise CoverageError(MIXES)
-    return True
+            _require_own(network, batch, outputs, runs=True)
+            return
+    if not placed:
+        _require_own(network, batch, outputs)
 
 
-def require_separate_inputs(network: Network, batch: Batch, outputs: Tensor) -> None:
-    """Raise :class:`CoverageError` where an output has a gradient in the inputs of another example: mixed within a
-    half, they are there in a run of it too. Where inputs have none, every second example is run without the others.
+def interleaved(n: int) -> list[list[int]]:
+    """Two halves of ``n`` places by the parity of their binary digits, so that pairs of all usual kinds are in both."""
+    halves: list[list[int]] = [[], []]
+    for j in range(n):
+        halves[j.bit_count() % 2].append(j)
+    return [half for half in halves if half]
+
+
+def _require_own(network: Network, batch: Batch, outputs: Tensor, *, runs: bool = False) -> None:
+    """Raise :class:`CoverageError` where outputs change with the inputs of others, in their places; with ``runs`` also
+    where the model does not run then.
+
+    For every two examples there is a run in which one is there, and the other has given way to one that is there.
     """
-    if len(outputs) > 1:
-        apart = inputs_are_separate(network, batch, len(outputs))
-        if apart is False or (apart is None and not _second_are_separate(network, batch, outputs.detach())):
-            raise CoverageError(MIXES)
-
-
-def _second_are_separate(network: Network, batch: Batch, outputs: Tensor) -> bool:
-    """Whether every second example has the same outputs without the others, or does not run without them."""
     n = len(outputs)
-    for places in (list(range(first, n, 2)) for first in (0, 1)):
-        try:
-            with gradients_on():
-                alone = network.run(take(batch, places, n)).detach()
-        except Exception:
-            return True
-        if alone.shape == outputs[places].shape and not same_outputs(alone, outputs[places], outputs):
-            return False
-    return True
+    for digit in range((n - 1).bit_length()):
+        for side in (0, 1):
+            kept = [j for j in range(n) if (j >> digit) % 2 == side]
+            instead = [j if (j >> digit) % 2 == side else kept[j % len(kept)] for j in range(n)]
+            try:
+                with gradients_on():
+                    others = network.run(take(batch, instead, n)).detach()
+            except Exception:
+                if runs:
+                    raise CoverageError(MIXES) from None
+                return
+            if others.shape == outputs.shape and not same_outputs(others[kept], outputs[kept], outputs):
+                raise CoverageError(MIXES)
 
 
 def _require_same(network: Network, batch: Batch, outputs: Tensor) -> None:
@@ -101,19 +112,25 @@ def require_separate_gradients(network: Network, capture: Capture) -> None:
     n = capture.outputs.shape[0]
     if parts_make_the_whole(network, capture, [capture.batch], gradients=True) is False:
         raise ModeError(CHANGES)
-    halves = [take(capture.batch, slice(lo, hi), n) for lo, hi in ((0, n // 2), (n // 2, n))]
-    if n > 1 and parts_make_the_whole(network, capture, halves, gradients=True) is False:
+    places = interleaved(n)
+    halves, order = [take(capture.batch, half, n) for half in places], [j for half in places for j in half]
+    if n > 1 and parts_make_the_whole(network, capture, halves, order, gradients=True) is False:
         raise CoverageError(MIXES)
 
 
-def parts_make_the_whole(network: Network, capture: Capture, parts: Sequence[Batch], *, gradients: bool) -> bool | None:
+def parts_make_the_whole(
+    network: Network, capture: Capture, parts: Sequence[Batch], order: Sequence[int] = (), *, gradients: bool
+) -> bool | None:
     """Whether the parts of a batch, one after the other, have its outputs, and with ``gradients`` its gradient of a
     random combination of them: where a factor is zero, outputs do not show what parts lack. ``None`` where a part does
-    not run.
+    not run. ``order``: the places of their examples, if others than those of the batch.
     """
-    whole, lo = capture.outputs.detach(), 0
+    at, lo = list(order) if order else slice(None), 0
+    whole = capture.outputs.detach()[at]
     parameters = list(capture.leaves.tensors.values())
     v = outer(factors(whole.shape, torch.Generator().manual_seed(8), whole))
+    combined = torch.empty_like(v)
+    combined[at] = v
     total = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in parameters] if gradients else []
     for part in parts:
         try:
@@ -131,7 +148,7 @@ def parts_make_the_whole(network: Network, capture: Capture, parts: Sequence[Bat
         lo = hi
     if not gradients:
         return True
-    for p, g in zip(total, gradients_of(capture.outputs, parameters, v, retain_graph=True)):
+    for p, g in zip(total, gradients_of(capture.outputs, parameters, combined, retain_graph=True)):
         size = p.norm()
         _add([p], [None if g is None else -g])
         if bool(p.norm() > ADDED_UP.get(whole.dtype, 0.1) * size):
@@ -171,49 +188,3 @@ def _first_tensor(batch: Batch) -> Tensor | None:
         return batch
     items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
     return next((x for x in map(_first_tensor, items) if x is not None), None)
-
-
-def inputs_are_separate(network: Network, batch: Batch, n: int) -> bool | None:
-    """Whether no output has a gradient in the inputs of another example; ``None`` where inputs are not real numbers,
-    or cannot be differentiated by.
-    """
-    inputs: list[Tensor] = []
-
-    def watch(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            if x.is_floating_point() and not x.is_nested and x.ndim and x.shape[0] == n:
-                inputs.append(x.detach().requires_grad_())
-                return inputs[-1]
-            return x
-        if isinstance(x, dict):
-            return {key: watch(v) for key, v in x.items()}
-        return type(x)(watch(v) for v in x) if type(x) in (tuple, list) else x
-
-    with gradients_on():
-        watched = watch(batch)
-        try:
-            return _pulled_apart(lambda: network.run(watched), inputs, n) if inputs else None
-        except Exception:  # inputs that are written in place or read as arrays, operations without a derivative, ...
-            return None
-
-
-def _pulled_apart(run: Callable[[], Tensor], inputs: list[Tensor], n: int) -> bool:
-    """Whether the gradient of every example is multiplied by the weight of its outputs, drawn for each by itself.
-
-    Each gradient is of a ``run`` of its own: functions that users wrote may change what they saved.
-    """
-    outputs, generator = run(), torch.Generator().manual_seed(5)
-    v = outer(factors(outputs.shape, generator, outputs.detach()))
-    plain = _in_inputs(outputs, inputs, v)
-    for weight in weights(n, outputs, generator):
-        across = (-1, *[1] * (v.ndim - 1))
-        for g, h in zip(plain, _in_inputs(run(), inputs, v * weight.view(across))):
-            expected = g * weight.to(g).view(-1, *[1] * (g.ndim - 1))
-            if not torch.allclose(h, expected, rtol=_TOLERANCE.get(h.dtype, 0.1), atol=0.0):
-                return False
-    return True
-
-
-def _in_inputs(outputs: Tensor, inputs: list[Tensor], v: Tensor) -> list[Tensor]:
-    grads = torch.autograd.grad(outputs, inputs, v, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)]

@@ -20,16 +20,17 @@ from nngeom.core.positions import PositionedJacobian
 from nngeom.core.tied import SumJacobian, TiedJacobian
 from nngeom.core.widened import widened
 from nngeom.layers.use import Slot, Use
-from nngeom.pullback.axes import ExampleAxis
+from nngeom.pullback.axes import Where
+from nngeom.pullback.scattered import Scattered
 from nngeom.space.collection import LayerCollection
 
 Gradients = Sequence[Tensor] | Mapping[int, Tensor]  # of the outputs of uses, by index
 Empty = Callable[[Hashable, Sequence[int], Tensor], Tensor]  # as memory.fresh
 FEW = 2**12  # inputs whose copies are made anew: the calls take longer than the memory
-Part = tuple[Any, Tensor, Use]  # inputs of one use, None where a bias is alone, and gradients
+Part = tuple[Any, Tensor, Use, float | Tensor]  # inputs of one use, None: a bias alone; gradients; rows an example
 
 
-PlacedUse = tuple[int, Recorded, ExampleAxis]  # index into the list of uses, and where its examples lie
+PlacedUse = tuple[int, Recorded, Where]  # index into the list of uses, and where its examples lie
 
 
 @dataclass
@@ -78,17 +79,18 @@ class UseGroup:
             raise RuntimeError(f"a unit of {use.operation} was built from a use without its parameter")
         if not self.with_weight:
             g = g if self.apart else g.sum(2, keepdim=True)
-            return None, _pad(g, slot.row, slot.arrangement.sizes[1]), use
+            return None, _pad(g, slot.row, slot.arrangement.sizes[1]), use, 1.0
         g = _pad(g, slot.row, full.sizes[1])
         if j not in self.inputs:
             kept_in = functools.partial(empty, ("inputs", j))
             self.inputs[j] = self._read(recorded, axis, n, full.sizes[2], g.dtype, kept_in)
-        return self.inputs[j], g, use
+        each = axis.each if isinstance(axis, Scattered) else float(g.shape[2])
+        return self.inputs[j], g, use, each if use.counts is None else use.counts().double() / n
 
     def _read(
         self,
         recorded: Recorded,
-        axis: ExampleAxis,
+        axis: Where,
         n: int,
         width: int,
         dtype: torch.dtype,
@@ -98,41 +100,44 @@ class UseGroup:
         use, lead = recorded.use, len(recorded.use.lead)
         if use.copied is not None:
             return axis.split(recorded.read_inputs(empty, ones=self.with_bias), n, 0, lead).to(dtype)
-        a = axis.split(recorded.read_inputs(), n, 0, lead)
+        a = recorded.read_inputs()
         if use.lookup:
-            return a
-        a = widened(a, dtype)
+            return axis.split(a, n, 0, lead)
+        column = use.weight.column if use.weight is not None else 0
+        ones = self.with_bias and not use.elementwise
+        if ones and isinstance(axis, Scattered):  # rows that are not there have no one either
+            return axis.split(_with_ones(widened(a, dtype), column, width, empty), n, 0, lead)
+        a = widened(axis.split(a, n, 0, lead), dtype)
         if use.elementwise:
             return a
-        column = use.weight.column if use.weight is not None else 0
-        return _with_ones(a, column, width, empty) if self.with_bias else _pad(a, column, width)
+        return _with_ones(a, column, width, empty) if ones else _pad(a, column, width)
 
     def _join(self, parts: list[Part]) -> LayerJacobian:
         use = parts[0][2]
         if self.apart and (use.elementwise or not self.with_weight):
             return self._at_positions(parts)
         if not self.with_weight:
-            rows = [g[:, :, 0].flatten(2) for _, g, _ in parts]  # [k n p], of groups or of outputs
+            rows = [g[:, :, 0].flatten(2) for _, g, *_ in parts]  # [k n p], of groups or of outputs
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))[:, :, None, None])
         if use.elementwise:
-            rows = [contract.scaled_sums(g[..., 0], a, ones=self.with_bias) for a, g, _ in parts]
+            rows = [contract.scaled_sums(g[..., 0], a, ones=self.with_bias) for a, g, *_ in parts]
             return FullJacobian((rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)).unsqueeze(3))
         return self._factored(parts)
 
     def _at_positions(self, parts: list[Part]) -> PositionedJacobian:
         """The rows of every position, of norms, scales and shifts: ``[k n t 1 1 p]`` or ``[k n t s 1 i]``."""
         if not self.with_weight:
-            return PositionedJacobian(torch.cat([g.flatten(3)[:, :, :, None, None] for _, g, _ in parts], 2))
-        rows = [torch.cat([g * a] + [g] * self.with_bias, -1).unsqueeze(-2) for a, g, _ in parts]
+            return PositionedJacobian(torch.cat([g.flatten(3)[:, :, :, None, None] for _, g, *_ in parts], 2))
+        rows = [torch.cat([g * a] + [g] * self.with_bias, -1).unsqueeze(-2) for a, g, *_ in parts]
         return PositionedJacobian(torch.cat(rows, 2))
 
     def _factored(self, parts: list[Part]) -> FactoredJacobian:
-        a0, g0, use = parts[0]
-        a = a0 if len(parts) == 1 else torch.cat([a for a, _, _ in parts], 1)
-        g = g0 if len(parts) == 1 else torch.cat([g for _, g, _ in parts], 2)
+        a0, g0, use, _ = parts[0]
+        a = a0 if len(parts) == 1 else torch.cat([a for a, *_ in parts], 1)
+        g = g0 if len(parts) == 1 else torch.cat([g for _, g, *_ in parts], 2)
         if use.lookup:
-            return LookupJacobian(a, g, self.layout.sizes[2] if self.arrangements is None else use.size)
-        return FactoredJacobian(a, g)
+            return LookupJacobian(a, g, size=self.layout.sizes[2] if self.arrangements is None else use.size)
+        return FactoredJacobian(a, g, sum(each for *_, each in parts))
 
 
 def _pad(x: Tensor, start: int, size: int) -> Tensor:
@@ -160,7 +165,7 @@ def _with_ones(a: Tensor, start: int, size: int, empty: Callable[..., Tensor]) -
 
 def build_units(
     uses: list[Recorded],
-    axes: list[ExampleAxis | None],
+    axes: list[Where | None],
     collection: LayerCollection,
     part_of: Callable[[str], object] | None = None,
 ) -> tuple[list[UseGroup], set[str]]:
@@ -180,7 +185,7 @@ def build_units(
     offset = {name: lo for name, (lo, _) in collection.offsets().items()}
     layer = dict(zip(collection.names, collection.layers))
 
-    def uses_of(slots: list[tuple[int, Slot]]) -> list[tuple[int, Recorded, ExampleAxis]]:
+    def uses_of(slots: list[tuple[int, Slot]]) -> list[PlacedUse]:
         return [(j, uses[j], axis) for j, _ in slots if (axis := axes[j]) is not None]
 
     def partner(name: str, slots: list[tuple[int, Slot]]) -> tuple[str, Slot] | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from operator import is_
 from types import FunctionType
 from typing import Any
 
 from torch import nn
+
+_NAMED_MODULES = nn.Module.named_modules
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -19,10 +22,7 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by all their names; of one that is tied under each."""
-    if _method(model, "named_parameters") is not nn.Module.named_parameters:
-        return dict(model.named_parameters(remove_duplicate=False))
-    places = ((prefix, m._parameters.items()) for prefix, m in named_modules(model))
-    return {prefix + name: p for prefix, items in places for name, p in items if p is not None}
+    return _named(model, named_modules(model))
 
 
 def modules(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -30,12 +30,50 @@ def modules(model: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(dict.fromkeys(m for _, m in named_modules(model)))
 
 
+class Places:
+    """The modules and the parameters of a model, found in one walk, and whether they are still in their places."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.named = named_modules(model)
+        self.parameters = _named(model, self.named)
+        self.modules = tuple({m: None for _, m in self.named})
+        others = [
+            m for m in self.modules if type(m).named_modules is not _NAMED_MODULES or "named_modules" in m.__dict__
+        ]
+        self._plain = _names_plainly(model) and not others
+        self._held = [_children(m) for m in self.modules]
+
+    def are_current(self) -> bool:
+        """Whether every module is known to hold the modules and parameters that it held, by the same names; ``False``
+        where only another walk can tell.
+        """
+        if not self._plain:
+            return False
+        for module, (names, children) in zip(self.modules, self._held):
+            now_named, now = _children(module)
+            if now_named != names or not all(map(is_, now, children)):
+                return False
+        return True
+
+
+def _children(module: nn.Module) -> tuple[list[str], list[Any]]:
+    """Names of the modules and parameters that a module itself has, and these, in order."""
+    inner, own = module._modules, module._parameters
+    return [*inner.keys(), *own.keys()], [*inner.values(), *own.values()]
+
+
+def _named(model: nn.Module, named: list[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
+    if not _names_plainly(model):
+        return dict(model.named_parameters(remove_duplicate=False))
+    return {prefix + name: p for prefix, m in named for name, p in m._parameters.items() if p is not None}
+
+
 def _walk(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module]]) -> None:
     found.append((prefix, module))
     for name, child in module._modules.items():
         if child is None:
             continue
-        if _is_plain(child):
+        if type(child).named_modules is _NAMED_MODULES and "named_modules" not in child.__dict__:  # as _is_plain
             _walk(child, f"{prefix}{name}.", found)
         else:
             names = child.named_modules(prefix=prefix + name, remove_duplicate=False)
@@ -43,7 +81,11 @@ def _walk(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module]]) ->
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return _method(module, "named_modules") is nn.Module.named_modules
+    return _method(module, "named_modules") is _NAMED_MODULES
+
+
+def _names_plainly(model: nn.Module) -> bool:
+    return _method(model, "named_parameters") is nn.Module.named_parameters
 
 
 def _method(module: nn.Module, name: str) -> FunctionType | None:

@@ -78,7 +78,7 @@ class Observer:
         from its steps, or a block divided.
         """
         if not self._exchanges:
-            require_current(self.network.model, self.network.parameters)
+            require_current(self.network)
 
     def leaves(self) -> Iterable[Tensor]:
         """What stands for the parameters while the model is watched."""

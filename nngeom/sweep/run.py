@@ -139,7 +139,7 @@ class Run:
         with memory.limit(self.memory_budget) as budget, self.whole():
             if not (self.in_turn or sharded_modules(self.network.model)):
                 with RUNNING:
-                    require_current(self.network.model, self.network.parameters)
+                    require_current(self.network)
             yield budget
 
     def whole(self) -> AbstractContextManager[None]:
@@ -185,7 +185,7 @@ class Run:
 
     def silent(self) -> Run:
         """The same without a progress bar."""
-        return replace(self, progress=False)
+        return replace(self, progress=False) if self.progress else self
 
     # -- of a run that is held -----------------------------------------------------------------------------------------
 

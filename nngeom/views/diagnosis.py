@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nngeom.capture.batch import one_batch
 from nngeom.capture.graph import unexplained
 from nngeom.capture.network import Batch, Network, gradients_on, require_finite, take
 from nngeom.capture.recorder import Capture, record
-from nngeom.core.errors import NNGeomError
+from nngeom.core.errors import ArgumentError, NNGeomError
 from nngeom.pullback.axes import ExampleAxis
 from nngeom.pullback.captured_pass import Pass
 from nngeom.space.collection import LayerCollection
@@ -70,12 +71,14 @@ class Diagnosis(Shown):
         yield Frame(head, body)
         yield Frame(["outputs against", "change", ""], told)
 
-    def to_pandas(self) -> Any:
-        """Both tables, ``(findings, effects)``, as ``pandas.DataFrame``; raises :class:`MissingExtraError` without
-        pandas.
+    def to_pandas(self, table: str = "findings") -> Any:
+        """A ``table``, ``"findings"`` or ``"effects"``, as a ``pandas.DataFrame``; raises :class:`ArgumentError` for
+        another, :class:`MissingExtraError` without pandas.
         """
-        named = lambda rows: pandas().DataFrame([vars(row) for row in rows]).set_index("name")
-        return named(self.findings), named(self.effects)
+        tables = {"findings": self.findings, "effects": self.effects}
+        if table not in tables:
+            raise ArgumentError(f"table is {table!r}; expected 'findings' or 'effects'")
+        return pandas().DataFrame([vars(row) for row in tables[table]]).set_index("name")
 
     def __getitem__(self, name: str) -> Any:
         return {**{e.name: e for e in self.effects}, **{f.name: f for f in self.findings}}[name]
@@ -100,7 +103,7 @@ def diagnose(
     :class:`ArgumentTypeError`; a model that mixes examples, or has outputs that are not finite, is reported.
     """
     network = Network.build(model, function, layer_collection)
-    moved = next(iter(network.batches([batch])))
+    moved = next(iter(network.batches(one_batch(batch))))
     capture = record(network, moved)
     operations: dict[str, list[str]] = {}
     for use in (recorded.use for recorded in capture.uses):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nngeom.capture.batch import one_batch
 from nngeom.capture.recorder import record
 from nngeom.core.errors import ArgumentError
 from nngeom.core.jacobian import LayerJacobian
@@ -105,7 +106,7 @@ def explain(
 
     ``function`` and ``layer_collection`` as for :func:`FIM`. Raises as :func:`FIM` does.
     """
-    run = Run.of(model, [batch], function=function, layer_collection=layer_collection)
+    run = Run.of(model, one_batch(batch), function=function, layer_collection=layer_collection)
     collection, asked = run.network.collection, _asked(representations)
     chunk = next(Sweep(run, EveryOutput()).chunks())
     used: dict[str, list[str]] = {}

@@ -214,6 +214,7 @@ def begun(theme: str, rank: int, size: int, folder: Path, environment: dict[str,
         os.dup2(1, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ |= {name: x for name, x in environment.items() if name != "OMP_NUM_THREADS"}
+        torch.set_num_threads(1)  # a forked torch makes its pool anew, and ends where several threads are first to ask
         run(theme, rank, size, folder)
     except BaseException:
         traceback.print_exc()

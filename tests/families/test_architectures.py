@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import benchmarks.report as report
+from examples import architecture_types as types
 from examples.architecture_zoo import ZOO
 from examples.architectures import DOCS, main, markdown, trial
 
@@ -44,6 +45,25 @@ def test_similarities_within_a_batch_are_exact_or_refused():
 def test_every_architecture_is_exact_or_refused(name, seed):
     found = tried(name, seed)
     assert found["outcome"] in ("exact", "refused"), found["reason"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["bert", "mamba", "mixtral", "t5", "vit"])
+def test_types_are_exact_example_by_example(name):
+    assert types.outcome(name) == ("exact", "")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["clip", "owlvit"])
+def test_similarities_of_texts_and_images_are_refused(name):
+    kind, why = types.outcome(name)
+    assert kind == "refused" and "mixes" in why
+
+
+def test_the_page_tells_what_became_of_every_type():
+    results = report.load(str(DOCS / "data" / "architecture_types.json"))
+    assert {kind for kind, _ in results["types"].values()} <= {"exact", "refused", "left out"}
+    assert types.sentence(results) in (DOCS / "architectures.md").read_text()
 
 
 def test_the_page_shows_the_file():

@@ -1,12 +1,14 @@
 """Examples with a name: the data places examples, and there are more examples than weights that tell them apart."""
 
+import functools
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 import nngeom as nng
 
-from .named import Model, inputs, jacobian_holds
+from .named import Model, inputs, jacobian_holds, truth
 from .placings import Permuted
 from .pools import POOLS
 
@@ -146,3 +148,37 @@ def test_a_readout_of_many_small_graphs():
         return m.b(h.new_zeros(len(x), 5).index_add(0, owner[order], h))
 
     jacobian_holds(Model(readout), inputs(8, 3, 4))
+
+
+PROPAGATIONS = {
+    "a product with a dense adjacency": lambda adjacency, h: adjacency @ h,
+    "a product with a sparse adjacency": lambda adjacency, h: torch.sparse.mm(adjacency.to_sparse(), h),
+    "messages along edges": lambda adjacency, h: h.new_zeros(h.shape).index_add(
+        0, adjacency.nonzero().T[0], h[adjacency.nonzero().T[1]]
+    ),
+}
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_nodes_of_one_graph_are_positions_of_one_example(propagation):
+    """A graph net mixes its nodes, and runs on all of them alone."""
+    adjacency = (torch.rand(7, 7, generator=torch.Generator().manual_seed(3)) < 0.4).to(X.dtype) + torch.eye(7)
+
+    def graph_net(m, x):
+        spread = PROPAGATIONS[propagation]
+        return m.b(spread(adjacency, m.a(spread(adjacency, x)).tanh()))
+
+    model, nodes = Model(graph_net), inputs(7)
+    t = truth(model, nodes)
+    v = nng.PVector.from_model(model)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+    for kind in (nng.PMatDense, nng.PMatImplicit):
+        with pytest.raises(nng.CoverageError, match="nodes of a graph, is passed as one"):
+            nng.FIM(model, [nodes], kind)
+    graph, one = nodes.unsqueeze(0), {"function": lambda x: model(x[0]).unsqueeze(0)}
+    categorical = {"likelihood": nng.Categorical(dim=-1), **one}
+    close(nng.Jacobian(model, [graph], **one).tensor.sum(1), t.rows.transpose(0, 1).flatten(0, 1))
+    close(nng.FIM(model, [graph], nng.PMatDense, **categorical).to_dense(), 7 * t.fisher)
+    close(nng.FIM(model, [graph], nng.PMatImplicit, **categorical).mv(v).flat(), 7 * t.fisher @ v.flat())
+    close(nng.FIM(model, [graph], nng.PMatEKFAC, **categorical).trace(), 7 * t.fisher.trace())
+    close(nng.GramMatrix(model, [graph], **one).trace(), t.trace)

@@ -1,0 +1,190 @@
+"""Uses whose examples the data scatters, against autograd: rows are told apart by numbers, and keep their structure."""
+
+import pytest
+import torch
+from cases import representation
+from exactness import close, require_exact
+from optimizing import PRESETS, one_step
+from optimizing import close as near
+from torch import nn
+from torch.nn import functional as F
+
+import nngeom as nng
+
+f64 = torch.float64
+D, H, C, N, T = 4, 5, 3, 7, 3
+
+
+class Scattering(nn.Module):
+    """Layers on rows that ``way`` takes from ``x [n, t, d]`` and adds up again, then a head."""
+
+    def __init__(self, way, experts=1, bias=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = way
+        self.up = nn.ModuleList(nn.Linear(D, H, bias=bias) for _ in range(experts))
+        self.norm, self.down = nn.LayerNorm(H), nn.ModuleList(nn.Linear(H, D) for _ in range(experts))
+        self.stack, self.gate, self.head = nn.Parameter(torch.randn(2, D, D)), nn.Linear(D, experts), nn.Linear(D, C)
+        self.double()
+
+    def expert(self, e, rows):
+        return self.down[e](self.norm(self.up[e](rows).tanh()))
+
+    def forward(self, x):
+        return self.head(self.way(self, x).tanh().mean(1))
+
+
+def routed(m, x):
+    """Two of three experts for every token."""
+    z = x.flatten(0, 1)
+    weights, chosen = m.gate(z).softmax(-1).topk(2, -1)
+    out = torch.zeros_like(z)
+    for e in range(len(m.up)):
+        row, k = torch.where(chosen == e)
+        out = out.index_add(0, row, m.expert(e, z[row]) * weights[row, k].unsqueeze(1))
+    return (z + out).view_as(x)
+
+
+def stacked(m, x):
+    """Matrices of one parameter, a token each by its sign."""
+    z = x.flatten(0, 1)
+    out = torch.zeros_like(z)
+    for e, sign in enumerate((z[:, 0] > 0, z[:, 0] <= 0)):
+        (row,) = torch.where(sign)
+        out = out.index_add(0, row, F.linear(z[row], m.stack[e]))
+    return out.view_as(x)
+
+
+def without_padding(m, x):
+    """Tokens that count in one table, as kernels for sequences of unequal lengths have them."""
+    there = x[..., 1] > -0.5
+    return x.masked_scatter(there.unsqueeze(-1), m.expert(0, x[there]))
+
+
+def in_no_order(m, x):
+    order = x.flatten(0, 1)[:, 0].argsort()
+    return m.expert(0, x.flatten(0, 1)[order])[order.argsort()].view_as(x)
+
+
+def starved(m, x):
+    """An expert that no token goes to."""
+    z = without_padding(m, x).flatten(0, 1)
+    (none,) = torch.where(z[:, 0] > 1e9)
+    return z.index_add(0, none, m.expert(1, z[none])).view_as(x)
+
+
+WAYS = {
+    "routed": (routed, 3, True),
+    "routed, no bias": (routed, 3, False),
+    "stacked": (stacked, 1, True),
+    "without padding": (without_padding, 1, True),
+    "in no order": (in_no_order, 1, True),
+    "starved": (starved, 2, True),
+}
+X = torch.randn(N, T, D, dtype=f64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_rows_of_every_kind_are_exact(name):
+    require_exact(Scattering(*WAYS[name]), X, hessian=False)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_they_have_kronecker_factors(name):
+    model = Scattering(*WAYS[name])
+    rows = {r.name: r.structure for r in nng.explain(model, (X,)).rows}
+    used = ("stack",) if name == "stacked" else [p for p in rows if p.startswith(("up", "down"))]
+    assert all(rows[p] == "kronecker" for p in used), rows
+    largest = max(p.numel() for p in model.parameters())
+    nng.FIM(model, [(X[:4],), (X[4:],)], nng.PMatKFAC.options(block_limit=largest - 1))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_factors_are_averages_over_the_rows_that_are_there(sharing):
+    """Of inputs with their ones and of gradients, written out from the rows of every example."""
+    model, y = Scattering(without_padding), torch.arange(N) % C
+    there = X[..., 1] > -0.5
+    collection = nng.LayerCollection.from_model(model, include="up.0.*")
+    fisher = nng.EmpiricalFIM(
+        model, (X, y), nng.PMatKFAC.options(sharing=sharing), loss="cross_entropy", layer_collection=collection
+    )
+    rows = model.up[0](X[there]).detach().requires_grad_()
+    hidden = X.masked_scatter(there.unsqueeze(-1), model.down[0](model.norm(rows.tanh())))
+    F.cross_entropy(model.head(hidden.tanh().mean(1)), y, reduction="sum").backward()
+    a, each = torch.cat([X[there], torch.ones(len(rows), 1, dtype=f64)], 1), len(rows) / N
+    a, g = (torch.zeros(N, T, p.shape[1], dtype=f64).masked_scatter(there.unsqueeze(-1), p) for p in (a, rows.grad))
+    if sharing == "expand":
+        left, right = torch.einsum("nti,ntj->ij", a, a) / N, torch.einsum("nto,ntp->op", g, g) / N / each
+    else:
+        left, right = (a.sum(1).T @ a.sum(1)) / N / each**2, g.sum(1).T @ g.sum(1) / N
+    # parameters lie as the weight, then the bias
+    block = torch.kron(right, left).view(H, D + 1, H, D + 1)
+    order = torch.cat([(torch.arange(H)[:, None] * (D + 1) + torch.arange(D)).flatten(), torch.arange(H) * (D + 1) + D])
+    close(fisher.to_dense(), block.reshape(H * (D + 1), -1)[order][:, order])
+
+
+@pytest.mark.parametrize("preset", ["kfac", "ekfac", "kfac-reduce", "block-diag", "diag"])
+def test_the_step_of_an_optimizer_is_the_solve(preset):
+    representation_, damping, make = PRESETS[preset]
+    model, y = Scattering(routed, 3), torch.arange(N) % C
+    kind = representation(representation_, model) if isinstance(representation_, str) else representation_
+    matrix = nng.EmpiricalFIM(model, (X, y), kind, loss="cross_entropy")
+    g, step = one_step(make(model), X, y)
+    assert near(step, matrix.solve(g, damping))
+
+
+class Sorted(nn.Module):
+    """Two of three experts for every token, without biases: one parameter and products in groups, or a layer each."""
+
+    def __init__(self, grouped):
+        super().__init__()
+        torch.manual_seed(0)
+        matrices = torch.randn(3, 8, D)
+        self.experts = nn.Parameter(matrices) if grouped else nn.ParameterList([*matrices])
+        self.gate, self.head = nn.Linear(D, 3), nn.Linear(8, C)
+
+    def forward(self, x):
+        z = x.flatten(0, 1)
+        weights, chosen = self.gate(z).softmax(-1).topk(2, -1)
+        expert, order = chosen.flatten().sort(stable=True)
+        ends = expert.bincount(minlength=3).cumsum(0)
+        rows = z[order // 2]
+        if isinstance(self.experts, nn.Parameter):
+            out = F.grouped_mm(rows, self.experts.mT, offs=ends.int())
+        else:
+            out = torch.cat([F.linear(r, w) for r, w in zip(rows.tensor_split(ends[:-1]), self.experts)])
+        out = out.tanh() * weights.flatten()[order].unsqueeze(1)
+        return self.head(out.new_zeros(len(z), 8).index_add(0, order // 2, out).unflatten(0, x.shape[:2]).mean(1))
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no products in groups")
+@pytest.mark.parametrize("kind", ["dense", "diag", "kfac", "kfac-reduce", "ekfac", "implicit"])
+def test_products_in_groups_are_those_of_a_layer_each(kind):
+    """Rows, and the factors of every expert: its own rows count."""
+    x = X.float()
+    kind = nng.PMatKFAC.options(sharing="reduce") if kind == "kfac-reduce" else kind
+    one, each = (
+        nng.FIM(m, [(x[:4],), (x[4:],)], representation(kind, m) if isinstance(kind, str) else kind)
+        for m in (Sorted(grouped=True), Sorted(grouped=False))
+    )
+    v = nng.PVector.randn(one.layer_collection)
+    assert one.layer_collection.names[0] == "experts"
+    close(one.mv(v).flat(), each.mv(nng.PVector.from_flat(each.layer_collection, v.flat())).flat(), 1e-4)
+
+
+def test_positions_of_their_own_are_left_to_the_fallback():
+    """Rows of an example have no order among positions."""
+    model = Scattering(without_padding)
+    with pytest.raises(nng.NNGeomError):
+        nng.GramMatrix(model, [(X,)], by_position=True)
+
+
+def test_mixed_rows_are_no_rows_of_one_example():
+    """A row made of two examples: exact by the fallback, or refused."""
+
+    def mixed(m, x):
+        z = x.flatten(0, 1)
+        return m.expert(0, z[z[:, 0].argsort()] + z.flip(0)).view_as(x)
+
+    with pytest.raises(nng.CoverageError, match="mixes"):
+        nng.Jacobian(Scattering(mixed), [(X,)])
