@@ -365,6 +365,32 @@ def test_pseudo_inverse_of_the_largest_eigenvalues(name, kind, k):
     close(m.solve(vector(m), nng.Cutoff(top=k)).flat(), expected @ vector(m).flat(), 1e-6)
 
 
+def test_a_number_a_layer_where_layers_lie_in_layers():
+    """As ``by_layer`` names them: of a normalised weight and its bias, of packed attention and what is inside of it."""
+    torch.manual_seed(0)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double()
+    attention = build("transformer")
+    data = [(torch.randn(5, 3, dtype=f64), torch.randint(0, 2, (5,)))]
+    for model, loader in ((normed, data), (attention.model, attention.loader)):
+        m = nng.FIM(model, loader, nng.PMatBlockDiag)
+        lc, v = m.layer_collection, vector(m)
+        named = {layer: 0.1 * (j + 1) for j, layer in enumerate(lc.by_layer())}
+        added = [torch.full(shape, named[layer], dtype=f64).flatten() for shape, layer in zip(lc.shapes, lc.layers)]
+        damped = m.to_dense() + torch.diag(torch.cat(added))
+        for given in (named, dict(reversed(named.items()))):
+            close(m.solve(v, given).flat(), torch.linalg.solve(damped, v.flat()))
+            close(m.logdet(given), torch.linalg.slogdet(damped)[1])
+    inner = {"0": 0.1, "*": 1.0}  # a layer alone stands for what is inside of it too
+    m = nng.FIM(normed, data, nng.PMatDiag)
+    expected = [0.1 if name.startswith("0.") else 1.0 for name in m.layer_collection.names]
+    sizes = [torch.Size(shape).numel() for shape in m.layer_collection.shapes]
+    assert m.layer_collection.layers[:2] == ("0", "0.parametrizations.weight")
+    close(
+        m.inverse(inner).diag().flat(),
+        1 / (m.diag().flat() + torch.tensor(expected, dtype=f64).repeat_interleave(torch.tensor(sizes))),
+    )
+
+
 def test_dampings_that_are_none():
     m, lc = measured("mlp", "dense"), measured("mlp", "dense").layer_collection
     v = vector(m)

@@ -194,3 +194,13 @@ def test_rows(row, sizes):
     found = rows.measured(row, "cpu", 1, **sizes)
     assert all(s["ratio"] > 0 for s in found["contenders"].values())
     assert len(rows.markdown({"rows": [found]}).splitlines()) == 2 + len(found["contenders"])
+
+
+def test_constants_of_sums_are_put_back():
+    from benchmarks import apart
+
+    before = {name: getattr(module, name) for name, (module, _) in apart.GRID.items()}
+    lines = apart.table([4], 1).splitlines()
+    assert {name: getattr(module, name) for name, (module, _) in apart.GRID.items()} == before
+    assert len(lines) == 2 + sum(len(values) for _, values in apart.GRID.values())
+    assert sum("(taken)" in line for line in lines) == len(before) and all(line.count("|") == 4 for line in lines[2:])

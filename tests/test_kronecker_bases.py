@@ -5,6 +5,7 @@ import torch
 from cases import build
 
 import nngeom as nng
+from nngeom.pmat.kronecker_basis import KroneckerBasis
 
 f64 = torch.float64
 MODELS = ["mlp", "conv2d", "embedding", "transformer", "tied", "bare"]
@@ -132,3 +133,20 @@ def test_options_and_refusals():
         nng.GradientCovariance(
             c.model, c.loader, nng.PMatMixed({"body": nng.PMatKFAC}, default=nng.PMatEKFAC), loss="mse"
         )
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 4), (2, 3, 4), (1, 1, 5), (3, 4, 1)])
+@pytest.mark.parametrize("sides", ["both", "inputs", "outputs", "neither"])
+def test_rows_turned_into_an_eigenbasis(sizes, sides):
+    """Many at once, into memory that is there: as one by one."""
+    torch.manual_seed(0)
+    s, o, i = sizes
+    ua, ug = (torch.linalg.qr(torch.randn(s, p, p, dtype=f64))[0] for p in (i, o))
+    basis = KroneckerBasis(ua if sides in ("both", "inputs") else None, ug if sides in ("both", "outputs") else None)
+    x, scale = torch.randn(7, *sizes, dtype=f64), torch.rand(sizes, dtype=f64)
+    expected = torch.stack([scale * basis.tmv(row) for row in x])
+    for given in (x.clone(), x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)):
+        out = torch.full((9, *sizes), torch.nan, dtype=f64)
+        basis.write_rows(given, scale, out[1:8])
+        close(out[1:8], expected, 1e-12)
+        assert bool(out[[0, 8]].isnan().all())

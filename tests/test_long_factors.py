@@ -369,6 +369,56 @@ def test_merged(kind, form):
         )
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("form", ["diagonal", "block"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_merged_factors_drop(kind, form, sharing):
+    """What both drop, added up: an upper bound of what their mean does."""
+    model, loader = setting(kind)
+    options = {"sharing": sharing, "factor_limit": LIMIT, "factor_form": form}
+    wholes = [nng.FIM(model, [batch], nng.PMatKFAC, sharing=sharing) for batch in loader]
+    parts = [nng.FIM(model, [batch], nng.PMatKFAC, **options) for batch in loader]
+    shares = [0.25, 0.75]
+    m = nng.merge(*parts, weights=shares)
+    said = {(d.parameters[0], d.factor): d for d in m.dropped}
+    assert said.keys() == {(d.parameters[0], d.factor) for d in parts[0].dropped}
+    assert all(d.side == e.side and d.form == e.form for d, e in zip(m.dropped, parts[0].dropped))
+    mean = nng.merge(*wholes, weights=shares)
+    for layout in mean.blocks:
+        for side in "AG":
+            if (d := said.get((layout.names[0], side))) is None:
+                continue
+            factors = [dense(w.blocks[layout])["AG".index(side)][0] for w in (*wholes, mean)]
+            bias = side == "A" and len(layout.names) > 1
+            kept = [cut_inputs(f, form, bias=bias) for f in factors]
+            lost = [float((f - k).norm()) for f, k in zip(factors, kept)]
+            most = shares[0] * lost[0] + shares[1] * lost[1]
+            bound = most / (float(kept[2].norm()) ** 2 + most**2) ** 0.5
+            assert lost[2] / float(factors[2].norm()) <= bound + 1e-12
+            assert abs(d.share - bound) <= 4 * d.standard_error + 1e-9 and d.standard_error < 0.3
+
+
+@pytest.mark.parametrize("form", ["diagonal", "block", "low_rank"])
+def test_merged_eigenbases_say_what_was_dropped(form):
+    model, loader = setting("plain")
+    e = nng.FIM(model, loader, nng.PMatEKFAC, factor_limit=LIMIT, factor_form=form)
+    parts = [e.rescaled(model, [batch]) for batch in loader]
+    merged = nng.merge(*parts)
+    assert merged.dropped == e.dropped != ()
+    close(merged.to_dense(), e.to_dense())
+
+
+def test_merged_factors_of_unlike_uses():
+    """Whose own factors the joined ones do not tell: no less than one sweep over all data says."""
+    case = build("language-model")
+    m = nng.merge(*(nng.FIM(case.model, [b], nng.PMatKFAC, factor_limit=4) for b in case.loader))
+    exact = nng.FIM(case.model, case.loader, nng.PMatKFAC, factor_limit=4)
+    assert len(m.dropped) == len(exact.dropped) > 0
+    for mine, theirs in zip(m.dropped, exact.dropped):
+        assert (mine.parameters, mine.factor, mine.side) == (theirs.parameters, theirs.factor, theirs.side)
+        assert theirs.share - 4 * theirs.standard_error <= mine.share + 4 * mine.standard_error < 2
+
+
 def factor(block, side):
     u, values = getattr(block, f"u{side}"), getattr(block, f"s{side}")
     q = u.columns(0, values.shape[1]) if isinstance(u, CompletedBasis) else u

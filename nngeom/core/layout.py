@@ -138,6 +138,14 @@ class Layout:
         parts = [p.arrangement.read(flat[..., p.offset : p.stop]) for p in self.pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
+    def gather_into(self, flat: Tensor, out: Tensor) -> None:
+        """:meth:`gather` of ``flat [*b, d]`` into ``out [*b, s, o, i]``, of any strides."""
+        lo = 0
+        for p in self.pieces:
+            i = p.arrangement.sizes[2]
+            out[..., lo : lo + i] = p.arrangement.read(flat[..., p.offset : p.stop])
+            lo += i
+
     def scatter_(self, flat: Tensor, m: Tensor) -> None:
         """Write ``m [*b, s, o, i]`` into ``flat [*b, d]``."""
         lo = 0

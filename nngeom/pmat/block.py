@@ -137,6 +137,12 @@ class BlockBasis(TensorObject, ABC):
     def tmv(self, x: Tensor) -> Tensor:
         """``U^T x``: parameters to coordinates."""
 
+    def write_rows(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
+        """``scale * U^T x`` of many rows ``x [m, s, o, i]``, ``scale [s, o, i]``, into ``out``, without a graph; ``x``
+        may be overwritten.
+        """
+        torch.mul(scale, self.tmv(x), out=out)
+
 
 @dataclass(frozen=True, eq=False)
 class Identity(BlockBasis):

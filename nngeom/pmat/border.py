@@ -127,7 +127,9 @@ def _turned(layout: Layout, r: Tensor, scale: Tensor, basis: BlockBasis) -> Tens
         return torch.cat([(scale * basis.tmv(layout.gather(r[lo:hi]))).flatten(1) for lo, hi in cuts])
     out = r.new_empty(len(r), *scale.shape)
     for lo, hi in cuts:
-        torch.mul(scale, basis.tmv(layout.gather(r[lo:hi])), out=out[lo:hi])
+        x = r.new_empty(*scale.shape[:2], hi - lo, scale.shape[2]).permute(2, 0, 1, 3)
+        layout.gather_into(r[lo:hi], x)
+        basis.write_rows(x, scale, out[lo:hi])
     return out.flatten(1)
 
 

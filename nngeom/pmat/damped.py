@@ -151,8 +151,11 @@ def _plus(matrix: PMat, x: Tensor, blocks: Iterable[Layout]) -> Damped:
 
 
 def chosen_numbers(lc: LayerCollection, given: Mapping[Any, Any]) -> dict[str, float | Tensor]:
-    """``{parameter: the number of the first pattern that matches}``, for every one of ``lc``."""
+    """``{parameter: the number of the first pattern that matches}``, for every one of ``lc``; the name of a layer does
+    not match layers inside of it that are named too.
+    """
     chosen: dict[str, float | Tensor] = {}
+    layers = dict(zip(lc.names, lc.layers))
     for pattern, value in given.items():
         if not isinstance(value, numbers.Real) and not (isinstance(value, Tensor) and value.ndim == 0):
             raise ArgumentTypeError(
@@ -161,7 +164,8 @@ def chosen_numbers(lc: LayerCollection, given: Mapping[Any, Any]) -> dict[str, f
             )
         number = as_damping(Tikhonov(value)).value  # type: ignore[arg-type]
         for name in lc.subset(pattern, "damping").names:
-            chosen.setdefault(name, number)
+            if layers[name] == pattern or layers[name] not in given or pattern not in lc.layers:
+                chosen.setdefault(name, number)
     without = [name for name in lc.names if name not in chosen]
     if without:
         raise ArgumentError(

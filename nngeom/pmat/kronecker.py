@@ -209,7 +209,7 @@ class EigenBlock(Block):
         """
         if not isinstance(other, EigenBlock) or not (bases.same(self.ua, other.ua) and bases.same(self.ug, other.ug)):
             return None
-        return EigenBlock(self.ua, self.ug, mine * self.d + theirs * other.d, self.sa, self.sg)
+        return EigenBlock(self.ua, self.ug, mine * self.d + theirs * other.d, self.sa, self.sg, self.dropped)
 
     def inverse(self, damping: Damping) -> EigenBlock:
         if isinstance(damping, FactoredTikhonov):

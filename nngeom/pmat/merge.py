@@ -10,6 +10,7 @@ from typing import TypeVar
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, StructureError
 from nngeom.core.layout import Layout
 from nngeom.pmat.block import Block
+from nngeom.pmat.merged_dropped import with_dropped
 from nngeom.pmat.pmat import PMat
 
 M = TypeVar("M", bound=PMat)
@@ -20,21 +21,19 @@ def merge(*matrices: M, weights: Sequence[float] | None = None) -> M:
 
     ``weights`` count in place of the examples, one a matrix, of any sum above zero: a weight below the others forgets.
     Exact for Dense, Diag, BlockDiag, QuasiDiag, LowRank, Eye, and for KFAC, whose factors are averaged; of those with
-    ``factor_form="low_rank"`` leading eigenvectors of the mean are kept, the exact trace, and ``dropped`` adds up what
-    is lost. The eigenvalues of EKFACs only mean the same in equal bases. Raises :class:`StructureError` where the bases
-    or the blocks differ, :class:`CollectionError` for other parameters, :class:`ArgumentError` for weights that are
-    negative, all zero or not as many.
+    ``factor_form="low_rank"`` leading eigenvectors of the mean are kept, the exact trace. What ``dropped`` says of
+    factors above ``factor_limit`` is added up: no more is lost of their mean. The eigenvalues of EKFACs only mean the
+    same in equal bases. Raises :class:`StructureError` where the bases or the blocks differ, :class:`CollectionError`
+    for other parameters, :class:`ArgumentError` for weights that are negative, all zero or not as many.
     """
     first, *others = _checked(matrices)
     shares = _shares(matrices, weights)
-    blocks = {}
-    for layout, block in first.blocks.items():
-        total, done = block, shares[0]
-        for other, share in zip(others, shares[1:]):
-            whole = done + share
-            mine, theirs = (done / whole, share / whole) if whole > 0 else (1.0, 0.0)
-            total, done = _merged(layout, total, other.blocks[layout], mine, theirs), whole
-        blocks[layout] = total
+    blocks, done = dict(first.blocks), shares[0]
+    for other, share in zip(others, shares[1:]):
+        whole = done + share
+        mine, theirs = (done / whole, share / whole) if whole > 0 else (1.0, 0.0)
+        both = {lay: _merged(lay, block, other.blocks[lay], mine, theirs) for lay, block in blocks.items()}
+        blocks, done = with_dropped(blocks, other.blocks, both, mine, theirs), whole
     return first.of_blocks(first.layer_collection, blocks, sum(m.examples for m in matrices))
 
 
