@@ -18,6 +18,7 @@ from nngeom.core.errors import CoverageError, ModeError, OutputError
 from nngeom.pullback.backward import dense
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # parts of a float64 model may compute in float32
+_GOLDEN = 0.5 * (5**0.5 - 1)  # its multiples fall into no pattern
 CHANGES = (
     "the model changes from one call to the next, on the same batch: it draws random numbers or keeps a "
     "state, so a measure of "
@@ -62,11 +63,13 @@ def require_separate(
 
 
 def interleaved(n: int) -> list[list[int]]:
-    """Two halves of ``n`` places by the parity of their binary digits, so that pairs of all usual kinds are in both."""
-    halves: list[list[int]] = [[], []]
-    for j in range(n):
-        halves[j.bit_count() % 2].append(j)
-    return [half for half in halves if half]
+    """Two halves of ``n`` places, neither of which holds whole pairs or groups of the usual kinds alone: neighbours,
+    opposites, a shift or a stride apart, or with some binary digits exchanged (six places and more).
+    """
+    scattered = [_GOLDEN * j % 1 for j in range(n)]
+    side = [(j.bit_count() + (n > 5 and scattered[j] >= 0.5)) % 2 for j in range(n)]
+    order = sorted(range(n), key=lambda j: (side[j], scattered[j]))
+    return [sorted(half) for half in (order[: n // 2], order[n // 2 :]) if half]
 
 
 def _require_own(network: Network, batch: Batch, outputs: Tensor, *, runs: bool = False) -> None:

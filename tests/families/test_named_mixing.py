@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nngeom as nng
+from nngeom.pullback.separate import interleaved
 
 from .named import Model, f64, inputs, jacobian_holds
 
@@ -74,6 +75,21 @@ def test_opposites_and_neighbours_of_tokens_are_in_different_halves(measure):
         tokens = torch.randint(0, 2, (8, 3), generator=torch.Generator().manual_seed(1))
         with pytest.raises(nng.CoverageError, match="mixes"):
             MEASURES[measure](Two(mixed), (tokens,))
+
+
+def pairings(n):
+    """Which example each is mixed with: digits exchanged, opposites, shifts."""
+    yield from ([j ^ mask if j ^ mask < n else j for j in range(n)] for mask in range(1, n))
+    yield list(reversed(range(n)))
+    yield from ([(j + shift) % n for j in range(n)] for shift in range(1, n))
+
+
+def test_no_usual_pairing_is_within_the_halves_alone():
+    for n in range(6, 80):
+        half = {j: k for k, places in enumerate(interleaved(n)) for j in places}
+        assert sorted(half) == list(range(n)) and sum(half.values()) == (n + 1) // 2
+        for other in pairings(n):
+            assert sum(j != other[j] for j in half) < n // 2 or any(half[j] != half[other[j]] for j in half), (n, other)
 
 
 def test_mixed_behind_a_head_of_zeros():
