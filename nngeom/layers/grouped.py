@@ -16,9 +16,8 @@ FUNCTIONS = [f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "groupe
 
 def _apart(x: Tensor, groups: Tensor, s: int) -> Tensor:
     """``[*lead, r, p] -> [*lead, r, s, p]``, every row in its group; those behind the last are in none."""
-    out = x.new_zeros(*x.shape[:-1], s, x.shape[-1])
-    (there,) = torch.where(groups < s)
-    out[..., there, groups[there], :] = x[..., there, :]
+    out, row = x.new_zeros(*x.shape[:-1], s, x.shape[-1]), torch.arange(len(groups), device=groups.device)
+    out[..., row, groups.clamp(max=s - 1), :] = x.masked_fill((groups >= s).unsqueeze(-1), 0)
     return out
 
 

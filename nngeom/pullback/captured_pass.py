@@ -79,8 +79,8 @@ class Pass:
         if open_ and self.keep_graph and check:  # a row that is zero now tells nothing of its derivative
             axes = [None if j in asked else axis for j, axis in enumerate(axes)]
         elif open_:
-            found = find_axes(self.capture.outputs, self.capture.uses, open_, scatter=not self.apart)
-            for j, axis in found.items():
+            scatter = not (self.apart or self.keep_graph)  # rows have no order, and those that are zero no owner
+            for j, axis in find_axes(self.capture.outputs, self.capture.uses, open_, scatter=scatter).items():
                 axes[j] = axis
         self.groups, self.rest = self._groups(axes, known=not open_)
         self.descent = Descent(self.capture, self.groups, keep_graph=self.keep_graph, explicit=self.explicit)
