@@ -26,8 +26,8 @@ CHECKPOINTED = (
 @contextlib.contextmanager
 def unfused(model: nn.Module | None = None) -> Iterator[None]:
     """Within: attention by its formula, and no cuDNN for the recurrent cells of ``model``."""
-    known = model is not None and torch.backends.cudnn.is_available()
-    recurrent = known and any(isinstance(m, nn.RNNBase) for m in model.modules())
+    may = torch.backends.cudnn.is_available()
+    recurrent = may and model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules())
     with (
         sdpa_kernel(SDPBackend.MATH),
         torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext(),

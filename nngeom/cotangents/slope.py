@@ -13,7 +13,7 @@ from nngeom.cotangents.softmax import Labels
 
 def slope(logits: Tensor, labels: Labels) -> Tensor:
     """:func:`~nngeom.cotangents.softmax.residual`, differentiable in the logits, the labels being constants."""
-    return _Slope.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return _Slope.apply(logits, labels)
 
 
 class _Slope(torch.autograd.Function):
