@@ -70,7 +70,7 @@ class _Composite(TorchFunctionMode):
     """Runs :data:`COMPOSED` instead of the fused operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return composed(func)(*args, **(kwargs or {}))
+        return (composed(func) if func in COMPOSED else func)(*args, **(kwargs or {}))
 
 
 class ReverseConventions(TorchFunctionMode):
