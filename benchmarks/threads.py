@@ -1,10 +1,10 @@
-"""``python -m benchmarks.threads``: wall time on one thread over that on two, call by call in turn, in one process.
+"""``python -m benchmarks.threads``: wall time on one thread over that on two, in turn, in one process.
 
 Beside the jobs stands what bounds them: one forward and backward pass of every workload, the eigendecompositions of J4
 by themselves, and products and copies of the machine. ``--apart`` prints the operations of every job with their times
-on one thread and on two. Needs a machine on which nothing else runs: the load before and after is written down, and
-warned of. ``--json FILE`` keeps the results, other cells of the file stay; ``--docs PAGE`` writes the table between its
-marks.
+on one thread and on two. Ratios are those of the fastest calls. Needs a machine on which little else runs: the load
+before and after is written down, and warned of. ``--json FILE`` keeps the results, other cells of the file stay;
+``--docs PAGE`` writes the table between its marks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from nngeom.pmat.eigenbases import eigenbases
 from nngeom.ranks.team import ALONE
 
 BUSY = 0.5  # processes that wait or run, besides this one's
+LEAST = 0.02  # seconds of calls in a round
 Run = Callable[[], Any]
 
 
@@ -72,31 +73,35 @@ def prepared(job: str, name: str) -> Run:
 
 
 def measured(job: str, name: str, threads: int, repeats: int) -> dict[str, Any]:
-    """Seconds of one call on one and on several threads, medians of rounds in turn."""
+    """Seconds of one call on one and on several threads, the fastest and the median of rounds in turn."""
     run, seconds = prepared(job, name), dict[int, list[float]]({1: [], threads: []})
     before, calls = os.getloadavg()[0], 1
     for several in seconds:
         torch.set_num_threads(several)
         run()
-        start = time.perf_counter()
-        run()
-        calls = max(1, round(0.02 / (time.perf_counter() - start)))
+        calls = max(1, round(LEAST / _seconds(run)))
     for _ in range(repeats):
         for several, found in seconds.items():
             torch.set_num_threads(several)
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            found.append((time.perf_counter() - start) / calls)
+            run()  # the threads of before may still wait for work
+            found += [_seconds(run) for _ in range(calls)]
+    fastest = {several: min(found) for several, found in seconds.items()}
     medians = {several: statistics.median(found) for several, found in seconds.items()}
     return {
         "job": job,
         "workload": name,
         "threads": threads,
-        "seconds": {str(several): found for several, found in medians.items()},
-        "ratio": medians[1] / medians[threads],
+        "seconds": {str(several): found for several, found in fastest.items()},
+        "medians": {str(several): found for several, found in medians.items()},
+        "ratio": fastest[1] / fastest[threads],
         "load": [before, os.getloadavg()[0]],
     }
+
+
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def apart(job: str, name: str, threads: int, repeats: int = 3, most: int = 14) -> str:

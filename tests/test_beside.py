@@ -1,8 +1,10 @@
 """Work beside each other on several of torch's threads: the bits, errors and settings of one after the other."""
 
+import os
 import threading
 
 import pytest
+import reference
 import torch
 from cases import build
 
@@ -15,8 +17,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=[2, 3])
-def threads(request):
+def threads(request, monkeypatch):
     before = torch.get_num_threads()
+    monkeypatch.setattr("nngeom.core.beside._cores", lambda: 8)
     torch.set_num_threads(request.param)
     yield request.param
     assert torch.get_num_threads() == request.param
@@ -118,6 +121,12 @@ def test_no_threads_on_one_thread_nor_for_a_device(threads):
     torch.set_num_threads(threads)
 
 
+def test_no_threads_on_one_core(threads, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    assert set(beside(lambda key: threading.get_ident(), MORE, CPU).values()) == {threading.get_ident()}
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_modes_are_those_of_the_caller(threads, mode):
     asked = lambda key: (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
@@ -186,3 +195,22 @@ def test_small_nets_are_as_they_were(threads, monkeypatch):
     monkeypatch.setattr("nngeom.core.beside.ThreadPoolExecutor", None)
     c = build("mlp")
     nng.FIM(c.model, c.loader, nng.PMatEKFAC)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "reused", "embedding"])
+def test_kernels_on_several_threads(threads, name):
+    """Strips are wider there; of the same numbers."""
+    c = build(name)
+    rows = reference.jacobian(c.model, c.inputs)
+    found = nng.GramMatrix(c.model, c.loader).to_dense()
+    rows = rows.flatten(0, 1)
+    torch.testing.assert_close(found, rows @ rows.T, rtol=1e-9, atol=1e-11)
+
+
+def test_a_kernel_of_several_strips(threads):
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(30, 5).double(), torch.randn(110, 30, dtype=torch.float64)
+    found = nng.GramMatrix(model, (x, None)).to_dense()
+    rows = torch.cat([x, torch.ones(110, 1, dtype=torch.float64)], 1)
+    expected = torch.einsum("nm,kl->knlm", rows @ rows.T, torch.eye(5, dtype=torch.float64)).reshape(550, 550)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
