@@ -26,7 +26,7 @@ from nngeom.pmat.eigenbases import eigenbases
 from nngeom.ranks.team import ALONE
 
 BUSY = 0.5  # processes that wait or run, besides this one's
-LEAST = 0.02  # seconds of calls in a round
+ROUND = 0.02  # seconds of calls in a round
 Run = Callable[[], Any]
 
 
@@ -72,15 +72,19 @@ def prepared(job: str, name: str) -> Run:
     return JOBS[job]["nngeom"](for_job(name, job))[0]
 
 
-def measured(job: str, name: str, threads: int, repeats: int) -> dict[str, Any]:
-    """Seconds of one call on one and on several threads, the fastest and the median of rounds in turn."""
+def measured(job: str, name: str, threads: int, repeats: int, least: float = 0.0) -> dict[str, Any]:
+    """Seconds of one call on one and on several threads, the fastest and the median of rounds in turn, which take
+    ``least`` seconds together.
+    """
     run, seconds = prepared(job, name), dict[int, list[float]]({1: [], threads: []})
     before, calls = os.getloadavg()[0], 1
     for several in seconds:
         torch.set_num_threads(several)
         run()
-        calls = max(1, round(LEAST / _seconds(run)))
-    for _ in range(repeats):
+        calls = max(1, round(ROUND / _seconds(run)))
+    start, rounds = time.perf_counter(), 0
+    while rounds < repeats or time.perf_counter() - start < least:
+        rounds += 1
         for several, found in seconds.items():
             torch.set_num_threads(several)
             run()  # the threads of before may still wait for work
@@ -94,6 +98,7 @@ def measured(job: str, name: str, threads: int, repeats: int) -> dict[str, Any]:
         "seconds": {str(several): found for several, found in fastest.items()},
         "medians": {str(several): found for several, found in medians.items()},
         "ratio": fastest[1] / fastest[threads],
+        "rounds": rounds,
         "load": [before, os.getloadavg()[0]],
     }
 
@@ -145,6 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workload", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.0, help="go on with rounds of a cell for so long")
     parser.add_argument("--apart", action="store_true", help="print the operations instead")
     parser.add_argument("--json", help="write the results here; other cells of the file stay")
     parser.add_argument("--render", action="store_true", help="run nothing")
@@ -158,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             if options.apart:
                 print(apart(job, name, options.threads), flush=True)
                 continue
-            record = measured(job, name, options.threads, options.repeats)
+            record = measured(job, name, options.threads, options.repeats, options.seconds)
             rows = report.replaced(results.get("threads", []), record, ("job", "workload"))
             results = report.merge(options.json, environment=report.environment("cpu"), threads=rows)
             print(f"{job} {name}: {record['ratio']:.2f}", flush=True)
