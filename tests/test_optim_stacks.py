@@ -95,6 +95,19 @@ def test_a_loaded_state_goes_on_with_the_stacks():
         assert torch.equal(p, q)
 
 
+def test_a_step_inside_of_autocast():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)]
+    model, x, y = nn.Sequential(*layers).float(), torch.randn(16, 6), torch.randint(0, 3, (16,))
+    steps = []
+    for enabled in (False, True):
+        opt = KFAC(copy.deepcopy(model), lr=1.0, momentum=0.0, kl_clip=None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            steps.append(one_step(opt, x, y)[1])
+        assert [len(s.left) for part in opt.partition for s in part.stacks.stacks] == [2]
+    assert steps[1].dtype == torch.float32 and close(steps[1], steps[0], 0.1)
+
+
 def test_products_of_pieces_of_one_vector():
     shapes = [(1, 2, 3), (2, 4, 4), (2, 4, 4), (1, 2, 3), (1, 70, 2), (1, 70, 2), (1, 5, 5)]
     layouts = [_Layout(j, shape) for j, shape in enumerate(shapes)]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,17 +32,17 @@ class _Stance:
 _STANCE = _Stance()
 
 
-@contextlib.contextmanager
-def as_written() -> Iterator[None]:
+class as_written:
     """Within: functions and modules given to ``torch.compile`` run as they were written.
 
     What is compiled has one derivative, hides its uses of parameters and often frees its graph after one backward pass.
     """
-    if "torch._dynamo.eval_frame" not in sys.modules:  # nothing was compiled in this process
-        yield
-        return
-    _STANCE.enter()
-    try:
-        yield
-    finally:
-        _STANCE.leave()
+
+    def __enter__(self) -> None:
+        self.compiles = "torch._dynamo.eval_frame" in sys.modules  # else nothing was compiled in this process
+        if self.compiles:
+            _STANCE.enter()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.compiles:
+            _STANCE.leave()

@@ -14,8 +14,13 @@ def require_current(network: Network) -> None:
     Products with a matrix that holds the model would leave them out.
     """
     parameters = network.parameters
-    now = network.every if network.places.are_current() else named_parameters(network.model)
-    exchanged = [name for name, p in parameters.items() if now.get(name) is not p]
+    if network.places.are_current():  # and then these are those of the model
+        if all([p.requires_grad for p in parameters.values()]):
+            return
+        exchanged = []
+    else:
+        now = named_parameters(network.model)
+        exchanged = [name for name, p in parameters.items() if now.get(name) is not p]
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
     if exchanged or frozen:
         what = f"other parameters {exchanged[:4]}" if exchanged else f"frozen parameters {frozen[:4]}"

@@ -1,8 +1,7 @@
-"""The graph that autograd recorded of one forward pass, read once: a name for what the pass did, and what follows from
-it.
+"""The graph that autograd recorded of one forward pass: a name for what the pass did, and what follows from it.
 
-A pass is what its operations, their constants and sizes, how they are connected, and every edge into a parameter say.
-Two passes with the same :attr:`Graph.key` did the same to other numbers. Whether all paths into a parameter are known
+A pass is what its operations, their constants, sizes, connections, and every edge into a parameter say. Two passes with
+the same :attr:`Graph.key` did the same to other numbers. Whether all paths into a parameter are known
 (:func:`unexplained`) needs no numbers at all.
 """
 
@@ -69,27 +68,28 @@ def read(outputs: Tensor, names: dict[int, str], registered: Collection[int], ho
     leaves: dict[Any, Tensor] = {}
     found: dict[Any, str] = {}
     for node in order:
-        edges: list[Any] = []
-        for following, number in node.next_functions:
-            if following is None:
-                edges.append(-1)
-                continue
-            if following not in place:
-                place[following] = len(order)
-                order.append(following)
-            edges.append((place[following], number))
-        leaf = getattr(node, "variable", None)
+        kind = type(node)
+        leaf = None if kind in _OPERATIONS else _leaf(node, kind)
         if leaf is not None:
             leaves[node] = leaf
             name = names.get(id(leaf))
             if name is not None:
                 found[node] = name
-            described.append((name if name is not None else id(leaf) in registered, tuple(leaf.shape)))
+            described.append((name if name is not None else id(leaf) in registered, leaf.shape))
             continue
-        name, sizes = node.name(), tuple(map(_sizes, node._input_metadata))
-        held = [getattr(node, constant) for constant in _constants(node, name)]
+        edges: list[Any] = []
+        for following, number in node.next_functions:
+            if following is None:
+                edges.append(-1)
+                continue
+            at = place.setdefault(following, len(order))
+            if at == len(order):
+                order.append(following)
+            edges.append((at, number))
+        name, sizes = node.name(), tuple([_sizes(meta) for meta in node._input_metadata])
+        held = [getattr(node, constant) for constant in _constants(kind, name, node)]
         constants = tuple([str(x) if isinstance(x, _SAYING) else None for x in held])
-        described.append((type(node), name, constants, sizes, tuple(edges), node in hooked))
+        described.append((kind, name, constants, sizes, tuple(edges), node in hooked))
     return Graph(tuple(order), leaves, found, frozenset(hooked), hash(tuple(described)))
 
 
@@ -99,16 +99,24 @@ def _sizes(meta: Any) -> tuple[int, ...]:
 
 
 _CONSTANTS: dict[Any, tuple[str, ...]] = {}
+_OPERATIONS: set[type] = set()  # kinds of nodes that were met and of which none is a leaf
 _SAYING = (bool, int, str, tuple, list)  # constants that say where numbers go; not by how much they are multiplied
 
 
-def _constants(node: Any, name: str) -> tuple[str, ...]:
-    """Names of the constants of a kind of operation, not of saved tensors."""
-    kind = type(node), name
-    if kind not in _CONSTANTS:
+def _constants(kind: type, name: str, node: Any) -> tuple[str, ...]:
+    """Names of the constants of a ``kind`` of operation, as ``node`` is one, not of saved tensors."""
+    if (kind, name) not in _CONSTANTS:
         names = dir(node)
-        _CONSTANTS[kind] = tuple(a for a in names if a.startswith("_saved_") and f"_raw{a}" not in names)
-    return _CONSTANTS[kind]
+        _CONSTANTS[kind, name] = tuple(a for a in names if a.startswith("_saved_") and f"_raw{a}" not in names)
+    return _CONSTANTS[kind, name]
+
+
+def _leaf(node: Any, kind: type) -> Any:
+    """The leaf whose gradient a node accumulates."""
+    if not issubclass(kind, BackwardCFunction) and hasattr(kind, "variable"):
+        return node.variable
+    _OPERATIONS.add(kind)
+    return None
 
 
 def operation(node: Any) -> str | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
+from typing import Any
 
 
 class _Here(threading.local):
@@ -14,13 +13,13 @@ class _Here(threading.local):
 _HERE = _Here()
 
 
-@contextlib.contextmanager
-def measuring() -> Iterator[None]:
+class measuring:
     """Within: what this thread calls is called to be measured."""
-    _HERE.inside += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        _HERE.inside += 1
+
+    def __exit__(self, *error: Any) -> None:
         _HERE.inside -= 1
 
 

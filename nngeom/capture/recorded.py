@@ -64,7 +64,7 @@ class Recorded:
 
     def off_the_graph(self) -> Recorded:
         """This without its edges, so that it does not hold its own graph."""
-        return dataclasses.replace(self, edge=NOWHERE, origin=None)
+        return Recorded(self.use, NOWHERE, self.shape, self.sources, self.since, place=self.place, entry=self.entry)
 
     def broadcast(self, out: Tensor, extra: int) -> Recorded:
         """This use as seen through an addition that copies its output along ``extra`` new axes (or a first axis of

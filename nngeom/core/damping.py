@@ -68,6 +68,7 @@ class Relative:
 
 
 Damping = Tikhonov | FactoredTikhonov | Cutoff
+_PLAIN = (Tikhonov, FactoredTikhonov)
 
 
 def as_damping(damping: float | Tensor | Damping) -> Damping:
@@ -76,6 +77,8 @@ def as_damping(damping: float | Tensor | Damping) -> Damping:
     Raises :class:`DampingError` when negative or not finite, :class:`ArgumentTypeError` for other types, and
     :class:`ArgumentError` for a :class:`Cutoff` whose value requires a gradient.
     """
+    if isinstance(damping, _PLAIN) and type(damping.value) is float and 0 <= damping.value < math.inf:
+        return damping
     apart = isinstance(damping, Mapping) or hasattr(damping, "layer_collection")  # a number each for parameters
     if apart or isinstance(damping, Relative) or (isinstance(damping, Cutoff) and damping.top is not None):
         also = ", or a matrix that is added, (M + PMatDiag.from_vector(numbers)).solve(b)" if apart else ""

@@ -200,7 +200,7 @@ def factor_shift(factor: Tensor, shift: Tensor) -> Tensor:
     if is_diagonal(factor):
         return factor + shift[:, None]
     shifted = factor.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
     return shifted
 
 

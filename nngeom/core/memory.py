@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 
@@ -24,20 +24,25 @@ def budget() -> int:
     return _budget.get()
 
 
-@contextlib.contextmanager
-def limit(memory_budget: int | None) -> Iterator[int]:
-    """Set the budget for the enclosed work; ``None`` keeps the one in force (1 GiB at first)."""
-    if memory_budget is not None:
-        require_real(memory_budget, "memory_budget")
-    if memory_budget is not None and memory_budget <= 0:
-        raise ArgumentError(
-            f"memory_budget is {memory_budget}; expected a positive number of bytes, or None for {DEFAULT_BUDGET}"
-        )
-    token = _budget.set(int(memory_budget) if memory_budget is not None else _budget.get())
-    try:
-        yield _budget.get()
-    finally:
-        _budget.reset(token)
+class limit:
+    """Sets the budget for the enclosed work; ``None`` keeps the one in force (1 GiB at first)."""
+
+    def __init__(self, memory_budget: int | None) -> None:
+        self.memory_budget = memory_budget
+
+    def __enter__(self) -> int:
+        asked = self.memory_budget
+        if asked is not None:
+            require_real(asked, "memory_budget")
+        if asked is not None and asked <= 0:
+            raise ArgumentError(
+                f"memory_budget is {asked}; expected a positive number of bytes, or None for {DEFAULT_BUDGET}"
+            )
+        self.token = _budget.set(int(asked) if asked is not None else _budget.get())
+        return _budget.get()
+
+    def __exit__(self, *error: Any) -> None:
+        _budget.reset(self.token)
 
 
 def step(total: int, bytes_each: int, what: str = "", most: int | None = None) -> int:

@@ -22,6 +22,11 @@ def is_sketched(factor: Tensor) -> bool:
     return factor.ndim == 3 and factor.shape[-1] != factor.shape[-2]
 
 
+def side_of(factor: Tensor) -> int:
+    """``p`` of any factor: dense, diagonal or sketched."""
+    return factor.shape[-2] if is_sketched(factor) else factor.shape[-1]
+
+
 def normal_vectors(p: int, m: int, like: Tensor) -> Tensor:
     """``[p, m]``: normally distributed, always the same."""
     generator = torch.Generator().manual_seed(p + 1)

@@ -98,7 +98,9 @@ class Sums:
     def sums(self) -> dict[Any, dict[str, Tensor | Stacked]]:
         """The sums so far."""
         for block, name in self._halves:
-            linalg.mirror_(self._sums[block][name].flatten(0, -2))  # type: ignore[union-attr]
+            t: Any = self._sums[block][name]
+            if len(linalg.strips(t.shape[-1])) > 1:
+                linalg.mirror_(t.flatten(0, -2))
         self._halves.clear()
         return self._sums
 

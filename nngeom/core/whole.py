@@ -6,17 +6,19 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_WHOLE = frozenset((Tensor, nn.Parameter))  # kinds that are no distributed tensors; others are asked
 
 
 def in_parts(x: Any) -> bool:
     """Whether ``x`` is a distributed tensor."""
-    return hasattr(x, "placements")
+    return type(x) not in _WHOLE and hasattr(x, "placements")
 
 
 def whole(x: Tensor) -> Tensor:
     """``x``, gathered on all processes of its mesh where these hold parts of it; differentiable once."""
-    full = getattr(x, "full_tensor", None)
+    full = None if type(x) in _WHOLE else getattr(x, "full_tensor", None)
     return x if full is None else full()
 
 

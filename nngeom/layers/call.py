@@ -63,7 +63,7 @@ class Call:
         name, base = parameter
         if x.numel() != base.numel() or (x is not base and not _same_order(x, base)):
             raise NotStructured
-        return Slot(name, arrangement)
+        return Slot.of(name, arrangement)
 
     def matrix(self, x: Tensor | None) -> Slot | None:
         """The slot of a 2-D tensor ``x [o, i]``: a parameter, its transpose, or a rectangular part of either."""
@@ -73,7 +73,7 @@ class Call:
         name, base = parameter
         o, i = x.shape
         if x is base:
-            return Slot(name, Arrangement.plain(1, o, i))
+            return Slot.of(name, Arrangement.plain(1, o, i))
         if not base.is_contiguous() or x.numel() == 0:
             raise NotStructured
         last = base.shape[-1] if base.ndim > 1 else base.numel()
@@ -86,11 +86,11 @@ class Call:
         if cs == 1 and rs >= i and total % rs == 0:
             row, column = divmod(offset, rs)
             if column + i <= rs:
-                return Slot(name, Arrangement.plain(1, total // rs, rs), row, column)
+                return Slot.of(name, Arrangement.plain(1, total // rs, rs), row, column)
         if (rs == 1 or o == 1) and cs >= o and total % cs == 0:
             column, row = divmod(offset, cs)
             if row + o <= cs:
-                return Slot(name, Arrangement((1, total // cs, cs), (0, 2, 1), (1, cs, total // cs)), row, column)
+                return Slot.of(name, Arrangement((1, total // cs, cs), (0, 2, 1), (1, cs, total // cs)), row, column)
         raise NotStructured
 
     def vector(self, x: Tensor | None, s: int = 1) -> Slot | None:
@@ -103,7 +103,7 @@ class Call:
         name, base = parameter
         if s != 1 or x is base:
             return self.whole(x, Arrangement.plain(s, base.numel() // s, 1))
-        return Slot(name, Arrangement.plain(1, base.numel(), 1), self.run(x, base))
+        return Slot.of(name, Arrangement.plain(1, base.numel(), 1), self.run(x, base))
 
     def run(self, x: Tensor, base: Tensor) -> int:
         """Where ``x``, a run of neighbours, starts in its parameter ``base``; raises where the entries are not
@@ -124,7 +124,7 @@ class Call:
         if base.shape[-1] != width or inside:
             raise NotStructured
         rows = base.numel() // width
-        return Slot(name, Arrangement((1, rows, width), (0, 2, 1), (1, width, rows))), first
+        return Slot.of(name, Arrangement((1, rows, width), (0, 2, 1), (1, width, rows))), first
 
 
 def _same_order(x: Tensor, base: Tensor) -> bool:

@@ -22,6 +22,12 @@ class Slot:
     row: int = 0
     column: int = 0
 
+    @staticmethod
+    @functools.lru_cache(2**12)
+    def of(name: str, arrangement: Arrangement, row: int = 0, column: int = 0) -> Slot:
+        """The same object for the same arguments, ``name``, ``arrangement``, ``row`` and ``column`` as in the class."""
+        return Slot(name, arrangement, row, column)
+
 
 @dataclass(frozen=True, eq=False)
 class Use:

@@ -19,7 +19,7 @@ from nngeom.sweep.columns import Cotangents
 
 def number(name: str, x: Any, step: int) -> Any:
     """A number, or a callable of the step; raises :class:`ArgumentError` out of range."""
-    if type(x) is float and x - x == 0:  # finite
+    if type(x) is int or (type(x) is float and x - x == 0):  # finite
         return _in_range(name, x)
     value = x(step) if callable(x) else x
     if isinstance(value, Tensor) and value.ndim == 0:

@@ -73,8 +73,9 @@ class Averaged(Curvature):
             self._refresh(schedule.damping, seen)
         if self.blocks:
             packed = self.packed(gradient)
-            self.stacks.product(packed.blocks, packed.blocks)
-            for (layout, inverse), x in self.stacks.others(self.blocks.items(), packed.blocks):
+            singly = not self.rank.rows
+            self.stacks.product(packed.blocks, packed.blocks, singly=singly)
+            for (layout, inverse), x in self.stacks.others(self.blocks.items(), packed.blocks, singly=singly):
                 if isinstance(inverse, KroneckerBlock):
                     x.copy_(self.rank.product(layout, inverse.g, x, inverse.a))
                 elif isinstance(inverse, Drowned):

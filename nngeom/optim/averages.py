@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.core.registry import qualified
 from nngeom.core.statistic import Stacked, Sums, names_of
 from nngeom.pmat.block import Block
+
+FEW = 2**13  # numbers whose sizes are added up sooner than two calls are made
 
 
 @dataclass
@@ -59,10 +62,9 @@ class Averages:
 
     def read(self) -> dict[Layout, dict[str, Tensor]]:
         """The averages, unbiased."""
-        return {
-            layout: {name: t / weight for name, t in tensors.items()}
-            for layout, (weight, tensors) in self.entries.items()
-        }
+        held = [(t, weight) for weight, tensors in self.entries.values() for t in tensors.values()]
+        divided = iter(torch._foreach_div([t for t, _ in held], [weight for _, weight in held]) if held else [])
+        return {layout: {name: next(divided) for name in tensors} for layout, (_, tensors) in self.entries.items()}
 
     def plain(self) -> list[Any]:
         """Tensors, numbers, strings and lists only."""
@@ -93,12 +95,15 @@ def scaled_means(sums: Sums, examples: int, c: float) -> dict[Layout, dict[str, 
 def all_finite(sums: Sums) -> bool:
     """Whether no sum is NaN or infinite."""
     parts = [
-        p.sum()
+        p
         for tensors in sums.sums.values()
         for t in tensors.values()
         for p in (t.parts if isinstance(t, Stacked) else [t])
     ]
-    return not parts or bool(torch.isfinite(torch.stack(parts)).all())
+    few = sum([p.numel() for p in parts]) <= FEW and all([p.is_floating_point() for p in parts])
+    if not parts or (few and all(map(math.isfinite, torch.stack(torch._foreach_norm(parts, 1)).tolist()))):
+        return True
+    return bool(torch.isfinite(torch.stack([p.sum() for p in parts])).all())
 
 
 def plain_block(block: Any) -> Any:

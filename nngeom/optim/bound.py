@@ -28,10 +28,10 @@ class Bound:
         """Of the directions in ``gradients.flat`` of parameters whose ``.grad`` still is the gradient ``(F + damping)
         v``; not finite where a direction is not.
         """
-        numbers = [(number("lr", g["lr"], step), number("momentum", g["momentum"], step)) for g in groups]
-        self.lr, self.momentum = (max(column) for column in zip(*numbers))
-        self.divergence = self.squared = 0.0
-        for group, (lr, _) in zip(groups, numbers):
+        self.divergence = self.squared = self.lr = self.momentum = 0.0
+        for group in groups:
+            lr, momentum = number("lr", group["lr"], step), number("momentum", group["momentum"], step)
+            self.lr, self.momentum = max(self.lr, lr), max(self.momentum, momentum)
             squared = gradients.dot(group["params"])
             self.squared += squared
             self.divergence += 0.5 * lr**2 * squared

@@ -55,23 +55,23 @@ def _averaged(state: Any, key: str, parameters: list[Tensor], x: list[Tensor], m
 
 
 def _averages_of(state: Any, key: str, parameters: list[Tensor]) -> list[Tensor]:
+    averages: list[Tensor] = []
     for p in parameters:
-        if key not in state[p]:
-            state[p][key] = torch.zeros_like(p)
-    return [state[p][key] for p in parameters]
+        mine = state[p]
+        if key not in mine:
+            mine[key] = torch.zeros_like(p)
+        averages.append(mine[key])
+    return averages
 
 
 def _fuses(parameters: list[Tensor], directions: list[Tensor]) -> bool:
     """Whether torch has the whole step in one pass over these tensors."""
-    return all(
-        p.device.type == "cpu"
-        and p.dtype == v.dtype
-        and p.dtype in (torch.float32, torch.float64)
-        and p.is_contiguous()
-        and v.is_contiguous()
-        and not in_parts(p)
-        for p, v in zip(parameters, directions)
-    )
+    for p, v in zip(parameters, directions):
+        dtype = p.dtype
+        fuses = p.is_cpu and dtype is v.dtype and (dtype is torch.float32 or dtype is torch.float64)
+        if not (fuses and p.is_contiguous() and v.is_contiguous()) or in_parts(p):
+            return False
+    return True
 
 
 def _fused(

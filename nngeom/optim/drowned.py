@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nngeom.core import linalg
 from nngeom.core.damping import Damping, FactoredTikhonov, Relative
+from nngeom.core.sketch import side_of
 from nngeom.optim.heads import Rows, random_columns, turned
 from nngeom.pmat.block import Block, TensorObject
 from nngeom.pmat.kronecker import KroneckerBlock
@@ -52,7 +53,7 @@ def drowned_inverse(block: KroneckerBlock, damping: Damping | Relative, drowned:
     """The inverse of a ``block`` under a ``damping`` of its factors; ``None`` where no side has few eigenvalues above
     ``drowned`` times what damping adds, or damping is not of factors.
     """
-    sides = [linalg.factor_diag(f).shape[-1] for f in (block.a, block.g)]
+    sides = side_of(block.a), side_of(block.g)
     if max(sides) <= LEAST or min(sides) == 1 or not _of_factors(damping):
         return None
     shifts = _shifts(block, damping)

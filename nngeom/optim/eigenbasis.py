@@ -195,15 +195,17 @@ class Eigenbasis(Curvature):
             if schedule.variance is not None:
                 self.signal.follow(v * seen.mean, self.spectrum.d, seen.examples, schedule.variance.decay)
                 w = w * self.signal.share(schedule.variance.least)
-            self._up(packed, views(w, self.blocks), parts, tails)
+            self.coordinates.copy_(w)
+            self._up(packed, parts, tails)
             packed.write()
         self.forget()
 
     def _down(self, packed: Packed, tails: dict[Layout, Tail]) -> dict[Layout, Parts]:
         """The gradient in the bases, into ``coordinates``; of leading parts, what :meth:`Head.up` takes too."""
-        parts = {}
-        self.stacks.product(packed.blocks, self.places)
-        for (layout, block), x, y in self.stacks.others(self.blocks.items(), packed.blocks, self.places):
+        parts, singly = {}, not self.rank.rows
+        self.stacks.product(packed.blocks, self.places, singly=singly)
+        others = self.stacks.others(self.blocks.items(), packed.blocks, self.places, singly=singly)
+        for (layout, block), x, y in others:
             if isinstance(block, Head):
                 parts[layout] = block.down(x, self.rank.of(layout, x, block.costs), tails[layout][1])
                 y.copy_(parts[layout].inside)
@@ -211,10 +213,11 @@ class Eigenbasis(Curvature):
                 y.copy_(self.rank.product(layout, block.ug, x, block.ua))
         return parts
 
-    def _up(self, packed: Packed, w: list[Tensor], parts: dict[Layout, Parts], tails: dict[Layout, Tail]) -> None:
-        """The way back, of what was divided in the bases, ``w``."""
-        self.stacks.back(w, packed.blocks)
-        for (layout, block), x, y in self.stacks.others(self.blocks.items(), packed.blocks, w):
+    def _up(self, packed: Packed, parts: dict[Layout, Parts], tails: dict[Layout, Tail]) -> None:
+        """The way back, of what was divided in the bases and lies in ``coordinates``."""
+        self.stacks.back(self.places, packed.blocks, singly=True)
+        others = self.stacks.others(self.blocks.items(), packed.blocks, self.places, singly=True)
+        for (layout, block), x, y in others:
             if isinstance(block, Head):
                 block.up(parts[layout], y, tails[layout][0], x)
             else:

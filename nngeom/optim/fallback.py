@@ -54,8 +54,8 @@ class Fallback:
 
     def broken(self, groups: list[Group]) -> str | None:
         """Whose gradient is not finite, in words."""
-        mine = {id(p) for group in groups if group.get("fallback") for p in group["params"]}
-        return broken({name: p for name, p in self.outside.items() if id(p) in mine})
+        mine = {id(p) for group in groups if group.get("fallback") for p in group["params"]} if self.outside else set()
+        return None if not mine else broken({name: p for name, p in self.outside.items() if id(p) in mine})
 
     def step(self, groups: list[Group], state: Any, step: int) -> None:
         """AdamW's step."""

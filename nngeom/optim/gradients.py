@@ -46,19 +46,19 @@ class Gradients:
                 x * factor if self._in_parts or x.dtype != g.dtype else torch.mul(x, factor, out=g)
                 for x, g in zip(pieces, grads)
             ]
-        pairs = [(x, g) for x, g in zip(pieces, grads) if x is not g]
-        if pairs and self._in_parts:
-            pairs = [(part_of(x, g), local(g)) for x, g in pairs]
-        if pairs:
-            torch._foreach_copy_([g for _, g in pairs], [x for x, _ in pairs])
+            left = [(x, g) for x, g in zip(pieces, grads) if x is not g]
+            pieces, grads = [x for x, _ in left], [g for _, g in left]
+        if self._in_parts:
+            pieces, grads = [part_of(x, g) for x, g in zip(pieces, grads)], [local(g) for g in grads]
+        if grads:
+            torch._foreach_copy_(grads, pieces)
 
     def dot(self, parameters: Sequence[Tensor]) -> float:
         """The product of ``.grad`` of some ``parameters``, as it was read, and their pieces of ``flat``."""
-        pairs = [(p, p.grad) for p in parameters if p.grad is not None]
-        if self._before is not None and len(pairs) == len(self.parameters):
+        present = [p for p in parameters if p.grad is not None]
+        if self._before is not None and len(present) == len(self.parameters):
             return float(torch.dot(self._before, self.flat))
-        present = [p for p, _ in pairs]
-        grads = [g.reshape(-1).to(self.flat.dtype) for g in self._wholes([g for _, g in pairs])]
+        grads = [g.reshape(-1).to(self.flat.dtype) for g in self._wholes([p.grad for p in present])]  # type: ignore[misc]
         products = [torch.dot(x, self._places[p].reshape(-1)) for p, x in zip(present, grads)]
         return float(torch.stack(products).sum()) if products else 0.0
 
@@ -70,8 +70,14 @@ class Gradients:
         return [whole(g) for g in grads] if self._in_parts else grads
 
     def _present(self) -> tuple[list[Tensor], list[Tensor]]:
-        for p in self.parameters:
-            if p.grad is not None and p.grad.is_sparse:  # of an embedding: preconditioned it is dense
-                p.grad = p.grad.to_dense()
-        pairs = [(x, p.grad) for x, p in zip(self._pieces, self.parameters) if p.grad is not None]
-        return [x for x, _ in pairs], [g for _, g in pairs]
+        pieces: list[Tensor] = []
+        grads: list[Tensor] = []
+        for x, p in zip(self._pieces, self.parameters):
+            g = p.grad
+            if g is None:
+                continue
+            if g.is_sparse:  # of an embedding: preconditioned it is dense
+                g = p.grad = g.to_dense()
+            pieces.append(x)
+            grads.append(g)
+        return pieces, grads

@@ -47,7 +47,7 @@ class Intake:
                 "over them and averaged over examples: for a loss averaged over all positions (F.cross_entropy of all "
                 "tokens, the loss of transformers' models) say reduction='token_mean'; else say reduction='mean'",
                 ReductionWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         if observation.chunks:
             schedule = self.clock.now()

@@ -18,6 +18,8 @@ from nngeom.ranks.made import made
 
 def inverses(manner: Manner, blocks: dict[Layout, Block], damping: Damping | Relative) -> dict[Layout, Block | Drowned]:
     """Those of all ``blocks``, each made by one of the processes."""
+    if manner.makers.size == 1:
+        return {layout: inverse(layout, block, damping, manner.drowned) for layout, block in blocks.items()}
     costs = {layout: cost(block) for layout, block in blocks.items()}
     tensors = (t for block in blocks.values() for t in block.fields().values() if isinstance(t, Tensor))
     device = next((t.device for t in tensors), torch.device("cpu"))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nngeom.capture.kept_whole import kept_whole
 from nngeom.core.errors import ArgumentError, NonFiniteError, PeerError, SingularError
 from nngeom.core.whole import whole
-from nngeom.optim.arguments import as_reduction
 from nngeom.optim.automatic import Automatic
 from nngeom.optim.bound import Bound
 from nngeom.optim.causes import cause
@@ -26,12 +23,11 @@ from nngeom.optim.groups import plain, resumed
 from nngeom.optim.intake import Intake
 from nngeom.optim.joint import Joint, is_curvature
 from nngeom.optim.model_check import ModelCheck
+from nngeom.optim.observing import Observing
 from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending, Seen
 from nngeom.optim.quadratic import QuadraticModel, added, require_quadratic
-from nngeom.optim.replicas import require_team_now
 from nngeom.optim.schedule import Clock
-from nngeom.sweep.follow import watch
 from nngeom.sweep.observe import Observation, Observer
 
 
@@ -74,8 +70,7 @@ class Preconditioned(torch.optim.Optimizer):
 
     # -- observing -----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def observe(self, reduction: str | None = None, scaler: Any = None) -> Iterator[Observation]:
+    def observe(self, reduction: str | None = None, scaler: Any = None) -> AbstractContextManager[Observation]:
         """Watch one or several forward and backward passes of the model; blocks add up until the step or ``zero_grad``.
 
         ``reduction`` says how the losses are reduced over examples: ``"mean"`` (all that is backpropagated before the
@@ -84,15 +79,7 @@ class Preconditioned(torch.optim.Optimizer):
         default that of the constructor. A ``GradScaler`` is taken into account by itself, but for
         ``scaler.unscale_(opt)`` before the step: then pass it as ``scaler``.
         """
-        if reduction is not None:
-            self.pending.say(as_reduction(reduction))
-        replicated = partial(require_team_now, self.observer.team)
-        rows, positions = self.intake.wants_rows(), self.intake.wants_positions()
-        watched = watch(self.observer, replicated, record=rows, positions=positions)
-        kept = kept_whole(self.observer.network.model) if self.sharded else contextlib.nullcontext()
-        with kept, watched as observation:
-            yield observation
-        self.intake.take(observation, scaler)
+        return Observing(self.observer, self.intake, reduction, scaler, sharded=self.sharded)
 
     @property
     def reduction(self) -> str:
@@ -129,7 +116,12 @@ class Preconditioned(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in any optimizer (``set_to_none``: instead of zeros); also drops what was observed since the last step."""
         self._forget()
-        super().zero_grad(set_to_none)
+        if not set_to_none or torch.autograd._profiler_enabled():
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     def _forget(self) -> None:
         self.automatic.forget()

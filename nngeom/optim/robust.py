@@ -23,10 +23,10 @@ from nngeom.ranks.team import Team
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 from nngeom.sweep.agreement import agree
-from nngeom.sweep.follow import watch
 from nngeom.sweep.observe import Observation, Observer
 from nngeom.sweep.run import Run
 from nngeom.sweep.sweep import Sweep
+from nngeom.sweep.watching import Watching
 
 
 def winsorized_gradient(
@@ -135,7 +135,7 @@ class WinsorizedSGD(torch.optim.SGD):
         """Watch one or several forward and backward passes, as :meth:`NaturalGradient.observe`; ``scaler``: a
         ``GradScaler`` in use.
         """
-        with watch(self.observer, partial(require_team_now, self.observer.team)) as observation:
+        with Watching(self.observer, partial(require_team_now, self.observer.team)) as observation:
             yield observation
         self._examples.take(observation, scaler)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nngeom.core.damping import Damping, Relative
 from nngeom.core.errors import ArgumentError
@@ -12,8 +11,7 @@ from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.variance_damping import VarianceDamping
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """What is due at one step.
 
     Args:
@@ -45,11 +43,12 @@ class Clock:
 
     def due(self) -> bool:
         """Whether statistics are due at the coming step."""
-        return self._due(self._numbers("every", "statistics_decay", "statistics_every"))[0]
+        asked = "every", "statistics_decay", "statistics_every"
+        return self._due({name: number(name, self.numbers[name], self.steps) for name in asked})[0]
 
     def now(self) -> Schedule:
         """The schedule of the coming step; raises :class:`ArgumentError` for a number out of range."""
-        now = self._numbers(*self.numbers)
+        now = {name: number(name, x, self.steps) for name, x in self.numbers.items()}
         statistics, refresh = self._due(now)
         return Schedule(
             statistics=statistics,
@@ -60,9 +59,6 @@ class Clock:
             kl_clip=now["kl_clip"],
             variance=self.damping if isinstance(self.damping, VarianceDamping) else None,
         )
-
-    def _numbers(self, *names: str) -> dict[str, Any]:
-        return {name: number(name, self.numbers[name], self.steps) for name in names}
 
     def _due(self, now: dict[str, Any]) -> tuple[bool, bool]:
         """Statistics, and a refresh."""

@@ -32,7 +32,7 @@ class Shifts:
         """What heads among the ``blocks`` do outside of themselves: their inverse to the ``-power``, and how many
         eigenvectors of either side stand out.
         """
-        if self._tails is None or self._tails[0] != damping:
+        if self._tails is None or (self._tails[0] is not damping and self._tails[0] != damping):
             heads = {layout: block for layout, block in blocks.items() if isinstance(block, Head)}
             made = {lay: (head.inverse(damping, power), head.large(damping, power)) for lay, head in heads.items()}
             self._tails = (damping, made)
@@ -44,7 +44,7 @@ class Shifts:
             return self._cut(d, damping)
         if isinstance(damping, Relative) and not damping.factored:
             return _flat(blocks, [float(damping.value) * x.mean() for x in views(d, blocks)])
-        if self._kept is None or self._kept[0] != damping:
+        if self._kept is None or (self._kept[0] is not damping and self._kept[0] != damping):
             self._kept = (damping, self._constant(blocks, d, damping))
         shift = self._kept[1]
         if isinstance(shift, float) and shift == 0:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from nngeom.core import bases, linalg
 from nngeom.core.damping import Damping, FactoredTikhonov
+from nngeom.core.factor_inverses import factor_inverses
 from nngeom.core.linalg import Basis
+from nngeom.core.sketch import side_of
 from nngeom.pmat.block import Block, BlockBasis
 from nngeom.pmat.block_algebra import Remake, largest
 from nngeom.pmat.eigenvalues import by_eigenvalues, reciprocal, require_positive
@@ -96,16 +98,15 @@ class KroneckerBlock(Block):
 
     def factored_inverse(self, damping: FactoredTikhonov) -> KroneckerBlock:
         """The inverse under a ``damping``, factor by factor: of :meth:`damped`."""
-        a, g = self.damped(damping)
-        return KroneckerBlock(
-            linalg.factor_inverse(a, "the damped input factor"), linalg.factor_inverse(g, "the damped gradient factor")
-        )
+        words = "the damped input factor", "the damped gradient factor"
+        a, g = factor_inverses(self.damped(damping), words)
+        return KroneckerBlock(a, g)
 
     def damped(self, damping: FactoredTikhonov) -> tuple[Tensor, Tensor]:
         """``a + pi sqrt(x)`` and ``g + sqrt(x) / pi`` for a ``damping`` by ``x``; ``pi``: the root of the ratio of mean
         eigenvalues, or 1.
         """
-        if linalg.factor_diag(self.g).shape[-1] == 1:  # a trivial factor: plain damping of the exact block
+        if side_of(self.g) == 1:  # a trivial factor: plain damping of the exact block
             exact = self.a * self.g.reshape(-1, *[1] * (self.a.ndim - 1))
             return linalg.factor_shift(exact, exact.new_zeros(len(exact)) + damping.value), torch.ones_like(self.g)
         shift_a, shift_g = self.shifts(damping)
@@ -113,8 +114,11 @@ class KroneckerBlock(Block):
 
     def shifts(self, damping: FactoredTikhonov) -> tuple[Tensor, Tensor]:
         """``pi sqrt(x)`` and ``sqrt(x) / pi [s]``, which a ``damping`` by ``x`` adds to two factors."""
+        if not damping.balanced:
+            shift = self.a.new_ones(len(self.a)) * damping.value**0.5
+            return shift, shift
         means = [linalg.factor_diag(f).mean(-1) for f in (self.a, self.g)]
-        usable = (means[0] > 0) & (means[1] > 0) & damping.balanced
+        usable = (means[0] > 0) & (means[1] > 0)
         pi = torch.where(
             usable, (means[0] / means[1].where(usable, torch.ones_like(means[1]))).sqrt(), torch.ones_like(means[0])
         )

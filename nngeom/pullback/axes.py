@@ -46,7 +46,7 @@ class ExampleAxis:
             x, axis, lead = x.unflatten(axis, (self.outer, n * inner)), axis + 1, lead + 1
         if inner > 1:
             x, lead = x.unflatten(axis, (n, inner)), lead + 1
-        x = x.movedim(axis, before)
+        x = x if axis == before else x.movedim(axis, before)
         if lead == 1:
             return x.unsqueeze(before + 1)
         return x.flatten(before + 1, before + lead - 1) if lead > 2 else x

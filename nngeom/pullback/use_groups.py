@@ -54,6 +54,12 @@ class UseGroup:
         main = self.layout.pieces[0].arrangement
         return self._join([self._part(use, gradients, n, main, empty) for use in self.uses])
 
+    def off_the_graph(self) -> UseGroup:
+        """This without the edges of its uses, which would hold their graph."""
+        uses: list[PlacedUse] = [(j, recorded.off_the_graph(), axis) for j, recorded, axis in self.uses]
+        options = {"with_weight": self.with_weight, "with_bias": self.with_bias, "apart": self.apart}
+        return UseGroup(self.layout, uses, arrangements=self.arrangements, inputs=self.inputs, **options)
+
     def forget(self) -> None:
         """Let go of the inputs: they were read."""
         self.inputs.clear()
@@ -152,6 +158,8 @@ def _with_ones(a: Tensor, start: int, size: int, empty: Callable[..., Tensor]) -
     if a.requires_grad:
         return torch.cat([_pad(a, start, size), torch.ones_like(a[..., :1])], -1)
     if a.numel() < FEW and a.shape[-1] == size:
+        if a.is_contiguous():
+            return torch.constant_pad_nd(a, (0, 1), 1.0)
         out = a.new_ones(*a.shape[:-1], size + 1)
         out[..., :size] = a
         return out

@@ -41,7 +41,7 @@ class Places:
             m for m in self.modules if type(m).named_modules is not _NAMED_MODULES or "named_modules" in m.__dict__
         ]
         self._plain = _names_plainly(model) and not others
-        self._held = [_children(m) for m in self.modules]
+        self._held = [(m, *_children(m)) for m in self.modules]
 
     def are_current(self) -> bool:
         """Whether every module is known to hold the modules and parameters that it held, by the same names; ``False``
@@ -49,7 +49,7 @@ class Places:
         """
         if not self._plain:
             return False
-        for module, (names, children) in zip(self.modules, self._held):
+        for module, names, children in self._held:
             now_named, now = _children(module)
             if now_named != names or not all(map(is_, now, children)):
                 return False

@@ -14,6 +14,8 @@ from nngeom.sweep.passage import Passage
 from nngeom.sweep.positions import counted
 from nngeom.sweep.sweep import Chunk
 
+AccumulateGrad = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+
 
 class Call:
     """What is kept of one call, by the graph of its outputs: it lives and dies with that.
@@ -42,9 +44,10 @@ class Call:
         self.taken = False  # in averages: what comes now comes too late
         self._other = -1  # a backward pass to something else
         self._marks: Tensor | None = None  # positions with a gradient
-        edge = get_gradient_edge(outputs)
-        self._output = edge.output_nr
-        self._handle = edge.node.register_prehook(self._read)
+        node, self._output = get_gradient_edge(outputs)[:2]
+        behind = node.next_functions
+        self._near: list[Any] = [f for f, _ in behind if type(f) is AccumulateGrad]  # it holds nothing of the graph
+        self._handle = node.register_prehook(self._read)
 
     def _read(self, grads: Any) -> None:
         gradient = grads[self._output]
@@ -83,6 +86,9 @@ class Call:
         """
         known = torch._C._will_engine_execute_node
         try:
+            for node in self._near:  # found sooner than the nodes of other parameters
+                if known(node) and any(node.variable is p for p in self.parameters):
+                    return True
             return any(known(get_gradient_edge(p).node) for p in self.parameters if p.requires_grad)
         except RuntimeError:
             return False
@@ -107,7 +113,7 @@ class Call:
     def take(self) -> None:
         """It is in the averages: nothing more is kept of it."""
         self.taken = True
-        self.chunks = []
+        self.chunks, self._near = [], []
         if self.passage is not None:
             self.passage.close()
         self.passage = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nngeom.capture.measuring import is_measuring
 from nngeom.capture.recorder import Recorder
-from nngeom.core.errors import ArgumentError, OutputError
+from nngeom.core.errors import OutputError
 from nngeom.pullback.captured_pass import Pass
 from nngeom.sweep.around_compiled import AroundCompiled, Handle, is_compiled, remove
 from nngeom.sweep.call import Call
@@ -58,10 +58,16 @@ class Follower:
         try:
             yield
         finally:
-            self._end()
-            for call in list(self.calls):
-                call.close()
-            remove(handles)
+            self.uninstall(handles)
+
+    def uninstall(self, handles: list[Handle]) -> None:
+        """Follow no more calls, and take all hooks off: those that :meth:`install` gave, ``handles``, and the
+        calls'.
+        """
+        self._end()
+        for call in list(self.calls):
+            call.close()
+        remove(handles)
 
     def install(self, enter: Callable[..., None], leave: Callable[..., None]) -> list[Handle]:
         """Hooks ``enter`` and ``leave`` on the model: others' run inside of them."""
@@ -96,7 +102,7 @@ class Follower:
         self.underway = None
 
     def _is_training(self, module: nn.Module) -> bool:
-        if not any(module is door for door in self.observer.doors):  # a copy of the model, hooks included
+        if not any([module is door for door in self.observer.doors]):  # a copy of the model, hooks included
             return False
         if (self.observer.watching and not self.block) or (self.training and not self.observer.network.model.training):
             return False
@@ -153,7 +159,8 @@ class Follower:
             call.passage = Passage(observer.network, run, weakly(call.arrives))
             leaves = run.capture.leaves.tensors
             handles = [leaves[x].register_hook(partial(weakly(self.keep), x)) for x in run.rest]
-            finalize(call.passage, remove, handles).atexit = False
+            if handles:
+                finalize(call.passage, remove, handles).atexit = False
         else:
             numbers = observer.team.exchange("draws", call.n)
             start = observer.drawn + sum(numbers[: observer.team.rank])
@@ -205,41 +212,3 @@ class Follower:
             for name, g in self.rest.pop(task, {}).items():
                 rows[name] = rows[name] + g if name in rows else g
         return rows
-
-
-@contextlib.contextmanager
-def watch(
-    observer: Observer, before: Callable[[], None], *, record: bool = True, positions: bool = False
-) -> Iterator[Observation]:
-    """Watch what happens inside; the observation is complete on leaving. Nothing is left on the model.
-
-    ``before`` is run before every call; ``record=False`` counts examples only; ``positions``: count those of the
-    outputs that have a gradient.
-    """
-    if observer.watching:
-        raise ArgumentError(
-            "observe() was entered inside another observe() of the same optimizer; leave the first one before"
-        )
-    follower = Follower(observer, lambda: record, lambda: positions, before, lambda: None, block=True)
-    observation = Observation()
-    observer.watching = True
-    try:
-        with follower.installed():
-            yield observation
-            _require_passes(follower)
-            follower.take(observation)
-    finally:
-        observer.watching = False
-
-
-def _require_passes(follower: Follower) -> None:
-    if not follower.called:
-        raise ArgumentError(
-            "the model was not called inside observe(), or not with gradients; expected its forward and backward pass "
-            "there. One that torch.compile made is given to the optimizer itself: model = torch.compile(model) before "
-            "EKFAC(model)"
-        )
-    if not follower.arrived:
-        raise ArgumentError(
-            "no backward pass through the model happened inside observe(); expected loss.backward() before leaving it"
-        )

@@ -5,7 +5,6 @@ Nothing here holds the graph of the call, so that one that is never backpropagat
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import ref
@@ -37,10 +36,7 @@ class Passage:
 
     def __init__(self, network: Network, run: Pass, arrives: Callable[[], Any]):
         self.collection, self.rest, self.n, self.arrives = network.collection, run.rest, run.n, arrives
-        self.groups = [
-            dataclasses.replace(group, uses=[(j, recorded.off_the_graph(), axis) for j, recorded, axis in group.uses])
-            for group in run.groups
-        ]
+        self.groups = [group.off_the_graph() for group in run.groups]
         self.shapes = [use.shape for use in run.capture.uses]
         self.zero = run.capture.outputs.detach().new_zeros(1)
         self.forget()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from dataclasses import dataclass
 from types import FrameType
@@ -20,18 +19,18 @@ class Underway:
 
     recorder: Recorder | None
     frame: FrameType | None
-    stack: contextlib.ExitStack
+    written: as_written | None = None
     depth: int = 1
 
     @staticmethod
     def enter(recorder: Recorder | None) -> Underway:
         """Switch a ``recorder`` on, and compilers off for what is recorded."""
-        stack = contextlib.ExitStack()
-        if recorder is not None:
-            stack.enter_context(as_written())
-            recorder.__enter__()
-            stack.callback(_switch_off, recorder)
-        return Underway(recorder, _frame_of_call(), stack)
+        if recorder is None:
+            return Underway(None, _frame_of_call())
+        written = as_written()
+        written.__enter__()
+        recorder.__enter__()
+        return Underway(recorder, _frame_of_call(), written)
 
     def is_running(self) -> bool:
         """Whether the call goes on: one that is interrupted from the keyboard runs no hook at its end."""
@@ -43,7 +42,11 @@ class Underway:
     def leave(self) -> None:
         """Switch off what was switched on."""
         self.frame = None
-        self.stack.close()
+        if self.recorder is not None:
+            _switch_off(self.recorder)
+        if self.written is not None:
+            self.written.__exit__()
+        self.recorder = self.written = None
 
 
 def _frame_of_call() -> FrameType | None:
