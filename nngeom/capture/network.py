@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from nngeom.capture.in_step import in_step, require_same_batch
 from nngeom.capture.in_turn import used, value
 from nngeom.capture.measuring import measuring
 from nngeom.capture.outputs import called, checked
+from nngeom.capture.program import Looks
 from nngeom.capture.untouched import Watch
 from nngeom.core.errors import (
     ArgumentTypeError,
@@ -54,6 +55,7 @@ class Network:
     dtype: torch.dtype
     places: Places  # of all modules and parameters of the model, when this was built
     distributed: Tensor | None = None  # a parameter that is a distributed tensor while the model runs, if there is one
+    looks: Looks = field(default_factory=Looks, repr=False)
 
     @staticmethod
     def build(
