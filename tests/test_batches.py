@@ -464,3 +464,16 @@ def test_what_takes_one_batch_says_so_of_a_loader(look):
             look(model, loader)
     look(model, pairs)
     look(model, [*pairs])
+
+
+@pytest.mark.parametrize("made", [lambda m, x: m(x), lambda m, x: x * m[0].weight.sum(), lambda m, x: m[0].weight])
+def test_inputs_computed_from_the_parameters_are_refused(made):
+    """What they would lack are derivatives."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(4, 4)
+    measures = [nng.FIM, nng.Jacobian, nng.GramMatrix, lambda m, batches: nng.mgs.trace_penalty(m, batches[0][0])]
+    for measure in measures:
+        with pytest.raises(nng.ArgumentError, match="computed from the parameter '"):
+            measure(model, [(made(model, x),)])
+        measure(model, [(made(model, x).detach(),)])
+        measure(model, [(x.clone().requires_grad_() * 2,)])

@@ -136,12 +136,12 @@ def test_the_step_of_an_optimizer_is_the_solve(preset):
 class Sorted(nn.Module):
     """Two of three experts for every token, without biases: one parameter and products in groups, or a layer each."""
 
-    def __init__(self, grouped):
+    def __init__(self, grouped, width=D):
         super().__init__()
         torch.manual_seed(0)
-        matrices = torch.randn(3, 8, D)
+        matrices = torch.randn(3, 8, width)
         self.experts = nn.Parameter(matrices) if grouped else nn.ParameterList([*matrices])
-        self.gate, self.head = nn.Linear(D, 3), nn.Linear(8, C)
+        self.gate, self.head = nn.Linear(width, 3), nn.Linear(8, C)
 
     def forward(self, x):
         z = x.flatten(0, 1)
@@ -170,6 +170,37 @@ def test_products_in_groups_are_those_of_a_layer_each(kind):
     v = nng.PVector.randn(one.layer_collection)
     assert one.layer_collection.names[0] == "experts"
     close(one.mv(v).flat(), each.mv(nng.PVector.from_flat(each.layer_collection, v.flat())).flat(), 1e-4)
+
+
+class Tied(Sorted):
+    """The same matrices there and back, or a layer each."""
+
+    def forward(self, x):
+        z = x.flatten(0, 1)
+        expert, order = self.gate(z).argmax(-1).sort(stable=True)
+        ends = expert.bincount(minlength=3).cumsum(0)
+        h = z[order]
+        if isinstance(self.experts, nn.Parameter):
+            h = F.grouped_mm(F.grouped_mm(h, self.experts.mT, offs=ends.int()).tanh(), self.experts, offs=ends.int())
+        else:
+            parts = zip(h.tensor_split(ends[:-1]), self.experts)
+            h = torch.cat([F.linear(F.linear(r, w).tanh(), w.T) for r, w in parts])
+        return h[order.argsort()].view_as(x).mean(1)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no products in groups")
+@pytest.mark.parametrize("kind", ["dense", "diag", "block-diag", "implicit"])
+def test_matrices_of_products_in_groups_may_be_tied(kind):
+    x = torch.randn(N, T, 8, generator=torch.Generator().manual_seed(1))
+    one, each = (
+        nng.FIM(m, [(x[:4],), (x[4:],)], representation(kind, m), layer_collection=experts_of(m))
+        for m in (Tied(grouped=True, width=8), Tied(grouped=False, width=8))
+    )
+    close(one.diag().flat(), each.diag().flat(), 1e-4)
+
+
+def experts_of(model):
+    return nng.LayerCollection.from_model(model, include=lambda name, p: name.startswith("experts"))
 
 
 def test_positions_of_their_own_are_left_to_the_fallback():

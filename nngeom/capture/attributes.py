@@ -22,14 +22,15 @@ class Attributes:
     """What ``modules`` hold beside parameters, buffers and modules, around the passes of a model: all that those hold
     which are not torch's own, and the modes of all.
 
-    ``left``: what the last pass found and left, by the number of the module in ``modules``; ``idle``: that the next
-    call does not depend on such things was seen.
+    ``left``: what the last pass found and left, by the number of the module in ``modules``; ``carried``: the names of
+    numbers that passes changed, by module; ``idle``: that the next call does not depend on such things was seen.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = [m for m in modules if not type(m).__module__.startswith("torch.nn.")]
         self._all, self._places = modules, [m.__dict__ for m in self.modules]
         self.left: dict[int, tuple[Values, Values]] = {}
+        self.carried: dict[nn.Module, set[str]] = {}
         self.idle = False
 
     def hold(self) -> tuple[list[Values], list[bool]]:
@@ -48,7 +49,10 @@ class Attributes:
             if module.training is not mode:
                 module.training = mode
         for j, (before, after) in self.left.items():
-            _write(self._places[j], {**before, **{key: x for key, x in after.items() if type(x) in (int, float)}})
+            numbers = {key: x for key, x in after.items() if type(x) in (int, float)}
+            _write(self._places[j], {**before, **numbers})
+            counted = {key for key, x in numbers.items() if before.get(key) is not x}
+            self.carried.setdefault(self.modules[j], set()).update(counted)
 
     def require_idle(self, run: Callable[[], Tensor], outputs: Tensor, name: Callable[[nn.Module, str], str]) -> None:
         """Raise :class:`ModeError` where ``run``, from what the last pass left, gives other ``outputs``.

@@ -163,10 +163,11 @@ def leading_size(batch: Batch) -> int | None:
         return batch.size(0) if batch.ndim else None
     if isinstance(batch, np.ndarray):
         return len(batch) if batch.ndim else None
-    return next((size for item in _items(batch) if (size := leading_size(item)) is not None), None)
+    return next((size for item in items(batch) if (size := leading_size(item)) is not None), None)
 
 
-def _items(batch: Batch) -> Iterable[Any]:
+def items(batch: Batch) -> Iterable[Any]:
+    """What a container of a batch holds; nothing of others."""
     if isinstance(batch, Mapping):
         return batch.values()
     if isinstance(batch, (tuple, list)):
@@ -183,7 +184,7 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
     elif isinstance(batch, Tensor):
         yield batch
     else:
-        for item in _items(batch):
+        for item in items(batch):
             yield from tensors(item)
 
 

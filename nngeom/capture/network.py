@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,10 @@ from nngeom.capture.fused import dense_gradients
 from nngeom.capture.gathered import require_gathered, sharded_modules
 from nngeom.capture.in_step import in_step, require_same_batch
 from nngeom.capture.in_turn import used, value
+from nngeom.capture.made_of import require_data
 from nngeom.capture.measuring import measuring
 from nngeom.capture.outputs import called, checked
+from nngeom.capture.program import Looks
 from nngeom.capture.untouched import Watch
 from nngeom.core.errors import (
     ArgumentTypeError,
@@ -54,6 +56,7 @@ class Network:
     dtype: torch.dtype
     places: Places  # of all modules and parameters of the model, when this was built
     distributed: Tensor | None = None  # a parameter that is a distributed tensor while the model runs, if there is one
+    looks: Looks = field(default_factory=Looks, repr=False)
 
     @staticmethod
     def build(
@@ -90,8 +93,7 @@ class Network:
             )
         dtype = functools.reduce(torch.promote_types, {p.dtype for p in parameters.values()})
         distributed = next((p for p in every.values() if in_parts(p)), None)
-        (device,) = devices
-        return Network(model, lc, function, parameters, device, dtype, places=places, distributed=distributed)
+        return Network(model, lc, function, parameters, devices.pop(), dtype, places=places, distributed=distributed)
 
     @functools.cached_property
     def ids(self) -> dict[int, str]:
@@ -132,12 +134,11 @@ class Network:
     # -- batches -------------------------------------------------------------------------------------------------------
 
     def batches(self, loader: Any, *, may_be_empty: bool = False) -> Iterator[Batch]:
-        """The batches of a loader on the model's device; raises :class:`LoaderError` when there is none, unless that
-        ``may_be``.
-        """
+        """The batches of a loader on the model's device; raises :class:`LoaderError` without any, unless ``may_be``."""
         empty = True
         for batch in as_batches(loader):
             empty = False
+            require_data(batch, self.ids)
             yield move(batch, self.device)
         if empty and not may_be_empty:
             raise LoaderError(

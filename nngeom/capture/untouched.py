@@ -111,6 +111,11 @@ class Watch:
         """
         self._attributes.require_idle(run, outputs, self._name)
 
+    @property
+    def carried(self) -> Mapping[nn.Module, set[str]]:
+        """The names of plain numbers that passes change, by module."""
+        return self._attributes.carried
+
     def generators(self) -> list[torch.Generator]:
         """Torch's own, of the host and of the model's device."""
         found = [torch.default_generator]

@@ -140,7 +140,7 @@ def implicit(sweep: Sweep) -> ImplicitHessian:
         nonlocal width
         held = replace(sweep, run=sweep.run.held())
         width = max((second.width // second.examples for second in batchwise(held)), default=0)
-        return replace(held, run=replace(held.run, check=False, progress=False))
+        return replace(held, run=held.run.silent())
 
     return ImplicitHessian(first_look(sweep.run, look), width=width)
 

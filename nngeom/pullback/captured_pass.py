@@ -4,6 +4,7 @@ cotangents.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from nngeom.capture.graph import require_differentiable
+from nngeom.capture.looked import this_look
 from nngeom.capture.network import Network
+from nngeom.capture.program import made_up
 from nngeom.capture.recorder import Capture
 from nngeom.core import memory
 from nngeom.core.errors import CoverageError
@@ -121,11 +124,22 @@ class Pass:
 
     def require_separate(self) -> None:
         """Raise where parts of the batch do not run as in the whole, unless that was seen of a pass like it."""
-        if not self.proof.separate:
+        if self.as_what not in self.proof.separate:
             require_separate(self.network, self.capture.batch, self.capture.outputs, placed=self._keeps_apart)
-            self.proof.separate = answers(self.capture.outputs)
-            if not self.proof.separate:
+            if answers(self.capture.outputs):
+                self.proof.separate.add(self.as_what)
+            else:
                 require_separate_gradients(self.network, self.capture)
+
+    @functools.cached_property
+    def as_what(self) -> int:
+        """The program that runs of parts tell of."""
+        return hash((this_look(self.network), made_up(self.capture.batch)))
+
+    @property
+    def covered(self) -> bool:
+        """Whether nothing is left to prove that could be remembered."""
+        return self.proof.covers(self.capture, self.as_what)
 
     @property
     def _keeps_apart(self) -> bool:

@@ -48,7 +48,9 @@ class Proof:
         default_factory=set
     )  # parameters left to the fallback: some path is unknown, or rows differed
     compared: set[str] = field(default_factory=set)  # parameters whose rows were compared with autograd's
-    separate: bool = False  # parts of the batch gave the outputs of the whole
+    separate: set[int] = field(
+        default_factory=set
+    )  # programs in which parts of the batch gave the outputs of the whole
     head: bool | None = None  # whether gradients arrive at the inputs of the last use as products with its weight
     groups: KnownGroups | None = None  # blocks of which no use is asked, left to the fallback or divided
     halts: bool | None = None  # whether gradients are the same when the pass is halted at every halt of the graph
@@ -57,9 +59,11 @@ class Proof:
         """Where the examples of a use lie."""
         return self.places.get(j, ASK)
 
-    def covers(self, capture: Capture) -> bool:
-        """Whether nothing is left to ask that could be remembered; examples need not be apart in training."""
-        return (self.separate or capture.training) and self.compared.issuperset(
+    def covers(self, capture: Capture, as_what: int) -> bool:
+        """Whether nothing is left to ask that could be remembered of the program ``as_what``; examples need not be
+        apart in training.
+        """
+        return (as_what in self.separate or capture.training) and self.compared.issuperset(
             slot.name for recorded in capture.uses for slot in recorded.use.slots
         )
 

@@ -91,7 +91,7 @@ class UseGroup:
             kept_in = functools.partial(empty, ("inputs", j))
             self.inputs[j] = self._read(recorded, axis, n, full.sizes[2], g.dtype, kept_in)
         each = axis.each if isinstance(axis, Scattered) else float(g.shape[2])
-        return self.inputs[j], g, use, each if use.counts is None else use.counts().double() / n
+        return self.inputs[j], g, use, each if use.counts is None else use.counts().to(g.dtype) / n
 
     def _read(
         self,

@@ -96,7 +96,7 @@ class Observer:
         """The blocks of a capture; compared with autograd unless a pass like it was."""
         run = Pass(self.network, capture, self._left_to_fallback, self.part_of)
         run.resolve(check=not mixing)
-        if not mixing and not run.proof.covers(run.capture):
+        if not mixing and not run.covered:
             run.prove(separate=False)
         return run
 

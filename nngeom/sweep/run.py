@@ -16,10 +16,13 @@ from nngeom.capture.batch import tensors
 from nngeom.capture.current import require_current
 from nngeom.capture.gathered import gathered, sharded_modules
 from nngeom.capture.in_turn import can_be_in_turn, in_turn
+from nngeom.capture.looked import does_other_things, looked_again
 from nngeom.capture.network import RUNNING, Batch, Network, as_batches, leading_size, targets
+from nngeom.capture.recorder import record
 from nngeom.core import memory
 from nngeom.core.bars import tqdm
 from nngeom.core.errors import UnsupportedError
+from nngeom.pullback.captured_pass import Pass
 from nngeom.ranks.data import warn_of_repeats
 from nngeom.ranks.fingerprint import bits, digest_of
 from nngeom.ranks.team import ALONE, Team
@@ -134,13 +137,24 @@ class Run:
     @contextlib.contextmanager
     def within(self) -> Iterator[int]:
         """Work under this run's memory budget, on whole parameters; raises :class:`CollectionError` where the model has
-        other ones by now.
+        other ones by now, and looks again at a model that does other things than when it was looked at.
         """
         with memory.limit(self.memory_budget) as budget, self.whole():
             if not (self.in_turn or sharded_modules(self.network.model)):
                 with RUNNING:
                     require_current(self.network)
+                    self._look_again()
             yield budget
+
+    def _look_again(self) -> None:
+        """Raise :class:`CoverageError` or :class:`ModeError` where the model mixes examples by now, or is random."""
+        network = self.network
+        if not self.check or self.team.size > 1 or not does_other_things(network):
+            return
+        anew = Network.build(network.model, network.function, network.collection)
+        for batch in self.loader:
+            Pass(anew, record(anew, batch), set(self.left_to_fallback)).require_separate()
+        looked_again(network)
 
     def whole(self) -> AbstractContextManager[None]:
         """Within: parameters are whole, where they are used at least."""

@@ -182,7 +182,7 @@ class Sweep:
         """
         check = self.run.check
         run.resolve(check=check)
-        if check and not run.proof.covers(run.capture) and math.isfinite(run.capture.values.sum().item()):
+        if check and not run.covered and math.isfinite(run.capture.values.sum().item()):
             run.prove(pulled=pulled)
 
     def one_batch(self) -> tuple[Pass, Tensor] | None:

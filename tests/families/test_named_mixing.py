@@ -6,7 +6,7 @@ import torch
 import nngeom as nng
 from nngeom.pullback.separate import interleaved
 
-from .named import Model, f64, inputs, jacobian_holds
+from .named import Model, f64, inputs, jacobian_holds, truth
 
 X, TOKENS = inputs(6), torch.randint(0, 4, (6, 3), generator=torch.Generator().manual_seed(0))
 
@@ -99,6 +99,28 @@ def test_mixed_behind_a_head_of_zeros():
     torch.nn.init.zeros_(model.b.bias)
     with pytest.raises(nng.CoverageError, match="mixes"):
         nng.Jacobian(model, [(torch.randint(0, 2, (8, 3), generator=torch.Generator().manual_seed(1)),)])
+
+
+class Attending(torch.nn.Module):
+    """Over equal tokens the biases of keys have gradients that cancel: rounding is left."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.b = (torch.nn.Linear(4, c, dtype=f64) for c in (4, 4, 4, 3))
+
+    def forward(self, x):
+        return self.b(((self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)).mean(1))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(f64, 1e-6), (torch.float32, 1e-3)])
+def test_gradients_that_cancel_are_not_mixed(dtype, tolerance):
+    """Of a batch of equal examples, whose outputs show nothing."""
+    model, x = Attending().to(dtype), inputs(1, 3, 4).expand(5, 3, 4).to(dtype)
+    jacobian = nng.Jacobian(model, [x]).tensor
+    rows = truth(model, x).rows
+    assert float((jacobian - rows).norm() / rows.norm()) < tolerance
+    assert nng.FIM(model, [x], nng.PMatKFAC).examples == 5
 
 
 def by_place(m, x):
