@@ -273,6 +273,24 @@ def test_products_in_groups_are_those_of_a_layer_each(kind):
     close(one.mv(v).flat(), each.mv(nng.PVector.from_flat(each.layer_collection, v.flat())).flat(), 1e-4)
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no products in groups")
+@pytest.mark.parametrize("kind", ["dense", "block-diag", "low-rank", "ekfac"])
+def test_products_in_groups_in_a_metric_are_those_of_a_layer_each(kind):
+    """Rows side by side over all parameters, in the dtype of the model."""
+    x, y = X.float(), torch.arange(N) % C
+    train, test = [(x[:4], y[:4]), (x[4:], y[4:])], [(x[2:5], y[2:5])]
+
+    def found(m, fisher):
+        kernel = nng.GramMatrix(m, train, other=test, metric=fisher.inverse(0.3), loss="cross_entropy")
+        return kernel.to_dense(), nng.influence(m, train, test, fisher, damping=0.3, loss="cross_entropy").scores
+
+    one, each = ((m, nng.FIM(m, train, representation(kind, m))) for m in (Sorted(grouped=True), Sorted(grouped=False)))
+    if kind == "block-diag":  # one block of all experts there, and one each here
+        each = one[0], nng.PMatDense.from_tensor(one[1].layer_collection, one[1].to_dense())
+    for x, y in zip(found(*one), found(*each)):
+        close(x, y, 1e-3)
+
+
 def test_positions_of_their_own_are_left_to_the_fallback():
     """Rows of an example have no order among positions."""
     model = Scattering(without_padding)

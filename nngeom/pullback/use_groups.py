@@ -86,7 +86,7 @@ class UseGroup:
             kept_in = functools.partial(empty, ("inputs", j))
             self.inputs[j] = self._read(recorded, axis, n, full.sizes[2], g.dtype, kept_in)
         each = axis.each if isinstance(axis, Scattered) else float(g.shape[2])
-        rows = (each, axis.asked) if use.counts is None else (use.counts().double() / n, True)
+        rows = (each, axis.asked) if use.counts is None else (use.counts().to(g) / n, True)
         return self.inputs[j], g, use, rows
 
     def _read(
