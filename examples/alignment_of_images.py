@@ -3,8 +3,8 @@
     python examples/alignment_of_images.py [--data FOLDER] [--model vgg resnet] [--seeds 3] [--quick]
 
 A VGG-like and a residual net (109 594 and 174 778 parameters, batch normalisation in evaluation mode where measured) on
-MNIST, SGD with momentum 0.9, batches of 100; with true labels, with half of them flipped, and, VGG alone, at a
-third of the learning rate. Kernels of 100 training and of 100 test images (1000 x 1000), whole and layer by layer.
+MNIST, SGD with momentum 0.9, batches of 100; with true labels, with half of them flipped, and then at a third of the
+learning rate. Kernels of 100 training and of 100 test images (1000 x 1000), whole and layer by layer.
 
 Protocol: Baratin et al. 2021, figures 2, 3, 11, 12, 14 (there VGG-19 and ResNet-18 on CIFAR-10).
 """
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     data = images(args.data, 200 if args.quick else 1000, 40 if args.quick else 1000)
     cells = Cells(args, "alignment_of_images", points=points, probe=args.probe, width=args.width)
     for model in args.model:
-        for setting in SETTINGS if model == "vgg" else ("clean", "noise"):
+        for setting in SETTINGS:
             for seed in range(args.seeds):
                 run = lambda m=model, n=setting, s=seed: trained((m, args.width), data, n, points, args.probe, s)
                 cells.add(f"{model}/{setting}/{seed}", run)

@@ -55,3 +55,25 @@ def test_one_thread_against_two(tmp_path, monkeypatch):
     (first, second) = report.load(str(file))["threads"]
     assert [first["job"], second["job"]] == ["J1", "J6"] and first["ratio"] > 0
     assert f"| J1 | - | {first['ratio']:.2f} | - | - |" in page.read_text() and len(MODELS) == 4
+
+
+def test_what_bounds_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(threads, "for_job", lambda name, job: small())
+    before = torch.get_num_threads()
+    page, file = tmp_path / "page.md", tmp_path / "threads.json"
+    page.write_text("<!-- threads -->\n<!-- end -->\n")
+    bound, copy = "J4, its eigendecompositions", "copy of 1 MiB"
+    try:
+        threads.main(["--job", bound, copy, "--workload", "W1", "--repeats", "1", "--json", str(file)])
+        threads.main(["--render", "--json", str(file), "--docs", str(page)])
+        threads.main(["--job", "J1", "--workload", "W2", "--apart"])
+    finally:
+        torch.set_num_threads(before)
+    first, second = (f"{r['ratio']:.2f}" for r in report.load(str(file))["threads"])
+    assert f"| {bound} | {first} | - | - | - |" in page.read_text() and f"{copy} {second}" in page.read_text()
+    assert "between operations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("job", list(threads.MACHINE))
+def test_what_the_machine_does_by_itself(job):
+    threads.MACHINE[job]()()

@@ -1,7 +1,8 @@
-"""Eigendecompositions by SciPy's LAPACK: those of torch's, on one thread, for large matrices."""
+"""Eigendecompositions by NumPy's LAPACK: those of torch's, on one thread, for large matrices."""
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,23 +59,22 @@ def test_without_what_holds_scipy_to_its_threads(one_thread, monkeypatch):
     lapack._libraries.cache_clear()
     try:
         m = matrices(SIDE)
-        monkeypatch.setattr("scipy.linalg.lapack.dsyevd", None)
+        monkeypatch.setattr("numpy.linalg.eigh", None)
         torch.testing.assert_close(lapack.eigh(m)[0], torch.linalg.eigvalsh(m))
     finally:
         lapack._libraries.cache_clear()
 
 
 def test_no_convergence_is_tried_again(one_thread, monkeypatch):
-    import scipy.linalg.lapack as of_scipy
+    m, before, calls = matrices(SIDE), np.linalg.eigh, []
 
-    m, before, calls = matrices(SIDE), of_scipy.dsyevd, []
-
-    def fails(*args, **kwargs):
+    def fails(x):
         calls.append(1)
-        values, vectors, _ = before(*args, **kwargs)
-        return values, vectors, len(calls) == 1
+        if len(calls) == 1:
+            raise np.linalg.LinAlgError("Eigenvalues did not converge")
+        return before(x)
 
-    monkeypatch.setattr(of_scipy, "dsyevd", fails)
+    monkeypatch.setattr(np.linalg, "eigh", fails)
     with pytest.raises(RuntimeError, match="side 256 did not converge"):
         lapack.eigh(m)
     calls.clear()
@@ -82,7 +82,24 @@ def test_no_convergence_is_tried_again(one_thread, monkeypatch):
     assert len(calls) == 2
 
 
-def test_scipy_takes_as_many_threads_as_it_is_told():
+@pytest.mark.parametrize(("others", "taken"), [(["openblas"], True), (["openblas", "mkl"], False), ([], False)])
+def test_only_where_all_of_it_is_openblas(others, taken, monkeypatch):
+    class Found:
+        def select(self, **which):
+            return self
+
+        def info(self):
+            return [{"internal_api": name} for name in others]
+
+    monkeypatch.setattr("threadpoolctl.ThreadpoolController", Found)
+    lapack._libraries.cache_clear()
+    try:
+        assert (lapack._libraries() is not None) == taken
+    finally:
+        lapack._libraries.cache_clear()
+
+
+def test_libraries_take_as_many_threads_as_they_are_told():
     from threadpoolctl import threadpool_info
 
     def held():

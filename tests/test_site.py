@@ -3,12 +3,11 @@
 import ast
 import posixpath
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from test_docs import PAGES, ROOT, blocks, public
+from torchrun import torchrun
 
 formulas = pytest.importorskip("formulas", reason="latex2mathml is not installed")
 gallery_style, objects = (pytest.importorskip(name) for name in ("gallery_style", "objects"))
@@ -139,9 +138,8 @@ def test_tasks_of_newcomers_are_short():
 
 
 def test_two_processes(tmp_path):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run += ["--log-dir", str(tmp_path), "--redirects", "3", "two_processes.py"]  # a file each: on one pipe words mix
-    done = subprocess.run(run, cwd=ROOT / "docs", capture_output=True, text=True, timeout=300)
+    each = ["--log-dir", str(tmp_path), "--redirects", "3"]  # a file each: on one pipe words mix
+    torchrun(ROOT / "docs" / "two_processes.py", tmp_path, *each)
     lines = [file.read_text().split() for file in tmp_path.rglob("stdout.log")]
-    assert done.returncode == 0 and len(lines) == 2, done.stderr
+    assert len(lines) == 2
     assert lines[0] == lines[1] and lines[0][0] == "100"

@@ -26,7 +26,8 @@ CHECKPOINTED = (
 @contextlib.contextmanager
 def unfused(model: nn.Module | None = None) -> Iterator[None]:
     """Within: attention by its formula, and no cuDNN for the recurrent cells of ``model``."""
-    recurrent = model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules())
+    may = torch.backends.cudnn.is_available()
+    recurrent = may and model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules())
     with (
         sdpa_kernel(SDPBackend.MATH),
         torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext(),
@@ -69,7 +70,7 @@ class _Composite(TorchFunctionMode):
     """Runs :data:`COMPOSED` instead of the fused operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return composed(func)(*args, **(kwargs or {}))
+        return (composed(func) if func in COMPOSED else func)(*args, **(kwargs or {}))
 
 
 class ReverseConventions(TorchFunctionMode):

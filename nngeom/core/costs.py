@@ -17,6 +17,7 @@ from collections.abc import Sequence
 WIDE = 32  # rows of a matrix product from which it runs well alone; at 256 products of 64 rows take twice as long
 SLICE_BYTES = 3 * 2**21  # of rows in working memory: a sixth costs 3 to 50 % more, eight times as much gains nothing
 LEAST_ROWS = 64  # of a strip of a product: 32 to 128 are alike within the noise, 512 cost 10 % (few strips are skipped)
+SHARED_ROWS = 160  # the same on two threads, of 1000 rows over 300: 100 took 1.13 and 1.20 times as long as 200 and 500
 SMALL_PRODUCT = 2**16  # entries up to which a symmetric product is one call: half the work is less than another call
 NARROW = 32  # columns of a product: without a limit, products over 1153 inputs take 1.5, over 129 3.3 times as long
 QUERIES = 48  # with explicit rows from which those of examples are formed: 32 are alike, of 128 it saves half

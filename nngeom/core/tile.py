@@ -55,9 +55,8 @@ class Tile:
         left, right = self.rows(x), self.rows(y)
         inner, across = (self.k, self.l) if self.by_examples else (self.n, self.m)
         rows, columns = left.shape[0], right.shape[0]
-        step = (
-            max(-(-rows // inner // 16), -(-costs.LEAST_ROWS // inner)) * inner
-        )  # some outputs of all examples, or all of some
+        least = costs.LEAST_ROWS if torch.get_num_threads() == 1 else costs.SHARED_ROWS
+        step = max(-(-rows // inner // 16), -(-least // inner)) * inner  # some outputs of all examples, or all of some
         if rows * columns <= costs.SMALL_PRODUCT:
             step = rows
         for lo in range(0, rows, step):

@@ -15,6 +15,7 @@ from nngeom.cotangents.categorical import Categorical
 from nngeom.cotangents.likelihood import as_columns
 from nngeom.cotangents.output_metrics import SoftmaxMetric
 from nngeom.cotangents.per_example import Loss
+from nngeom.cotangents.slope import slope
 from nngeom.cotangents.softmax import Labels
 from nngeom.sweep.columns import Columns
 
@@ -57,6 +58,12 @@ class CrossEntropy(Loss):
     def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
         z, labels, categorical = self._fitted(outputs, targets)
         return categorical.unmove(softmax.residual(z, labels), outputs)
+
+    def slope(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        if type(self).__call__ is not CrossEntropy.__call__:
+            return None
+        z, labels, categorical = self._fitted(outputs, targets)
+        return categorical.unmove(slope(z, labels), outputs)
 
     def square_root(self, outputs: Tensor, targets: Any) -> Columns:
         """The categorical root of ``outputs``, times the root of the total weight of each position's (smoothed) label

@@ -42,6 +42,12 @@ class Loss(Reading):
             f = outputs.detach().requires_grad_()
             return gradient(self.precisely(f, targets), f)
 
+    def slope(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        """:meth:`gradient` at ``outputs`` and ``targets`` with its own derivatives in the outputs; ``None`` where it is
+        known by differentiating the loss alone.
+        """
+        return None
+
     def require_separate(self, outputs: Tensor, targets: Any) -> None:
         """Raise :class:`ArgumentError` where the loss of an example changes with the ``outputs`` of others, at the
         ``targets`` of the batch; one with a gradient of its own says of each that it is its example's.

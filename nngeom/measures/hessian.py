@@ -154,8 +154,11 @@ class ImplicitHessian(PMatImplicit):
     def products(self, x: Tensor) -> tuple[Tensor, int]:
         total, count = torch.zeros_like(x), 0
         for batch in batchwise(self.sweep, self.width):
-            for lo, hi, rows in batch.times(self.layer_collection.names, lambda lo, hi: x[lo:hi], len(x)):
-                total[lo:hi] += rows
+            if len(x) == 1:
+                batch.add_product_(total[0], x[0])
+            else:
+                for lo, hi, rows in batch.times(self.layer_collection.names, lambda lo, hi: x[lo:hi], len(x)):
+                    total[lo:hi] += rows
             count += batch.examples
         return total, count
 

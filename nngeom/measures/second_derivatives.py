@@ -3,6 +3,7 @@ derivatives can be right."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from nngeom.cotangents.loss import judged
 from nngeom.cotangents.own_examples import undrawn
 from nngeom.cotangents.per_example import Loss
 from nngeom.cotangents.separable import SquaredError
-from nngeom.pullback.backward import pull_back
+from nngeom.pullback.backward import dense, pull_back
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +52,39 @@ class SecondDerivatives:
             if not flat.requires_grad:
                 yield lo, hi, torch.zeros_like(v)
                 continue
-            try:
-                with twice_differentiable(self.network.model):
-                    pulled = pull_back(flat, parameters, [p.shape for p in parameters], v, retain=True)
-            except RuntimeError as error:
-                if "not implemented" not in str(error) and "ouble backward" not in str(error):
-                    raise
-                raise once_only(str(error)) from error
+            with self._again():
+                pulled = pull_back(flat, parameters, [p.shape for p in parameters], v, retain=True)
             yield lo, hi, torch.cat([flat_rows(x.detach()) for x in pulled], 1)
+
+    def add_product_(self, total: Tensor, x: Tensor) -> None:
+        """Add the matrix of all parameters times one vector ``x [d]`` to ``total [d]``, parameter by parameter where
+        they lie: beside the two passes every copy of a vector would be read from and written to memory.
+        """
+        parameters = list(self.network.parameters.values())
+        sizes = [p.numel() for p in parameters]
+        parts = zip(self.gradients.values(), x.split(sizes))
+        pairs = [(g, part.view_as(g).to(g.dtype)) for g, part in parts if g is not None and g.requires_grad]
+        if not pairs:
+            return
+        slopes, vectors = zip(*pairs)
+        with self._again():
+            pulled = gradients(slopes, parameters, vectors, retain_graph=True)
+        for part, g in zip(total.split(sizes), pulled):
+            if g is not None:
+                part.view(g.shape).add_(dense(g.detach()))
+
+    @contextlib.contextmanager
+    def _again(self) -> Iterator[None]:
+        """Within: gradients are differentiated; raises :class:`UnsupportedError` where an operation has no second
+        derivative.
+        """
+        try:
+            with twice_differentiable(self.network.model):
+                yield
+        except RuntimeError as error:
+            if "not implemented" not in str(error) and "ouble backward" not in str(error):
+                raise
+            raise once_only(str(error)) from error
 
 
 def require_symmetric(second: SecondDerivatives, usual: Callable[[], SecondDerivatives]) -> None:
@@ -108,19 +134,23 @@ def differentiated(network: Network, loss: Loss, batch: Batch, index: int, width
     Raises :class:`NonFiniteError`, and :class:`CoverageError` where the loss reaches no selected parameter.
     """
     network.require_whole("second derivatives")
-    with gradients_on(), twice_differentiable(network.model):
-        outputs = network.run(batch)
+    with gradients_on():
+        with twice_differentiable(network.model):
+            outputs = network.run(batch)
         require_finite(outputs.detach(), "outputs", index)
         loss, y = judged(loss, outputs, batch)
-        with undrawn(outputs):
-            loss.require_separate(outputs, y)
-            value = loss.precisely(outputs, y).sum()
+        value, slope = outputs, loss.slope(outputs, y)
+        if slope is None:
+            with twice_differentiable(network.model), undrawn(outputs):
+                loss.require_separate(outputs, y)
+                value = loss.precisely(outputs, y).sum()
         if not value.requires_grad:
             raise CoverageError(
                 "the loss does not depend on any selected parameter by differentiable operations (torch.no_grad or "
                 ".detach() inside?)"
             )
-        pulled = gradients(value, list(network.parameters.values()), None, create_graph=True)
+        with twice_differentiable(network.model):
+            pulled = gradients(value, list(network.parameters.values()), slope, create_graph=True)
     n = outputs.shape[0]
     return SecondDerivatives(network, dict(zip(network.parameters, pulled)), n, n * width)
 

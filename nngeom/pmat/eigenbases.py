@@ -1,4 +1,6 @@
-"""The eigenbases of many Kronecker products: each factor decomposed once, by one of the processes."""
+"""The eigenbases of many Kronecker products: each factor decomposed once, by one of the processes, on a thread of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -25,5 +27,6 @@ def eigenbases(blocks: dict[Layout, KroneckerBlock], team: Team) -> dict[Layout,
         return {}
     costs = {key: cost(factor) for key, factor in factors.items()}
     device = next(iter(factors.values())).device
-    found = made(team, "eigendecompositions", costs, lambda key: linalg.factor_eigh(factors[key]), device)
+    decomposed = lambda key: linalg.factor_eigh(factors[key])
+    found = made(team, "eigendecompositions", costs, decomposed, device, threaded=True)
     return {lay: EigenBlock.of_factors(found[lay, "a"], found[lay, "g"], b.dropped) for lay, b in blocks.items()}

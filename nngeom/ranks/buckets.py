@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nngeom.ranks.let_go import let_go
+
 BYTES = {"cpu": 25 * 2**20}  # of a bucket
 ELSEWHERE = 256 * 2**20
 
@@ -110,6 +112,7 @@ def _land(work: Work, flat: Tensor, group: list[Tensor]) -> None:
     if not _stays(group):
         for t, part in _parts(group, flat):
             t.copy_(part)
+    let_go([flat])
 
 
 def _parts(group: list[Tensor], flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

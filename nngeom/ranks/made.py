@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
 
+from nngeom.core.beside import beside
 from nngeom.ranks.messages import put_together, taken_apart
 from nngeom.ranks.team import Team
 
@@ -25,16 +27,24 @@ def assigned(costs: Mapping[K, float], size: int) -> dict[K, int]:
 
 
 def made(
-    team: Team, what: str, costs: Mapping[K, float], make: Callable[[K], Any], device: torch.device
+    team: Team,
+    what: str,
+    costs: Mapping[K, float],
+    make: Callable[[K], Any],
+    device: torch.device,
+    *,
+    threaded: bool = False,
 ) -> dict[K, Any]:
     """``make(key)`` for every key of ``costs``, each made by one process and sent to the others, so that all have the
-    same bits; tensors lie on ``device``. What one raises, all raise.
+    same bits; tensors lie on ``device``. ``threaded``: several at once, as by :func:`~nngeom.core.beside.beside`. What
+    one raises, all raise.
     """
+    each = functools.partial(beside, make, device=device) if threaded else functools.partial(_in_turn, make)
     if team.size == 1:
-        return {key: make(key) for key in costs}
+        return each(costs)
     owners = assigned(costs, team.size)
     with team.together(what) as note:
-        rest, mine = taken_apart({key: make(key) for key in costs if owners[key] == team.rank})
+        rest, mine = taken_apart(each({key: cost for key, cost in costs.items() if owners[key] == team.rank}))
         mine = [t.contiguous() for t in mine]
         note.mine = rest, [(tuple(t.shape), t.dtype) for t in mine]
     found: dict[K, Any] = {}
@@ -45,3 +55,7 @@ def made(
         team.spread(empty, rank)
         found |= put_together(other, empty)
     return {key: found[key] for key in costs}
+
+
+def _in_turn(make: Callable[[K], Any], costs: Mapping[K, float]) -> dict[K, Any]:
+    return {key: make(key) for key in costs}

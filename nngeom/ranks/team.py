@@ -21,6 +21,7 @@ from nngeom.ranks import buckets, messages
 from nngeom.ranks.answers import Answer, Answers
 from nngeom.ranks.fingerprint import difference, digest_of
 from nngeom.ranks.groups import checked
+from nngeom.ranks.let_go import let_go
 from nngeom.ranks.note import Failure, Note, require_none
 from nngeom.ranks.presence import Presence, Stopped
 
@@ -136,8 +137,9 @@ class Team:
         parts = [torch.empty_like(m) for _ in range(self.size)]
         with self._reached():
             dist.all_gather(parts, m, group=self._control())
-        _SENT[:] = [m, *parts]
-        return parts
+        arrived = [part.clone() for part in parts]
+        let_go([m, *parts])
+        return arrived
 
     # -- tensors -------------------------------------------------------------------------------------------------------
 
@@ -237,7 +239,6 @@ class Alone(Team):
 
 
 ALONE = Alone()
-_SENT: list[Tensor] = []  # the last: torch 2.6 hangs in destroy_process_group where it is the last to let go of them
 TEAMS: weakref.WeakKeyDictionary[Any, Team] = weakref.WeakKeyDictionary()  # one a group
 
 

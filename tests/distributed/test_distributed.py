@@ -1,6 +1,5 @@
 """Measures over several processes: what they say is in the modules of the same themes."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ import products
 import quantities
 import training
 from launch import launch
+from torchrun import environment, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,8 @@ def test_processes_that_are_killed(tmp_path, monkeypatch):
 def test_the_example_under_torchrun(tmp_path):
     """In one process, and started by torchrun in two: the same matrix."""
     script = Path(__file__).parent.parent.parent / "examples" / "torchrun_fisher.py"
-    paths = os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    said = []
-    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
-        command = [sys.executable, *start, str(script)]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=150)
-        assert done.returncode == 0, done.stderr[-3000:]
-        said.append([line for line in done.stdout.splitlines() if "examples, trace" in line])
+    command, options = [sys.executable, str(script)], {"env": environment(), "cwd": tmp_path, "timeout": 150}
+    alone = subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
+    both = torchrun(script, tmp_path, seconds=150)
+    said = [[line for line in printed.splitlines() if "examples, trace" in line] for printed in (alone, both)]
     assert said[0] == said[1] and len(said[0]) == 1
