@@ -1,6 +1,6 @@
 """What the empirical Fisher matrix is not: its steps on a linear regression, its course along training, in every form.
 
-    python examples/empirical_fisher.py [--data FOLDER] [--seeds 1] [--quick]
+    python examples/empirical_fisher.py [--data FOLDER] [--seeds 3] [--quick]
 
 (a) Linear regression in two parameters on data that the model fits well, with noise far from the assumed one, and of
 another shape: the field of steps of gradient descent, of natural gradient descent, and with the empirical Fisher.
@@ -193,7 +193,7 @@ def draw(cells: dict[str, Any], path: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Regressions and nets, three tables, one figure."""
-    args = options(__doc__, argv, seeds=1, examples=500, width=24)
+    args = options(__doc__, argv, seeds=3, examples=500, width=24)
     if args.quick:
         args.examples, args.width = 30, 5
     points = (0, 2) if args.quick else (0, 30, 200, 1000, 5000)

@@ -125,7 +125,7 @@ def draw(cells: dict[str, Any], path: Path) -> None:
             gap = found[f"{prefix}with"] - found[f"{prefix}without"]
             _curve(ax, levels["spurious"], gap, colour, label=regime, marker="o", markersize=3)
         found = resampled(cells, "scores", alpha, levels["scores"])
-        _curve(ratio, levels["scores"], found["q10"] / found["q1"], colour, label=regime)
+        _curve(ratio, levels["scores"], np.log10(found["q10"] / found["q1"]), colour, label=regime)
     for (name, rate), style in zip(SLOW.items(), ("--", ":")):
         found = resampled(cells, name, 1.0, levels["noise"])
         _curve(
@@ -142,7 +142,7 @@ def draw(cells: dict[str, Any], path: Path) -> None:
         ax.axhline(0, color="#888888", linewidth=0.8)
     hasty.set(title="(e) difficulty deciles, alpha = 1", xlabel="training loss", ylabel="loss of the decile")
     lazy.set(title="(f) difficulty deciles, alpha = 100", xlabel="training loss")
-    ratio.set(title="(g) hardest over easiest decile", xlabel="training loss", yscale="log")
+    ratio.set(title="(g) hardest over easiest decile", xlabel="training loss", ylabel="power of ten")
     likeness.set(title="(h) likeness to the start, run of (a)", xlabel="loss of the clean examples", ylim=(0, 1.03))
     of = {noise: "noise", test: "noise", likeness: "noise", train: "spurious", balanced: "spurious"}
     for ax in axes.flat:

@@ -1,6 +1,6 @@
 """Wrong labels found by self-influence: representations of the Fisher matrix and simpler scores, along training.
 
-    python examples/mislabelled_images.py [--data FOLDER] [--model resnet-gn] [--seeds 1] [--quick]
+    python examples/mislabelled_images.py [--data FOLDER] [--model resnet-gn] [--seeds 3] [--quick]
 
 1000 MNIST digits, a tenth of whose labels are flipped. A residual net with group normalisation learns them; at three
 points of training, up to where it has memorised the wrong labels, each training example is scored by its self-influence
@@ -107,7 +107,7 @@ def draw(runs: list[Any], path: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """All runs, one table, one figure."""
-    args = options(__doc__, argv, models=("resnet-gn", "vgg", "resnet"), seeds=1, examples=1000, width=16)
+    args = options(__doc__, argv, models=("resnet-gn", "vgg", "resnet"), seeds=3, examples=1000, width=16)
     if args.quick:
         args.examples, args.width = 40, 4
     args.model = args.model[:1] if args.quick else args.model

@@ -1,6 +1,6 @@
 """Permuted MNIST: one net learns the digits in one order of the pixels after the other, and is not to forget.
 
-    python examples/permuted_mnist.py [--data FOLDER] [--seeds 1] [--quick]
+    python examples/permuted_mnist.py [--data FOLDER] [--seeds 3] [--quick]
 
 Five tasks, each 2000 MNIST digits of 14 x 14 in an order of the pixels of its own; a ReLU net of two hidden layers of
 200; Adam 0.001, 10 epochs a task of batches of 100. Nothing, a pull to the last parameters, and elastic weight
@@ -113,7 +113,7 @@ def draw(cells: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """All strengths, one table, one figure."""
-    args = options(__doc__, argv, seeds=1, tasks=5, epochs=10, images=2000, width=200, fisher=500)
+    args = options(__doc__, argv, seeds=3, tasks=5, epochs=10, images=2000, width=200, fisher=500)
     if args.quick:
         args.tasks, args.epochs, args.images, args.width, args.fisher = 2, 1, 200, 20, 50
     found = images(args.data, args.images, 50 if args.quick else 1000)

@@ -121,6 +121,11 @@ def test_no_threads_on_one_thread_nor_for_a_device(threads):
     torch.set_num_threads(threads)
 
 
+def test_no_threads_where_a_process_has_one_setting(threads, monkeypatch):
+    monkeypatch.setattr(torch.backends.openmp, "is_available", lambda: False)
+    assert set(beside(lambda key: threading.get_ident(), MORE, CPU).values()) == {threading.get_ident()}
+
+
 def test_no_threads_on_one_core(threads, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)

@@ -23,7 +23,8 @@ def beside(make: Callable[[K], Any], costs: Mapping[K, float], device: torch.dev
     keys raises.
     """
     threads = min(torch.get_num_threads(), _cores(), sum(cost >= LEAST for cost in costs.values()))
-    if threads < 2 or device.type != "cpu":
+    own = torch.backends.openmp.is_available()  # a setting of each thread's, else of the process
+    if threads < 2 or device.type != "cpu" or not own:
         return {key: make(key) for key in costs}
     gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
