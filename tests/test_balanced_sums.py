@@ -171,7 +171,8 @@ def measured(name):
 def test_rows_beside_blocks(name, base, monkeypatch):
     """Rows turned by the root of the inverse, and solved with: the same ``C``."""
     monkeypatch.setattr("nngeom.pmat.partitioned.ITERATED", 1)
-    monkeypatch.setattr("nngeom.pmat.border.PIECE", 1)
+    monkeypatch.setattr("nngeom.pmat.block.PIECE", 1)
+    monkeypatch.setattr("nngeom.pmat.kronecker_basis.PIECE", 1)
     b, low = measured(name)[base], measured(name)[nng.PMatLowRank]
     m, x = b + 0.5 * low, 0.03
     whole = m.to_dense() + x * torch.eye(m.shape[0], dtype=f64)
@@ -186,6 +187,27 @@ def test_rows_beside_blocks(name, base, monkeypatch):
         base_dense = b.to_dense() + x * torch.eye(m.shape[0], dtype=f64)
         r = blocks.rows.r
         torch.testing.assert_close(found.c, torch.eye(len(r), dtype=f64) + r @ torch.linalg.solve(base_dense, r.T))
+        torch.testing.assert_close(found.logdet(), torch.linalg.slogdet(found.c)[1])
+
+
+def test_derivatives_where_one_block_has_a_graph(monkeypatch):
+    """The products of rows turned with a graph and without one are of the same ``C``."""
+    monkeypatch.setattr("nngeom.pmat.partitioned.ITERATED", 1)
+    kfac, low = measured("mlp")[nng.PMatKFAC], measured("mlp")[nng.PMatLowRank]
+    (name, (a, g)), *rest = kfac.factors().items()
+    weight = torch.tensor(1.5, dtype=f64, requires_grad=True)
+
+    def value(w):
+        m = nng.PMatKFAC.from_factors(kfac.layer_collection, {name: (a, g), **dict(rest)})
+        blocks = dict(m.blocks)
+        first = next(iter(blocks))
+        blocks[first] = blocks[first].scaled(w)
+        return (nng.PMatKFAC.of_blocks(m.layer_collection, blocks, 1) + low).logdet(0.1)
+
+    (found,) = torch.autograd.grad(value(weight), weight)
+    step = 1e-4
+    expected = (value(weight.detach() + step) - value(weight.detach() - step)) / (2 * step)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
 
 
 def test_derivatives_pass_through_turned_rows(monkeypatch):
@@ -222,10 +244,10 @@ def test_singular_blocks_beside_rows(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 63, 64, 150])
 def test_half_of_the_products_of_rows(dtype, rows):
     x = torch.randn(rows, 90, generator=generator(0), dtype=f64).to(dtype)
-    found = lapack.gram_of_rows(x)
-    assert found.dtype == dtype
-    assert rows < 64 or torch.equal(found, found.T)
-    torch.testing.assert_close(found, x @ x.T)
+    y = torch.randn(20, rows, generator=generator(1), dtype=f64).to(dtype).T  # with the rows innermost
+    found = lapack.half_gram(x, iter((x[:, :40].contiguous(), x[:, 40:].contiguous(), y)))
+    assert found.dtype == dtype and found.shape == (rows, rows)
+    torch.testing.assert_close(found.triu(), (x @ x.T + y @ y.T).triu())
 
 
 @pytest.mark.parametrize("kind", [nng.PMatDiag, nng.PMatQuasiDiag])

@@ -5,6 +5,7 @@ import torch
 from cases import build
 
 import nngeom as nng
+from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.pmat.kronecker_basis import KroneckerBasis
 
 f64 = torch.float64
@@ -137,16 +138,22 @@ def test_options_and_refusals():
 
 @pytest.mark.parametrize("sizes", [(1, 3, 4), (2, 3, 4), (1, 1, 5), (3, 4, 1)])
 @pytest.mark.parametrize("sides", ["both", "inputs", "outputs", "neither"])
-def test_rows_turned_into_an_eigenbasis(sizes, sides):
-    """Many at once, into memory that is there: as one by one."""
+def test_rows_turned_into_an_eigenbasis(sizes, sides, monkeypatch):
+    """Many at once, some columns at a time in any order: as one by one."""
     torch.manual_seed(0)
     s, o, i = sizes
     ua, ug = (torch.linalg.qr(torch.randn(s, p, p, dtype=f64))[0] for p in (i, o))
     basis = KroneckerBasis(ua if sides in ("both", "inputs") else None, ug if sides in ("both", "outputs") else None)
     x, scale = torch.randn(7, *sizes, dtype=f64), torch.rand(sizes, dtype=f64)
     expected = torch.stack([scale * basis.tmv(row) for row in x])
-    for given in (x.clone(), x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)):
-        out = torch.full((9, *sizes), torch.nan, dtype=f64)
-        basis.write_rows(given, scale, out[1:8])
-        close(out[1:8], expected, 1e-12)
-        assert bool(out[[0, 8]].isnan().all())
+    flat = torch.zeros(7, x[0].numel() + 3, dtype=f64)
+    pieces = (Piece(("a",), 2, Arrangement.plain(s, o, i)),)
+    Layout(pieces).scatter_(flat, x)
+    for piece in (1, 2**20):
+        monkeypatch.setattr("nngeom.pmat.kronecker_basis.PIECE", piece)
+        monkeypatch.setattr("nngeom.pmat.block.PIECE", piece)
+        columns = torch.cat(list(basis.columns_of(flat, Layout(pieces), scale)), 1)
+        assert columns.shape == (7, s * o * i)
+        rows = expected.flatten(1)
+        close(columns @ columns.T, rows @ rows.T, 1e-12)
+        close(columns.sort(1)[0], rows.sort(1)[0], 1e-12)

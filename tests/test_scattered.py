@@ -1,5 +1,7 @@
 """Uses whose examples the data scatters, against autograd: rows are told apart by numbers, and keep their structure."""
 
+import itertools
+
 import pytest
 import torch
 from cases import representation
@@ -133,6 +135,95 @@ def test_the_step_of_an_optimizer_is_the_solve(preset):
     assert near(step, matrix.solve(g, damping))
 
 
+CUTS = ([0, 4, 7], [0, 2, 5, 7], [0, 3, 5, 7])
+KRONECKER = {
+    "expand": nng.PMatKFAC,
+    "reduce": nng.PMatKFAC.options(sharing="reduce"),
+    "ekfac": nng.PMatEKFAC,
+    "ekfac reduce": nng.PMatEKFAC.options(sharing="reduce"),
+    "nearest": nng.PMatKFAC.options(fit="nearest"),
+    "diagonal": nng.PMatKFAC.options(factor_limit=3),
+    "diagonal reduce": nng.PMatKFAC.options(factor_limit=3, sharing="reduce"),
+    "low rank": nng.PMatKFAC.options(factor_limit=3, factor_form=("low_rank", 2)),
+    "low rank reduce": nng.PMatKFAC.options(factor_limit=3, factor_form=("low_rank", 2), sharing="reduce"),
+}
+
+
+def cut(at, *tensors):
+    return [tuple(t[lo:hi] for t in tensors) for lo, hi in itertools.pairwise(at)]
+
+
+@pytest.mark.parametrize("kind", KRONECKER)
+@pytest.mark.parametrize("name", ["routed", "routed, no bias", "without padding", "starved"])
+def test_factors_do_not_depend_on_how_data_are_cut(name, kind):
+    model, y = Scattering(*WAYS[name]), torch.arange(N) % C
+    of = lambda data: nng.EmpiricalFIM(model, data, KRONECKER[kind], loss="cross_entropy")
+    whole = of((X, y))
+    for at in CUTS[: 1 if kind == "nearest" else 3]:
+        parts = of(cut(at, X, y))
+        close(parts.to_dense(), whole.to_dense(), 1e-9)
+        for one, other in zip(getattr(parts, "dropped", ()), getattr(whole, "dropped", ())):
+            assert abs(one.share - other.share) < 1e-9
+
+
+class Windows(nn.Module):
+    """A convolution of some of the images, in one table of the data's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv1d(2, 3, 2), nn.Linear(3, C)
+
+    def forward(self, x):
+        some = x[..., 0, 0] > -0.5
+        hidden = x.new_zeros(*x.shape[:2], 3).masked_scatter(some.unsqueeze(-1), self.conv(x[some]).tanh().mean(-1))
+        return self.head(hidden.sum(1))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("sua", [False, True])
+def test_windows_do_not_depend_on_how_data_are_cut(sharing, sua):
+    model, y = Windows().double(), torch.arange(N) % C
+    x = torch.randn(N, 4, 2, 5, dtype=f64, generator=torch.Generator().manual_seed(2))
+    kind = nng.PMatKFAC.options(sharing=sharing, sua=sua)
+    of = lambda data: nng.EmpiricalFIM(model, data, kind, loss="cross_entropy").to_dense()
+    for at in CUTS:
+        close(of(cut(at, x, y)), of((x, y)), 1e-9)
+
+
+def test_a_matrix_used_for_scattered_rows_and_transposed():
+    """Uses in both orientations, of numbers of positions of their own."""
+
+    class Both(Scattering):
+        def forward(self, x):
+            there, (down, up) = x[..., 1] > -0.5, (self.down[0].weight, self.down[0].weight.mT)
+            hidden = F.linear(F.linear(x[there], up).tanh(), down)
+            return self.head(x.masked_scatter(there.unsqueeze(-1), hidden).tanh().mean(1))
+
+    model, y = Both(None), torch.arange(N) % C
+    lc = nng.LayerCollection.from_model(model, include=["down.0.weight", "head.*"])
+    for sharing in ("expand", "reduce"):
+        kind = nng.PMatKFAC.options(sharing=sharing)
+        whole, *parts = (
+            nng.EmpiricalFIM(model, data, kind, loss="cross_entropy", layer_collection=lc).to_dense()
+            for data in ((X, y), *(cut(at, X, y) for at in CUTS))
+        )
+        for part in parts:
+            close(part, whole, 1e-9)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_equal_numbers_of_positions_are_as_where_nothing_is_scattered(sharing):
+    """Rows in another order, and the same rows where they lie."""
+
+    def plain(m, x):
+        return m.expert(0, x)
+
+    kind = nng.PMatKFAC.options(sharing=sharing)
+    matrices = [nng.FIM(Scattering(way), cut(CUTS[0], X), kind) for way in (in_no_order, plain)]
+    close(matrices[0].to_dense(), matrices[1].to_dense(), 1e-9)
+
+
 class Sorted(nn.Module):
     """Two of three experts for every token, without biases: one parameter and products in groups, or a layer each."""
 
@@ -155,6 +246,16 @@ class Sorted(nn.Module):
             out = torch.cat([F.linear(r, w) for r, w in zip(rows.tensor_split(ends[:-1]), self.experts)])
         out = out.tanh() * weights.flatten()[order].unsqueeze(1)
         return self.head(out.new_zeros(len(z), 8).index_add(0, order // 2, out).unflatten(0, x.shape[:2]).mean(1))
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no products in groups")
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_factors_in_groups_do_not_depend_on_how_data_are_cut(sharing):
+    kind = nng.PMatKFAC.options(sharing=sharing)
+    one, two = (
+        nng.FIM(Sorted(grouped=True), data, kind).to_dense() for data in ((X.float(),), cut(CUTS[1], X.float()))
+    )
+    close(one, two, 1e-4)
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no products in groups")
@@ -201,6 +302,24 @@ def test_matrices_of_products_in_groups_may_be_tied(kind):
 
 def experts_of(model):
     return nng.LayerCollection.from_model(model, include=lambda name, p: name.startswith("experts"))
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no products in groups")
+@pytest.mark.parametrize("kind", ["dense", "block-diag", "low-rank", "ekfac"])
+def test_products_in_groups_in_a_metric_are_those_of_a_layer_each(kind):
+    """Rows side by side over all parameters, in the dtype of the model."""
+    x, y = X.float(), torch.arange(N) % C
+    train, test = [(x[:4], y[:4]), (x[4:], y[4:])], [(x[2:5], y[2:5])]
+
+    def found(m, fisher):
+        kernel = nng.GramMatrix(m, train, other=test, metric=fisher.inverse(0.3), loss="cross_entropy")
+        return kernel.to_dense(), nng.influence(m, train, test, fisher, damping=0.3, loss="cross_entropy").scores
+
+    one, each = ((m, nng.FIM(m, train, representation(kind, m))) for m in (Sorted(grouped=True), Sorted(grouped=False)))
+    if kind == "block-diag":  # one block of all experts there, and one each here
+        each = one[0], nng.PMatDense.from_tensor(one[1].layer_collection, one[1].to_dense())
+    for x, y in zip(found(*one), found(*each)):
+        close(x, y, 1e-3)
 
 
 def test_positions_of_their_own_are_left_to_the_fallback():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -21,12 +21,14 @@ Key = TypeVar("Key", bound=Hashable)
 class FactoredJacobian(LayerJacobian):
     """``J[k, n, s] = sum_t g[k, n, t, s] (x) a[n, t, s]``: every operation that is affine in its parameters.
 
-    ``each``: positions that an example has on average, ``t`` if 0, or a number ``[s]`` a group; others are zero.
+    ``counted``: how many positions examples have is the data's, in this batch ``each`` on average, or ``each [s]`` in
+    groups; others are zero. Means over positions then are over those of all batches.
     """
 
     a: Tensor  # [n t s i]
     g: Tensor  # [k n t s o]
     each: float | Tensor = 0.0
+    counted: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -47,17 +49,24 @@ class FactoredJacobian(LayerJacobian):
         return self.g.shape[2]
 
     @property
-    def share(self) -> float | Tensor:
-        """Of a position in an example, ``[s, 1]`` where groups have different numbers of them."""
-        if isinstance(self.each, Tensor):
-            return (1 / self.each).nan_to_num(posinf=1.0).to(self.dtype).unsqueeze(1)
-        return 1 / (self.each or max(1, self.positions))
+    def share(self) -> float:
+        """Of a position in an example: 1 where they are counted, until all are."""
+        return 1.0 if self.counted else 1 / max(1, self.positions)
+
+    @property
+    def spread(self) -> Tensor:
+        """``[2, s]``, or ``[2, 1]`` where groups have as many: the positions of all examples, and how many these
+        are.
+        """
+        n = self.g.shape[1]
+        each = torch.as_tensor(self.each, dtype=torch.float64, device=self.device).view(-1)
+        return torch.stack([n * each, torch.full_like(each, n)])
 
     def examples(self, lo: int, hi: int) -> FactoredJacobian:
-        return FactoredJacobian(self.a[lo:hi], self.g[:, lo:hi], self.each)
+        return replace(self, a=self.a[lo:hi], g=self.g[:, lo:hi])
 
     def cotangents(self, lo: int, hi: int) -> FactoredJacobian:
-        return FactoredJacobian(self.a, self.g[lo:hi], self.each)
+        return replace(self, g=self.g[lo:hi])
 
     def matrix(self) -> Tensor:
         k, n, t, s, o = self.g.shape
@@ -132,7 +141,7 @@ class FactoredJacobian(LayerJacobian):
 
     def rotate(self, ua: Basis | None, ug: Basis | None) -> FactoredJacobian:
         a = self.a if ua is None else contract.times(self.a, ua)
-        return FactoredJacobian(a, self._rotated_gradients(ug), self.each)
+        return replace(self, a=a, g=self._rotated_gradients(ug))
 
     def _rotated_gradients(self, ug: Basis | None) -> Tensor:
         if ug is None:

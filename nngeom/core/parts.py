@@ -39,7 +39,7 @@ def features(j: LayerJacobian, lo: int, hi: int) -> LayerJacobian:
 def _(j: FactoredJacobian, lo: int, hi: int) -> LayerJacobian:
     if j.g.shape[3] > 1:
         each = j.each[lo:hi] if isinstance(j.each, Tensor) else j.each
-        return FactoredJacobian(j.a[:, :, lo:hi], j.g[:, :, :, lo:hi], each)
+        return replace(j, a=j.a[:, :, lo:hi], g=j.g[:, :, :, lo:hi], each=each)
     return replace(j, g=j.g[..., lo:hi])
 
 
@@ -67,7 +67,7 @@ def inputs(j: LayerJacobian, lo: int, hi: int) -> LayerJacobian:
 
 @inputs.register
 def _(j: FactoredJacobian, lo: int, hi: int) -> LayerJacobian:
-    return FactoredJacobian(j.a[..., lo:hi], j.g, j.each)
+    return replace(j, a=j.a[..., lo:hi])
 
 
 @inputs.register

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from nngeom.core import memory
 from nngeom.core.completed import CompletedBasis
 from nngeom.core.damping import Damping, Tikhonov
+from nngeom.core.layout import Layout
 from nngeom.core.registry import Registry
 from nngeom.pmat.block_algebra import BlockAlgebra, Remake, same
 from nngeom.pmat.eigenvalues import reciprocal, shifted_logdet
+
+PIECE = memory.CACHE_BYTES // 8  # of rows that are turned at once
 
 
 class TensorObject:
@@ -137,11 +141,14 @@ class BlockBasis(TensorObject, ABC):
     def tmv(self, x: Tensor) -> Tensor:
         """``U^T x``: parameters to coordinates."""
 
-    def write_rows(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
-        """``scale * U^T x`` of many rows ``x [m, s, o, i]``, ``scale [s, o, i]``, into ``out``, without a graph; ``x``
-        may be overwritten.
+    def columns_of(self, r: Tensor, layout: Layout, scale: Tensor) -> Iterator[Tensor]:
+        """``scale * U^T r``, without a graph, of what rows ``r [m, d]`` have at the places of a ``layout``: columns
+        ``[m, q]``, some at a time, in any order.
         """
-        torch.mul(scale, self.tmv(x), out=out)
+        out = r.new_empty(len(r), *scale.shape)
+        for lo, hi in memory.pieces(len(r), scale.numel() * r.element_size(), most=PIECE):
+            torch.mul(scale, self.tmv(layout.gather(r[lo:hi])), out=out[lo:hi])
+        yield out.flatten(1)
 
 
 @dataclass(frozen=True, eq=False)

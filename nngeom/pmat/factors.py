@@ -46,7 +46,7 @@ def is_kronecker(structure: str) -> bool:
 @functools.singledispatch
 def factors(j: LayerJacobian, sharing: str, limit: int) -> Factors:
     """Sums over ``k, n`` of the rows ``j`` from which :func:`nngeom.pmat.kfac.kronecker_block` makes the factors of
-    ``sum J J^T``.
+    ``sum J J^T``, but for a division by numbers of positions where these are :func:`nngeom.pmat.counted.counted`.
 
     ``"a" [s, i, i]`` of :class:`Inputs` and ``"g" [s, o, o]`` of gradients; a factor that is exactly diagonal, or
     longer than ``limit``, as its diagonal. ``sharing``: positions as examples of their own (``"expand"``) or reduced to
@@ -128,15 +128,13 @@ def _factor_shape(s: int, p: int, limit: int) -> Shape:
     return (s, p) if p > limit else (s, p, p)
 
 
-def of_gradients(g: Tensor, sharing: str, limit: int, share: float | Tensor) -> Tensor | Moment:
+def of_gradients(g: Tensor, sharing: str, limit: int, share: float) -> Tensor | Moment:
     """``"g"`` of :func:`factors`, of ``g [k, n, t, s, o]``, times the ``share`` of a position where these are counted
     as examples.
     """
     g, share = (g, share) if sharing == "expand" else (g.sum(2, keepdim=True), 1.0)
     if g.shape[-1] > limit:
         return share * g.square().sum((0, 1, 2))
-    if isinstance(share, Tensor):
-        return contract.second_moment(g * share.sqrt())
     return contract.second_moment(g, share)
 
 
@@ -146,7 +144,7 @@ def of_columns(j: HeadJacobian, sharing: str, limit: int) -> Tensor:
     return share * (j.squared_columns() if j.shape[3] > limit else j.second_moment())
 
 
-def of_inputs(a: Tensor, sharing: str, limit: int, share: float | Tensor) -> Tensor | Moment:
+def of_inputs(a: Tensor, sharing: str, limit: int, share: float) -> Tensor | Moment:
     """``"a"`` of :func:`factors`, of ``a [n, t, s, i]``."""
     a = a if sharing == "expand" else share * a.sum(1, keepdim=True)
     return a.square().sum((0, 1)) if a.shape[-1] > limit else contract.second_moment(a)

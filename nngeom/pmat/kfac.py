@@ -15,6 +15,7 @@ from nngeom.core.given_plainly import require_real
 from nngeom.core.jacobian import LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Named
+from nngeom.pmat.counted import counted, divided
 from nngeom.pmat.dropped import Dropped, Probes, all_dropped, probes_of, shares, sketched
 from nngeom.pmat.factors import Shape, factor_shapes, factors, is_kronecker, structure_of
 from nngeom.pmat.given import require_count
@@ -42,14 +43,15 @@ def factor_statistic(sharing: str, block_limit: int, cut: Cut = Cut(), *, sua: b
     probes = Probes(cut)
 
     def statistic(chunk: Chunk) -> Named:
-        named = {}
+        named: dict[Layout, Any] = {}
         for layout, j in chunk.jacobians.items():
             if j.shape[-1] > block_limit:
                 require_room(j, layout.names, block_limit)
             if sua and has_window(layout, j):
-                named[layout] = sua_sums(layout, j, sharing, cut.limit)
+                sums: Named = {layout: sua_sums(layout, j, sharing, cut.limit)}
             else:
-                named |= _sums(layout, j, sharing, probes)
+                sums = _sums(layout, j, sharing, probes)
+            named |= {part: counted(j, t, sharing) for part, t in sums.items()}  # type: ignore[arg-type]
         return named
 
     return statistic
@@ -112,7 +114,7 @@ def kronecker_block(means: dict[str, Tensor], groups: int = 1) -> KroneckerBlock
 def kronecker_blocks(means: dict[Layout, dict[str, Tensor]]) -> dict[Layout, KroneckerBlock]:
     """Every block; a layer whose places are taken to be uncorrelated has one for its weight and one for its bias."""
     blocks: dict[Layout, KroneckerBlock] = {}
-    for layout, t in means.items():
+    for layout, t in ((layout, divided(t)) for layout, t in means.items()):
         blocks |= sua_blocks(layout, t) if "c" in t else {layout: kronecker_block(t, layout.sizes[0])}
     return blocks
 

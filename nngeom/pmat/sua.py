@@ -44,7 +44,8 @@ def sua_sums(layout: Layout, j: Any, sharing: str, limit: int) -> Factors:
     and ``"b"`` the bias's own.
     """
     n, _, s, _ = j.a.shape
-    ones = j.a.new_full((s, 1, 1), n / j.share if sharing == "expand" else float(n))
+    positions = n / j.share if not j.counted else j.spread[0].to(j.a).view(-1, 1, 1)
+    ones = j.a.new_ones(s, 1, 1) * (positions if sharing == "expand" else n)
     channels = Inputs(lambda: _channels(j, _window(layout), sharing, limit, bias=len(layout.pieces) > 1))
     return {"g": of_gradients(j.g, sharing, limit, j.share), "b": Inputs(ones), "c": channels}
 

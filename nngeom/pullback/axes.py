@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,10 +25,14 @@ from nngeom.pullback.scattered import Scattered, Seen, scattered
 
 @dataclass(frozen=True)
 class ExampleAxis:
-    """Axis ``dim`` of ``lead`` holds the examples: ``outer`` blocks of ``n`` runs of equal length."""
+    """Axis ``dim`` of ``lead`` holds the examples: ``outer`` blocks of ``n`` runs of equal length.
+
+    ``asked``: not the graph tells so, but the numbers of one batch; in others the rows may be scattered.
+    """
 
     dim: int | None  # None: one example, every position is its own
     outer: int = 1
+    asked: bool = field(default=False, compare=False)
 
     @property
     def at(self) -> int:

@@ -85,6 +85,9 @@ class Pass:
             scatter = not (self.apart or self.keep_graph)  # rows have no order, and those that are zero no owner
             for j, axis in find_axes(self.capture.outputs, self.capture.uses, open_, scatter=scatter).items():
                 axes[j] = axis
+        for j in asked:
+            axis = axes[j]
+            axes[j] = replace(axis, asked=True) if isinstance(axis, ExampleAxis) else axis
         self.groups, self.rest = self._groups(axes, known=not open_)
         self.descent = Descent(self.capture, self.groups, keep_graph=self.keep_graph, explicit=self.explicit)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Scattered:
 
     order: Tensor  # [n, t]
     rows: int
+    asked: ClassVar[bool] = True
 
     @property
     def each(self) -> float:

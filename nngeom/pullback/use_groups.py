@@ -27,7 +27,8 @@ from nngeom.space.collection import LayerCollection
 Gradients = Sequence[Tensor] | Mapping[int, Tensor]  # of the outputs of uses, by index
 Empty = Callable[[Hashable, Sequence[int], Tensor], Tensor]  # as memory.fresh
 FEW = 2**12  # inputs whose copies are made anew: the calls take longer than the memory
-Part = tuple[Any, Tensor, Use, float | Tensor]  # inputs of one use, None: a bias alone; gradients; rows an example
+Rows = tuple[float | Tensor, bool]  # those of an example on average, and whether that is the data's
+Part = tuple[Any, Tensor, Use, Rows]  # inputs of one use, None: a bias alone; gradients
 
 
 PlacedUse = tuple[int, Recorded, Where]  # index into the list of uses, and where its examples lie
@@ -85,13 +86,14 @@ class UseGroup:
             raise RuntimeError(f"a unit of {use.operation} was built from a use without its parameter")
         if not self.with_weight:
             g = g if self.apart else g.sum(2, keepdim=True)
-            return None, _pad(g, slot.row, slot.arrangement.sizes[1]), use, 1.0
+            return None, _pad(g, slot.row, slot.arrangement.sizes[1]), use, (1.0, False)
         g = _pad(g, slot.row, full.sizes[1])
         if j not in self.inputs:
             kept_in = functools.partial(empty, ("inputs", j))
             self.inputs[j] = self._read(recorded, axis, n, full.sizes[2], g.dtype, kept_in)
         each = axis.each if isinstance(axis, Scattered) else float(g.shape[2])
-        return self.inputs[j], g, use, each if use.counts is None else use.counts().to(g.dtype) / n
+        rows = (each, axis.asked) if use.counts is None else (use.counts().to(g) / n, True)
+        return self.inputs[j], g, use, rows
 
     def _read(
         self,
@@ -143,7 +145,8 @@ class UseGroup:
         g = g0 if len(parts) == 1 else torch.cat([g for _, g, *_ in parts], 2)
         if use.lookup:
             return LookupJacobian(a, g, size=self.layout.sizes[2] if self.arrangements is None else use.size)
-        return FactoredJacobian(a, g, sum(each for *_, each in parts))
+        each, counted = zip(*(rows for *_, rows in parts))
+        return FactoredJacobian(a, g, sum(each), any(counted))
 
 
 def _pad(x: Tensor, start: int, size: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from cases import STORED, representation
 from launch import Check, Here, check
+from test_scattered import WAYS, C, N, Scattering, X
 
 import nngeom as nng
 
@@ -62,6 +63,21 @@ for measure, asked in ASKED.items():
     for name, kinds in asked.items():
         for kind in kinds:
             CHECKS[f"{measure} {name} {kind}"] = lambda here, a=(measure, name, kind): compare(here, *a)
+
+
+@check(CHECKS)
+def positions_of_the_data(here: Here) -> None:
+    """As many for an example as the data says: means over those of all ranks."""
+    model, y = Scattering(*WAYS["routed"]), torch.arange(N) % C
+    data = [(X[lo:hi], y[lo:hi]) for lo, hi in ((0, 3), (3, 5), (5, 7))]
+    for sharing in ("expand", "reduce"):
+        kind = nng.PMatKFAC.options(sharing=sharing)
+        whole = nng.EmpiricalFIM(model, (X, y), kind, loss="cross_entropy")
+        mine = data[here.rank :: here.size]
+        part = nng.EmpiricalFIM(model, mine, kind, loss="cross_entropy", process_group=here.group)
+        cuts.close(part.to_dense(), whole.to_dense(), 1e-12)
+        for t in cuts.tensors(part):
+            here.same(t)
 
 
 @check(CHECKS)
