@@ -29,8 +29,6 @@ Empty = Callable[[Hashable, Sequence[int], Tensor], Tensor]  # as memory.fresh
 FEW = 2**12  # inputs whose copies are made anew: the calls take longer than the memory
 Rows = tuple[float | Tensor, bool]  # those of an example on average, and whether that is the data's
 Part = tuple[Any, Tensor, Use, Rows]  # inputs of one use, None: a bias alone; gradients
-
-
 PlacedUse = tuple[int, Recorded, Where]  # index into the list of uses, and where its examples lie
 
 
@@ -96,13 +94,7 @@ class UseGroup:
         return self.inputs[j], g, use, rows
 
     def _read(
-        self,
-        recorded: Recorded,
-        axis: Where,
-        n: int,
-        width: int,
-        dtype: torch.dtype,
-        empty: Callable[..., Tensor],
+        self, recorded: Recorded, axis: Where, n: int, width: int, dtype: torch.dtype, empty: Callable[..., Tensor]
     ) -> Tensor:
         """``a [n, t, s, i]``, the ones of the bias included; ``[n, t]`` for lookups."""
         use, lead = recorded.use, len(recorded.use.lead)
