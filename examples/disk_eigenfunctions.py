@@ -1,6 +1,6 @@
 """The tangent kernel of a net that learns a disk: its leading eigenfunctions take on the circle.
 
-    python examples/disk_eigenfunctions.py [--seeds 1] [--side 50] [--quick]
+    python examples/disk_eigenfunctions.py [--seeds 3] [--side 50] [--quick]
 
 Points uniform on [-1, 1]^2, label 1 inside the disk that holds half the area; 500 points, 6 hidden layers of 256,
 full-batch gradient descent (0.01, momentum 0.9) on binary cross-entropy. The centred kernel on a 50 x 50 grid:
@@ -101,7 +101,7 @@ def draw(runs: list[dict[str, Any]], path: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """All seeds, one table, one figure."""
-    args = options(__doc__, argv, seeds=1, side=50)
+    args = options(__doc__, argv, seeds=3, side=50)
     if args.quick:
         args.side = 10
     checkpoints = (0, 3) if args.quick else CHECKPOINTS
