@@ -166,6 +166,11 @@ def test_factors_do_not_depend_on_how_data_are_cut(name, kind):
             assert abs(one.share - other.share) < 1e-9
 
 
+def test_factors_have_the_dtype_of_the_model():
+    model = Scattering(routed, 3).float()
+    assert nng.FIM(model, [(torch.randn(N, T, D),)], nng.PMatKFAC).to_dense().dtype == torch.float32
+
+
 class Windows(nn.Module):
     """A convolution of some of the images, in one table of the data's."""
 

@@ -59,7 +59,7 @@ class FactoredJacobian(LayerJacobian):
         are.
         """
         n = self.g.shape[1]
-        each = torch.as_tensor(self.each, dtype=torch.float64, device=self.device).view(-1)
+        each = torch.as_tensor(self.each, dtype=linalg.accumulation_dtype(self.dtype), device=self.device).view(-1)
         return torch.stack([n * each, torch.full_like(each, n)])
 
     def examples(self, lo: int, hi: int) -> FactoredJacobian:
