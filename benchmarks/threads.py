@@ -103,18 +103,6 @@ def measured(job: str, name: str, threads: int, repeats: int, least: float = 0.0
     }
 
 
-def added(record: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """The same with the fastest calls of this run and of the one that ``results`` hold of the cell."""
-    cell = {name: record[name] for name in ("job", "workload", "threads")}
-    for before in results.get("threads", []):
-        if cell.items() <= before.items():
-            fastest = {n: min(seconds, before["seconds"][n]) for n, seconds in record["seconds"].items()}
-            load = [min(before["load"] + record["load"]), max(before["load"] + record["load"])]
-            ratio = fastest["1"] / fastest[str(record["threads"])]
-            return {**record, "seconds": fastest, "ratio": ratio, "load": load}
-    return record
-
-
 def _seconds(run: Run) -> float:
     start = time.perf_counter()
     run()
@@ -163,7 +151,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.0, help="go on with rounds of a cell for so long")
-    parser.add_argument("--add", action="store_true", help="the fastest calls of the file's run count too")
     parser.add_argument("--apart", action="store_true", help="print the operations instead")
     parser.add_argument("--json", help="write the results here; other cells of the file stay")
     parser.add_argument("--render", action="store_true", help="run nothing")
@@ -178,7 +165,6 @@ def main(argv: list[str] | None = None) -> None:
                 print(apart(job, name, options.threads), flush=True)
                 continue
             record = measured(job, name, options.threads, options.repeats, options.seconds)
-            record = added(record, results) if options.add else record
             rows = report.replaced(results.get("threads", []), record, ("job", "workload"))
             results = report.merge(options.json, environment=report.environment("cpu"), threads=rows)
             print(f"{job} {name}: {record['ratio']:.2f}", flush=True)

@@ -77,12 +77,3 @@ def test_what_bounds_them(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("job", list(threads.MACHINE))
 def test_what_the_machine_does_by_itself(job):
     threads.MACHINE[job]()()
-
-
-def test_fastest_calls_of_two_runs():
-    cell = {"job": "J1", "workload": "W2", "threads": 2}
-    before = {**cell, "seconds": {"1": 3.0, "2": 2.0}, "ratio": 1.5, "load": [1.0, 2.0]}
-    now = {**cell, "seconds": {"1": 4.0, "2": 1.0}, "ratio": 4.0, "load": [0.5, 1.0]}
-    both = threads.added(now, {"threads": [{**before, "workload": "W1"}, before]})
-    assert both["seconds"] == {"1": 3.0, "2": 1.0} and both["ratio"] == 3.0 and both["load"] == [0.5, 2.0]
-    assert threads.added(now, {}) == now
