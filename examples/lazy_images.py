@@ -1,6 +1,6 @@
 """Lazy and hasty training of a VGG-like net by minibatches: wrong labels on MNIST, and the learning rate as a control.
 
-    python examples/lazy_images.py [--data FOLDER] [--seeds 1] [--quick]
+    python examples/lazy_images.py [--data FOLDER] [--seeds 3] [--quick]
 
 500 MNIST digits of 14 x 14, 15 % of the labels wrong; six convolutions of 8 to 32 channels and two linear layers, no
 normalisation, He's initialisation, float64; SGD with momentum 0.9, batches of 50, learning rate 0.01 / alpha^2, from
@@ -112,7 +112,7 @@ def draw(cells: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """All runs, two tables, one figure."""
-    args = options(__doc__, argv, seeds=1, steps=1500, images=500, width=8, probe=40)
+    args = options(__doc__, argv, seeds=3, steps=1500, images=500, width=8, probe=40)
     if args.quick:
         args.steps, args.images, args.width, args.probe = 5, 50, 4, 10
     found = images(args.data, args.images, 50 if args.quick else 500)
