@@ -15,7 +15,7 @@ from nngeom.core.registry import qualified
 from nngeom.core.statistic import Stacked, Sums, names_of
 from nngeom.pmat.block import Block
 
-FEW = 2**13  # numbers whose norms take less time than sums: 0.6 of it for 2048 of them, 0.9 for 8192, 1.2 to 1.3 for 16 384
+FEW = 2**13  # numbers up to which norms take less time than sums: 0.6 of it at 2048, 0.9 at 8192, 1.3 at 16 384
 
 
 @dataclass
