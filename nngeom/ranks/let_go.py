@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 _LAST: deque[Tensor] = deque(maxlen=64)
 
 
+@torch.no_grad()  # views of parameters too
 def let_go(sent: Iterable[Tensor]) -> None:
     """Empty what was ``sent`` and has arrived: tensors or views that nobody else holds."""
     for t in sent:
