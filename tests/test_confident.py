@@ -65,14 +65,16 @@ def error(got, expected):
 
 
 def logits(kind, margin, dtype):
-    """One example; numbers that both dtypes hold. Softmax: class 2 leads by ``margin``; else logits of either sign."""
+    """One example; numbers that both dtypes hold. Softmax: class 2 leads by ``margin``; else logits of either sign,
+    the last of them near zero, or with ``"sure"`` as large as the others.
+    """
     z = torch.tensor([-0.25, 0.5, 0.125, -1.0, 0.75])
     if kind == "softmax":
         z[2] += 1 + margin
     elif kind == "poisson":
         z += torch.tensor([-1.0, 0.0, 0.0, 0.5, -0.5]) * margin
     else:
-        z += torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0]) * margin
+        z += torch.tensor([1.0, -1.0, 1.0, -1.0, float(kind == "sure")]) * margin
     return z.to(dtype).unsqueeze(0)
 
 
@@ -119,6 +121,7 @@ LOSSES = {  # kind, what is given, targets, the gradient and the Hessian in the 
         metric_of_softmax,
     ),
     "bce": ("logistic", "bce", BITS, lambda z: bits(z), lambda z: FISHERS["bernoulli"][2](z)),
+    "bce sure": ("sure", "bce", BITS, lambda z: bits(z), lambda z: FISHERS["bernoulli"][2](z)),
     "bce module": (
         "logistic",
         nn.BCEWithLogitsLoss(),

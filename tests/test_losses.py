@@ -174,16 +174,29 @@ BAD = {
     "bits": (lambda: torch.full((N, C), 2.0, dtype=f64), "bce", r"\[0, 1\]"),
     "counts": (lambda: torch.full((N, C), -1.0, dtype=f64), "poisson", "not negative"),
     "shape": (lambda: torch.zeros(C, N, dtype=f64), nn.MSELoss(), "expected that of the outputs"),
+    "one an example": (lambda: torch.rand(N, 1, dtype=f64), "mse", "expected that of the outputs"),
+    "one an output": (lambda: torch.rand(C, dtype=f64), "bce", "expected that of the outputs"),
     "weight an example": (real, nn.BCEWithLogitsLoss(torch.ones(N, 1, dtype=f64)), "one an example"),
 }
 
 
+@pytest.mark.parametrize("measure", [nng.EmpiricalFIM, nng.Hessian])
 @pytest.mark.parametrize("name", BAD)
-def test_targets_that_do_not_fit(name):
+def test_targets_that_do_not_fit(name, measure):
     draw, loss, text = BAD[name]
     model, x = problem()
     with pytest.raises(nng.OutputError, match=text):
-        nng.EmpiricalFIM(model, [(x, draw())], nng.PMatDiag, loss=loss)
+        measure(model, [(x, draw())], nng.PMatDiag, loss=loss)
+
+
+@pytest.mark.parametrize("measure", [nng.EmpiricalFIM, nng.GGN, nng.Hessian])
+@pytest.mark.parametrize("loss", ["mse", "bce", "poisson"])
+def test_one_output_and_a_number_an_example(loss, measure):
+    """Targets ``(n,)`` for outputs ``(n, 1)`` are those of shape ``(n, 1)``: nothing broadcasts."""
+    model, x = problem(1)
+    y = real()[:, :1]
+    flat, shaped = (measure(model, [(x, t)], nng.PMatDense, loss=loss).to_dense() for t in (y[:, 0], y))
+    close(flat, shaped, 1e-12)
 
 
 def test_losses_that_are_none():

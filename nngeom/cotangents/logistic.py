@@ -35,7 +35,7 @@ def binary_cross_entropy(z: Tensor, y: Tensor, pos_weight: Tensor | float = 1.0)
 
 def slope(z: Tensor, y: Tensor, pos_weight: Tensor | float = 1.0) -> Tensor:
     """Its derivative ``(1 - y) sigma(z) - w y sigma(-z)``: small for a label that is fitted, never ``sigma(z) - y``."""
-    return (1 - y) * z.sigmoid() - pos_weight * y * (-z).sigmoid()
+    return (1 - y) * sigmoid(z) - pos_weight * y * sigmoid(-z)
 
 
 def curvature(z: Tensor, y: Tensor, pos_weight: Tensor | float = 1.0) -> Tensor:

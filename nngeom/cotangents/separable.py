@@ -30,8 +30,8 @@ class Separable(Loss):
         """``l``, differentiable twice without cancellation."""
 
     @abstractmethod
-    def slope(self, f: Tensor, y: Tensor) -> Tensor:
-        """``dl / df``."""
+    def derivative(self, f: Tensor, y: Tensor) -> Tensor:
+        """``dl / df``, differentiable without cancellation."""
 
     @abstractmethod
     def curvature(self, f: Tensor, y: Tensor) -> Tensor:
@@ -45,7 +45,11 @@ class Separable(Loss):
         return self.value(wide(outputs), self._like(targets, outputs)).flatten(1).sum(1).to(outputs.dtype)
 
     def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
-        return self.slope(wide(outputs), self._like(targets, outputs)).to(outputs.dtype)
+        return self.derivative(wide(outputs), self._like(targets, outputs)).to(outputs.dtype)
+
+    def slope(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        own = type(self).__call__ is not Separable.__call__
+        return None if own else self.derivative(wide(outputs), self._like(targets, outputs)).to(outputs.dtype)
 
     def square_root(self, outputs: Tensor, targets: Any) -> Columns:
         return diagonal_columns(self._curvature(outputs, targets).sqrt().to(outputs.dtype))
@@ -77,7 +81,7 @@ class SquaredError(Separable):
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         return self.scale * (f - y).square()
 
-    def slope(self, f: Tensor, y: Tensor) -> Tensor:
+    def derivative(self, f: Tensor, y: Tensor) -> Tensor:
         return 2 * self.scale * (f - y)
 
     def curvature(self, f: Tensor, y: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ class BinaryCrossEntropy(Separable):
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         return self._of("weight", f) * logistic.binary_cross_entropy(f, y, self._of("pos_weight", f))
 
-    def slope(self, f: Tensor, y: Tensor) -> Tensor:
+    def derivative(self, f: Tensor, y: Tensor) -> Tensor:
         return self._of("weight", f) * logistic.slope(f, y, self._of("pos_weight", f))
 
     def curvature(self, f: Tensor, y: Tensor) -> Tensor:
@@ -156,7 +160,7 @@ class PoissonLoss(Separable):
         many = y.clamp_min(1)
         return loss + torch.where(y > 1, many * many.log() - many + 0.5 * (2 * torch.pi * many).log(), 0)
 
-    def slope(self, f: Tensor, y: Tensor) -> Tensor:
+    def derivative(self, f: Tensor, y: Tensor) -> Tensor:
         return f.exp() - y if self.log_input else 1 - y / (f + self.eps)
 
     def curvature(self, f: Tensor, y: Tensor) -> Tensor:
