@@ -75,6 +75,11 @@ def starved(m, x):
     return z.index_add(0, none, m.expert(1, z[none])).view_as(x)
 
 
+def one_at_a_time(m, x):
+    """Vectors, without any axis for examples or positions."""
+    return torch.stack([torch.stack([m.expert(0, token) for token in example]) for example in x])
+
+
 WAYS = {
     "routed": (routed, 3, True),
     "routed, no bias": (routed, 3, False),
@@ -82,6 +87,7 @@ WAYS = {
     "without padding": (without_padding, 1, True),
     "in no order": (in_no_order, 1, True),
     "starved": (starved, 2, True),
+    "one at a time": (one_at_a_time, 1, True),
 }
 X = torch.randn(N, T, D, dtype=f64, generator=torch.Generator().manual_seed(1))
 
@@ -154,7 +160,7 @@ def cut(at, *tensors):
 
 
 @pytest.mark.parametrize("kind", KRONECKER)
-@pytest.mark.parametrize("name", ["routed", "routed, no bias", "without padding", "starved"])
+@pytest.mark.parametrize("name", ["routed", "routed, no bias", "without padding", "starved", "one at a time"])
 def test_factors_do_not_depend_on_how_data_are_cut(name, kind):
     model, y = Scattering(*WAYS[name]), torch.arange(N) % C
     of = lambda data: nng.EmpiricalFIM(model, data, KRONECKER[kind], loss="cross_entropy")

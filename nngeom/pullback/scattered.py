@@ -32,7 +32,7 @@ class Scattered:
         """``[*before, *lead, *rest] -> [*before, n, t, *rest]``, zero where an example has less rows."""
         if not self.rows:
             return x.new_zeros(*x.shape[:before], *self.order.shape, *x.shape[before + lead :])
-        rows = x.flatten(before, before + lead - 1) if lead != 1 else x
+        rows = x.flatten(before, before + lead - 1) if lead > 1 else x if lead else x.unsqueeze(before)
         taken = rows.index_select(before, self.order.flatten().clamp(min=0)).unflatten(before, self.order.shape)
         missing = (self.order < 0).view(*self.order.shape, *[1] * (x.ndim - before - lead))
         return taken.masked_fill_(missing, 0)
