@@ -277,6 +277,29 @@ def test_what_zero_grad_drops_does_not_count(by):
     assert same(plain, model)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_zero_grad_drops_within_a_block_does_not_count(kind):
+    """As adversarial training does, whose inputs come from a backward pass of their own; or between a loss and its
+    backward pass.
+    """
+    case, plain, model = twins("mlp")
+    opt, other = KINDS[kind](plain), KINDS[kind](model)
+    (x, y), (z, t) = case.loader
+    with opt.observe():
+        loss_of(plain, x, y).backward()
+    if kind == "monte-carlo":
+        other.observer.drawn -= len(z)  # its draws come after those of the pass that does not count
+    with other.observe():
+        loss_of(model, z, t).backward()
+        other.zero_grad()
+        loss = loss_of(model, x, y)
+        other.zero_grad()
+        loss.backward()
+    opt.step()
+    other.step()
+    assert same(plain, model)
+
+
 def test_gradients_asked_for_by_name_do_not_count():
     case, plain, model = twins("mlp")
     opt, auto = KINDS["ekfac"](plain), KINDS["ekfac"](model, automatic=True)

@@ -69,9 +69,10 @@ class Automatic:
             self.intake.take(self.follower.take(Observation()))
 
     def forget(self) -> None:
-        """Drop what was observed since the last step."""
-        self.follower.forget()
-        self.intake.forget()
+        """Drop what was observed since the last step, in a block that is still open too."""
+        for forget in (self.follower.forget, self.intake.forget, self.follower.observer.watching):
+            if forget is not None:
+                forget()
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """What the ``closure`` returns, its passes followed."""

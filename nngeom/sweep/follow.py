@@ -104,7 +104,9 @@ class Follower:
     def _is_training(self, module: nn.Module) -> bool:
         if not any([module is door for door in self.observer.doors]):  # a copy of the model, hooks included
             return False
-        if (self.observer.watching and not self.block) or (self.training and not self.observer.network.model.training):
+        if self.observer.watching is not None and not self.block:
+            return False
+        if self.training and not self.observer.network.model.training:
             return False
         backward = torch._C._current_graph_task_id() != -1  # checkpoints run a second time
         return torch.is_grad_enabled() and not (backward or is_measuring() or torch.jit.is_tracing())
@@ -184,10 +186,11 @@ class Follower:
         self.rest.setdefault(torch._C._current_graph_task_id(), {}).setdefault(name, gradient.detach().clone())
 
     def forget(self) -> None:
-        """What has arrived does not count."""
+        """What has arrived does not count; in a block, rows of a metric whose backward pass is still to come do."""
+        to_come = [call for call in self.arrived if not call.tasks]
         for call in self.arrived:
             call.forget()
-        self.arrived.clear()
+        self.arrived[:] = to_come
         self.rest.clear()
 
     def take(self, observation: Observation) -> Observation:

@@ -71,7 +71,7 @@ class Observer:
         self.cotangents, self.pick, self.drawn = cotangents, outputs or default_outputs, 0
         self.part_of, self._left_to_fallback = part_of, set[str]()
         self.team = team
-        self.watching = False  # by a block that the user opened
+        self.watching: Callable[[], None] | None = None  # forgets what a block that the user opened has seen
 
     def require_current(self) -> None:
         """Raise :class:`CollectionError` where parameters of the model were exchanged or frozen: they would be missing

@@ -23,15 +23,15 @@ class Watching:
         self.follower = Follower(observer, lambda: record, lambda: positions, before, lambda: None, block=True)
 
     def __enter__(self) -> Observation:
-        if self.observer.watching:
+        if self.observer.watching is not None:
             raise ArgumentError(
                 "observe() was entered inside another observe() of the same optimizer; leave the first one before"
             )
-        self.observer.watching = True
+        self.observer.watching = self.follower.forget
         try:
             self.handles = self.follower.install(self.follower.enter, self.follower.leave)
         except BaseException:
-            self.observer.watching = False
+            self.observer.watching = None
             raise
         return self.observation
 
@@ -41,7 +41,7 @@ class Watching:
                 self._require_passes()
                 self.follower.take(self.observation)
         finally:
-            self.observer.watching = False
+            self.observer.watching = None
             self.follower.uninstall(self.handles)
 
     def _require_passes(self) -> None:
