@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
+
 from nngeom.capture.network import Network
 from nngeom.core.errors import CollectionError
 from nngeom.space.walk import named_parameters
@@ -27,4 +31,17 @@ def require_current(network: Network) -> None:
         raise CollectionError(
             f"the model has {what} since this was built; expected those that it had then (their values may change): "
             "build it again"
+        )
+
+
+def require_converted_before(network: Network) -> None:
+    """Raise :class:`CollectionError` where the parameters of a ``network`` have another dtype, or lie on another
+    device, than when it was built: numbers that were kept since have those of then.
+    """
+    dtypes, devices = zip(*{(p.dtype, p.device) for p in network.parameters.values()})
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    if dtype != network.dtype or any(device != network.device for device in devices):
+        raise CollectionError(
+            f"the parameters are {dtype} on {devices[0]} now, and were {network.dtype} on {network.device} when this "
+            "was built: convert and move a model before; or build it again, and load the state_dict() of this one"
         )

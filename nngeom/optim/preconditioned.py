@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, NonFiniteError, PeerError, SingularError
+from nngeom.core.linalg import accumulation_dtype
 from nngeom.core.whole import whole
 from nngeom.optim.automatic import Automatic
 from nngeom.optim.bound import Bound
@@ -28,6 +29,7 @@ from nngeom.optim.partition import Partition
 from nngeom.optim.pending import Pending, Seen
 from nngeom.optim.quadratic import QuadraticModel, added, require_quadratic
 from nngeom.optim.schedule import Clock
+from nngeom.optim.states import converted
 from nngeom.sweep.observe import Observation, Observer
 
 
@@ -214,7 +216,7 @@ class Preconditioned(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a copy of a ``state_dict``: the steps that follow are the same, bit by bit. Callables stay those
-        of this optimizer.
+        of this optimizer. In a model of another dtype, or on another device, they go on in that.
         """
         if not isinstance(state_dict, Mapping) or "curvature" not in state_dict:
             raise ArgumentError("the state holds no curvature; expected the state_dict() of the same kind of optimizer")
@@ -224,4 +226,5 @@ class Preconditioned(torch.optim.Optimizer):
         self.clock.load(saved)
         self.pending.load(saved)
         self.observer.load(saved)
-        self.partition.load(saved["parts"])
+        dtypes = {accumulation_dtype(p.dtype) for p in self.gradients.parameters}
+        self.partition.load(converted(saved["parts"], dtypes, self.gradients.flat))

@@ -24,6 +24,20 @@ def part_state(key: Any, part: Curvature) -> tuple[Any, dict[str, Any]]:
     return f"{index} {names[0]}", {**state, "part": index, "owned": owned, "known": part.known}
 
 
+def converted(state: Any, dtypes: set[torch.dtype], like: Tensor) -> Any:
+    """A ``state`` of parts on the device of ``like``; numbers of other ``dtypes`` than those of this model's sums, as
+    of a model in another precision, in that of ``like``.
+    """
+    if isinstance(state, Tensor):
+        other = state.is_floating_point() and state.dtype not in dtypes
+        return state.to(like) if other else state.to(like.device)
+    if isinstance(state, dict):
+        return {key: converted(value, dtypes, like) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(converted(value, dtypes, like) for value in state)
+    return state
+
+
 def resume(part: Curvature, entries: Sequence[dict[str, Any]]) -> None:
     """A ``part`` takes over what states of the same index, the ``entries``, hold of it."""
     mine = set(part.selection.names)

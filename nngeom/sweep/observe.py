@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nngeom.capture.current import require_current
+from nngeom.capture.current import require_converted_before, require_current
 from nngeom.capture.gathered import sharded_modules
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture
@@ -75,10 +75,11 @@ class Observer:
 
     def require_current(self) -> None:
         """Raise :class:`CollectionError` where parameters of the model were exchanged or frozen: they would be missing
-        from its steps, or a block divided.
+        from its steps, or a block divided; or have another dtype or device.
         """
         if not self._exchanges:
             require_current(self.network)
+            require_converted_before(self.network)
 
     def leaves(self) -> Iterable[Tensor]:
         """What stands for the parameters while the model is watched."""
