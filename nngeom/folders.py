@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.capture.batch import as_batches
+from nngeom.capture.loaders import as_batches
 from nngeom.core import files
 from nngeom.core.errors import ArgumentError, FileError, LoaderError, MemoryWarning, UnsupportedError
 from nngeom.core.registry import qualified

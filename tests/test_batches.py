@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nngeom as nng
 from nngeom import mgs, optim
-from nngeom.capture.batch import as_batches, each, leading_size, move, take
+from nngeom.capture.batch import each, leading_size, move, take
+from nngeom.capture.loaders import as_batches
 
 f64 = torch.float64
 

@@ -54,6 +54,53 @@ def test_loaders_of_every_kind(kind, representation):
     torch.testing.assert_close(nng.FIM(model, loaders[kind], representation).to_dense(), want)
 
 
+class Refilled:
+    """Batches that are all written into the same memory, as loaders with buffers of their own have them."""
+
+    def __init__(self, case, kind):
+        self.case, self.kind = case, kind
+
+    def __iter__(self):
+        x, y = (t[:3].clone() for t in (self.case.inputs, self.case.targets))
+        for lo in (0, 3):
+            x.copy_(self.case.inputs[lo : lo + 3])
+            y.copy_(self.case.targets[lo : lo + 3])
+            yield {"tensors": (x, y), "arrays": (x.numpy(), y.numpy()), "list": [x, y]}[self.kind]
+
+
+OF_LOADERS = {
+    "Dense": lambda m, loader: nng.FIM(m, loader, nng.PMatDense).to_dense(),
+    "EKFAC": lambda m, loader: nng.FIM(m, loader, nng.PMatEKFAC).to_dense(),
+    "nearest": lambda m, loader: nng.FIM(m, loader, nng.PMatKFAC, fit="nearest").to_dense(),
+    "Monte-Carlo": lambda m, loader: nng.FIM_MonteCarlo(m, loader, nng.PMatEKFAC).to_dense(),
+    "Implicit": lambda m, loader: nng.FIM(m, loader, nng.PMatImplicit).to_dense(),
+    "Hessian": lambda m, loader: nng.Hessian(m, loader, loss="cross_entropy").to_dense(),
+    "covariance": lambda m, loader: nng.GradientCovariance(m, loader, nng.PMatDense, loss="cross_entropy").to_dense(),
+    "centred": lambda m, loader: nng.FIM(m, loader, nng.PMatDense, centered=True).to_dense(),
+    "Jacobian": lambda m, loader: nng.Jacobian(m, loader).tensor,
+    "kernel": lambda m, loader: nng.GramMatrix(m, loader).tensor,
+    "trace of a kernel": lambda m, loader: nng.GramMatrix(m, loader, nng.FMatDiag).tensor,
+    "implicit kernel": lambda m, loader: nng.GramMatrix(m, loader, nng.FMatImplicit).to_dense(),
+    "influence": lambda m, loader: (
+        nng.influence(m, loader, loader, nng.FIM(m, loader), loss="cross_entropy", damping=0.1).scores
+    ),
+    "stiffness": lambda m, loader: nng.analysis.stiffness(m, loader).matrix,
+    "alignment": lambda m, loader: torch.as_tensor(nng.analysis.label_alignment(m, loader)),
+}
+
+
+@pytest.mark.parametrize("kind", ["tensors", "arrays", "list"])
+@pytest.mark.parametrize("measure", OF_LOADERS)
+def test_a_loader_that_writes_its_batches_into_the_same_memory(measure, kind):
+    """Whether it is read again or its batches are kept; so with a generator, where one can be given."""
+    case = build("mlp")
+    torch.manual_seed(0)
+    want = OF_LOADERS[measure](case.model, [(case.inputs[:3], case.targets[:3]), (case.inputs[3:6], case.targets[3:6])])
+    for given in (Refilled(case, kind), iter(Refilled(case, kind)))[: 1 if measure == "influence" else 2]:
+        torch.manual_seed(0)
+        torch.testing.assert_close(OF_LOADERS[measure](case.model, given), want)
+
+
 def test_kernels_of_shuffled_loaders_are_symmetric():
     case = build("mlp")
     loader = DataLoader(TensorDataset(case.inputs, case.targets), batch_size=3, shuffle=True)

@@ -1,4 +1,4 @@
-"""Batches as people have them: which iterables are loaders, and how examples are moved, counted and taken.
+"""Batches as people have them: how examples are moved, counted and taken.
 
 A batch is any nesting of tensors in tuples, lists, named tuples, mappings and dataclasses; it comes back in the same
 containers. A bare tensor given as one of several batches becomes ``(tensor,)``, so that what was once told apart from
@@ -21,72 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, LoaderError
 
 Batch = Any
-_LEAVES = (Tensor, np.ndarray, PackedSequence)
-_OFFER = (
-    "a list is an iterable of batches: for one batch pass tuple(batch) or [batch]; for several batches of inputs alone "
-    "pass [(x1,), (x2,)], or an iterator over them"
-)
+LEAVES = (Tensor, np.ndarray, PackedSequence)
 
 
-def as_batches(loader: Any) -> Iterable[Batch]:
-    """An iterable of batches; a tuple, a tensor, an array or a mapping given as loader is one batch.
-
-    Raises :class:`ArgumentError` for a list that looks like one batch, as ``next(iter(DataLoader))`` gives it, and
-    :class:`ArgumentTypeError` for what is no iterable of batches.
-    """
-    if isinstance(loader, (tuple, Mapping, *_LEAVES)) or (_is_record(loader) and not hasattr(loader, "__iter__")):
-        return [_bare(loader)]
-    if isinstance(loader, (str, bytes)) or not hasattr(loader, "__iter__") or hasattr(loader, "__array__"):
-        raise ArgumentTypeError(
-            f"loader is {type(loader).__name__}; expected a DataLoader, an iterable of batches, or one batch "
-            "(a tuple, tensor, array or dict)"
-        )
-    if isinstance(loader, list):
-        _require_batches(loader)
-        return [_bare(batch) for batch in loader]
-    return map(_bare, loader) if isinstance(loader, Iterator) else _Loader(loader)
-
-
-class _Loader:
-    """A loader that can be iterated again; ``len`` where it has one."""
-
-    def __init__(self, source: Iterable[Any]) -> None:
-        self.source = source
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(_bare, self.source)
-
-    def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]
-
-
-def _bare(batch: Batch) -> Batch:
-    return (batch,) if isinstance(batch, _LEAVES) and not isinstance(batch, PackedSequence) else batch
-
-
-def _require_batches(items: list[Any]) -> None:
-    """Raise for a list of tensors that is more likely one batch than several: see :func:`as_batches`."""
-    arrays = [x for x in items if isinstance(x, (Tensor, np.ndarray))]
-    if len(items) < 2 or not arrays:
-        return
-    given = ", ".join(f"{type(x).__name__} {tuple(x.shape) if hasattr(x, 'shape') else ''}".strip() for x in items[:4])
-    given += ", ..." if len(items) > 4 else ""
-    if len(arrays) < len(items):
-        raise ArgumentError(f"loader is a list of unlike things, [{given}]; {_OFFER}")
-    sizes = {leading_size(x) for x in arrays}
-    if len(sizes) == 1 and None not in sizes and (len(items) < 4 or len({(x.dtype, x.ndim) for x in arrays}) > 1):
-        raise ArgumentError(
-            f"loader is a list of {len(items)} tensors with {sizes.pop()} rows each, [{given}], which is how a "
-            f"DataLoader gives one batch; {_OFFER}"
-        )
-
-
-def _is_record(x: Any) -> bool:
+def is_record(x: Any) -> bool:
     """Whether ``x`` is an instance of a dataclass."""
     return dataclasses.is_dataclass(x) and not isinstance(x, type)
-
-
-# -- one batch ---------------------------------------------------------------------------------------------------------
 
 
 def one_batch(batch: Batch) -> list[Batch]:
@@ -103,7 +43,7 @@ def one_batch(batch: Batch) -> list[Batch]:
 
 def each(batch: Batch, f: Callable[[Any], Any]) -> Batch:
     """The batch with ``f`` of all its tensors, arrays and packed sequences, in the same containers."""
-    if isinstance(batch, _LEAVES):
+    if isinstance(batch, LEAVES):
         return f(batch)
     if isinstance(batch, Mapping):
         changed = {key: each(value, f) for key, value in batch.items()}
@@ -117,7 +57,7 @@ def each(batch: Batch, f: Callable[[Any], Any]) -> Batch:
         return type(batch)(*(each(value, f) for value in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)([each(value, f) for value in batch])
-    if _is_record(batch):
+    if is_record(batch):
         other = copy.copy(batch)
         for entry in dataclasses.fields(batch):
             object.__setattr__(other, entry.name, each(getattr(batch, entry.name), f))
@@ -172,7 +112,7 @@ def items(batch: Batch) -> Iterable[Any]:
         return batch.values()
     if isinstance(batch, (tuple, list)):
         return batch
-    if _is_record(batch):
+    if is_record(batch):
         return [getattr(batch, entry.name) for entry in dataclasses.fields(batch)]
     return ()
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from nngeom.capture import remedies
 from nngeom.capture.batch import Batch as Batch
-from nngeom.capture.batch import as_batches as as_batches
 from nngeom.capture.batch import leading_size as leading_size
 from nngeom.capture.batch import move
 from nngeom.capture.batch import take as take
@@ -25,6 +24,7 @@ from nngeom.capture.fused import dense_gradients
 from nngeom.capture.gathered import require_gathered, sharded_modules
 from nngeom.capture.in_step import in_step, require_same_batch
 from nngeom.capture.in_turn import used, value
+from nngeom.capture.loaders import as_batches as as_batches
 from nngeom.capture.made_of import require_data
 from nngeom.capture.measuring import measuring
 from nngeom.capture.outputs import called, checked

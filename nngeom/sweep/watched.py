@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.capture.batch import as_batches, tensors
+from nngeom.capture.batch import tensors
+from nngeom.capture.loaders import as_batches
 from nngeom.capture.network import Batch
 
 MASK = 0xFFFFFFFFFFFFFFFF
