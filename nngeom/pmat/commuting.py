@@ -7,7 +7,6 @@ unlike factors.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ def commuting(terms: Sequence[Weighted]) -> EigenBlock | None:
     if any(differentiated(t) for w, block in terms for t in (w, *block.tensors()) if isinstance(t, Tensor)):
         return None
     blocks, like = [block for _, block in terms], terms[0][1].diag()
-    z = _probes(*like.shape, like.dtype, like.device)
+    z = torch.randn(2, *like.shape, generator=torch.Generator().manual_seed(0), dtype=like.dtype).to(like.device)
     products = [block.mv(z) for block in blocks]
     for (x, xz), (y, yz) in itertools.pairwise(zip(blocks, products)):
         if not _equal(x.mv(yz), y.mv(xz), 4 * xz.norm() * yz.norm() / z.norm()):
@@ -51,10 +50,3 @@ def _equal(x: Tensor, y: Tensor, size: Tensor) -> bool:
     """Whether products ``[k, s, o, i]`` differ by rounding of numbers of such a ``size`` only."""
     allowed = ROUNDINGS * max(x.shape[-2:]) ** 0.5 * torch.finfo(x.dtype).eps
     return bool((x - y).norm() <= allowed * size)
-
-
-@functools.lru_cache(16)
-def _probes(s: int, o: int, i: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Two random vectors, always the same."""
-    generator = torch.Generator().manual_seed(s * o * i)
-    return torch.randn(2, s, o, i, generator=generator, dtype=torch.float64).to(device, dtype)
