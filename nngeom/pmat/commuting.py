@@ -27,11 +27,12 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 def commuting(terms: Sequence[Weighted]) -> EigenBlock | None:
     """The sum of ``terms`` in an eigenbasis of all of them; ``None`` where products with random vectors show that
-    there is none, where none is found, or for terms with a graph.
+    there is none, where none is found, for terms with a graph, or with too few digits to tell.
     """
-    if any(differentiated(t) for w, block in terms for t in (w, *block.tensors()) if isinstance(t, Tensor)):
-        return None
     blocks, like = [block for _, block in terms], terms[0][1].diag()
+    graph = any(differentiated(t) for w, block in terms for t in (w, *block.tensors()) if isinstance(t, Tensor))
+    if graph or like.dtype not in (torch.float32, torch.float64):
+        return None
     z = torch.randn(2, *like.shape, generator=torch.Generator().manual_seed(0), dtype=like.dtype).to(like.device)
     products = [block.mv(z) for block in blocks]
     for (x, xz), (y, yz) in itertools.pairwise(zip(blocks, products)):
