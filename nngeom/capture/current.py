@@ -38,6 +38,8 @@ def require_converted_before(network: Network) -> None:
     """Raise :class:`CollectionError` where the parameters of a ``network`` have another dtype, or lie on another
     device, than when it was built: numbers that were kept since have those of then.
     """
+    if all([p.dtype is network.dtype and p.device == network.device for p in network.parameters.values()]):
+        return
     dtypes, devices = zip(*{(p.dtype, p.device) for p in network.parameters.values()})
     dtype = functools.reduce(torch.promote_types, dtypes)
     if dtype != network.dtype or any(device != network.device for device in devices):
