@@ -91,10 +91,13 @@ class Partitioned:
         if bordered is None:
             return self.whole().solve(b, damping)
         base = self.base(bordered)
-        inverse = lambda x: bordered.solve(base.solve(x, damping))
+
+        def inverse(y: Tensor) -> Tensor:
+            return bordered.solve(base.solve(y, damping))
+
         if not isinstance(damping, Tikhonov):
             return inverse(b)
-        x = corrected(lambda x: self._times(x) + damping.value * x, inverse, b)
+        x = corrected(lambda y: self._times(y) + damping.value * y, inverse, b)
         return self.whole().solve(b, damping) if x is None else x
 
     def _times(self, x: Tensor) -> Tensor:

@@ -32,4 +32,5 @@ def corrected(matrix: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Te
 
 
 def _length(x: Tensor) -> Tensor:
-    return x.detach().norm(dim=-1)
+    length: Tensor = x.detach().norm(dim=-1)
+    return length
