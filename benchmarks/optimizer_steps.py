@@ -3,9 +3,8 @@
     python -m benchmarks.optimizer_steps        # docs/data/steps.json, and the table on the screen
     python -m benchmarks.optimizer_steps --only auto-encoder     # the others stay as they are
 
-A step of each kind (plain, one that takes in statistics, one that computes bases or inverses anew) is timed by itself,
-with periods of 2 and 6 steps, from the 25th on; medians of each kind are weighted by the default periods.
-Single-threaded, one run.
+Every method steps with its default periods, in turns of 100 steps, which are a whole number of them; of a turn the mean
+counts, over turns the median. From the 25th step on. Single-threaded, one run.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from torch.nn import functional as F
 
 import nngeom as nng
 
-WARM, STEPS = 24, 13  # the model is compared with the loss at the first 20 steps, and at every fifth later
-PERIODS = {"KFAC": (10, 10), "SOAP": (5, 10)}  # after how many steps statistics and bases come; others (10, 50)
+WARM = 24  # the model is compared with the loss at the first 20 steps, and at every fifth later
+TURN = 100  # steps; bases come every 50, inverses every 10, statistics every 10 or 5
 
 
 class Embedded(nn.Module):
@@ -84,67 +83,58 @@ def problems() -> dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Ten
     }
 
 
-def soap(model: nn.Module, every: int) -> torch.optim.Optimizer:
+def soap(model: nn.Module) -> torch.optim.Optimizer:
     from pytorch_optimizer import SOAP
 
-    return SOAP(model.parameters(), lr=1e-5, precondition_frequency=every)
+    return SOAP(model.parameters(), lr=1e-5, precondition_frequency=10)
 
 
-KEYS = {"lr": 1e-5, "statistics_every": 2}
 METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-5, momentum=0.9),
     "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-5),
-    "EKFAC": lambda m: nng.optim.EKFAC(m, basis_every=6, **KEYS),
-    "EKFAC, drowned=0": lambda m: nng.optim.EKFAC(m, basis_every=6, drowned=0.0, **KEYS),
-    "KFAC": lambda m: nng.optim.KFAC(m, inverse_every=6, **KEYS),
-    "SOAP": lambda m: nng.optim.SOAP(m, basis_every=6, **KEYS),
-    "SOAP of pytorch_optimizer": lambda m: soap(m, 6),
+    "EKFAC": lambda m: nng.optim.EKFAC(m, lr=1e-5),
+    "EKFAC, drowned=0": lambda m: nng.optim.EKFAC(m, lr=1e-5, drowned=0.0),
+    "KFAC": lambda m: nng.optim.KFAC(m, lr=1e-5),
+    "SOAP": lambda m: nng.optim.SOAP(m, lr=1e-5),
+    "SOAP of pytorch_optimizer": soap,
 }
 
 
-def timed(make: Callable[[], nn.Module], x: Tensor, loss: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Milliseconds of a step of every method, amortised; the methods take turns, of 6 steps or of 120 short ones, the
-    first of which find the caches as another left them.
-    """
-    runs: dict[str, tuple[nn.Module, torch.optim.Optimizer, list[float]]] = {}
+def timed(
+    make: Callable[[], nn.Module], x: Tensor, loss: Callable[[Tensor], Tensor], turns: int
+) -> dict[str, list[float]]:
+    """Milliseconds of a step of every method, the mean of each turn; the methods take turns."""
+    runs: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
     for method, optimizer in METHODS.items():
         torch.manual_seed(0)
         model = make()
-        runs[method] = model, optimizer(model), []
-    steps, turn = (STEPS, 6) if x.numel() > 2000 else (600, 120)
-    for model, opt, _ in runs.values():
-        for _ in range(WARM):
-            one_step(model, opt, x, loss)
-    for done in range(0, steps, turn):
-        for model, opt, spent in runs.values():
-            spent += [one_step(model, opt, x, loss) for _ in range(min(turn, steps - done))]
-    return {method: amortised(method, spent) for method, (_, _, spent) in runs.items()}
+        runs[method] = model, optimizer(model)
+        run(*runs[method], x, loss, WARM)
+    means: dict[str, list[float]] = {method: [] for method in METHODS}
+    for _ in range(turns):
+        for method, (model, opt) in runs.items():
+            means[method].append(1e3 * run(model, opt, x, loss, TURN) / TURN)
+    return means
 
 
-def one_step(model: nn.Module, opt: torch.optim.Optimizer, x: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
-    """Seconds of processor time."""
+def run(model: nn.Module, opt: torch.optim.Optimizer, x: Tensor, loss: Callable[[Tensor], Tensor], steps: int) -> float:
+    """Seconds of processor time of so many ``steps``."""
     start = time.process_time()
-    opt.zero_grad()
-    if isinstance(opt, nng.optim.NaturalGradient):
-        with opt.observe("mean"):
+    for _ in range(steps):
+        opt.zero_grad()
+        if isinstance(opt, nng.optim.NaturalGradient):
+            with opt.observe("mean"):
+                loss(model(x)).backward()
+        else:
             loss(model(x)).backward()
-    else:
-        loss(model(x)).backward()
-    opt.step()
+        opt.step()
     return time.process_time() - start
-
-
-def amortised(method: str, spent: list[float]) -> float:
-    """Medians of each kind of step, weighted by the default periods."""
-    kinds = {"refresh": spent[6::6], "statistics": [*spent[2::6], *spent[4::6]], "plain": spent[1::2]}
-    refresh, statistics, plain = (1e3 * median(kinds[k]) for k in ("refresh", "statistics", "plain"))
-    often, seldom = PERIODS.get(method.partition(" ")[0].rstrip(","), (10, 50))
-    return plain + (statistics - plain) / often + (refresh - statistics) / seldom
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="problems whose name begins so")
+    parser.add_argument("--turns", type=int, default=9, help="of 100 steps each")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", nng.optim.QuadraticModelWarning)  # of steps that are timed, not of use
@@ -153,7 +143,7 @@ def main() -> None:
     for name, (make, x, loss) in problems().items():
         if not name.startswith(options.only):
             continue
-        times = timed(make, x, loss)
+        times = {method: median(means) for method, means in timed(make, x, loss, options.turns).items()}
         table[name] = {k: {"milliseconds": round(v, 3), "ratio": round(v / times["SGD"], 3)} for k, v in times.items()}
         print(name, {k: (round(v, 3), round(v / times["SGD"], 2)) for k, v in times.items()}, flush=True)
     path.write_text(json.dumps(table, indent=1))

@@ -36,6 +36,8 @@ def matrices() -> dict[str, Any]:
         "KFAC + KFAC + KFAC": f + g + h,
         "KFAC + Diag": f + nng.FIM(model, two, nng.PMatDiag),
         "KFAC + EKFAC": f + nng.FIM(model, two, nng.PMatEKFAC),
+        "KFAC + its own EKFAC": f + nng.FIM(model, one, nng.PMatEKFAC),
+        "KFAC - KFAC / 2": f - 0.5 * f,
         "KFAC + QuasiDiag": f + nng.FIM(model, two, nng.PMatQuasiDiag),
         "KFAC + LowRank of 72 rows": f + rows(8),
         "KFAC + LowRank of 270 rows": f + rows(30),

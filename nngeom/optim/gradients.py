@@ -39,15 +39,10 @@ class Gradients:
         return self.flat
 
     def write(self, factor: float = 1.0) -> None:
-        """Into every ``.grad`` that there is, times a ``factor``."""
+        """Into every ``.grad`` that there is, times a ``factor``, as ``flat`` itself is then."""
         pieces, grads = self._present()
         if factor != 1:
-            pieces = [
-                x * factor if self._in_parts or x.dtype != g.dtype else torch.mul(x, factor, out=g)
-                for x, g in zip(pieces, grads)
-            ]
-            left = [(x, g) for x, g in zip(pieces, grads) if x is not g]
-            pieces, grads = [x for x, _ in left], [g for _, g in left]
+            self.flat.mul_(factor)
         if self._in_parts:
             pieces, grads = [part_of(x, g) for x, g in zip(pieces, grads)], [local(g) for g in grads]
         if grads:

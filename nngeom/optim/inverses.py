@@ -5,26 +5,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nngeom.core.damping import Cutoff, Damping, Relative
+from nngeom.core.damping import Cutoff, Damping, FactoredTikhonov, Relative
 from nngeom.core.errors import SingularError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.optim.drowned import Drowned, drowned_inverse
 from nngeom.optim.manner import Manner
+from nngeom.optim.stacks import LARGEST
 from nngeom.pmat.block import Block
 from nngeom.pmat.damped import damped_by
-from nngeom.pmat.kronecker import KroneckerBlock
+from nngeom.pmat.kronecker import KroneckerBlock, factored_inverses
 from nngeom.ranks.made import made
 
 
 def inverses(manner: Manner, blocks: dict[Layout, Block], damping: Damping | Relative) -> dict[Layout, Block | Drowned]:
     """Those of all ``blocks``, each made by one of the processes."""
     if manner.makers.size == 1:
-        return {layout: inverse(layout, block, damping, manner.drowned) for layout, block in blocks.items()}
+        found: dict[Layout, Block | Drowned] = {**small_inverses(blocks, damping)}
+        return {lay: found.get(lay) or inverse(lay, block, damping, manner.drowned) for lay, block in blocks.items()}
     costs = {layout: cost(block) for layout, block in blocks.items()}
     tensors = (t for block in blocks.values() for t in block.fields().values() if isinstance(t, Tensor))
     device = next((t.device for t in tensors), torch.device("cpu"))
     made_of = lambda layout: inverse(layout, blocks[layout], damping, manner.drowned)
     return made(manner.makers, "inverses", costs, made_of, device)
+
+
+def small_inverses(blocks: dict[Layout, Block], damping: Damping | Relative) -> dict[Layout, KroneckerBlock]:
+    """Those of small Kronecker products among the ``blocks``, all at once; none where one of them is singular."""
+    if not isinstance(damping, FactoredTikhonov):
+        return {}
+    small = {layout: block for layout, block in blocks.items() if type(block) is KroneckerBlock and _is_small(block)}
+    try:
+        return dict(zip(small, factored_inverses(list(small.values()), damping)))
+    except SingularError:
+        return {}
+
+
+def _is_small(block: KroneckerBlock) -> bool:
+    return all(f.ndim == 3 and f.shape[-1] <= LARGEST for f in (block.a, block.g))
 
 
 def cost(block: Block) -> float:

@@ -181,7 +181,7 @@ class NaturalGradient(Preconditioned):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         require_groups(self.param_groups, parameters)
         self.bound, self.check = Bound(), ModelCheck()
-        self.clock.now()  # checks the numbers
+        self.clock.now()  # checks the damping
         self.joint = Joint(team, self.observer, self.partition, self.pending)
         self.joint.agree(
             type(self).__name__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any, NamedTuple
 
 from nngeom.core.damping import Damping, Relative
@@ -37,18 +38,22 @@ class Clock:
     """Counts steps, and knows what is due: numbers, or callables of the step, as they were given to the constructor."""
 
     def __init__(self, damping: Any, *, variances: bool = False, **numbers: Any):
-        """``variances``: whether those of the examples along eigenvectors are known."""
+        """``variances``: whether those of the examples along eigenvectors are known. Raises :class:`ArgumentError` for
+        a number out of range.
+        """
         self.damping, self.variances, self.numbers = damping, variances, numbers
         self.steps, self.refreshed = 0, -1
+        self._vary = not all(isinstance(x, (int, float, NoneType)) for x in numbers.values())
+        for name, x in numbers.items():
+            number(name, x, 0)
 
     def due(self) -> bool:
         """Whether statistics are due at the coming step."""
-        asked = "every", "statistics_decay", "statistics_every"
-        return self._due({name: number(name, self.numbers[name], self.steps) for name in asked})[0]
+        return self._due(self._numbers("every", "statistics_decay", "statistics_every"))[0]
 
     def now(self) -> Schedule:
         """The schedule of the coming step; raises :class:`ArgumentError` for a number out of range."""
-        now = {name: number(name, x, self.steps) for name, x in self.numbers.items()}
+        now = self._numbers(*self.numbers)
         statistics, refresh = self._due(now)
         return Schedule(
             statistics=statistics,
@@ -59,6 +64,10 @@ class Clock:
             kl_clip=now["kl_clip"],
             variance=self.damping if isinstance(self.damping, VarianceDamping) else None,
         )
+
+    def _numbers(self, *names: str) -> dict[str, Any]:
+        """Those of the coming step; such as do not vary were checked."""
+        return {name: number(name, self.numbers[name], self.steps) for name in names} if self._vary else self.numbers
 
     def _due(self, now: dict[str, Any]) -> tuple[bool, bool]:
         """Statistics, and a refresh."""

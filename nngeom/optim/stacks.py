@@ -101,13 +101,11 @@ class _Products:
 
     def multiply(self, *, singly: bool) -> None:
         """All of them, or those of stacks."""
-        for left, x, right, out in self.together:
+        for left, x, right, out in [*self.together, *self.alone] if singly else self.together:
             if torch.is_autocast_enabled(out.device.type):  # whose products are in a dtype of its own
                 out.copy_(torch.bmm(torch.bmm(left, x), right))
             else:
                 torch.bmm(torch.bmm(left, x), right, out=out)
-        for left, x, right, out in self.alone if singly else ():
-            out.copy_(torch.bmm(torch.bmm(left, x), right))
 
 
 def _shape(layout: Layout, sides: Sides) -> tuple[int, ...] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,9 +98,7 @@ class KroneckerBlock(Block):
 
     def factored_inverse(self, damping: FactoredTikhonov) -> KroneckerBlock:
         """The inverse under a ``damping``, factor by factor: of :meth:`damped`."""
-        words = "the damped input factor", "the damped gradient factor"
-        a, g = factor_inverses(self.damped(damping), words)
-        return KroneckerBlock(a, g)
+        return factored_inverses([self], damping)[0]
 
     def damped(self, damping: FactoredTikhonov) -> tuple[Tensor, Tensor]:
         """``a + pi sqrt(x)`` and ``g + sqrt(x) / pi`` for a ``damping`` by ``x``; ``pi``: the root of the ratio of mean
@@ -157,6 +155,13 @@ class KroneckerBlock(Block):
         )
         uses = tuple(f if q % 2 else inputs(f) for q, f in enumerate(self.uses))
         return KroneckerBlock(inputs(self.a), self.g, uses)
+
+
+def factored_inverses(blocks: Sequence[KroneckerBlock], damping: FactoredTikhonov) -> list[KroneckerBlock]:
+    """:meth:`KroneckerBlock.factored_inverse` of several ``blocks`` at once."""
+    damped = [factor for block in blocks for factor in block.damped(damping)]
+    found = factor_inverses(damped, ("the damped input factor", "the damped gradient factor") * len(blocks))
+    return [KroneckerBlock(a, g) for a, g in zip(found[::2], found[1::2])]
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,6 +68,11 @@ class Partitioned:
         maker = PMat.makers.get(next(iter(kinds)), any_blocks) if len(kinds) == 1 else any_blocks
         return maker.of_blocks(self.collection, self.blocks, 0)
 
+    def together(self) -> Partitioned:
+        """Blocks whose parts commute in the eigenbasis of these."""
+        blocks = {lay: b.together() if isinstance(b, SumBlock) else b for lay, b in self.blocks.items()}
+        return replace(self, blocks=blocks)
+
     def whole(self) -> Partitioned:
         """Everything as one block, where rows reach over all of them."""
         if self.rows is None:

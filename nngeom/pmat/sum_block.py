@@ -18,6 +18,7 @@ from nngeom.pmat.balanced import balanced
 from nngeom.pmat.block import Block, BlockBasis, EyeBlock
 from nngeom.pmat.block_algebra import Remake
 from nngeom.pmat.closed import Weighted, reduced
+from nngeom.pmat.commuting import commuting
 from nngeom.pmat.diag import DiagBlock
 from nngeom.pmat.eigenvalues import by_eigenvalues, rounding
 from nngeom.pmat.group import GroupBlock, by_group, coarser, groups
@@ -55,6 +56,10 @@ class SumBlock(Block):
             return few[0][1] if isinstance(few[0][0], float) and few[0][0] == 1 else few[0][1].scaled(few[0][0])
         weights, parts = zip(*few)
         return SumBlock(parts, weights, *options)
+
+    def together(self) -> Block:
+        """In the eigenbasis of all parts, where they commute."""
+        return commuting(self.terms) or self
 
     @property
     def terms(self) -> list[Weighted]:

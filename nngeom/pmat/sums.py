@@ -98,6 +98,10 @@ class PMatSum(SumParts):
 
         ``limit``: the longest side of a block that is made dense; ``tol``, ``max_steps``: of iterative solves.
         """
+        blocks = self._partitioned(limit, tol, max_steps)
+        return None if blocks is None else blocks.together()
+
+    def _partitioned(self, limit: int, tol: float | None = None, max_steps: int | None = None) -> Partitioned | None:
         terms = list(self.flattened())
         flat = [(w, part) for w, part in terms if isinstance(part, PMat)]
         if len(flat) < len(terms):
@@ -119,11 +123,11 @@ class PMatSum(SumParts):
         """The Frobenius norm (``kind="fro"``), by inner products of the parts, of the dense matrix with implicit ones;
         or the largest absolute eigenvalue (``kind=2``), of large blocks by Lanczos' method.
         """
-        blocks = self.partitioned()
+        blocks = self._partitioned(BLOCK_LIMIT)
         if blocks is None:
             return super().norm(kind)
         if is_spectral(kind):
-            return blocks.whole().matrix.norm(2)
+            return blocks.together().whole().matrix.norm(2)
         require_frobenius(kind)
         return blocks.norm()
 
