@@ -174,6 +174,15 @@ def test_inputs_of_another_dtype_say_what_to_do(net, x, y, given):
         nng.FIM(nn.Sequential(nn.Conv1d(1, 3, 2), nn.Flatten()), x[:, None])
 
 
+@pytest.mark.parametrize("given", [f64, torch.float32, torch.int64])
+def test_layers_of_several_dtypes_say_what_to_do(net, x, y, given):
+    mixed = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3).double())
+    assert nng.FIM(mixed, (x.float(), y), function=lambda x, y: mixed[1](mixed[0](x).double())).dtype == f64
+    for batch in ((x.to(given), y), [(x.to(given), y)]):
+        with pytest.raises(nng.ArgumentTypeError, match=rf"{given}.*torch.float32, torch.float64.*model.double\(\)"):
+            nng.FIM(mixed, batch)
+
+
 def test_errors_of_the_model_itself_stay_what_they_are(net, x, y):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as error:
         nng.FIM(net, (x[:, :3], y))

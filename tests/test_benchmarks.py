@@ -1,6 +1,7 @@
 """The benchmark agrees with its slow references, times, and reports; on toy settings."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,3 +205,20 @@ def test_constants_of_sums_are_put_back():
     assert {name: getattr(module, name) for name, (module, _) in apart.GRID.items()} == before
     assert len(lines) == 2 + sum(len(values) for _, values in apart.GRID.values())
     assert sum("(taken)" in line for line in lines) == len(before) and all(line.count("|") == 4 for line in lines[2:])
+
+
+def test_constants_at_other_values_are_put_back():
+    from benchmarks import constants
+    from nngeom.core import factor_inverses
+    from nngeom.pmat import kronecker_basis
+
+    before, docs = (factor_inverses.CLEAR, kronecker_basis.PIECE), Path(__file__).parent.parent / "docs"
+    found = constants.clears(torch.float32, 1, draws=10)
+    sizes = (constants.PIECES[0], before[1])
+    assert constants.pieces("72 rows, 64 x 64", 1, sizes)["ratios"].keys() == set(map(str, sizes))
+    assert (factor_inverses.CLEAR, kronecker_basis.PIECE) == before
+    assert before[0] in constants.CLEARS and before[1] in constants.PIECES
+    assert found["differ"][str(before[0])] == 0 < found["differ"]["1.0"]
+    assert all(condition > 1 > error for condition, error in found["errors"].values())
+    kept = json.loads((docs / "data" / "constants.json").read_text())
+    assert constants.markdown(kept) in (docs / "benchmarks.md").read_text()

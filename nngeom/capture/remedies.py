@@ -55,7 +55,8 @@ def of_a_call(error: Exception, batch: Batch, parameters: Mapping[str, Tensor], 
             "outside"
         )
     wanted = {p.dtype for p in parameters.values()}
-    given = {d for d in held if (d.is_floating_point or d.is_complex) and d not in wanted}
+    mixed = len(wanted) > 1  # then one of its layers may not take what another gives
+    given = {d for d in held if (d.is_floating_point or d.is_complex) and (mixed or d not in wanted)}
     if not given and held and not held[0].is_floating_point and re.search(_WHOLE, text, re.IGNORECASE):
         given = set(held[:1])
     if given and re.search(r"dtype|scalar type|input type", text, re.IGNORECASE):

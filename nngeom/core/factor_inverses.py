@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nngeom.core.linalg import factor_inverse, is_diagonal
 
-CLEAR = 2.0  # times what rounding may make of a zero pivot, from which on a pivot surely is none
+CLEAR = 2.0  # times what rounding may make of a zero pivot, from which on one surely is none; 1.001 would do
 
 
 def factor_inverses(factors: Sequence[Tensor], words: Sequence[str]) -> list[Tensor]:

@@ -24,7 +24,7 @@ from nngeom.core.registry import Registry
 from nngeom.pmat.block_algebra import BlockAlgebra, Remake, same
 from nngeom.pmat.eigenvalues import reciprocal, shifted_logdet
 
-PIECE = memory.CACHE_BYTES // 8  # of rows that are turned at once
+PIECE = memory.CACHE_BYTES // 8  # of rows that are turned at once; four times as many take up to 1.6 of the time
 
 
 class TensorObject:

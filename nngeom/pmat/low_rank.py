@@ -22,6 +22,7 @@ from nngeom.pmat.householder import HouseholderBasis
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Recipe, Selection, join_rows
 from nngeom.pmat.spanned import SpannedBlock
+from nngeom.solve.corrected import corrected
 from nngeom.space.collection import LayerCollection
 from nngeom.space.joined import require_collection
 from nngeom.sweep.sweep import Chunk
@@ -77,7 +78,9 @@ class LowRankBlock(Block):
         return None
 
     def solve(self, b: Tensor, damping: Damping) -> Tensor:
-        """Woodbury with the Gram matrix of the rows, ``(b - R^T (R R^T +- c I)^-1 R b) / c``, else :meth:`inverse`."""
+        """Woodbury with the Gram matrix of the rows, ``(b - R^T (R R^T +- c I)^-1 R b) / c``, :func:`corrected`, else
+        :meth:`inverse`.
+        """
         c = self.shift + damping.value
         if isinstance(damping, Cutoff) or c <= 0:
             return super().solve(b, damping)
@@ -87,8 +90,12 @@ class LowRankBlock(Block):
             factor = linalg.cholesky(gram, "the low-rank matrix")
         except SingularError:
             return super().solve(b, damping)
-        inner = torch.cholesky_solve((b @ self.r.T).flatten(0, -2).T, factor).T
-        return (b - self.sign * inner.reshape(*b.shape[:-1], -1) @ self.r) / c
+
+        def woodbury(y: Tensor) -> Tensor:
+            return (y - self.sign * torch.cholesky_solve((y @ self.r.T).T, factor).T @ self.r) / c
+
+        x = corrected(lambda y: self.sign * (y @ self.r.T) @ self.r + c * y, woodbury, b.flatten(0, -2))
+        return super().solve(b, damping) if x is None else x.view(b.shape)
 
     def inverse(self, damping: Damping) -> Block:
         """Woodbury; with ``R = U S V^T`` the inverse is ``V (1 / (S^2 + c) - 1 / c) V^T + I / c``, low-rank again."""

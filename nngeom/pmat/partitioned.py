@@ -24,6 +24,7 @@ from nngeom.pmat.near import sum_of
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.regroup import Rows, moved, regroup
 from nngeom.pmat.sum_block import ITERATED, SumBlock
+from nngeom.solve.corrected import corrected
 from nngeom.space.collection import LayerCollection
 
 Noise = Callable[[], Tensor]  # white, [n d]
@@ -94,7 +95,22 @@ class Partitioned:
         bordered = self.bordered(damping)
         if bordered is None:
             return self.whole().solve(b, damping)
-        return bordered.solve(self.base(bordered).solve(b, damping))
+        base = self.base(bordered)
+
+        def inverse(y: Tensor) -> Tensor:
+            return bordered.solve(base.solve(y, damping))
+
+        if not isinstance(damping, Tikhonov):
+            return inverse(b)
+        x = corrected(lambda y: self._times(y) + damping.value * y, inverse, b)
+        return self.whole().solve(b, damping) if x is None else x
+
+    def _times(self, x: Tensor) -> Tensor:
+        """``M x``, ``[*b, d]``."""
+        product = self._each(x, lambda block, y: block.mv(y))
+        if self.rows is not None:
+            product = product + ((x @ self.rows.r.T) * self.rows.signs) @ self.rows.r
+        return product
 
     def logdet(self, damping: Tikhonov) -> Tensor:
         """``log det(M + damping I)``."""
