@@ -20,9 +20,8 @@ from nngeom.pullback.backward import dense
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # parts of a float64 model may compute in float32
 _GOLDEN = 0.5 * (5**0.5 - 1)  # its multiples fall into no pattern
 CHANGES = (
-    "the model changes from one call to the next, on the same batch: it draws random numbers or keeps a "
-    "state, so a measure of "
-    "it would be random; call model.eval(), or fix what it draws"
+    "the model changes from one call to the next, on the same batch: it draws random numbers, keeps a state, or writes "
+    "into its inputs, so a measure of it would be random; call model.eval(), fix what it draws, or work on copies"
 )
 ADDED_UP = {torch.float64: 1e-5, torch.float32: 2e-3}  # of a model, parts of which may compute in float32
 MIXES = (
