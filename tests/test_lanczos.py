@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import STORED, build, representation
 
 import nngeom as nng
 from nngeom.solve.lanczos import lanczos
@@ -133,3 +134,30 @@ def test_bad_arguments():
         lanczos(lambda x: x, start(D), 5, max_steps=3)
     with pytest.raises(nng.NonFiniteError, match="not finite"):
         lanczos(lambda x: x * float("nan"), start(D), 1)
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest", "both"])
+@pytest.mark.parametrize("kind", [*STORED, "kfac + diag", "inverse of diag"])
+def test_of_every_symmetric_matrix(kind, which):
+    case, g = build("mlp", sizes=(3, 4)), torch.Generator().manual_seed(0)
+    measured = lambda kind: nng.FIM(case.model, case.loader, representation(kind, case.model))
+    if kind == "kfac + diag":
+        m = measured("kfac") + measured("diag")
+    else:
+        m = measured("diag").inverse(0.1) if kind.startswith("inverse") else measured(kind)
+    values = torch.linalg.eigvalsh(m.to_dense())
+    found, vectors = m.lanczos(4, which, generator=g)
+    scale = float(values.abs().max())
+    torch.testing.assert_close(found, expected(values, 4, which), rtol=0, atol=1e-6 * scale)
+    residuals = m.mv(vectors).flat() - found.unsqueeze(-1) * vectors.flat()
+    assert float(residuals.norm(dim=-1).max()) <= 1e-5 * scale
+    density = m.spectral_density(8, 2, generator=g)
+    assert abs(float(density.expectation(lambda s: s)) - float(values.mean())) < 0.2 * scale
+
+
+def test_products_of_matrices_say_what_to_do():
+    case = build("mlp", sizes=(3, 4))
+    k, d = (nng.FIM(case.model, case.loader, kind) for kind in (nng.PMatKFAC, nng.PMatDiag))
+    for ask in (lambda m: m.lanczos(2), lambda m: m.spectral_density()):
+        with pytest.raises(nng.UnsupportedError, match=r"not symmetric; use torch.linalg.eig"):
+            ask(k @ d)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nngeom.core.errors import UnsupportedError
 from nngeom.pmat.arguments import is_spectral, require_frobenius
-from nngeom.pmat.spectra import Spectra
+from nngeom.pmat.operator import ParameterOperator
 from nngeom.solve.hutchinson import Estimate, hutchinson
 from nngeom.solve.leave_one_out import DIAGONALS, TRACES, estimator_of
 from nngeom.solve.norm import spectral_norm
@@ -18,7 +18,7 @@ from nngeom.solve.slq import require_slq, slq_logdet
 from nngeom.space.pvector import PVector
 
 
-class EstimatedOperator(Spectra):
+class EstimatedOperator(ParameterOperator):
     """Trace, diagonal, norms, log-determinant and spectrum of a symmetric matrix, from its products with vectors."""
 
     def _estimate(

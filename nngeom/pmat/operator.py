@@ -16,6 +16,7 @@ from nngeom.core.errors import ArgumentTypeError, DeviceError, SizeError, not_ad
 from nngeom.core.hand import InHand
 from nngeom.pmat.arguments import as_divisor, as_factor
 from nngeom.pmat.operands import HasForms, V
+from nngeom.pmat.spectra import Spectra
 from nngeom.pmat.unoffered import Unoffered
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 DENSE_LIMIT = 20_000
 
 
-class ParameterOperator(InHand, Unoffered, ABC):
+class ParameterOperator(InHand, Spectra, Unoffered, ABC):
     """Anything that maps parameter space to itself: the contract of section 3, tiers marked.
 
     Primitives are ``layer_collection, dtype, device, product, scaled``, and what every matrix answers in a way of its

@@ -96,6 +96,9 @@ class PMatSharded(ParameterOperator):
             self.team.spread([out[..., s] for s in self._slices(names)], rank)
         return out
 
+    def _drawn(self, generator: torch.Generator | None) -> torch.Generator | None:
+        return generator_of(self.team, generator, self.device)
+
     def product(self, x: Tensor) -> Tensor:
         return symmetric(lambda y: self._joined("product", y, lambda part, z: part.product(z)), x)
 

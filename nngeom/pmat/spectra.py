@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from nngeom.core.errors import ConvergenceError, UnsupportedError
-from nngeom.pmat.operator import ParameterOperator
 from nngeom.solve.lanczos import lanczos
 from nngeom.solve.slq import SpectralDensity, spectral_density
+from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
 
 
-class Spectra(ParameterOperator):
-    """A symmetric matrix whose whole spectrum is more than one wants to have: what its products tell of it."""
+class Spectra:
+    """What products of a symmetric matrix tell of its spectrum; joins
+    :class:`nngeom.pmat.operator.ParameterOperator`.
+    """
+
+    if TYPE_CHECKING:  # of ParameterOperator
+
+        @property
+        def layer_collection(self) -> LayerCollection: ...
+        @property
+        def shape(self) -> tuple[int, int]: ...
+        @property
+        def dtype(self) -> torch.dtype: ...
+        @property
+        def device(self) -> torch.device: ...
+        def product(self, x: Tensor) -> Tensor: ...
 
     def _drawn(self, generator: torch.Generator | None) -> torch.Generator | None:
         """What random vectors are drawn by."""
@@ -66,5 +82,5 @@ class Spectra(ParameterOperator):
     def _require_symmetric(self) -> None:
         if not getattr(self, "symmetric", True):
             raise UnsupportedError(
-                "a sum with a product of matrices is not symmetric; use torch.linalg.eig(M.to_dense())"
+                "a product of matrices, and a sum with one, is not symmetric; use torch.linalg.eig(M.to_dense())"
             )

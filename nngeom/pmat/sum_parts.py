@@ -13,11 +13,10 @@ from nngeom.pmat.damped import require_added
 from nngeom.pmat.expression import PMatExpression
 from nngeom.pmat.operator import ParameterOperator
 from nngeom.pmat.partitioned import Partitioned
-from nngeom.pmat.spectra import Spectra
 from nngeom.pmat.sum_block import BLOCK_LIMIT
 
 
-class SumParts(Spectra, PMatExpression):
+class SumParts(PMatExpression):
     """Joins :class:`nngeom.pmat.sums.PMatSum`."""
 
     parts: tuple[ParameterOperator, ...]

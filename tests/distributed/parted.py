@@ -60,6 +60,7 @@ def as_the_whole(kind: str, name: str, group=None, **options) -> None:
     close(parted.trace(), whole.trace())
     close(parted.norm(), whole.norm())
     close(parted.norm(2), whole.norm(2))
+    cuts.close(parted.lanczos(2)[0], torch.linalg.eigvalsh(whole.to_dense()).flip(0)[:2], 1e-6)
     close((2 * parted + parted).trace(), 3 * whole.trace())
     cuts.close(parted.to(torch.float32).trace(), whole.to(torch.float32).trace(), 1e-6)
     gathered = parted.gather()
