@@ -64,10 +64,11 @@ def run(net: str, data: Data, noise: float, recipe: Recipe, seed: int, *, seen: 
     """Accuracy along one training and the metrics at its end; with ``seen`` along it."""
     torch.manual_seed(seed)
     model, y = build(net, data.shape, recipe.dropout), corrupt(data.y, noise, torch.Generator().manual_seed(seed))
-    found: dict[str, Any] = {"epoch": [], "accuracy": [], "metrics": []}
+    found: dict[str, Any] = {"accuracy": [], "metrics": []} | ({"epoch": []} if seen else {})
 
     def visit(epoch: int) -> None:
-        found["epoch"].append(epoch)
+        if seen:
+            found["epoch"].append(epoch)
         found["accuracy"].append(accuracy(model, data.x_test, data.y_test))
         if seen or epoch == recipe.epochs:
             found["metrics"].append(measured(model, data.x[:32]))
