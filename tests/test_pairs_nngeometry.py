@@ -137,6 +137,83 @@ def damping(m):
     assert_close(nng.FIM(m.net, m.loader, nng.PMatDense).solve(m.gradient, damping=1e-2).flat(), there)
 
 
+@PAIRS.of("`compute_eigendecomposition()`")
+def spectra(m):
+    for kind in ("PMatDense", "PMatKFAC"):
+        there = m.there(kind)
+        there.compute_eigendecomposition()
+        found = there.get_eigendecomposition()[0]
+        if kind == "PMatKFAC":  # of each factor there
+            found = torch.cat([torch.outer(a, g).flatten() for a, g in found.values()]).sort()[0]
+        assert_close(nng.FIM(m.net, m.loader, getattr(nng, kind)).eigh()[0], found)
+
+
+@PAIRS.of("`PMatEKFAC` has the eigenvalues of KFAC")
+def eigenvalues(m):
+    there = m.there("PMatEKFAC", variant="classif_logits")
+    assert_close(there.to_torch(), nng.FIM(m.net, m.loader, nng.PMatKFAC).to_dense())
+    there.update_diag(m.loader)
+    here = nng.FIM(m.net, m.loader, nng.PMatEKFAC)
+    assert_close(here.to_dense(), there.to_torch())
+    assert_close(here.rescaled(m.net, m.loader).to_dense(), there.to_torch())
+
+
+@PAIRS.of("`M.mm(N)`")
+def products(m):
+    for kind in ("PMatDense", "PMatDiag", "PMatBlockDiag"):
+        there, here = m.there(kind), nng.FIM(m.net, m.loader, getattr(nng, kind))
+        assert_close((here @ here).to_dense(), there.mm(there).to_torch())
+
+
+@PAIRS.of("`centering=True`")
+def centred(m):
+    layers = LayerCollection.from_model(m.net)
+    function = lambda *batch: m.net(batch[0])
+    backend = TorchHooksJacobianBackend(model=m.net, layer_collection=layers, function=function, centering=True)
+    whole = DataLoader(TensorDataset(m.x, m.y), batch_size=12)
+    there = theirs.FMatDense(backend, examples=whole).to_torch()
+    assert_close(nng.GramMatrix(m.net, whole, centered=True).tensor, there)
+
+
+@PAIRS.of("`PFMapDense.jvp(v)`")
+def map_products(m):
+    J = nng.Jacobian(m.net, m.loader, nng.PushForwardDense)
+    assert_close(J.mv(m.gradient).tensor, (J @ m.gradient).tensor)  # which row PFMapDense compares
+    assert_close(J.T.mv(J.mv(m.gradient)).flat(), (J.T @ (J @ m.gradient)).flat())
+
+
+@PAIRS.of("`PMatLowRank.solve`")
+def low_rank(m):
+    few = DataLoader(TensorDataset(m.x[:4], m.y[:4]), batch_size=4)
+    there = metrics.FIM(m.net, few, theirs.PMatLowRank, variant="classif_logits")
+    there = there.solve(theirs.PVector.from_model_grad(m.net), regul=1e-2).to_torch()
+    F = nng.FIM(m.net, few, nng.PMatLowRank)
+    exact = torch.linalg.solve(F.to_dense() + 1e-2 * torch.eye(F.shape[0]), m.gradient.flat())
+    assert_close(F.solve(m.gradient, damping=1e-2).flat(), exact)
+    outside = nng.PVector(m.gradient.layer_collection, exact - there)
+    assert outside.norm() > 0.1 * exact.norm() and F.mv(outside).norm() < 1e-8 * outside.norm()
+
+
+@PAIRS.of("`PMatQuasiDiag.solve`")
+def quasi_diagonal(m):
+    few = DataLoader(TensorDataset(m.x[:4], m.y[:4]), batch_size=4)
+    there = metrics.FIM(m.net, few, theirs.PMatQuasiDiag, variant="classif_logits")
+    there = there.solve(theirs.PVector.from_model_grad(m.net), regul=1e-4).to_torch()
+    F = nng.FIM(m.net, few, nng.PMatQuasiDiag)
+    with pytest.raises(nng.SingularError, match="not positive definite"):
+        F.solve(m.gradient, damping=1e-4)
+    assert_close(F.solve(m.gradient, damping=1e-4, indefinite=True).flat(), there)
+
+
+@PAIRS.of("a `function` that runs another model")
+def another_model(m):
+    other = copy.deepcopy(m.net)
+    there = metrics.FIM(m.net, m.loader, theirs.PMatDense, function=lambda *batch: other(batch[0]))
+    assert float(there.frobenius_norm()) == 0.0
+    with pytest.raises(nng.CoverageError):
+        nng.FIM(m.net, m.loader, nng.PMatDense, function=lambda *batch: other(batch[0]))
+
+
 @PAIRS.of("layers that are not on its list")
 def layers(m):
     class Scaled(nn.Module):
