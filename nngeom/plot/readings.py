@@ -13,7 +13,9 @@ from torch import Tensor
 from nngeom.analysis.spectrum import effective_rank
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.fmat.operator import FunctionOperator
+from nngeom.pmat.implicit_inverse import ImplicitInverse
 from nngeom.pmat.operator import ParameterOperator
+from nngeom.pmat.pmat import PMat
 
 TOP = 20  # eigenvalues of a matrix that is known by its products alone
 
@@ -73,14 +75,18 @@ def spectrum_of(M: Any, top: int | None = None) -> Spectrum:
     else:
         require_matrix(M)
         size = M.shape[0]
-        lanczos = getattr(M, "lanczos", None)
-        values = M.eigh()[0] if lanczos is None else lanczos(min(top or TOP, size))[0]
+        values = M.lanczos(min(top or TOP, size))[0] if _is_known_by_products(M) else M.eigh()[0]
     if not len(values) or not bool(torch.isfinite(values).all()):
         raise ArgumentError("there are no eigenvalues, or some are not finite; expected at least one finite number")
     values = values.detach().double().cpu().sort(descending=True).values
     floor = size**0.5 * torch.finfo(M.dtype).eps * values.abs().max()
     values = torch.where(values.abs() <= floor, 0.0, values)
     return Spectrum(values[:top], size)
+
+
+def _is_known_by_products(M: Any) -> bool:
+    """Whether a matrix or kernel is not stored, so that all eigenvalues are more than one wants."""
+    return hasattr(M, "lanczos") and not isinstance(M, (PMat, ImplicitInverse))
 
 
 def layers_of(M: Any) -> dict[str, LayerReading]:
@@ -95,9 +101,9 @@ def layers_of(M: Any) -> dict[str, LayerReading]:
 
 def _reading(block: Any) -> LayerReading:
     require_matrix(block)
-    lanczos = hasattr(block, "lanczos")
-    values = spectrum_of(block, 1 if lanczos else None).values
-    rank = math.nan if lanczos else float(effective_rank(values.clamp(min=0)))
+    some = _is_known_by_products(block)
+    values = spectrum_of(block, 1 if some else None).values
+    rank = math.nan if some else float(effective_rank(values.clamp(min=0)))
     return LayerReading(block.shape[0], float(block.trace()), float(values[0]), rank)
 
 
