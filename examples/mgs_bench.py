@@ -176,7 +176,7 @@ def tables(cells: dict[str, Any]) -> dict[str, str]:
     noises = shown_of(cells, nets[0])[1]
     shown = [row for net in nets for row in cell_rows(cells, net)]
     whole = [row for net in nets for row in whole_rows(cells, net)]
-    head = ["net", "method", "mean final accuracy", "lost since the best", "least less plain", "first", "within 2"]
+    head = ["net", "method", "mean final accuracy", "lost since the best", "worst against plain", "first", "within 2"]
     metrics = ["mean eigenvalue", "mean log eigenvalue", "effective rank", "cosine"]
     related = [row for net in nets for row in correlation_rows(cells, net)]
     return {
