@@ -34,6 +34,19 @@ class Model:
     def flat(self):
         return nn.utils.parameters_to_vector(self.net.parameters()).detach().clone()
 
+    def solved(self, kind, regul):
+        """Of four examples: their solve of the gradient, and our matrix."""
+        few = DataLoader(TensorDataset(self.x[:4], self.y[:4]), batch_size=4)
+        there = metrics.FIM(self.net, few, getattr(theirs, kind), variant="classif_logits")
+        there = there.solve(theirs.PVector.from_model_grad(self.net), regul=regul).to_torch()
+        return there, nng.FIM(self.net, few, getattr(nng, kind))
+
+    def map(self):
+        """Their Jacobian."""
+        layers, function = LayerCollection.from_model(self.net), lambda *batch: self.net(batch[0])
+        backend = TorchHooksJacobianBackend(model=self.net, layer_collection=layers, function=function)
+        return theirs.PFMapDense(backend, examples=self.loader)
+
     def there(self, kind="PMatDense", measure="FIM", **options):
         """A matrix of theirs."""
         return getattr(metrics, measure)(self.net, self.loader, getattr(theirs, kind), **options)
@@ -119,13 +132,9 @@ def in_and_out(m):
 
 @PAIRS.of("`PFMapDense`")
 def maps(m):
-    layers = LayerCollection.from_model(m.net)
-    backend = TorchHooksJacobianBackend(model=m.net, layer_collection=layers, function=lambda *batch: m.net(batch[0]))
-    there = theirs.PFMapDense(backend, examples=m.loader)
-    J = nng.Jacobian(m.net, m.loader, nng.PushForwardDense)
+    there, J = m.map(), nng.Jacobian(m.net, m.loader, nng.PushForwardDense)
     assert_close(J.tensor, there.to_torch())  # (outputs, examples, parameters) in both
-    v = theirs.PVector(layers, vector_repr=m.gradient.flat())
-    w = there.jvp(v)
+    w = there.jvp(theirs.PVector.from_model_grad(m.net))
     assert_close((J @ m.gradient).tensor, w.to_torch())
     back = nng.Jacobian(m.net, m.loader, nng.PullBackDense) @ nng.FVector(w.to_torch())
     assert_close(back.flat(), there.vjp(w).to_torch())
@@ -177,17 +186,15 @@ def centred(m):
 
 @PAIRS.of("`PFMapDense.jvp(v)`")
 def map_products(m):
-    J = nng.Jacobian(m.net, m.loader, nng.PushForwardDense)
-    assert_close(J.mv(m.gradient).tensor, (J @ m.gradient).tensor)  # which row PFMapDense compares
-    assert_close(J.T.mv(J.mv(m.gradient)).flat(), (J.T @ (J @ m.gradient)).flat())
+    there, J = m.map(), nng.Jacobian(m.net, m.loader, nng.PushForwardDense)
+    w = there.jvp(theirs.PVector.from_model_grad(m.net))
+    assert_close(J.mv(m.gradient).tensor, w.to_torch())
+    assert_close(J.T.mv(J.mv(m.gradient)).flat(), there.vjp(w).to_torch())
 
 
 @PAIRS.of("`PMatLowRank.solve`")
 def low_rank(m):
-    few = DataLoader(TensorDataset(m.x[:4], m.y[:4]), batch_size=4)
-    there = metrics.FIM(m.net, few, theirs.PMatLowRank, variant="classif_logits")
-    there = there.solve(theirs.PVector.from_model_grad(m.net), regul=1e-2).to_torch()
-    F = nng.FIM(m.net, few, nng.PMatLowRank)
+    there, F = m.solved("PMatLowRank", 1e-2)
     exact = torch.linalg.solve(F.to_dense() + 1e-2 * torch.eye(F.shape[0]), m.gradient.flat())
     assert_close(F.solve(m.gradient, damping=1e-2).flat(), exact)
     outside = nng.PVector(m.gradient.layer_collection, exact - there)
@@ -196,10 +203,7 @@ def low_rank(m):
 
 @PAIRS.of("`PMatQuasiDiag.solve`")
 def quasi_diagonal(m):
-    few = DataLoader(TensorDataset(m.x[:4], m.y[:4]), batch_size=4)
-    there = metrics.FIM(m.net, few, theirs.PMatQuasiDiag, variant="classif_logits")
-    there = there.solve(theirs.PVector.from_model_grad(m.net), regul=1e-4).to_torch()
-    F = nng.FIM(m.net, few, nng.PMatQuasiDiag)
+    there, F = m.solved("PMatQuasiDiag", 1e-4)
     with pytest.raises(nng.SingularError, match="not positive definite"):
         F.solve(m.gradient, damping=1e-4)
     assert_close(F.solve(m.gradient, damping=1e-4, indefinite=True).flat(), there)

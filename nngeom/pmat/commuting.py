@@ -20,7 +20,7 @@ from nngeom.pmat.kronecker import EigenBlock
 from nngeom.pmat.near import along, near_basis, sum_of
 
 # Times the root of a factor's side: products in a common eigenbasis are off by up to 6, two products in turn by up to 8
-# (sides of 10 to 300, float32 and float64, multiples, differences, and sums with EKFAC), where there is none by 1e6.
+# (sides of 10 to 300, float32 and float64, multiples, differences, and sums with EKFAC), where there is none by 2e5.
 ROUNDINGS = 8.0
 GOLDEN = (math.sqrt(5) - 1) / 2
 
