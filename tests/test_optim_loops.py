@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import itertools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cases import build
 from optimizing import EXACT, MAKERS, PRESETS, close, one_step
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import nngeom as nng
 from nngeom.optim import EKFAC, KFAC, SkippedStepWarning
@@ -197,6 +199,47 @@ def test_nothing_is_left_on_the_model():
     }
     assert not any(p._backward_hooks for p in case.model.parameters())
     one_step(opt, *case.loader[0])
+
+
+def test_blocks_that_end_in_another_order_leave_nothing():
+    case = build("mlp", sizes=(6,))
+    x, y = case.loader[0]
+    before = set(vars(case.model))
+    opts = [EKFAC(case.model), KFAC(case.model), KFAC(case.model, fisher="monte_carlo", likelihood="categorical")]
+    for order in itertools.permutations(range(3)):
+        blocks = [opt.observe() for opt in opts]
+        for block in blocks:
+            block.__enter__()
+        F.cross_entropy(case.model(x), y).backward()
+        for j in order:
+            blocks[j].__exit__(None, None, None)
+            assert set(vars(copy.deepcopy(case.model))) == before
+        assert set(vars(case.model)) == before
+        assert [opt.pending.examples for opt in opts] == [6, 6, 6]
+        for opt in opts:
+            opt.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [KFAC, type("Mine", (KFAC,), {"step": lambda self, *args: KFAC.step(self, *args)})])
+def test_steps_have_hooks_and_a_name_for_profilers(kind):
+    case = build("mlp", sizes=(6,))
+    opt, calls = kind(case.model), []
+    handles = [
+        opt.register_step_pre_hook(lambda opt, args, kwargs: calls.append("before")),
+        opt.register_step_post_hook(lambda opt, args, kwargs: calls.append("after")),
+    ]
+    one_step(opt, *case.loader[0])
+    assert calls == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    everyone = register_optimizer_step_post_hook(lambda *args: calls.append("after any"))
+    one_step(opt, *case.loader[0])
+    everyone.remove()
+    one_step(opt, *case.loader[0])
+    assert calls == ["before", "after", "after any"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        one_step(opt, *case.loader[0])
+    assert [e.count for e in seen.key_averages() if e.key == f"Optimizer.step#{kind.__name__}.step"] == [1]
 
 
 def test_training_mode_and_penalties_on_weights():

@@ -20,7 +20,7 @@ from nngeom.capture.batch import Batch, items
 
 _SAYING = frozenset([bool, int, float, str, bytes, type(None), torch.dtype, torch.device])
 _WHOLE = (type, Tensor, nn.Module, ModuleType)  # told by which object it is
-_OF_TORCH = frozenset(vars(nn.Module()))  # what every module holds
+_OF_TORCH = frozenset([*vars(nn.Module()), "_compiled_call_impl"])  # what every module may hold
 _HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")  # of all modules
 _DEPTH, _MOST = 3, 64  # how far containers, objects and functions are followed, and how many entries
 

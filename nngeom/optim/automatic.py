@@ -13,7 +13,7 @@ from torch import Tensor
 from nngeom.capture.kept_whole import kept_whole
 from nngeom.core.errors import ArgumentError
 from nngeom.optim.replicas import require_team_now
-from nngeom.sweep.around_compiled import remove
+from nngeom.sweep.around import remove
 from nngeom.sweep.follow import Follower
 from nngeom.sweep.observe import Observation, Observer
 from nngeom.sweep.weakly import weakly
@@ -59,7 +59,7 @@ class Automatic:
 
     def _drop_what_was_dropped(self) -> None:
         """What was observed does not count where its gradients are gone, as by ``model.zero_grad()``."""
-        if (self.follower.arrived or self.intake.examples) and all(p.grad is None for p in self.parameters):
+        if (self.follower.arrived or self.intake.examples) and all([p.grad is None for p in self.parameters]):
             self.forget()
 
     def collect(self) -> None:

@@ -57,8 +57,7 @@ class Averages:
                 new.append(t)
             self.entries[layout] = (decay * weight + 1 - decay, mine)
         if held:
-            torch._foreach_mul_(held, decay)
-            torch._foreach_add_(held, new, alpha=1 - decay)
+            torch._foreach_lerp_(held, new, 1 - decay)
 
     def read(self) -> dict[Layout, dict[str, Tensor]]:
         """The averages, unbiased."""

@@ -27,7 +27,7 @@ def descend(
     """
     predicted = 0.0
     for group in groups:
-        lr, momentum, decay = (number(key, group[key], step) for key in ("lr", "momentum", "weight_decay"))
+        lr, momentum, decay = [number(key, group[key], step) for key in ("lr", "momentum", "weight_decay")]
         moved = [p for p in group["params"] if p.grad is not None]
         if not moved:
             continue

@@ -21,6 +21,7 @@ from nngeom.optim.gradients import Gradients
 from nngeom.optim.groups import as_groups, require_groups
 from nngeom.optim.intake import Intake
 from nngeom.optim.joint import Joint, require_synchronous
+from nngeom.optim.labelled import labelled_when_asked
 from nngeom.optim.levenberg_marquardt import LevenbergMarquardt
 from nngeom.optim.manner import as_manner
 from nngeom.optim.model_check import ModelCheck
@@ -153,7 +154,7 @@ class NaturalGradient(Preconditioned):
             self.collection,
             as_metric(fisher, likelihood, seed),
             outputs,
-            self.representation.part_of,
+            self.representation.division,
             team,
             parts=True,
         )
@@ -191,6 +192,7 @@ class NaturalGradient(Preconditioned):
             placement=placement,
         )
 
+    @labelled_when_asked
     @torch.no_grad()
     def step(
         self,
@@ -210,9 +212,7 @@ class NaturalGradient(Preconditioned):
         ``fisher="monte_carlo"`` or ``"exact"``, a loss averaged over examples, a number or :class:`FactoredTikhonov`
         as damping, and no ``weight_decay``.
         """
-        loss = None
-        if closure is not None:
-            loss = self.automatic.run(closure)
+        loss = None if closure is None else self.automatic.run(closure)
         self.automatic.collect()
         if (closure is not None or self.automatic.on) and self.automatic.is_idle():
             return loss

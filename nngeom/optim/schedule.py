@@ -43,6 +43,7 @@ class Clock:
         """
         self.damping, self.variances, self.numbers = damping, variances, numbers
         self.steps, self.refreshed = 0, -1
+        self._checked: tuple[Any, Damping | Relative] | None = None  # a damping as given, and what it stands for
         self._vary = not all(isinstance(x, (int, float, NoneType)) for x in numbers.values())
         for name, x in numbers.items():
             number(name, x, 0)
@@ -84,7 +85,10 @@ class Clock:
                     "nng.optim.EKFAC(model, scalings='batch') with fisher='empirical'"
                 )
             return self.damping.damping()
-        return as_optimizer_damping(self.damping(self.steps) if callable(self.damping) else self.damping)
+        given = self.damping(self.steps) if callable(self.damping) else self.damping
+        if self._checked is None or self._checked[0] is not given:
+            self._checked = given, as_optimizer_damping(given)
+        return self._checked[1]
 
     def tick(self, schedule: Schedule) -> None:
         """A step was taken."""

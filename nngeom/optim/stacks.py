@@ -101,8 +101,12 @@ class _Products:
 
     def multiply(self, *, singly: bool) -> None:
         """All of them, or those of stacks."""
-        for left, x, right, out in [*self.together, *self.alone] if singly else self.together:
-            if torch.is_autocast_enabled(out.device.type):  # whose products are in a dtype of its own
+        products = [*self.together, *self.alone] if singly else self.together
+        if not products:
+            return
+        autocast = torch.is_autocast_enabled(products[0][3].device.type)  # whose products are in a dtype of its own
+        for left, x, right, out in products:
+            if autocast:
                 out.copy_(torch.bmm(torch.bmm(left, x), right))
             else:
                 torch.bmm(torch.bmm(left, x), right, out=out)

@@ -142,7 +142,9 @@ class Pass:
     @property
     def covered(self) -> bool:
         """Whether nothing is left to prove that could be remembered."""
-        return self.proof.covers(self.capture, self.as_what)
+        if not self.proof.has_compared(self.capture):
+            return False
+        return self.capture.training or self.as_what in self.proof.separate  # in training examples need not be apart
 
     @property
     def _keeps_apart(self) -> bool:

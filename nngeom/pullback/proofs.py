@@ -59,13 +59,9 @@ class Proof:
         """Where the examples of a use lie."""
         return self.places.get(j, ASK)
 
-    def covers(self, capture: Capture, as_what: int) -> bool:
-        """Whether nothing is left to ask that could be remembered of the program ``as_what``; examples need not be
-        apart in training.
-        """
-        return (as_what in self.separate or capture.training) and self.compared.issuperset(
-            slot.name for recorded in capture.uses for slot in recorded.use.slots
-        )
+    def has_compared(self, capture: Capture) -> bool:
+        """Whether the rows of all parameters of a pass were compared with autograd's."""
+        return self.compared.issuperset([slot.name for recorded in capture.uses for slot in recorded.use.slots])
 
 
 _PROOFS: WeakKeyDictionary[nn.Module, dict[int, Proof]] = WeakKeyDictionary()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import is_
 from types import FunctionType
 from typing import Any
 
@@ -41,7 +40,8 @@ class Places:
             m for m in self.modules if type(m).named_modules is not _NAMED_MODULES or "named_modules" in m.__dict__
         ]
         self._plain = _names_plainly(model) and not others
-        self._held = [(m, *_children(m)) for m in self.modules]
+        self._names, self._held = self._children()
+        self._ids = [id(x) for x in self._held]  # which theirs stay while these are held
 
     def are_current(self) -> bool:
         """Whether every module is known to hold the modules and parameters that it held, by the same names; ``False``
@@ -49,17 +49,24 @@ class Places:
         """
         if not self._plain:
             return False
-        for module, names, children in self._held:
-            now_named, now = _children(module)
-            if now_named != names or not all(map(is_, now, children)):
-                return False
-        return True
+        names, held = self._children()
+        return names == self._names and list(map(id, held)) == self._ids
 
-
-def _children(module: nn.Module) -> tuple[list[str], list[Any]]:
-    """Names of the modules and parameters that a module itself has, and these, in order."""
-    inner, own = module._modules, module._parameters
-    return [*inner.keys(), *own.keys()], [*inner.values(), *own.values()]
+    def _children(self) -> tuple[list[str], list[Any]]:
+        """Names of the modules and parameters that each module itself has, and these, in order, and then that
+        module.
+        """
+        names: list[str] = []
+        held: list[Any] = []
+        for module in self.modules:
+            inner, own = module._modules, module._parameters
+            names += inner.keys()
+            names += own.keys()
+            held += inner.values()
+            held += own.values()
+            held.append(module)
+            names.append("")
+        return names, held
 
 
 def _named(model: nn.Module, named: list[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
-from weakref import WeakSet, finalize
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from nngeom.capture.measuring import is_measuring
 from nngeom.capture.recorder import Recorder
 from nngeom.core.errors import OutputError
 from nngeom.pullback.captured_pass import Pass
-from nngeom.sweep.around_compiled import AroundCompiled, Handle, is_compiled, remove
+from nngeom.sweep.around import Around, Handle, is_compiled, is_plain, remove
 from nngeom.sweep.call import Call
 from nngeom.sweep.observe import Observation, Observer
 from nngeom.sweep.passage import Passage, measured
@@ -47,7 +47,7 @@ class Follower:
         self.before, self.begins = before, begins
         self.block, self.training, self.called = block, training, False
         self.underway: Underway | None = None
-        self.calls, self.arrived = WeakSet[Call](), list[Call]()
+        self._called, self.arrived = list[ref[Call]](), list[Call]()
         self.rest: dict[int, dict[str, Tensor]] = {}  # of parameters with one row a batch, by backward pass
         self._made, self._task = 0, -1
 
@@ -65,16 +65,18 @@ class Follower:
         calls'.
         """
         self._end()
-        for call in list(self.calls):
+        for call in self.calls:
             call.close()
         remove(handles)
 
     def install(self, enter: Callable[..., None], leave: Callable[..., None]) -> list[Handle]:
-        """Hooks ``enter`` and ``leave`` on the model: others' run inside of them."""
+        """``enter`` and ``leave`` around the calls of the model: others' hooks run inside of them."""
         handles: list[Handle] = []
-        for door in self.observer.doors:
-            if is_compiled(door):
-                handles.append(AroundCompiled(door, enter, leave))
+        doors = self.observer.doors
+        around = self.block and len(doors) == 1 and is_plain(doors[0])  # what stays on a model are hooks
+        for door in doors:
+            if around or is_compiled(door):
+                handles.append(Around(door, enter, leave))
                 continue
             handles.append(door.register_forward_pre_hook(enter, prepend=True))
             handles.append(door.register_forward_hook(leave, always_call=True))
@@ -149,11 +151,16 @@ class Follower:
             positions=self.positions(),
         )
         self._made += 1
-        self.calls.add(call)
+        self._called = [*map(ref, self.calls), ref(call)]
         if run is not None:
             self._read(call, run)
         if self.block and not own_loss:
             self.arrived.append(call)
+
+    @property
+    def calls(self) -> list[Call]:
+        """Those whose outputs are not gone."""
+        return [call for held in self._called if (call := held()) is not None]
 
     def _read(self, call: Call, run: Pass) -> None:
         observer = self.observer
@@ -187,6 +194,8 @@ class Follower:
 
     def forget(self) -> None:
         """What has arrived does not count; in a block, rows of a metric whose backward pass is still to come do."""
+        if not self.arrived and not self.rest:
+            return
         to_come = [call for call in self.arrived if not call.tasks]
         for call in self.arrived:
             call.forget()
