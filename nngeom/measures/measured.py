@@ -93,5 +93,5 @@ def _kept(
         sweep = numbered(Sweep(run, checkpoint.seeded(cotangents), policy), index)
         agree(run, policy.label, representation=representation, options=options, metric=fixed)
         chosen = as_representation(representation, **options).within(run.network.collection)
-        sweep = sweep.but(part_of=chosen.part_of, any_columns=chosen.any_columns)
+        sweep = sweep.but(part_of=chosen.division, any_columns=chosen.any_columns)
         return built(chosen, run.network.collection, Resumable(sweep, checkpoint))

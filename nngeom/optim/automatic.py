@@ -59,7 +59,7 @@ class Automatic:
 
     def _drop_what_was_dropped(self) -> None:
         """What was observed does not count where its gradients are gone, as by ``model.zero_grad()``."""
-        if (self.follower.arrived or self.intake.examples) and all([p.grad is None for p in self.parameters]):
+        if (self.follower.arrived or self.intake.examples) and all(p.grad is None for p in self.parameters):
             self.forget()
 
     def collect(self) -> None:

@@ -93,6 +93,8 @@ def scaled_means(sums: Sums, examples: int, c: float) -> dict[Layout, dict[str, 
 
 def all_finite(sums: Sums) -> bool:
     """Whether no sum is NaN or infinite."""
+    if not sums.sums:
+        return True
     parts = [
         p
         for tensors in sums.sums.values()

@@ -27,10 +27,11 @@ class Gradients:
         self._pieces = list(self._places.values())
         self._in_parts = any(map(in_parts, self.parameters))  # and then gradients are
         self._before: Tensor | None = None  # all that was read, where it is small
+        self._present: tuple[list[Tensor], list[Tensor]] = [], []  # pieces, and the gradients that were read into them
 
     def read(self) -> Tensor:
         """The gradients, zeros where there is none."""
-        pieces, grads = self._present()
+        self._present = pieces, grads = self._look()
         if len(grads) < len(self.parameters):
             self.flat.zero_()
         if grads:
@@ -39,8 +40,8 @@ class Gradients:
         return self.flat
 
     def write(self, factor: float = 1.0) -> None:
-        """Into every ``.grad`` that there is, times a ``factor``, as ``flat`` itself is then."""
-        pieces, grads = self._present()
+        """Into every ``.grad`` that was read, times a ``factor``, as ``flat`` itself is then."""
+        (pieces, grads), self._present = self._present, ([], [])
         if factor != 1:
             self.flat.mul_(factor)
         if self._in_parts:
@@ -64,7 +65,7 @@ class Gradients:
     def _wholes(self, grads: list[Tensor]) -> list[Tensor]:
         return [whole(g) for g in grads] if self._in_parts else grads
 
-    def _present(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _look(self) -> tuple[list[Tensor], list[Tensor]]:
         pieces: list[Tensor] = []
         grads: list[Tensor] = []
         for x, p in zip(self._pieces, self.parameters):

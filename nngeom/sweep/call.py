@@ -44,7 +44,9 @@ class Call:
         self.taken = False  # in averages: what comes now comes too late
         self._other = -1  # a backward pass to something else
         self._marks: Tensor | None = None  # positions with a gradient
-        node, self._output = get_gradient_edge(outputs)[:2]
+        node, self._output = outputs.grad_fn, outputs.output_nr
+        if node is None:  # a leaf
+            node, self._output = get_gradient_edge(outputs)[:2]
         behind = node.next_functions
         self._near: list[Any] = [f for f, _ in behind if type(f) is AccumulateGrad]  # it holds nothing of the graph
         self._handle = node.register_prehook(self._read)
