@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
@@ -121,10 +120,10 @@ class RunningSquares(Spectrum):
     """``d <- past d + (1 - past) n v^2`` (EKFAC-ra), starting from the factors' eigenvalues in every new basis."""
 
     def follow(self, v: Tensor, seen: Seen, past: float, squares: Tensor | None) -> Tensor:
-        new = (self.d * past).addcmul_(v, v, value=(1 - past) * seen.examples * seen.mean**2)
-        if not math.isfinite(float(new.sum())):  # infinity would stay, and stop these coordinates without a word
+        n = seen.examples * seen.mean**2
+        if not n * float(torch.dot(v, v)) <= torch.finfo(v.dtype).max / 2:  # infinity would stay, and stop coordinates
             raise NonFiniteError("the squared gradient in the eigenbasis overflows")
-        self.d.copy_(new)
+        self.d.mul_(past).addcmul_(v, v, value=(1 - past) * n)
         return v
 
 

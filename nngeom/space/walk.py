@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from types import FunctionType
 from typing import Any
 
@@ -49,24 +50,14 @@ class Places:
         """
         if not self._plain:
             return False
-        names, held = self._children()
-        return names == self._names and list(map(id, held)) == self._ids
+        now, held = self._children()
+        return now == self._names and list(map(id, held)) == self._ids
 
-    def _children(self) -> tuple[list[str], list[Any]]:
-        """Names of the modules and parameters that each module itself has, and these, in order, and then that
-        module.
-        """
-        names: list[str] = []
-        held: list[Any] = []
-        for module in self.modules:
-            inner, own = module._modules, module._parameters
-            names += inner.keys()
-            names += own.keys()
-            held += inner.values()
-            held += own.values()
-            held.append(module)
-            names.append("")
-        return names, held
+    def _children(self) -> tuple[list[Any], list[Any]]:
+        """How many modules and parameters each module itself has, and all their names; and these, in order."""
+        tables = [table for m in self.modules for table in (m._modules, m._parameters)]
+        names = chain.from_iterable([table.keys() for table in tables])
+        return [*map(len, tables), *names], [*chain.from_iterable([table.values() for table in tables])]
 
 
 def _named(model: nn.Module, named: list[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
