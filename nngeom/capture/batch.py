@@ -108,10 +108,10 @@ def leading_size(batch: Batch) -> int | None:
 
 def items(batch: Batch) -> Iterable[Any]:
     """What a container of a batch holds; nothing of others."""
-    if isinstance(batch, Mapping):
-        return batch.values()
     if isinstance(batch, (tuple, list)):
         return batch
+    if isinstance(batch, Mapping):
+        return batch.values()
     if is_record(batch):
         return [getattr(batch, entry.name) for entry in dataclasses.fields(batch)]
     return ()

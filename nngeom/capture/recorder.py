@@ -136,7 +136,7 @@ class Recorder(TorchFunctionMode):
         if func is Tensor.register_hook and args[0].grad_fn is not None:
             self.hooked.add(args[0].grad_fn)
         own = kwargs.get("generator")
-        if isinstance(own, torch.Generator) and own not in self.generators:
+        if own is not None and isinstance(own, torch.Generator) and own not in self.generators:
             self.generators[own] = own.get_state()
         if self.overwritten is not None and may_write(func):
             self.overwritten.keep(func, args, kwargs)

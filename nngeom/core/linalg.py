@@ -8,7 +8,6 @@ eigenbasis of a diagonal factor is ``None``: the identity, that of a sketch a :c
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -90,12 +89,6 @@ class _Distinct(torch.autograd.Function):
                 "needs none"
             )
         return g, None
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether all entries are; nearly always their sum tells."""
-    x = x.detach()
-    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
 
 
 def gram(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,8 @@ class Categorical(Likelihood):
 
     def unmove(self, v: Tensor, outputs: Tensor) -> Tensor:
         """``v [*b, n * positions, c]`` back to ``[*b, *outputs.shape]``, the axes of ``outputs``."""
+        if outputs.ndim == 2:
+            return v
         sizes = (*v.shape[:-2], outputs.shape[0], *self._positions(outputs), v.shape[-1])
         return v.reshape(sizes).movedim(-1, v.ndim - 2 + self._axis(outputs))
 
@@ -124,9 +127,8 @@ class Categorical(Likelihood):
             by behind it ``[n, k, 1]``.
             """
             p = softmax.probabilities(z.select(1, position))
-            smallest = 4 * torch.finfo(p.dtype).tiny  # whose inverse is finite
             q = p.flip(-1).cumsum(-1).flip(-1)
-            inverse = q.reciprocal().masked_fill(q <= smallest, 0)  # below, the columns are zero to rounding
+            inverse = q.clamp_min(4 * torch.finfo(p.dtype).tiny).reciprocal()  # finite: below, columns are as small
             own, behind = (lo, hi - lo), (lo + 1, hi - lo)
             size = (p.narrow(1, *own) * q.narrow(1, *behind) * inverse.narrow(1, *own)).sqrt()
             if keep is not None:
@@ -144,9 +146,8 @@ class Categorical(Likelihood):
         def make(lo: int, hi: int) -> Tensor:
             if positions == 1 and (hi - lo) * n * c <= softmax.NUMBERS:
                 p, size, slope = parts(0, lo, hi)
-                v = (p.unsqueeze(1) * slope).triu_(lo + 1)
-                v.diagonal(lo, 1, 2).copy_(size)
-                v = z.new_empty(hi - lo, n, c, dtype=dtype).copy_(v.transpose(0, 1))
+                v = (p * slope.transpose(0, 1)).mul_(_behind(lo, hi, c, p.dtype, p.device))
+                v.diagonal(lo, 0, 2).copy_(size)
                 return self.unmove(v, outputs).to(outputs.dtype)
             v = z.new_zeros(hi - lo, n, positions, c, dtype=dtype)
             for position in range(lo // (c - 1), (hi - 1) // (c - 1) + 1):
@@ -220,3 +221,10 @@ class Categorical(Likelihood):
                 f"for outputs {tuple(outputs.shape)} with classes on axis {self._axis(outputs)}"
             )
         return y
+
+
+@functools.lru_cache(8)
+def _behind(lo: int, hi: int, c: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[k, 1, c]``: ones where a class comes behind that of the column, ``lo`` to ``hi``."""
+    with torch.inference_mode(mode=False):  # it is kept for later calls
+        return torch.ones(hi - lo, c, dtype=dtype, device=device).triu(lo + 1).unsqueeze(1)

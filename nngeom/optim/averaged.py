@@ -6,7 +6,7 @@ from nngeom.core.damping import Damping, Relative
 from nngeom.core.errors import NonFiniteError, UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
-from nngeom.optim.averages import all_finite, scaled_means
+from nngeom.optim.averages import are_finite, scaled_means
 from nngeom.optim.curvature import KEEPERS, Curvature
 from nngeom.optim.drowned import Drowned
 from nngeom.optim.inverses import inverses
@@ -112,7 +112,7 @@ class Averaged(Curvature):
         for chunk in self.held:
             sums.add(statistic, chunk)
         sums = seen.joined(sums)
-        if not all_finite(sums):
+        if not are_finite(sums):
             raise NonFiniteError("the statistics of a later sweep are not finite")
         return scaled_means(sums, max(seen.examples, 1), seen.scale)
 

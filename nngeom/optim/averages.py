@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -10,12 +9,11 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
+from nngeom.core.finite import all_finite
 from nngeom.core.layout import Arrangement, Layout, Piece
 from nngeom.core.registry import qualified
 from nngeom.core.statistic import Stacked, Sums, names_of
 from nngeom.pmat.block import Block
-
-FEW = 2**16  # numbers up to which one sum of copies takes less time than one a tensor: 0.3 to 0.7 of it, 1.4 at 2**18
 
 
 @dataclass
@@ -91,20 +89,10 @@ def scaled_means(sums: Sums, examples: int, c: float) -> dict[Layout, dict[str, 
     return {layout: {name: next(scaled) for name in named} for layout, named in sums.sums.items()}
 
 
-def all_finite(sums: Sums) -> bool:
+def are_finite(sums: Sums) -> bool:
     """Whether no sum is NaN or infinite."""
-    if not sums.sums:
-        return True
-    parts = [
-        p
-        for tensors in sums.sums.values()
-        for t in tensors.values()
-        for p in (t.parts if isinstance(t, Stacked) else [t])
-    ]
-    few = sum([p.numel() for p in parts]) <= FEW
-    if not parts or (few and math.isfinite(float(torch.cat([p.reshape(-1) for p in parts]).sum()))):
-        return True
-    return bool(torch.isfinite(torch.stack([p.sum() for p in parts])).all())
+    held = [t for tensors in sums.sums.values() for t in tensors.values()] if sums.sums else []
+    return all_finite([part for t in held for part in (t.parts if isinstance(t, Stacked) else [t])])
 
 
 def plain_block(block: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
-from nngeom.optim.averages import Averages, all_finite, plain_blocks, restored_blocks
+from nngeom.optim.averages import Averages, are_finite, plain_blocks, restored_blocks
 from nngeom.optim.manner import Manner
 from nngeom.optim.packed import Packed
 from nngeom.optim.pending import Seen
@@ -57,7 +57,7 @@ class Curvature(ABC):
 
     def finite(self) -> bool:
         """Whether what was observed is free of NaN and infinity."""
-        return all_finite(self.pending)
+        return are_finite(self.pending)
 
     @property
     def wants_every_batch(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nngeom.core.errors import UnsupportedError
 from nngeom.core.layout import Layout
 from nngeom.core.statistic import Sums
-from nngeom.optim.averages import all_finite, scaled_means
+from nngeom.optim.averages import are_finite, scaled_means
 from nngeom.optim.bases import Bases, Kept, moved, turns
 from nngeom.optim.curvature import Curvature, keeps
 from nngeom.optim.gradient_factors import GradientFactors
@@ -69,7 +69,7 @@ class Eigenbasis(Curvature):
         self.held: list[Chunk] = []
 
     def finite(self):
-        return super().finite() and all_finite(self.squares)
+        return super().finite() and are_finite(self.squares)
 
     def why_not_owned(self):
         if type(self) is not Eigenbasis:

@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from nngeom.core.errors import NonFiniteError, UnsupportedError
+from nngeom.core.finite import all_finite
 from nngeom.core.layout import Layout
-from nngeom.core.linalg import is_finite
 from nngeom.core.statistic import Sums, names_of
 from nngeom.pmat.pmat import PMat
 from nngeom.pmat.recipe import Means, Recipe, Selection, Statistic
@@ -192,11 +192,10 @@ def require_finite(means: Means, source: Source, count: int) -> Means:
 
 def not_finite(means: Means) -> str | None:
     """The first statistic that is not finite, in words."""
-    for block, tensors in means.items():
-        for name, t in tensors.items():
-            if not is_finite(t):
-                return f"{name!r} of {names_of(block)[:4]}"
-    return None
+    if all_finite([t for tensors in means.values() for t in tensors.values()]):
+        return None
+    each = ((block, name, t) for block, tensors in means.items() for name, t in tensors.items())
+    return next((f"{name!r} of {names_of(block)[:4]}" for block, name, t in each if not all_finite([t])), None)
 
 
 def overflowed(statistic: str, count: int) -> NonFiniteError:
