@@ -208,7 +208,7 @@ class _Job:
     def _sizes(self) -> Iterator[tuple[str, tuple[str, ...], int]]:
         """The layers, their parameters, and how many bytes each takes while it is made, by the rows of one batch."""
         network = self.run.network
-        chunk = next(Sweep(self.run.silent(), EveryOutput()).but(part_of=self.chosen.part_of).chunks())
+        chunk = next(Sweep(self.run.silent(), EveryOutput()).but(part_of=self.chosen.division).chunks())
         selection, numbers = Selection.of(network.collection), dict[str, int]()
         for layout, j in chunk.jacobians.items():
             held = self.chosen.entries_of(layout, j, selection)

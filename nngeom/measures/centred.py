@@ -32,7 +32,7 @@ def centred(run: Run, cotangents: Cotangents, chosen: Representation[Any], label
     collection = run.network.collection
     chosen = chosen.within(collection)
     with run.within():
-        sweep = Sweep(run, cotangents, Policy("mean row", part_of=chosen.part_of, reread=False)).held()
+        sweep = Sweep(run, cotangents, Policy("mean row", part_of=chosen.division, reread=False)).held()
         agree(run, label, representation=chosen, metric=cotangents)
         mean = mean_row(sweep)
         sweep = sweep.but(label=label, reread=True)

@@ -80,7 +80,7 @@ def sizes_of(sweep: Sweep, whole: Representation[PMat]) -> dict[str, int]:
     layer_of = dict(zip(collection.names, collection.layers))
     with run.within(), run.team.together("first look") as note:
         chosen = whole.within(collection)
-        chunk = next(sweep.but(part_of=chosen.part_of, any_columns=chosen.any_columns).chunks(), None)
+        chunk = next(sweep.but(part_of=chosen.division, any_columns=chosen.any_columns).chunks(), None)
         for layout, j in {} if chunk is None else chunk.jacobians.items():
             layer, *others = dict.fromkeys(layer_of[name] for name in layout.names)
             if others:

@@ -60,7 +60,7 @@ def require_nearest(chosen: Representation[Any]) -> Representation[Any]:
 def nearest_hessian(sweep: Sweep, chosen: Representation[Any]) -> PMat:
     """The mean Hessian of a ``sweep`` that holds its batches, as ``chosen``, a :class:`PMatKFAC` of this fit."""
     collection, steps = sweep.run.network.collection, chosen.settings.get("fit_steps", 50)
-    policy = Policy("second moment", part_of=chosen.part_of, reread=True)
+    policy = Policy("second moment", part_of=chosen.division, reread=True)
     moments = replace(sweep, cotangents=GaussNewton(sweep.cotangents.loss), policy=policy)  # type: ignore[attr-defined]
     first: Representation[Any] = Representation(chosen.kind, {**chosen.settings, "fit": "moments"})
     start = built(first, collection, Repeated(moments, 1))

@@ -46,7 +46,7 @@ def structure(sweep: Sweep, chosen: Representation[Any]) -> dict[Layout, Block]:
         return chosen.kind.of_blocks(collection, dict(kept), 0).blocks
     loss = sweep.cotangents.loss  # type: ignore[attr-defined]
     cotangents = sweep.cotangents if chosen.passes == 1 else GaussNewton(loss)
-    policy = Policy("second moment", part_of=chosen.part_of, reread=True)
+    policy = Policy("second moment", part_of=chosen.division, reread=True)
     moments = replace(sweep, cotangents=cotangents, policy=policy)
     return built(chosen, collection, Repeated(moments, chosen.passes)).blocks
 
