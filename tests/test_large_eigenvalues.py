@@ -57,3 +57,55 @@ def test_solves_do_not_square_the_condition_number(kind, condition, dtype):
             assert error(m, top / condition, eps) < 10
         except nng.SingularError:  # an answer too, of what need not be semi-definite
             assert "quasi-diag" in kind
+
+
+@BOTH
+@pytest.mark.parametrize("along", ["any", "rows"])
+@pytest.mark.parametrize("condition", [1e6, 1e9, 1e12, 1e16, 1e24, 1e34])
+@pytest.mark.parametrize("added", [None, nng.PMatDiag, nng.PMatKFAC])
+def test_solves_with_rows_at_any_condition_number(added, condition, along, dtype):
+    """Right to rounding for vectors in any direction; for those along the rows as far as their own rounding allows, or
+    better; a :class:`SingularError` is an answer too, beside blocks.
+    """
+    model, loader = data(dtype)
+    blocks = None if added is None else 1e-2 * nng.FIM(model, loader, added, likelihood="gaussian")
+    lc = nng.LayerCollection.from_model(model)
+    rows = torch.randn(4, lc.numel, dtype=torch.float64)
+    rows = (rows * (condition / torch.linalg.matrix_norm(rows, 2) ** 2) ** 0.5).to(dtype)
+    m, eps = nng.PMatLowRank.from_rows(lc, rows), torch.finfo(dtype).eps
+    m = m if blocks is None else blocks + m
+    b = torch.randn(3, lc.numel, dtype=dtype)
+    b = b if along == "any" else torch.randn(3, 4, dtype=dtype) @ rows
+    expected = exactly(None if blocks is None else blocks.to_dense().double(), rows.double(), b.double())
+    try:
+        found = m.solve(nng.PVector(lc, b), 1.0).flat().double()
+    except nng.SingularError:
+        assert added is not None and condition * eps > 0.1
+        return
+    error = ((found - expected).norm(dim=1) / expected.norm(dim=1)).max()
+    assert error < 100 * eps * (1 if along == "any" else condition)
+
+
+def exactly(blocks, rows, b):
+    """``(B + R^T R + I)^-1 b``, what lies outside of the rows projected twice."""
+    root = torch.linalg.cholesky(torch.eye(rows.shape[1], dtype=rows.dtype) + (0 if blocks is None else blocks))
+    _, s, v = torch.linalg.svd(torch.linalg.solve_triangular(root, rows.T, upper=False).T, full_matrices=False)
+    y = torch.linalg.solve_triangular(root, b.T, upper=False)
+    outside = y - v.T @ (v @ y)
+    z = outside - v.T @ (v @ outside) + v.T @ ((v @ y) / (1 + s.square())[:, None])
+    return torch.linalg.solve_triangular(root.T, z, upper=True).T
+
+
+@pytest.mark.parametrize("condition", [1e8, 1e11, 1e14])
+def test_solves_along_rows_in_single_precision_are_those_of_double(condition):
+    """A gradient lies along the rows of its examples: beyond float32 the numbers given are solved for in float64."""
+    torch.manual_seed(0)
+    lc = nng.LayerCollection.from_model(nn.Linear(20, 24))
+    rows = torch.randn(4, lc.numel) * (condition / lc.numel) ** 0.5
+    b = torch.randn(3, 4) @ rows
+    found = nng.PMatLowRank.from_rows(lc, rows).solve(nng.PVector(lc, b), 1.0)
+    expected = nng.PMatLowRank.from_rows(lc, rows.double()).solve(nng.PVector(lc, b.double()), 1.0)
+    assert (
+        found.dtype == torch.float32
+        and (found.to(torch.float64) - expected).norm().max() < 1e-6 * expected.norm().max()
+    )

@@ -78,24 +78,32 @@ class LowRankBlock(Block):
         return None
 
     def solve(self, b: Tensor, damping: Damping) -> Tensor:
-        """Woodbury with the Gram matrix of the rows, ``(b - R^T (R R^T +- c I)^-1 R b) / c``, :func:`corrected`, else
-        :meth:`inverse`.
+        """Woodbury with the Gram matrix of the rows, ``(b - R^T (R R^T +- c I)^-1 R b) / c``, :func:`corrected`, in
+        float64 where float32 is too coarse, else :meth:`inverse`.
         """
         c = self.shift + damping.value
         if isinstance(damping, Cutoff) or c <= 0:
             return super().solve(b, damping)
+        x = self._woodbury(b.flatten(0, -2), c)
+        if x is not None:
+            return x.view(b.shape)
+        if b.dtype is torch.float32 and b.device.type != "mps":
+            return self.to(torch.float64).solve(b.double(), damping).to(b.dtype)
+        return super().solve(b, damping)
+
+    def _woodbury(self, b: Tensor, c: Any) -> Tensor | None:
+        """``None`` where rounding leaves too little of it."""
         gram = self.sign * (self.r @ self.r.T)
         gram.diagonal().add_(c)
         try:
             factor = linalg.cholesky(gram, "the low-rank matrix")
         except SingularError:
-            return super().solve(b, damping)
+            return None
 
-        def woodbury(y: Tensor) -> Tensor:
+        def inverse(y: Tensor) -> Tensor:
             return (y - self.sign * torch.cholesky_solve((y @ self.r.T).T, factor).T @ self.r) / c
 
-        x = corrected(lambda y: self.sign * (y @ self.r.T) @ self.r + c * y, woodbury, b.flatten(0, -2))
-        return super().solve(b, damping) if x is None else x.view(b.shape)
+        return corrected(lambda y: self.sign * (y @ self.r.T) @ self.r + c * y, inverse, b)
 
     def inverse(self, damping: Damping) -> Block:
         """Woodbury; with ``R = U S V^T`` the inverse is ``V (1 / (S^2 + c) - 1 / c) V^T + I / c``, low-rank again."""

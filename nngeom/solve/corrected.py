@@ -15,17 +15,23 @@ def corrected(matrix: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Te
     is too far off for that.
 
     What Woodbury's identity subtracts cancels: a ``b`` along large eigenvalues comes out with the condition number
-    squared in its rounding error, and with the condition number after corrections.
+    squared in its rounding error, and with the condition number after corrections. Where that is above ``1 / eps``
+    residuals are as large as ``b``, and corrections would bring a ``b`` in any other direction their own rounding: then
+    ``x`` is right if the inverse makes much more of ``b`` than of residuals, which lie along large eigenvalues.
     """
     x = inverse(b)
     size = before = _length(x)
     for _ in range(MOST):
-        change = inverse(b - matrix(x))
-        length = _length(change)
+        residual = b - matrix(x)
+        change = inverse(residual)
+        length, eps = _length(change), torch.finfo(x.dtype).eps
         if not bool((length <= before / 4).all()):  # rounding alone is left, or NaN
             return None if before is size else x
+        left, whole = _length(residual), _length(b)
+        if not bool((left <= whole / 4).all()):  # the change is rounded as much as x is, or more
+            return x if bool((length * whole <= eps**0.5 * left * _length(x)).all()) else None
         x = x + change
-        if bool((length * length <= torch.finfo(x.dtype).eps * before * size).all()):  # so will the next be
+        if bool((length * length <= eps * before * size).all()):  # so will the next be
             return x
         before = length
     return x
