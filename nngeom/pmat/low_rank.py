@@ -101,7 +101,8 @@ class LowRankBlock(Block):
             return None
 
         def inverse(y: Tensor) -> Tensor:
-            return (y - self.sign * torch.cholesky_solve((y @ self.r.T).T, factor).T @ self.r) / c
+            x: Tensor = (y - self.sign * torch.cholesky_solve((y @ self.r.T).T, factor).T @ self.r) / c
+            return x
 
         return corrected(lambda y: self.sign * (y @ self.r.T) @ self.r + c * y, inverse, b)
 
