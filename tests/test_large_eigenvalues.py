@@ -109,3 +109,27 @@ def test_solves_along_rows_in_single_precision_are_those_of_double(condition):
         found.dtype == torch.float32
         and (found.to(torch.float64) - expected).norm().max() < 1e-6 * expected.norm().max()
     )
+
+
+@pytest.mark.parametrize("width", [24, 40])  # the larger is above the side up to which sums are made dense
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6, 1e9])
+@pytest.mark.parametrize("kind", ["kfac + low-rank", "diag + low-rank", "kfac + ekfac", "kfac + diag"])
+def test_functions_of_sums_in_single_precision_are_those_of_double(kind, condition, width):
+    """Of the numbers given: parts have small eigenvalues to more digits than the entries of their dense sum."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, width), nn.Tanh(), nn.Linear(width, 3))
+    loader = [(torch.randn(12, 10), torch.arange(12) % 3)]
+    one, other = (nng.FIM(model, loader, k) for k in {**SUMS, "kfac + diag": (nng.PMatKFAC, nng.PMatDiag)}[kind])
+    m = 1e-3 * one + other
+    wide = m.to(torch.float64)
+    damping = float(torch.linalg.matrix_norm(wide.to_dense(), 2)) / condition
+    b = nng.PVector.randn(m.layer_collection, 2)
+    for function in (
+        lambda m, b: m.logdet(damping),
+        lambda m, b: m.power(-0.5, damping).mv(b).flat(),
+        lambda m, b: m.inverse(damping).mv(b).flat(),
+        lambda m, b: m.apply(lambda values: (values + damping).clamp_min(damping).log()).mv(b).flat(),
+    ):
+        found, expected = function(m, b), function(wide, b.to(torch.float64))
+        assert found.dtype == torch.float32
+        assert float((found - expected).norm() / expected.norm()) < 1e-5

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 def estimated_logdet(
     matrix: ParameterOperator, blocks: Partitioned | None, damping: Tikhonov, how: Quadrature
 ) -> Estimate:
-    """``log det(M + damping I)`` of a sum with its ``blocks``, ``None`` where a part is not stored, with a standard
-    error, zero where all blocks have a closed form or are small; ``how``: when to stop. Rows of low rank beside
-    the blocks have a closed form.
+    """``log det(M + damping I)`` of a sum with its ``blocks``, in float64 where that is known, ``None`` where a part is
+    not stored, with a standard error, zero where all blocks have a closed form or are small; ``how``: when to stop.
+    Rows of low rank beside the blocks have a closed form.
     """
     if differentiated(damping.value):
         raise ArgumentError("an estimated logdet has no gradient in the damping; expected a number, or no estimator=")
@@ -50,14 +50,15 @@ def estimated_logdet(
         return slq_logdet(matrix.product, matrix.shape[0], like, x, how.steps, generator=how.generator, **options)
     bordered = None if blocks.rows is None else blocks.bordered(damping)
     if blocks.rows is not None and bordered is None:
-        value = blocks.logdet(damping)
+        value = blocks.logdet(damping).to(matrix.dtype)
         return Estimate(value, torch.zeros_like(value))
     base = blocks.blocks if bordered is None else bordered.blocks
-    found = [_of_block(block, damping, _shared(how, matrix.shape[0], block)) for block in base.values()]
+    d, dtype = matrix.shape[0], matrix.dtype
+    found = [_of_block(block, damping, _shared(how, d, block), dtype) for block in base.values()]
     value = torch.stack([e.value for e in found]).sum()
     value = value if bordered is None else value + bordered.logdet()
     error = torch.stack([e.standard_error for e in found]).square().sum().sqrt()
-    return Estimate(value, error)
+    return Estimate(value.to(dtype), error.to(dtype))
 
 
 def require_quadrature(estimator: str, how: Quadrature) -> Quadrature:
@@ -73,24 +74,23 @@ def _shared(how: Quadrature, d: int, block: Block) -> Quadrature:
 
 
 @torch.no_grad()
-def _of_block(block: Block, damping: Tikhonov, how: Quadrature) -> Estimate:
+def _of_block(block: Block, damping: Tikhonov, how: Quadrature, dtype: torch.dtype) -> Estimate:
+    """``dtype``: of the result."""
     closed = not isinstance(block, SumBlock) or block.side <= ITERATED or block.pencil(damping) is not None
     if closed or not isinstance(block, SumBlock):
         value = block.logdet(damping)
         return Estimate(value, torch.zeros_like(value))
     x = number(damping.value)
-    like = next(block.tensors())
-    wide = block if like.device.type == "mps" else block.to(torch.float64)
-    matrix, logdet = near_identity(wide, x)
+    matrix, logdet = near_identity(block, x)
     small = block.side <= min(FACTORED, block.limit)
     few = replace(how, samples=min(how.samples, FIRST)) if small else how
-    found = log_trace(matrix, few, definite=x > 0 and wide.is_positive(damping))
+    found = log_trace(matrix, few, definite=x > 0 and block.is_positive(damping))
     if small and float(found.standard_error) > how.tol * matrix.d:
         value = block.logdet(damping)
         return Estimate(value, torch.zeros_like(value))
     value = logdet + found.value
-    rounding = torch.finfo(like.dtype).eps * value.abs() + torch.finfo(value.dtype).eps * matrix.d
-    return Estimate(value.to(like), torch.hypot(found.standard_error, rounding).to(like))
+    rounding = torch.finfo(dtype).eps * value.abs() + torch.finfo(value.dtype).eps * matrix.d
+    return Estimate(value, torch.hypot(found.standard_error, rounding))
 
 
 def near_identity(block: SumBlock, x: float) -> tuple[NearIdentity, Tensor]:

@@ -27,7 +27,7 @@ class SumParts(PMatExpression):
         def __init__(self, parts: Any, weights: Any = None) -> None: ...
 
         def partitioned(
-            self, limit: int = BLOCK_LIMIT, tol: float | None = None, max_steps: int | None = None
+            self, limit: int = ..., tol: float | None = ..., max_steps: int | None = ..., *, wide: bool = ...
         ) -> Partitioned | None: ...
 
         def with_damping(self, damping: Any, limit: int, *, indefinite: bool = False) -> tuple[SumParts, Damping]: ...
@@ -48,12 +48,15 @@ class SumParts(PMatExpression):
         """``f(M)``, ``f`` of all eigenvalues ``(d,)``, ascending, as for a stored matrix; ``limit`` as for
         :meth:`inverse`. Raises :class:`UnsupportedError` with implicit parts.
         """
-        return super().apply(f) if (blocks := self.partitioned(limit)) is None else blocks.whole().matrix.apply(f)
+        blocks = self.partitioned(limit, wide=True)
+        return super().apply(f) if blocks is None else blocks.whole().matrix.apply(f).to(self.dtype)
 
     def power(self, p: float, damping: Any = 0.0, limit: int = BLOCK_LIMIT) -> ParameterOperator:
         """``(M + damping I)^p`` for a real ``p``; ``damping``: what :meth:`solve` adds to the diagonal; ``limit`` as
         for :meth:`inverse`. Raises as :meth:`apply`, and as the power of a stored matrix.
         """
         m, d = self.with_damping(damping, limit)
-        blocks = m.partitioned(limit)
-        return super().power(p) if blocks is None else blocks.whole().matrix.power(p, require_added(d, "a power"))
+        blocks = m.partitioned(limit, wide=True)
+        if blocks is None:
+            return super().power(p)
+        return blocks.whole().matrix.power(p, require_added(d, "a power")).to(self.dtype)

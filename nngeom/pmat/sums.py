@@ -92,23 +92,27 @@ class PMatSum(SumParts):
     # -- block by block ------------------------------------------------------------------------------------------------
 
     def partitioned(
-        self, limit: int = BLOCK_LIMIT, tol: float | None = None, max_steps: int | None = None
+        self, limit: int = BLOCK_LIMIT, tol: float | None = None, max_steps: int | None = None, *, wide: bool = False
     ) -> Partitioned | None:
         """The sum over the common partition of its parts; ``None`` where one of them is not stored.
 
-        ``limit``: the longest side of a block that is made dense; ``tol``, ``max_steps``: of iterative solves.
+        ``limit``: the longest side of a block that is made dense; ``tol``, ``max_steps``: of iterative solves;
+        ``wide``: in float64 where the device has it, as entries of a dense block lose digits that parts have.
         """
-        blocks = self._partitioned(limit, tol, max_steps)
+        blocks = self._partitioned(limit, tol, max_steps, wide=wide and self.device.type != "mps")
         return None if blocks is None else blocks.together()
 
-    def _partitioned(self, limit: int, tol: float | None = None, max_steps: int | None = None) -> Partitioned | None:
+    def _partitioned(
+        self, limit: int, tol: float | None = None, max_steps: int | None = None, *, wide: bool = False
+    ) -> Partitioned | None:
         terms = list(self.flattened())
         flat = [(w, part) for w, part in terms if isinstance(part, PMat)]
         if len(flat) < len(terms):
             return None
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise ArgumentError(f"limit is {limit!r}; expected the longest side of a dense block, an integer above 0")
-        one = [(w, part if part.dtype == self.dtype else part.to(self.dtype)) for w, part in flat]
+        dtype = torch.float64 if wide else self.dtype
+        one = [(w, part if part.dtype == dtype else part.to(dtype)) for w, part in flat]
         return Partitioned.of(self.layer_collection, one, limit, tol, max_steps)
 
     def flattened(self) -> Iterator[tuple[float | Tensor, ParameterOperator]]:
@@ -169,8 +173,8 @@ class PMatSum(SumParts):
         :class:`SizeError` where one has no closed form and a side above ``limit``.
         """
         m, d = self.with_damping(damping, limit, indefinite=indefinite)
-        blocks = m.partitioned(limit)
-        return super(PMatSum, m).inverse(d) if blocks is None else blocks.inverse(d)
+        blocks = m.partitioned(limit, wide=True)
+        return super(PMatSum, m).inverse(d) if blocks is None else blocks.inverse(d).to(self.dtype)
 
     def logdet(  # type: ignore[override]
         self,
@@ -191,11 +195,11 @@ class PMatSum(SumParts):
         standard error is ``tol`` a parameter, after at most so many ``steps`` of at most so many ``samples``.
         """
         m, d = self.with_damping(damping, limit)
-        t, blocks = require_added(d, "logdet"), m.partitioned(limit)
+        t, blocks = require_added(d, "logdet"), m.partitioned(limit, wide=True)
         if estimator is not None:
             how = require_quadrature(estimator, Quadrature(steps, samples, generator, tol))
             return estimated_logdet(m, blocks, t, how)
-        return super(PMatSum, m).logdet(t.value) if blocks is None else blocks.logdet(t)
+        return super(PMatSum, m).logdet(t.value) if blocks is None else blocks.logdet(t).to(self.dtype)
 
     def eigh(self, limit: int = BLOCK_LIMIT) -> tuple[Tensor, Basis]:
         """Eigenvalues, ascending, and basis; ``limit`` as for :meth:`inverse`."""
