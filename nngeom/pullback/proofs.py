@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from nngeom.capture.graph import Graph, unexplained
+from nngeom.capture.known_factors import Factors
 from nngeom.capture.network import Network
 from nngeom.capture.recorder import Capture
 from nngeom.core.errors import CoverageError, UnsupportedError
@@ -48,9 +49,9 @@ class Proof:
         default_factory=set
     )  # parameters left to the fallback: some path is unknown, or rows differed
     compared: set[str] = field(default_factory=set)  # parameters whose rows were compared with autograd's
-    separate: set[int] = field(
-        default_factory=set
-    )  # programs in which parts of the batch gave the outputs of the whole
+    separate: dict[int, Factors] = field(
+        default_factory=dict
+    )  # programs in which parts of the batch gave the outputs of the whole, and what they were multiplied by
     head: bool | None = None  # whether gradients arrive at the inputs of the last use as products with its weight
     groups: KnownGroups | None = None  # blocks of which no use is asked, left to the fallback or divided
     halts: bool | None = None  # whether gradients are the same when the pass is halted at every halt of the graph
@@ -59,11 +60,16 @@ class Proof:
         """Where the examples of a use lie."""
         return self.places.get(j, ASK)
 
+    def is_separate(self, as_what: int) -> bool:
+        """Whether examples were seen to be separate in the program ``as_what``, under the factors that there are."""
+        known = self.separate.get(as_what)
+        return known is not None and known.are_the_same()
+
     def covers(self, capture: Capture, as_what: int) -> bool:
         """Whether nothing is left to ask that could be remembered of the program ``as_what``; examples need not be
         apart in training.
         """
-        return (as_what in self.separate or capture.training) and self.compared.issuperset(
+        return (capture.training or self.is_separate(as_what)) and self.compared.issuperset(
             slot.name for recorded in capture.uses for slot in recorded.use.slots
         )
 
