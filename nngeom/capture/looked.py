@@ -17,7 +17,7 @@ def this_look(network: Network) -> int:
 def does_other_things(network: Network) -> bool:
     """Whether a model was looked at, and in no program as it is in now, or under factors of zero that are no more."""
     looks = network.looks
-    return bool(looks.all) and (_now(network) not in looks.all or not all(f.are_the_same() for f in looks.factors))
+    return bool(looks.all) and (_now(network) not in looks.all or not all(f.hold() for f in looks.factors))
 
 
 def looked_again(network: Network, anew: Network) -> None:

@@ -55,8 +55,8 @@ class Looks:
         self.factors: list[Factors] = []
 
     def under(self, factors: Factors) -> None:
-        """What was seen is believed as long as these are what they were."""
-        if factors.tensors and all(factors is not other for other in self.factors):
+        """What was seen is believed as long as these hold."""
+        if factors.matter and all(factors is not other for other in self.factors):
             self.factors.append(factors)
 
     def at(self, found: int) -> None:

@@ -63,7 +63,7 @@ class Proof:
     def is_separate(self, as_what: int) -> bool:
         """Whether examples were seen to be separate in the program ``as_what``, under the factors that there are."""
         known = self.separate.get(as_what)
-        return known is not None and known.are_the_same()
+        return known is not None and known.hold()
 
     def covers(self, capture: Capture, as_what: int) -> bool:
         """Whether nothing is left to ask that could be remembered of the program ``as_what``; examples need not be

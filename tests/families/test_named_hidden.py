@@ -90,19 +90,20 @@ BEHIND = lambda m, x: plain(m, x - m.gate * x.mean(0))
 class Buffered(Model):
     """A coefficient that is no parameter, as of a schedule."""
 
-    def __init__(self, forward, frozen):
+    def __init__(self, forward, frozen, value=0.0):
         super().__init__(forward)
-        zero = torch.zeros((), dtype=f64)
+        small = torch.tensor(value, dtype=f64)
         if frozen:
-            self.gate = nn.Parameter(zero, requires_grad=False)
+            self.gate = nn.Parameter(small, requires_grad=False)
         else:
-            self.register_buffer("gate", zero)
+            self.register_buffer("gate", small)
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-9, -1e-8])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("measure", MEASURES)
-def test_coefficients_that_are_no_parameters_and_zero(measure, frozen):
-    model = Buffered(BEHIND, frozen)
+def test_coefficients_that_are_no_parameters_and_small(measure, frozen, value):
+    model = Buffered(BEHIND, frozen, value)
     jacobian_holds(model, X)
     MEASURES[measure](model, (X,))
     model.gate.fill_(1.0)
