@@ -97,7 +97,8 @@ class Pass:
         """The example axis of every use as the graph tells it, the likeliest by shape where it does not."""
         likely = lambda use: next(iter(candidates(use.lead, self.n)), None)
         known = ((recorded.use, self.proof.place(recorded.place)) for recorded in self.capture.uses)
-        return [likely(use) if isinstance(place, Unknown) else place for use, place in known]
+        axes: list[Where | None] = [likely(use) if isinstance(place, Unknown) else place for use, place in known]
+        return axes if not self.proof.scattered else self.proof.marked(axes, self.capture.uses)
 
     def prove(self, *, separate: bool = True, pulled: bool = False) -> None:
         """Ask what is not known of the graph yet: whether parts of the batch run as in the whole, and rows are
