@@ -141,7 +141,7 @@ def test_the_step_of_an_optimizer_is_the_solve(preset):
     assert near(step, matrix.solve(g, damping))
 
 
-CUTS = ([0, 4, 7], [0, 2, 5, 7], [0, 3, 5, 7])
+CUTS = ([0, 1, 7], [0, 4, 7], [0, 2, 5, 7], [0, 3, 5, 7], range(N + 1))
 KRONECKER = {
     "expand": nng.PMatKFAC,
     "reduce": nng.PMatKFAC.options(sharing="reduce"),
@@ -159,17 +159,80 @@ def cut(at, *tensors):
     return [tuple(t[lo:hi] for t in tensors) for lo, hi in itertools.pairwise(at)]
 
 
+class Choosing(nn.Module):
+    """Layers of which an example runs through one, and some batches through one alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = (nn.Linear(D, o, dtype=f64) for o in (D, D, C))
+
+    def forward(self, x):
+        chosen = [self.first if row[0, 0] > 0 else self.second for row in x]
+        return torch.cat([self.head(layer(row[None]).tanh().mean(1)) for layer, row in zip(chosen, x)])
+
+
+def require_one_matrix(model, x, kind):
+    """However the data are cut, into single examples too."""
+    y = torch.arange(N) % C
+    of = lambda data: nng.EmpiricalFIM(model, data, KRONECKER[kind], loss="cross_entropy")
+    whole = of((x, y))
+    for at in CUTS[:2] if kind == "nearest" else CUTS:
+        parts = of(cut(at, x, y))
+        if kind == "ekfac reduce" and len(at) > N:  # a basis of directions that reduced factors have nothing of is any
+            close(parts.trace(), whole.trace(), 1e-9)
+        else:
+            close(parts.to_dense(), whole.to_dense(), 1e-9)
+        for one, other in zip(getattr(parts, "dropped", ()), getattr(whole, "dropped", ())):
+            assert abs(one.share - other.share) < 1e-9
+
+
+@pytest.mark.parametrize("kind", KRONECKER)
+def test_factors_of_layers_that_some_examples_run_through(kind):
+    require_one_matrix(Choosing(), X[X[:, 0, 0].argsort()], kind)
+
+
+SEQUENCES = {
+    "tokens by themselves": lambda: nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.LayerNorm(D), nn.Linear(D, C)),
+    "attention": lambda: nn.TransformerEncoderLayer(D, 2, 6, dropout=0.0, batch_first=True),
+    "states": lambda: nn.GRU(D, C, batch_first=True),
+    "windows": lambda: nn.Sequential(Turned(), nn.Conv1d(D, C, 3, padding=1), Turned()),
+    "windows of groups": lambda: nn.Sequential(Turned(), nn.Conv1d(D, D, 3, groups=2, padding=1), Turned()),
+}
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+class Summed(nn.Module):
+    """The sum over the steps of a sequence."""
+
+    def __init__(self, body):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = body().double().eval()
+
+    def forward(self, x):
+        out = self.body(x)
+        return (out[0] if isinstance(out, tuple) else out).sum(1)
+
+
+@pytest.mark.parametrize("kind", ["expand", "reduce", "diagonal"])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_single_examples_count_as_those_of_their_length(name, kind):
+    """Where the graph tells whose positions are whose, examples of one length in one batch or by themselves."""
+    model = Summed(SEQUENCES[name])
+    batches = [torch.randn(2, t, D, dtype=f64) for t in (3, 5, 2)]
+    fisher = lambda data: nng.FIM(model, data, KRONECKER[kind], likelihood="gaussian").to_dense()
+    close(fisher([(x[None],) for b in batches for x in b]), fisher([(b,) for b in batches]), 1e-9)
+
+
 @pytest.mark.parametrize("kind", KRONECKER)
 @pytest.mark.parametrize("name", ["routed", "routed, no bias", "without padding", "starved", "one at a time"])
 def test_factors_do_not_depend_on_how_data_are_cut(name, kind):
-    model, y = Scattering(*WAYS[name]), torch.arange(N) % C
-    of = lambda data: nng.EmpiricalFIM(model, data, KRONECKER[kind], loss="cross_entropy")
-    whole = of((X, y))
-    for at in CUTS[: 1 if kind == "nearest" else 3]:
-        parts = of(cut(at, X, y))
-        close(parts.to_dense(), whole.to_dense(), 1e-9)
-        for one, other in zip(getattr(parts, "dropped", ()), getattr(whole, "dropped", ())):
-            assert abs(one.share - other.share) < 1e-9
+    require_one_matrix(Scattering(*WAYS[name]), X, kind)
 
 
 def test_factors_have_the_dtype_of_the_model():

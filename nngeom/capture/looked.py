@@ -15,13 +15,15 @@ def this_look(network: Network) -> int:
 
 
 def does_other_things(network: Network) -> bool:
-    """Whether a model was looked at, and in no program as it is in now."""
-    return bool(network.looks.all) and _now(network) not in network.looks.all
+    """Whether a model was looked at, and in no program as it is in now, or under factors of zero that are no more."""
+    looks = network.looks
+    return bool(looks.all) and (_now(network) not in looks.all or not all(f.hold() for f in looks.factors))
 
 
-def looked_again(network: Network) -> None:
-    """What is there now was looked at."""
+def looked_again(network: Network, anew: Network) -> None:
+    """What is there now was looked at, as ``anew``."""
     network.looks.at(_now(network))
+    network.looks.factors = anew.looks.factors
 
 
 def _now(network: Network) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as of_all
 
 from nngeom.capture.batch import Batch, items
+from nngeom.capture.known_factors import Factors
 
 _SAYING = frozenset([bool, int, float, str, bytes, type(None), torch.dtype, torch.device])
 _WHOLE = (type, Tensor, nn.Module, ModuleType)  # told by which object it is
@@ -46,11 +47,17 @@ def made_up(batch: Batch) -> Any:
 
 
 class Looks:
-    """The programs in which a model was looked at: the ``latest``, and all of them."""
+    """The programs in which a model was looked at: the ``latest``, and all of them; and the ``factors`` then."""
 
     def __init__(self) -> None:
         self.latest: int | None = None
         self.all: set[int] = set()
+        self.factors: list[Factors] = []
+
+    def under(self, factors: Factors) -> None:
+        """What was seen is believed as long as these hold."""
+        if factors.matter and all(factors is not other for other in self.factors):
+            self.factors.append(factors)
 
     def at(self, found: int) -> None:
         """The model was looked at as it was ``found``."""

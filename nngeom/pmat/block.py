@@ -121,7 +121,7 @@ class Block(TensorObject, BlockAlgebra, ABC):
         return self.mv(eye.view(-1, *d.shape)).flatten(1).T.contiguous()
 
     def logdet(self, damping: Tikhonov) -> Tensor:
-        """``log det(M + damping I)``; ``-inf`` when singular."""
+        """``log det(M + damping I)``; ``-inf`` when singular or indefinite."""
         return shifted_logdet(self.eigh()[0], damping)
 
     def root_times(self, noise: Tensor, damping: Tikhonov) -> Tensor:

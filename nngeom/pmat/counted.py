@@ -44,6 +44,8 @@ def _is_mean(name: str, side: str, sharing: str) -> bool:
 def divided(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The factors from ``means`` of sums, those that :func:`counted` set apart divided, together with those of batches
     in which positions are not counted.
+
+    Where positions are counted in every batch, examples of batches without any count among those of the mean.
     """
     found = {name: t for name, t in means.items() if not name.startswith((ONCE, SPREAD))}
     for name, t in means.items():
@@ -51,6 +53,7 @@ def divided(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
             twice = name.startswith(TWICE)
             name = name.removeprefix(TWICE if twice else ONCE)
             positions, examples = means[SPREAD + name]
+            examples = examples if name in means else torch.ones_like(examples)
             share = torch.where(positions > 0, examples / positions, torch.zeros_like(positions)) ** (1 + twice)
             part = t * share.to(t).view(-1, *[1] * (t.ndim - 1))
             found[name] = found[name] + part if name in found else part

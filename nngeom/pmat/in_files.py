@@ -152,7 +152,7 @@ class PMatInFiles(ParameterOperator):
         return torch.stack([part.norm().square() for _, part in self.read()]).sum().sqrt()
 
     def logdet(self, damping: Any = 0.0) -> Tensor:
-        """``log det(M + damping I)``, ``-inf`` when singular."""
+        """``log det(M + damping I)``, ``-inf`` when singular or indefinite."""
         chosen = self.dampings(damping)
         return torch.stack([part.logdet(chosen(lc)) for lc, part in self.read()]).sum()
 

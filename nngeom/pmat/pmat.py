@@ -134,7 +134,7 @@ class PMat(StoredAlgebra, ParameterOperator, Measured):
         return torch.stack([b.squared_norm() for b in self.blocks.values()]).sum().sqrt()
 
     def logdet(self, damping: Any = 0.0) -> Tensor:
-        """``log det(M + damping I)``, ``-inf`` when singular; ``damping``: what :meth:`solve` adds to the diagonal."""
+        """``log det(M + damping I)``, ``-inf`` when singular or indefinite; ``damping``: as added by :meth:`solve`."""
         parts = damped(self, damping).values()
         return torch.stack([b.logdet(require_added(d, "logdet")) for b, d in parts]).sum()
 

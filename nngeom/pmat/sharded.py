@@ -162,7 +162,7 @@ class PMatSharded(ParameterOperator):
         return self._total("norm", lambda part: part.norm().square()).sqrt()
 
     def logdet(self, damping: Any = 0.0) -> Tensor:
-        """``log det(M + damping I)``, ``-inf`` when singular."""
+        """``log det(M + damping I)``, ``-inf`` when singular or indefinite."""
         d = self._damping(damping)
         return self._total("logdet", lambda part: part.logdet(d(part)))
 

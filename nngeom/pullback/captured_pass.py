@@ -5,6 +5,7 @@ cotangents.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nngeom.capture.graph import require_differentiable
+from nngeom.capture.known_factors import Factors
 from nngeom.capture.looked import this_look
 from nngeom.capture.network import Network
 from nngeom.capture.program import made_up
@@ -27,7 +29,7 @@ from nngeom.pullback.layer_by_layer import Descent, Jacobians
 from nngeom.pullback.partial import require_whole_gradients
 from nngeom.pullback.proofs import proof_of
 from nngeom.pullback.safe import ASK, Unknown
-from nngeom.pullback.separate import answers, require_separate, require_separate_gradients
+from nngeom.pullback.separate import answers, require_separate
 from nngeom.pullback.use_groups import UseGroup, build_units
 from nngeom.pullback.verify import compare
 
@@ -95,7 +97,8 @@ class Pass:
         """The example axis of every use as the graph tells it, the likeliest by shape where it does not."""
         likely = lambda use: next(iter(candidates(use.lead, self.n)), None)
         known = ((recorded.use, self.proof.place(recorded.place)) for recorded in self.capture.uses)
-        return [likely(use) if isinstance(place, Unknown) else place for use, place in known]
+        axes: list[Where | None] = [likely(use) if isinstance(place, Unknown) else place for use, place in known]
+        return axes if not self.proof.scattered else self.proof.marked(axes, self.capture.uses)
 
     def prove(self, *, separate: bool = True, pulled: bool = False) -> None:
         """Ask what is not known of the graph yet: whether parts of the batch run as in the whole, and rows are
@@ -127,12 +130,13 @@ class Pass:
 
     def require_separate(self) -> None:
         """Raise where parts of the batch do not run as in the whole, unless that was seen of a pass like it."""
-        if self.as_what not in self.proof.separate:
-            require_separate(self.network, self.capture.batch, self.capture.outputs, placed=self._keeps_apart)
-            if answers(self.capture.outputs):
-                self.proof.separate.add(self.as_what)
-            else:
-                require_separate_gradients(self.network, self.capture)
+        if not self.proof.is_separate(self.as_what):
+            asked = self.capture if self._asks_gradients else None
+            batch, outputs = self.capture.batch, self.capture.outputs
+            answered = require_separate(self.network, batch, outputs, placed=self._keeps_apart, capture=asked)
+            if answers(self.capture.outputs) and self._is_finite:
+                self.proof.separate[self.as_what] = Factors.of(self.network, answered=answered)
+        self._lean_on_what_is_known()
 
     @functools.cached_property
     def as_what(self) -> int:
@@ -142,9 +146,17 @@ class Pass:
     @property
     def covered(self) -> bool:
         """Whether nothing is left to prove that could be remembered."""
-        if not self.proof.has_compared(self.capture):
-            return False
-        return self.capture.training or self.as_what in self.proof.separate  # in training examples need not be apart
+        if not self.capture.training:  # where examples need not be apart
+            self._lean_on_what_is_known()
+            if not self.proof.is_separate(self.as_what):
+                return False
+        return self.proof.has_compared(self.capture)
+
+    def _lean_on_what_is_known(self) -> None:
+        """A matrix that holds the model looks again when that does not hold any more."""
+        known = self.proof.separate.get(self.as_what)
+        if known is not None:
+            self.network.looks.under(known)
 
     @property
     def _keeps_apart(self) -> bool:
@@ -155,6 +167,16 @@ class Pass:
             return True
         placed = all(isinstance(self.proof.place(use.place), ExampleAxis) for use in self.capture.uses)
         return placed and not (self.proof.left | self.capture.unstructured | self.network.hooked)
+
+    @property
+    def _asks_gradients(self) -> bool:
+        """Whether gradients of parts may be added up: no function of the user's runs on them, parameters are whole."""
+        hooked = self.capture.hooked or self.capture.graph().module_hooks or self.network.hooked
+        return self._is_finite and not (hooked or self.network.distributed is not None or self.capture.leaves.exchanged)
+
+    @functools.cached_property
+    def _is_finite(self) -> bool:
+        return math.isfinite(self.capture.values.sum().item())
 
     def _bar(self) -> None:
         """Forget the uses of parameters that are left to the fallback."""

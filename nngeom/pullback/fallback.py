@@ -23,8 +23,9 @@ from nngeom.core.draws import factors, outer
 from nngeom.core.errors import CoverageError
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.linalg import accumulation_dtype, flat_rows
+from nngeom.pullback.added_up import TOLERANCE
 from nngeom.pullback.backward import dense, pull_back
-from nngeom.pullback.separate import ADDED_UP, MIXES, require_separate, same_outputs
+from nngeom.pullback.separate import MIXES, require_separate, same_outputs
 
 HOOKED = (
     "functions that are registered on gradients (register_hook) change them in a way that is not linear in each "
@@ -97,7 +98,7 @@ def _add_up(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, rows: list
     for p, r, g in zip(parameters, rows, gradients(outputs, parameters, together, retain_graph=True)):
         got = torch.einsum("kn,knp->p", u.to(r), r.detach())
         expected = torch.zeros_like(got) if g is None else dense(g).flatten().to(got)
-        difference, tolerance = (got - expected).norm(), ADDED_UP.get(outputs.dtype, 0.1)
+        difference, tolerance = (got - expected).norm(), TOLERANCE.get(outputs.dtype, 0.1)
         if not bool(difference <= tolerance * r.detach().norm() * u.norm() + noise):
             if not bool(difference <= tolerance * _usual(outputs, p, together)):
                 return False
@@ -114,7 +115,7 @@ def _require_linear(capture: Capture, parameters: Sequence[Tensor]) -> None:
     for x, y, both in zip(*(map(dense, some) for some in pulled)):
         if both is not None and x is not None and y is not None:
             size = x.norm() + y.norm()
-            if not bool((x + y - both).norm() <= ADDED_UP.get(outputs.dtype, 0.1) * size):
+            if not bool((x + y - both).norm() <= TOLERANCE.get(outputs.dtype, 0.1) * size):
                 raise CoverageError(HOOKED)
 
 

@@ -21,16 +21,19 @@ graph, in whichever call; a comparison in which the expected gradient is zero wa
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from nngeom.capture.graph import Graph, unexplained
+from nngeom.capture.known_factors import Factors
 from nngeom.capture.network import Network
+from nngeom.capture.recorded import Recorded
 from nngeom.capture.recorder import Capture
 from nngeom.core.errors import CoverageError, UnsupportedError
-from nngeom.pullback.axes import ExampleAxis, read_axis
+from nngeom.pullback.axes import ExampleAxis, Where, read_axis
 from nngeom.pullback.known_groups import KnownGroups
 from nngeom.pullback.placement import ASK, Place, places
 
@@ -48,16 +51,33 @@ class Proof:
         default_factory=set
     )  # parameters left to the fallback: some path is unknown, or rows differed
     compared: set[str] = field(default_factory=set)  # parameters whose rows were compared with autograd's
-    separate: set[int] = field(
-        default_factory=set
-    )  # programs in which parts of the batch gave the outputs of the whole
+    separate: dict[int, Factors] = field(
+        default_factory=dict
+    )  # programs in which parts of the batch gave the outputs of the whole, and what they were multiplied by
     head: bool | None = None  # whether gradients arrive at the inputs of the last use as products with its weight
     groups: KnownGroups | None = None  # blocks of which no use is asked, left to the fallback or divided
+    scattered: frozenset[str] | None = None  # of one example: parameters whose examples the graph of two does not place
     halts: bool | None = None  # whether gradients are the same when the pass is halted at every halt of the graph
 
     def place(self, j: int) -> Place:
         """Where the examples of a use lie."""
         return self.places.get(j, ASK)
+
+    def unplaced(self, uses: Sequence[Recorded]) -> frozenset[str]:
+        """Parameters with ``uses`` whose examples the graph does not place."""
+        open_ = (recorded.use for recorded in uses if self.place(recorded.place) is ASK)
+        return frozenset(slot.name for use in open_ for slot in use.slots)
+
+    def marked(self, axes: Sequence[Where | None], uses: Sequence[Recorded]) -> list[Where | None]:
+        """The ``axes`` of the ``uses`` of one example, as those of several would be."""
+        known = self.scattered or frozenset()
+        of = [any(slot.name in known for slot in recorded.use.slots) for recorded in uses]
+        return [replace(x, asked=True) if asked and isinstance(x, ExampleAxis) else x for asked, x in zip(of, axes)]
+
+    def is_separate(self, as_what: int) -> bool:
+        """Whether examples were seen to be separate in the program ``as_what``, under the factors that there are."""
+        known = self.separate.get(as_what)
+        return known is not None and known.hold()
 
     def has_compared(self, capture: Capture) -> bool:
         """Whether the rows of all parameters of a pass were compared with autograd's."""

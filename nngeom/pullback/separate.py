@@ -4,7 +4,7 @@ whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from torch import Tensor
 from nngeom.capture.batch import rows
 from nngeom.capture.network import Batch, Network, gradients_on, take
 from nngeom.capture.recorder import Capture
-from nngeom.capture.remedies import gradients as gradients_of
-from nngeom.core.draws import factors, outer
 from nngeom.core.errors import CoverageError, ModeError, OutputError
-from nngeom.pullback.backward import dense
+from nngeom.pullback.added_up import AddedUp
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # parts of a float64 model may compute in float32
 _GOLDEN = 0.5 * (5**0.5 - 1)  # its multiples fall into no pattern
@@ -23,7 +21,6 @@ CHANGES = (
     "the model changes from one call to the next, on the same batch: it draws random numbers, keeps a state, or writes "
     "into its inputs, so a measure of it would be random; call model.eval(), fix what it draws, or work on copies"
 )
-ADDED_UP = {torch.float64: 1e-5, torch.float32: 2e-3}  # of a model, parts of which may compute in float32
 MIXES = (
     "the model mixes the examples of a batch: the outputs of some change with the inputs of others, which leaves no "
     "derivatives of their own; expected a model that treats examples separately. A batch that is one example, such as "
@@ -33,32 +30,68 @@ MIXES = (
 
 
 def require_separate(
-    network: Network, batch: Batch, outputs: Tensor, parts: Sequence[list[int]] = (), *, placed: bool = True
-) -> None:
+    network: Network,
+    batch: Batch,
+    outputs: Tensor,
+    parts: Sequence[list[int]] = (),
+    *,
+    placed: bool = True,
+    capture: Capture | None = None,
+) -> bool:
     """Raise :class:`CoverageError` where outputs depend on the inputs of other examples.
 
     A part of the batch (default: each of two interleaved halves) run by itself must have the outputs that it has in the
     batch. Other outputs alone are no proof, as constants may depend on an example's place or on their number: then all
     are asked with the inputs of others in their places. So are they where the graph does not tell where examples lie
     (``placed``), or the model does not run on parts; then it must give the same on the whole again, too.
+
+    A factor of zero, of a gate or a branch that is to be trained, hides others in the outputs, and not in its gradient:
+    with the ``capture`` of the batch, gradients are asked as outputs are. Returns whether they could tell.
     """
-    outputs, n = outputs.detach(), outputs.shape[0]
+    sums = None if capture is None else AddedUp(capture)
+    whole = _require_outputs(network, batch, outputs.detach(), parts, sums, placed=placed)
+    if sums is None:
+        return True
+    if not (whole and sums.are_of(outputs, sums.capture.leaves.tensors.values())):
+        sums = _require_own_gradients(sums.capture)
+    return sums.answered
+
+
+def _require_outputs(
+    network: Network,
+    batch: Batch,
+    outputs: Tensor,
+    parts: Sequence[list[int]],
+    sums: AddedUp | None,
+    *,
+    placed: bool,
+) -> bool:
+    """What outputs tell; gradients of the parts are added to ``sums``. Returns whether parts give what the whole
+    does.
+    """
+    n, whole = outputs.shape[0], True
     for part in parts or interleaved(n):
         try:
             with gradients_on():
-                alone = network.run(take(batch, part, n) if n > 1 else batch).detach()
+                given = take(batch, part, n) if n > 1 else batch
+                alone, leaves = (network.run(given), []) if sums is None else sums.capture.leaves.of_a_run(given)
         except Exception:
             _require_axis(batch, outputs)
             _require_same(network, batch, outputs)
             _require_own(network, batch, outputs)
-            return
+            return False
         within = rows(outputs, part)
-        if alone.shape == within.shape and not same_outputs(alone, within, outputs):
+        fits = alone.shape == within.shape
+        if fits and not same_outputs(alone.detach(), within, outputs):
             _require_same(network, batch, outputs)
             _require_own(network, batch, outputs, runs=True)
-            return
+            return False
+        whole = whole and fits
+        if sums is not None and whole:
+            sums.add(alone, leaves, part)
     if not placed:
         _require_own(network, batch, outputs)
+    return whole
 
 
 def interleaved(n: int) -> list[list[int]]:
@@ -109,31 +142,41 @@ def answers(outputs: Tensor) -> bool:
     return not same_outputs(outputs, outputs[:1].expand_as(outputs), outputs)
 
 
-def require_separate_gradients(network: Network, capture: Capture) -> None:
-    """As :func:`require_separate`, of the gradients of the parameters."""
+def _require_own_gradients(capture: Capture) -> AddedUp:
+    """Raise :class:`CoverageError` where gradients of outputs change with the inputs of others, in their places, or
+    :class:`ModeError` where those of the batch are others now; returns these.
+    """
     n = capture.outputs.shape[0]
-    if parts_make_the_whole(network, capture, [capture.batch], gradients=True) is False:
-        raise ModeError(CHANGES)
-    places = interleaved(n)
-    halves, order = [take(capture.batch, half, n) for half in places], [j for half in places for j in half]
-    if n > 1 and parts_make_the_whole(network, capture, halves, order, gradients=True) is False:
-        raise CoverageError(MIXES)
+    again = AddedUp(capture)
+    with gradients_on():
+        again.add(*capture.leaves.of_a_run(capture.batch))
+        if not again.are_of(
+            *capture.leaves.of_a_run(capture.batch)
+        ):  # a graph may be changed by its first backward pass
+            raise ModeError(CHANGES)
+    for kept in interleaved(n) if n > 1 else ():
+        instead = [j if j in set(kept) else kept[j % len(kept)] for j in range(n)]
+        try:
+            with gradients_on():
+                others, leaves = capture.leaves.of_a_run(take(capture.batch, instead, n))
+        except Exception:
+            break
+        if others.shape == capture.outputs.shape:
+            own = AddedUp(capture, kept)
+            own.add(others, leaves)
+            with gradients_on():
+                if not own.are_of(*capture.leaves.of_a_run(capture.batch)):
+                    raise CoverageError(MIXES)
+    return again
 
 
-def parts_make_the_whole(
-    network: Network, capture: Capture, parts: Sequence[Batch], order: Sequence[int] = (), *, gradients: bool
-) -> bool | None:
+def parts_make_the_whole(network: Network, capture: Capture, parts: Sequence[Batch], *, gradients: bool) -> bool | None:
     """Whether the parts of a batch, one after the other, have its outputs, and with ``gradients`` its gradient of a
     random combination of them: where a factor is zero, outputs do not show what parts lack. ``None`` where a part does
-    not run. ``order``: the places of their examples, if others than those of the batch.
+    not run.
     """
-    at, lo = list(order) if order else slice(None), 0
-    whole = capture.outputs.detach()[at]
-    parameters = list(capture.leaves.tensors.values())
-    v = outer(factors(whole.shape, torch.Generator().manual_seed(8), whole))
-    combined = torch.empty_like(v)
-    combined[at] = v
-    total = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in parameters] if gradients else []
+    lo, whole = 0, capture.outputs.detach()
+    sums = AddedUp(capture) if gradients else None
     for part in parts:
         try:
             with gradients_on():
@@ -145,37 +188,10 @@ def parts_make_the_whole(
         hi = lo + out.shape[0]
         if not same_outputs(out.detach(), whole[lo:hi], whole):
             return False
-        if gradients:
-            _add(total, gradients_of(out, leaves, v[lo:hi]))
+        if sums is not None:
+            sums.add(out, leaves, slice(lo, hi))
         lo = hi
-    if not gradients:
-        return True
-    pull = lambda factor: gradients_of(capture.outputs, parameters, factor * combined, retain_graph=True)
-    return _is_gradient(total, pull, ADDED_UP.get(whole.dtype, 0.1))
-
-
-def _is_gradient(total: list[Tensor], of_whole: Callable[[float], Sequence[Tensor | None]], tolerance: float) -> bool:
-    """Whether sums over parts, which are overwritten, are the gradient of the whole, ``of_whole(1.0)``, up to a
-    ``tolerance``, relative.
-
-    Gradients that cancel, as those of the biases of keys in an attention over equal tokens, are rounding alone: how
-    large that is, those of cotangents multiplied by a ``factor`` tell.
-    """
-    sizes = [p.norm() for p in total]
-    for p, g in zip(total, map(dense, of_whole(1.0))):
-        _add([p], [None if g is None else -g])
-    off = [j for j, p in enumerate(total) if bool(p.norm() > tolerance * sizes[j])]
-    if not off:
-        return True
-    first, third = ([dense(gradients[j]) for j in off] for gradients in (of_whole(1.0), of_whole(1 / 3)))
-    rounding = [0.0 if g is None or h is None else (g - 3 * h).norm() for g, h in zip(first, third)]
-    return all(bool(total[j].norm() <= 100 * noise) for j, noise in zip(off, rounding))
-
-
-def _add(total: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    for p, g in zip(total, map(dense, gradients)):
-        if g is not None:
-            p += g
+    return sums is None or sums.are_of(capture.outputs, capture.leaves.tensors.values())
 
 
 def _require_axis(batch: Batch, outputs: Tensor) -> None:

@@ -154,7 +154,7 @@ class Run:
         anew = Network.build(network.model, network.function, network.collection)
         for batch in self.loader:
             Pass(anew, record(anew, batch), set(self.left_to_fallback)).require_separate()
-        looked_again(network)
+        looked_again(network, anew)
 
     def whole(self) -> AbstractContextManager[None]:
         """Within: parameters are whole, where they are used at least."""

@@ -14,7 +14,7 @@ from nngeom.capture.recorder import Capture, record
 from nngeom.core import memory
 from nngeom.core.errors import LoaderError
 from nngeom.pullback.captured_pass import Pass
-from nngeom.pullback.proofs import Proof, keeps_apart
+from nngeom.pullback.proofs import Proof, keeps_apart, proof_of
 from nngeom.pullback.separate import parts_make_the_whole
 from nngeom.pullback.sizes import bytes_each_cotangent
 from nngeom.sweep.chunk import Chunk as Chunk
@@ -96,8 +96,13 @@ class Sweep:
         keep_graph = self.policy.keep_graph
         capture = record(self.run.network, batch, keep_graph=keep_graph, exchange=not keep_graph)
         require_finite(capture.values, "outputs", index)
-        if index == 0 and capture.outputs.shape[0] == 1:
-            self._learn_from_a_pair(batch)
+        if capture.outputs.shape[0] == 1:
+            proof = proof_of(self.run.network, capture)
+            in_step = self.run.in_turn or self.run.network.distributed is not None  # others may have no such batch
+            if index == 0 or (proof.scattered is None and not in_step):
+                left = self.run.left_to_fallback
+                proof.scattered = self._learn_from_a_pair(batch, left if index == 0 else set(left))
+                proof.groups = proof.groups if not proof.scattered else None
         return capture
 
     def _batch(
@@ -222,14 +227,19 @@ class Sweep:
         self._resolve(run)
         return run.proof
 
-    def _learn_from_a_pair(self, batch: Batch) -> None:
-        """One example alone hides which uses are shared by all examples; two copies of it show them."""
+    def _learn_from_a_pair(self, batch: Batch, left: set[str]) -> frozenset[str]:
+        """One example alone hides which uses are shared by all examples, which are ``left`` to the fallback; two copies
+        of it show them. Returns the parameters whose examples their graph does not place.
+        """
         try:
             capture = record(self.run.network, take(batch, [0, 0], 1), exchange=not self.policy.keep_graph)
         except Exception:  # a model for one example at a time
-            return
-        if capture.outputs.shape[0] == 2:
-            Pass(self.run.network, capture, self.run.left_to_fallback, self.policy.part_of).resolve()
+            return frozenset()
+        if capture.outputs.shape[0] != 2:
+            return frozenset()
+        pair = Pass(self.run.network, capture, left, self.policy.part_of)
+        pair.resolve()
+        return pair.proof.unplaced(capture.uses)
 
 
 def require_examples(count: int) -> int:
