@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nngeom.core.damping import Damping
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.given_plainly import require_real_tensor
 from nngeom.fmat.fmat import FMat
 from nngeom.fmat.operator import FunctionOperator
 from nngeom.space.fvector import FVector
@@ -29,7 +30,7 @@ def kernel_regression(
     al. 2019, eq. 16.
     """
     _require_pair(K_train, K_test_train)
-    return _like(y, K_test_train.mv(_solver(K_train).solve(_function(y), damping)))
+    return _like(y, K_test_train.mv(_solver(K_train).solve(_function(y, "y"), damping)))
 
 
 def gradient_flow_mse(
@@ -55,23 +56,28 @@ def gradient_flow_mse(
         )
     if not isinstance(time, (int, float)) or math.isnan(time) or time < 0:
         raise ArgumentError(f"time is {time!r}; expected a number >= 0 or math.inf")
-    target = K_train.operand(_function(y), K_train.columns)
-    start = K_train.operand(_function(f0), K_train.columns) if f0 is not None else torch.zeros_like(target)
+    if f0_test is not None and K_test_train is None:
+        raise ArgumentError("f0_test is given without K_test_train; expected both: outputs at the start on test points")
+    target = FVector(K_train.operand(_function(y, "y"), K_train.columns))
+    start = -target if f0 is None else FVector(K_train.operand(_function(f0, "f0"), K_train.columns)) - target
     values, u = K_train.eigh()
     floor = len(values) * torch.finfo(values.dtype).eps * values.abs().amax() if len(values) else values.sum()
     values = torch.where(values.abs() <= floor, torch.zeros_like(values), values)
-    error = (start - target).flatten(-2) @ u  # [*b, modes]
+    error = start.flat() @ u  # [*b, modes]
     if K_test_train is None:
         decay = torch.exp(-time * values) if math.isfinite(time) else (values == 0).to(values)
-        return _like(y, FVector(target + ((error * decay) @ u.T).unflatten(-1, target.shape[-2:])))
+        return _like(y, target + FVector(((error * decay) @ u.T).unflatten(-1, target.shape[-2:])))
     _require_pair(K_train, K_test_train)
     learned = FVector(((error * _integral(values, time)) @ u.T).unflatten(-1, target.shape[-2:]))
     change = K_test_train.mv(learned)
-    return _like(y, _function(f0_test) - change if f0_test is not None else -change)
+    return _like(y, -change if f0_test is None else _function(f0_test, "f0_test") - change)
 
 
-def _function(y: FVector | Tensor) -> FVector:
-    return FVector(y) if isinstance(y, Tensor) else y
+def _function(y: FVector | Tensor, what: str) -> FVector:
+    f = FVector(y) if isinstance(y, Tensor) else y
+    if isinstance(f, FVector):
+        require_real_tensor(f.tensor, what)
+    return f
 
 
 def _like(y: F, out: FVector) -> F:

@@ -38,6 +38,29 @@ def test_closed_forms_solve_the_gradient_flow(regime, shape):
     assert single.dtype == torch.float32 and torch.allclose(single.double(), theta, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("regime", ["linear", "nonlinear"])
+@pytest.mark.parametrize("shape", [(4, 4), (3, 6), (7, 3)])
+def test_what_is_null_is_told_in_every_dtype(regime, shape):
+    X, y, w0 = (t.float() for t in problem(*shape))
+    X[:, -1] = X[:, 0]  # a null direction, exactly
+    of = lambda f, *more: (f(X, y, w0, *more, regime), f(X.double(), y.double(), w0.double(), *more, regime))
+    asked = torch.tensor([3.0, 0.0, 0.2, 0.2])  # in any order
+    for single, double in (of(quadratic_modes, asked), of(gradient_flow, asked), of(convergence_times, 1e-2)):
+        assert single.dtype == torch.float32
+        assert torch.allclose(single, double.float(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(singular_modes(X, y).mu == 0, singular_modes(X.double(), y.double()).mu == 0)
+    assert singular_modes(X, y).mu[-1] == 0 and convergence_times(X, y, w0, 1e-2, regime)[-1] == 0
+    assert not quadratic_modes(X, y, torch.zeros_like(w0), torch.tensor([0.0, 1e9]), regime).any()
+
+
+@pytest.mark.parametrize("f", [quadratic_modes, gradient_flow])
+@pytest.mark.parametrize("times", [[-0.1], [1.0, -2.0], []])
+def test_the_flow_begins_at_0(f, times):
+    X, y, w0 = problem(3, 3)
+    with pytest.raises(nng.NNGeomError, match="at least 0"):
+        f(X, y, w0, torch.tensor(times), "nonlinear")
+
+
 def test_conventions_of_the_basis():
     X, y, _ = problem(5, 7)
     m = singular_modes(X, y)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nngeom.optim import EKFAC, KFAC, SOAP, LevenbergMarquardt
+import nngeom as nng
+from nngeom.optim import EKFAC, KFAC, SOAP, LevenbergMarquardt, NaturalGradient
 
 KEYS = {"steps", "skipped", "refreshed", "drawn", "reduction", "damping", "batchwise", "parts"}
 
@@ -69,3 +70,60 @@ def test_who_resumes_and_who_goes_on_share_nothing(kind):
         for _ in range(3):
             advance(opt, model)
     assert torch.equal(models[0].weight, models[1].weight)
+
+
+def _net(width=4):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
+
+
+def _some(model, rate=0.1):
+    return {"params": [{"params": model[0].parameters(), "lr": rate}, {"params": model[2].parameters()}]}
+
+
+KINDS = {
+    "KFAC": lambda m: KFAC(m),
+    "KFAC in groups": lambda m: KFAC(m, **_some(m)),
+    "EKFAC of gradients": lambda m: EKFAC(m, factors="gradients"),
+    "EKFAC": lambda m: EKFAC(m, scalings="batch"),
+    "SOAP of rows": lambda m: SOAP(m, factors="rows"),
+    "a diagonal": lambda m: NaturalGradient(m, nng.PMatDiag),
+    "a dense matrix": lambda m: NaturalGradient(m, nng.PMatDense),
+    "a part": lambda m: KFAC(m, layer_collection=nng.LayerCollection.from_model(m, include="0.*")),
+}
+
+
+def _seen(model, opt):
+    with opt.observe():
+        nn.functional.cross_entropy(model(torch.ones(6, 4)), torch.arange(6) % 3).backward()
+    opt.step()
+    return opt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given", KINDS)
+def test_a_state_of_another_kind_is_refused(kind, given):
+    model, other = _net(), _net()
+    state = _seen(model, KINDS[given](model)).state_dict()
+    opt = KINDS[kind](other)
+    if kind == given:
+        opt.load_state_dict(state)
+        return
+    with pytest.raises(nng.ArgumentError, match=r"expected the|differ in"):
+        opt.load_state_dict(state)
+    if len(opt.param_groups) == 1 and kind != "a part":
+        _seen(other, opt)  # as new
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_of_another_model_is_refused(kind):
+    model, other = _net(), _net(5)
+    state = _seen(model, KINDS[kind](model)).state_dict()
+    with pytest.raises(nng.ArgumentError, match="another model"):
+        KINDS[kind](other).load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [None, 3, {}, {"curvature": {}}, {"curvature": {"parts": {}}}])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(nng.ArgumentError, match="expected the"):
+        KFAC(_net()).load_state_dict(state)

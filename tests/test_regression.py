@@ -65,3 +65,23 @@ def test_errors():
         nng.gradient_flow_mse(k, y, -1.0)
     with pytest.raises(nng.ArgumentTypeError, match="kernel"):
         nng.kernel_regression(k.tensor, y, kt, 0.1)
+    with pytest.raises(nng.ArgumentError, match="K_test_train"):
+        nng.gradient_flow_mse(k, y, 1.0, f0, f0_test=f0t)
+    with pytest.raises(nng.ArgumentError, match="batches"):
+        nng.gradient_flow_mse(k, nng.FVector(y.tensor.expand(2, 3, 5)), 1.0, nng.FVector(f0.tensor.expand(3, 3, 5)))
+    for which in range(3):
+        given = [y, f0, f0t]
+        given[which] = given[which] * math.nan
+        with pytest.raises(nng.NonFiniteError, match="NaN"):
+            nng.gradient_flow_mse(k, given[0], 1.0, given[1], kt, given[2])
+
+
+def test_batches_of_targets_and_starts():
+    k, kt, *_, f0, f0t, y = setting()
+    targets, starts = (nng.FVector(torch.stack([v.tensor, 2 * v.tensor])) for v in (y, f0))
+    for given, begun in ((targets, f0), (y, starts), (targets, starts)):
+        for there in ((), (kt, f0t)):
+            both = nng.gradient_flow_mse(k, given, 0.3, begun, *there)
+            for i in range(2):
+                one = [nng.FVector(v.tensor[i]) if v.tensor.ndim > 2 else v for v in (given, begun)]
+                torch.testing.assert_close(both.tensor[i], nng.gradient_flow_mse(k, one[0], 0.3, one[1], *there).tensor)

@@ -25,6 +25,16 @@ def test_entry_by_entry(lc, batch):
     assert torch.equal(v.apply(torch.sigmoid).flat(), v.flat().sigmoid())
 
 
+@pytest.mark.parametrize("combine", ["__add__", "__sub__", "__mul__", "dot"])
+def test_batches_that_differ_are_named(lc, combine):
+    for make in (lambda *b: nng.PVector.randn(lc, *b), lambda *b: nng.FVector(torch.randn(*b, 2, 3))):
+        with pytest.raises(nng.ArgumentError, match=r"\(3,\) and \(5,\)"):
+            getattr(make(3), combine)(make(5))
+        one, each = getattr(make(), combine)(make(5)), getattr(make(1, 5), combine)(make(3, 1))
+        batches = [tuple((x if isinstance(x, torch.Tensor) else x.tensor).shape) for x in (one, each)]
+        assert batches[0][:1] == (5,) and batches[1][:2] == (3, 5)
+
+
 def test_entry_by_entry_in_function_space():
     f, g = (nng.FVector(torch.randn(2, 3, 4, dtype=f64)) for _ in range(2))
     torch.testing.assert_close(f @ g, (f.tensor * g.tensor).sum((-2, -1)))

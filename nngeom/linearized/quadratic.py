@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
-from nngeom.core.given_plainly import require_real_tensor
+from nngeom.core.given_plainly import require_real, require_real_tensor
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,20 @@ def singular_modes(X: Tensor, y: Tensor) -> Modes:
     """The singular basis of ``X (n, d)`` with signs such that ``u^T y >= 0``.
 
     Where singular values coincide the basis is chosen, not found by chance: ``y`` has a component along the first
-    vector of the eigenspace only, and the others follow by Gram-Schmidt from the coordinate axes. Raises
-    :class:`ArgumentError` for shapes that do not fit. Source: George 2023, thesis, section 5.4.
+    vector of the eigenspace only, and the others follow by Gram-Schmidt from the coordinate axes. Decomposed in
+    float64, in the dtype of ``X``. Raises :class:`ArgumentError` for shapes that do not fit. Source: George 2023,
+    thesis, section 5.4.
     """
-    X, y = torch.as_tensor(X), torch.as_tensor(y)
-    if X.ndim != 2 or y.shape != X.shape[:1]:
+    X, y = _numbers(X, "X"), _numbers(y, "y")
+    modes, dtype = _modes(X, y), _dtype(X)
+    return Modes(modes.mu.to(dtype), modes.target.to(dtype), modes.directions.to(dtype))
+
+
+def _modes(X: Tensor, y: Tensor) -> Modes:
+    """In float64: what is null in exact numbers is told from what is small."""
+    if X.ndim != 2 or y.shape != X.shape[:1] or not X.numel():
         raise ArgumentError(f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}; expected (n, d) and (n,)")
+    X, y = X.double(), y.double()
     s, v = torch.linalg.svd(X, full_matrices=True)[1:]
     d = X.shape[1]
     v = v.T.contiguous()
@@ -88,7 +96,7 @@ def _canonical(v: Tensor, pull: Tensor) -> Tensor:
 def quadratic_modes(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str = "linear") -> Tensor:
     """``theta(t)`` in the singular basis of ``X``, ``(times, d)``, under gradient flow from ``w0 (d,)``.
 
-    ``X (n, d)``: inputs; ``y (n,)``: targets; ``times``: of the trajectory. ``w0`` is in that basis too
+    ``X (n, d)``: inputs; ``y (n,)``: targets; ``times``: of the trajectory, at least 0. ``w0`` is in that basis too
     (:func:`singular_modes`: singular values descending, ``u^T y >= 0``). ``regime="nonlinear"``: ``theta = 1/2 w^2``,
     logistic growth with rate ``2 sqrt(mu) u^T y``, so modes are learned one after the other. ``"linear"``: ``theta = w
     w0 - 1/2 w0^2``, exponential approach with rate ``2 mu theta0``. Null directions stay.
@@ -97,22 +105,39 @@ def quadratic_modes(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str
     the linear regime as its own dynamics give it.
     """
     _require_regime(regime)
-    X, y, w0, times = (_numbers(a, name) for a, name in ((X, "X"), (y, "y"), (w0, "w0"), (times, "times")))
-    modes = singular_modes(X.double(), y.double())
+    X, w0, modes = _problem(X, y, w0)
+    t = _times(times).reshape(-1, 1)
+    theta0, mu = 0.5 * w0**2, modes.mu
+    if regime == "nonlinear":
+        z = 2 * mu.sqrt() * modes.target * t
+        growth = torch.where(z > 0, -torch.expm1(-z) / torch.where(z > 0, z, 1.0), 1.0)
+        theta = torch.where(theta0 > 0, theta0 / (torch.exp(-z) + 2 * mu * theta0 * t * growth), 0.0)
+    else:
+        limit = torch.where(mu > 0, modes.limit, theta0)
+        theta = limit + torch.exp(-2 * mu * theta0 * t) * (theta0 - limit)
+    return theta.to(_dtype(X))
+
+
+def _problem(X: Any, y: Any, w0: Any) -> tuple[Tensor, Tensor, Modes]:
+    """``X``, ``w0 (d,)`` in float64 and the modes; raises :class:`ArgumentError` where they do not fit."""
+    X, y, w0 = (_numbers(a, name) for a, name in ((X, "X"), (y, "y"), (w0, "w0")))
+    modes = _modes(X, y)
     if w0.shape != modes.mu.shape:
         raise ArgumentError(
             f"w0 has shape {tuple(w0.shape)}; expected ({len(modes.mu)},), one number a singular direction of X"
         )
-    t = times.to(modes.mu).reshape(-1, 1)
-    theta0, mu = 0.5 * w0.to(modes.mu) ** 2, modes.mu
-    if regime == "nonlinear":
-        z = 2 * mu.sqrt() * modes.target * t
-        growth = torch.where(z > 0, -torch.expm1(-z) / torch.where(z > 0, z, 1.0), 1.0)
-        theta = theta0 / (torch.exp(-z) + 2 * mu * theta0 * t * growth)
-    else:
-        limit = torch.where(mu > 0, modes.limit, theta0)
-        theta = limit + torch.exp(-2 * mu * theta0 * t) * (theta0 - limit)
-    return theta.to(X.dtype)
+    return X, w0.to(modes.mu), modes
+
+
+def _times(times: Any) -> Tensor:
+    t = _numbers(times, "times").double().reshape(-1)
+    if not t.numel() or bool((t < 0).any()):
+        raise ArgumentError(f"times are {t.tolist()[:8]}; expected numbers of at least 0: the flow begins at 0")
+    return t
+
+
+def _dtype(X: Tensor) -> torch.dtype:
+    return X.dtype if X.is_floating_point() else torch.get_default_dtype()
 
 
 def _numbers(x: Any, what: str) -> Tensor:
@@ -129,27 +154,26 @@ def gradient_flow(X: Tensor, y: Tensor, w0: Tensor, times: Tensor, regime: str =
     forms.
 
     ``X``, ``y``, ``w0``, ``times`` and ``regime`` as for :func:`quadratic_modes`. The gradient is taken by autograd
-    through the model in data space; explicit Runge-Kutta of order 8 to 1e-11.
+    through the model in data space, in float64; explicit Runge-Kutta of order 8 to 1e-11.
     """
     from scipy.integrate import solve_ivp
 
     _require_regime(regime)
-    basis = singular_modes(X, y).directions
-    w0 = w0.to(X)
+    X, w0, modes = _problem(X, y, w0)
+    w0 = w0.detach()
+    inputs, y = (X.double() @ modes.directions).detach(), _numbers(y, "y").double().detach()
 
     def theta(w: Tensor) -> Tensor:
         return 0.5 * w**2 if regime == "nonlinear" else w * w0 - 0.5 * w0**2
 
     def velocity(_, w):
-        w = torch.as_tensor(w, dtype=X.dtype).requires_grad_()
-        loss = 0.5 * (X @ (basis @ theta(w)) - y).square().sum()
+        w = torch.as_tensor(w).requires_grad_()
+        loss = 0.5 * (inputs @ theta(w) - y).square().sum()
         return -torch.autograd.grad(loss, w)[0].numpy()
 
-    t = torch.as_tensor(times, dtype=torch.float64).reshape(-1)
-    solution = solve_ivp(
-        velocity, (0.0, float(t.max())), w0.numpy(), "DOP853", t_eval=t.numpy(), rtol=1e-11, atol=1e-13
-    )
-    return theta(torch.as_tensor(solution.y.T, dtype=X.dtype))
+    t, back = _times(times).unique(return_inverse=True)
+    solution = solve_ivp(velocity, (0.0, float(t[-1])), w0.numpy(), "DOP853", t_eval=t.numpy(), rtol=1e-11, atol=1e-13)
+    return theta(torch.as_tensor(solution.y.T)[back]).to(_dtype(X))
 
 
 def convergence_times(X: Tensor, y: Tensor, w0: Tensor, tolerance: float, regime: str = "linear") -> Tensor:
@@ -161,10 +185,11 @@ def convergence_times(X: Tensor, y: Tensor, w0: Tensor, tolerance: float, regime
     linear one, for modes that grow. Null directions: 0. Source: George 2023, thesis, section 5.4.3, repaired.
     """
     _require_regime(regime)
+    require_real(tolerance, "tolerance")
     if not tolerance > 0:
         raise ArgumentError(f"tolerance is {tolerance!r}; expected a positive distance to the limit")
-    modes = singular_modes(X, y)
-    theta0, mu = 0.5 * w0.to(X) ** 2, modes.mu
+    X, w0, modes = _problem(X, y, w0)
+    theta0, mu = 0.5 * w0**2, modes.mu
     limit = torch.where(mu > 0, modes.limit, theta0)
     gap = (theta0 - limit).abs()
     if regime == "linear":
@@ -174,7 +199,7 @@ def convergence_times(X: Tensor, y: Tensor, w0: Tensor, tolerance: float, regime
         rate = 2 * mu.sqrt() * modes.target
         to_zero = (1 / end - 1 / theta0) / (2 * mu)  # where the limit is 0: theta0 / (1 + 2 mu theta0 t)
         t = torch.where(rate > 0, torch.log((theta0 - limit) * end / (theta0 * (end - limit))) / rate, to_zero)
-    return torch.where(gap <= tolerance, 0.0, torch.where(theta0 > 0, t, torch.inf))
+    return torch.where(gap <= tolerance, 0.0, torch.where(theta0 > 0, t, torch.inf)).to(_dtype(X))
 
 
 def _require_regime(regime: str) -> None:

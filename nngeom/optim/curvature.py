@@ -107,6 +107,19 @@ class Curvature(ABC):
         self._packed.read()
         return self._packed
 
+    @property
+    def kind(self) -> str:
+        """What is kept, by name: a state of another cannot be taken over; spectra of one scale can."""
+        of = "" if self.manner.factors == "rows" else f" of {self.manner.factors}"
+        scale = "" if self.manner.scalings in SECOND_MOMENTS else f" with scalings={self.manner.scalings!r}"
+        return f"{self.representation.kind.__name__}{of}{scale}"
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        """Those of the parameters."""
+        table = self.selection.collection.offsets()
+        return [list(table[name][1]) for name in self.selection.names]
+
     def state(self) -> dict[str, Any]:
         """Plain values and tensors."""
         return {
@@ -114,6 +127,8 @@ class Curvature(ABC):
             "averages": self.averages.plain(),
             "blocks": plain_blocks(self.blocks),
             "rank": self.rank.state(),
+            "kind": self.kind,
+            "shapes": self.shapes,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -123,6 +138,7 @@ class Curvature(ABC):
             self.rank.load(state["rank"])
 
 
+SECOND_MOMENTS = ("batch", "running", "factors")  # scalings that are those of examples
 KEEPERS: dict[type[PMat], type[Curvature]] = {}
 Kept = TypeVar("Kept", bound=Curvature)
 

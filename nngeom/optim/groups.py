@@ -45,6 +45,16 @@ def plain(groups: list[Group]) -> list[Group]:
     return [{k: v for k, v in group.items() if not callable(v)} for group in groups]
 
 
-def resumed(groups: list[Group], saved: list[Group]) -> list[Group]:
-    """The saved groups, with the callables of the present ones."""
+def resumed(groups: list[Group], saved: Any) -> list[Group]:
+    """The saved groups, with the callables of the present ones; raises :class:`ArgumentError` where they differ in
+    number or size.
+    """
+    if not isinstance(saved, (list, tuple)) or not all(isinstance(g, Mapping) and "params" in g for g in saved):
+        raise ArgumentError("the state holds no param_groups; expected the state_dict() of the same kind of optimizer")
+    mine, theirs = ([len(group["params"]) for group in some] for some in (groups, saved))
+    if mine != theirs:
+        raise ArgumentError(
+            f"the state has groups of {theirs} parameters, and this optimizer of {mine}; expected the same params= and "
+            "layer_collection="
+        )
     return [{**{k: v for k, v in mine.items() if callable(v)}, **group} for mine, group in zip(groups, saved)]

@@ -216,15 +216,18 @@ class Preconditioned(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a copy of a ``state_dict``: the steps that follow are the same, bit by bit. Callables stay those
-        of this optimizer. In a model of another dtype, or on another device, they go on in that.
+        of this optimizer. In a model of another dtype, or on another device, they go on in that. Raises
+        :class:`ArgumentError` for the state of another kind of optimizer, or of another model.
         """
-        if not isinstance(state_dict, Mapping) or "curvature" not in state_dict:
+        parts = state_dict.get("curvature") if isinstance(state_dict, Mapping) else None
+        if not isinstance(parts, Mapping) or "parts" not in parts:
             raise ArgumentError("the state holds no curvature; expected the state_dict() of the same kind of optimizer")
         state = copy.deepcopy(dict(state_dict))
         saved = state.pop("curvature")
-        super().load_state_dict({**state, "param_groups": resumed(self.param_groups, state["param_groups"])})
+        groups = resumed(self.param_groups, state.get("param_groups"))
+        dtypes = {accumulation_dtype(p.dtype) for p in self.gradients.parameters}
+        self.partition.load(converted(saved["parts"], dtypes, self.gradients.flat))
+        super().load_state_dict({**state, "param_groups": groups})
         self.clock.load(saved)
         self.pending.load(saved)
         self.observer.load(saved)
-        dtypes = {accumulation_dtype(p.dtype) for p in self.gradients.parameters}
-        self.partition.load(converted(saved["parts"], dtypes, self.gradients.flat))

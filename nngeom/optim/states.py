@@ -42,10 +42,29 @@ def resume(part: Curvature, entries: Sequence[dict[str, Any]]) -> None:
     """A ``part`` takes over what states of the same index, the ``entries``, hold of it."""
     mine = set(part.selection.names)
     entries = [entry for entry in entries if not mine.isdisjoint(entry["names"])]
+    for entry in entries:
+        _require_same(part, entry)
     if part.mine:
         part.load(taken(entries, list(part.selection.names)))
     else:
         part.elsewhere = any(entry.get("known", bool(entry.get("blocks"))) for entry in entries)
+
+
+def _require_same(part: Curvature, entry: dict[str, Any]) -> None:
+    """Raise :class:`ArgumentError` where an ``entry`` is no state of such a ``part``; older ones do not say it all."""
+    kind = entry.get("kind", part.kind)
+    if kind != part.kind:
+        raise ArgumentError(
+            f"the state of {list(entry['names'])[:2]} is that of {kind}, and this optimizer keeps {part.kind}; "
+            "expected the state_dict() of one of the same kind and options"
+        )
+    shapes, mine = dict(zip(entry["names"], entry.get("shapes", []))), dict(zip(part.selection.names, part.shapes))
+    for name in shapes.keys() & mine.keys():
+        if list(shapes[name]) != mine[name]:
+            raise ArgumentError(
+                f"the state belongs to another model: {name!r} is {tuple(shapes[name])} there and {tuple(mine[name])} "
+                "here"
+            )
 
 
 def taken(entries: Sequence[dict[str, Any]], names: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
 from nngeom.core.norms import vector_norm
-from nngeom.space.operations import Elementwise
+from nngeom.space.operations import Elementwise, combined
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class FVector(Elementwise):
         if isinstance(other, FVector):
             if other.shape[-2:] != self.shape[-2:]:
                 raise ArgumentError(f"FVectors of shapes {tuple(self.shape)} and {tuple(other.shape)} do not fit")
-            return FVector(f(self.tensor, other.tensor))
+            return FVector(combined(f, self.tensor, other.tensor, 2))
         if isinstance(other, numbers.Real) or (isinstance(other, Tensor) and other.ndim == 0):
             return FVector(f(self.tensor, other))
         raise ArgumentTypeError(

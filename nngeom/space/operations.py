@@ -16,6 +16,21 @@ from nngeom.core.hand import InHand
 V = TypeVar("V", bound="Elementwise")
 
 
+def combined(f: Callable[[Tensor, Any], Tensor], x: Tensor, y: Any, axes: int) -> Tensor:
+    """``f`` of two batches of entries, whose last ``axes`` are those of one vector; raises :class:`ArgumentError` where
+    the batches differ.
+    """
+    try:
+        return f(x, y)
+    except RuntimeError as error:
+        batches = tuple(x.shape[: x.ndim - axes]), tuple(y.shape[: y.ndim - axes])
+        if all(a == b or 1 in (a, b) for a, b in zip(*map(reversed, batches))):
+            raise
+        raise ArgumentError(
+            f"the batches of two vectors are {batches[0]} and {batches[1]}; expected equal ones, or one vector for all"
+        ) from error
+
+
 class Elementwise(InHand, ABC):
     """Functions of the entries of a vector with a ``tensor``, and the inner product as an operator."""
 

@@ -16,7 +16,7 @@ from nngeom.core.norms import vector_norm
 from nngeom.core.whole import whole
 from nngeom.space.collection import LayerCollection, unwrap
 from nngeom.space.joined import joined, require_collection, sizes
-from nngeom.space.operations import Batched
+from nngeom.space.operations import Batched, combined
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,11 +159,11 @@ class PVector(Batched):
             other = PVector.from_dict(self.layer_collection, other)
         if isinstance(other, PVector):
             self.layer_collection.require(other.layer_collection, "the other vector")
-            return PVector(self.layer_collection, f(self.tensor, other.tensor))
+            return PVector(self.layer_collection, combined(f, self.tensor, other.tensor, 1))
         if isinstance(other, numbers.Real) or (isinstance(other, Tensor) and other.ndim == 0):
             return PVector(self.layer_collection, f(self.tensor, other))
         if isinstance(other, Tensor):  # one number a vector of the batch
-            return PVector(self.layer_collection, f(self.tensor, other.unsqueeze(-1)))
+            return PVector(self.layer_collection, combined(f, self.tensor, other.unsqueeze(-1), 1))
         given = type(other).__name__
         raise ArgumentTypeError(f"cannot combine a PVector with {given}; expected one, a number or numbers (*batch)")
 
