@@ -69,3 +69,59 @@ def test_solves_by_products_raise_where_the_vector_is_not_finite():
     m = nng.FIM(case.model, case.loader, nng.PMatImplicit)
     with pytest.raises(nng.NonFiniteError, match="met NaN"):
         m.solve(nng.PVector.from_model(case.model) * float("nan"), 0.1)
+
+
+class Masked(nn.Module):
+    """Finite outputs of inputs that are not, as where padding is left out after a layer."""
+
+    def __init__(self, *, sort=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.sort = nn.Linear(4, 3, dtype=f64), nn.Linear(3, 2, dtype=f64), sort
+
+    def forward(self, x):
+        there = torch.isfinite(x).all(1, keepdim=True)
+        order = x[:, 0].nan_to_num(0, 0, 0).argsort() if self.sort else torch.arange(len(x))
+        h = self.first(x[order])[order.argsort()]
+        return self.second(torch.where(there, h.tanh(), 0.0))
+
+
+BAD = {"infinite": float("inf"), "nan": float("nan"), "overflowing": 1e300}
+FIRST = {
+    **RESULTS,
+    "diagnosis": lambda m, x: nng.diagnose(m, x[0]),
+    "explanation": lambda m, x: nng.explain(m, x[0]),
+    "penalty": lambda m, x: nng.mgs.trace_penalty(m, x[0]),
+    "training": lambda m, x: _trained(m, x[0]),
+}
+
+
+def _trained(model, x):
+    opt = nng.optim.KFAC(model)
+    with opt.observe():
+        model(x).square().sum().backward()
+    with pytest.warns(nng.optim.SkippedStepWarning):
+        opt.step()
+    opt.zero_grad()
+
+
+@pytest.mark.parametrize("make", [Masked, lambda: Masked(sort=True), lambda: build("mlp").model])
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("bad", BAD)
+def test_nothing_follows_from_numbers_that_are_not_finite(make, first, bad):
+    x = normal(6, 4)
+    given = x.clone()
+    given[2] = BAD[bad]
+    model, fresh = make(), make()
+    fresh.load_state_dict(model.state_dict())
+    try:
+        FIRST[first](model, [given])
+    except (nng.NonFiniteError, nng.MemoryWarning):
+        pass  # and no other error
+    except pytest.fail.Exception:
+        assert first == "training" and bad == "overflowing"
+    for kind in (nng.PMatKFAC, nng.PMatDense):
+        expected = nng.FIM(fresh, [x], kind)
+        got = nng.FIM(model, [x], kind)
+        assert [type(b) for b in got.blocks.values()] == [type(b) for b in expected.blocks.values()]
+        torch.testing.assert_close(got.to_dense(), expected.to_dense())

@@ -35,9 +35,7 @@ def alignment(K: Any, L: Any, centered: bool | str = True) -> Tensor:
     Raises :class:`ArgumentError` where shapes differ. Source: Cortes et al. 2012; Kornblith et al. 2019; Baratin et al.
     2021, eq. 7.
     """
-    k, m = kernel_tensor(K), kernel_tensor(L)
-    if k.shape != m.shape:
-        raise ArgumentError(f"the kernels have shapes {tuple(k.shape)} and {tuple(m.shape)}; expected equal ones")
+    k, m = _pair(K, L)
     x, y = center(k, how=centered), center(m.to(k), how=centered)
     return _ratio((x * y).sum(), x.norm() * y.norm())
 
@@ -47,7 +45,15 @@ def hsic(K: Any, L: Any) -> Tensor:
 
     ``K``, ``L``: kernels of the same points, FMats or tensors ``(c, n, c, n)``.
     """
-    return (center(K) * center(kernel_tensor(L).to(kernel_tensor(K)))).sum()
+    k, m = _pair(K, L)
+    return (center(k) * center(m.to(k))).sum()
+
+
+def _pair(K: Any, L: Any) -> tuple[Tensor, Tensor]:
+    k, m = kernel_tensor(K), kernel_tensor(L)
+    if k.shape != m.shape:
+        raise ArgumentError(f"the kernels have shapes {tuple(k.shape)} and {tuple(m.shape)}; expected equal ones")
+    return k, m
 
 
 def label_kernel(y: Tensor, c: int, dtype: torch.dtype | None = None) -> FMatDense:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.rows import require_finite_gradients
 from nngeom.core.errors import ArgumentError
-from nngeom.core.given_plainly import described, require_real_tensor, require_whole
+from nngeom.core.given_plainly import described, require_at_least, require_real, require_real_tensor, require_whole
 from nngeom.core.totals import totals
 from nngeom.cotangents.loss import EmpiricalFisher, as_loss
 from nngeom.space.collection import LayerCollection
@@ -108,9 +107,9 @@ def gradient_coherence(gradients: Tensor) -> Coherence:
     """:func:`coherence` of ``gradients (m, d)`` at hand, one an example; raises :class:`NonFiniteError` on NaN or
     infinity.
     """
+    require_real_tensor(gradients, "gradients")
     if gradients.ndim != 2 or gradients.shape[0] == 0:
         raise ArgumentError(f"gradients have shape {tuple(gradients.shape)}; expected (m, d) with at least one row")
-    require_finite_gradients(gradients)
     m = gradients.shape[0]
     return _result(_alpha(gradients.sum(0).square().sum(), gradients.square().sum(), m), m)
 
@@ -133,13 +132,16 @@ def coherence_from_batch_gradients(
     require_whole(batch_size, "batch_size")
     for x in gradients if isinstance(gradients, (tuple, list)) else [gradients]:
         require_real_tensor(x, "a gradient")
-    g = gradients if isinstance(gradients, Tensor) or not gradients else torch.stack([x.flatten() for x in gradients])
+    g: Any = gradients
+    if not isinstance(gradients, Tensor) and len({x.numel() for x in gradients}) == 1:
+        g = torch.stack([x.flatten() for x in gradients])
     if not isinstance(g, Tensor) or g.ndim != 2 or len(g) == 0:
         raise ArgumentError(
             f"got gradients {described(g)} and batch_size {batch_size}; expected (batches, d) and at least one "
             "example a batch"
         )
     k, m = batch_size, examples if examples is not None else batch_size * len(g)
+    require_whole(m, "examples")
     if scheme == "partition" and m < k:
         raise ArgumentError(f"examples is {m} but a batch holds {k}; expected at least one batch")
     a = gradient_coherence(g).alpha
@@ -156,8 +158,20 @@ def batch_coherence(alpha: float | Tensor, batch_size: int, examples: int | None
 
     ``batch_size``: examples a batch.
     """
+    require_whole(batch_size, "batch_size")
+    given = alpha if isinstance(alpha, Tensor) else torch.tensor(_number(alpha), dtype=torch.float64)
+    require_real_tensor(given, "alpha")
+    if examples is not None:
+        require_whole(examples, "examples", max(batch_size, 2))
+    if bool(((given < 0) | (given > 1)).any()):
+        raise ArgumentError(f"alpha is {given.tolist()}; expected a coherence, in [0, 1]")
     k, m = batch_size, examples
     return k * alpha / (1 + (k - 1) * (alpha if m is None else (m * alpha - 1) / (m - 1)))
+
+
+def _number(alpha: Any) -> float:
+    require_real(alpha, "alpha")
+    return float(alpha)
 
 
 def generalization_gap_bound(
@@ -178,7 +192,10 @@ def generalization_gap_bound(
         raise ArgumentError(
             f"got {len(coherences)} coherences and {len(learning_rates)} learning rates; expected one of each a step"
         )
-    if not all(0 <= alpha <= 1 for alpha in coherences):
+    require_whole(examples, "examples")
+    for x, what in ((lipschitz, "lipschitz"), (smoothness, "smoothness"), *((lr, "a rate") for lr in learning_rates)):
+        require_at_least(x, what)
+    if not all(isinstance(alpha, (int, float, Tensor)) and 0 <= alpha <= 1 for alpha in coherences):
         raise ArgumentError(
             f"coherences are {list(coherences)}; expected numbers in [0, 1] (NaN: all gradients were zero, leave "
             "that step out)"

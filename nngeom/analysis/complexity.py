@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nngeom.analysis.rows import squared_norms
-from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_whole
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.space.collection import LayerCollection
 from nngeom.space.pvector import PVector
@@ -37,8 +37,7 @@ class ComplexityMeasure:
         layer_collection: LayerCollection | None = None,
         process_group: Any = None,
     ):
-        if every < 1:
-            raise ArgumentError(f"every is {every}; expected a whole number of at least 1")
+        require_whole(every, "every")
         run = Run.of(model, loader, function=function, layer_collection=layer_collection, process_group=process_group)
         agree(run, "ComplexityMeasure", every=every)
         with run.team.together("points"):

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.kernel import fix_signs, require_symmetric
+from nngeom.analysis.kernel import fix_signs, kernel_tensor, require_symmetric
 from nngeom.analysis.rows import all_labels
 from nngeom.analysis.spectrum import THRESHOLD
 from nngeom.capture.network import gradients_on
 from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError, SingularError
-from nngeom.core.given_plainly import require_whole
+from nngeom.core.given_plainly import require_at_least, require_real_tensor, require_whole
 from nngeom.cotangents.loss import as_loss
 from nngeom.measures.kernels import GramMatrix
 from nngeom.ranks.made import made
@@ -141,6 +141,7 @@ def step_modes(
         "check": check,
         "process_group": process_group,
     }
+    require_at_least(lr, "lr", above=True)
     run = Run.of(model, loader, function=function, layer_collection=layer_collection, process_group=process_group)
     agree(run, "step_modes", lr=lr, loss=loss, k=k, at=at is not None)
     with run.team.together("batches"):
@@ -193,6 +194,12 @@ def linear_dynamics(K: Any, start: Tensor, targets: Tensor, lr: float, steps: in
     ``start``: the outputs ``f_0 (c, n)``; ``targets``: ``y (c, n)``; ``steps``: ``t``, each with learning rate ``lr``.
     """
     m = require_symmetric(K)
+    for x, what in ((start, "start"), (targets, "targets")):
+        require_real_tensor(x, what)
+        if tuple(x.shape) != tuple(kernel_tensor(K).shape[:2]):
+            raise ArgumentError(f"{what} is {tuple(x.shape)}; expected outputs {tuple(kernel_tensor(K).shape[:2])}")
+    require_at_least(lr, "lr")
+    require_whole(steps, "steps", 0)
     values, vectors = linalg.eigh(m)
     residual = vectors.T @ (start - targets).to(m).flatten()
     return targets.to(m) + (vectors @ ((1 - lr * values) ** steps * residual)).view(start.shape)

@@ -11,10 +11,19 @@ from torch import Tensor
 
 from nngeom.core import linalg
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_real_tensor, require_whole
 
 
 def kernel_tensor(K: Any) -> Tensor:
-    """``(c, n, c, m)`` of an FMat, of such a tensor, or of an ``(n, m)`` matrix (one output)."""
+    """``(c, n, c, m)`` of an FMat, of such a tensor, or of an ``(n, m)`` matrix (one output); raises
+    :class:`NonFiniteError` on NaN or infinity.
+    """
+    t = _shaped(K)
+    require_real_tensor(t, "the kernel")
+    return t
+
+
+def _shaped(K: Any) -> Tensor:
     t = K if isinstance(K, Tensor) else getattr(K, "tensor", None)
     if isinstance(t, Tensor) and t.ndim == 2 and isinstance(K, Tensor):
         t = t[None, :, None, :]
@@ -61,15 +70,25 @@ def above_rounding(difference: Tensor, whole: Tensor) -> Tensor:
 
 
 def require_symmetric(K: Any) -> Tensor:
-    """The ``(c n, c n)`` matrix, symmetrised against rounding."""
+    """The ``(c n, c n)`` matrix, symmetrised against rounding; raises :class:`ArgumentError` where more is to do."""
     m = square_kernel(K)
+    if m.is_floating_point():
+        off, norm = (m - m.T).norm(), m.norm()
+        if off > torch.finfo(m.dtype).eps ** 0.5 * norm:
+            raise ArgumentError(
+                f"the kernel is not symmetric, by {float(off / norm):.1g} of its norm; expected that of one set of "
+                "points with itself"
+            )
     return (m + m.T) / 2
 
 
 def normalised_gram(K: Any) -> Tensor:
     """``K_ij / sqrt(K_ii K_jj)`` of a kernel ``K``, ``(c n, c n)``: cosines of the features; zero features give 0."""
     m = square_kernel(K)
-    scale = m.diagonal().clamp_min(0).sqrt()
+    squares = m.diagonal()
+    if squares.numel() and bool(squares.min() < -(torch.finfo(m.dtype).eps ** 0.5) * squares.abs().max()):
+        raise ArgumentError(f"the kernel has {float(squares.min()):.3g} on its diagonal; expected squared norms")
+    scale = squares.clamp_min(0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale.clamp_min(torch.finfo(m.dtype).tiny), torch.zeros_like(scale))
     return inverse[:, None] * m * inverse[None, :]
 
@@ -81,8 +100,10 @@ def kernel_pca(K: Any, k: int = 2) -> Tensor:
     Centring is output by output; a column is an eigenvector times the root of its eigenvalue, its largest entry
     positive.
     """
+    require_whole(k, "k")
+    require_symmetric(K)
     values, vectors = linalg.eigh(require_symmetric(center(K)))
-    if not 1 <= k <= len(values):
+    if k > len(values):
         raise ArgumentError(f"k is {k}; expected between 1 and {len(values)}")
     return fix_signs(vectors[:, -k:].flip(1)) * values[-k:].flip(0).clamp_min(0).sqrt()
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeom.analysis.kernel import kernel_tensor, require_symmetric
+from nngeom.analysis.kernel import kernel_tensor, require_symmetric, square_kernel
 from nngeom.analysis.labels import require_class_labels, signs
 from nngeom.analysis.spectrum import THRESHOLD
 from nngeom.core import linalg
-from nngeom.core.errors import ArgumentError, OutputError
-from nngeom.core.given_plainly import require_real, require_real_tensor
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, OutputError
+from nngeom.core.given_plainly import described, require_at_least, require_real, require_real_tensor, require_whole
 from nngeom.solve.hutchinson import Estimate, rademacher
 
 EXACT_LIMIT = 16
@@ -28,13 +28,16 @@ def rademacher_bound(K: Any, norm: float | Tensor) -> Tensor:
     ``K``: an FMat, a kernel ``(c, n, c, n)`` or a matrix ``(n, n)``; ``norm`` is ``M``. The complexity is at least
     ``1 / sqrt(2)`` of it. Source: Baratin et al. 2021, eq. 9; Bartlett and Mendelson 2002.
     """
-    t = kernel_tensor(K)
-    require_real(norm, "norm")
-    return (
-        torch.as_tensor(norm)
-        * t.diagonal(dim1=1, dim2=3).diagonal(dim1=0, dim2=1).sum().clamp_min(0).sqrt()
-        / t.shape[1]
-    )
+    m, n = square_kernel(K), kernel_tensor(K).shape[1]
+    require_at_least(norm, "norm")
+    return torch.as_tensor(norm) * m.diagonal().sum().clamp_min(0).sqrt() / require_points(n)
+
+
+def require_points(n: int) -> int:
+    """``n``, at least 1."""
+    if n < 1:
+        raise ArgumentError("the kernel has no points; expected at least one")
+    return n
 
 
 def rademacher_complexity(
@@ -48,7 +51,8 @@ def rademacher_complexity(
     correlation is taken (for symmetric classes it would not matter).
     """
     m = require_symmetric(K)
-    n = m.shape[0]
+    n = require_points(m.shape[0])
+    require_at_least(norm, "norm")
     if kernel_tensor(K).shape[0] != 1:
         raise ArgumentError("the kernel has several outputs; expected one: pass K.tensor[y, :, y] and see margin_bound")
     if method == "exact":
@@ -56,11 +60,11 @@ def rademacher_complexity(
             raise ArgumentError(
                 f"{n} points have 2**{n} sign vectors; expected at most {EXACT_LIMIT}, or method='monte_carlo'"
             )
-        codes = torch.arange(2 ** (n - 1) if n else 1, device=m.device)  # s and -s give the same
+        codes = torch.arange(2 ** (n - 1), device=m.device)  # s and -s give the same
         drawn = 1 - 2 * ((codes[:, None] >> torch.arange(n, device=m.device)) & 1).to(m)
     elif method == "monte_carlo":
-        if not isinstance(samples, int) or samples < 1:
-            raise ArgumentError(f"samples is {samples!r}; expected a whole number of at least 1")
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise ArgumentError(f"samples is {described(samples)}; expected a whole number of at least 1")
         drawn = rademacher(samples, n, like=m, generator=generator)
     else:
         raise ArgumentError(f"method is {method!r}; expected 'exact' or 'monte_carlo'")
@@ -76,10 +80,23 @@ def flow_bound(norms: Sequence[float] | Tensor, traces: Sequence[float] | Tensor
 
     ``norms`` and ``traces``: ``m_t`` and ``tr K_t``, one each a step; ``examples``: ``n``.
     """
-    m, k = torch.as_tensor(norms, dtype=torch.float64), torch.as_tensor(traces, dtype=torch.float64)
+    m, k = _not_negative(norms, "norms"), _not_negative(traces, "traces")
+    require_whole(examples, "examples")
     if m.shape != k.shape:
         raise ArgumentError(f"got {tuple(m.shape)} norms and {tuple(k.shape)} traces; expected one of each a step")
-    return (m * k.clamp_min(0).sqrt()).sum() / examples
+    return (m * k.sqrt()).sum() / examples
+
+
+def _not_negative(x: Any, what: str) -> Tensor:
+    try:
+        t = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentTypeError(f"{what} are {described(x)}; expected numbers, one a step") from None
+    require_real_tensor(t, what)
+    t = t.double()
+    if bool((t < 0).any()):
+        raise ArgumentError(f"{what} go down to {float(t.min()):.3g}; expected numbers of at least 0")
+    return t
 
 
 def margins(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -88,7 +105,8 @@ def margins(outputs: Tensor, targets: Tensor) -> Tensor:
     ``outputs (n, c)`` or ``(n,)``, class labels ``targets (n,)``. Raises :class:`OutputError` for labels that do not
     fit.
     """
-    if outputs.ndim > 2:
+    require_real_tensor(outputs, "outputs")
+    if not 1 <= outputs.ndim <= 2:
         raise OutputError(f"outputs have shape {tuple(outputs.shape)}; margins take (n, c), or (n,) for one output")
     if outputs.ndim == 1 or outputs.shape[1] == 1:
         return outputs.flatten() * signs(targets, len(outputs), "a margin").to(outputs)
@@ -103,8 +121,8 @@ def margins(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def ramp_loss(margin: Tensor, gamma: float) -> Tensor:
     """1 up to ``margin`` 0, 0 from ``gamma`` on, linear between, for margins of any shape."""
-    if gamma <= 0:
-        raise ArgumentError(f"gamma is {gamma}; expected a positive margin")
+    require_real_tensor(margin, "margin")
+    require_at_least(gamma, "gamma, a margin,", above=True)
     return (1 - margin / gamma).clamp(0, 1)
 
 
@@ -114,8 +132,7 @@ def margin_bound(K: Any, norm: float, gamma: float) -> Tensor:
 
     ``norm``: ``M``, the largest norm in the class; ``gamma``: the margin from which the loss is 0.
     """
-    if gamma <= 0:
-        raise ArgumentError(f"gamma is {gamma}; expected a positive margin")
+    require_at_least(gamma, "gamma, a margin,", above=True)
     return kernel_tensor(K).shape[0] ** 1.5 / gamma * rademacher_bound(K, norm)
 
 
@@ -128,6 +145,10 @@ def generalization_bound(
     ``empirical``: the mean loss ``emp`` on ``examples = n``; ``complexity``: ``R``, of these examples
     (``data_dependent``), or its expectation ``R_n``; the bound holds with probability ``1 - delta``.
     """
+    require_real(empirical, "empirical")
+    require_at_least(complexity, "complexity")
+    require_whole(examples, "examples")
+    require_real(delta, "delta")
     if not 0 < delta < 1:
         raise ArgumentError(f"delta is {delta}; expected a number in (0, 1)")
     slack = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nngeom.capture.network import leading_size, take
 from nngeom.core.errors import ArgumentError, NonFiniteError
-from nngeom.core.given_plainly import require_real, require_whole
+from nngeom.core.given_plainly import require_real, require_real_tensor, require_whole
 from nngeom.measures.hessian import Hessian
 from nngeom.ranks.totals import generator_of, mean
 from nngeom.solve.lanczos import lanczos
@@ -127,6 +127,8 @@ def sgd_stability(a: float | Tensor, s: float | Tensor, lr: float, batch_size: i
     a, s = float(a), float(s)
     if math.isnan(a) or math.isnan(s):
         raise NonFiniteError(f"sharpness is {a} and non-uniformity {s}; NaN is neither stable nor unstable")
+    if s < 0:
+        raise ArgumentError(f"the non-uniformity is {s}; expected a number of at least 0: it is a root")
     return Stability(a <= largest_a and s <= largest_s, a, s, largest_a, largest_s)
 
 
@@ -136,8 +138,11 @@ def stability_eigenvalue(hessians: Tensor, lr: float, batch_size: int) -> Tensor
     ``hessians`` ``(n, d, d)``, one an example; ``batch_size`` ``B``; ``H`` their mean and ``S = mean(H_i^2) - H^2``;
     batches drawn without replacement. For least squares at zero residual ``H_i = x_i x_i^T``.
     """
+    require_real_tensor(hessians, "hessians")
     if hessians.ndim != 3 or hessians.shape[1] != hessians.shape[2]:
         raise ArgumentError(f"hessians have shape {tuple(hessians.shape)}; expected (n, d, d)")
+    if (hessians - hessians.mT).norm() > torch.finfo(hessians.dtype).eps ** 0.5 * hessians.norm():
+        raise ArgumentError("hessians are not symmetric; expected second derivatives, (n, d, d)")
     n = len(hessians)
     _require(lr, batch_size, n)
     h = hessians.mean(0)

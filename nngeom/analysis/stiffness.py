@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nngeom.analysis.labels import class_labels, described
-from nngeom.analysis.rows import all_row_norms, all_targets, require_finite_gradients, row_products
+from nngeom.analysis.rows import all_row_norms, all_targets, row_products
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_real_tensor
 from nngeom.cotangents.loss import EmpiricalFisher, as_loss
 from nngeom.fmat.side import Side
 from nngeom.space.collection import LayerCollection
@@ -135,13 +136,17 @@ def gradient_stiffness(
     """
     require_kind(kind)
     right = gradients if other is None else other
+    for g in (gradients, right):
+        require_real_tensor(g, "gradients")
+        if g.ndim != 2 or g.shape[1] != gradients.shape[-1]:
+            shapes = f"{tuple(gradients.shape)} and {tuple(right.shape)}" if g is other else f"{tuple(g.shape)}"
+            raise ArgumentError(f"gradients have shape {shapes}; expected (n, d), one an example, of equal d")
     right_labels = labels if other is None else other_labels
     if (labels is None) != (right_labels is None):
         raise ArgumentError("labels and other_labels go together; expected both or none of them")
     for y, g, name in ((labels, gradients, "labels"), (right_labels, right, "other_labels")):
         if y is not None and len(y) != len(g):
             raise ArgumentError(f"{name} are {tuple(y.shape)} for {len(g)} gradients; expected one an example")
-    require_finite_gradients(gradients, right)
     gram = gradients @ right.T
     norms = gradients.square().sum(-1), right.square().sum(-1)
     return _summary(gram, norms, (labels, right_labels), kind, same=other is None)

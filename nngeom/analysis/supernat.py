@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
-from nngeom.core.given_plainly import require_real, require_real_tensor
+from nngeom.core.given_plainly import require_at_least, require_real_tensor
 
 
 class SuperNat:
@@ -25,7 +25,7 @@ class SuperNat:
     def __init__(self, features: Tensor, y: Tensor, lr: float, kappa: str | float | None = "max"):
         for name, x in (("features", features), ("y", y)):
             require_real_tensor(x, name)
-        require_real(lr, "lr")
+        require_at_least(lr, "lr")
         if features.ndim != 2 or y.shape != features.shape[:1]:
             raise ArgumentError(
                 f"features have shape {tuple(features.shape)} and y {tuple(y.shape)}; expected (n, d) and (n,)"
@@ -34,8 +34,8 @@ class SuperNat:
             raise ArgumentError(
                 f"kappa is {kappa!r}; expected 'max', 'trace', a positive number, or None for gradient descent"
             )
-        if isinstance(kappa, (int, float)) and kappa <= 0:
-            raise ArgumentError(f"kappa is {kappa}; expected a positive number")
+        if kappa is not None and not isinstance(kappa, str):
+            require_at_least(kappa, "kappa", above=True)
         u, s, vh = torch.linalg.svd(features, full_matrices=False)
         keep = s > max(features.shape) * torch.finfo(s.dtype).eps * s.max()
         self.lr, self.kappa, self.targets = lr, kappa, y

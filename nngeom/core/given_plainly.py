@@ -30,6 +30,16 @@ def require_real(x: Any, what: str, *, finite: bool = True) -> None:
         raise ArgumentError(f"{what} is {value}; expected a finite number")
 
 
+def require_at_least(x: Any, what: str, least: float = 0.0, *, above: bool = False) -> None:
+    """Raise where ``x``, called ``what``, is no finite number of at least ``least``, or ``above`` it."""
+    require_real(x, what)
+    if float(x) < least or (above and float(x) <= least):
+        kind = (
+            f"number of at least {least:g}" if not above else f"number above {least:g}" if least else "positive number"
+        )
+        raise ArgumentError(f"{what} is {float(x):g}; expected a {kind}")
+
+
 def require_whole(x: Any, what: str, least: int = 1) -> None:
     """Raise where ``x``, called ``what``, is no whole number of at least ``least``."""
     if isinstance(x, bool) or not isinstance(x, numbers.Integral):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nngeom.analysis.labels import require_class_labels
 from nngeom.core.errors import ArgumentError, FileError
+from nngeom.core.given_plainly import require_real_tensor, require_whole
 
 Learner = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (inputs, labels, held-out inputs, seed) -> predictions (m,)
 
@@ -57,14 +58,14 @@ def c_scores(
     Raises :class:`ArgumentError`, and :class:`FileError` for a file of other data or settings. Source: Jiang et al.
     2021; George 2023, thesis, eq. 5.3.2.
     """
+    require_real_tensor(inputs, "inputs")
     n = len(inputs)
+    for number, what in (*((s, "a size") for s in sizes), (repeats, "repeats"), (workers, "workers")):
+        require_whole(number, what)
     if labels.shape != (n,):
         raise ArgumentError(f"labels have shape {tuple(labels.shape)}; expected ({n},), one an input")
-    if not sizes or not all(1 <= s < n for s in sizes) or repeats < 1 or workers < 1:
-        raise ArgumentError(
-            f"sizes={list(sizes)}, repeats={repeats}, workers={workers}; expected sizes in [1, {n - 1}], and at "
-            "least one repeat and worker"
-        )
+    if not sizes or not all(s < n for s in sizes):
+        raise ArgumentError(f"sizes={list(sizes)}; expected sizes in [1, {n - 1}], at least one")
     jobs = [(i, s, r) for i, s in enumerate(sizes) for r in range(repeats)]
     key = _fingerprint(inputs, labels, sizes, seed, learner)
     right, done = _read(path, key) if path is not None and os.path.exists(path) else ({}, set())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nngeom.core.errors import ArgumentError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError
+from nngeom.core.given_plainly import described, require_at_least, require_real, require_whole
 
 
 def yin_yang(n: int, generator: torch.Generator | None = None, radius: float = 0.3) -> tuple[Tensor, Tensor]:
@@ -13,6 +14,7 @@ def yin_yang(n: int, generator: torch.Generator | None = None, radius: float = 0
 
     ``generator``: of the points (torch's global one by default); ``radius``: of the disks.
     """
+    require_whole(n, "n", 0)
     x = 2 * torch.rand(n, 2, generator=generator) - 1
     return x, yin_yang_label(x, radius)
 
@@ -28,6 +30,7 @@ def yin_yang_label(x: Tensor, radius: float = 0.3) -> Tensor:
 
 def in_disks(x: Tensor, radius: float = 0.3) -> Tensor:
     """Whether a point of ``x (n, 2)`` lies in one of the two disks of this ``radius``, ``(n,)`` booleans."""
+    require_at_least(radius, "radius")
     centre = x.new_tensor([0.5, -0.5])
     return ((x - centre).norm(dim=1) < radius) | ((x + centre).norm(dim=1) < radius)
 
@@ -46,6 +49,11 @@ def add_spurious_feature(
     by the attribute, plus normal noise of standard deviation ``noise``, drawn by ``generator`` (torch's global one by
     default). Raises :class:`ArgumentError`.
     """
+    require_real(strength, "strength")
+    require_real(agreement, "agreement")
+    require_at_least(noise, "noise")
+    if not inputs.is_floating_point():
+        raise ArgumentTypeError(f"inputs are {described(inputs)}; expected floating-point numbers, as the column is")
     binary = labels.shape == inputs.shape[:1] and not bool(((labels != 0) & (labels != 1)).any())
     if inputs.ndim != 2 or not 0 <= agreement <= 1 or not binary:
         raise ArgumentError(

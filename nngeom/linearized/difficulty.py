@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nngeom.analysis.labels import require_class_labels
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_real, require_whole
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def groups_by_score(scores: Tensor, count: int = 10, names: Sequence[str] | None
     Ties are broken by index. ``names``: one a group (``q1``, ``q2``, ... by default). Raises :class:`ArgumentError` for
     scores that are not finite or fewer than groups.
     """
-    if scores.ndim != 1 or not 1 <= count <= len(scores) or not bool(torch.isfinite(scores).all()):
+    require_whole(count, "count")
+    if scores.ndim != 1 or not count <= len(scores) or not bool(torch.isfinite(scores).all()):
         raise ArgumentError(
             f"scores have shape {tuple(scores.shape)} for {count} groups; expected at least that many finite "
             "numbers (n,)"
@@ -88,10 +90,10 @@ def flip_labels(
     Exactly ``round(share * n)`` are wrong. Raises :class:`ArgumentError`, and :class:`OutputError` for labels that are
     no classes.
     """
-    if not 0 <= share <= 1 or classes < 2:
-        raise ArgumentError(
-            f"share is {share!r} and classes {classes!r}; expected a share in [0, 1] and at least 2 classes"
-        )
+    require_real(share, "share")
+    require_whole(classes, "classes", 2)
+    if not 0 <= share <= 1:
+        raise ArgumentError(f"share is {share!r}; expected a share of the labels, in [0, 1]")
     n = len(labels)
     y = require_class_labels(labels, n, "flip_labels")
     if n and not 0 <= int(y.min()) <= int(y.max()) < classes:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError, ArgumentTypeError
-from nngeom.core.given_plainly import described
+from nngeom.core.given_plainly import described, require_real
 
 _USUAL = ("loss", "train_loss", "progress")
 
@@ -88,13 +88,12 @@ def equal_progress(
 
     Raises :class:`ArgumentError`. Source: George 2023, thesis, section 5.3.1.
     """
+    require_real(smoothing, "smoothing")
     if not 0 <= smoothing < 1:
         raise ArgumentError(f"smoothing is {smoothing!r}; expected the weight of the past, in [0, 1)")
     if not isinstance(thresholds, (Tensor, Iterable)) or isinstance(thresholds, str):
         raise ArgumentTypeError(f"thresholds is {described(thresholds)}; expected a list of numbers")
-    levels = torch.as_tensor(
-        thresholds if isinstance(thresholds, Tensor) else list(thresholds), dtype=torch.float64
-    ).reshape(-1)
+    levels = _column(thresholds if isinstance(thresholds, Tensor) else list(thresholds), "thresholds").reshape(-1)
     columns = [_columns(run, which) for run, which in ((run_a, "run_a"), (run_b, "run_b"))]
     name = progress or next((n for n in _USUAL if all(n in c for c in columns)), None)
     if name is None or any(name not in c for c in columns):
@@ -144,9 +143,16 @@ def read_at(curve: Tensor, index: Tensor) -> Tensor:
     lo = known.floor().long()
     hi = known.ceil().long()
     weight = (known - lo).view(-1, *[1] * (curve.ndim - 1))
-    out = curve[lo] * (1 - weight) + curve[hi] * weight
+    out = torch.where(weight > 0, curve[lo] * (1 - weight) + curve[hi] * weight, curve[lo])  # infinity times 0 is NaN
     out[index.isnan()] = torch.nan
     return out
+
+
+def _column(x: Any, what: str) -> Tensor:
+    try:
+        return torch.as_tensor(x, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentTypeError(f"{what} is {described(x)}; expected numbers of one shape") from None
 
 
 def _columns(run: Any, which: str) -> dict[str, Tensor]:
@@ -160,7 +166,7 @@ def _columns(run: Any, which: str) -> dict[str, Tensor]:
         raise ArgumentTypeError(
             f"{which} is {type(run).__name__}; expected Curves, or a mapping of names to columns of equal length"
         )
-    columns = {name: torch.as_tensor(run[name], dtype=torch.float64).detach().cpu() for name in run}
+    columns = {name: _column(run[name], f"{name!r} of {which}") for name in run}
     lengths = {name: len(c) if c.ndim else 0 for name, c in columns.items()}
     if not columns or len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ArgumentError(

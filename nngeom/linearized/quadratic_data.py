@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_real, require_whole
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def label_noise(n: int = 20, flipped: int = 5, eta: float = 2.0, d: int = 200) -
     dimensions, more than ``n``. Labels alternate, the last ``flipped`` examples are the noisy ones. Raises
     :class:`ArgumentError`.
     """
-    _require(n, flipped, d, n + 1)
+    _require(n, flipped, d, 1)
+    require_real(eta, "eta")
     y, k = _labels(n), _signs(n, flipped)
     X = torch.zeros(n, d, dtype=torch.float64)
     X[:, 0] = k * y
@@ -59,7 +61,9 @@ def spurious_feature(
     ``n``: examples, the last ``minority`` of which are against the spurious feature; ``d``: dimensions, at least ``n +
     2``. Raises :class:`ArgumentError`.
     """
-    _require(n, minority, d, n + 2)
+    _require(n, minority, d, 2)
+    require_real(eta, "eta")
+    require_real(strength, "strength")
     y, k = _labels(n), _signs(n, minority)
     X = torch.zeros(n, d, dtype=torch.float64)
     X[:, 0], X[:, 1] = k * y, strength * y
@@ -75,6 +79,8 @@ def _signs(n: int, q: int) -> Tensor:
     return torch.where(torch.arange(n) < n - q, 1.0, -1.0).double()
 
 
-def _require(n: int, q: int, d: int, least: int) -> None:
-    if not 0 <= q <= n or d < least:
-        raise ArgumentError(f"n={n}, exceptions={q}, d={d}; expected 0 <= exceptions <= n and d >= {least}")
+def _require(n: int, q: int, d: int, more: int) -> None:
+    for number, what in ((n, "n"), (q, "the number of exceptions"), (d, "d")):
+        require_whole(number, what, 0)
+    if not 0 <= q <= n or d < n + more:
+        raise ArgumentError(f"n={n}, exceptions={q}, d={d}; expected 0 <= exceptions <= n and d >= {n + more}")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_at_least
 from nngeom.linearized.expansion import Expansion, Refusing, as_outputs
 
 
@@ -54,6 +55,7 @@ def scaled_lr(lr: float, alpha: float, *, scale_free: bool = False) -> float:
     Raises :class:`ArgumentError` for ``alpha <= 0``. Source: George 2023, thesis, section 5.2.
     """
     _require_positive(alpha)
+    require_at_least(lr, "lr")
     return lr / alpha if scale_free else lr / alpha**2
 
 

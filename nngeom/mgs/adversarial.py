@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from nngeom.analysis.rows import squared_norms
 from nngeom.capture.network import gradients_on
-from nngeom.core.errors import ArgumentError, NonFiniteError
+from nngeom.core.errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from nngeom.core.given_plainly import described, require_at_least, require_real_tensor, require_whole
 from nngeom.cotangents.fisher import ExactFisher, as_likelihood
 from nngeom.cotangents.loss import EveryOutput, as_loss
 from nngeom.space.collection import LayerCollection
@@ -80,6 +81,7 @@ def fgsm(model: nn.Module, inputs: Tensor, targets: Tensor, epsilon: float, loss
     """``inputs`` moved by ``epsilon`` along the sign of the gradient of ``loss`` at ``targets`` (Goodfellow et al.
     2015).
     """
+    require_at_least(epsilon, "epsilon")
     return inputs + epsilon * _ascent(model, inputs, targets, loss).sign()
 
 
@@ -97,7 +99,10 @@ def pgd(
 
     ``steps``, each of size ``rate``: ``2.5 epsilon / steps`` by default.
     """
+    require_at_least(epsilon, "epsilon")
+    require_whole(steps, "steps")
     rate = 2.5 * epsilon / steps if rate is None else rate
+    require_at_least(rate, "rate")
     x = inputs
     for _ in range(steps):
         x = inputs + (x + rate * _ascent(model, x, targets, loss).sign() - inputs).clamp(-epsilon, epsilon)
@@ -109,6 +114,9 @@ def auroc(negatives: Tensor, positives: Tensor) -> float:
 
     Raises :class:`ArgumentError` where a side is empty, :class:`NonFiniteError` on NaN.
     """
+    for x in (negatives, positives):
+        if not isinstance(x, Tensor) or x.ndim != 1 or x.is_complex():
+            raise ArgumentTypeError(f"scores are {described(x)}; expected tensors (n,), one an input")
     if not negatives.numel() or not positives.numel():
         raise ArgumentError(
             f"got {negatives.numel()} negatives and {positives.numel()} positives; expected at least one of each"
@@ -122,6 +130,12 @@ def auroc(negatives: Tensor, positives: Tensor) -> float:
 
 
 def _ascent(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Any) -> Tensor:
+    require_real_tensor(inputs, "inputs")
+    if not inputs.is_floating_point():
+        raise ArgumentTypeError(f"inputs are {described(inputs)}; expected floating-point numbers, to be moved")
     with gradients_on():
         x = inputs.detach().clone().requires_grad_()
-        return torch.autograd.grad(as_loss(loss, model)(model(x), targets).sum(), x)[0]
+        (ascent,) = torch.autograd.grad(as_loss(loss, model)(model(x), targets).sum(), x)
+    if not bool(torch.isfinite(ascent).all()):
+        raise NonFiniteError("the gradient in the inputs contains NaN or infinity; check the inputs and the model")
+    return ascent

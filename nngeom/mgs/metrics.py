@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeom.analysis.kernel import square_kernel
+from nngeom.analysis.kernel import require_symmetric, square_kernel
 from nngeom.analysis.rows import wide_kernels
 from nngeom.analysis.spectrum import effective_rank
 from nngeom.core import linalg
-from nngeom.core.errors import ArgumentError
+from nngeom.core.given_plainly import require_at_least
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.side import Side
 from nngeom.space.collection import LayerCollection
@@ -70,8 +70,7 @@ def metrics(
     largest. Raises :class:`LoaderError` on an empty loader. Source: Szolnoky et al. 2022, section on metrics; what they
     call the determinant is its logarithm. With a ``process_group`` the batches of all processes, in rank order.
     """
-    if not jitter > 0:
-        raise ArgumentError(f"jitter is {jitter}; expected a positive number")
+    require_at_least(jitter, "jitter", above=True)
     run = Run.of(
         model,
         loader,
@@ -96,7 +95,8 @@ def kernel_metrics(K: Any, jitter: float = 1e-6, rows: torch.dtype | None = None
 
     ``rows``: the dtype of the rows it is a product of, where narrower.
     """
-    k = square_kernel(K)
+    require_at_least(jitter, "jitter", above=True)
+    k = require_symmetric(K)
     entry = _entry(k, jitter, rows or k.dtype)
     columns = {name: t.unsqueeze(0) for name, t in entry.items() if name != "eigenvalues"}
     return Metrics(eigenvalues=(entry["eigenvalues"],), jitter=jitter, **columns)

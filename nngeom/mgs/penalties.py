@@ -17,7 +17,7 @@ from nngeom.capture.remedies import gradients
 from nngeom.core.contract import squared_lengths
 from nngeom.core.draws import factors, outer
 from nngeom.core.errors import ArgumentError, CoverageError
-from nngeom.core.given_plainly import require_real
+from nngeom.core.given_plainly import require_real, require_whole
 from nngeom.cotangents.loss import EveryOutput, as_loss, judged
 from nngeom.fmat.estimate import RandomSigns
 from nngeom.measures.kernels import GramMatrix
@@ -61,8 +61,7 @@ def trace_penalty(
     require_reduction(reduction)
     if estimator not in ("exact", "rademacher"):
         raise ArgumentError(f"estimator is {estimator!r}; expected 'exact' or 'rademacher'")
-    if samples < 1:
-        raise ArgumentError(f"samples is {samples}; expected a whole number of at least 1")
+    require_whole(samples, "samples")
     run = Run.of(model, one_batch(inputs), function=function, layer_collection=layer_collection)
     capture = record(run.network, next(run.batches()), keep_graph=True)
     f = capture.outputs

@@ -45,6 +45,8 @@ def _in_range(name: str, value: float) -> float:
             f"{name} is {value}; expected a number "
             f"{'in [0, 1)' if high == 1 else f'above {low}' if strict else f'of at least {low}'}"
         )
+    if low == 1 and value != value // 1:
+        raise ArgumentError(f"{name} is {value}; expected a whole number of steps")
     return value
 
 

@@ -5,6 +5,7 @@ parameters.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -37,8 +38,8 @@ def compare(
 
     Random gradients are put in at the uses and pulled back to their parameters: an adapter is right when what it makes
     of gradients is what autograd makes of them. Parameters of one use are compared by themselves, where nothing else
-    has to be pulled back; others together. A parameter whose gradient is below the rounding of what was added up for it
-    was not compared.
+    has to be pulled back; others together. A parameter whose gradient is below the rounding of what was added up for
+    it, or not finite, was not compared.
     """
     times = Counter(slot.name for recorded in capture.uses for slot in recorded.use.slots)
     alone: list[UseGroup] = []
@@ -109,7 +110,7 @@ def _random(seed: int, sizes: torch.Size, edge: Any) -> Tensor:
 
 def _agrees(got: Tensor, expected: Tensor | None, dtype: torch.dtype, rounding: Callable[[], float]) -> bool | None:
     """Whether a sum of rows, which is overwritten, is autograd's gradient; ``None`` where that is below the
-    ``rounding`` of the sum.
+    ``rounding`` of the sum, or not finite: of such inputs nothing follows for others.
 
     Where both agree in most digits of float32 or float64 they are not rounding, whose digits are random: how large that
     may be is not asked for then.
@@ -121,6 +122,8 @@ def _agrees(got: Tensor, expected: Tensor | None, dtype: torch.dtype, rounding: 
     error, allowed = float(vector_norm(off)), COMPARED.get(dtype, 0.1) * length
     if dtype in COMPARED and error <= allowed and length > 0:
         return True
+    if not math.isfinite(length):
+        return None
     noise = rounding()
     if not error <= allowed + noise:
         return False

@@ -14,7 +14,7 @@ from torch import nn
 
 from nngeom.analysis.complexity import evaluating
 from nngeom.core.errors import ArgumentError, ArgumentTypeError, FileError
-from nngeom.core.given_plainly import described
+from nngeom.core.given_plainly import described, require_at_least, require_whole
 from nngeom.core.html import card
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.run import Function, Run
@@ -32,8 +32,7 @@ class geometric:
     """A schedule: steps 0, 1, 2, ... each at least ``factor`` times the last, for plots against ``log(step)``."""
 
     def __init__(self, factor: float = 1.15) -> None:
-        if factor <= 1:
-            raise ArgumentError(f"factor is {factor}; expected a number above 1")
+        require_at_least(factor, "factor", 1.0, above=True)
         self.factor, self.last = factor, -1
 
     def __call__(self, step: int) -> bool:
@@ -109,6 +108,7 @@ class Tracker:
 
     def step(self, step: int, **scalars: float) -> dict[str, float] | None:
         """Measure if ``step`` is due: the new row, else ``None``. ``scalars`` (a running loss) are kept in the row."""
+        require_whole(step, "step", 0)
         begin = time.perf_counter()
         if self._begun is None:
             self._begun = begin
@@ -119,6 +119,7 @@ class Tracker:
         """Measure now, due or not: the new row, at ``step`` and with ``scalars``, other numbers by name of their
         column.
         """
+        require_whole(step, "step", 0)
         begin = time.perf_counter()
         if self._begun is None:
             self._begun = begin
