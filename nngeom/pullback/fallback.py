@@ -116,8 +116,8 @@ def _require_linear(capture: Capture, parameters: Sequence[Tensor]) -> None:
     pulled = [gradients(outputs, parameters, x, retain_graph=True) for x in (*u, u[0] + u[1])]
     for x, y, both in zip(*(map(dense, some) for some in pulled)):
         if both is not None and x is not None and y is not None:
-            size = x.norm() + y.norm()
-            if bool(torch.isfinite(size)) and not bool((x + y - both).norm() <= TOLERANCE.get(outputs.dtype, 0.1) * size):
+            size, most = x.norm() + y.norm(), TOLERANCE.get(outputs.dtype, 0.1)
+            if bool(torch.isfinite(size)) and not bool((x + y - both).norm() <= most * size):
                 raise CoverageError(HOOKED)
 
 
