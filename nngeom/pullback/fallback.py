@@ -116,7 +116,9 @@ def _require_linear(capture: Capture, parameters: Sequence[Tensor]) -> None:
     for x, y, both in zip(*(map(dense, some) for some in pulled)):
         if both is not None and x is not None and y is not None:
             size = x.norm() + y.norm()
-            if bool(torch.isfinite(size)) and not bool((x + y - both).norm() <= ADDED_UP.get(outputs.dtype, 0.1) * size):
+            if bool(torch.isfinite(size)) and not bool(
+                (x + y - both).norm() <= ADDED_UP.get(outputs.dtype, 0.1) * size
+            ):
                 raise CoverageError(HOOKED)
 
 
