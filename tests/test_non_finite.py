@@ -125,3 +125,40 @@ def test_nothing_follows_from_numbers_that_are_not_finite(make, first, bad):
         got = nng.FIM(model, [x], kind)
         assert [type(b) for b in got.blocks.values()] == [type(b) for b in expected.blocks.values()]
         torch.testing.assert_close(got.to_dense(), expected.to_dense())
+
+
+Y = torch.arange(6) % 2
+QUANTITIES = {
+    "coherence": lambda m, x: nng.analysis.coherence(m, (x, Y)),
+    "stiffness": lambda m, x: nng.analysis.stiffness(m, (x, Y)),
+    "stiffness with others": lambda m, x: nng.analysis.stiffness(m, (normal(6, 4), Y), other=(x, Y)),
+    "alignment": lambda m, x: nng.analysis.label_alignment(m, (x, Y)),
+    "alignment by layer": lambda m, x: nng.analysis.label_alignment(m, (x, Y), by_layer=True),
+    "sharpness": lambda m, x: nng.analysis.sharpness(m, (x, Y)),
+    "Fisher-Rao norm": lambda m, x: nng.analysis.fisher_rao_norm(m, x),
+    "complexity": lambda m, x: nng.analysis.ComplexityMeasure(m, [x]),
+    "eigenfunctions": lambda m, x: nng.analysis.eigenfunctions(m, x, 2),
+    "linearity": lambda m, x: nng.linearized.linearity(m, m, [x]),
+    "metrics": lambda m, x: nng.mgs.metrics(m, x),
+    "scores": lambda m, x: nng.mgs.sample_trace(m, x),
+    "Fisher scores": lambda m, x: nng.mgs.sample_fisher_trace(m, x),
+    "winsorized": lambda m, x: nng.optim.winsorized_gradient(m, (x, Y), "cross_entropy", 20),
+    "median of means": lambda m, x: nng.optim.median_of_means_gradient(m, (x, Y), "cross_entropy", 6),
+    "kernel": lambda m, x: nng.GramMatrix(m, x),
+    "its diagonal": lambda m, x: nng.GramMatrix(m, x, nng.FMatDiag),
+    "its layers": lambda m, x: nng.GramMatrices(m, x),
+    "influence": lambda m, x: nng.influence(
+        m, (x, Y), (normal(6, 4), Y), nng.FIM(m, normal(6, 4), nng.PMatDiag), loss="cross_entropy", damping=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("bad", ["infinite", "nan"])
+def test_rows_that_are_not_finite_behind_finite_outputs_are_refused(quantity, bad):
+    x = normal(6, 4)
+    x[2] = BAD[bad]
+    model = Masked()
+    assert bool(torch.isfinite(model(x)).all())
+    with pytest.raises(nng.NonFiniteError):
+        QUANTITIES[quantity](model, x)

@@ -14,6 +14,7 @@ from nngeom.core.errors import ArgumentError
 from nngeom.core.given_plainly import described, require_at_least, require_real, require_real_tensor, require_whole
 from nngeom.core.totals import totals
 from nngeom.cotangents.loss import EmpiricalFisher, as_loss
+from nngeom.fmat.tiles import require_finite
 from nngeom.space.collection import LayerCollection
 from nngeom.sweep.agreement import agree
 from nngeom.sweep.run import Function, Run
@@ -98,6 +99,7 @@ def _summed(sweep: Sweep, layers: dict[str, float]) -> tuple[Tensor, list[Tensor
             layers[network.layer_of(layout.names[0])] += squares
             batch_squares += squares
         batches.append(_alpha(sum_g.double().square().sum(), batch_squares, chunk.examples))
+        require_finite([sum_g, sum_g.new_tensor(batch_squares, dtype=torch.float64)])
         total += sum_g
         count += chunk.examples
     return total, batches, count

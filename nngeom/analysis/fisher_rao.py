@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nngeom.core.given_plainly import require_real_tensor
 from nngeom.cotangents.likelihood import Likelihood
 from nngeom.measures.second_moments import FIM
 from nngeom.pmat.implicit import PMatImplicit
@@ -47,4 +48,6 @@ def fisher_rao_norm(
         process_group=process_group,
     )
     w = PVector.from_model(model, fisher.layer_collection)
-    return fisher.vTMv(w).clamp_min(0).sqrt()
+    square = fisher.vTMv(w)
+    require_real_tensor(square, "the product with the Fisher matrix (see the inputs and the model)")
+    return square.clamp_min(0).sqrt()

@@ -14,6 +14,7 @@ from nngeom.core.errors import OutputError, RankMismatchError
 from nngeom.core.layout import Layout
 from nngeom.cotangents.loss import EveryOutput
 from nngeom.fmat.side import Side
+from nngeom.fmat.tiles import require_finite
 from nngeom.pmat.recipe import join_rows
 from nngeom.ranks.totals import gathered, totals
 from nngeom.sweep.run import Run
@@ -79,6 +80,7 @@ class Labelled:
                     sums[y : y + c] += rows.sum(1)
                     signal += torch.einsum("knp,kn->p", rows, v[y : y + c, n : n + m])
                     n += m
+            require_finite([second, sums, signal])
             return [second, sums, signal], self.side.examples
 
         return totals(self.side.run.team, "moments of rows", own)[0]

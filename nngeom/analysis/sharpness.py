@@ -48,6 +48,7 @@ def sharpness(
         process_group=process_group,
     )
     values, _ = hessian.lanczos(1, tol=tol, generator=_seeded(generator))
+    require_real_tensor(values, "the spectrum of the Hessian (see the inputs and the model)")
     return values[0]
 
 

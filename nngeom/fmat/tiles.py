@@ -17,18 +17,17 @@ from nngeom.sweep.sweep import Chunk
 
 
 def require_finite(results: Iterable[torch.Tensor], *sides: Side | None) -> None:
-    """Where rows were not searched: raise :class:`NonFiniteError` if results of them are not finite, naming batch and
-    examples.
+    """Raise :class:`NonFiniteError` if results of rows are not finite, naming batch and examples where gradients are
+    not. Where these were searched, inputs of layers may be infinite all the same.
     """
-    if all(side is None or side.watch for side in sides) or all(
-        math.isfinite(s) for s in torch.stack([t.detach().sum() for t in results]).tolist()
-    ):
+    if all(math.isfinite(s) for s in torch.stack([t.detach().sum() for t in results]).tolist()):
         return
     for side in sides:
         if side is not None:
             side.sweep.raise_where_not_finite()
     raise NonFiniteError(
-        "products of gradients overflowed to NaN or infinity; scale the outputs, or use a wider dtype, model.double()"
+        "products of gradients overflowed to NaN or infinity; check the inputs (of layers, too), scale the outputs, or "
+        "use a wider dtype, model.double()"
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nngeom.capture.network import Network
 from nngeom.core.errors import ArgumentError
-from nngeom.core.given_plainly import require_real
+from nngeom.core.given_plainly import require_real, require_real_tensor
 from nngeom.core.memory import DEFAULT_BUDGET
 from nngeom.cotangents.loss import EmpiricalFisher, Loss, as_loss
 from nngeom.optim.arguments import number
@@ -49,7 +49,7 @@ def winsorized_gradient(
     gradients).
     """
     network, examples = _gradients(model, batch, loss, function, layer_collection)
-    return PVector(network.collection, examples.reduced(lambda rows: winsorized(rows, level).mean(0)))
+    return PVector(network.collection, examples.reduced(lambda rows: winsorized(_finite(rows), level).mean(0)))
 
 
 def median_of_means_gradient(
@@ -74,9 +74,14 @@ def median_of_means_gradient(
         )
 
     def median(rows: Tensor) -> Tensor:
-        return winsorized(torch.stack([part.mean(0) for part in rows.tensor_split(groups)]), 50.0)[0]
+        return winsorized(torch.stack([part.mean(0) for part in _finite(rows).tensor_split(groups)]), 50.0)[0]
 
     return PVector(network.collection, examples.reduced(median))
+
+
+def _finite(rows: Tensor) -> Tensor:
+    require_real_tensor(rows, "a gradient of an example (see the inputs and the model)")
+    return rows  # NaN would be sorted as the largest
 
 
 def winsorized(rows: Tensor, level: float) -> Tensor:
