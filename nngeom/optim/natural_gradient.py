@@ -56,8 +56,8 @@ class NaturalGradient(Preconditioned):
             default ``FactoredTikhonov(1e-3, balanced=False)``.
         weight_decay: decoupled, ``w <- w - lr weight_decay w``.
         statistics_decay: in [0, 1), the weight of the past in ``F``, bias-corrected; 0: this batch alone.
-        kl_clip: bounds ``lr**2 / 2 v^T (F + damping) v``, the divergence the quadratic model predicts for a step ``-lr
-            v``; ``None``: no bound.
+        kl_clip: bounds ``lr**2 / 2 v^T (F + damping)^power v``, for ``power=1`` the divergence that the quadratic model
+            predicts for a step ``-lr v``; ``None``: no bound.
         fisher: second moments of what: ``"empirical"``, gradients of the examples' own losses, read from the user's own
             backward pass; ``"monte_carlo"``, scores of labels drawn from the model by ``likelihood``, one more backward
             pass; ``"exact"``, the closed-form expectation over labels, one more backward pass of as many columns as
