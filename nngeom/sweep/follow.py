@@ -72,10 +72,9 @@ class Follower:
     def install(self, enter: Callable[..., None], leave: Callable[..., None]) -> list[Handle]:
         """``enter`` and ``leave`` around the calls of the model: others' hooks run inside of them."""
         handles: list[Handle] = []
-        doors = self.observer.doors
-        around = self.block and len(doors) == 1 and is_plain(doors[0])  # what stays on a model are hooks
-        for door in doors:
-            if around or is_compiled(door):
+        around = self.block and self.observer.bare  # else, and where they stay on a model, hooks
+        for door in self.observer.doors:
+            if (around and is_plain(door)) or is_compiled(door):
                 handles.append(Around(door, enter, leave))
                 continue
             handles.append(door.register_forward_pre_hook(enter, prepend=True))

@@ -65,6 +65,7 @@ class Observer:
         self._exchanges = parts and bool(sharded_modules(model))
         network = Network.build(model, None, collection, parts=self._exchanges)
         self.network, self.doors = replace(network, distributed=None), doors(model)
+        self.bare = self.doors == [model]  # nothing is around it, such as what copies a model to several devices
         self.network.registered  # noqa: B018  # now, before others are put into their place
         if outputs is not None:
             require_callable(outputs, "outputs")
