@@ -193,11 +193,11 @@ def linear_dynamics(K: Any, start: Tensor, targets: Tensor, lr: float, steps: in
 
     ``start``: the outputs ``f_0 (c, n)``; ``targets``: ``y (c, n)``; ``steps``: ``t``, each with learning rate ``lr``.
     """
-    m = require_symmetric(K)
+    m, shape = require_symmetric(K), tuple(kernel_tensor(K).shape[:2])
     for x, what in ((start, "start"), (targets, "targets")):
         require_real_tensor(x, what)
-        if tuple(x.shape) != tuple(kernel_tensor(K).shape[:2]):
-            raise ArgumentError(f"{what} is {tuple(x.shape)}; expected outputs {tuple(kernel_tensor(K).shape[:2])}")
+        if tuple(x.shape) != shape:
+            raise ArgumentError(f"{what} is {tuple(x.shape)}; expected outputs {shape}")
     require_at_least(lr, "lr")
     require_whole(steps, "steps", 0)
     values, vectors = linalg.eigh(m)

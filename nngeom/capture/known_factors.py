@@ -19,13 +19,13 @@ GROWTH = 2.0  # of small ones, until it is asked again
 @dataclass(frozen=True)
 class Factors:
     """Tensors of a model that the answer of a look depends on: those that were ``small``, as long as they do not grow,
-    and ``others``, as long as they are what they were, by their norms.
+    and ``others``, as long as they are what they were, by two numbers of each, ``marks``.
     """
 
     small: tuple[Tensor, ...] = ()
     most: tuple[float, ...] = ()
     others: tuple[Tensor, ...] = ()
-    norms: tuple[float, ...] = ()
+    marks: tuple[float, ...] = ()
 
     @staticmethod
     def of(network: Network, *, answered: bool) -> Factors:
@@ -39,7 +39,7 @@ class Factors:
         unasked, others = _numbers(every.values()), () if answered else _numbers(network.parameters.values())
         found = [(x, norm) for x, norm in zip(unasked, _norms(unasked)) if norm <= SMALL * x.numel() ** 0.5]
         most = tuple(GROWTH * norm for _, norm in found)
-        return Factors(tuple(x for x, _ in found), most, others, _norms(others))
+        return Factors(tuple(x for x, _ in found), most, others, _marks(others))
 
     @property
     def matter(self) -> bool:
@@ -51,7 +51,7 @@ class Factors:
         if not self.matter:
             return True
         grown = any(norm > most for norm, most in zip(_norms(self.small), self.most))
-        return not grown and _norms(self.others) == self.norms
+        return not grown and _marks(self.others) == self.marks
 
 
 def _numbers(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -61,6 +61,18 @@ def _numbers(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 def _norms(tensors: Iterable[Tensor]) -> tuple[float, ...]:
     """In float32, which every device has, asked of a device once."""
-    with torch.no_grad():
-        norms = [x.detach().norm().float() for x in tensors]
-    return tuple(torch.stack([x.to(norms[0].device) for x in norms]).tolist()) if norms else ()
+    return _asked([x.norm().float() for x in map(torch.detach, tensors)])
+
+
+def _marks(tensors: Iterable[Tensor]) -> tuple[float, ...]:
+    """Norms, and sums with weights that tell signs and places apart."""
+    return _norms(tensors) + _asked([_weighted(x) for x in map(torch.detach, tensors)])
+
+
+def _weighted(x: Tensor) -> Tensor:
+    flat = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    return flat.reshape(-1).float() @ torch.linspace(1, 2, flat.numel(), device=x.device, dtype=torch.float32)
+
+
+def _asked(numbers: list[Tensor]) -> tuple[float, ...]:
+    return tuple(torch.stack([x.to(numbers[0].device) for x in numbers]).tolist()) if numbers else ()

@@ -20,10 +20,10 @@ from nngeom.capture.batch import Batch, items
 from nngeom.capture.known_factors import Factors
 
 _SAYING = frozenset([bool, int, float, str, bytes, type(None), torch.dtype, torch.device])
-_WHOLE = (type, Tensor, nn.Module, ModuleType)  # told by which object it is
+_WHOLE = (type, nn.Parameter, nn.Module, ModuleType)  # told by which object it is
 _OF_TORCH = frozenset([*vars(nn.Module()), "_compiled_call_impl"])  # what every module may hold
 _HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")  # of all modules
-_DEPTH, _MOST = 3, 64  # how far containers, objects and functions are followed, and how many entries
+_DEPTH, _MOST = 3, 64  # how far containers, objects and functions are followed, and how many entries, also of tensors
 
 
 def program(modules: Sequence[nn.Module], function: Any, carried: Mapping[nn.Module, Collection[str]]) -> int:
@@ -74,12 +74,13 @@ class _Reading:
     def module(self, m: nn.Module, carried: Collection[str]) -> tuple[Any, ...]:
         """Its class, mode, children and hooks; of one that is not torch's all that it holds."""
         held, kind = m.__dict__, type(m)
-        children = tuple(map(id, m._modules.values()))
-        common = (kind, m.training, children, tuple(m._forward_hooks), tuple(m._forward_pre_hooks))
+        own = tuple(map(id, (*m._modules.values(), *m._parameters.values())))
+        common = (kind, m.training, own, tuple(m._forward_hooks), tuple(m._forward_pre_hooks))
         if kind.__module__.startswith("torch.nn."):
             return (*common, self.value(held["forward"], _DEPTH)) if "forward" in held else common
         names = [key for key in held if key not in _OF_TORCH and key not in carried]
-        return (*common, self._of_class(kind), *names, *(self.value(held[key], 2) for key in names))
+        constants = tuple([self.value(x, 1) for x in m._buffers.values()])
+        return (*common, self._of_class(kind), constants, *names, *(self.value(held[key], 2) for key in names))
 
     def _of_class(self, kind: type) -> Any:
         """Which methods and values it has, and what its ``forward`` refers to."""
@@ -94,6 +95,8 @@ class _Reading:
         kind = type(x)  # which some objects answer for themselves, slowly, where they are asked
         if kind in _SAYING:
             return x
+        if issubclass(kind, Tensor) and not issubclass(kind, nn.Parameter):
+            return _constant(x)
         if not depth or issubclass(kind, _WHOLE):
             return id(x)
         at = id(x)
@@ -115,6 +118,12 @@ class _Reading:
         held = x if kind is dict else _held(x)
         few = dict(itertools.islice(held.items(), _MOST))
         return None if kind is dict else id(x), len(held), tuple(map(str, few)), each(few.values())
+
+
+def _constant(x: Tensor) -> Any:
+    """Which tensor it is and how often it was written in place; of a few numbers in the host's memory these too."""
+    few = type(x) is Tensor and x.numel() <= _MOST and x.is_cpu and x.layout is torch.strided and not x.is_nested
+    return id(x), None if x.is_inference() else x._version, str(x.tolist()) if few else None
 
 
 def _held(x: Any) -> dict[str, Any]:

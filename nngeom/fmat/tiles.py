@@ -4,12 +4,12 @@ once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
 from nngeom.core.errors import NonFiniteError
+from nngeom.core.finite import all_finite
 from nngeom.core.jacobian import FullJacobian, LayerJacobian
 from nngeom.core.layout import Layout
 from nngeom.fmat.side import Side
@@ -20,7 +20,7 @@ def require_finite(results: Iterable[torch.Tensor], *sides: Side | None) -> None
     """Raise :class:`NonFiniteError` if results of rows are not finite, naming batch and examples where gradients are
     not. Where these were searched, inputs of layers may be infinite all the same.
     """
-    if all(math.isfinite(s) for s in torch.stack([t.detach().sum() for t in results]).tolist()):
+    if all_finite(list(results)):
         return
     for side in sides:
         if side is not None:

@@ -111,6 +111,41 @@ def test_coefficients_that_are_no_parameters_and_small(measure, frozen, value):
         MEASURES[measure](model, (X,))
 
 
+def holding(how):
+    """A model with a gate of zero that is no parameter, held as ``how`` says, and what opens it."""
+    zero, one = torch.zeros((), dtype=f64), torch.ones((), dtype=f64)
+    if how == "an entry of a buffer":
+        model = Model(lambda m, x: plain(m, m.gate[0] * x - m.gate[1] * x.mean(0)))
+        model.register_buffer("gate", torch.tensor([1.0, 0.0], dtype=f64))
+        return model, lambda: model.gate[1].fill_(1.0)
+    if how == "in a list":
+        model = Model(lambda m, x: plain(m, x - m.gates[0] * x.mean(0)))
+        model.gates = [zero]
+        return model, lambda: model.gates[0].fill_(1.0)
+    model = Model(BEHIND)
+    if how.startswith("a buffer"):
+        model.register_buffer("gate", zero)
+    else:
+        model.gate = zero if how.startswith("an attribute") else nn.Parameter(zero, requires_grad=False)
+    if how.endswith("replaced"):
+        return model, lambda: setattr(model, "gate", nn.Parameter(one, False) if "parameter" in how else one)
+    return model, lambda: model.gate.fill_(1.0)
+
+
+HOW = ["an entry of a buffer", "in a list", "a buffer replaced", "an attribute", "an attribute replaced"]
+
+
+@pytest.mark.parametrize("how", [*HOW, "a parameter replaced"])
+def test_constants_are_known_by_what_they_hold(how):
+    model, change = holding(how)
+    for measure in MEASURES.values():
+        measure(model, (X,))
+    change()
+    for measure in MEASURES.values():
+        with pytest.raises(nng.CoverageError, match="mixes"):
+            measure(model, (X,))
+
+
 @pytest.mark.parametrize("write", [opened, lambda m: m.gate.data.fill_(1.0)])
 @pytest.mark.parametrize("name", IMPLICIT)
 def test_a_matrix_that_holds_its_model_looks_at_it_again(name, write):
